@@ -1,0 +1,106 @@
+"""Argument validation shared by the public functions: what is wrong, what was given, what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT_NAMES = "float32, bfloat16, float16 or float64"
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """A dense floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: nested tensors are not accepted; pad it with torch.nested.to_padded_tensor, or pass its values()"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}; call to_dense()")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected {_FLOAT_NAMES}, got {tensor.dtype}; convert it first")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected {_FLOAT_NAMES} (torch.dtype) or None, got {dtype!r}")
+
+
+def check_probability(name: str, p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {type(p).__name__}")
+    if not 0.0 <= float(p) < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
+
+
+def check_epilogue(dropout_p: Any, drop_path_p: Any, residual_dtype: Any) -> None:
+    check_probability("dropout_p", dropout_p)
+    check_probability("drop_path_p", drop_path_p)
+    check_dtype("residual_dtype", residual_dtype)
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"seed: expected an int or a one-element int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+    elif isinstance(seed, bool) or not isinstance(seed, Integral | torch.SymInt):
+        raise TypeError(f"seed: expected an int or a one-element int64 tensor, got {type(seed).__name__}")
+
+
+def check_mask_shape(shape: Any) -> None:
+    if not isinstance(shape, Sequence) or any(int(n) < 0 for n in shape):
+        raise ValueError(f"shape: expected a sequence of sizes >= 0, got {shape!r}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: is on {tensor.device}, {other_name} on {other.device}; move one of them with .to(device)"
+        )
+
+
+def check_normalized_shape(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The normalized shape as a tuple, checked to be the trailing dimensions of x."""
+    if isinstance(normalized_shape, Integral | torch.SymInt):
+        shape: tuple[int, ...] = (normalized_shape,)  # type: ignore[assignment]
+    elif isinstance(normalized_shape, Sequence):
+        shape = tuple(normalized_shape)
+    else:
+        raise TypeError(
+            f"normalized_shape: expected an int or a sequence of ints, got {type(normalized_shape).__name__}"
+        )
+    if not shape:
+        raise ValueError("normalized_shape: expected at least one dimension, got ()")
+    if len(shape) > x.ndim or tuple(x.shape[x.ndim - len(shape) :]) != shape:
+        raise ValueError(
+            f"normalized_shape: {shape} is not the end of {name}'s shape {tuple(x.shape)}; accepted here: "
+            f"{tuple(x.shape[-len(shape) :]) or 'nothing, a 0-d tensor has no trailing dimension'}"
+        )
+    return shape
+
+
+def check_parameter(name: str, parameter: Any, shape: tuple[int, ...], x_name: str, x: Tensor) -> None:
+    """Weight, bias, x_bias or layer_scale: None, or of the normalized shape and on x's device."""
+    if parameter is None:
+        return
+    check_tensor(name, parameter)
+    if tuple(parameter.shape) != shape:
+        raise ValueError(f"{name}: expected the normalized shape {shape}, got {tuple(parameter.shape)}")
+    check_same_device(name, parameter, x_name, x)
+
+
+def check_residual(residual: Any, x: Tensor) -> None:
+    if residual is None:
+        return
+    check_tensor("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}; expand it first")
+    check_same_device("residual", residual, "x", x)

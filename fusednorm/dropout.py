@@ -1,0 +1,126 @@
+"""Counter-based dropout: seeds, and the masks that every provider reproduces bit for bit.
+
+An element's fate depends on the seed and on its position alone, so the backward regenerates the mask instead of
+storing it, and any launch geometry on any device gives the same one.
+
+Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32; 7 rounds is the
+smallest count that passes BigCrush).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+ROUNDS = 7
+ELEMENT_STREAM = 0  # one decision for each element
+PATH_STREAM = 1  # one decision for each sample (drop path): row = index along dimension 0, column = 0
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def threshold(p: float) -> int:
+    """The smallest 32-bit word that is kept: ``floor(p * 2**32)``."""
+    return int(p * 2.0**32)
+
+
+def keep_scale(p: float) -> float:
+    """The factor of what is kept, ``float32(1 / (1 - p))``, as a Python float."""
+    return float(torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)) if p else 1.0
+
+
+def default_seed(device: torch.device) -> Tensor:
+    """A fresh seed from torch's generator of `device`, left on the device.
+
+    ``torch.manual_seed``, activation checkpointing and CUDA-graph replay therefore act on it as on torch's dropout.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a one-element int64 tensor on `device`; integers are taken modulo 2**64."""
+    if seed is None:
+        return default_seed(device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(1)
+    return torch.full((1,), (int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def _multiply_32x32(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product; int64 wraps around, its bits are those of the unsigned product."""
+    product = a * multiplier
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Tensor:
+    """Philox4x32-7 words as int64 in [0, 2**32), shape ``(len(rows), n_columns)``.
+
+    key = (low, high) 32 bits of the seed, counter = (column // 4, row low, row high, stream); an element takes
+    output word ``column % 4``, so one evaluation serves four neighbours.
+    """
+    quads = torch.arange((n_columns + 3) // 4, device=rows.device)
+    c0 = quads.expand(rows.numel(), -1)
+    c1 = (rows & _LOW)[:, None].expand_as(c0)
+    c2 = ((rows >> 32) & _LOW)[:, None].expand_as(c0)
+    c3 = torch.full_like(c0, stream)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply_32x32(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply_32x32(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :n_columns]
+
+
+def element_mask(n_rows: int, n_columns: int, p: float, seed: Tensor) -> Tensor:
+    """True where an element is kept, shape ``(n_rows, n_columns)``."""
+    rows = torch.arange(n_rows, device=seed.device)
+    return philox_words(rows, n_columns, seed, ELEMENT_STREAM) >= threshold(p)
+
+
+def path_mask(n_samples: int, p: float, seed: Tensor) -> Tensor:
+    """True where a sample's branch is kept, shape ``(n_samples,)``."""
+    rows = torch.arange(n_samples, device=seed.device)
+    return philox_words(rows, 1, seed, PATH_STREAM)[:, 0] >= threshold(p)
+
+
+def dropout_mask(
+    shape: Sequence[int], p: float, seed: int | Tensor, device: torch.device | str | int | None = None
+) -> Tensor:
+    r"""The very mask that the kernels use: True where an element is kept.
+
+    .. math:: \mathrm{mask}[r, c] = \mathrm{word}_{c \bmod 4}(\mathrm{Philox}(c \div 4, r;\ \mathrm{seed}))
+              \ge \lfloor p\, 2^{32} \rfloor
+
+    Args:
+        shape: the dropped tensor's shape; *c* is the index along its last dimension, *r* the flattened index along
+            the others.
+        p: the probability that an element is dropped, in [0, 1).
+        seed: an int (taken modulo 2**64) or a one-element int64 tensor.
+        device: where the mask is made; the seed's device, or torch's default one, if not given.
+
+    Returns:
+        A bool tensor of the given shape. Kept values are to be multiplied by ``float32(1 / (1 - p))``.
+
+    Raises:
+        ValueError: `p` or `shape` is out of range.
+        TypeError: `seed` is neither an int nor a one-element int64 tensor.
+
+    Source: Salmon et al., SC 2011 (Philox4x32, 7 rounds).
+    """
+    _checks.check_probability("p", p)
+    _checks.check_seed(seed)
+    _checks.check_mask_shape(shape)
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+    device = torch.device(device)
+    shape = torch.Size(shape)
+    n_columns = shape[-1] if shape else 1
+    n_rows = shape[:-1].numel()
+    return element_mask(n_rows, n_columns, p, seed_tensor(seed, device).to(device)).reshape(shape)
