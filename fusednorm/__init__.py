@@ -1,0 +1,24 @@
+"""Fused kernels for the Transformer's residual path."""
+
+from ._explain import explain
+from .dropout import dropout_mask
+from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .providers import available_providers, use_provider
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "available_providers",
+    "dropout_mask",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+    "use_provider",
+]

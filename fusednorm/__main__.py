@@ -1,0 +1,70 @@
+"""``python -m fusednorm info`` and ``python -m fusednorm explain FUNCTION``: what runs here, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+
+import torch
+
+import fusednorm
+from fusednorm import _checks, providers
+
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+
+
+def info() -> str:
+    """Versions, devices, and each provider with the reason where it cannot run."""
+    lines = [
+        f"fusednorm  {fusednorm.__version__}",
+        f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch      {torch.__version__}",
+        f"triton     {_triton_version()}",
+    ]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(f"devices    cpu ({torch.get_num_threads()} threads)" + "".join(f", {name}" for name in gpus))
+    lines.append("providers  (best first)")
+    for name in providers.PROVIDERS:
+        reason = providers.unavailable_reason(name)
+        lines.append(f"  {name:<10} " + ("ready" if reason is None else f"not here: {reason}"))
+    return "\n".join(lines)
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    import triton
+
+    return triton.__version__
+
+
+def explain(options: argparse.Namespace) -> str:
+    """Make the call that the options describe, and say how it is served."""
+    shape = [int(n) for n in options.shape.lower().split("x")]
+    dtype = getattr(torch, options.dtype, None)
+    _checks.check_dtype("--dtype", dtype or options.dtype)
+    x = torch.randn(shape, device=options.device).to(dtype).requires_grad_(options.grad)
+    function = getattr(fusednorm, options.function)
+    args = (x, x) if options.function.startswith("add_") else (x,)
+    keywords = {"dropout_p": options.dropout_p} if options.dropout_p else {}
+    return fusednorm.explain(function, *args, shape[-1:], **keywords)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fusednorm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, providers")
+    command = commands.add_parser("explain", help="which provider serves a call, and why")
+    command.add_argument("function", choices=FUNCTIONS)
+    command.add_argument("--shape", default="4096x1024", help="sizes joined by x (default: %(default)s)")
+    command.add_argument("--dtype", default="float32", help="%(default)s by default")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dropout-p", type=float, default=0.0, help="for the add_ forms")
+    command.add_argument("--grad", action="store_true", help="x requires a gradient")
+    options = parser.parse_args(arguments)
+    print(info() if options.command == "info" else explain(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The operators: schemas, fake kernels, and dispatch to the provider named in the call.
+
+One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``. Every op has fixed arity, mutates
+nothing and returns no alias; an output not asked for has no elements. The provider's name is an argument because
+the backward runs outside any ``use_provider`` block, on CUDA in another thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import providers
+
+_LIBRARY = torch.library.Library("fusednorm", "DEF")
+
+SCHEMAS = {
+    "add_layer_norm_fwd": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, "
+        "int normalized_ndim, float eps, float dropout_p, float drop_path_p, ScalarType normed_dtype, "
+        "ScalarType residual_dtype, bool rms, bool zero_centered_weight, bool store_residual, str provider) "
+        "-> (Tensor normed, Tensor residual_out, Tensor stats)"
+    ),
+    "add_layer_norm_bwd": (
+        "(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, Tensor? bias, Tensor? x, "
+        "Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int normalized_ndim, float dropout_p, float drop_path_p, "
+        "ScalarType x_dtype, ScalarType residual_dtype, bool rms, bool zero_centered_weight, bool saved_is_normed, "
+        "bool[] output_mask, str provider) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, "
+        "Tensor dx_bias, Tensor dlayer_scale)"
+    ),
+}
+
+
+def _run(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(providers.get(args[-1]), name)(*args[:-1])
+
+    return run
+
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, _run(_name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusednorm::add_layer_norm_fwd")
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    dropout_p: float,
+    drop_path_p: float,
+    normed_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rms: bool,
+    zero_centered_weight: bool,
+    store_residual: bool,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows = x.shape[: x.ndim - normalized_ndim].numel()
+    stats_dtype = torch.float64 if torch.float64 in (x.dtype, residual_dtype) else torch.float32
+    return (
+        x.new_empty(x.shape, dtype=normed_dtype),
+        x.new_empty(x.shape if store_residual else (0,), dtype=residual_dtype),
+        x.new_empty((1 if rms else 2, n_rows), dtype=stats_dtype),
+    )
+
+
+@torch.library.register_fake("fusednorm::add_layer_norm_bwd")
+def _(
+    dnormed: Tensor,
+    dresidual_out: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    dropout_p: float,
+    drop_path_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rms: bool,
+    zero_centered_weight: bool,
+    saved_is_normed: bool,
+    output_mask: list[bool],
+    provider: str,
+) -> tuple[Tensor, ...]:
+    full = [saved.new_empty(saved.shape, dtype=dtype) for dtype in (x_dtype, residual_dtype)]
+    parameters = [None if p is None else p.new_empty(p.shape) for p in (weight, bias, x_bias, layer_scale)]
+    return tuple(
+        gradient if wanted and gradient is not None else saved.new_empty(0)
+        for gradient, wanted in zip(full + parameters, output_mask, strict=True)
+    )
+
+
+def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
+    """Straight to the provider where nobody watches; through the dispatcher under tracing and dispatch modes."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or type(args[0]) not in (Tensor, torch.nn.Parameter)
+    ):
+        return getattr(torch.ops.fusednorm, name)(*args, provider)
+    return getattr(providers.get(provider), name)(*args)
+
+
+def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _call("add_layer_norm_fwd", args, provider)
+
+
+def add_layer_norm_bwd(*args: Any, provider: str) -> tuple[Tensor, ...]:
+    return _call("add_layer_norm_bwd", args, provider)

@@ -1,0 +1,350 @@
+"""``layer_norm``, ``rms_norm`` and their residual forms: contract, checks, and the autograd Function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _checks, _norm_function, dropout, providers
+from ._norm_function import Args
+from .providers import reference
+
+_TORCH_REFUSES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalization over the trailing dimensions, as :func:`torch.nn.functional.layer_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \odot w + b
+
+    The variance is the biased one, computed in two passes in float32 (float64 for float64 input).
+
+    Args:
+        input: (\*, \*normalized_shape); float32, bfloat16, float16 or float64, any strides.
+        normalized_shape: the trailing sizes to normalize over; an int is one size.
+        weight, bias: of shape normalized_shape, any of these dtypes, or None.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of `input`'s shape and dtype (under autocast: of the dtype torch's own function gives).
+
+    Raises:
+        TypeError: an argument is no dense floating-point tensor.
+        ValueError: a shape or device does not match.
+
+    Source: J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", arXiv:1607.06450.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
+        )
+    try:
+        if _torch_is_best(input, weight):
+            return torch.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    except _TORCH_REFUSES:
+        pass  # the way below takes what torch does not, or says what is wrong with it
+    return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root-mean-square normalization over the trailing dimensions, as :func:`torch.nn.functional.rms_norm`.
+
+    .. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} \odot w
+
+    Args:
+        input: (\*, \*normalized_shape); float32, bfloat16, float16 or float64, any strides.
+        normalized_shape: the trailing sizes to normalize over; an int is one size.
+        weight: of shape normalized_shape, any of these dtypes, or None.
+        eps: added to the mean square; None takes the machine epsilon of the dtype computed in (float32's for 16-bit
+            input), as torch does.
+
+    Returns:
+        A tensor of `input`'s shape and dtype (under autocast: of the dtype torch's own function gives).
+
+    Raises:
+        TypeError: an argument is no dense floating-point tensor.
+        ValueError: a shape or device does not match.
+
+    Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
+    try:
+        if _torch_is_best(input, weight):
+            return torch.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+    except _TORCH_REFUSES:
+        pass
+    return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    zero_centered_weight: bool = False,
+    memory_efficient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The residual step of a Transformer and the LayerNorm after it, in one pass each way.
+
+    .. math::
+        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot
+        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad \mathrm{normed} = \mathrm{layer\_norm}(z)
+
+    z is rounded to the dtype it is stored in before its statistics are taken, as in ``layer_norm(x + residual)``.
+
+    Args:
+        x: (\*, \*normalized_shape), the branch's output; float32, bfloat16, float16 or float64, any strides.
+        residual: of x's shape, any of these dtypes; None stands for zeros (the first layer of a stream).
+        normalized_shape: the trailing sizes to normalize over; an int is one size.
+        weight, bias: of shape normalized_shape, or None.
+        eps: added to the variance.
+        x_bias: of shape normalized_shape: the bias of the linear layer that made x.
+        layer_scale: of shape normalized_shape: a factor for each channel of the branch.
+        dropout_p: probability that an element of the branch is dropped, in [0, 1); applied whenever it is > 0.
+        drop_path_p: probability that a sample (index along dimension 0) loses its whole branch, in [0, 1).
+        seed: int or one-element int64 tensor that fixes both masks; drawn from torch's generator if not given.
+        residual_dtype: dtype of residual_out; residual's (x's without one) if not given.
+        zero_centered_weight: normalize with ``1 + weight``.
+        memory_efficient: keep `normed` instead of z for the backward and rebuild z from it. Where a weight is too near
+            zero for that to be accurate, and under ``torch.compile``, z is kept.
+
+    Returns:
+        (normed, residual_out): normed has x's dtype (autocast's where it is enabled), residual_out is z.
+
+    Raises:
+        TypeError: an argument is no dense floating-point tensor.
+        ValueError: a shape, device or probability does not fit.
+    """
+    if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
+        return handle_torch_function(
+            add_layer_norm,
+            (x, residual, weight, bias, x_bias, layer_scale, seed),
+            x,
+            residual,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            x_bias=x_bias,
+            layer_scale=layer_scale,
+            dropout_p=dropout_p,
+            drop_path_p=drop_path_p,
+            seed=seed,
+            residual_dtype=residual_dtype,
+            zero_centered_weight=zero_centered_weight,
+            memory_efficient=memory_efficient,
+        )
+    return _add_norm(
+        x,
+        residual,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        x_bias,
+        layer_scale,
+        dropout_p,
+        drop_path_p,
+        seed,
+        residual_dtype,
+        zero_centered_weight,
+        memory_efficient,
+        rms=False,
+    )
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    x_bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    zero_centered_weight: bool = False,
+    memory_efficient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The residual step of a Transformer and the RMSNorm after it, in one pass each way.
+
+    .. math::
+        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot
+        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad \mathrm{normed} = \mathrm{rms\_norm}(z)
+
+    Arguments, results and errors are those of :func:`add_layer_norm`, without `bias`; `eps` None takes the machine
+    epsilon of the dtype computed in.
+    """
+    if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):
+        return handle_torch_function(
+            add_rms_norm,
+            (x, residual, weight, x_bias, layer_scale, seed),
+            x,
+            residual,
+            normalized_shape,
+            weight=weight,
+            eps=eps,
+            x_bias=x_bias,
+            layer_scale=layer_scale,
+            dropout_p=dropout_p,
+            drop_path_p=drop_path_p,
+            seed=seed,
+            residual_dtype=residual_dtype,
+            zero_centered_weight=zero_centered_weight,
+            memory_efficient=memory_efficient,
+        )
+    return _add_norm(
+        x,
+        residual,
+        normalized_shape,
+        weight,
+        None,
+        eps,
+        x_bias,
+        layer_scale,
+        dropout_p,
+        drop_path_p,
+        seed,
+        residual_dtype,
+        zero_centered_weight,
+        memory_efficient,
+        rms=True,
+    )
+
+
+def _plain_norm(
+    name: str,
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+) -> Tensor:
+    _checks.check_tensor(name, x)
+    shape = _checks.check_normalized_shape(name, x, normalized_shape)
+    _checks.check_parameter("weight", weight, shape, name, x)
+    _checks.check_parameter("bias", bias, shape, name, x)
+    args: Args = (
+        *(x, None, weight, bias, None, None, None, len(shape), _eps(eps, x.dtype), 0.0, 0.0),
+        *(_autocast_norm_dtype(x, rms), x.dtype, rms, False, False),
+    )
+    return _norm_function.run("rms_norm" if rms else "layer_norm", args, False)[0]
+
+
+def _add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    dropout_p: float,
+    drop_path_p: float,
+    seed: int | Tensor | None,
+    residual_dtype: torch.dtype | None,
+    zero_centered_weight: bool,
+    memory_efficient: bool,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
+    if bare and residual_dtype is None:
+        try:
+            if _torch_is_best(x, weight) and _alike(x, residual):  # type: ignore[arg-type]
+                z = x + residual  # type: ignore[operator]
+                if rms:
+                    return torch.rms_norm(z, normalized_shape, weight, eps), z  # type: ignore[arg-type]
+                return torch.layer_norm(z, normalized_shape, weight, bias, eps), z  # type: ignore[arg-type]
+        except _TORCH_REFUSES:
+            pass
+    _checks.check_tensor("x", x)
+    _checks.check_residual(residual, x)
+    shape = _checks.check_normalized_shape("x", x, normalized_shape)
+    for name, parameter in (("weight", weight), ("bias", bias), ("x_bias", x_bias), ("layer_scale", layer_scale)):
+        _checks.check_parameter(name, parameter, shape, "x", x)
+    _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
+    if seed is not None:
+        _checks.check_seed(seed)
+    seed = dropout.seed_tensor(seed, x.device) if dropout_p or drop_path_p else None
+    if residual_dtype is None:
+        residual_dtype = x.dtype if residual is None else residual.dtype
+    unchanged = residual is None and x_bias is None and layer_scale is None and seed is None
+    store_residual = not unchanged or residual_dtype != x.dtype
+    args: Args = (
+        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, x.dtype)),
+        *(float(dropout_p), float(drop_path_p), _autocast_dtype(x), residual_dtype, rms),
+        *(bool(zero_centered_weight), store_residual),
+    )
+    return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
+
+
+def _torch_is_best(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch's own operators may serve a bare call at once: on the CPU, where no kernel of ours stands yet.
+
+    What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
+    """
+    if torch.compiler.is_compiling() or not providers.automatic:
+        return False
+    if torch._C._is_any_autocast_enabled() or _norm_function.transform_active():
+        return False
+    return isinstance(x, Tensor) and x.is_cpu and not x.is_nested and (weight is None or weight.dtype is x.dtype)
+
+
+def _alike(x: Tensor, residual: Tensor) -> bool:
+    return x.shape == residual.shape and x.dtype is residual.dtype and residual.layout is torch.strided
+
+
+def _eps(eps: float | None, dtype: torch.dtype) -> float:
+    return torch.finfo(reference.compute_dtype(dtype)).eps if eps is None else float(eps)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `normed` in the residual forms: autocast's where it is enabled (float64 is left alone)."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+@functools.cache
+def _autocast_probe(device: torch.device, dtype: torch.dtype, low: torch.dtype, rms: bool) -> torch.dtype:
+    probe = torch.zeros(1, 1, device=device, dtype=dtype)
+    with torch.autocast(device.type, dtype=low):
+        return (torch.rms_norm(probe, (1,)) if rms else torch.layer_norm(probe, (1,))).dtype
+
+
+def _autocast_norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
+    """The dtype of the plain norms' output: under autocast, whatever torch's own function gives."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return _autocast_probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)

@@ -1,0 +1,156 @@
+"""The ordered table of providers, and the choice among them.
+
+A provider is a module with ``unavailable_reason()``, ``refusal(op, *args)`` and a function for each op it implements.
+Providers never import one another; this table is the only place that lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+_log = logging.getLogger("fusednorm")
+
+PROVIDERS = {  # best first
+    "reference": "fusednorm.providers.reference",
+}
+
+_requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
+_record: list[Route] | None = None  # where explain() collects decisions
+_modules: dict[str, ModuleType] = {}
+_reasons: dict[str, str | None] = {}
+_logged: set[tuple[str, str]] = set()
+automatic = True  # False while a provider is requested or decisions are recorded: no short cut may be taken
+
+
+class Route(NamedTuple):
+    """How one call is served."""
+
+    call: str
+    provider: str
+    how: str
+    refusals: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: {self.provider}, {self.how}"]
+        lines += [f"  {name} is not used: {reason}" for name, reason in self.refusals]
+        return "\n".join(lines)
+
+
+def get(name: str) -> ModuleType:
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(PROVIDERS[name])
+    return module
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Why provider `name` cannot be used here and now, or None if it can."""
+    if name not in _reasons:
+        _reasons[name] = get(name).unavailable_reason()
+    return _reasons[name]
+
+
+def available_providers() -> list[str]:
+    """Names of the providers usable here and now, best first."""
+    return [name for name in PROVIDERS if unavailable_reason(name) is None]
+
+
+def requested() -> str | None:
+    """The provider named by the innermost ``use_provider`` block, or None for automatic choice."""
+    return _requested
+
+
+def refusal(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+    """Why provider `name` cannot take this call, or None if it can."""
+    reason = unavailable_reason(name)
+    return reason if reason is not None else get(name).refusal(op, *args)
+
+
+def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The provider for a call of `op` with the op's arguments, and (name, reason) of those passed over.
+
+    An explicit request never falls back: it raises. Automatic choice takes the first provider of the table that can
+    serve the call, and logs each refusal once.
+    """
+    if _requested is not None:
+        reason = refusal(_requested, op, args)
+        if reason is not None:
+            raise ValueError(
+                f"provider {_requested!r} cannot run {op}: {reason}; leave `use_provider({_requested!r})` out for "
+                "automatic choice"
+            )
+        return _requested, ()
+    refusals: tuple[tuple[str, str], ...] = ()
+    for name in PROVIDERS:
+        reason = refusal(name, op, args)
+        if reason is None:
+            return name, refusals
+        refusals += ((name, reason),)
+        if not torch.compiler.is_compiling() and (name, reason) not in _logged:
+            _logged.add((name, reason))
+            _log.info("provider %s is not used: %s", name, reason)
+    raise RuntimeError(f"no provider can run {op}: {refusals}")
+
+
+def record(route: Route) -> None:
+    """Hand a decision to explain(), if it listens."""
+    if _record is not None:
+        _record.append(route)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Route]]:
+    """Collect every decision made inside."""
+    global _record, automatic
+    outer, _record, automatic = _record, [], False
+    try:
+        yield _record
+    finally:
+        _record = outer
+        automatic = _requested is None and _record is None
+
+
+class use_provider(contextlib.ContextDecorator):
+    """Run everything inside with one provider, as a context manager or a decorator.
+
+    The choice holds for the whole process until the block ends; blocks nest. The backward of what was computed inside
+    uses the same provider wherever it runs. A call that the provider cannot take raises; nothing falls back silently.
+
+    Args:
+        name: one of ``available_providers()``.
+
+    Raises:
+        ValueError: no provider has that name.
+        RuntimeError: the provider cannot run here (raised on entry, with the reason).
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in PROVIDERS:
+            raise ValueError(f"name: no provider is called {name!r}; known are {', '.join(map(repr, PROVIDERS))}")
+        self.name = name
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> use_provider:
+        global _requested, automatic
+        reason = unavailable_reason(self.name)
+        if reason is not None:
+            raise RuntimeError(
+                f"provider {self.name!r} cannot run here: {reason}; usable are {', '.join(available_providers())}"
+            )
+        self._outer.append(_requested)
+        _requested, automatic = self.name, False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _requested, automatic
+        _requested = self._outer.pop()
+        automatic = _requested is None and _record is None
