@@ -1,0 +1,65 @@
+# Every target works from a fresh clone: it makes .venv, installs the pinned versions, then does its work.
+# `make help` lists the targets; `make PYTHON=python3.12 test` chooses the interpreter of a new .venv.
+PYTHON ?= python3
+VENV := .venv
+BOOTSTRAP := .venv-bootstrap
+REPORT := bench-report
+# Taken only where torch does not bring its own Triton (see constraints.txt).
+TRITON := triton==3.9.0; python_version >= '3.11'
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest --durations=15
+# A proxy that refuses connections, so that no fast test passes only because a network was there.
+OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint types test-fast test-slow test test-all bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is older than Python 3.10 or missing; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1; } || { \
+	  echo "make: $(PYTHON) has no working venv module (on Debian: apt install python3-venv); using virtualenv instead" >&2; \
+	  rm -rf $(VENV) $(BOOTSTRAP); \
+	  $(PYTHON) -m pip install -q --target $(BOOTSTRAP) virtualenv \
+	  && PYTHONPATH=$(BOOTSTRAP) $(PYTHON) -m virtualenv -q $(VENV); } || { \
+	  echo "make: neither venv nor virtualenv works with $(PYTHON)" >&2; exit 1; }
+	@echo "make: installing into $(VENV)" >&2
+	@# Build tools and torch come first: the package is built without isolation, against what it will run with.
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja numpy torch
+	@$(PIP) freeze | grep -i '^triton==' > $(VENV)/triton.txt || echo "$(TRITON)" > $(VENV)/triton.txt
+	$(PIP) install -q -c constraints.txt -c $(VENV)/triton.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## make .venv with the package and the pinned versions
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy over the package
+	$(BIN)/mypy
+
+test-fast: $(STAMP)
+	$(OFFLINE) $(PYTEST) -m "not slow"
+
+test-slow: $(STAMP) ## the slow tests alone
+	@# 5: nothing is marked slow
+	$(PYTEST) -m slow || [ $$? -eq 5 ]
+
+test: lint types test-fast ## lint, types and the deterministic tests
+
+test-all: test test-slow ## test, then the slow tests
+
+bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
+	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
+
+clean: ## remove the environment, caches and reports
+	rm -rf $(VENV) $(BOOTSTRAP) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
