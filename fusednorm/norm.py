@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _norm_function, dropout, providers
 from ._norm_function import Args
 from .providers import reference
 
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
 _TORCH_REFUSES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 
 
@@ -312,12 +316,18 @@ def _torch_is_best(x: Tensor, weight: Tensor | None) -> bool:
     """Whether torch's own operators may serve a bare call at once: on the CPU, where no kernel of ours stands yet.
 
     What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
+    One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
     """
-    if torch.compiler.is_compiling() or not providers.automatic:
-        return False
-    if torch._C._is_any_autocast_enabled() or _norm_function.transform_active():
-        return False
-    return isinstance(x, Tensor) and x.is_cpu and not x.is_nested and (weight is None or weight.dtype is x.dtype)
+    return (
+        providers.automatic
+        and x.is_cpu
+        and not x.is_nested
+        and (weight is None or weight.dtype is x.dtype)
+        and not _functorch_active()
+        and forward_ad._current_level < 0
+        and not _autocast_active()
+        and not _is_compiling()
+    )
 
 
 def _alike(x: Tensor, residual: Tensor) -> bool:

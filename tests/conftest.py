@@ -1,0 +1,92 @@
+"""Fixtures: every test runs over the provider table, on poisoned memory, from a fixed seed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # before triton is imported: its kernels then take CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import fusednorm
+from fusednorm import providers
+
+AUTOMATIC = "automatic"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _places() -> list:
+    """(provider, device) for every provider of the table, and automatic choice, on every device there is."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    places = [pytest.param((AUTOMATIC, device), id=f"{AUTOMATIC}-{device}") for device in devices]
+    for name in providers.PROVIDERS:
+        reason = providers.unavailable_reason(name)
+        only = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}.get(name)
+        marks = [pytest.mark.skip(reason=f"provider {name}: {reason}")] if reason else []
+        places += [
+            pytest.param((name, device), id=f"{name}-{device}", marks=marks)
+            for device in (devices if only is None else [only])
+        ]
+    return places
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(params=_places())
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def provider(place: tuple[str, str]) -> str:
+    """A provider's name, or "automatic"; `using` makes it the choice."""
+    return place[0]
+
+
+@pytest.fixture
+def device(place: tuple[str, str]) -> str:
+    return place[1]
+
+
+@pytest.fixture
+def using(provider: str) -> AbstractContextManager:
+    """The context in which the provider under test is chosen."""
+    return nullcontext() if provider == AUTOMATIC else fusednorm.use_provider(provider)
+
+
+@pytest.fixture
+def interpreted(provider: str) -> bool:
+    """Whether the provider is so slow here that wide shapes are to be narrowed."""
+    return provider == "triton" and INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory from ``torch.empty`` is filled with NaN, so an element that nobody writes shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)

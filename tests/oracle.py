@@ -1,0 +1,355 @@
+"""float64 oracle, eager twin and error budget: what every numerical test of the package measures against.
+
+Nothing here uses the package's own arithmetic: the formulas, Philox and the masks are written a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The oracle itself computes in float64, so against float64 results its own error counts: a chain of about
+# eight float64 operations of half an ulp each. Against every other dtype it is negligible.
+ORACLE_ROUNDINGS = 8
+DRAWS = 8
+
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 7) -> tuple:
+    """Philox4x32 of Salmon et al. (SC 2011); counter words may be uint64 arrays holding 32-bit values."""
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def keep_mask(rows: int, columns: int, p: float, seed: int, stream: int = 0, first_row: int = 0) -> Tensor:
+    """True where an element is kept: key = seed, counter = (column // 4, row low, row high, stream)."""
+    seed %= 2**64
+    quads = np.arange(max(-(-columns // 4), 0), dtype=np.uint64)[None, :]
+    row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
+    shape = np.broadcast_shapes(quads.shape, row.shape)
+    counter = tuple(
+        np.broadcast_to(np.asarray(word, dtype=np.uint64), shape)
+        for word in (quads, row & _LOW, row >> _SHIFT, np.uint64(stream))
+    )
+    words = np.stack(philox4x32(counter, (seed % 2**32, seed >> 32)), axis=-1).reshape(rows, 4 * quads.size)[
+        :, :columns
+    ]
+    return torch.from_numpy(words >= np.uint64(int(p * 2**32)))
+
+
+def keep_scale(p: float) -> float:
+    return float(np.float32(1.0 / (1.0 - p)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a public norm: `ours` by the package, `eager` as torch users write it, `exact` float64.
+
+    Each takes leaves by name: x, residual, weight, bias, x_bias, layer_scale; `view` turns the leaves x and
+    residual into the tensors passed. Each returns (normed,) or (normed, residual_out).
+    """
+
+    function: str
+    normalized_ndim: int = 1
+    view: Callable[[Tensor], Tensor] = lambda leaf: leaf
+    shared: bool = False  # the same tensor is passed as x and as residual
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rebuilds: bool = True  # False: ``memory_efficient`` is expected to keep z after all, and held to that
+
+    @property
+    def rms(self) -> bool:
+        return "rms" in self.function
+
+    @property
+    def fused(self) -> bool:
+        return self.function.startswith("add_")
+
+    def _inputs(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        x = self.view(leaves["x"])
+        return x, x if self.shared else self.view(leaves["residual"]) if "residual" in leaves else None
+
+    def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import fusednorm
+
+        x, residual = self._inputs(leaves)
+        normalized_shape = tuple(self._normalized_shape(x))
+        affine = {n: leaves[n] for n in ("weight", "bias") if n in leaves}
+        function = getattr(fusednorm, self.function)
+        if not self.fused:
+            return (function(x, normalized_shape, **affine, **self.options),)
+        epilogue = {n: leaves[n] for n in ("x_bias", "layer_scale") if n in leaves}
+        outputs = function(x, residual, normalized_shape, **affine, **epilogue, **self.options)
+        assert isinstance(outputs, tuple) and len(outputs) == 2
+        return outputs
+
+    def _normalized_shape(self, x: Tensor) -> torch.Size:
+        return x.shape[x.ndim - self.normalized_ndim :]
+
+    def eps(self, dtype: torch.dtype) -> float:
+        eps = self.options.get("eps", None if self.rms else 1e-5)
+        if eps is None:  # torch.rms_norm takes the epsilon of the type it computes in, not of the one it stores
+            eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        return eps
+
+    def masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Element and drop-path factors (0 or the scale), in float64."""
+        seed = int(self.options.get("seed", 0) or 0)
+        p, path_p = self.options.get("dropout_p", 0.0), self.options.get("drop_path_p", 0.0)
+        element = path = None
+        if p:
+            element = keep_mask(x.shape[:-1].numel(), x.shape[-1], p, seed).reshape(x.shape)
+            element = (element.double() * keep_scale(p)).to(x.device)
+        if path_p:
+            samples = x.shape[0] if x.ndim > self.normalized_ndim else 1
+            path = keep_mask(samples, 1, path_p, seed, stream=1).reshape(-1, *[1] * (x.ndim - 1))
+            path = (path.double() * keep_scale(path_p)).to(x.device)
+        return element, path
+
+    def exact(self, leaves: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """`leaves` in float64; `dtype` is what x was stored in."""
+        x, residual = self._inputs(leaves)
+        z = x
+        if "x_bias" in leaves:
+            z = z + leaves["x_bias"]
+        element, path = self.masks(x)
+        for factor in (element, leaves.get("layer_scale"), path):
+            z = z if factor is None else z * factor
+        z = z if residual is None else residual + z
+        dims = tuple(range(z.ndim - self.normalized_ndim, z.ndim))
+        centred = z if self.rms else z - z.mean(dims, keepdim=True)
+        normed = centred / torch.sqrt(centred.square().mean(dims, keepdim=True) + self.eps(dtype))
+        if "weight" in leaves:
+            normed = normed * (leaves["weight"] + float(self.options.get("zero_centered_weight", False)))
+        if "bias" in leaves:
+            normed = normed + leaves["bias"]
+        return (normed, z) if self.fused else (normed,)
+
+    def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """At the tensors' dtypes, each operation rounding its result as torch does."""
+        if leaves["x"].dtype != torch.float64:  # float32 is computed in float32, also beside float64 parameters
+            leaves = {n: leaf.float() if leaf.dtype == torch.float64 else leaf for n, leaf in leaves.items()}
+        x, residual = self._inputs(leaves)
+        z = x
+        if "x_bias" in leaves:
+            z = z + leaves["x_bias"]
+        element, path = self.masks(x)
+        if element is not None:
+            z = (z * (element > 0)) * keep_scale(self.options["dropout_p"])
+        if "layer_scale" in leaves:
+            z = z * leaves["layer_scale"]
+        if path is not None:
+            z = (z * (path > 0)) * keep_scale(self.options["drop_path_p"])
+        stored = self.options.get("residual_dtype") or (x if residual is None else residual).dtype
+        if residual is not None:
+            wide = torch.promote_types(torch.promote_types(z.dtype, residual.dtype), stored)
+            z = residual.to(wide) + z.to(wide)
+        z = z.to(stored)
+        weight, bias = leaves.get("weight"), leaves.get("bias")
+        if not self.fused:
+            try:  # what torch takes is the twin, its mixtures of dtypes too
+                return (_torch_norm(z, self._normalized_shape(z), weight, bias, self.eps(x.dtype), self.rms),)
+            except RuntimeError:
+                pass
+        normed = self._eager_norm(z, weight, bias, x.dtype)
+        return (normed, z) if self.fused else (normed,)
+
+    def _eager_norm(self, z: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        shape = self._normalized_shape(z)
+        wide = torch.promote_types(z.dtype, dtype)
+        for parameter in (weight, bias):
+            wide = wide if parameter is None else torch.promote_types(wide, parameter.dtype)
+        if self.options.get("zero_centered_weight", False):
+            # the tighter of two twins: 1 + weight is not rounded to a 16-bit dtype
+            wide = torch.promote_types(wide, torch.float32)
+            weight = None if weight is None else 1 + weight.to(wide)
+        z, weight, bias = (None if t is None else t.to(wide) for t in (z, weight, bias))
+        eps = self.eps(dtype)
+        if self.options.get("memory_efficient", False) and self.rebuilds:
+            return _NormKeepingItsOutput.apply(z, weight, bias, eps, self.rms, shape, dtype)
+        return _torch_norm(z, shape, weight, bias, eps, self.rms).to(dtype)
+
+
+def _torch_norm(
+    z: Tensor, shape: torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> Tensor:
+    return F.rms_norm(z, shape, weight, eps) if rms else F.layer_norm(z, shape, weight, bias, eps)
+
+
+class _NormKeepingItsOutput(torch.autograd.Function):
+    """The eager twin of ``memory_efficient``: its backward sees the rounded output instead of z.
+
+    The normalized value it rebuilds, (normed - bias) / weight, is off by rounding(normed) / weight. That is
+    inherent in keeping the output, so the budget measures this method's error and not that of keeping z.
+    """
+
+    @staticmethod
+    def forward(ctx, z, weight, bias, eps, rms, shape, dtype):
+        ctx.dims, ctx.rms, ctx.z_dtype = tuple(range(z.ndim - len(shape), z.ndim)), rms, z.dtype
+        normed = _torch_norm(z, shape, weight, bias, eps, rms).to(dtype)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        centred = z if rms else z - z.mean(ctx.dims, keepdim=True)
+        rstd = torch.rsqrt(centred.square().mean(ctx.dims, keepdim=True) + eps)
+        ctx.save_for_backward(normed, rstd, weight, bias)
+        return normed
+
+    @staticmethod
+    def backward(ctx, dnormed):
+        normed, rstd, weight, bias = ctx.saved_tensors
+        dy, xhat = dnormed.to(rstd.dtype), normed.to(rstd.dtype)
+        xhat = xhat if bias is None else xhat - bias.to(rstd.dtype)
+        xhat = xhat if weight is None else xhat / weight.to(rstd.dtype)
+        g = dy if weight is None else dy * weight.to(rstd.dtype)
+        dz = g - xhat * (g * xhat).mean(ctx.dims, keepdim=True)
+        dz = dz if ctx.rms else dz - g.mean(ctx.dims, keepdim=True)
+        lead = tuple(range(ctx.dims[0]))
+        dweight = None if weight is None else (dy * xhat).sum(lead).to(weight.dtype)
+        dbias = None if bias is None else dy.sum(lead).to(bias.dtype)
+        return (dz * rstd).to(ctx.z_dtype), dweight, dbias, None, None, None, None
+
+
+def evaluate(
+    run: Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]],
+    leaves: Mapping[str, Tensor],
+    cotangents: tuple[Tensor | None, ...],
+) -> dict[str, Tensor | None]:
+    """Outputs and every leaf's gradient, by name; an output whose cotangent is None is left out backwards."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    outputs = run(leaves)
+    results: dict[str, Tensor | None] = {
+        name: output.detach().clone() for name, output in zip(("normed", "residual_out"), outputs, strict=False)
+    }
+    used = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+    gradients = torch.autograd.grad(
+        [output for output, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True
+    )
+    return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def assert_within_budget(
+    ours: Any,
+    eager: Any,
+    exact: Any,
+    dtype: torch.dtype | None = None,
+    what: str = "",
+    computed_in: torch.dtype | None = None,
+) -> None:
+    """max|ours - exact| <= 2 max|eager - exact| + one rounding of the dtype at the exact result's magnitude.
+
+    Takes tensors, or mappings from names to tensors (None: no gradient). `dtype` is what ours must have, or
+    None for what eager has. A result may be stored wider than it is `computed_in` (the gradient of a float64
+    weight beside float32 input); the rounding is then the coarser one.
+    """
+    if isinstance(exact, Mapping):
+        assert ours.keys() == eager.keys() == exact.keys()
+        faults = []
+        for name in exact:
+            try:
+                assert_within_budget(ours[name], eager[name], exact[name], dtype, f"{what}{name}", computed_in)
+            except AssertionError as fault:
+                faults.append(str(fault))
+        assert not faults, "\n".join(faults)
+        return
+    if exact is None:
+        assert ours is None or not ours.any(), f"{what}: a gradient where there is none"
+        return
+    assert ours is not None, f"{what}: no gradient"
+    dtype = dtype or eager.dtype
+    assert ours.dtype == dtype, f"{what}: dtype {ours.dtype}, expected {dtype}"
+    assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    exact, ours_error, eager_error = (
+        exact.detach(),
+        ours.detach().double() - exact,
+        eager.detach().double() - exact,
+    )
+    assert exact.isfinite().all(), f"{what}: the oracle itself is not finite; choose other inputs"
+    bad = (~ours_error.isfinite()).sum().item()
+    assert not bad, f"{what}: {bad} of {exact.numel()} elements are not finite"
+    coarser = max(dtype, computed_in or dtype, key=lambda t: torch.finfo(t).eps)
+    info = torch.finfo(coarser)
+    magnitude = exact.abs().max().item()
+    rounding = max(info.eps / 2 * magnitude, info.smallest_normal * info.eps)
+    if coarser == torch.float64:
+        rounding *= ORACLE_ROUNDINGS
+    error, reference = ours_error.abs().max().item(), eager_error.abs().max().item()
+    where = np.unravel_index(int(ours_error.abs().argmax()), tuple(exact.shape) or (1,))
+    assert error <= 2 * reference + rounding, (
+        f"{what} ({dtype}): max|ours - fp64| = {error:.4g} at {tuple(map(int, where))} exceeds "
+        f"2 * {reference:.4g} (eager) + {rounding:.4g} (one rounding at {magnitude:.4g})"
+    )
+
+
+def check(
+    call: Call,
+    leaves: Mapping[str, Tensor],
+    generator: torch.Generator,
+    used: tuple[bool, ...] = (True, True),
+) -> None:
+    """Forward and every gradient of one call against the oracle, random cotangents for the outputs `used`.
+
+    The budget compares two largest errors, and on a small tensor one draw says little of either: eager may be
+    lucky. Where a draw is over the budget, the same bound is put to the largest errors over DRAWS of them.
+    """
+
+    def draw(leaves: Mapping[str, Tensor]) -> list[dict[str, Tensor | None]]:
+        with torch.no_grad():
+            outputs = call.eager(leaves)
+        cotangents = tuple(
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) if use else None
+            for o, use in zip(outputs, used, strict=False)
+        )
+        wide = {name: leaf.double() for name, leaf in leaves.items()}
+        wide_cotangents = tuple(None if c is None else c.double() for c in cotangents)
+        return [
+            evaluate(call.ours, leaves, cotangents),
+            evaluate(call.eager, leaves, cotangents),
+            evaluate(lambda t: call.exact(t, leaves["x"].dtype), wide, wide_cotangents),
+        ]
+
+    budget = partial(
+        assert_within_budget,
+        what=f"{call.function} ",
+        computed_in=torch.float64 if leaves["x"].dtype == torch.float64 else torch.float32,
+    )
+    first = draw(leaves)
+    try:
+        budget(*first)
+    except AssertionError:
+        draws = [first] + [draw(_shuffled(leaves, generator)) for _ in range(DRAWS - 1)]
+        budget(*(_stacked(results) for results in zip(*draws, strict=True)))
+
+
+def _shuffled(leaves: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Fresh inputs of the same distribution: every leaf's values in another order."""
+    return {
+        name: leaf.flatten()[torch.randperm(leaf.numel(), generator=generator).to(leaf.device)].view_as(leaf)
+        for name, leaf in leaves.items()
+    }
+
+
+def _stacked(results: tuple[dict[str, Tensor | None], ...]) -> dict[str, Tensor | None]:
+    return {
+        name: None if first is None else torch.stack([result[name] for result in results])
+        for name, first in results[0].items()
+    }

@@ -1,0 +1,228 @@
+"""The provider table: choice, explicit request, refusal."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+import fusednorm
+from fusednorm import providers
+from fusednorm.providers import reference
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Puts a provider of one's own first in the table: the reference under another name, as it was told to behave.
+
+    Returns a function of (reason it is unavailable, refusal of a call, the list it notes its calls in).
+    """
+
+    def plant(name="planted", unavailable=None, refusal=None, calls=None):
+        module = types.ModuleType(f"fusednorm_test_{name}")
+        module.unavailable_reason = lambda: unavailable
+        module.refusal = lambda op, *args: refusal(op, *args) if callable(refusal) else refusal
+
+        def op(op_name):
+            def run(*args):
+                if calls is not None:
+                    calls.append(op_name)
+                return getattr(reference, op_name)(*args)
+
+            return run
+
+        module.add_layer_norm_fwd = op("add_layer_norm_fwd")
+        module.add_layer_norm_bwd = op("add_layer_norm_bwd")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(providers, "PROVIDERS", {name: module.__name__, **providers.PROVIDERS})
+        for cache in ("_modules", "_reasons"):
+            monkeypatch.setattr(providers, cache, {})
+        monkeypatch.setattr(providers, "_logged", set())
+        return name
+
+    return plant
+
+
+def call(x=None, **kwargs):
+    x = torch.randn(3, 8) if x is None else x
+    return fusednorm.add_layer_norm(x, torch.randn(3, 8), (8,), residual_dtype=torch.float64, **kwargs)
+
+
+def test_available_providers_lists_usable_names_best_first():
+    names = fusednorm.available_providers()
+    assert "reference" in names
+    assert names == [n for n in providers.PROVIDERS if providers.unavailable_reason(n) is None]
+    assert names[-1] == "reference"
+    for name in names:
+        with fusednorm.use_provider(name):
+            pass
+
+
+def test_unknown_name_says_what_is_known():
+    with pytest.raises(ValueError, match=r"name.*'cuda13'.*'reference'"):
+        fusednorm.use_provider("cuda13")
+
+
+def test_unavailable_name_says_why_and_what_is_usable(planted):
+    name = planted(unavailable="no such chip here")
+    assert name not in fusednorm.available_providers()
+    with pytest.raises(RuntimeError, match=r"'planted'.*no such chip here.*reference"), fusednorm.use_provider(name):
+        pytest.fail("entered")
+    assert providers.requested() is None
+
+
+def test_explicit_request_never_falls_back(planted):
+    planted(refusal=lambda op, x, *rest: "x: more than two rows")
+    with (
+        fusednorm.use_provider("planted"),
+        pytest.raises(ValueError, match=r"'planted'.*add_layer_norm.*x: more than two rows"),
+    ):
+        call()
+
+
+def test_automatic_choice_takes_the_first_that_can_serve(planted):
+    calls: list[str] = []
+    planted(calls=calls)
+    x = torch.randn(3, 8, requires_grad=True)
+    normed, _ = call(x)
+    normed.backward(torch.randn_like(normed))
+    assert calls == ["add_layer_norm_fwd", "add_layer_norm_bwd"]
+    assert x.grad is not None
+
+
+def test_automatic_choice_logs_a_refusal_once_and_goes_on(planted, caplog):
+    planted(refusal="layer_scale: not taken")
+    with caplog.at_level(logging.INFO, logger="fusednorm"):
+        for _ in range(3):
+            call()
+    records = [r for r in caplog.records if "not taken" in r.getMessage()]
+    assert len(records) == 1
+    assert records[0].name == "fusednorm"
+    assert "planted" in records[0].getMessage()
+
+
+def test_explain_names_the_provider_and_the_refusals(planted):
+    planted(refusal="layer_scale: not taken")
+    said = fusednorm.explain(fusednorm.add_layer_norm, torch.randn(3, 8), None, (8,))
+    assert "reference" in said
+    assert re.search(r"planted.*layer_scale: not taken", said)
+
+
+def test_explain_of_an_unavailable_provider(planted):
+    planted(unavailable="no such chip here")
+    said = fusednorm.explain(fusednorm.layer_norm, torch.randn(3, 8), (8,))
+    assert re.search(r"planted.*no such chip here", said)
+
+
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_explain_every_function(function, provider, using, device):
+    x = torch.randn(3, 8, device=device)
+    args = (x, x, (8,)) if function.startswith("add") else (x, (8,))
+    with using:
+        said = fusednorm.explain(getattr(fusednorm, function), *args)
+    assert function in said
+    assert provider == "automatic" or provider in said
+
+
+def test_explain_takes_modules_and_leaves_the_random_state_alone():
+    module = torch.nn.Sequential(fusednorm.LayerNorm(8), fusednorm.AddLayerNorm(8, dropout_p=0.5))
+    state = torch.get_rng_state()
+    said = fusednorm.explain(module, torch.randn(3, 8, generator=torch.Generator().manual_seed(1)))
+    assert "add_layer_norm" in said
+    assert torch.equal(state, torch.get_rng_state())
+    assert "no function" in fusednorm.explain(torch.sum, torch.ones(2))
+
+
+def test_use_provider_nests_and_restores(planted):
+    planted()
+    assert providers.requested() is None
+    with fusednorm.use_provider("reference"):
+        assert providers.requested() == "reference"
+        with fusednorm.use_provider("planted"):
+            assert providers.requested() == "planted"
+        assert providers.requested() == "reference"
+    assert providers.requested() is None
+
+
+def test_use_provider_restores_after_an_exception():
+    with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
+        raise ZeroDivisionError
+    assert providers.requested() is None
+
+
+def test_use_provider_restores_after_a_failed_entry(planted):
+    planted(unavailable="no")
+    with fusednorm.use_provider("reference"):
+        with pytest.raises(RuntimeError), fusednorm.use_provider("planted"):
+            pytest.fail("entered")
+        assert providers.requested() == "reference"
+    assert providers.requested() is None
+
+
+def test_use_provider_is_a_decorator_also_when_recursive():
+    @fusednorm.use_provider("reference")
+    def run(depth):
+        assert providers.requested() == "reference"
+        return run(depth - 1) if depth else "done"
+
+    assert run(3) == "done"
+    assert providers.requested() is None
+
+
+def test_use_provider_instance_may_be_entered_again():
+    context = fusednorm.use_provider("reference")
+    for _ in range(2):
+        with context:
+            assert providers.requested() == "reference"
+        assert providers.requested() is None
+
+
+def test_backward_outside_the_block_uses_the_forwards_provider(planted):
+    """And in another thread, as on a GPU."""
+    calls: list[str] = []
+    planted(calls=calls)
+    x = torch.randn(3, 8, requires_grad=True)
+    with fusednorm.use_provider("planted"):
+        normed, _ = call(x)
+    calls.clear()
+    with fusednorm.use_provider("reference"):
+        thread = threading.Thread(target=lambda: normed.backward(torch.ones_like(normed)))
+        thread.start()
+        thread.join()
+    assert calls == ["add_layer_norm_bwd"]
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_forced_provider_really_runs_forward_and_backward(planted, memory_efficient):
+    calls: list[str] = []
+    planted(calls=calls)
+    for function in (fusednorm.layer_norm, fusednorm.rms_norm):
+        x = torch.randn(3, 8, requires_grad=True)
+        with fusednorm.use_provider("planted"):
+            function(x, (8,)).backward(torch.ones(3, 8))
+    for function in (fusednorm.add_layer_norm, fusednorm.add_rms_norm):
+        x = torch.randn(3, 8, requires_grad=True)
+        with fusednorm.use_provider("planted"):
+            outputs = function(x, x, (8,), memory_efficient=memory_efficient)
+            torch.autograd.backward(outputs, [torch.ones(3, 8)] * 2)
+    assert calls == ["add_layer_norm_fwd", "add_layer_norm_bwd"] * 4
+
+
+def test_no_gradient_needed_no_function_recorded(planted):
+    """Inference goes straight to the op: no graph node, nothing kept."""
+    calls: list[str] = []
+    planted(calls=calls)
+    weight = torch.ones(8, requires_grad=True)
+    with fusednorm.use_provider("planted"):
+        with torch.no_grad():
+            outputs = fusednorm.add_layer_norm(torch.randn(3, 8), torch.randn(3, 8), (8,), weight)
+        with torch.inference_mode():
+            outputs += fusednorm.add_layer_norm(torch.randn(3, 8), torch.randn(3, 8), (8,), weight)
+    assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
+    assert calls == ["add_layer_norm_fwd"] * 2
