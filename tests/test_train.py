@@ -1,0 +1,298 @@
+"""The training job: its data, its twins, its checkpoint, its verdict, and one tiny run from text to report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import lm_data, lm_loop, lm_report, train
+from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
+
+pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(vocab=97, context=12, layers=2, width=32, heads=2)
+SETTINGS = lm_loop.Settings(epochs=2, batch=4, learning_rate=1e-2, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads and lose much where other work runs beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def split() -> lm_data.Split:
+    return lm_data.split_documents(*lm_data.load_documents())
+
+
+def rows_of(count: int, config: ModelConfig = CONFIG) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(config.vocab, (count, config.context + 1), generator=generator)
+
+
+def long_lines(chunks: list[str]) -> set[str]:
+    """Lines of prose; rulers and heads of tables do recur."""
+    return {
+        " ".join(line.split())
+        for chunk in chunks
+        for line in chunk.splitlines()
+        if len(line.strip()) >= 50 and line.strip()[0] not in "|+"
+    }
+
+
+def test_documents_do_repeat_each_other():
+    """Why repeated paragraphs are removed: without that, whole paragraphs stand in several documents."""
+    documents, _ = lm_data.load_documents()
+    keys = [lm_data.normalized(p) for document in documents for p in lm_data.paragraphs(document)]
+    assert len(set(keys)) < 0.95 * len(keys)
+
+
+def test_split_shares_no_text_between_sides(split):
+    sides = [{lm_data.normalized(p) for c in side for p in lm_data.paragraphs(c)} for side in (split.train, split.test)]
+    assert not sides[0] & sides[1]
+    shared = long_lines(split.train) & long_lines(split.test)
+    assert len(shared) <= 0.01 * len(long_lines(split.test)), sorted(shared)
+
+
+def test_split_keeps_every_paragraph_once(split):
+    documents, _ = lm_data.load_documents()
+    expected = {lm_data.normalized(p) for document in documents for p in lm_data.paragraphs(document)}
+    kept = [lm_data.normalized(p) for chunk in split.train + split.test for p in lm_data.paragraphs(chunk)]
+    assert len(kept) == len(set(kept)) and set(kept) == expected
+    test_share = sum(map(len, split.test)) / sum(map(len, split.train + split.test))
+    assert 0.05 < test_share < 0.15
+
+
+def test_split_refuses_a_text_too_short_for_two_sides():
+    with pytest.raises(ValueError, match="longer text"):
+        lm_data.split_documents(["one paragraph\n\none paragraph"])
+
+
+def test_tokenizer_round_trip_and_repeatability(split):
+    tokenizer = lm_data.train_tokenizer(split.train[:20], 600)
+    assert tokenizer.get_vocab_size() == 600
+    assert tokenizer.to_str() == lm_data.train_tokenizer(split.train[:20], 600).to_str()
+    reloaded = lm_data.load_tokenizer(tokenizer.to_str())
+    for text in [*split.test[:2], "naïve — 日本語 🙂\t\x00\r\n  indented", ""]:
+        assert reloaded.decode(reloaded.encode(text).ids) == text
+    stream = lm_data.encode(tokenizer, ["ab", "ab"])
+    assert stream.dtype == torch.int64 and (stream == tokenizer.token_to_id(lm_data.END)).sum() == 2
+
+
+def test_vocabulary_smaller_than_the_alphabet_is_refused():
+    with pytest.raises(ValueError, match="257"):
+        lm_data.train_tokenizer(["text"], 256)
+
+
+def test_blocks_predict_each_token_once():
+    rows = lm_data.blocks(torch.arange(30), 7)
+    assert rows.shape == (4, 8)
+    assert torch.equal(rows[:, 1:].flatten(), torch.arange(1, 29))
+    with pytest.raises(ValueError, match="more text"):
+        lm_data.blocks(torch.arange(7), 7)
+
+
+def test_epoch_order_depends_on_seed_and_epoch_alone():
+    first = lm_data.epoch_order(50, 1, 0)
+    torch.rand(3)
+    assert torch.equal(first, lm_data.epoch_order(50, 1, 0))
+    assert torch.equal(first.sort().values, torch.arange(50))
+    assert not torch.equal(first, lm_data.epoch_order(50, 1, 1)) and not torch.equal(
+        first, lm_data.epoch_order(50, 2, 0)
+    )
+
+
+def test_unigram_loss_is_the_entropy_of_a_known_source():
+    stream = torch.tensor([0] * 75_000 + [1] * 25_000)
+    entropy = -(0.75 * torch.tensor(0.75).log() + 0.25 * torch.tensor(0.25).log()).item()
+    assert lm_data.unigram_loss(stream, stream, 2) == pytest.approx(entropy, abs=1e-4)
+
+
+@pytest.mark.parametrize("provider", [None, "reference"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_twins_start_with_equal_loss_and_gradients(provider, dropout):
+    twins = make_twins(replace(CONFIG, dropout=dropout), 5, CPU)
+    assert list(twins["eager"].state_dict()) == list(twins["fused"].state_dict())
+    rows = rows_of(4)
+    gradients, losses = {}, {}
+    for variant, model in twins.items():
+        with train.provider_context(provider):
+            loss = loss_of(model.train(), rows, seed=123)
+        loss.backward()
+        losses[variant] = loss.item()
+        gradients[variant] = {name: p.grad for name, p in model.named_parameters()}
+    assert losses["fused"] == pytest.approx(losses["eager"], rel=1e-6)
+    for name, gradient in gradients["eager"].items():
+        torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dropout_seed_changes_the_loss_and_eval_ignores_it():
+    model = make_twins(replace(CONFIG, dropout=0.3), 5, CPU)["fused"].train()
+    rows = rows_of(4)
+    assert loss_of(model, rows, seed=1) != loss_of(model, rows, seed=2)
+    model.eval()
+    assert loss_of(model, rows, seed=1) == loss_of(model, rows, seed=2)
+
+
+def test_model_does_not_look_ahead():
+    model = make_twins(CONFIG, 5, CPU)["fused"].eval()
+    rows = rows_of(2)[:, :-1]
+    changed = rows.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % CONFIG.vocab
+    assert torch.equal(model(rows)[:, :7], model(changed)[:, :7])
+    assert not torch.equal(model(rows)[:, 7:], model(changed)[:, 7:])
+
+
+def test_checkpoint_reloads_to_the_same_loss(tmp_path, split):
+    tokenizer = lm_data.train_tokenizer(split.train[:5], 300)
+    model = make_twins(replace(CONFIG, vocab=300), 5, CPU)["fused"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    rows = rows_of(6)
+    train.save_checkpoint(tmp_path / "folder" / "c.pt", model, tokenizer)
+    reloaded, reloaded_tokenizer = train.load_checkpoint(tmp_path / "folder" / "c.pt", CPU)
+    assert lm_loop.evaluate(reloaded, rows, 4, "float32") == lm_loop.evaluate(model, rows, 4, "float32")
+    assert reloaded_tokenizer.to_str() == tokenizer.to_str()
+    fresh = LanguageModel("fused", model.config)
+    assert lm_loop.evaluate(fresh, rows, 4, "float32") != lm_loop.evaluate(model, rows, 4, "float32")
+
+
+def test_training_repeats_bit_for_bit():
+    rows = rows_of(10)
+    runs = []
+    for _ in range(2):
+        with lm_loop.deterministic():
+            twins = make_twins(replace(CONFIG, dropout=0.2), 5, CPU)
+            runs.append(lm_loop.train_twins(twins, rows, rows[:3], SETTINGS, say=lambda line: None))
+    assert runs[0] == runs[1]
+    assert len(runs[0]["fused"].steps) == 6 and len(runs[0]["fused"].test) == 3
+    assert runs[0]["fused"].train[-1] < runs[0]["fused"].train[0]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_restores_what_it_found(before):
+    found = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        with pytest.raises(KeyError), lm_loop.deterministic():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() is before
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(found[0])
+        torch.utils.deterministic.fill_uninitialized_memory = found[1]
+
+
+def curve(*train_losses: float) -> dict[str, list[float]]:
+    return {"train": list(train_losses), "test": [5.0, *train_losses], "steps": list(train_losses)}
+
+
+def test_check_curves_accepts_what_is_within_the_bound():
+    assert lm_report.check_curves(curve(4.0, 3.0), curve(4.009, 2.991), 0.01) == []
+
+
+@pytest.mark.parametrize("planted", [3.02, 2.98, float("nan"), float("inf")])
+def test_check_curves_names_a_planted_divergence(planted):
+    faults = lm_report.check_curves(curve(4.0, planted), curve(4.0, 3.0), 0.01)
+    assert len(faults) == 2 and all("epoch 2" in fault for fault in faults)
+
+
+def test_check_curves_refuses_curves_of_unequal_length():
+    assert lm_report.check_curves(curve(4.0), curve(4.0, 3.0), 0.01)
+    assert lm_report.check_curves(curve(), curve(), 0.01)
+
+
+def test_memory_is_measured_and_repeats():
+    first, second = (lm_loop.measure_memory("eager", CONFIG, SETTINGS, CPU) for _ in range(2))
+    assert first == second
+    parameters = sum(p.numel() for p in LanguageModel("eager", CONFIG).parameters())
+    # Parameters, gradients and two Adam moments, four bytes each, are held at once.
+    assert first["peak_bytes"] > 4 * 4 * parameters
+    wider = lm_loop.measure_memory("eager", replace(CONFIG, width=64), SETTINGS, CPU)
+    assert all(wider[key] > first[key] for key in first)
+
+
+SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 300, "context": 64, "batch": 16}
+TINY = ["--device", "cpu", *(word for name, size in SIZES.items() for word in (f"--{name}", str(size)))]
+
+
+@pytest.fixture
+def tiny_text(tmp_path, split):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(split.train[:3]), encoding="utf-8")
+    return path
+
+
+def test_run_from_text_to_report(tmp_path, tiny_text, capsys):
+    folder = tmp_path / "report"
+    assert train.main([*TINY, "--text", str(tiny_text), "--report", str(folder)]) == 0
+    report = json.loads((folder / "train.json").read_text())
+    assert set(report["curves"]) == set(VARIANTS)
+    assert report["checks"]["reload_equal"] is True and report["checks"]["faults"] == []
+    losses = report["curves"]["fused"]["test"]
+    assert losses[1] < losses[0]
+    assert all(report["speed"][v]["tokens_per_s"] > 0 and report["memory"][v]["peak_bytes"] > 0 for v in VARIANTS)
+    assert (folder / "train_checkpoint.pt").stat().st_size > 0
+    if "matplotlib" in sys.modules:
+        assert (folder / "train_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "Curves agree" in (folder / "train.md").read_text(encoding="utf-8")
+    assert "Curves agree" in capsys.readouterr().out
+
+
+def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch):
+    """A fused norm that loses the residual stream's addend: the job must say so and end with status 1."""
+    correct = train.fusednorm.AddLayerNorm.forward
+
+    def wrong(self, x, residual=None, *, seed=None):
+        normed, stream = correct(self, x, residual, seed=seed)
+        return normed, stream - 0.5 * x
+
+    monkeypatch.setattr(train.fusednorm.AddLayerNorm, "forward", wrong)
+    monkeypatch.setattr(lm_report, "BOUNDS", {"float32": 1e-3})
+    status = train.main([*TINY, "--rate", "1e-2", "--text", str(tiny_text), "--report", str(tmp_path / "report")])
+    assert status == 1
+    assert "FAILED: test loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--text", "no-such-file.txt"], "no-such-file.txt"),
+        (["--dropout", "1.0"], "dropout"),
+        (["--epochs", "0"], "epochs"),
+        (["--layers", "0"], "layers"),
+        (["--vocab", "10"], "vocab"),
+        (["--provider", "no-such-provider"], "no-such-provider"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(tiny_text, tmp_path, capsys, arguments, named):
+    given = [*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report"), *arguments]
+    assert train.main(given) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_missing_tokenizers_is_named_with_its_remedy(monkeypatch, capsys, tiny_text):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert train.main([*TINY, "--text", str(tiny_text)]) == 2
+    assert "pip install tokenizers" in capsys.readouterr().err
+
+
+def test_missing_plots_and_bars_degrade(monkeypatch, tmp_path, tiny_text, capsys):
+    for name in ("matplotlib", "matplotlib.figure", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train.main([*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report")]) == 0
+    assert not (tmp_path / "report" / "train_curves.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out
