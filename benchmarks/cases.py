@@ -1,0 +1,346 @@
+"""What is measured: operations with their inputs, byte and FLOP models, baselines, and the sweeps over shapes.
+
+An operation is an object with the methods of `Norm`; another family (attention, a layer step) is another class with
+the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusednorm
+
+Call = Callable[[], tuple[Tensor, ...]]
+Leaves = Mapping[str, Tensor]
+
+DROPOUT_P = 0.1
+EPS = 1e-5
+DIRECTIONS = ("forward", "backward", "both")
+DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+TINY = (4, 64)  # too small for any device: what is measured is the time of the host
+
+
+class BaselineError(Exception):
+    """A baseline cannot serve a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One of the four norms, plain or after the residual add, or after the whole epilogue.
+
+    The epilogue is `residual + dropout(x + x_bias)`; results are (normed,) or (normed, the residual stream).
+    """
+
+    name: str
+    rms: bool = False
+    add: bool = False
+    epilogue: bool = False
+
+    def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that receives a gradient."""
+        sizes = {"x": shape}
+        if self.add:
+            sizes["residual"] = shape
+        sizes["weight"] = shape[-1:]
+        if not self.rms:
+            sizes["bias"] = shape[-1:]
+        if self.epilogue:
+            sizes["x_bias"] = shape[-1:]
+        return sizes
+
+    def outputs(self) -> tuple[str, ...]:
+        return ("normed", "residual_out") if self.add else ("normed",)
+
+    def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
+        """The elements that `fused` keeps with this seed; None without dropout."""
+        return fusednorm.dropout_mask(shape, DROPOUT_P, seed, device) if self.epilogue else None
+
+    def _norm(self, t: Leaves) -> Callable[[Tensor], Tensor]:
+        shape, weight, bias = tuple(t["weight"].shape), t["weight"], t.get("bias")
+        if self.rms:
+            return lambda z: F.rms_norm(z, shape, weight, EPS)
+        return lambda z: F.layer_norm(z, shape, weight, bias, EPS)
+
+    def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
+        z, norm = t["x"], self._norm(t)
+        if self.epilogue:
+            z = torch.where(mask, (z + t["x_bias"]) * (1.0 / (1.0 - DROPOUT_P)), 0.0)
+        if self.add:
+            z = t["residual"] + z
+        return (norm(z), z) if self.add else (norm(z),)
+
+    def eager(self, t: Leaves, dropout_p: float = DROPOUT_P) -> Call:
+        """What a user of plain torch writes."""
+        x, residual, x_bias, norm = t["x"], t.get("residual"), t.get("x_bias"), self._norm(t)
+
+        def epilogue() -> tuple[Tensor, ...]:
+            z = residual + F.dropout(x + x_bias, dropout_p)
+            return norm(z), z
+
+        def add() -> tuple[Tensor, ...]:
+            z = residual + x
+            return norm(z), z
+
+        def plain() -> tuple[Tensor, ...]:
+            return (norm(x),)
+
+        return epilogue if self.epilogue else add if self.add else plain
+
+    def fused(self, t: Leaves, seed: int | None = None) -> Call:
+        """The package's function. Without `seed` it draws one each call, as a user's call does."""
+        function = getattr(fusednorm, ("add_" if self.add else "") + ("rms_norm" if self.rms else "layer_norm"))
+        shape, x, weight = tuple(t["weight"].shape), t["x"], t["weight"]
+        residual, x_bias = t.get("residual"), t.get("x_bias")
+        rest = (shape, weight, EPS) if self.rms else (shape, weight, t["bias"], EPS)
+        if self.epilogue:
+            return lambda: function(x, residual, *rest, x_bias=x_bias, dropout_p=DROPOUT_P, seed=seed)
+        if self.add:
+            return lambda: function(x, residual, *rest)
+        return lambda: (function(x, *rest),)
+
+    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
+        """The least traffic: each input read once, each result written once, statistics in float32.
+
+        Forward without gradients stores no statistics; with them (backward, both) it does. The backward reads the
+        cotangents and the kept stream. The gradient of a bare add is one tensor for both operands. No mask is stored.
+        """
+        rows, width = _rows(shape), shape[-1]
+        tensor, parameter = rows * width * itemsize, width * itemsize
+        n_parameters = 1 if self.rms else 2
+        statistics = rows * 4 * (1 if self.rms else 2)
+        forward = (4 if self.add else 2) * tensor + (n_parameters + self.epilogue) * parameter
+        read = (3 if self.add else 2) * tensor + statistics + parameter
+        written = (2 if self.epilogue else 1) * tensor + (n_parameters + self.epilogue) * parameter
+        if direction == "forward":
+            return forward
+        return read + written if direction == "backward" else forward + statistics + read + written
+
+    def flops(self, shape: tuple[int, ...], direction: str) -> int:
+        """Float additions and multiplications, per element (what is done once a row, and integer work, is left out).
+
+        Forward LayerNorm 7: mean 1, centre 1, square and sum 2, scale 1, weight 1, bias 1; RMSNorm 4. Backward
+        LayerNorm 13: x̂ 2, g = w dy 1, the two row sums 3, dz 4, dweight 2, dbias 1; RMSNorm 9. A residual adds 1 each
+        way; bias and dropout's scale 2 each way.
+        """
+        extra = self.add + 2 * self.epilogue
+        forward, backward = (4 if self.rms else 7) + extra, (9 if self.rms else 13) + extra
+        each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+        return each * _rows(shape) * shape[-1]
+
+    def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype whose matmul rate bounds the arithmetic: norms compute in float32 whatever they read."""
+        return torch.float32
+
+    def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """An upper estimate of what checking and measuring take: float64 twins, and int64 words under a mask."""
+        return _rows(shape) * shape[-1] * (12 * itemsize + 14 * 8 + (160 if self.epilogue else 0))
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Norm("layer_norm"),
+        Norm("rms_norm", rms=True),
+        Norm("add_layer_norm", add=True),
+        Norm("add_rms_norm", rms=True, add=True),
+        Norm("bias_dropout_add_layer_norm", add=True, epilogue=True),
+        Norm("bias_dropout_add_rms_norm", rms=True, add=True, epilogue=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    direction: str
+
+    @property
+    def operation(self) -> Norm:
+        return OPS[self.op]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.direction}/{self.dtype}/{self.size}"
+
+    @property
+    def input_bytes(self) -> int:
+        return _rows(self.shape) * self.shape[-1] * self.torch_dtype.itemsize
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.operation.bytes_moved(self.shape, self.torch_dtype.itemsize, self.direction)
+
+    @property
+    def flops(self) -> int:
+        return self.operation.flops(self.shape, self.direction)
+
+    @property
+    def memory_needed(self) -> int:
+        return self.operation.memory_needed(self.shape, self.torch_dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    shapes: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...]
+    directions: tuple[str, ...] = ("forward", "both")
+    limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
+
+    def cases(self) -> list[Case]:
+        return [
+            Case(op, shape, dtype, direction)
+            for shape in self.shapes
+            for op in OPS
+            for dtype in self.dtypes
+            for direction in self.directions  # innermost: neighbours share their float64 results
+            if shape[0] * shape[1] <= self.limits.get(op, shape[0] * shape[1])
+        ]
+
+
+_WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
+# Making a mask with torch's integer operators takes a CPU a second for 4 million elements.
+_CPU_LIMITS = {"bias_dropout_add_layer_norm": 1 << 18, "bias_dropout_add_rms_norm": 1 << 18}
+_FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
+SWEEPS = {
+    ("cpu", "quick"): Sweep((TINY, (64, 1024), (1024, 1024)), ("float32", "bfloat16"), limits=_CPU_LIMITS),
+    ("cpu", "default"): Sweep(
+        (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
+        ("float32", "bfloat16"),
+        limits=_CPU_LIMITS,
+    ),
+    ("cpu", "full"): Sweep(
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)), ("float32", "bfloat16", "float16"), DIRECTIONS
+    ),
+    ("cuda", "quick"): Sweep((TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",)),
+    ("cuda", "default"): Sweep(
+        (
+            *(TINY, (1, 4096), (1, 262144), (64, 4096), (65536, 64), (65536, 1024)),
+            *((4096, width) for width in (256, 1024, 4096, 8192, 16384, 32768, 65536)),
+            (1024, 262144),
+        ),
+        ("bfloat16", "float16", "float32"),
+    ),
+    ("cuda", "full"): Sweep(
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)), ("bfloat16", "float16", "float32"), DIRECTIONS
+    ),
+}
+
+
+def sweep(device_type: str, level: str) -> list[Case]:
+    return SWEEPS["cuda" if device_type == "cuda" else "cpu", level].cases()
+
+
+def runner(call: Call, leaves: Iterable[Tensor], cotangents: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+    """The measured callable: the forward, the backward of a kept graph, or both."""
+    if direction == "forward":
+        return call
+    inputs = list(leaves)
+    if direction == "both":
+        return lambda: torch.autograd.grad(call(), inputs, cotangents)
+    outputs = call()
+    return lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+
+
+# --- baselines: name -> (module to import, or None for torch's own; function (op, leaves) -> Call) ---
+
+
+def _compiled(mode: str | None) -> Callable[[Norm, Leaves], Call]:
+    def build(op: Norm, t: Leaves) -> Call:
+        import torch._functorch.config as functorch_config
+
+        functorch_config.donated_buffer = False  # a kept graph (direction "backward") could not be run twice
+        return torch.compile(op.eager(t), mode=mode, dynamic=False)
+
+    return build
+
+
+def _attribute(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise BaselineError(f"{path} cannot be imported: {error}") from error
+
+
+def _liger(op: Norm, t: Leaves) -> Call:
+    if op.epilogue:
+        raise BaselineError("has no dropout")
+    x, w = t["x"], t["weight"]
+    # offset 0; in place would overwrite the cotangent, which is used again
+    if op.add:
+        if not op.rms:
+            raise BaselineError("has no add + layer_norm that returns both")
+        add = _attribute("liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction").apply
+        return lambda: add(x, t["residual"], w, EPS, 0.0, "llama", False)
+    if op.rms:
+        rms = _attribute("liger_kernel.ops.rms_norm.LigerRMSNormFunction").apply
+        return lambda: (rms(x, w, EPS, 0.0, "llama", False),)
+    norm = _attribute("liger_kernel.ops.layer_norm.LigerLayerNormFunction").apply
+    return lambda: (norm(x, w, t["bias"], EPS),)
+
+
+def _quack(op: Norm, t: Leaves) -> Call:
+    if op.epilogue or not op.rms:
+        raise BaselineError("has rms_norm and add_rms_norm only")
+    rms, x, w, residual = _attribute("quack.rmsnorm.rmsnorm"), t["x"], t["weight"], t.get("residual")
+    if op.add:
+        return lambda: rms(x, w, residual=residual, eps=EPS, prenorm=True)
+    return lambda: (rms(x, w, eps=EPS),)
+
+
+def _fla(op: Norm, t: Leaves) -> Call:
+    if op.epilogue:
+        raise BaselineError("has no dropout")
+    norm = _attribute("fla.modules.layernorm." + ("rms_norm" if op.rms else "layer_norm"))
+    x, w, b, residual = t["x"], t["weight"], t.get("bias"), t.get("residual")
+    if op.add:
+        return lambda: norm(x, w, b, residual=residual, eps=EPS, prenorm=True)
+    return lambda: (norm(x, w, b, eps=EPS),)
+
+
+def _flash_attn(op: Norm, t: Leaves) -> Call:
+    norm = _attribute("flash_attn.ops.triton.layer_norm.layer_norm_fn")
+    x, w, b, residual, x_bias = t["x"], t["weight"], t.get("bias"), t.get("residual"), t.get("x_bias")
+    options = {"eps": EPS, "is_rms_norm": op.rms}
+    if op.epilogue:  # it has no bias of the branch: that add stays torch's
+        return lambda: norm(x + x_bias, w, b, residual=residual, dropout_p=DROPOUT_P, prenorm=True, **options)
+    if op.add:
+        return lambda: norm(x, w, b, residual=residual, prenorm=True, **options)
+    return lambda: (norm(x, w, b, **options),)
+
+
+BASELINES: dict[str, tuple[str | None, Callable[[Norm, Leaves], Call]]] = {
+    "eager": (None, lambda op, t: op.eager(t)),
+    "compile": (None, _compiled(None)),
+    # without CUDA graphs: those copy every input of this isolated call first, as no real model would
+    "compile-max-autotune": (None, _compiled("max-autotune-no-cudagraphs")),
+    "liger_kernel": ("liger_kernel", _liger),
+    "quack": ("quack", _quack),
+    "fla": ("fla", _fla),
+    "flash_attn": ("flash_attn", _flash_attn),
+}

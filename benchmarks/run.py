@@ -1,0 +1,361 @@
+"""Measure fusednorm against eager torch and other baselines on the best device here (a GPU, else the CPU).
+
+    PYTHONPATH=. python3 benchmarks/run.py --report DIR               # tables, raw JSON, Markdown, pictures
+    PYTHONPATH=. python3 benchmarks/run.py --only 'rms.*4096' --baselines all
+    PYTHONPATH=. python3 benchmarks/run.py --compare OLD.json
+
+Every case is checked against float64 at its own shape before it is timed; a wrong one gets no figure.
+Exit status: 0; 1 when a case was wrong or none was measured; 3 when --compare found a case slower beyond the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusednorm
+from benchmarks import cases, measure, report
+from benchmarks.cases import BASELINES, BaselineError, Case
+
+PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
+SECONDS = {"quick": 0.1, "default": 0.2, "full": 0.5}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="level", action="store_const", const="quick", default="default")
+    size.add_argument("--full", dest="level", action="store_const", const="full", help="all widths, rows, directions")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose name contains a match (see --list)")
+    parser.add_argument("--list", action="store_true", help="print the cases with their byte and FLOP models, and stop")
+    parser.add_argument(
+        "--baselines",
+        metavar="NAMES",
+        default="peers",
+        help=f"comma-separated, besides eager: {', '.join(n for n in BASELINES if n != 'eager')}; "
+        "peers (default): those importable on a GPU; all; none",
+    )
+    parser.add_argument(
+        "--provider", metavar="NAME", help="force one of fusednorm's providers (default: its own choice)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's, at most the cores)")
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"of timing a case; default {SECONDS}")
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="take no case after S seconds; default 90 on a CPU unless --full"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write benchmark.json, benchmark.md and pictures here"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw result to this file")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="flag changes beyond the spread")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.only = re.compile(arguments.only or "")
+    except re.error as error:
+        parser.error(f"--only {arguments.only!r} is no regular expression: {error}")
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error(f"--threads {arguments.threads}: must be at least 1")
+    if arguments.seconds is not None and arguments.seconds <= 0:
+        parser.error(f"--seconds {arguments.seconds}: must be positive")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if arguments.provider and arguments.provider not in fusednorm.available_providers():
+        parser.error(f"--provider {arguments.provider}: usable here are {fusednorm.available_providers()}")
+    if arguments.compare:
+        try:
+            arguments.compare = json.loads(arguments.compare.read_text(encoding="utf-8"))
+            arguments.compare["cases"]
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--compare: {error!r}")
+    try:
+        arguments.baselines = _wanted(arguments.baselines)
+    except ValueError as error:
+        parser.error(f"--baselines: {error}")
+    return arguments
+
+
+def _wanted(names: str) -> list[str]:
+    groups = {"peers": list(PEERS), "all": [n for n in BASELINES if n != "eager"], "none": [], "eager": []}
+    wanted: list[str] = []
+    for name in filter(None, names.split(",")):
+        if name not in groups and name not in BASELINES:
+            raise ValueError(f"unknown {name!r}; known are {', '.join([*BASELINES, 'peers', 'all', 'none'])}")
+        wanted += groups.get(name, [name])
+    return list(dict.fromkeys(wanted))
+
+
+def present(wanted: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """The baselines that can be used here, eager first, and why not each other one."""
+    used, absent = ["eager"], {}
+    for name in (n for n in BASELINES if n != "eager"):
+        module = BASELINES[name][0]
+        if name not in wanted:
+            absent[name] = "not asked for"
+        elif module is not None and util.find_spec(module) is None:
+            absent[name] = f"{module} is not installed"
+        elif module is not None and device.type != "cuda":
+            absent[name] = "needs a GPU"
+        else:
+            used.append(name)
+    return used, absent
+
+
+# --- one case ---
+
+
+def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baselines: list[str], seconds: float) -> dict:
+    """Check, then time; the record holds figures only if the result was right."""
+    record: dict[str, Any] = {"name": case.name, "size": case.size, **asdict(case)}
+    record |= {"bytes": case.bytes_moved, "flops": case.flops, "input_bytes": case.input_bytes}
+    record |= {"status": "wrong", "detail": "", "provider": "?", "how": "?", "notes": {}, "variants": {}}
+    try:
+        start = time.perf_counter()
+        verdict = measure.check(case, device)
+        record["check_seconds"] = round(time.perf_counter() - start, 3)
+        record["detail"] = verdict.detail
+        if not verdict.ok:
+            return record
+        op, problem = case.operation, measure.problem(case, device)
+        # one set of inputs for all variants: addresses and cache lines are the same for each
+        needs_grad = case.direction != "forward"
+        leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
+        build = op.fused(leaves)
+        record["provider"], record["how"], record["explain"] = _provider(build)
+
+        def bind(call: cases.Call) -> Any:
+            return cases.runner(call, leaves.values(), problem.cotangents, case.direction)
+
+        calls = {"fused": bind(build)}
+        for name in baselines:
+            try:
+                calls[name] = bind(BASELINES[name][1](op, leaves))
+                _vet(name, case, device, calls[name], record["notes"])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what a baseline cannot do is no fault of ours
+                calls.pop(name, None)
+                what = error if isinstance(error, BaselineError) else f"failed: {type(error).__name__}: {error}"
+                record["notes"][name] = str(what).replace("\n", " ")[:200]
+        flop_dtype = op.flop_dtype(case.torch_dtype)
+        record["roofline_seconds"] = roofline.seconds(case.bytes_moved, case.flops, flop_dtype)
+        record["variants"] = timer.measure(calls, seconds)
+        record["status"] = "measured"
+    except torch.OutOfMemoryError as error:
+        record |= {"status": "out of memory", "detail": str(error).splitlines()[0], "variants": {}}
+    except Exception as error:  # one case that fails must not cost the others their figures
+        record |= {"status": "failed", "detail": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
+    return record
+
+
+def _provider(build: cases.Call) -> tuple[str, str, str]:
+    text = fusednorm.explain(build)
+    first = re.match(r"\w+: (\w+), (.*)", text)
+    return (first[1], first[2], text) if first else ("none", text.splitlines()[0], text)
+
+
+def _vet(name: str, case: Case, device: torch.device, call: Any, notes: dict[str, str]) -> None:
+    """Run a baseline once and, unless it draws its own mask, hold it against float64."""
+    call()
+    if name == "eager":  # what the budget is measured by
+        return
+    op, make = case.operation, BASELINES[name][1]
+    if op.mask_of((1, 1), 0, device) is not None:
+        notes[name] = "draws its own mask: unchecked"
+        return
+    verdict = measure.check(case, device, lambda t, seed: make(op, t))
+    if verdict.worst > measure.PEER_TOLERANCE:
+        raise BaselineError(f"wrong: {verdict.detail}")
+    if not verdict.ok:
+        notes[name] = f"less accurate: {verdict.detail}"
+
+
+# --- the whole run ---
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cpu": _cpu_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fusednorm": fusednorm.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "providers": fusednorm.available_providers(),
+        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        facts["memory"] = torch.cuda.get_device_properties(device).total_memory
+        facts["cuda"] = torch.version.cuda or f"hip {torch.version.hip}"
+    return facts
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks, power and temperature as nvidia-smi tells them now."""
+    if device.type != "cuda":
+        return None
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    command += ["-i", f"GPU-{uuid}"] if uuid is not None else []
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (part.strip() for part in answer.partition("\n")[0].split(","))))
+
+
+def _commit() -> str | None:
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def progress(chosen: list[Case]) -> Iterator[Case]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for index, case in enumerate(chosen, 1):
+            if index % 10 == 1 or index == len(chosen):
+                print(f"[{index}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
+            yield case
+        return
+    bar = tqdm(chosen, unit="case", dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
+    for case in bar:
+        bar.set_postfix_str(case.name, refresh=False)
+        yield case
+
+
+def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device) -> dict[str, Any]:
+    seconds = arguments.seconds or SECONDS[arguments.level]
+    limit = arguments.limit or (90.0 if device.type == "cpu" and arguments.level != "full" else math.inf)
+    start, clocks_before = time.monotonic(), clocks(device)
+    facts = environment(device)
+    free = measure.available_memory(device)
+    left_out = {
+        case.name: f"needs about {report.bytes_text(case.memory_needed)}"
+        for case in chosen
+        if free is not None and case.memory_needed > 0.8 * free
+    }
+    used, absent = present(arguments.baselines, device)
+    forced = fusednorm.use_provider(arguments.provider) if arguments.provider else nullcontext()
+    with measure.steady_machine(arguments.threads) as machine, forced:
+        timer = measure.timer_for(device)
+        dtypes = list(dict.fromkeys(case.operation.flop_dtype(case.torch_dtype) for case in chosen))
+        kept = [case for case in chosen if case.name not in left_out]
+        most = max((case.bytes_moved for case in kept), default=0)
+        roofline = measure.measure_roofline(device, timer, most, dtypes, seconds / 4)
+        records = []
+        for case in progress(kept):
+            if time.monotonic() - start > limit:
+                left_out[case.name] = f"time was up ({limit:g} s)"
+                continue
+            if any(name.startswith("compile") for name in used):
+                torch._dynamo.reset()  # every case is another specialisation of the same code
+            records.append(run_case(case, device, timer, roofline, used, seconds))
+        measure.forget_problem()
+    method = {
+        "timer": timer.kind,
+        "correctness": "max|ours - fp64| <= 2 max|eager - fp64| + one rounding, at each shape measured, before timing; "
+        f"up to {measure.DRAWS} draws",
+        "sampling": f"variants interleaved in random order, {seconds} s a case, {measure.SLOW_ROUNDS} to "
+        f"{measure.MAX_ROUNDS} rounds; ratios are paired round by round, [..] is the 95% interval of their median",
+        "roofline": "the fastest device copy, in this run, of as many bytes as the byte model says; or the matmul rate",
+        **machine,
+        "provider": arguments.provider or "automatic choice",
+        "level": arguments.level,
+        "only": arguments.only.pattern,
+        "clocks before": clocks_before,
+        "clocks after": clocks(device),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    return {
+        "format": 1,
+        "environment": facts,
+        "method": method,
+        "roofline": asdict(roofline),
+        "baselines": {"used": used, "absent": absent},
+        "left_out": left_out,
+        "cases": records,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    device = torch.device(arguments.device) if arguments.device else measure.best_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    chosen = [case for case in cases.sweep(device.type, arguments.level) if arguments.only.search(case.name)]
+    if arguments.list:
+        rows = [[c.name, c.bytes_moved, c.flops, f"{c.flops / c.bytes_moved:.2f}"] for c in chosen]
+        print(report.table(["case", "bytes", "FLOP", "FLOP/byte"], rows))
+        return 0
+    if not chosen:
+        print(f"no case of the {arguments.level} sweep matches {arguments.only.pattern!r}; see --list", file=sys.stderr)
+        return 2
+    result = run(arguments, chosen, device)
+    wrong = report.wrong_text(result)
+    parts = [report.headline(result), report.pivots(result), "Summary\n\n" + report.summary(result)]
+    parts += ["Who served the cases\n\n" + report.providers_text(result)]
+    parts += ["Where we lose\n\n" + report.losses_text(result)]
+    parts += ["No figures\n\n" + wrong] if wrong else []
+    slower = 0
+    if arguments.compare:
+        text, slower = report.compare(arguments.compare, result)
+        parts.append(text)
+    print("\n\n".join(parts))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if arguments.report:
+        print("\nwritten: " + ", ".join(map(str, report.write(result, arguments.report))))
+    print(f"{len(result['cases'])} cases in {result['method']['seconds']:.0f} s, {len(result['left_out'])} left out")
+    if not report.measured(result) or any(record["status"] in ("wrong", "failed") for record in result["cases"]):
+        return 1
+    return 3 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

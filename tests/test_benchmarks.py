@@ -1,0 +1,399 @@
+"""The benchmark's own figures: byte and FLOP models, statistics, verdicts, comparison, report; no GPU needed."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fusednorm
+from benchmarks import cases, measure, report, run
+from benchmarks.cases import OPS, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SMALL = "^(layer_norm|bias_dropout_add_rms_norm)/.*4x64"
+FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none"]
+
+
+@pytest.fixture(autouse=True)
+def ordinary_memory(poisoned_memory: None) -> None:
+    """Filling every new tensor with NaN would be timed too."""
+    torch.use_deterministic_algorithms(False)
+
+
+# Counted by hand for 4 rows of 64, in elements of the tensor T = 4 * 64 and the parameter P = 64.
+T, P = 4 * 64, 64
+HAND_COUNTED = [
+    # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
+    ("layer_norm", "forward", 2 * T + 2 * P, 0),
+    ("rms_norm", "forward", 2 * T + P, 0),
+    ("add_layer_norm", "forward", 4 * T + 2 * P, 0),
+    ("bias_dropout_add_layer_norm", "forward", 4 * T + 3 * P, 0),
+    # backward: dy and x read, dx written; weight read, dweight and dbias written; mean and rstd of 4 rows read
+    ("layer_norm", "backward", 3 * T + 3 * P, 8),
+    ("rms_norm", "backward", 3 * T + 2 * P, 4),
+    # dnormed, dresidual_out and the stream read, one gradient written for both operands
+    ("add_layer_norm", "backward", 4 * T + 3 * P, 8),
+    # dropout makes the two gradients differ: one more tensor, and dx_bias
+    ("bias_dropout_add_layer_norm", "backward", 5 * T + 4 * P, 8),
+    ("bias_dropout_add_rms_norm", "backward", 5 * T + 3 * P, 4),
+    # both: the sum, and the statistics are written before they are read
+    ("layer_norm", "both", 5 * T + 5 * P, 16),
+    ("bias_dropout_add_layer_norm", "both", 9 * T + 7 * P, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "direction", "elements", "statistics"), HAND_COUNTED)
+def test_byte_model(op, direction, elements, statistics, dtype):
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    assert Case(op, (4, 64), dtype, direction).bytes_moved == elements * itemsize + 4 * statistics
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_byte_model_counts_each_tensor_once(op):
+    """The forward's and backward's model against the tensors themselves, at a shape where nothing cancels."""
+    shape = (6, 40)
+    leaves = {name: torch.randn(size, requires_grad=True) for name, size in op.inputs(shape).items()}
+    outputs = op.eager(leaves)()
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.randn(shape) for _ in outputs])
+
+    def size(tensors):
+        return sum(4 * t.numel() for t in tensors)
+
+    assert op.bytes_moved(shape, 4, "forward") == size(leaves.values()) + size(outputs)
+    shared = 4 * 240 if op.add and not op.epilogue else 0
+    statistics = 6 * 4 * (1 if op.rms else 2)
+    kept = 4 * 240 + 4 * 40  # the stream and the weight
+    expected = size(outputs) + kept + statistics + size(gradients) - shared
+    assert op.bytes_moved(shape, 4, "backward") == expected
+
+
+def test_flop_model():
+    counted = {op: [Case(op, (2, 8), "float32", d).flops // 16 for d in cases.DIRECTIONS] for op in OPS}
+    assert counted["layer_norm"] == [7, 13, 20]
+    assert counted["rms_norm"] == [4, 9, 13]
+    assert counted["add_layer_norm"] == [8, 14, 22]
+    assert counted["bias_dropout_add_layer_norm"] == [10, 16, 26]
+    assert counted["bias_dropout_add_rms_norm"] == [7, 12, 19]
+
+
+def test_every_sweep_has_the_tiny_case_and_unique_names():
+    for device, level in cases.SWEEPS:
+        names = [case.name for case in cases.sweep(device, level)]
+        assert len(set(names)) == len(names)
+        assert all(any(n.startswith(f"{op}/") and n.endswith("/4x64") for n in names) for op in OPS)
+    shapes = cases.SWEEPS["cpu", "default"].shapes + cases.SWEEPS["cuda", "default"].shapes
+    assert [(min(sizes), max(sizes)) for sizes in zip(*shapes)] == [(1, 65536), (64, 262144)]
+
+
+def test_median_interval_covers_the_median():
+    assert measure.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert measure.median_interval(list(range(9))) == (1, 7)  # 2 P(Binomial(9, 1/2) <= 1) = 0.039, <= 2 is 0.18
+    missed = 0
+    for draw in torch.randn(2000, 15, generator=torch.Generator().manual_seed(0)).tolist():
+        missed += not measure.median_interval(draw)[0] <= 0.0 <= measure.median_interval(draw)[1]
+    assert 0 < missed / 2000 < 0.05
+
+
+def test_roofline_interpolates_and_takes_the_binding_limit():
+    roofline = measure.Roofline(((100, 1e-6), (10_000, 1e-5)), {"float32": 1e9})
+    assert roofline.copy_seconds(10) == 1e-6
+    assert roofline.copy_seconds(1000) == pytest.approx(10**-5.5)
+    assert roofline.copy_seconds(20_000) == pytest.approx(2e-5)
+    assert roofline.seconds(100, 10, torch.float32) == 1e-6
+    assert roofline.seconds(100, 5000, torch.float32) == pytest.approx(5e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The report of one small run, as the command makes it."""
+    folder = tmp_path_factory.mktemp("report")
+    assert run.main([*FAST, "--quick", "--only", SMALL, "--report", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def result(folder) -> dict:
+    return json.loads((folder / "benchmark.json").read_text())
+
+
+def test_run_writes_samples_and_environment(result):
+    chosen = [case.name for case in cases.sweep("cpu", "quick") if re.match(SMALL, case.name)]
+    assert [record["name"] for record in result["cases"]] == chosen and len(chosen) == 8
+    assert all(r["status"] == "measured" for r in result["cases"])
+    for record in result["cases"]:
+        assert set(record["variants"]) == {"fused", "eager"}
+        for variant in record["variants"].values():
+            assert sum(0 < s < 1 for s in variant["samples"]) >= measure.SLOW_ROUNDS
+        assert record["provider"] in fusednorm.available_providers()
+        assert 0 < record["roofline_seconds"] < 1
+    assert result["environment"]["torch"] == torch.__version__
+    assert result["environment"].keys() >= {"device", "triton", "python", "commit", "date", "load"}
+    assert result["method"]["threads"] == 1
+    assert set(result["baselines"]["absent"]) == set(cases.BASELINES) - {"eager"}
+
+
+def test_run_writes_page_and_pictures(result, folder):
+    text = (folder / "benchmark.md").read_text()
+    for record in result["cases"]:
+        assert record["name"] in text
+    assert "## Where we lose" in text
+    pytest.importorskip("matplotlib")
+    names = {f"{kind}-{d}.png" for kind in ("roofline", "speedup-eager") for d in ("forward", "both")}
+    assert {path.name for path in folder.glob("*.png")} == names
+    assert all(f"({name})" in text for name in names)
+    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+def slowed(old: dict, factor: float, name: str) -> dict:
+    new = copy.deepcopy(old)
+    (fused,) = (r["variants"]["fused"] for r in new["cases"] if r["name"] == name)
+    fused["samples"] = [s * factor for s in fused["samples"]]
+    return new
+
+
+@pytest.fixture
+def steady(result) -> dict:
+    """The run with samples of a known spread: 2% around 10 us, and eager at 20 us."""
+    wobble = [1 + 0.002 * ((7 * i) % 11 - 5) for i in range(11)]
+    for record in result["cases"]:
+        record["variants"]["fused"]["samples"] = [1e-5 * w for w in wobble]
+        record["variants"]["eager"]["samples"] = [2e-5] * 11
+    return result
+
+
+def test_compare_flags_a_planted_regression(steady):
+    name = steady["cases"][3]["name"]
+    assert report.compare(steady, steady)[1] == 0
+    assert "Nothing changed" in report.compare(steady, steady)[0]
+    text, slower = report.compare(steady, slowed(steady, 1.3, name))
+    assert slower == 1
+    assert [name in line and "0.77" in line for line in text.splitlines() if "SLOWER" in line] == [True]
+    text, slower = report.compare(steady, slowed(steady, 1 / 1.3, name))
+    assert slower == 0 and "faster" in text and name in text
+
+
+def test_compare_ignores_what_lies_within_the_spread(steady):
+    name = steady["cases"][3]["name"]
+    assert report.compare(steady, slowed(steady, 1.02, name))[1] == 0  # too small a change
+    disturbed = slowed(steady, 1.3, name)
+    next(r for r in disturbed["cases"] if r["name"] == name)["variants"]["fused"]["samples"][4] = 1e-5
+    assert report.compare(steady, disturbed)[1] == 0  # the fastest sample is as fast as ever
+    for record in steady["cases"]:  # large, but so is the spread
+        record["variants"]["fused"]["samples"] = [1e-5 * (1 + i) for i in range(11)]
+    assert report.compare(steady, slowed(steady, 1.3, name))[1] == 0
+
+
+def test_compare_flags_a_case_that_became_wrong(steady):
+    new = copy.deepcopy(steady)
+    new["cases"][0] |= {"status": "wrong", "variants": {}}
+    text, slower = report.compare(steady, new)
+    assert slower == 1 and "WRONG" in text
+    del new["cases"][1]
+    assert "Only in the old run: 1 cases" in report.compare(steady, new)[0]
+
+
+def test_compare_option_sets_the_exit_status(result, tmp_path, capsys):
+    for record in result["cases"]:  # an old run in which ours was fifty times as fast
+        record["variants"]["fused"]["samples"] = [s / 50 for s in record["variants"]["fused"]["samples"]]
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    arguments = [
+        *FAST,
+        "--quick",
+        "--only",
+        "^layer_norm/forward/float32/4x64",
+        "--compare",
+        str(tmp_path / "old.json"),
+    ]
+    assert run.main(arguments) == 3
+    assert "SLOWER" in capsys.readouterr().out
+
+
+def test_losses_name_the_case_and_the_winner(steady):
+    assert report.losses(steady) == []
+    slow = slowed(steady, 4.0, steady["cases"][0]["name"])
+    assert [(loss[0]["name"], loss[1]) for loss in report.losses(slow)] == [(steady["cases"][0]["name"], "eager")]
+    assert "2.00x slower" in report.losses_text(slow)
+
+
+def wrong_at_one_element(*args, **kwargs):
+    result = torch.layer_norm(*args, **kwargs)
+    return result + torch.nn.functional.one_hot(torch.tensor(5), result.shape[-1]) * 0.25
+
+
+def not_finite(*args, **kwargs):
+    return torch.layer_norm(*args, **kwargs) * torch.tensor(math.nan)
+
+
+def failing(*args, **kwargs):
+    raise RuntimeError("launch failed")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "status"), [(wrong_at_one_element, "wrong"), (not_finite, "wrong"), (failing, "failed")]
+)
+def test_a_wrong_kernel_gets_no_figure(kernel, status, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fusednorm, "layer_norm", kernel)
+    monkeypatch.setattr(report, "plots", lambda *_: [])  # drawn elsewhere
+    arguments = [*FAST, "--quick", "--only", "^(layer|rms)_norm/forward/float32/4x64", "--report", str(tmp_path)]
+    assert run.main(arguments) == 1
+    wrong, right = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    assert (wrong["op"], wrong["status"], wrong["variants"]) == ("layer_norm", status, {})
+    assert (right["op"], right["status"]) == ("rms_norm", "measured")
+    for text in (capsys.readouterr().out, (tmp_path / "benchmark.md").read_text()):
+        lines = [line for line in text.splitlines() if "layer_norm/forward" in line]
+        assert lines and all(status.upper() in line and " us" not in line for line in lines)
+
+
+def test_a_wrong_gradient_gets_no_figure(monkeypatch, capsys):
+    real = fusednorm.add_rms_norm
+
+    def wrong(x, *args, **kwargs):
+        return real(x + 0.05 * (x - x.detach()), *args, **kwargs)  # the value is right
+
+    monkeypatch.setattr(fusednorm, "add_rms_norm", wrong)
+    assert run.main([*FAST, "--quick", "--only", "^add_rms_norm/.*/float32/4x64"]) == 1
+    out = capsys.readouterr().out
+    assert "add_rms_norm/both" in out and "max|dx - fp64|" in out
+    assert "add_rms_norm/forward/float32/4x64 " not in out.partition("No figures")[2]
+
+
+def test_wrong_dropout_mask_is_noticed(monkeypatch):
+    real = fusednorm.add_layer_norm
+    monkeypatch.setattr(fusednorm, "add_layer_norm", lambda *a, seed, **k: real(*a, seed=(seed or 0) + 1, **k))
+    assert not measure.check(Case("bias_dropout_add_layer_norm", (4, 64), "float32", "forward"), CPU).ok
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_check_accepts_the_hand_written_reference(op):
+    with fusednorm.use_provider("reference"):
+        verdict = measure.check(Case(op, (4, 64), "bfloat16", "both"), CPU)
+    assert verdict.ok, verdict.detail
+
+
+def test_cpu_timer_interleaves_and_orders_what_differs():
+    order = []
+
+    def spin(name, seconds):
+        def call():
+            order.append(name)
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+
+        return call
+
+    found = measure.CpuTimer().measure({"a": spin("a", 3e-4), "b": spin("b", 9e-4)}, 0.02)
+    assert report.ratio({"variants": {"fused": found["a"], "eager": found["b"]}})[0] > 1.5
+    rounds = order[-2 * len(found["a"]["samples"]) :]
+    pairs = {tuple(rounds[i : i + 2]) for i in range(0, len(rounds), 2)}
+    assert pairs == {("a", "b"), ("b", "a")}
+
+
+class FakeCuda:
+    """A device whose clock is advanced by the work queued; `torch.cuda` in so far as the timer uses it."""
+
+    def __init__(self):
+        self.device_clock, self.asleep, self.peak = 0.0, [], 0
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(L2_cache_size=1 << 10, clock_rate=1_000_000)
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(elapsed_time=lambda end: (end.at - event.at) * 1e3)
+        event.record = lambda: setattr(event, "at", self.device_clock)
+        return event
+
+    def _sleep(self, cycles):
+        self.asleep.append(cycles)
+        self.device_clock += cycles / 1e9
+
+    synchronize = staticmethod(lambda device: None)
+    memory_allocated = staticmethod(lambda device: 1000)
+
+    def reset_peak_memory_stats(self, device):
+        self.peak = 1000
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+    def kernel(self, seconds, memory):
+        def call():
+            self.device_clock += seconds
+            self.peak = max(self.peak, 1000 + memory)
+
+        return call
+
+
+def test_cuda_timer_counts_device_time_alone():
+    cuda = FakeCuda()
+    timer = measure.CudaTimer(CPU, cuda)
+    calls = {"fused": cuda.kernel(1e-3, 64), "eager": cuda.kernel(2e-3, 256)}
+    found = timer.measure(calls, 0.02)
+    assert found["fused"]["samples"] == pytest.approx([1e-3] * len(found["fused"]["samples"]))
+    assert found["eager"]["samples"] == pytest.approx([2e-3] * len(found["eager"]["samples"]))
+    assert (found["fused"]["peak"], found["eager"]["peak"]) == (64, 256)
+    assert len(found["fused"]["inclusive"]) == len(found["fused"]["samples"]) >= measure.SLOW_ROUNDS
+    assert min(cuda.asleep) >= 5e-5 * 1e9  # the device sleeps while the host queues
+    assert report.ratio({"variants": found})[0] == pytest.approx(2.0)
+
+
+def test_report_of_a_gpu_run_shows_host_time_and_memory(steady, tmp_path):
+    steady["environment"]["device_type"] = "cuda"
+    steady["cases"] = [r for r in steady["cases"] if r["direction"] == "both"]
+    for record in steady["cases"]:
+        for name, variant in record["variants"].items():
+            variant |= {"inclusive": [3e-5 if name == "fused" else 1e-5] * 11, "peak": 4096, "host": 1e-5}
+    assert len(report.losses(steady)) == len(steady["cases"])  # by the host's time alone
+    assert "host included" in report.losses_text(steady)
+    report.write(steady, tmp_path)
+    assert "4 KiB" in (tmp_path / "benchmark.md").read_text()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "memory-both.png").exists()
+
+
+def test_what_is_left_out_is_named(monkeypatch, tmp_path):
+    raw = tmp_path / "raw.json"
+    arguments = [*FAST, "--quick", "--only", "^layer_norm/forward/float32/", "--json", str(raw)]
+    monkeypatch.setattr(measure, "available_memory", lambda device: 1 << 20)
+    assert run.main(arguments) == 0
+    found = json.loads(raw.read_text())
+    assert set(found["left_out"]) == {f"layer_norm/forward/float32/{s}" for s in ("64x1024", "1024x1024")}
+    assert run.main([*arguments, "--limit", "1e-9"]) == 1
+    assert "time was up" in json.loads(raw.read_text())["left_out"]["layer_norm/forward/float32/4x64"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "("], "no regular expression"),
+        (["--baselines", "liger"], "unknown 'liger'"),
+        (["--compare", "absent.json"], "FileNotFoundError"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lists_its_cases_from_a_checkout(capsys):
+    assert run.main(["--only", "no such operation"]) == 2
+    assert "--list" in capsys.readouterr().err
+    command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--list", "--only", "^rms_norm/forward/float32"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, check=True
+    )
+    line = next(line for line in done.stdout.splitlines() if "/4x64 " in line)
+    assert line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]

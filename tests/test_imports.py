@@ -1,0 +1,123 @@
+"""What ``import fusednorm`` brings in, what it costs, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusednorm
+from fusednorm import __main__
+
+ROOT = Path(fusednorm.__file__).parents[1]
+OPTIONAL = (
+    "triton",
+    "matplotlib",
+    "tqdm",
+    "transformers",
+    "tokenizers",
+    "rich",
+    "pytest",
+    "scipy",
+    "torch._dynamo",
+    "torch._inductor",
+)
+
+
+def python(*arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_brings_in_nothing_optional_and_leaves_settings_alone():
+    program = """
+import sys, json, torch, warnings, logging
+warnings.simplefilter("error")
+def settings():
+    return (torch.get_num_threads(), torch.get_rng_state().sum().item(), str(torch.get_default_dtype()),
+            torch.is_grad_enabled(), len(logging.getLogger().handlers), logging.getLogger("fusednorm").level)
+before, modules = settings(), set(sys.modules)
+import fusednorm
+added = sorted(set(sys.modules) - modules)
+assert settings() == before
+print(json.dumps(added))
+"""
+    added = json.loads(python("-c", program))
+    assert "fusednorm" in added
+    assert not [name for name in added for optional in OPTIONAL if f"{name}.".startswith(f"{optional}.")]
+    foreign = {name.split(".")[0] for name in added} - {"fusednorm", "torch"} - set(sys.stdlib_module_names)
+    assert not foreign, f"imported beside torch: {sorted(foreign)}"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="measured in forks of one process that has imported torch")
+def test_import_costs_under_50_ms_beyond_torch():
+    """Each child starts from the same process, with torch imported and nothing of ours.
+
+    Processor time of the fastest of seven, so that what else runs on the machine does not count.
+    """
+    program = """
+import os, sys, time, torch
+for _ in range(7):
+    child = os.fork()
+    if child == 0:
+        start = time.process_time()
+        import fusednorm
+        print(1000 * (time.process_time() - start), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    milliseconds = [float(line) for line in python("-c", program).split()]
+    assert len(milliseconds) == 7
+    assert min(milliseconds) < 50, milliseconds
+
+
+def test_import_without_optional_packages_works():
+    """As on a machine that has none of them: importing one raises."""
+    program = f"""
+import sys
+for name in {[name for name in OPTIONAL if not name.startswith("torch")]!r}:
+    sys.modules[name] = None
+import torch, fusednorm
+x = torch.randn(3, 8, requires_grad=True)
+normed, z = fusednorm.add_layer_norm(x, x, (8,), dropout_p=0.5)
+normed.backward(torch.ones_like(normed))
+print(fusednorm.available_providers())
+"""
+    assert "reference" in python("-c", program)
+
+
+def test_command_info():
+    said = python("-m", "fusednorm", "info")
+    for word in (fusednorm.__version__, "torch", "triton", "reference"):
+        assert word in said
+
+
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_command_explain(function, capsys):
+    __main__.main(["explain", function, "--shape", "4x64", "--device", "cpu", "--grad"])
+    said = capsys.readouterr().out
+    assert function in said
+    assert any(name in said for name in fusednorm.available_providers())
+
+
+def test_command_without_arguments_says_how_to_use_it(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "info" in said
+    assert "explain" in said
+
+
+def test_every_public_name_is_there_and_documented():
+    assert sorted(fusednorm.__all__) == fusednorm.__all__
+    for name in fusednorm.__all__:
+        assert getattr(fusednorm, name).__doc__, name
