@@ -158,36 +158,38 @@ def _plus_rstd_cotangent(
     return extra if dresidual_out is None else dresidual_out + extra
 
 
-_verdicts = WeakIdKeyDictionary()  # weight -> (versions of weight and bias, verdict): one look an optimizer step
+_verdicts = WeakIdKeyDictionary()  # CUDA weight -> (identity of its values, verdict): one look an optimizer step
 _told = False
 
 
 def _invertible(weight: Tensor | None, bias: Tensor | None, args: Args) -> bool:
-    """Whether z can be rebuilt from `normed` accurately. This waits for the device, once for each new weight.
+    """Whether z can be rebuilt from `normed` accurately.
 
     normed = w x̂ + b is kept with one rounding u, so x̂ = (normed - b) / w errs by u |x̂ + b/w|: of the order of the
     rounding itself while |b| <= 2 |w|, and while w is a normal number of normed's dtype, or u is not relative.
+
+    On CUDA a look waits for the device, so it is taken once for each version of the parameters; an edit through
+    ``.data`` bumps no version and is not seen there. On the CPU every call looks.
     """
     if weight is None:
         return bias is None
     if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    versions = (
-        weight._version,
-        weight.data_ptr(),
-        None if bias is None else (bias._version, bias.data_ptr()),
-    )
-    known = _verdicts.get(weight)
-    if known is None or known[0] != versions:
-        with torch.no_grad():
-            size = (weight.double() + 1.0 if args[14] else weight.double()).abs()
-            good = size >= torch.finfo(args[11]).tiny
-            if bias is not None:
-                good &= bias.double().abs() <= 2.0 * size
-            known = _verdicts[weight] = (versions, bool(good.all()))
-        if not known[1]:
-            _tell()
-    return known[1]
+    values = tuple((t._version, t.data_ptr()) for t in (weight, bias) if t is not None)
+    known = _verdicts.get(weight) if weight.is_cuda else None
+    if known is not None and known[0] == values:
+        return known[1]
+    with torch.no_grad():
+        size = (weight.double() + 1.0 if args[14] else weight.double()).abs()
+        good = size >= torch.finfo(args[11]).tiny
+        if bias is not None:
+            good &= bias.double().abs() <= 2.0 * size
+        verdict = bool(good.all())
+    if weight.is_cuda:
+        _verdicts[weight] = (values, verdict)
+    if not verdict:
+        _tell()
+    return verdict
 
 
 def _tell() -> None:

@@ -7,6 +7,7 @@ the backward runs outside any ``use_provider`` block, on CUDA in another thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def _(
     store_residual: bool,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n_rows = x.shape[: x.ndim - normalized_ndim].numel()
+    n_rows = math.prod(x.shape[: x.ndim - normalized_ndim])  # Size.numel() would make a symbolic count constant
     stats_dtype = torch.float64 if torch.float64 in (x.dtype, residual_dtype) else torch.float32
     return (
         x.new_empty(x.shape, dtype=normed_dtype),

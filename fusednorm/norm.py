@@ -135,7 +135,8 @@ def add_layer_norm(
         residual_dtype: dtype of residual_out; residual's (x's without one) if not given.
         zero_centered_weight: normalize with ``1 + weight``.
         memory_efficient: keep `normed` instead of z for the backward and rebuild z from it. Where a weight is too near
-            zero for that to be accurate, and under ``torch.compile``, z is kept.
+            zero for that to be accurate, and under ``torch.compile``, z is kept. Do not edit weights through ``.data``
+            on a GPU with this: the edit cannot be noticed without waiting for the device.
 
     Returns:
         (normed, residual_out): normed has x's dtype (autocast's where it is enabled), residual_out is z.
@@ -338,11 +339,15 @@ def _eps(eps: float | None, dtype: torch.dtype) -> float:
     return torch.finfo(reference.compute_dtype(dtype)).eps if eps is None else float(eps)
 
 
+def _autocast_enabled(kind: str) -> bool:
+    return _autocast_active() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `normed` in the residual forms: autocast's where it is enabled (float64 is left alone)."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    if x.dtype == torch.float64 or not _autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 @functools.cache
@@ -355,6 +360,6 @@ def _autocast_probe(device: torch.device, dtype: torch.dtype, low: torch.dtype, 
 def _autocast_norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
     """The dtype of the plain norms' output: under autocast, whatever torch's own function gives."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocast_enabled(kind):
         return x.dtype
     return _autocast_probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)

@@ -57,6 +57,10 @@ def unavailable_reason(name: str) -> str | None:
     return _reasons[name]
 
 
+# what torch.compiler.assume_constant_result sets, without its import of the compiler: the answer is not to be traced
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def available_providers() -> list[str]:
     """Names of the providers usable here and now, best first."""
     return [name for name in PROVIDERS if unavailable_reason(name) is None]
@@ -154,3 +158,7 @@ class use_provider(contextlib.ContextDecorator):
         global _requested, automatic
         _requested = self._outer.pop()
         automatic = _requested is None and _record is None
+
+
+for _name in PROVIDERS:  # now, because torch.compile cannot trace an import; none imports anything optional
+    get(_name)
