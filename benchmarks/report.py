@@ -256,18 +256,13 @@ def compare(old: Record, new: Record) -> tuple[str, int]:
     head = ["case", "verdict", "new / old", "eager / ours, old", "eager / ours, new", "our time"]
     lines = [f"Compared {len(shared)} cases with {old['environment']['commit']} of {old['environment']['date']}."]
     if old["environment"]["device"] != new["environment"]["device"]:
-        devices = [run["environment"]["device"] for run in (old, new)]
-        lines.append(f"The devices differ ({devices[0]}, {devices[1]}): changes may be theirs.")
+        lines.append(f"The old run was on another device, {old['environment']['device']}.")
     if busy(old) or busy(new):
         lines.append("The machine was busy in one of the runs: changes may be the work of others.")
     missing = len(old["cases"]) - len(shared), len(new["cases"]) - len(shared)
     if any(missing):
         lines.append(f"Only in the old run: {missing[0]} cases; only in the new one: {missing[1]}.")
-    lines.append(
-        f"{len(rows)} changed beyond the spread, {slower} for the worse."
-        if rows
-        else "Nothing changed beyond the spread."
-    )
+    lines.append(f"{len(rows) or 'None'} changed beyond the spread, {slower} for the worse.")
     return "\n".join(lines) + (f"\n\n{table(head, rows)}" if rows else ""), slower
 
 
@@ -292,7 +287,8 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             title = f"Speed-up over {baseline}, {DIRECTION_TITLES[direction]}"
             label = f"time of {baseline} / time of fusednorm"
             names.append(_panels(result, records, pick, title, label, f"speedup-{baseline}-{direction}.png", folder))
-        pick = {"fusednorm": _roofline_point("fused"), "eager": _roofline_point("eager")}
+        both = (("fusednorm", "fused"), ("eager", "eager"))
+        pick = {name: lambda r, v=v: (roofline_fraction(r, v),) * 3 if v in r["variants"] else None for name, v in both}
         title = f"Fraction of the roofline (a device copy of the same bytes), {DIRECTION_TITLES[direction]}"
         names.append(
             _panels(result, records, pick, title, "time of the copy / time", f"roofline-{direction}.png", folder)
@@ -302,10 +298,6 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             pick = {"": lambda r: (r["variants"]["fused"]["peak"] / max(r["variants"]["eager"]["peak"], 1),) * 3}
             names.append(_panels(result, records, pick, title, "fusednorm / eager", f"memory-{direction}.png", folder))
     return [name for name in names if name]
-
-
-def _roofline_point(variant: str) -> Callable[[Record], Point | None]:
-    return lambda r: (roofline_fraction(r, variant),) * 3 if variant in r["variants"] else None
 
 
 def _panels(

@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's, at most the cores)")
     parser.add_argument("--seconds", type=float, metavar="S", help=f"of timing a case; default {SECONDS}")
     parser.add_argument(
-        "--limit", type=float, metavar="S", help="take no case after S seconds; default 90 on a CPU unless --full"
+        "--limit", type=float, metavar="S", help="take no case after S seconds; default 80 on a CPU unless --full"
     )
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="write benchmark.json, benchmark.md and pictures here"
@@ -270,7 +270,7 @@ def progress(chosen: list[Case]) -> Iterator[Case]:
 
 def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device) -> dict[str, Any]:
     seconds = arguments.seconds or SECONDS[arguments.level]
-    limit = arguments.limit or (90.0 if device.type == "cpu" and arguments.level != "full" else math.inf)
+    limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level != "full" else math.inf)
     start, clocks_before = time.monotonic(), clocks(device)
     facts = environment(device)
     free = measure.available_memory(device)

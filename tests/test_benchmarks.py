@@ -175,7 +175,7 @@ def steady(result) -> dict:
 def test_compare_flags_a_planted_regression(steady):
     name = steady["cases"][3]["name"]
     assert report.compare(steady, steady)[1] == 0
-    assert "Nothing changed" in report.compare(steady, steady)[0]
+    assert "None changed" in report.compare(steady, steady)[0]
     text, slower = report.compare(steady, slowed(steady, 1.3, name))
     assert slower == 1
     assert [name in line and "0.77" in line for line in text.splitlines() if "SLOWER" in line] == [True]
