@@ -172,11 +172,13 @@ def loss_of(model: nn.Module, rows: torch.Tensor, seed: int | None = None) -> to
 
 @torch.no_grad()
 def continue_text(model: LanguageModel, tokens: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Sample `count` tokens at temperature 0.7 after the (1, n) prompt; the draw depends on the seed alone."""
+    """Sample up to `count` tokens at temperature 0.7 after the (1, n) prompt; the draw depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     for _ in range(count):
         logits = model(tokens[:, -model.config.context :])[:, -1].float().cpu()
+        if not logits.isfinite().all():
+            break  # training diverged; the verdict on the curves says so
         drawn = torch.multinomial(torch.softmax(logits / 0.7, dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
     return tokens

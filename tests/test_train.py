@@ -252,19 +252,20 @@ def test_run_from_text_to_report(tmp_path, tiny_text, capsys):
     assert "Curves agree" in capsys.readouterr().out
 
 
-def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch):
-    """A fused norm that loses the residual stream's addend: the job must say so and end with status 1."""
+@pytest.mark.parametrize(("factor", "message"), [(0.5, "exceeds"), (float("nan"), "not finite")])
+def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch, factor, message):
+    """A fused norm that spoils the residual stream: the job must say so and end with status 1."""
     correct = train.fusednorm.AddLayerNorm.forward
 
     def wrong(self, x, residual=None, *, seed=None):
         normed, stream = correct(self, x, residual, seed=seed)
-        return normed, stream - 0.5 * x
+        return normed, stream - factor * x
 
     monkeypatch.setattr(train.fusednorm.AddLayerNorm, "forward", wrong)
-    monkeypatch.setattr(lm_report, "BOUNDS", {"float32": 1e-3})
     status = train.main([*TINY, "--rate", "1e-2", "--text", str(tiny_text), "--report", str(tmp_path / "report")])
     assert status == 1
-    assert "FAILED: test loss" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "FAILED: test loss" in error and message in error and "checkpoint" not in error
 
 
 @pytest.mark.parametrize(
