@@ -41,14 +41,22 @@ def _triton_version() -> str:
 
 def explain(options: argparse.Namespace) -> str:
     """Make the call that the options describe, and say how it is served."""
-    shape = [int(n) for n in options.shape.lower().split("x")]
-    dtype = getattr(torch, options.dtype, None)
-    _checks.check_dtype("--dtype", dtype or options.dtype)
-    x = torch.randn(shape, device=options.device).to(dtype).requires_grad_(options.grad)
+    x = torch.randn(options.shape, device=options.device).to(options.dtype).requires_grad_(options.grad)
     function = getattr(fusednorm, options.function)
     args = (x, x) if options.function.startswith("add_") else (x,)
     keywords = {"dropout_p": options.dropout_p} if options.dropout_p else {}
-    return fusednorm.explain(function, *args, shape[-1:], **keywords)
+    return fusednorm.explain(function, *args, options.shape[-1:], **keywords)
+
+
+def _shape(text: str) -> list[int]:
+    return [int(n) for n in text.lower().split("x")]
+
+
+def _dtype(text: str) -> torch.dtype:
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.FLOAT_DTYPES}
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+    return names[text]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,12 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("info", help="versions, devices, providers")
     command = commands.add_parser("explain", help="which provider serves a call, and why")
     command.add_argument("function", choices=FUNCTIONS)
-    command.add_argument("--shape", default="4096x1024", help="sizes joined by x (default: %(default)s)")
-    command.add_argument("--dtype", default="float32", help="%(default)s by default")
+    command.add_argument("--shape", type=_shape, default="4096x1024", help="sizes joined by x (default: %(default)s)")
+    command.add_argument("--dtype", type=_dtype, default="float32", help="%(default)s by default")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dropout-p", type=float, default=0.0, help="for the add_ forms")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     options = parser.parse_args(arguments)
+    if options.command == "explain" and options.dropout_p and not options.function.startswith("add_"):
+        parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
     print(info() if options.command == "info" else explain(options))
 
 

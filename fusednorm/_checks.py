@@ -56,7 +56,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_mask_shape(shape: Any) -> None:
-    if not isinstance(shape, Sequence) or any(int(n) < 0 for n in shape):
+    if not isinstance(shape, Sequence) or any(n < 0 for n in shape):
         raise ValueError(f"shape: expected a sequence of sizes >= 0, got {shape!r}")
 
 

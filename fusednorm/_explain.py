@@ -13,7 +13,8 @@ from . import providers
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Say which provider serves ``function(*args, **kwargs)``, how, and why each provider before it was passed over.
 
-    The call is made once, with its results thrown away and torch's random state restored; `function` may be one of
+    The call is made once, with its results thrown away and torch's random state restored (a module's own buffers
+    change as in any call); `function` may be one of
     this package's functions, a module, a whole model, or any callable that reaches them.
 
     Returns:

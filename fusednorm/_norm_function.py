@@ -28,26 +28,38 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         normed, residual_out, _ = reference.add_layer_norm_fwd(*args)
         return normed, residual_out if args[15] else args[0]
     provider, refusals = providers.choose("add_layer_norm_fwd", args)
-    composite = provider == "reference" and providers.requested() is None and not memory_efficient
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
+    from_normed = memory_efficient and _invertible(args)
+    # whatever the grad mode: reentrant checkpointing runs the same call once without and once with gradients
+    composite = provider == "reference" and providers.requested() is None and not from_normed
     how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
     providers.record(providers.Route(call, provider, how, refusals))
     if composite:
         return reference.add_layer_norm(*args)
-    return _fused(args, provider, memory_efficient)
-
-
-def transform_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _fused(args: Args, provider: str, memory_efficient: bool) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
-        from_normed = memory_efficient and _invertible(weight=args[2], bias=args[3], args=args)
-        outputs = AddLayerNormFunction.apply(*args, provider, from_normed)
+    if needs_grad:
+        tensors = _distinct(args[:6]) if torch.compiler.is_compiling() else args[:6]
+        outputs = AddLayerNormFunction.apply(*tensors, *args[6:], provider, from_normed)
     else:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
     return normed, residual_out if args[15] else args[0]
+
+
+def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A tensor in two roles becomes two: torch.compile refuses the same one twice as input of a Function."""
+    seen: list[Tensor] = []
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        if tensor is not None:
+            seen.append(tensor)
+        result.append(tensor)
+    return tuple(result)
+
+
+def transform_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -114,6 +126,8 @@ class AddLayerNormFunction(torch.autograd.Function):
         dstats = cotangents[2] if len(cotangents) > 2 else None
         saved, stats, weight, bias, x, x_bias, layer_scale, seed = ctx.saved_tensors
         normalized_ndim, eps, dropout_p, drop_path_p, x_dtype, rms, zero_centered_weight = ctx.options
+        if dnormed is None and dstats is None:
+            return _stream_backward(ctx, dresidual_out)
         if dnormed is None:
             dnormed = torch.zeros(saved.shape, dtype=ctx.normed_dtype, device=saved.device)
         if dstats is not None:  # only in a double backward through a rebuilt z
@@ -124,7 +138,8 @@ class AddLayerNormFunction(torch.autograd.Function):
         # without anything between x and z both have the same gradient: it is computed, and written, once
         shared = x_dtype == ctx.residual_dtype and layer_scale is None and not dropout_p and not drop_path_p
         output_mask = [need[0] or (shared and need[1]), need[1] and not shared, *need[2:]]
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # vmap over the backward (is_grads_batched) hides batches from kernels that read memory themselves
+        create_graph = (torch.is_grad_enabled() or transform_active()) and not torch.compiler.is_compiling()
         if create_graph and not ctx.from_normed:
             stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
         args: Args = (
@@ -141,6 +156,22 @@ class AddLayerNormFunction(torch.autograd.Function):
         dresidual = dx if shared else dresidual
         results = [g if wanted else None for g, wanted in zip((dx, dresidual, *dparameters), need, strict=True)]
         return (*results, *[None] * 12)
+
+
+def _stream_backward(ctx: Any, dresidual_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`normed` was not used: its parameters get no gradient, and nothing of the norm may touch the stream's."""
+    if dresidual_out is None:
+        return (None,) * 18
+    _, stats, _, _, x, x_bias, layer_scale, seed = ctx.saved_tensors
+    normalized_ndim, _, dropout_p, drop_path_p, x_dtype, _, _ = ctx.options
+    need = ctx.needs_input_grad[:6]
+    gradients = reference.stream_bwd(
+        *(dresidual_out.to(stats.dtype), x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p),
+        *(x_dtype, ctx.residual_dtype or x_dtype, [*need[:2], *need[4:]]),
+    )
+    dx, dresidual, dx_bias, dlayer_scale = gradients
+    results = zip((dx, dresidual, None, None, dx_bias, dlayer_scale), need, strict=True)
+    return (*[g if wanted else None for g, wanted in results], *[None] * 12)
 
 
 def _plus_rstd_cotangent(
@@ -162,41 +193,50 @@ _verdicts = WeakIdKeyDictionary()  # CUDA weight -> (identity of its values, ver
 _told = False
 
 
-def _invertible(weight: Tensor | None, bias: Tensor | None, args: Args) -> bool:
+def _invertible(args: Args) -> bool:
     """Whether z can be rebuilt from `normed` accurately.
 
     normed = w x̂ + b is kept with one rounding u, so x̂ = (normed - b) / w errs by u |x̂ + b/w|: of the order of the
-    rounding itself while |b| <= 2 |w|, and while w is a normal number of normed's dtype, or u is not relative.
+    rounding itself while |b| <= 2 |w|, and while w is a normal number of normed's dtype, or u is not relative. Every
+    gradient that looks at x̂ inherits u, so none of them may be kept in a finer dtype than normed.
 
     On CUDA a look waits for the device, so it is taken once for each version of the parameters; an edit through
     ``.data`` bumps no version and is not seen there. On the CPU every call looks.
     """
+    weight, bias, normed_dtype = args[2], args[3], args[11]
+    finer = [t for t in args[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
+    if any(t.requires_grad for t in finer if t is not bias):
+        _tell("a gradient is kept in a finer dtype than normed")
+        return False
     if weight is None:
         return bias is None
-    if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or weight.is_meta or weight.is_inference():
+        return False
+    if not weight.is_cuda:
+        return _weights_invert(weight, bias, args[14], normed_dtype)
+    if torch.cuda.is_current_stream_capturing():
         return False
     values = tuple((t._version, t.data_ptr()) for t in (weight, bias) if t is not None)
-    known = _verdicts.get(weight) if weight.is_cuda else None
-    if known is not None and known[0] == values:
-        return known[1]
+    known = _verdicts.get(weight)
+    if known is None or known[0] != values:
+        known = _verdicts[weight] = (values, _weights_invert(weight, bias, args[14], normed_dtype))
+    return known[1]
+
+
+def _weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, normed_dtype: torch.dtype) -> bool:
     with torch.no_grad():
-        size = (weight.double() + 1.0 if args[14] else weight.double()).abs()
-        good = size >= torch.finfo(args[11]).tiny
+        size = (weight.double() + 1.0 if zero_centered else weight.double()).abs()
+        good = size >= torch.finfo(normed_dtype).tiny
         if bias is not None:
             good &= bias.double().abs() <= 2.0 * size
         verdict = bool(good.all())
-    if weight.is_cuda:
-        _verdicts[weight] = (values, verdict)
     if not verdict:
-        _tell()
+        _tell("a weight is too near zero, or too small beside its bias")
     return verdict
 
 
-def _tell() -> None:
+def _tell(reason: str) -> None:
     global _told
-    if not _told:
+    if not _told and not torch.compiler.is_compiling():
         _told = True
-        _log.warning(
-            "memory_efficient: a weight is too near zero to rebuild z from normed; z is kept (said once, holds for "
-            "every such call)"
-        )
+        _log.warning("memory_efficient: z is kept, because %s (said once, for the first such call)", reason)

@@ -107,12 +107,16 @@ def _(
     )
 
 
+_MOST_TENSORS = 10  # the tensors of an op come first
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int}
+
+
 def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
     """Straight to the provider where nobody watches; through the dispatcher under tracing and dispatch modes."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or type(args[0]) not in (Tensor, torch.nn.Parameter)
+        or not {type(t) for t in args[:_MOST_TENSORS]} <= _PLAIN
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
     return getattr(providers.get(provider), name)(*args)

@@ -9,6 +9,7 @@ smallest count that passes BigCrush).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return default_seed(device)
     if isinstance(seed, Tensor):
-        return seed.reshape(1)
+        return seed.detach().reshape(1).to(device)
     return torch.full((1,), (int(seed) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
@@ -65,7 +66,7 @@ def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Ten
     output word ``column % 4``, so one evaluation serves four neighbours.
     """
     quads = torch.arange((n_columns + 3) // 4, device=rows.device)
-    c0 = quads.expand(rows.numel(), -1)
+    c0 = quads.expand(rows.shape[0], -1)
     c1 = (rows & _LOW)[:, None].expand_as(c0)
     c2 = ((rows >> 32) & _LOW)[:, None].expand_as(c0)
     c3 = torch.full_like(c0, stream)
@@ -78,10 +79,11 @@ def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Ten
     return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :n_columns]
 
 
-def element_mask(n_rows: int, n_columns: int, p: float, seed: Tensor) -> Tensor:
-    """True where an element is kept, shape ``(n_rows, n_columns)``."""
-    rows = torch.arange(n_rows, device=seed.device)
-    return philox_words(rows, n_columns, seed, ELEMENT_STREAM) >= threshold(p)
+def element_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """True where an element is kept, on the seed's device; see `dropout_mask`."""
+    n_columns = shape[-1] if len(shape) else 1
+    rows = torch.arange(math.prod(shape[:-1]), device=seed.device)
+    return (philox_words(rows, n_columns, seed, ELEMENT_STREAM) >= threshold(p)).reshape(tuple(shape))
 
 
 def path_mask(n_samples: int, p: float, seed: Tensor) -> Tensor:
@@ -120,7 +122,4 @@ def dropout_mask(
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
     device = torch.device(device)
-    shape = torch.Size(shape)
-    n_columns = shape[-1] if shape else 1
-    n_rows = shape[:-1].numel()
-    return element_mask(n_rows, n_columns, p, seed_tensor(seed, device).to(device)).reshape(shape)
+    return element_mask(shape, p, seed_tensor(seed, device))

@@ -53,8 +53,9 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if _torch_is_best(input, weight):
-            return torch.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        if _torch_is_best(input):
+            shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+            return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
         pass  # the way below takes what torch does not, or says what is wrong with it
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -89,8 +90,9 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
-        if _torch_is_best(input, weight):
-            return torch.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        if _torch_is_best(input) and (weight is None or weight.dtype is input.dtype):
+            shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+            return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
         pass
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
@@ -135,11 +137,13 @@ def add_layer_norm(
         residual_dtype: dtype of residual_out; residual's (x's without one) if not given.
         zero_centered_weight: normalize with ``1 + weight``.
         memory_efficient: keep `normed` instead of z for the backward and rebuild z from it. Where a weight is too near
-            zero for that to be accurate, and under ``torch.compile``, z is kept. Do not edit weights through ``.data``
-            on a GPU with this: the edit cannot be noticed without waiting for the device.
+            zero for that to be accurate, where a gradient is kept in a finer dtype than `normed`, and under
+            ``torch.compile``, z is kept. On a GPU the weights are looked at once for each of their versions: what
+            changes them without one (``.data``, sharded parameters gathered anew, a replayed CUDA graph) is not seen.
 
     Returns:
-        (normed, residual_out): normed has x's dtype (autocast's where it is enabled), residual_out is z.
+        (normed, residual_out): normed has x's dtype (autocast's where it is enabled), residual_out is z. Where nothing
+        is added to x and no dtype changes, residual_out is x itself, as ``z = x`` would have it.
 
     Raises:
         TypeError: an argument is no dense floating-point tensor.
@@ -259,7 +263,7 @@ def _plain_norm(
     _checks.check_parameter("weight", weight, shape, name, x)
     _checks.check_parameter("bias", bias, shape, name, x)
     args: Args = (
-        *(x, None, weight, bias, None, None, None, len(shape), _eps(eps, x.dtype), 0.0, 0.0),
+        *(x, None, weight, bias, None, None, None, len(shape), _eps(eps, rms, x.dtype), 0.0, 0.0),
         *(_autocast_norm_dtype(x, rms), x.dtype, rms, False, False),
     )
     return _norm_function.run("rms_norm" if rms else "layer_norm", args, False)[0]
@@ -285,11 +289,13 @@ def _add_norm(
     bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
     if bare and residual_dtype is None:
         try:
-            if _torch_is_best(x, weight) and _alike(x, residual):  # type: ignore[arg-type]
-                z = x + residual  # type: ignore[operator]
+            same_weight = not rms or weight is None or weight.dtype is x.dtype
+            if _torch_is_best(x) and same_weight and _alike(x, residual) and not _autocast_active():
+                shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+                z = x if residual is None else x + residual
                 if rms:
-                    return torch.rms_norm(z, normalized_shape, weight, eps), z  # type: ignore[arg-type]
-                return torch.layer_norm(z, normalized_shape, weight, bias, eps), z  # type: ignore[arg-type]
+                    return torch.rms_norm(z, shape, weight, eps), z  # type: ignore[arg-type]
+                return torch.layer_norm(z, shape, weight, bias, eps), z  # type: ignore[arg-type]
         except _TORCH_REFUSES:
             pass
     _checks.check_tensor("x", x)
@@ -306,14 +312,14 @@ def _add_norm(
     unchanged = residual is None and x_bias is None and layer_scale is None and seed is None
     store_residual = not unchanged or residual_dtype != x.dtype
     args: Args = (
-        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, x.dtype)),
+        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, rms, x.dtype, residual_dtype)),
         *(float(dropout_p), float(drop_path_p), _autocast_dtype(x), residual_dtype, rms),
         *(bool(zero_centered_weight), store_residual),
     )
     return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
 
 
-def _torch_is_best(x: Tensor, weight: Tensor | None) -> bool:
+def _torch_is_best(x: Tensor) -> bool:
     """Whether torch's own operators may serve a bare call at once: on the CPU, where no kernel of ours stands yet.
 
     What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
@@ -323,20 +329,23 @@ def _torch_is_best(x: Tensor, weight: Tensor | None) -> bool:
         providers.automatic
         and x.is_cpu
         and not x.is_nested
-        and (weight is None or weight.dtype is x.dtype)
         and not _functorch_active()
         and forward_ad._current_level < 0
-        and not _autocast_active()
         and not _is_compiling()
     )
 
 
-def _alike(x: Tensor, residual: Tensor) -> bool:
-    return x.shape == residual.shape and x.dtype is residual.dtype and residual.layout is torch.strided
+def _alike(x: Tensor, other: Tensor | None) -> bool:
+    """Whether torch's addition of the two neither broadcasts nor converts."""
+    return other is None or (other.shape == x.shape and other.dtype is x.dtype and other.layout is torch.strided)
 
 
-def _eps(eps: float | None, dtype: torch.dtype) -> float:
-    return torch.finfo(reference.compute_dtype(dtype)).eps if eps is None else float(eps)
+def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:
+    if eps is None and rms:
+        return torch.finfo(reference.compute_dtype(*dtypes)).eps
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    return float(eps)
 
 
 def _autocast_enabled(kind: str) -> bool:

@@ -226,3 +226,21 @@ def test_no_gradient_needed_no_function_recorded(planted):
             outputs += fusednorm.add_layer_norm(torch.randn(3, 8), torch.randn(3, 8), (8,), weight)
     assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
     assert calls == ["add_layer_norm_fwd"] * 2
+
+
+def test_interleaved_blocks_leave_nothing_behind():
+    first, second = fusednorm.use_provider("reference"), fusednorm.use_provider("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert providers.requested() == "reference"
+    second.__exit__(None, None, None)
+    assert providers.requested() is None and providers.automatic
+
+
+def test_decorating_a_generator_is_refused():
+    with pytest.raises(TypeError, match="generator"):
+
+        @fusednorm.use_provider("reference")
+        def rows():
+            yield fusednorm.layer_norm(torch.randn(2, 8), 8)

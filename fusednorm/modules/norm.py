@@ -14,7 +14,7 @@ class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` through :func:`fusednorm.layer_norm`: same constructor, state_dict and repr."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:
             return super().forward(input)
         return norm.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.RMSNorm):
     """:class:`torch.nn.RMSNorm` through :func:`fusednorm.rms_norm`: same constructor, state_dict and repr."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
             return super().forward(x)
         return norm.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 

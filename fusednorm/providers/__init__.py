@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 from collections.abc import Iterator
 from types import ModuleType, TracebackType
@@ -22,7 +23,8 @@ PROVIDERS = {  # best first
 }
 
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
-_record: list[Route] | None = None  # where explain() collects decisions
+_active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
+_records: list[list[Route]] = []  # where explain() collects decisions
 _modules: dict[str, ModuleType] = {}
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
@@ -105,27 +107,37 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
 
 def record(route: Route) -> None:
     """Hand a decision to explain(), if it listens."""
-    if _record is not None:
-        _record.append(route)
+    for listener in _records:
+        listener.append(route)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Route]]:
     """Collect every decision made inside."""
-    global _record, automatic
-    outer, _record, automatic = _record, [], False
+    routes: list[Route] = []
+    _records.append(routes)
+    _renew()
     try:
-        yield _record
+        yield routes
     finally:
-        _record = outer
-        automatic = _requested is None and _record is None
+        _records[:] = [listener for listener in _records if listener is not routes]
+        _renew()
+
+
+def _renew() -> None:
+    """What calls look at, after a block was entered or left."""
+    global _requested, automatic
+    _requested = _active[-1].name if _active else None
+    automatic = not _active and not _records
 
 
 class use_provider(contextlib.ContextDecorator):
     """Run everything inside with one provider, as a context manager or a decorator.
 
-    The choice holds for the whole process until the block ends; blocks nest. The backward of what was computed inside
-    uses the same provider wherever it runs. A call that the provider cannot take raises; nothing falls back silently.
+    The choice holds for the whole process until the block ends; the block entered last decides. The backward of what
+    was computed inside uses the same provider wherever it runs, but what activation checkpointing computes anew runs
+    with the choice of that moment: keep the backward inside the block too. A call that the provider cannot take
+    raises; nothing falls back silently.
 
     Args:
         name: one of ``available_providers()``.
@@ -139,25 +151,31 @@ class use_provider(contextlib.ContextDecorator):
         if name not in PROVIDERS:
             raise ValueError(f"name: no provider is called {name!r}; known are {', '.join(map(repr, PROVIDERS))}")
         self.name = name
-        self._outer: list[str | None] = []
+
+    def __call__(self, function: Any) -> Any:
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"use_provider: {function.__name__} is a generator or coroutine, whose body runs after the decorator "
+                "has left; put a `with use_provider(...)` block inside it"
+            )
+        return super().__call__(function)
 
     def __enter__(self) -> use_provider:
-        global _requested, automatic
         reason = unavailable_reason(self.name)
         if reason is not None:
             raise RuntimeError(
                 f"provider {self.name!r} cannot run here: {reason}; usable are {', '.join(available_providers())}"
             )
-        self._outer.append(_requested)
-        _requested, automatic = self.name, False
+        _active.append(self)
+        _renew()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        global _requested, automatic
-        _requested = self._outer.pop()
-        automatic = _requested is None and _record is None
+        last = len(_active) - 1 - _active[::-1].index(self)
+        del _active[last]
+        _renew()
 
 
 for _name in PROVIDERS:  # now, because torch.compile cannot trace an import; none imports anything optional

@@ -7,6 +7,8 @@ no kernel wins.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,10 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _split(shape: torch.Size, normalized_ndim: int) -> tuple[torch.Size, torch.Size]:
-    lead = len(shape) - normalized_ndim
-    return shape[:lead], shape[lead:]
+def _rows_and_columns(x: Tensor, normalized_ndim: int) -> tuple[int, int]:
+    """(M, N). Not Size.numel(), which would make symbolic sizes constant."""
+    lead = x.ndim - normalized_ndim
+    return math.prod(x.shape[:lead]), math.prod(x.shape[lead:])
 
 
 def _path_factor(x: Tensor, normalized_ndim: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,7 +42,7 @@ def _path_factor(x: Tensor, normalized_ndim: int, p: float, seed: Tensor, dtype:
 
 
 def _element_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return dropout.dropout_mask(x.shape, p, seed, x.device)
+    return dropout.element_mask(x.shape, p, seed)
 
 
 def _dropped(x: Tensor, x_bias: Tensor | None, seed: Tensor | None, p: float, acc: torch.dtype) -> Tensor:
@@ -104,7 +107,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The composite: torch's own differentiable operators. Returns (normed, z); z may be x itself."""
     z = _stream(x, residual, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
-    shape = _split(x.shape, normalized_ndim)[1]
+    shape = x.shape[x.ndim - normalized_ndim :]
     source = z
     dtypes = {t.dtype for t in (z, weight, bias) if t is not None} | {normed_dtype}
     if zero_centered_weight or len(dtypes) > 1:
@@ -133,8 +136,7 @@ def _row_statistics(rows: Tensor, eps: float, rms: bool) -> Tensor:
 
 def statistics(z: Tensor, normalized_ndim: int, eps: float, dtype: torch.dtype, rms: bool) -> Tensor:
     """The statistics of z's rows, as a differentiable function of z."""
-    lead, shape = _split(z.shape, normalized_ndim)
-    return _row_statistics(z.reshape(lead.numel(), shape.numel()).to(dtype), eps, rms)
+    return _row_statistics(z.reshape(_rows_and_columns(z, normalized_ndim)).to(dtype), eps, rms)
 
 
 def _normalized_rows(rows: Tensor, stats: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def _normalized_rows(rows: Tensor, stats: Tensor) -> Tensor:
 
 def _own(tensor: Tensor) -> Tensor:
     """A contiguous copy: outputs of an op alias neither its inputs nor one another."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)  # also what would already be fresh: simple before fast
 
 
 def add_layer_norm_fwd(
@@ -168,8 +170,7 @@ def add_layer_norm_fwd(
     """(normed, residual_out, stats); residual_out is empty unless `store_residual`."""
     z = _stream(x, residual, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
     acc = compute_dtype(x.dtype, residual_dtype)
-    lead, shape = _split(x.shape, normalized_ndim)
-    rows = z.reshape(lead.numel(), shape.numel()).to(acc)
+    rows = z.reshape(_rows_and_columns(x, normalized_ndim)).to(acc)
     stats = _row_statistics(rows, eps, rms)
     normed = _normalized_rows(rows, stats)
     weight = _effective_weight(weight, zero_centered_weight, acc)
@@ -192,9 +193,8 @@ def saved_xhat(
     saved_is_normed: bool,
 ) -> Tensor:
     """The normalized rows (M, N), from z and its statistics or from the output by inverting weight and bias."""
-    lead, shape = _split(saved.shape, normalized_ndim)
     acc = stats.dtype
-    rows = saved.reshape(lead.numel(), shape.numel()).to(acc)
+    rows = saved.reshape(_rows_and_columns(saved, normalized_ndim)).to(acc)
     if not saved_is_normed:
         return _normalized_rows(rows, stats)
     rows = rows if bias is None else rows - bias.to(acc).reshape(-1)
@@ -243,32 +243,56 @@ def add_layer_norm_bwd(
     dz = (dz * stats[-1][:, None]).reshape(saved.shape)
     if dresidual_out is not None:
         dz = dz + dresidual_out.to(acc)
+    dx, dresidual, dx_bias, dlayer_scale = stream_bwd(
+        dz, x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, x_dtype, residual_dtype,
+        [*output_mask[:2], *output_mask[4:]],
+    )  # fmt: skip
+    dweight = _over_rows(dy * xhat, dy.shape[0], weight) if output_mask[2] else dz
+    dbias = _over_rows(dy, dy.shape[0], bias) if output_mask[3] else dz
+    gradients = zip((dx, dresidual, dweight, dbias, dx_bias, dlayer_scale), output_mask, strict=True)
+    return tuple(g if wanted else saved.new_empty(0) for g, wanted in gradients)  # type: ignore[return-value]
 
+
+def _over_rows(values: Tensor, n_rows: int, like: Tensor | None) -> Tensor:
+    assert like is not None
+    return values.reshape(n_rows, math.prod(like.shape)).sum(0).reshape(like.shape).to(like.dtype)
+
+
+def stream_bwd(
+    dz: Tensor,
+    x: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    dropout_p: float,
+    drop_path_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, residual, x_bias, layer_scale) from z's, which is in the compute dtype; dz where not wanted."""
+    acc = dz.dtype
+    n_rows = _rows_and_columns(dz, normalized_ndim)[0]
     dbranch = dz
     if drop_path_p:
         assert seed is not None
-        dbranch = dbranch * _path_factor(saved, normalized_ndim, drop_path_p, seed, acc)
+        factor = _path_factor(dz, normalized_ndim, drop_path_p, seed, acc)
+        dbranch = torch.where(factor > 0, dbranch * factor, 0.0)
     dx = dbranch if layer_scale is None else dbranch * layer_scale.to(acc)
     if dropout_p:
         assert seed is not None
-        dx = torch.where(_element_mask(saved, dropout_p, seed), dx * dropout.keep_scale(dropout_p), 0.0)
-
-    def over_rows(values: Tensor, like: Tensor | None) -> Tensor:
-        assert like is not None
-        return values.reshape(xhat.shape).sum(0).reshape(like.shape).to(like.dtype)
-
-    gradients = (
-        lambda: _own(dx.to(x_dtype)),
-        lambda: _own(dz.to(residual_dtype)),
-        lambda: over_rows(dy * xhat, weight),
-        lambda: over_rows(dy, bias),
-        lambda: over_rows(dx, x_bias),
-        lambda: over_rows(dbranch * _dropped(x, x_bias, seed, dropout_p, acc), layer_scale),  # type: ignore[arg-type]
+        dx = torch.where(_element_mask(dz, dropout_p, seed), dx * dropout.keep_scale(dropout_p), 0.0)
+    dlayer_scale = dz
+    if output_mask[3]:
+        assert x is not None
+        dlayer_scale = _over_rows(dbranch * _dropped(x, x_bias, seed, dropout_p, acc), n_rows, layer_scale)
+    return (
+        _own(dx.to(x_dtype)) if output_mask[0] else dz,
+        _own(dz.to(residual_dtype)) if output_mask[1] else dz,
+        _over_rows(dx, n_rows, x_bias) if output_mask[2] else dz,
+        dlayer_scale,
     )
-    results = [
-        gradient() if wanted else saved.new_empty(0) for gradient, wanted in zip(gradients, output_mask, strict=True)
-    ]
-    return tuple(results)  # type: ignore[return-value]
 
 
 def rstd_cotangent(drstd: Tensor, rstd: Tensor, xhat: Tensor) -> Tensor:
