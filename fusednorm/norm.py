@@ -53,7 +53,7 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if _torch_is_best(input):
+        if _torch_is_best(input) and not _is_compiling():
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
@@ -290,7 +290,13 @@ def _add_norm(
     if bare and residual_dtype is None:
         try:
             same_weight = not rms or weight is None or weight.dtype is x.dtype
-            if _torch_is_best(x) and same_weight and _alike(x, residual) and not _autocast_active():
+            if (
+                _torch_is_best(x)
+                and same_weight
+                and _alike(x, residual)
+                and not _autocast_active()
+                and not _is_compiling()
+            ):
                 shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
                 z = x if residual is None else x + residual
                 if rms:
@@ -331,7 +337,6 @@ def _torch_is_best(x: Tensor) -> bool:
         and not x.is_nested
         and not _functorch_active()
         and forward_ad._current_level < 0
-        and not _is_compiling()
     )
 
 
