@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -138,8 +139,9 @@ class AddLayerNormFunction(torch.autograd.Function):
         # without anything between x and z both have the same gradient: it is computed, and written, once
         shared = x_dtype == ctx.residual_dtype and layer_scale is None and not dropout_p and not drop_path_p
         output_mask = [need[0] or (shared and need[1]), need[1] and not shared, *need[2:]]
-        # vmap over the backward (is_grads_batched) hides batches from kernels that read memory themselves
-        create_graph = (torch.is_grad_enabled() or transform_active()) and not torch.compiler.is_compiling()
+        create_graph = not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or _batched(dnormed, dresidual_out)
+        )
         if create_graph and not ctx.from_normed:
             stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
         args: Args = (
@@ -156,6 +158,13 @@ class AddLayerNormFunction(torch.autograd.Function):
         dresidual = dx if shared else dresidual
         results = [g if wanted else None for g, wanted in zip((dx, dresidual, *dparameters), need, strict=True)]
         return (*results, *[None] * 12)
+
+
+def _batched(*cotangents: Tensor | None) -> bool:
+    """Whether a vmap over the backward (is_grads_batched) hides a batch from kernels that read memory themselves."""
+    return transform_active() or any(
+        t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in cotangents
+    )
 
 
 def _stream_backward(ctx: Any, dresidual_out: Tensor | None) -> tuple[Tensor | None, ...]:

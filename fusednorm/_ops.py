@@ -116,6 +116,7 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or args[0].is_meta
         or not {type(t) for t in args[:_MOST_TENSORS]} <= _PLAIN
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)

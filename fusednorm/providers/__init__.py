@@ -19,6 +19,7 @@ import torch
 _log = logging.getLogger("fusednorm")
 
 PROVIDERS = {  # best first
+    "triton": "fusednorm.providers.triton_norm",
     "reference": "fusednorm.providers.reference",
 }
 
@@ -79,6 +80,12 @@ def refusal(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     return reason if reason is not None else get(name).refusal(op, *args)
 
 
+def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+    """Why automatic choice passes over a provider that could take this call, or None if it does not."""
+    hook = getattr(get(name), "reluctance", None)
+    return None if hook is None else hook(op, *args)
+
+
 def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The provider for a call of `op` with the op's arguments, and (name, reason) of those passed over.
 
@@ -95,7 +102,7 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         return _requested, ()
     refusals: tuple[tuple[str, str], ...] = ()
     for name in PROVIDERS:
-        reason = refusal(name, op, args)
+        reason = refusal(name, op, args) or reluctance(name, op, args)
         if reason is None:
             return name, refusals
         refusals += ((name, reason),)
@@ -178,5 +185,5 @@ class use_provider(contextlib.ContextDecorator):
         _renew()
 
 
-for _name in PROVIDERS:  # now, because torch.compile cannot trace an import; none imports anything optional
-    get(_name)
+# Now, because torch.compile cannot trace an import. The others are imported by unavailable_reason, which is not traced.
+get("reference")
