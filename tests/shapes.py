@@ -57,7 +57,7 @@ SHAPES = [
     Shape("narrow_several_rows_a_block", (67, 8)),
     Shape("aligned_power_of_two", (4, 1024)),
     Shape("odd_wide_unaligned_rows", (3, 4099)),
-    Shape("wide_row_past_64KB", (2, 70_001), interpreted=(2, 17_001)),
+    Shape("wide_row_past_64KB", (2, 70_001), interpreted=(2, 8_201)),
     Shape("many_rows_weight_grad_partials", (515, 40), interpreted=(131, 40)),
     Shape("no_lead_dimension", (24,)),
     Shape("three_lead_dimensions", (2, 3, 4, 16)),

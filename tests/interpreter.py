@@ -1,0 +1,54 @@
+"""Triton's interpreter with bfloat16 rounded as hardware rounds it, and with the paired sum at numpy's speed.
+
+Its own float32 -> bfloat16 conversion truncates (no rounding mode reaches `cast_impl`), and float64 -> bfloat16 stores
+integers; a GPU rounds to nearest even in both. Measured against float64, truncation is an error of up to one unit in
+the last place that no kernel of ours makes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _from_bfloat16(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+
+
+def round_bfloat16_to_nearest() -> None:
+    """Patch the interpreter of this process, once."""
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+    if getattr(original, "rounds_to_nearest", False):
+        return
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target or tl.bfloat16 not in (source, target):
+            return original(self, src, dst_type)
+        if target == tl.bfloat16:
+            return interpreter.TensorHandle(_to_bfloat16(src.data), target)
+        return interpreter.TensorHandle(_from_bfloat16(src.data, interpreter._get_np_dtype(dst_type)), target)
+
+    cast_impl.rounds_to_nearest = True
+    builder.cast_impl = cast_impl
+
+
+def sum_pairs_with_numpy() -> None:
+    """The sum of two tensors in one reduction is a Python loop over elements in the interpreter."""
+    reduction = interpreter.ReduceOps
+    original = reduction.apply_impl
+
+    def apply_impl(self, input):
+        if self.combine_fn.fn.__name__ == "_add_pair":  # the interpreter calls a rewritten copy of it
+            return tuple(self.sum(operand) for operand in input)
+        return original(self, input)
+
+    reduction.apply_impl = apply_impl

@@ -1,0 +1,139 @@
+"""The Triton kernels in the interpreter: every form of tile, every epilogue, against float64.
+
+The interpreter runs a program at a time in Python, so each shape here is the smallest that reaches its code path.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from oracle import Call, check
+from shapes import Shape, random_leaves
+
+import fusednorm
+from fusednorm.providers import triton_norm
+from fusednorm.providers import triton_norm_table as table
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [
+    Shape("one_element", (1, 1)),
+    Shape("narrow_several_rows_a_program", (37, 8)),
+    Shape("odd_width_masked_lanes", (7, 33)),
+    Shape("one_row", (1, 24)),
+    Shape("one_aligned_tile", (3, 1024)),
+    Shape("four_chunks_padded", (5, 1000)),
+    Shape("more_rows_than_programs", (131, 40)),
+    Shape("three_lead_dimensions", (2, 3, 4, 16)),
+    Shape("normalized_2d", (3, 4, 6), normalized_ndim=2),
+    Shape("transposed", (32, 6), lambda leaf: leaf.t()),
+    Shape("two_row_strides", (3, 4, 16), lambda leaf: leaf.transpose(0, 1)),
+    Shape("last_dimension_step_2", (5, 48), lambda leaf: leaf[:, ::2]),
+    Shape("slice_of_fused_projection", (5, 3 * 24), lambda leaf: leaf[:, 24:48]),
+    Shape("expanded_rows", (1, 24), lambda leaf: leaf.expand(6, 24)),
+    Shape("no_rows", (0, 16)),
+    Shape("no_columns", (3, 0)),
+]
+EPILOGUES = {
+    "bare": ((), {}),
+    "dropout": (("x_bias",), {"dropout_p": 0.3, "seed": 11}),
+    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 2**63 + 5}),
+    "zero_centered": ((), {"zero_centered_weight": True}),
+    "memory_efficient": ((), {"memory_efficient": True}),
+    "float32_stream": ((), {"residual_dtype": torch.float32}),
+}
+
+
+def names(function: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    found = ("x", "weight") + (() if "rms" in function else ("bias",))
+    return (*found, "residual", *extra) if function.startswith("add_") else found
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with fusednorm.use_provider("triton"):
+        yield
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Tables without register-resident tiles: the wide forward and the column slabs, on rows of a few hundred."""
+    monkeypatch.setattr(table, "_FORWARD", ())
+    monkeypatch.setattr(table, "_FORWARD_WIDE", table.Config(1, 64, 0, 4, 0))
+    monkeypatch.setattr(table, "_BACKWARD", ())
+    monkeypatch.setattr(table, "_SLAB", ((2, 32, 4), (1, 64, 4), (1, 32, 4)))
+    monkeypatch.setattr(table, "SUMS", table.Config(2, 64, 0, 4, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_triton_norm_at_every_layout(function, shape, dtype, generator):
+    leaves = random_leaves(shape, names(function), dtype, "cpu", generator)
+    check(Call(function, shape.normalized_ndim, shape.view), leaves, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
+def test_triton_norm_with_every_epilogue(function, epilogue, dtype, generator):
+    extra, options = EPILOGUES[epilogue]
+    leaves = random_leaves(Shape("", (3, 5, 36)), names(function, extra), dtype, "cpu", generator)
+    check(Call(function, options=options), leaves, generator)
+
+
+@pytest.mark.parametrize("epilogue", ["bare", "everything", "memory_efficient"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_triton_norm_of_rows_wider_than_registers(function, epilogue, tiny_tiles, generator):
+    extra, options = EPILOGUES[epilogue] if function.startswith("add_") else ((), {})
+    leaves = random_leaves(Shape("", (5, 203)), names(function, extra), torch.bfloat16, "cpu", generator)
+    check(Call(function, options=options), leaves, generator)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
+def test_triton_dropout_is_dropout_mask(columns):
+    _, z = fusednorm.add_layer_norm(torch.ones(9, columns), None, columns, dropout_p=0.4, seed=-3)
+    assert torch.equal(z != 0, fusednorm.dropout_mask((9, columns), 0.4, -3))
+
+
+def test_triton_backward_repeats_bit_for_bit():
+    x, weight = torch.randn(67, 72, requires_grad=True), torch.randn(72, requires_grad=True)
+    cotangent = torch.randn(67, 72)
+    runs = [
+        torch.autograd.grad(fusednorm.add_layer_norm(x, x.detach(), 72, weight)[0], (x, weight), cotangent)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_triton_variants_do_not_depend_on_the_row_count(monkeypatch):
+    """What names a compiled variant is the same for any number of rows: nothing is compiled anew."""
+    from fusednorm.providers import triton_launch
+
+    variants = set()
+
+    def note(function, grid, pointers, numbers, constants, *, warps, stages=1, aligned):
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        variants.add((function.__name__, dtypes, constants, warps, stages, aligned))
+
+    monkeypatch.setattr(triton_launch, "launch", note)
+    weight = torch.ones(64, requires_grad=True)
+    for rows in (1, 16, 17, 4096):
+        x = torch.zeros(rows, 64, requires_grad=True)
+        normed, z = fusednorm.add_layer_norm(x, x.detach(), 64, weight)
+        torch.autograd.grad((normed, z), (x, weight), (torch.zeros(rows, 64), torch.zeros(rows, 64)))
+    assert len(variants) == 3  # forward, backward, and the sum of its partials
+
+
+def test_triton_refuses_dropout_over_several_dimensions():
+    with pytest.raises(ValueError, match=r"dropout_p.*flatten"):
+        fusednorm.add_layer_norm(torch.ones(2, 3, 4), None, (3, 4), dropout_p=0.1)
+
+
+def test_automatic_choice_never_interprets():
+    x = torch.ones(2, 8)
+    reluctance = triton_norm.reluctance("add_layer_norm_fwd", x)
+    assert reluctance is not None and "interpreter" in reluctance
