@@ -62,49 +62,51 @@ class Norm:
         """The elements that `fused` keeps with this seed; None without dropout."""
         return fusednorm.dropout_mask(shape, DROPOUT_P, seed, device) if self.epilogue else None
 
-    def _norm(self, t: Leaves) -> Callable[[Tensor], Tensor]:
-        shape, weight, bias = tuple(t["weight"].shape), t["weight"], t.get("bias")
-        if self.rms:
-            return lambda z: F.rms_norm(z, shape, weight, EPS)
-        return lambda z: F.layer_norm(z, shape, weight, bias, EPS)
+    def _norm(self) -> Callable[..., Tensor]:
+        return F.rms_norm if self.rms else F.layer_norm
+
+    def _settings(self, t: Leaves) -> tuple[Any, ...]:
+        """What follows the tensors in a call. Every variant is called with it, so that none pays more for its form."""
+        shape, weight = tuple(t["weight"].shape), t["weight"]
+        return (shape, weight, EPS) if self.rms else (shape, weight, t["bias"], EPS)
 
     def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
         """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
-        z, norm = t["x"], self._norm(t)
+        z, norm, settings = t["x"], self._norm(), self._settings(t)
         if self.epilogue:
             z = torch.where(mask, (z + t["x_bias"]) * (1.0 / (1.0 - DROPOUT_P)), 0.0)
         if self.add:
             z = t["residual"] + z
-        return (norm(z), z) if self.add else (norm(z),)
+        normed = norm(z, *settings)
+        return (normed, z) if self.add else (normed,)
 
     def eager(self, t: Leaves, dropout_p: float = DROPOUT_P) -> Call:
         """What a user of plain torch writes."""
-        x, residual, x_bias, norm = t["x"], t.get("residual"), t.get("x_bias"), self._norm(t)
+        x, residual, x_bias = t["x"], t.get("residual"), t.get("x_bias")
+        norm, settings = self._norm(), self._settings(t)
 
         def epilogue() -> tuple[Tensor, ...]:
             z = residual + F.dropout(x + x_bias, dropout_p)
-            return norm(z), z
+            return norm(z, *settings), z
 
         def add() -> tuple[Tensor, ...]:
             z = residual + x
-            return norm(z), z
+            return norm(z, *settings), z
 
         def plain() -> tuple[Tensor, ...]:
-            return (norm(x),)
+            return (norm(x, *settings),)
 
         return epilogue if self.epilogue else add if self.add else plain
 
     def fused(self, t: Leaves, seed: int | None = None) -> Call:
         """The package's function. Without `seed` it draws one each call, as a user's call does."""
         function = getattr(fusednorm, ("add_" if self.add else "") + ("rms_norm" if self.rms else "layer_norm"))
-        shape, x, weight = tuple(t["weight"].shape), t["x"], t["weight"]
-        residual, x_bias = t.get("residual"), t.get("x_bias")
-        rest = (shape, weight, EPS) if self.rms else (shape, weight, t["bias"], EPS)
+        x, residual, x_bias, settings = t["x"], t.get("residual"), t.get("x_bias"), self._settings(t)
         if self.epilogue:
-            return lambda: function(x, residual, *rest, x_bias=x_bias, dropout_p=DROPOUT_P, seed=seed)
+            return lambda: function(x, residual, *settings, x_bias=x_bias, dropout_p=DROPOUT_P, seed=seed)
         if self.add:
-            return lambda: function(x, residual, *rest)
-        return lambda: (function(x, *rest),)
+            return lambda: function(x, residual, *settings)
+        return lambda: (function(x, *settings),)
 
     def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
         """The least traffic: each input read once, each result written once, statistics in float32.
