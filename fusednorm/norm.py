@@ -89,8 +89,9 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
-    try:
-        if _torch_is_best(input) and (weight is None or weight.dtype is input.dtype):
+    try:  # torch's own is made of differentiable operators there, so no transform has to be looked for
+        same_dtype = weight is None or weight.dtype is input.dtype
+        if same_dtype and providers.automatic and input.is_cpu and not input.is_nested:
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
