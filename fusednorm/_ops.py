@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from . import providers
+from ._dtypes import compute_dtype
 
-_LIBRARY = torch.library.Library("fusednorm", "DEF")
+_LIBRARY = Library("fusednorm", "DEF")
 
 SCHEMAS = {
     "add_layer_norm_fwd": (
@@ -47,7 +49,7 @@ for _name, _schema in SCHEMAS.items():
     _LIBRARY.impl(_name, _run(_name), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fusednorm::add_layer_norm_fwd")
+@register_fake("fusednorm::add_layer_norm_fwd")
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -68,15 +70,14 @@ def _(
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_rows = math.prod(x.shape[: x.ndim - normalized_ndim])  # Size.numel() would make a symbolic count constant
-    stats_dtype = torch.float64 if torch.float64 in (x.dtype, residual_dtype) else torch.float32
     return (
         x.new_empty(x.shape, dtype=normed_dtype),
         x.new_empty(x.shape if store_residual else (0,), dtype=residual_dtype),
-        x.new_empty((1 if rms else 2, n_rows), dtype=stats_dtype),
+        x.new_empty((1 if rms else 2, n_rows), dtype=compute_dtype(x.dtype, residual_dtype)),
     )
 
 
-@torch.library.register_fake("fusednorm::add_layer_norm_bwd")
+@register_fake("fusednorm::add_layer_norm_bwd")
 def _(
     dnormed: Tensor,
     dresidual_out: Tensor | None,

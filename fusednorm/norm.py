@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _norm_function, dropout, providers
+from ._dtypes import compute_dtype
 from ._norm_function import Args
-from .providers import reference
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -348,7 +348,7 @@ def _alike(x: Tensor, other: Tensor | None) -> bool:
 
 def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:
     if eps is None and rms:
-        return torch.finfo(reference.compute_dtype(*dtypes)).eps
+        return torch.finfo(compute_dtype(*dtypes)).eps
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     return float(eps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout
+from .._dtypes import compute_dtype
 
 
 def unavailable_reason() -> str | None:
@@ -21,11 +22,6 @@ def unavailable_reason() -> str | None:
 
 def refusal(op: str, *args: object) -> str | None:
     return None
-
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any operand is, else float32: the precision of every intermediate value."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _rows_and_columns(x: Tensor, normalized_ndim: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,12 @@ POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+}
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
 }
 NUMBER_TYPES = {  # every other number is an i64
     "n_units": "i32",

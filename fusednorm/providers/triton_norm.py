@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dropout
+from .._dtypes import compute_dtype
 from . import triton_norm_table as table
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
@@ -146,10 +147,6 @@ def _dropout_numbers(dropout_p: float, drop_path_p: float) -> tuple[int | float,
     return numbers
 
 
-def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.resolve_neg().contiguous()
 
@@ -178,12 +175,12 @@ def add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats) in one launch."""
     from . import triton_launch
-    from . import triton_norm_kernels as kernels
+    from . import triton_norm_fwd as kernels
 
     m, n, rows_per_sample = _sizes(x, normalized_ndim)
     normed = torch.empty(x.shape, dtype=normed_dtype, device=x.device)
     residual_out = torch.empty(x.shape if store_residual else 0, dtype=residual_dtype, device=x.device)
-    stats = torch.empty((1 if rms else 2, m), dtype=_compute_dtype(x.dtype, residual_dtype), device=x.device)
+    stats = torch.empty((1 if rms else 2, m), dtype=compute_dtype(x.dtype, residual_dtype), device=x.device)
     if m == 0:
         return normed, residual_out, stats
     if n == 0:
@@ -193,7 +190,7 @@ def add_layer_norm_fwd(
     layout = _Layout([x, residual], [*parameters, *outputs], normalized_ndim, n)
     config = table.forward(n)
     constants: tuple[Any, ...] = (
-        *(kernels.TYPES[residual_dtype], rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0),
+        *(triton_launch.TYPES[residual_dtype], rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0),
         *(*layout.constants, config.block_m, config.block_n),
     )
     kernel = kernels._add_layer_norm_fwd_wide_kernel
@@ -238,7 +235,7 @@ def add_layer_norm_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale): one launch, and one that sums the partials."""
     from . import triton_launch
-    from . import triton_norm_kernels as kernels
+    from . import triton_norm_bwd as kernels
 
     m, n, rows_per_sample = _sizes(saved, normalized_ndim)
     device = saved.device
