@@ -49,7 +49,10 @@ def explain(options: argparse.Namespace) -> str:
 
 
 def _shape(text: str) -> list[int]:
-    return [int(n) for n in text.lower().split("x")]
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes joined by x, as in 4096x1024")
+    return [int(size) for size in sizes]
 
 
 def _dtype(text: str) -> torch.dtype:
@@ -73,7 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "explain" and options.dropout_p and not options.function.startswith("add_"):
         parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
-    print(info() if options.command == "info" else explain(options))
+    if options.command == "info":
+        print(info())
+        return
+    try:
+        print(explain(options))
+    except (RuntimeError, ValueError, AssertionError) as fault:  # torch built without CUDA asserts
+        parser.error(str(fault).splitlines()[0])
 
 
 if __name__ == "__main__":

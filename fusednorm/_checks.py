@@ -45,6 +45,20 @@ def check_epilogue(dropout_p: Any, drop_path_p: Any, residual_dtype: Any) -> Non
     check_dtype("residual_dtype", residual_dtype)
 
 
+def check_branch_parameters(layer_scale: Any, x_bias: Any) -> None:
+    """What a module's constructor takes: an initial value, and whether there is a bias."""
+    if layer_scale is not None and (isinstance(layer_scale, bool) or not isinstance(layer_scale, Real)):
+        raise TypeError(
+            f"layer_scale: expected its initial value (a number) or None, got {type(layer_scale).__name__}; "
+            "to start from a tensor, copy it into module.layer_scale"
+        )
+    if not isinstance(x_bias, bool):
+        raise TypeError(
+            f"x_bias: expected True or False, got {type(x_bias).__name__}; to start from a tensor, copy it into "
+            "module.x_bias"
+        )
+
+
 def check_seed(seed: Any) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
@@ -56,7 +70,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_mask_shape(shape: Any) -> None:
-    if not isinstance(shape, Sequence) or any(n < 0 for n in shape):
+    if not isinstance(shape, Sequence) or not all(isinstance(n, Integral | torch.SymInt) and n >= 0 for n in shape):
         raise ValueError(f"shape: expected a sequence of sizes >= 0, got {shape!r}")
 
 
@@ -71,7 +85,7 @@ def check_normalized_shape(name: str, x: Tensor, normalized_shape: int | Sequenc
     """The normalized shape as a tuple, checked to be the trailing dimensions of x."""
     if isinstance(normalized_shape, Integral | torch.SymInt):
         shape: tuple[int, ...] = (normalized_shape,)  # type: ignore[assignment]
-    elif isinstance(normalized_shape, Sequence):
+    elif isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str):
         shape = tuple(normalized_shape)
     else:
         raise TypeError(
@@ -80,9 +94,10 @@ def check_normalized_shape(name: str, x: Tensor, normalized_shape: int | Sequenc
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got ()")
     if len(shape) > x.ndim or tuple(x.shape[x.ndim - len(shape) :]) != shape:
+        end = tuple(x.shape[-len(shape) :])
         raise ValueError(
-            f"normalized_shape: {shape} is not the end of {name}'s shape {tuple(x.shape)}; accepted here: "
-            f"{tuple(x.shape[-len(shape) :]) or 'nothing, a 0-d tensor has no trailing dimension'}"
+            f"normalized_shape: {shape} is not the end of {name}'s shape {tuple(x.shape)}; pass an {name} that ends so"
+            + (f", or {end}" if end else " (a 0-d tensor has no trailing dimension)")
         )
     return shape
 

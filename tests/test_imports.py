@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -110,6 +111,44 @@ def test_command_explain(function, capsys):
     said = capsys.readouterr().out
     assert function in said
     assert any(name in said for name in fusednorm.available_providers())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "4096,1024"], "sizes joined by x"),
+        (["add_layer_norm", "--dropout-p", "1.5"], "dropout_p"),
+        (["add_layer_norm", "--device", "nowhere"], "nowhere"),
+        (["layer_norm", "--dropout-p", "0.5"], "has no dropout"),
+    ],
+    ids=["shape", "probability", "device", "no_dropout"],
+)
+def test_command_explain_says_what_is_wrong(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["explain", *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_interpreter_without_numpy_is_reported():
+    program = """
+import sys
+sys.modules["numpy"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numpy" else find(name, *rest)
+import warnings
+warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
+import fusednorm
+assert fusednorm.available_providers() == ["reference"]
+try:
+    fusednorm.use_provider("triton").__enter__()
+except RuntimeError as fault:
+    print(fault)
+"""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    assert "pip install numpy" in python("-c", program, TRITON_INTERPRET="1")
 
 
 def test_command_without_arguments_says_how_to_use_it(capsys):

@@ -194,6 +194,29 @@ def test_dropout_mask_of_negative_size():
         fusednorm.dropout_mask((2, -3), 0.5, 0, "cpu")
 
 
+def test_dropout_mask_of_a_size_that_is_no_number():
+    with pytest.raises(ValueError, match=r"shape.*sizes.*'a'"):
+        fusednorm.dropout_mask(("a",), 0.5, 0, "cpu")
+
+
+def test_normalized_shape_as_text(using):
+    with using, pytest.raises(TypeError, match=r"normalized_shape.*ints.*str"):
+        fusednorm.layer_norm(torch.randn(4, 64), "64")
+
+
+@RESIDUAL_FORM
+@pytest.mark.parametrize("given", [True, torch.ones(WIDTH)], ids=["bool", "tensor"])
+def test_module_with_a_layer_scale_that_is_no_number(function, given):
+    with pytest.raises(TypeError, match=rf"layer_scale.*number.*{type(given).__name__}.*copy"):
+        MODULES[function](WIDTH, layer_scale=given)
+
+
+@RESIDUAL_FORM
+def test_module_with_an_x_bias_that_is_a_tensor(function):
+    with pytest.raises(TypeError, match=r"x_bias.*True or False.*Parameter.*copy"):
+        MODULES[function](WIDTH, x_bias=torch.nn.Parameter(torch.ones(WIDTH)))
+
+
 @BOTH
 def test_module_given_another_width(function, using):
     module = MODULES[function](WIDTH)

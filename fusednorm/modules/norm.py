@@ -53,6 +53,7 @@ class _Epilogue(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
+        _checks.check_branch_parameters(layer_scale, x_bias)
         self.dropout_p, self.drop_path_p = dropout_p, drop_path_p
         self.residual_dtype = residual_dtype
         self.zero_centered_weight = zero_centered_weight

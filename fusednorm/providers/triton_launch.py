@@ -10,8 +10,8 @@ A kernel's parameters stand in this order: pointers (``*_ptr``), numbers, consta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,7 +43,6 @@ NUMBER_TYPES = {  # every other number is an i64
     "path_threshold": "u32",
     "P": "i32",
 }
-_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def compile_kernel(
@@ -78,31 +77,61 @@ def compile_kernel(
     return triton.compile(source, target=target, options=options)
 
 
-def launch(
-    function: Any,
-    grid: tuple[int, int],
-    pointers: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: tuple[Any, ...],
-    *,
-    warps: int,
-    stages: int = 1,
-    aligned: bool,
-) -> None:
-    """Run a kernel on the first pointer's device, on its current stream."""
-    if isinstance(function, InterpretedFunction):
-        function[grid](*pointers, *numbers, *constants, num_warps=warps)
-        return
-    device = pointers[0].device  # type: ignore[union-attr]
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(function, grid, pointers, numbers, constants, warps=warps, stages=stages, aligned=aligned)
-    dtypes = tuple([None if t is None else t.dtype for t in pointers])
-    key = (function, device.index, dtypes, constants, warps, stages, aligned)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        target = triton.runtime.driver.active.get_current_target()
-        compiled = _compiled[key] = compile_kernel(
-            function, dtypes, constants, warps=warps, stages=stages, aligned=aligned, target=target
+class Variant:
+    """A kernel with its constants, compiled at its first launch on each device with each set of dtypes."""
+
+    __slots__ = ("_handles", "aligned", "constants", "function", "stages", "warps")
+
+    def __init__(
+        self, function: Any, constants: tuple[Any, ...], *, warps: int, stages: int = 1, aligned: bool
+    ) -> None:
+        self.function, self.constants = function, constants
+        self.warps, self.stages, self.aligned = warps, stages, aligned
+        self._handles: dict[tuple[Any, ...], _Handle] = {}
+
+    def launch(
+        self, grid: tuple[int, int], pointers: tuple[Tensor | None, ...], numbers: tuple[int | float, ...]
+    ) -> None:
+        """Run on the first pointer's device, on its current stream."""
+        if isinstance(self.function, InterpretedFunction):
+            self.function[grid](*pointers, *numbers, *self.constants, num_warps=self.warps)
+            return
+        index = pointers[0].get_device()  # type: ignore[union-attr]
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self.launch(grid, pointers, numbers)
+            return
+        dtypes = tuple([None if t is None else t.dtype for t in pointers])
+        key = (index, dtypes)
+        handle = self._handles.get(key)
+        if handle is None:
+            handle = self._handles[key] = self._compile(dtypes)
+        if handle.hooks.calls:  # a profiler wants to know of every launch
+            handle.kernel[(*grid, 1)](*pointers, *numbers, *self.constants)
+            return
+        handle.run(
+            *(*grid, 1, handle.stream(index), handle.kernel.function, handle.kernel.packed_metadata),
+            *(None, None, None, *pointers, *numbers, *self.constants),
         )
-    compiled[(*grid, 1)](*pointers, *numbers, *constants)
+
+    def _compile(self, dtypes: tuple[torch.dtype | None, ...]) -> _Handle:
+        driver = triton.runtime.driver.active
+        kernel = compile_kernel(
+            self.function,
+            dtypes,
+            self.constants,
+            warps=self.warps,
+            stages=self.stages,
+            aligned=self.aligned,
+            target=driver.get_current_target(),
+        )
+        return _Handle(kernel, kernel.run, driver.get_current_stream, triton.knobs.runtime.launch_enter_hook)
+
+
+class _Handle(NamedTuple):
+    """What a launch needs, looked up once: Triton's own launch looks for hooks and metadata at every call."""
+
+    kernel: Any
+    run: Any
+    stream: Callable[[int], int]
+    hooks: Any

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch import Tensor
 from .. import dropout
 from .._dtypes import compute_dtype
 from . import triton_norm_table as table
+from .triton_layout import contiguous, layout, rows_per_sample, sizes
+
+if TYPE_CHECKING:
+    from .triton_launch import Variant
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
 _MIN_CAPABILITY = (8, 0)
@@ -21,10 +26,12 @@ def unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if INTERPRETING:
-        return None
+        missing = importlib.util.find_spec("numpy") is None
+        return "Triton's interpreter needs NumPy; pip install numpy" if missing else None
     if not torch.cuda.is_available():
         return (
-            "torch sees no CUDA GPU (set TRITON_INTERPRET=1 before Python starts to interpret its kernels on the CPU)"
+            "torch sees no CUDA GPU (to test its kernels on the CPU: pip install numpy, and set TRITON_INTERPRET=1 "
+            "before Python starts)"
         )
     if torch.version.hip is not None:
         return "its configurations are for NVIDIA GPUs, and this torch is built for ROCm"
@@ -59,100 +66,81 @@ def refusal(op: str, *args: Any) -> str | None:
     return None
 
 
-class _Operand(NamedTuple):
-    """A tensor as M rows of N columns: (outer, row, column) strides, in elements."""
-
-    tensor: Tensor
-    strides: tuple[int, int, int]
-    rows_inner: int  # rows under one step of the outer stride; 0 = a single row stride
+@functools.lru_cache(None)
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 2
 
 
-def _folded(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest dimensions that address the same elements in the same order."""
-    groups: list[tuple[int, int]] = []
-    for size, stride in zip(sizes, strides, strict=True):
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
-        else:
-            groups.append((size, stride))
-    return groups
-
-
-def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
-    """The tensor read where it lies; a copy only of what no two row strides and one column stride describe."""
-    if tensor.is_neg():  # `.conj().imag`: memory holds the negated values
-        tensor = tensor.resolve_neg()
-    if tensor.is_contiguous():
-        return _Operand(tensor, (0, n, 1), 0)
-    lead = tensor.ndim - normalized_ndim
-    rows = _folded(tensor.shape[:lead], tensor.stride()[:lead])
-    columns = _folded(tensor.shape[lead:], tensor.stride()[lead:])
-    if len(rows) > 2 or len(columns) > 1:
-        return _Operand(tensor.contiguous(), (0, n, 1), 0)
-    stride_col = columns[0][1] if columns else 1
-    if len(rows) == 2:
-        return _Operand(tensor, (rows[0][1], rows[1][1], stride_col), rows[1][0])
-    return _Operand(tensor, (0, rows[0][1] if rows else n, stride_col), 0)
-
-
-class _Layout:
-    """How a call's strided operands are addressed together: see the kernels' LAYOUT, VEC and ROWS_2D."""
-
-    def __init__(self, tensors: list[Tensor | None], parameters: list[Tensor | None], normalized_ndim: int, n: int):
-        operands = [None if t is None else _operand(t, normalized_ndim, n) for t in tensors]
-        inner = {o.rows_inner for o in operands if o is not None and o.rows_inner}
-        if len(inner) > 1:  # two operands fold differently: all but the first kind are copied
-            keep = next(o.rows_inner for o in operands if o is not None and o.rows_inner)
-            operands = [
-                _Operand(o.tensor.contiguous(), (0, n, 1), 0) if o is not None and o.rows_inner not in (0, keep) else o
-                for o in operands
-            ]
-            inner = {keep}
-        self.rows_2d = bool(inner)
-        self.rows_inner = inner.pop() if inner else 1
-        self.tensors = [None if o is None else o.tensor for o in operands]
-        strides = [(0, 0, 0) if o is None else self._strides(o) for o in operands]
-        self.vec = 8 if any(o is not None and o.tensor.element_size() == 2 for o in operands) else 4
-        everything = [t for t in (*self.tensors, *parameters) if t is not None]
-        unit = all(s[2] == 1 for s, o in zip(strides, operands, strict=True) if o is not None)
-        aligned = unit and n % self.vec == 0 and all(t.data_ptr() % 16 == 0 for t in everything)
-        aligned = aligned and all((s[0] | s[1]) % self.vec == 0 for s in strides)
-        self.kind = 0 if aligned else 1 if unit else 2
-        if aligned:
-            strides = [(s[0] // self.vec, s[1] // self.vec, s[2]) for s in strides]
-        self.strides = [number for triple in strides for number in triple]
-        self.n_units = n // self.vec if aligned else n
-        self.constants = (self.kind, self.vec, self.rows_2d)
-
-    def _strides(self, operand: _Operand) -> tuple[int, int, int]:
-        outer, row, column = operand.strides
-        if self.rows_2d and not operand.rows_inner:
-            outer = self.rows_inner * row
-        return outer, row, column
-
-
-def _sizes(x: Tensor, normalized_ndim: int) -> tuple[int, int, int]:
-    """Rows, columns, and rows under one index of dimension 0."""
-    lead = x.ndim - normalized_ndim
-    m, n = x.shape[:lead].numel(), x.shape[lead:].numel()
-    return m, n, max(m // x.shape[0], 1) if lead and x.shape[0] else 1
-
-
-def _dropout_numbers(dropout_p: float, drop_path_p: float) -> tuple[int | float, ...]:
-    numbers: tuple[int | float, ...] = ()
-    for p in (dropout_p, drop_path_p):
-        numbers += (dropout.threshold(p), dropout.keep_scale(p))
-    return numbers
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.resolve_neg().contiguous()
+@functools.lru_cache(64)
+def _numbers(p: float) -> tuple[int, float]:
+    return dropout.threshold(p), dropout.keep_scale(p)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+# One variant for each combination of what the compiler is told; sizes other than N are numbers of the launch.
+
+
+@functools.lru_cache(4096)
+def _forward(
+    n: int, layout: tuple[int, int, bool], z_dtype: torch.dtype, flags: tuple[bool, ...]
+) -> tuple[Variant, int]:
+    """The forward of rows of n columns, and how many rows a program takes."""
+    from . import triton_launch
+    from . import triton_norm_fwd as kernels
+
+    config = table.forward(n)
+    kernel = kernels._add_layer_norm_fwd_wide_kernel
+    constants: tuple[Any, ...] = (triton_launch.TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
+    if config.chunks:
+        kernel = kernels._add_layer_norm_fwd_kernel
+        constants += (config.chunks, config.chunks * config.block_n == n)
+    return triton_launch.Variant(kernel, constants, warps=config.warps, aligned=layout[0] == 0), config.block_m
+
+
+class _Backward(NamedTuple):
+    config: table.Config
+    slabs: int  # programs beside one another in a row
+    sums: Variant | None  # the row sums, where a row does not fit
+    main: Variant
+    finalize: Variant
+    finalize_vec: int
+
+
+@functools.lru_cache(4096)
+def _backward(
+    n: int, layout: tuple[int, int, bool], norm: tuple[bool, ...], masks: tuple[bool, bool], scaled: bool,
+    wanted: tuple[bool, ...],
+) -> _Backward:  # fmt: skip
+    """`norm`: rms, zero_centered_weight, saved_is_normed; `masks`: dropout, drop path; `wanted`: of the parameters."""
+    from . import triton_norm_bwd as kernels
+    from .triton_launch import Variant
+
+    config = table.backward(n, table.load(sum(wanted), masks[0], scaled))
+    aligned, chunks, sums, slabs = layout[0] == 0, max(config.chunks, 1), None, 1
+    if not config.chunks:
+        slabs = _ceil(n, config.block_n)
+        constants = (*norm, *layout, table.SUMS.block_m, table.SUMS.block_n)
+        sums = Variant(kernels._add_layer_norm_bwd_sums_kernel, constants, warps=table.SUMS.warps, aligned=aligned)
+    even = n % (config.block_n * chunks) == 0
+    constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even, 1)
+    main = Variant(kernels._add_layer_norm_bwd_kernel, constants, warps=config.warps, aligned=aligned)
+    vec = 4 if n % 4 == 0 else 1
+    finalize = Variant(
+        kernels._add_layer_norm_bwd_finalize_kernel,
+        (vec, table.FINALIZE.block_m, table.FINALIZE.block_n),
+        warps=table.FINALIZE.warps,
+        aligned=vec > 1,
+    )
+    return _Backward(config, slabs, sums, main, finalize, vec)
+
+
+def forget_variants() -> None:
+    """After the table was changed."""
+    _forward.cache_clear()
+    _backward.cache_clear()
 
 
 def add_layer_norm_fwd(
@@ -174,10 +162,7 @@ def add_layer_norm_fwd(
     store_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats) in one launch."""
-    from . import triton_launch
-    from . import triton_norm_fwd as kernels
-
-    m, n, rows_per_sample = _sizes(x, normalized_ndim)
+    m, n = sizes(x, normalized_ndim)
     normed = torch.empty(x.shape, dtype=normed_dtype, device=x.device)
     residual_out = torch.empty(x.shape if store_residual else 0, dtype=residual_dtype, device=x.device)
     stats = torch.empty((1 if rms else 2, m), dtype=compute_dtype(x.dtype, residual_dtype), device=x.device)
@@ -185,29 +170,19 @@ def add_layer_norm_fwd(
         return normed, residual_out, stats
     if n == 0:
         return normed, residual_out, stats.fill_(float("nan"))
-    parameters = [_contiguous(p) for p in (weight, bias, x_bias, layer_scale)]
-    outputs = [normed, residual_out if store_residual else None]
-    layout = _Layout([x, residual], [*parameters, *outputs], normalized_ndim, n)
-    config = table.forward(n)
-    constants: tuple[Any, ...] = (
-        *(triton_launch.TYPES[residual_dtype], rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0),
-        *(*layout.constants, config.block_m, config.block_n),
-    )
-    kernel = kernels._add_layer_norm_fwd_wide_kernel
-    if config.chunks:
-        kernel = kernels._add_layer_norm_fwd_kernel
-        constants += (config.chunks, config.chunks * config.block_n == n)
-    triton_launch.launch(
-        kernel,
-        (_ceil(m, config.block_m), 1),
-        (*layout.tensors, *parameters, seed, *outputs, stats),
+    parameters = (contiguous(weight), contiguous(bias), contiguous(x_bias), contiguous(layer_scale))
+    outputs = (normed, residual_out if store_residual else None)
+    rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
+    flags = (rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0)
+    variant, block_m = _forward(n, rows.constants, residual_dtype, flags)
+    variant.launch(
+        (_ceil(m, block_m), 1),
+        (*rows.tensors, *parameters, seed, *outputs, stats),
         (
-            *(m, layout.n_units, layout.rows_inner, rows_per_sample, *layout.strides, eps),
-            *_dropout_numbers(dropout_p, drop_path_p),
+            *(m, rows.n_units, rows.rows_inner, rows_per_sample(x, normalized_ndim), *rows.strides, eps),
+            *_numbers(dropout_p),
+            *_numbers(drop_path_p),
         ),
-        constants,
-        warps=config.warps,
-        aligned=layout.kind == 0,
     )
     return normed, residual_out, stats
 
@@ -234,83 +209,64 @@ def add_layer_norm_bwd(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale): one launch, and one that sums the partials."""
-    from . import triton_launch
-    from . import triton_norm_bwd as kernels
-
-    m, n, rows_per_sample = _sizes(saved, normalized_ndim)
+    m, n = sizes(saved, normalized_ndim)
     device = saved.device
-    parameters = (weight, bias, x_bias, layer_scale)
-    shapes_and_dtypes: list[tuple[Any, torch.dtype]] = [(saved.shape, x_dtype), (saved.shape, residual_dtype)]
-    shapes_and_dtypes += [((), saved.dtype) if p is None else (p.shape, p.dtype) for p in parameters]
+    likes = ((saved, x_dtype), (saved, residual_dtype), *[(p, None) for p in (weight, bias, x_bias, layer_scale)])
     gradients = [
-        torch.empty(shape if wanted else 0, dtype=dtype if wanted else saved.dtype, device=device)
-        for wanted, (shape, dtype) in zip(output_mask, shapes_and_dtypes, strict=True)
+        torch.empty(like.shape, dtype=dtype or like.dtype, device=device)  # type: ignore[union-attr]
+        if wanted
+        else torch.empty(0, dtype=saved.dtype, device=device)
+        for wanted, (like, dtype) in zip(output_mask, likes, strict=True)
     ]
     if m == 0 or n == 0:
         return tuple([g.zero_() for g in gradients])
 
-    weight, bias, x_bias, layer_scale = [_contiguous(p) for p in parameters]
-    bias = bias if saved_is_normed else None
-    x = x if output_mask[5] else None
-    x_bias = x_bias if x is not None else None
     written = [g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)]
-    layout = _Layout(
-        [dnormed, dresidual_out, saved, x], [weight, bias, x_bias, layer_scale, *written[:2]], normalized_ndim, n
+    scaled = output_mask[5]  # d(layer_scale) alone looks at x and x_bias again
+    parameters = (
+        *(contiguous(weight), contiguous(bias) if saved_is_normed else None),
+        *(contiguous(x_bias) if scaled else None, contiguous(layer_scale)),
     )
-    dnormed, dresidual_out, saved, x = layout.tensors  # type: ignore[assignment]
-    accumulators = sum(output_mask[2:])
-    config = table.backward(n, table.load(accumulators, dropout_p > 0.0, layer_scale is not None))
-    aligned = layout.kind == 0
-    common = (rms, zero_centered_weight, saved_is_normed)
+    rows = layout(
+        (dnormed, dresidual_out, saved, x if scaled else None), (*parameters, *written[:2]), normalized_ndim, n
+    )
+    plan = _backward(
+        n,
+        rows.constants,
+        (rms, zero_centered_weight, saved_is_normed),
+        (dropout_p > 0.0, drop_path_p > 0.0),
+        layer_scale is not None,
+        tuple(output_mask[2:]),
+    )
     sums = None
-    slabs = 1
-    if not config.chunks:
+    if plan.sums is not None:
         sums = torch.empty_like(stats)
-        slabs = _ceil(n, config.block_n)
-        triton_launch.launch(
-            kernels._add_layer_norm_bwd_sums_kernel,
+        plan.sums.launch(
             (_ceil(m, table.SUMS.block_m), 1),
-            (dnormed, saved, stats, weight, bias, sums),
-            (m, layout.n_units, layout.rows_inner, *layout.strides[:3], *layout.strides[6:9]),
-            (*common, *layout.constants, table.SUMS.block_m, table.SUMS.block_n),
-            warps=table.SUMS.warps,
-            aligned=aligned,
+            (rows.tensors[0], rows.tensors[2], stats, parameters[0], parameters[1], sums),
+            (m, rows.n_units, rows.rows_inner, *rows.strides[:3], *rows.strides[6:9]),
         )
-    programs = _programs(device, _ceil(m, config.block_m), config.per_sm, slabs)
+    # persistent programs: the multiprocessors filled, but no more than there are groups of rows
+    programs = _processors(saved.get_device()) * plan.config.per_sm // plan.slabs
+    programs = max(1, min(_ceil(m, plan.config.block_m), programs))
+    accumulators = sum(output_mask[2:])
     partials = torch.empty((accumulators, programs, n), dtype=stats.dtype, device=device) if accumulators else None
-    triton_launch.launch(
-        kernels._add_layer_norm_bwd_kernel,
-        (programs, slabs),
+    plan.main.launch(
+        (programs, plan.slabs),
         (
-            *(dnormed, dresidual_out, saved, stats, sums, weight, bias, x, x_bias, layer_scale, seed),
+            *(*rows.tensors[:3], stats, sums, parameters[0], parameters[1], rows.tensors[3], *parameters[2:], seed),
             *(*written[:2], partials),
         ),
         (
-            *(m, layout.n_units, layout.rows_inner, rows_per_sample, *layout.strides),
-            *_dropout_numbers(dropout_p, drop_path_p),
+            *(m, rows.n_units, rows.rows_inner, rows_per_sample(saved, normalized_ndim), *rows.strides),
+            *_numbers(dropout_p),
+            *_numbers(drop_path_p),
         ),
-        (
-            *(*common, dropout_p > 0.0, drop_path_p > 0.0, *output_mask[2:], *layout.constants),
-            *(config.block_m, config.block_n, max(config.chunks, 1)),
-            *(n % (config.block_n * max(config.chunks, 1)) == 0, 1),
-        ),
-        warps=config.warps,
-        aligned=aligned,
     )
     if partials is not None:
-        triton_launch.launch(
-            kernels._add_layer_norm_bwd_finalize_kernel,
+        plan.finalize.launch(
             (_ceil(n, table.FINALIZE.block_n), accumulators),
             (partials, *written[2:]),
-            (programs, n),
-            (table.FINALIZE.block_m, table.FINALIZE.block_n),
-            warps=table.FINALIZE.warps,
-            aligned=False,
+            (programs, n // plan.finalize_vec),
         )
     return tuple(gradients)
-
-
-def _programs(device: torch.device, groups: int, per_sm: int, slabs: int) -> int:
-    """Persistent programs: the multiprocessors filled, but no more than there are groups of rows."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(groups, processors * per_sm // slabs))

@@ -235,10 +235,11 @@ def _add_layer_norm_bwd_kernel(
 
 @triton.jit
 def _add_layer_norm_bwd_finalize_kernel(
-    partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, dlayer_scale_ptr, P, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, dlayer_scale_ptr, P, n_units,
+    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Sums the P partials of each column, always in the same order; one parameter a plane (second grid axis)."""
+    N = n_units * VEC
     plane = tl.program_id(1)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     base = plane.to(tl.int64) * P * N

@@ -2,7 +2,7 @@
 
 A tile is BLOCK_M rows by BLOCK_N columns on a number of warps; a row takes ceil(N / BLOCK_N) tiles, held in registers.
 The limits on that count come from compiled register figures, not from timing: `tests/test_codegen.py` compiles every
-choice for sm_80, sm_90 and sm_100 and holds it to zero spills, and `benchmarks/codegen_table.py` prints the figures.
+choice for sm_80, sm_90 and sm_100 and holds it to zero spills, and `benchmarks/codegen.py` prints the figures.
 BLOCK_N is 8 columns for each lane: one 128-bit access of a 16-bit dtype.
 """
 
@@ -39,13 +39,15 @@ _BACKWARD = (
     (8, 128, 4, (1, 1, 1)),
     (1, 1024, 4, (5, 3, 2)),
     (4, 256, 4, (4, 3, 2)),
-    (1, 2048, 8, (3, 0, 0)),
-    (1, 4096, 16, (2, 1, 1)),
+    (1, 2048, 8, (3, 2, 0)),
+    (1, 4096, 16, (2, 0, 1)),
 )
 _SLAB = ((1, 1024, 4), (1, 1024, 4), (1, 1024, 4))  # light, medium, heavy
 SUMS = Config(1, 2048, 0, 8, 0)
-FINALIZE = Config(32, 64, 0, 4, 0)  # block_m: partials summed at a step
+FINALIZE = Config(128, 32, 0, 8, 0)  # block_m: partials summed at a step
 
+# Registers a thread: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
+_BACKWARD_REGISTERS = ((48, 16), (60, 16), (84, 40))
 _REGISTERS = 65536  # of a multiprocessor
 _MAX_WARPS_PER_SM = 64
 
@@ -72,8 +74,11 @@ def backward(n: int, weight_class: int) -> Config:
     best = _best(n, [(m, b, w, most[weight_class]) for m, b, w, most in _BACKWARD])
     if best is None:
         block_m, block_n, warps = _SLAB[weight_class]
-        return Config(block_m, block_n, 0, warps, per_sm=8)
-    warps = best[3]
-    live = 8 * best[2] * (4, 5, 6)[weight_class] + 40  # estimated registers a thread
-    fitting = _REGISTERS // (32 * warps * live)
-    return Config(*best, per_sm=max(1, min(fitting, _MAX_WARPS_PER_SM // warps, 8)))
+        return Config(block_m, block_n, 0, warps, _programs_that_fit(1, warps, weight_class))
+    return Config(*best, per_sm=_programs_that_fit(best[2], best[3], weight_class))
+
+
+def _programs_that_fit(chunks: int, warps: int, weight_class: int) -> int:
+    each_chunk, fixed = _BACKWARD_REGISTERS[weight_class]
+    fitting = _REGISTERS // (32 * warps * (each_chunk * chunks + fixed))
+    return max(1, min(fitting, _MAX_WARPS_PER_SM // warps, 8))

@@ -1,0 +1,362 @@
+"""What the Triton kernels compile to: registers, spills, access widths, instructions. No GPU is needed.
+
+    PYTHONPATH=. python3 benchmarks/codegen.py                              # sm_90, bfloat16, every mode: a table
+    PYTHONPATH=. python3 benchmarks/codegen.py --arch 80 90 100 --layouts aligned odd strided --dtypes all
+    PYTHONPATH=. python3 benchmarks/codegen.py --write                      # renew benchmarks/results/codegen.md
+
+What is compiled is what a launch would compile: each variant is noted from a real call of the provider whose launch is
+replaced. Exit status: 0; 1 when a variant breaks the gate (see `faults`), which `tests/test_codegen.py` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+
+from fusednorm.providers import triton_launch, triton_norm, triton_norm_bwd, triton_norm_fwd
+from fusednorm.providers import triton_norm_table as table
+
+ARCHITECTURES = (80, 90, 100)
+LAYOUTS = ("aligned", "odd", "strided")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MODES = {
+    "plain": frozenset[str](),
+    "rms": frozenset({"rms"}),
+    "add": frozenset({"residual"}),
+    "memory_efficient": frozenset({"residual", "from_normed"}),
+    "dropout": frozenset({"residual", "dropout"}),
+    "bias_dropout": frozenset({"residual", "dropout", "x_bias"}),
+    "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
+}
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture above
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_MAX_WIDTH = 40960  # past the widest row that any configuration holds in registers
+
+
+class Variant(NamedTuple):
+    """One kernel as one call launches it, and the 16-byte accesses a thread must make for it by the byte model."""
+
+    kernel: str
+    mode: str
+    layout: str
+    dtype: str
+    n: int
+    pointer_dtypes: tuple[torch.dtype | None, ...]
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+    aligned: bool
+    config: table.Config
+    loads: int
+    stores: int
+
+
+@dataclass
+class Figures:
+    """What one variant compiled to."""
+
+    kernel: str
+    mode: str
+    layout: str
+    dtype: str
+    n: int
+    arch: int
+    tile: str
+    warps: int
+    per_sm: int
+    registers: int
+    stack: int
+    local: int  # instructions that read or write local memory
+    shared: int
+    instructions: int
+    per_element: float
+    loads: int
+    stores: int
+    model_loads: int
+    model_stores: int
+    narrow: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.mode} {self.layout} {self.dtype} N={self.n} sm_{self.arch}"
+
+
+def faults(f: Figures) -> list[str]:
+    """What is wrong with a variant: spills, fewer programs on a multiprocessor than assumed, needless accesses."""
+    found = []
+    if f.stack or f.local:
+        found.append(f"spills: {f.stack} bytes of stack, {f.local} local accesses")
+    allocated = -(-f.registers // 8) * 8 * 32 * f.warps
+    if allocated * f.per_sm > REGISTER_FILE:
+        found.append(
+            f"{f.registers} registers: {REGISTER_FILE // allocated} programs fit, the table assumes {f.per_sm}"
+        )
+    if f.layout == "aligned" and (f.loads, f.stores) != (f.model_loads, f.model_stores):
+        found.append(
+            f"128-bit accesses: {f.loads} loads and {f.stores} stores, not {f.model_loads} and {f.model_stores}; "
+            f"narrower: {f.narrow}"
+        )
+    return found
+
+
+# --- noting what a call launches ---
+
+
+def _rows(n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    if layout == "strided":  # two row strides and a column stride
+        return torch.zeros(4, 8, 2 * n, dtype=dtype).transpose(0, 1)[..., ::2]
+    return torch.zeros(64, n, dtype=dtype)
+
+
+def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backward: bool) -> None:
+    x, vector, seed = _rows(n, dtype, layout), torch.ones(n, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    rms, add = "rms" in words, "residual" in words
+    bias = None if rms else vector
+    x_bias = vector if "x_bias" in words else None
+    scale = vector if "layer_scale" in words else None
+    seed_or_none = seed if "dropout" in words else None
+    p, path_p = 0.1 * ("dropout" in words), 0.1 * ("drop_path" in words)
+    if not backward:
+        triton_norm.add_layer_norm_fwd(
+            x, x if add else None, vector, bias, x_bias, scale, seed_or_none,
+            1, 1e-5, p, path_p, dtype, dtype, rms, False, add,
+        )  # fmt: skip
+        return
+    rows, acc = x.shape[:-1].numel(), torch.float64 if dtype == torch.float64 else torch.float32
+    stats = torch.zeros(1 if rms else 2, rows, dtype=acc)
+    mask = [True, "dropout" in words, True, not rms, "x_bias" in words, "layer_scale" in words]
+    triton_norm.add_layer_norm_bwd(
+        x, x if add else None, x, stats, vector, bias, x if scale is not None else None, x_bias, scale,
+        seed_or_none, 1, p, path_p, dtype, dtype, rms, False, "from_normed" in words, mask,
+    )  # fmt: skip
+
+
+def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Variant]:
+    """The variants that a call on rows of n columns launches."""
+    noted: list[Variant] = []
+    words = MODES[mode]
+
+    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
+        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
+        config = _config(kernel, n, words, DTYPES[dtype])
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        loads, stores = _accesses(kernel, words, config, DTYPES[dtype].itemsize)
+        compiled_as = (dtypes, self.constants, self.warps, self.stages, self.aligned)
+        noted.append(Variant(kernel, mode, layout, dtype, n, *compiled_as, config, loads, stores))
+
+    original, triton_launch.Variant.launch = triton_launch.Variant.launch, launch  # type: ignore[method-assign]
+    try:
+        _call(n, words, DTYPES[dtype], layout, backward)
+    finally:
+        triton_launch.Variant.launch = original  # type: ignore[method-assign]
+    return noted
+
+
+def _accumulators(words: Collection[str]) -> int:
+    return 2 - ("rms" in words) + ("x_bias" in words) + ("layer_scale" in words)
+
+
+def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype) -> table.Config:
+    if kernel.endswith("bwd_sums"):
+        return table.SUMS
+    if kernel.endswith("bwd_finalize"):
+        return table.FINALIZE
+    if "fwd" in kernel:
+        return table.forward(n)
+    return table.backward(n, table.load(_accumulators(words), "dropout" in words, "layer_scale" in words))
+
+
+def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsize: int) -> tuple[int, int]:
+    """16-byte loads and stores of one thread by the byte model: each operand once, each result once.
+
+    Forward reads x, the residual and the parameters it has, writes normed and, with a residual, z; the wide form reads
+    z (or x) again. Backward reads dnormed, what was saved, the weight, the residual's cotangent, the bias if normed was
+    saved, and for layer_scale also x, x_bias and the scale; it writes dx, dresidual where that is another tensor, and
+    once in its life its float32 partials (16 bytes at a time where a program has one row; else a warp's sums).
+    """
+    elements = config.block_m * config.block_n * max(config.chunks, 1) // (32 * config.warps)
+    vectors, sums = max(elements * itemsize // 16, 1), elements * max(itemsize, 4) // 16
+    scaled, add, normed = "layer_scale" in words, "residual" in words, "from_normed" in words
+    if kernel.endswith("finalize"):
+        return sums, 0
+    if kernel.endswith("sums"):
+        return vectors * (3 + normed), 0
+    if "fwd" in kernel:
+        parameters = 2 - ("rms" in words) + ("x_bias" in words) + scaled
+        return vectors * (1 + add + parameters + kernel.endswith("wide")), vectors * (1 + add)
+    partials = sums * _accumulators(words) if config.block_m == 1 else 0
+    return vectors * (3 + add + normed + 3 * scaled), vectors * (1 + ("dropout" in words)) + partials
+
+
+def _widths(mode: str, dtype: str, backward: bool) -> Iterator[int]:
+    """A width for every configuration that the table can choose in a mode."""
+    seen = set()
+    for n in (64, 128, *range(256, _MAX_WIDTH, 256)):
+        kernel = "add_layer_norm_bwd" if backward else "add_layer_norm_fwd"
+        config = _config(kernel, n, MODES[mode], DTYPES[dtype])
+        if config not in seen:
+            seen.add(config)
+            yield n
+
+
+def variants(modes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str]) -> list[Variant]:
+    """Every configuration of the table, forward and backward; each compiled once."""
+    found: dict[tuple[Any, ...], Variant] = {}
+    for mode, dtype, layout in ((m, d, la) for m in modes for d in dtypes for la in layouts):
+        for backward in (False, True):
+            for n in _widths(mode, dtype, backward):
+                for v in note(n - (layout == "odd"), mode, dtype, layout, backward):
+                    key = (v.kernel, v.pointer_dtypes, v.constants, v.warps, v.stages, v.aligned, v.config)
+                    found.setdefault(key, v)
+    return list(found.values())
+
+
+# --- compiling and reading the binary ---
+
+
+def figures(variant: Variant, arch: int) -> Figures:
+    """Compile a variant for sm_<arch> and read the binary."""
+    module = triton_norm_fwd if "fwd" in variant.kernel else triton_norm_bwd
+    compiled = triton_launch.compile_kernel(
+        getattr(module, f"_{variant.kernel}_kernel"),
+        variant.pointer_dtypes,
+        variant.constants,
+        warps=variant.warps,
+        stages=variant.stages,
+        aligned=variant.aligned,
+        target=GPUTarget("cuda", arch, 32),
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", file.name)
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
+    opcodes.pop("NOP", None)
+    wide, narrow = Counter[str](), Counter[str]()
+    for opcode, count in opcodes.items():
+        if opcode.startswith(("LDG", "STG")):
+            (wide if ".128" in opcode else narrow)[opcode if ".128" not in opcode else opcode[:3]] += count
+    config, instructions = variant.config, sum(opcodes.values())
+    elements = config.block_m * config.block_n * max(config.chunks, 1)
+    return Figures(
+        kernel=variant.kernel,
+        mode=variant.mode,
+        layout=variant.layout,
+        dtype=variant.dtype,
+        n=variant.n,
+        arch=arch,
+        tile=tile(config),
+        warps=variant.warps,
+        per_sm=config.per_sm,
+        registers=_number("REG", usage),
+        stack=_number("STACK", usage),
+        local=sum(count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL"))),
+        shared=compiled.metadata.shared,
+        instructions=instructions,
+        per_element=round(instructions * 32 * variant.warps / elements, 1),
+        loads=wide["LDG"],
+        stores=wide["STG"],
+        model_loads=variant.loads,
+        model_stores=variant.stores,
+        narrow=dict(narrow),
+    )
+
+
+def _number(name: str, usage: str) -> int:
+    match = re.search(rf"\b{name}:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no {name}: {usage}")
+    return int(match[1])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def tile(config: table.Config) -> str:
+    return f"{max(config.chunks, 1)} x [{config.block_m}, {config.block_n}]"
+
+
+def _compile(job: tuple[Variant, int]) -> Figures:
+    return figures(*job)
+
+
+def compile_all(chosen: Sequence[Variant], architectures: Iterable[int]) -> list[Figures]:
+    """Figures of every variant on every architecture, compiled by a process for each core."""
+    jobs = [(variant, arch) for arch in architectures for variant in chosen]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(_compile, jobs), total=len(jobs), desc="compiled", file=sys.stderr))
+
+
+# --- reporting ---
+
+
+def markdown(results: Sequence[Figures]) -> str:
+    lines = [
+        "| kernel | mode | dtype | N | tile | warps | sm | registers | spilled | instr./element "
+        "| 128-bit loads (model) | 128-bit stores (model) |",
+        "|---|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for f in results:
+        lines.append(
+            f"| {f.kernel} | {f.mode} | {f.dtype} | {f.n} | {f.tile} | {f.warps} | {f.arch} | {f.registers} "
+            f"| {f.stack} | {f.per_element} | {f.loads} ({f.model_loads}) | {f.stores} ({f.model_stores}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_HEADER = f"""# What the Triton kernels compile to
+
+Triton {triton.__version__}, ahead of time; `PYTHONPATH=. python3 benchmarks/codegen.py --write` renews this file.
+
+128-bit loads and stores are those of one thread in the binary, beside what the byte model asks for: every operand once,
+every result once. Spilled: bytes of local memory. Instructions an element are static: a loop counts once, set-up, final
+sums and the write of the partials are included, so the longest tiles say most. The mode `dropout` minus `add` is the
+price of Philox: one call for four elements.
+
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="default: 90")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=[*DTYPES, "all"])
+    parser.add_argument("--layouts", nargs="+", default=["aligned"], choices=LAYOUTS)
+    parser.add_argument("--json", type=Path, help="write the figures here instead of a table")
+    parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen.md")
+    options = parser.parse_args()
+    dtypes = list(DTYPES) if "all" in options.dtypes else options.dtypes
+    results = compile_all(variants(options.modes, dtypes, options.layouts), options.arch)
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
+    elif options.write:
+        (Path(__file__).parent / "results").mkdir(exist_ok=True)
+        (Path(__file__).parent / "results" / "codegen.md").write_text(_HEADER + markdown(results))
+    else:
+        sys.stdout.write(markdown(results))
+    broken = [f"{f.name}: {fault}" for f in results for fault in faults(f)]
+    print(f"{len(results)} variants, {len(broken)} faults", *broken, sep="\n", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
