@@ -17,7 +17,7 @@ ROOT = Path(fusednorm.__file__).parents[1]
 README = ROOT / "README.md"
 SHELLS = ("sh", "bash", "console", "shell")
 # change the environment that runs the tests; `make test` itself has gone through them
-INSTALLING = ("git clone", "cd ", "pip install", "python -m pip install", "python3 -m pip install")
+INSTALLING = ("git clone", ". .venv/", "cd ", "pip install", "python -m pip install", "python3 -m pip install")
 
 
 def blocks(*languages: str) -> list[tuple[int, str]]:

@@ -29,7 +29,7 @@ _FORWARD = (
     (1, 4096, 16, 4),
     (1, 8192, 32, 4),
 )
-_FORWARD_WIDE = Config(1, 8192, 0, 16, 0)
+_FORWARD_WIDE = Config(1, 8192, 0, 32, 0)
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
 # the most chunks depend on the load: light (two accumulators), medium (three, or dropout), heavy (layer scale).
@@ -47,7 +47,7 @@ SUMS = Config(1, 2048, 0, 8, 0)
 FINALIZE = Config(128, 32, 0, 8, 0)  # block_m: partials summed at a step
 
 # Registers a thread: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
-_BACKWARD_REGISTERS = ((48, 16), (60, 16), (84, 40))
+_BACKWARD_REGISTERS = ((47, 20), (60, 16), (84, 40))
 _REGISTERS = 65536  # of a multiprocessor
 _MAX_WARPS_PER_SM = 64
 
