@@ -70,7 +70,8 @@ def check_seed(seed: Any) -> None:
 
 
 def check_mask_shape(shape: Any) -> None:
-    if not isinstance(shape, Sequence) or not all(isinstance(n, Integral | torch.SymInt) and n >= 0 for n in shape):
+    sizes = shape if isinstance(shape, Sequence) else ("",)
+    if not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in sizes):
         raise ValueError(f"shape: expected a sequence of sizes >= 0, got {shape!r}")
 
 
@@ -81,10 +82,13 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         )
 
 
-def check_normalized_shape(name: str, x: Tensor, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+def check_normalized_shape(name: str, x: Tensor, normalized_shape: Any) -> tuple[int, ...]:
     """The normalized shape as a tuple, checked to be the trailing dimensions of x."""
-    if isinstance(normalized_shape, Integral | torch.SymInt):
-        shape: tuple[int, ...] = (normalized_shape,)  # type: ignore[assignment]
+    shape: tuple[int, ...]
+    if type(normalized_shape) in (tuple, torch.Size):  # asked first: abstract classes are slow to ask
+        shape = normalized_shape
+    elif isinstance(normalized_shape, Integral | torch.SymInt):
+        shape = (normalized_shape,)  # type: ignore[assignment]
     elif isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str):
         shape = tuple(normalized_shape)
     else:
@@ -93,7 +97,7 @@ def check_normalized_shape(name: str, x: Tensor, normalized_shape: int | Sequenc
         )
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got ()")
-    if len(shape) > x.ndim or tuple(x.shape[x.ndim - len(shape) :]) != shape:
+    if len(shape) > x.ndim or x.shape[x.ndim - len(shape) :] != shape:
         end = tuple(x.shape[-len(shape) :])
         raise ValueError(
             f"normalized_shape: {shape} is not the end of {name}'s shape {tuple(x.shape)}; pass an {name} that ends so"
@@ -107,7 +111,7 @@ def check_parameter(name: str, parameter: Any, shape: tuple[int, ...], x_name: s
     if parameter is None:
         return
     check_tensor(name, parameter)
-    if tuple(parameter.shape) != shape:
+    if parameter.shape != shape:
         raise ValueError(f"{name}: expected the normalized shape {shape}, got {tuple(parameter.shape)}")
     check_same_device(name, parameter, x_name, x)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -33,13 +33,18 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
     from_normed = memory_efficient and _invertible(args)
     # whatever the grad mode: reentrant checkpointing runs the same call once without and once with gradients
     composite = provider == "reference" and providers.requested() is None and not from_normed
-    how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
-    providers.record(providers.Route(call, provider, how, refusals))
+    if not providers.automatic:
+        how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
+        providers.record(providers.Route(call, provider, how, refusals))
     if composite:
         return reference.add_layer_norm(*args)
     if needs_grad:
-        tensors = _distinct(args[:6]) if torch.compiler.is_compiling() else args[:6]
-        outputs = AddLayerNormFunction.apply(*tensors, *args[6:], provider, from_normed)
+        if torch.compiler.is_compiling():
+            outputs = AddLayerNormFunction.apply(*_distinct(args[:6]), *args[6:], provider, from_normed)
+        elif is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
+            outputs = AddLayerNormFunction.apply(*args, provider, from_normed)
+        else:
+            outputs = _apply(*args, provider, from_normed)
     else:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
@@ -158,6 +163,10 @@ class AddLayerNormFunction(torch.autograd.Function):
         dresidual = dx if shared else dresidual
         results = [g if wanted else None for g, wanted in zip((dx, dresidual, *dparameters), need, strict=True)]
         return (*results, *[None] * 12)
+
+
+# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
+_apply = super(torch.autograd.Function, AddLayerNormFunction).apply
 
 
 def _batched(*cotangents: Tensor | None) -> bool:

@@ -109,7 +109,7 @@ def _(
 
 
 _MOST_TENSORS = 10  # the tensors of an op come first
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), int}
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float})
 
 
 def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
@@ -118,7 +118,7 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or args[0].is_meta
-        or not {type(t) for t in args[:_MOST_TENSORS]} <= _PLAIN
+        or not _PLAIN.issuperset(map(type, args[:_MOST_TENSORS]))
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
     return getattr(providers.get(provider), name)(*args)

@@ -349,18 +349,20 @@ def _alike(x: Tensor, other: Tensor | None) -> bool:
 def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:
     if eps is None and rms:
         return torch.finfo(compute_dtype(*dtypes)).eps
+    if type(eps) is float:
+        return eps
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     return float(eps)
 
 
 def _autocast_enabled(kind: str) -> bool:
-    return _autocast_active() and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `normed` in the residual forms: autocast's where it is enabled (float64 is left alone)."""
-    if x.dtype == torch.float64 or not _autocast_enabled(x.device.type):
+    if not _autocast_active() or x.dtype == torch.float64 or not _autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 
@@ -374,7 +376,7 @@ def _autocast_probe(device: torch.device, dtype: torch.dtype, low: torch.dtype, 
 
 def _autocast_norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
     """The dtype of the plain norms' output: under autocast, whatever torch's own function gives."""
-    kind = x.device.type
-    if not _autocast_enabled(kind):
+    if not _autocast_active() or not _autocast_enabled(x.device.type):
         return x.dtype
+    kind = x.device.type
     return _autocast_probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)
