@@ -43,6 +43,7 @@ MODES = {
     "memory_efficient": frozenset({"residual", "from_normed"}),
     "dropout": frozenset({"residual", "dropout"}),
     "bias_dropout": frozenset({"residual", "dropout", "x_bias"}),
+    "wide_stream": frozenset({"residual", "wide_stream"}),
     "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
 }
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture above
@@ -61,7 +62,7 @@ class Variant(NamedTuple):
     pointer_dtypes: tuple[torch.dtype | None, ...]
     constants: tuple[Any, ...]
     warps: int
-    stages: int
+    registers: int
     aligned: bool
     config: table.Config
     loads: int
@@ -127,6 +128,8 @@ def _rows(n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
 
 def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backward: bool) -> None:
     x, vector, seed = _rows(n, dtype, layout), torch.ones(n, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    stream = torch.float32 if "wide_stream" in words else dtype
+    z = _rows(n, stream, layout)
     rms, add = "rms" in words, "residual" in words
     bias = None if rms else vector
     x_bias = vector if "x_bias" in words else None
@@ -135,16 +138,16 @@ def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backw
     p, path_p = 0.1 * ("dropout" in words), 0.1 * ("drop_path" in words)
     if not backward:
         triton_norm.add_layer_norm_fwd(
-            x, x if add else None, vector, bias, x_bias, scale, seed_or_none,
-            1, 1e-5, p, path_p, dtype, dtype, rms, False, add,
+            x, z if add else None, vector, bias, x_bias, scale, seed_or_none,
+            1, 1e-5, p, path_p, dtype, stream, rms, False, add,
         )  # fmt: skip
         return
     rows, acc = x.shape[:-1].numel(), torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.zeros(1 if rms else 2, rows, dtype=acc)
-    mask = [True, "dropout" in words, True, not rms, "x_bias" in words, "layer_scale" in words]
+    mask = [True, "dropout" in words or stream != dtype, True, not rms, "x_bias" in words, "layer_scale" in words]
     triton_norm.add_layer_norm_bwd(
-        x, x if add else None, x, stats, vector, bias, x if scale is not None else None, x_bias, scale,
-        seed_or_none, 1, p, path_p, dtype, dtype, rms, False, "from_normed" in words, mask,
+        x, z if add else None, z, stats, vector, bias, x if scale is not None else None, x_bias, scale,
+        seed_or_none, 1, p, path_p, dtype, stream, rms, False, "from_normed" in words, mask,
     )  # fmt: skip
 
 
@@ -155,10 +158,10 @@ def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Var
 
     def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
         kernel = self.function.__name__.strip("_").removesuffix("_kernel")
-        config = _config(kernel, n, words, DTYPES[dtype])
+        config = _config(kernel, n, words, DTYPES[dtype], layout)
         dtypes = tuple(None if t is None else t.dtype for t in pointers)
         loads, stores = _accesses(kernel, words, config, DTYPES[dtype].itemsize)
-        compiled_as = (dtypes, self.constants, self.warps, self.stages, self.aligned)
+        compiled_as = (dtypes, self.constants, self.warps, self.registers, self.aligned)
         noted.append(Variant(kernel, mode, layout, dtype, n, *compiled_as, config, loads, stores))
 
     original, triton_launch.Variant.launch = triton_launch.Variant.launch, launch  # type: ignore[method-assign]
@@ -173,14 +176,17 @@ def _accumulators(words: Collection[str]) -> int:
     return 2 - ("rms" in words) + ("x_bias" in words) + ("layer_scale" in words)
 
 
-def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype) -> table.Config:
+def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, layout: str) -> table.Config:
     if kernel.endswith("bwd_sums"):
         return table.SUMS
     if kernel.endswith("bwd_finalize"):
         return table.FINALIZE
+    small = layout != "aligned" or dtype == torch.float64
     if "fwd" in kernel:
-        return table.forward(n)
-    return table.backward(n, table.load(_accumulators(words), "dropout" in words, "layer_scale" in words))
+        return table.forward(n, small)
+    wide_operands = dtype.itemsize > 2 and layout == "aligned"
+    weight_class = table.load(_accumulators(words), "dropout" in words, "layer_scale" in words, wide_operands)
+    return table.backward(n, weight_class, small)
 
 
 def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsize: int) -> tuple[int, int]:
@@ -193,24 +199,28 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
     """
     elements = config.block_m * config.block_n * max(config.chunks, 1) // (32 * config.warps)
     vectors, sums = max(elements * itemsize // 16, 1), elements * max(itemsize, 4) // 16
-    scaled, add, normed = "layer_scale" in words, "residual" in words, "from_normed" in words
+    scaled, add, normed, separate = (word in words for word in ("layer_scale", "residual", "from_normed", "dropout"))
+    stream = vectors  # of the residual stream's dtype
+    if "wide_stream" in words:
+        stream, separate = elements * 4 // 16, True
     if kernel.endswith("finalize"):
         return sums, 0
     if kernel.endswith("sums"):
-        return vectors * (3 + normed), 0
+        return vectors * (2 + normed) + stream, 0
     if "fwd" in kernel:
         parameters = 2 - ("rms" in words) + ("x_bias" in words) + scaled
-        return vectors * (1 + add + parameters + kernel.endswith("wide")), vectors * (1 + add)
+        again = (stream if add else vectors) * kernel.endswith("wide")
+        return vectors * (1 + parameters) + stream * add + again, vectors + stream * add
     partials = sums * _accumulators(words) if config.block_m == 1 else 0
-    return vectors * (3 + add + normed + 3 * scaled), vectors * (1 + ("dropout" in words)) + partials
+    return vectors * (2 + normed + 3 * scaled) + stream * (1 + add), vectors + stream * separate + partials
 
 
-def _widths(mode: str, dtype: str, backward: bool) -> Iterator[int]:
+def _widths(mode: str, dtype: str, layout: str, backward: bool) -> Iterator[int]:
     """A width for every configuration that the table can choose in a mode."""
     seen = set()
     for n in (64, 128, *range(256, _MAX_WIDTH, 256)):
         kernel = "add_layer_norm_bwd" if backward else "add_layer_norm_fwd"
-        config = _config(kernel, n, MODES[mode], DTYPES[dtype])
+        config = _config(kernel, n, MODES[mode], DTYPES[dtype], layout)
         if config not in seen:
             seen.add(config)
             yield n
@@ -221,9 +231,9 @@ def variants(modes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str]
     found: dict[tuple[Any, ...], Variant] = {}
     for mode, dtype, layout in ((m, d, la) for m in modes for d in dtypes for la in layouts):
         for backward in (False, True):
-            for n in _widths(mode, dtype, backward):
+            for n in _widths(mode, dtype, layout, backward):
                 for v in note(n - (layout == "odd"), mode, dtype, layout, backward):
-                    key = (v.kernel, v.pointer_dtypes, v.constants, v.warps, v.stages, v.aligned, v.config)
+                    key = (v.kernel, v.pointer_dtypes, v.constants, v.warps, v.registers, v.aligned, v.config)
                     found.setdefault(key, v)
     return list(found.values())
 
@@ -239,7 +249,7 @@ def figures(variant: Variant, arch: int) -> Figures:
         variant.pointer_dtypes,
         variant.constants,
         warps=variant.warps,
-        stages=variant.stages,
+        registers=variant.registers,
         aligned=variant.aligned,
         target=GPUTarget("cuda", arch, 32),
     )

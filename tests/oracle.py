@@ -225,8 +225,11 @@ class _NormKeepingItsOutput(torch.autograd.Function):
         dz = g - xhat * (g * xhat).mean(ctx.dims, keepdim=True)
         dz = dz if ctx.rms else dz - g.mean(ctx.dims, keepdim=True)
         lead = tuple(range(ctx.dims[0]))
-        dweight = None if weight is None else (dy * xhat).sum(lead).to(weight.dtype)
-        dbias = None if bias is None else dy.sum(lead).to(bias.dtype)
+        dweight, dbias = dy * xhat, dy
+        if lead:  # a sum over no dimensions is one over all
+            dweight, dbias = dweight.sum(lead), dbias.sum(lead)
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
         return (dz * rstd).to(ctx.z_dtype), dweight, dbias, None, None, None, None
 
 

@@ -61,11 +61,12 @@ def triton():
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Tables without register-resident tiles: the wide forward and the column slabs, on rows of a few hundred."""
-    monkeypatch.setattr(table, "_FORWARD", ())
-    monkeypatch.setattr(table, "_FORWARD_WIDE", table.Config(1, 64, 0, 4, 0))
-    monkeypatch.setattr(table, "_BACKWARD", ())
-    monkeypatch.setattr(table, "_SLAB", ((2, 32, 4), (1, 64, 4), (1, 32, 4)))
-    monkeypatch.setattr(table, "SUMS", table.Config(2, 64, 0, 4, 0))
+    for small in ("", "_SMALL"):
+        monkeypatch.setattr(table, f"_FORWARD{small}", ())
+        monkeypatch.setattr(table, f"_FORWARD_WIDE{small}", (1, 64, 4))
+        monkeypatch.setattr(table, f"_BACKWARD{small}", ())
+        monkeypatch.setattr(table, f"_SLAB{small}", (2, 32, 4) if small else (1, 64, 4))
+    monkeypatch.setattr(table, "SUMS", table.Config(2, 64, 0, 4, 4))
     triton_norm.forget_variants()
     yield
     triton_norm.forget_variants()
@@ -120,7 +121,7 @@ def test_triton_variants_do_not_depend_on_the_row_count(monkeypatch):
 
     def note(self, grid, pointers, numbers):
         dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        variants.add((self.function.__name__, dtypes, self.constants, self.warps, self.stages, self.aligned))
+        variants.add((self.function.__name__, dtypes, self.constants, self.warps, self.registers, self.aligned))
 
     monkeypatch.setattr(triton_launch.Variant, "launch", note)
     weight = torch.ones(64, requires_grad=True)

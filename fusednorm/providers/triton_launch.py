@@ -51,13 +51,13 @@ def compile_kernel(
     constants: Sequence[Any],
     *,
     warps: int,
-    stages: int,
+    registers: int,
     aligned: bool,
     target: GPUTarget,
 ) -> Any:
     """Compile one variant ahead of time. A pointer of dtype None is absent.
 
-    `aligned` promises that every pointer is a multiple of 16 bytes.
+    `registers` is the most that a thread may have; `aligned` promises that every pointer is a multiple of 16 bytes.
     """
     names = list(inspect.signature(function.fn).parameters)
     pointers, numbers = names[: len(dtypes)], names[len(dtypes) : len(names) - len(constants)]
@@ -73,20 +73,18 @@ def compile_kernel(
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers if signature[n] != "constexpr"}
     source = ASTSource(function, signature, values, attributes)
     # floating-point fusion by name: its default differs between versions of Triton
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
 
 class Variant:
     """A kernel with its constants, compiled at its first launch on each device with each set of dtypes."""
 
-    __slots__ = ("_handles", "aligned", "constants", "function", "stages", "warps")
+    __slots__ = ("_handles", "aligned", "constants", "function", "registers", "warps")
 
-    def __init__(
-        self, function: Any, constants: tuple[Any, ...], *, warps: int, stages: int = 1, aligned: bool
-    ) -> None:
+    def __init__(self, function: Any, constants: tuple[Any, ...], *, warps: int, registers: int, aligned: bool) -> None:
         self.function, self.constants = function, constants
-        self.warps, self.stages, self.aligned = warps, stages, aligned
+        self.warps, self.registers, self.aligned = warps, registers, aligned
         self._handles: dict[tuple[Any, ...], _Handle] = {}
 
     def launch(
@@ -121,7 +119,7 @@ class Variant:
             dtypes,
             self.constants,
             warps=self.warps,
-            stages=self.stages,
+            registers=self.registers,
             aligned=self.aligned,
             target=driver.get_current_target(),
         )

@@ -45,8 +45,13 @@ def reluctance(op: str, *args: Any) -> str | None:
     return None
 
 
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
 def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
 
 
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
@@ -83,21 +88,27 @@ def _ceil(a: int, b: int) -> int:
 # One variant for each combination of what the compiler is told; sizes other than N are numbers of the launch.
 
 
+def _variant(kernel: Any, constants: tuple[Any, ...], config: table.Config, aligned: bool) -> Variant:
+    from .triton_launch import Variant
+
+    return Variant(kernel, constants, warps=config.warps, registers=config.registers, aligned=aligned)
+
+
 @functools.lru_cache(4096)
 def _forward(
-    n: int, layout: tuple[int, int, bool], z_dtype: torch.dtype, flags: tuple[bool, ...]
+    n: int, layout: tuple[int, int, bool], z_dtype: torch.dtype, acc: torch.dtype, flags: tuple[bool, ...]
 ) -> tuple[Variant, int]:
     """The forward of rows of n columns, and how many rows a program takes."""
-    from . import triton_launch
     from . import triton_norm_fwd as kernels
+    from .triton_launch import TYPES
 
-    config = table.forward(n)
+    config = table.forward(n, layout[0] != 0 or acc == torch.float64)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
-    constants: tuple[Any, ...] = (triton_launch.TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
+    constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
         kernel = kernels._add_layer_norm_fwd_kernel
         constants += (config.chunks, config.chunks * config.block_n == n)
-    return triton_launch.Variant(kernel, constants, warps=config.warps, aligned=layout[0] == 0), config.block_m
+    return _variant(kernel, constants, config, layout[0] == 0), config.block_m
 
 
 class _Backward(NamedTuple):
@@ -111,29 +122,31 @@ class _Backward(NamedTuple):
 
 @functools.lru_cache(4096)
 def _backward(
-    n: int, layout: tuple[int, int, bool], norm: tuple[bool, ...], masks: tuple[bool, bool], scaled: bool,
+    n: int,
+    layout: tuple[int, int, bool],
+    acc: torch.dtype,
+    norm: tuple[bool, ...],
+    masks: tuple[bool, bool],
+    scaled: bool,
     wanted: tuple[bool, ...],
-) -> _Backward:  # fmt: skip
+) -> _Backward:
     """`norm`: rms, zero_centered_weight, saved_is_normed; `masks`: dropout, drop path; `wanted`: of the parameters."""
     from . import triton_norm_bwd as kernels
-    from .triton_launch import Variant
 
-    config = table.backward(n, table.load(sum(wanted), masks[0], scaled))
-    aligned, chunks, sums, slabs = layout[0] == 0, max(config.chunks, 1), None, 1
+    aligned = layout[0] == 0
+    weight_class = table.load(sum(wanted), masks[0], scaled, wide_operands=layout[1] == 4)
+    config = table.backward(n, weight_class, not aligned or acc == torch.float64)
+    chunks, sums, slabs = max(config.chunks, 1), None, 1
     if not config.chunks:
         slabs = _ceil(n, config.block_n)
         constants = (*norm, *layout, table.SUMS.block_m, table.SUMS.block_n)
-        sums = Variant(kernels._add_layer_norm_bwd_sums_kernel, constants, warps=table.SUMS.warps, aligned=aligned)
+        sums = _variant(kernels._add_layer_norm_bwd_sums_kernel, constants, table.SUMS, aligned)
     even = n % (config.block_n * chunks) == 0
-    constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even, 1)
-    main = Variant(kernels._add_layer_norm_bwd_kernel, constants, warps=config.warps, aligned=aligned)
+    constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even)
+    main = _variant(kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
     vec = 4 if n % 4 == 0 else 1
-    finalize = Variant(
-        kernels._add_layer_norm_bwd_finalize_kernel,
-        (vec, table.FINALIZE.block_m, table.FINALIZE.block_n),
-        warps=table.FINALIZE.warps,
-        aligned=vec > 1,
-    )
+    constants = (vec, table.FINALIZE.block_m, table.FINALIZE.block_n)
+    finalize = _variant(kernels._add_layer_norm_bwd_finalize_kernel, constants, table.FINALIZE, vec > 1)
     return _Backward(config, slabs, sums, main, finalize, vec)
 
 
@@ -141,6 +154,13 @@ def forget_variants() -> None:
     """After the table was changed."""
     _forward.cache_clear()
     _backward.cache_clear()
+
+
+def _like(tensor: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+    """A contiguous result of `tensor`'s shape (cheaper than torch.empty of a Size); without elements if not wanted."""
+    if wanted:
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    return tensor.new_empty(0, dtype=dtype)
 
 
 def add_layer_norm_fwd(
@@ -163,9 +183,10 @@ def add_layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats) in one launch."""
     m, n = sizes(x, normalized_ndim)
-    normed = torch.empty(x.shape, dtype=normed_dtype, device=x.device)
-    residual_out = torch.empty(x.shape if store_residual else 0, dtype=residual_dtype, device=x.device)
-    stats = torch.empty((1 if rms else 2, m), dtype=compute_dtype(x.dtype, residual_dtype), device=x.device)
+    normed = torch.empty_like(x, dtype=normed_dtype, memory_format=torch.contiguous_format)
+    residual_out = _like(x, store_residual, residual_dtype)
+    n_statistics, stats_dtype = 1 if rms else 2, compute_dtype(x.dtype, residual_dtype)
+    stats = torch.empty_strided((n_statistics, m), (m, 1), dtype=stats_dtype, device=x.device)
     if m == 0:
         return normed, residual_out, stats
     if n == 0:
@@ -174,7 +195,7 @@ def add_layer_norm_fwd(
     outputs = (normed, residual_out if store_residual else None)
     rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
     flags = (rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0)
-    variant, block_m = _forward(n, rows.constants, residual_dtype, flags)
+    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, flags)
     variant.launch(
         (_ceil(m, block_m), 1),
         (*rows.tensors, *parameters, seed, *outputs, stats),
@@ -210,13 +231,13 @@ def add_layer_norm_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale): one launch, and one that sums the partials."""
     m, n = sizes(saved, normalized_ndim)
-    device = saved.device
-    likes = ((saved, x_dtype), (saved, residual_dtype), *[(p, None) for p in (weight, bias, x_bias, layer_scale)])
+    parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
     gradients = [
-        torch.empty(like.shape, dtype=dtype or like.dtype, device=device)  # type: ignore[union-attr]
-        if wanted
-        else torch.empty(0, dtype=saved.dtype, device=device)
-        for wanted, (like, dtype) in zip(output_mask, likes, strict=True)
+        *(_like(saved, output_mask[0], x_dtype), _like(saved, output_mask[1], residual_dtype)),
+        *[
+            saved.new_empty(0) if p is None else _like(p, wanted, p.dtype)
+            for p, wanted in zip(parameters, output_mask[2:], strict=True)
+        ],
     ]
     if m == 0 or n == 0:
         return tuple([g.zero_() for g in gradients])
@@ -233,6 +254,7 @@ def add_layer_norm_bwd(
     plan = _backward(
         n,
         rows.constants,
+        stats.dtype,
         (rms, zero_centered_weight, saved_is_normed),
         (dropout_p > 0.0, drop_path_p > 0.0),
         layer_scale is not None,
@@ -250,7 +272,7 @@ def add_layer_norm_bwd(
     programs = _processors(saved.get_device()) * plan.config.per_sm // plan.slabs
     programs = max(1, min(_ceil(m, plan.config.block_m), programs))
     accumulators = sum(output_mask[2:])
-    partials = torch.empty((accumulators, programs, n), dtype=stats.dtype, device=device) if accumulators else None
+    partials = stats.new_empty((accumulators, programs, n)) if accumulators else None
     plan.main.launch(
         (programs, plan.slabs),
         (

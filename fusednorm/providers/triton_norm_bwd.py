@@ -120,7 +120,7 @@ def _add_layer_norm_bwd_kernel(
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, FROM_NORMED: tl.constexpr, DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr, DX_BIAS: tl.constexpr,
     DLAYER_SCALE: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, EVEN_N: tl.constexpr,
 ):
     """Persistent over rows: dx and dresidual a row at a time, parameter gradients summed in registers.
 
@@ -145,7 +145,7 @@ def _add_layer_norm_bwd_kernel(
         if DLAYER_SCALE:
             dlayer_scale += (zero,)
 
-    for group in tl.range(program, (M + BLOCK_M - 1) // BLOCK_M, P, num_stages=STAGES):
+    for group in tl.range(program, (M + BLOCK_M - 1) // BLOCK_M, P, num_stages=1):
         rows = group * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         row_mask = rows < M
         mean, rstd = _row_statistics(stats_ptr, rows, row_mask, M, RMS)

@@ -2,8 +2,11 @@
 
 A tile is BLOCK_M rows by BLOCK_N columns on a number of warps; a row takes ceil(N / BLOCK_N) tiles, held in registers.
 The limits on that count come from compiled register figures, not from timing: `tests/test_codegen.py` compiles every
-choice for sm_80, sm_90 and sm_100 and holds it to zero spills, and `benchmarks/codegen.py` prints the figures.
-BLOCK_N is 8 columns for each lane: one 128-bit access of a 16-bit dtype.
+choice for sm_80, sm_90 and sm_100 and holds it to zero spills, and `benchmarks/codegen.py` prints the figures. One
+table serves the three architectures: their register files and warps are the same.
+
+An aligned tile has 8 columns for each lane: one 128-bit access of a 16-bit dtype. Where addresses or values take twice
+the registers (rows that are not aligned, float64) it has 4: the "small" tables.
 """
 
 from __future__ import annotations
@@ -16,24 +19,43 @@ class Config(NamedTuple):
     block_n: int
     chunks: int  # tiles a row is held in; 0 = the wide form, which reads the row again
     warps: int
-    per_sm: int  # persistent programs for each multiprocessor (backward)
+    per_sm: int  # programs that fit on a multiprocessor: how many registers the compiler may use follows
 
+    @property
+    def registers(self) -> int:
+        """The most registers a thread may have. Stated, because ptxas left to itself spills to reach an occupancy."""
+        return min(255, _REGISTERS // (32 * self.warps * self.per_sm) // 8 * 8)
+
+
+_REGISTERS = 65536  # of a multiprocessor
+_MAX_PROGRAMS = 8  # of a persistent grid, for each multiprocessor: each writes a row of partial sums
 
 # (block_m, block_n, warps, most chunks): earlier rows win ties of padded width
 _FORWARD = (
     (16, 64, 4, 1),
     (8, 128, 4, 1),
     (1, 1024, 4, 5),
-    (4, 256, 4, 6),
+    (4, 256, 4, 5),
+    (2, 512, 4, 3),
     (1, 2048, 8, 4),
     (1, 4096, 16, 4),
     (1, 8192, 32, 4),
 )
-_FORWARD_WIDE = Config(1, 8192, 0, 32, 0)
+_FORWARD_SMALL = (
+    (8, 64, 4, 1),
+    (4, 128, 4, 1),
+    (2, 256, 4, 2),
+    (1, 512, 4, 4),
+    (1, 1024, 8, 4),
+    (1, 2048, 16, 4),
+)
+_FORWARD_WIDE = (1, 8192, 32)
+_FORWARD_WIDE_SMALL = (1, 2048, 16)
+_FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 registers a thread
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
-# the most chunks depend on the load: light (two accumulators), medium (three, or dropout), heavy (layer scale).
-# (block_m, block_n, warps, most chunks light / medium / heavy)
+# the most chunks depend on the load: light (two accumulators), medium (three, or dropout, or 32-bit operands), heavy
+# (layer scale). (block_m, block_n, warps, most chunks light / medium / heavy)
 _BACKWARD = (
     (16, 64, 4, (1, 1, 1)),
     (8, 128, 4, (1, 1, 1)),
@@ -42,14 +64,21 @@ _BACKWARD = (
     (1, 2048, 8, (3, 2, 0)),
     (1, 4096, 16, (2, 0, 1)),
 )
-_SLAB = ((1, 1024, 4), (1, 1024, 4), (1, 1024, 4))  # light, medium, heavy
-SUMS = Config(1, 2048, 0, 8, 0)
-FINALIZE = Config(128, 32, 0, 8, 0)  # block_m: partials summed at a step
+_BACKWARD_SMALL = (
+    (8, 64, 4, (1, 1, 1)),
+    (4, 128, 4, (1, 1, 1)),
+    (2, 256, 4, (1, 1, 1)),
+    (1, 512, 4, (2, 2, 1)),
+    (1, 1024, 8, (2, 2, 1)),
+)
+_SLAB = (1, 1024, 4)
+_SLAB_SMALL = (1, 512, 4)
+SUMS = Config(1, 2048, 0, 8, 2)
+FINALIZE = Config(128, 32, 0, 8, 4)  # block_m: partials summed at a step
 
-# Registers a thread: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
+# Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
 _BACKWARD_REGISTERS = ((47, 20), (60, 16), (84, 40))
-_REGISTERS = 65536  # of a multiprocessor
-_MAX_WARPS_PER_SM = 64
+_BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (128, 56))
 
 
 def _best(n: int, tiles: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int] | None:
@@ -58,27 +87,23 @@ def _best(n: int, tiles: list[tuple[int, int, int, int]]) -> tuple[int, int, int
     return min(fitting, key=lambda t: t[1] * t[2], default=None)
 
 
-def forward(n: int) -> Config:
-    """Forward configuration for rows of n columns."""
-    best = _best(n, list(_FORWARD))
-    return _FORWARD_WIDE if best is None else Config(*best, per_sm=0)
+def forward(n: int, small: bool) -> Config:
+    """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
+    block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
+    best = _best(n, list(_FORWARD_SMALL if small else _FORWARD)) or (block_m, block_n, 0, warps)
+    return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 
-def load(accumulators: int, dropout: bool, layer_scale: bool) -> int:
+def load(accumulators: int, dropout: bool, layer_scale: bool, wide_operands: bool) -> int:
     """0 light, 1 medium, 2 heavy: how many registers the backward's epilogue takes."""
-    return 2 if layer_scale else 1 if dropout or accumulators > 2 else 0
+    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_operands else 0
 
 
-def backward(n: int, weight_class: int) -> Config:
+def backward(n: int, weight_class: int, small: bool) -> Config:
     """Backward configuration; `chunks` 0 means column slabs after a kernel that sums the rows."""
-    best = _best(n, [(m, b, w, most[weight_class]) for m, b, w, most in _BACKWARD])
-    if best is None:
-        block_m, block_n, warps = _SLAB[weight_class]
-        return Config(block_m, block_n, 0, warps, _programs_that_fit(1, warps, weight_class))
-    return Config(*best, per_sm=_programs_that_fit(best[2], best[3], weight_class))
-
-
-def _programs_that_fit(chunks: int, warps: int, weight_class: int) -> int:
-    each_chunk, fixed = _BACKWARD_REGISTERS[weight_class]
-    fitting = _REGISTERS // (32 * warps * (each_chunk * chunks + fixed))
-    return max(1, min(fitting, _MAX_WARPS_PER_SM // warps, 8))
+    tiles = _BACKWARD_SMALL if small else _BACKWARD
+    block_m, block_n, warps = _SLAB_SMALL if small else _SLAB
+    best = _best(n, [(m, b, w, most[weight_class]) for m, b, w, most in tiles]) or (block_m, block_n, 0, warps)
+    each_chunk, fixed = (_BACKWARD_REGISTERS_SMALL if small else _BACKWARD_REGISTERS)[weight_class]
+    fitting = _REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + fixed))
+    return Config(*best, per_sm=max(1, min(fitting, _MAX_PROGRAMS)))
