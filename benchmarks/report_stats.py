@@ -1,0 +1,69 @@
+"""What the records of a run amount to, figure by figure, and how figures are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import median_interval
+
+LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
+Record = Mapping[str, Any]
+
+
+def ratio(record: Record, baseline: str = "eager", key: str = "samples") -> tuple[float, float, float, float] | None:
+    """Baseline's time over ours; above 1 we are faster: median of the pairs, its interval, that of the fastest samples.
+
+    What else runs on the machine only adds time, so a difference counts only where the fastest samples show it too.
+    """
+    ours, theirs = (record["variants"].get(name, {}).get(key) for name in ("fused", baseline))
+    if not ours or not theirs:
+        return None
+    pairs = [b / a for a, b in zip(ours, theirs)]
+    return (median(pairs), *median_interval(pairs), min(theirs) / min(ours))
+
+
+def measured(result: Record) -> list[Record]:
+    return [record for record in result["cases"] if record["status"] == "measured"]
+
+
+def roofline_fraction(record: Record, variant: str = "fused") -> float:
+    return record["roofline_seconds"] / median(record["variants"][variant]["samples"])
+
+
+def losses(result: Record) -> list[tuple[Record, str, str, tuple[float, ...]]]:
+    """(record, baseline, which time, ratio) of every measured loss, worst first."""
+    found = []
+    for record in measured(result):
+        for baseline in record["variants"]:
+            for key, what in (("samples", result["method"]["timer"]), ("inclusive", "host included, L2 warm")):
+                value = None if baseline == "fused" else ratio(record, baseline, key)
+                if value is not None and max(value[2:]) < LOSS:
+                    found.append((record, baseline, what, value))
+    return sorted(found, key=lambda loss: loss[3][0])
+
+
+def busy(result: Record) -> bool:
+    e = result["environment"]
+    return e["device_type"] == "cpu" and bool(e["load"]) and e["load"][0] > 0.5 * result["method"]["cores"]
+
+
+# --- how figures are written ---
+
+
+def seconds_text(value: float) -> str:
+    unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
+    return f"{value * factor:.3g} {unit}" if value < 1000 else f"{value:.0f} s"
+
+
+def bytes_text(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def ratio_text(value: tuple[float, ...] | None) -> str:
+    return "-" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
