@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import geometric_mean, median, quantiles
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
+from benchmarks.measure_load import share_text
 from benchmarks.report_plots import plots
 from benchmarks.report_stats import (
     LOSS,
     Record,
     busy,
+    busy_text,
     bytes_text,
     losses,
     measured,
@@ -124,12 +126,13 @@ def headline(result: Record) -> str:
     size, seconds = roof["copies"][-1]
     lines = [
         f"{e['device']}; torch {e['torch']}, triton {e['triton'] or 'absent'}, Python {e['python']}, {e['system']}",
-        f"commit {e['commit'] or 'unknown'}, {e['date']}; {m['threads']} threads; load at start {e['load']}",
+        f"commit {e['commit'] or 'unknown'}, {e['date']}; {m['threads']} threads; other processes took "
+        f"{share_text(m.get('others'))}",
         f"copy of {bytes_text(size / 2)}: {size / seconds / 1e9:.4g} GB/s read and written; matmul "
         + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in roof["matmul"].items()),
     ]
-    if busy(result):
-        lines.append(f"THE MACHINE WAS BUSY (load {e['load'][0]} on {m['cores']} cores): do not trust these figures.")
+    if warning := busy_text(result):
+        lines.append(warning)
     absent = [f"{name} ({reason})" for name, reason in result["baselines"]["absent"].items()]
     lines.append(f"against {', '.join(result['baselines']['used'])}; absent: {', '.join(absent) or 'none'}")
     return "\n".join(lines)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
-from benchmarks.report_stats import Record, bytes_text, measured, ratio, roofline_fraction
+from benchmarks.report_stats import Record, busy_text, bytes_text, measured, ratio, roofline_fraction
 
 Point = tuple[float, ...]  # value, low, high
 COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange", "float16": "tab:green"}
@@ -41,6 +42,13 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             pick = {"": lambda r: (r["variants"]["fused"]["peak"] / max(r["variants"]["eager"]["peak"], 1),) * 3}
             names.append(_panels(result, records, pick, title, "fusednorm / eager", f"memory-{direction}.png", folder))
     return [name for name in names if name]
+
+
+def set_title(figure: Any, title: str, below: Iterable[str | None]) -> None:
+    """The title over lines of small print, broken where the picture ends."""
+    across = int(13 * figure.get_figwidth())  # letters of that size to an inch
+    lines = [part for line in (title, *below) if line for part in textwrap.wrap(line, across)]
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def _panels(
@@ -103,7 +111,8 @@ def _panels(
     else:
         first.set_ylim(min(0.75, 0.95 * min(values)), max(1.25, 1.05 * max(values)))
     e = result["environment"]
-    figure.suptitle(f"{title}\n{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", fontsize=11)
+    below = [f"{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", busy_text(result)]
+    set_title(figure, title, below)
     figure.supylabel(label, fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
     figure.savefig(folder / name, dpi=110)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from benchmarks import measure_load
 from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
@@ -45,8 +46,13 @@ def losses(result: Record) -> list[tuple[Record, str, str, tuple[float, ...]]]:
 
 
 def busy(result: Record) -> bool:
-    e = result["environment"]
-    return e["device_type"] == "cpu" and bool(e["load"]) and e["load"][0] > 0.5 * result["method"]["cores"]
+    return busy_text(result) is not None
+
+
+def busy_text(result: Record) -> str | None:
+    """A warning where other processes took much of the CPU that was measured; a GPU's figures do not hang on it."""
+    on_cpu = result["environment"]["device_type"] == "cpu"
+    return measure_load.warning(result["method"].get("others")) if on_cpu else None
 
 
 # --- how figures are written ---

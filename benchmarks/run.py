@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import fusednorm
-from benchmarks import cases, measure, report
+from benchmarks import cases, measure, measure_load, report
 from benchmarks.cases import BASELINES, BaselineError, Case
 
 PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
@@ -282,7 +282,7 @@ def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device)
     used, absent = present(arguments.baselines, device)
     forced = fusednorm.use_provider(arguments.provider) if arguments.provider else nullcontext()
     with measure.steady_machine(arguments.threads) as machine, forced:
-        timer = measure.timer_for(device)
+        timer, others = measure.timer_for(device), measure_load.OthersMeter()
         dtypes = list(dict.fromkeys(case.operation.flop_dtype(case.torch_dtype) for case in chosen))
         kept = [case for case in chosen if case.name not in left_out]
         most = max((case.bytes_moved for case in kept), default=0)
@@ -296,6 +296,7 @@ def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device)
                 torch._dynamo.reset()  # every case is another specialisation of the same code
             records.append(run_case(case, device, timer, roofline, used, seconds))
         measure.forget_problem()
+        taken = others.share()
     method = {
         "timer": timer.kind,
         "correctness": "max|ours - fp64| <= 2 max|eager - fp64| + one rounding, at each shape measured, before timing; "
@@ -304,6 +305,7 @@ def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device)
         f"{measure.MAX_ROUNDS} rounds; ratios are paired round by round, [..] is the 95% interval of their median",
         "roofline": "the fastest device copy, in this run, of as many bytes as the byte model says; or the matmul rate",
         **machine,
+        "others": taken,
         "provider": arguments.provider or "automatic choice",
         "level": arguments.level,
         "only": arguments.only.pattern,

@@ -1,0 +1,182 @@
+"""What the benchmark's report says in words and pictures, from made-up results: no case is measured here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure_load, report
+
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+PLAIN = "torch's own operators: no kernel of ours serves this call"
+
+
+def record(op="layer_norm", shape=(4, 64), dtype="float32", direction="forward", eager=1.0, spread=0.001, **other):
+    """A measured case: ours takes 10 us, eager `eager` times as long."""
+    wobble = [1 + spread * (i % 5 - 2) for i in range(11)]
+    size = "x".join(map(str, shape))
+    itemsize = 4 if dtype == "float32" else 2
+    return {
+        "op": op,
+        "shape": shape,
+        "dtype": dtype,
+        "direction": direction,
+        "size": size,
+        "name": f"{op}/{direction}/{dtype}/{size}",
+        "status": "measured",
+        "detail": "",
+        "provider": "reference",
+        "how": PLAIN,
+        "notes": {},
+        "bytes": 4096,
+        "input_bytes": shape[0] * shape[1] * itemsize,
+        "roofline_seconds": 5e-6,
+        "variants": {
+            "fused": {"samples": [1e-5 * w for w in wobble], "faults": 0},
+            "eager": {"samples": [eager * 1e-5 * w for w in reversed(wobble)], "faults": 0},
+        },
+    } | other
+
+
+def result(*records, left_out=None, others=0.0):
+    return {
+        "environment": {
+            "device_type": "cpu",
+            "device": "a processor",
+            "torch": "2",
+            "triton": None,
+            "python": "3",
+            "system": "an OS",
+            "commit": "abc",
+            "date": "today",
+        },
+        "method": {"timer": "wall clock", "threads": 2, "cores": 2, "others": others},
+        "roofline": {"copies": [[1 << 20, 1e-4]], "matmul": {"float32": 1e11}},
+        "baselines": {"used": ["eager"], "absent": {}},
+        "left_out": left_out or {},
+        "cases": list(records),
+    }
+
+
+# --- the CPU time of others ---
+
+
+class Proc:
+    """A made-up /proc: this process, a child, a grandchild and a stranger, on the cores of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cores = folder, measure_load.OthersMeter(folder).cores
+        me = os.getpid()
+        self.parents = {me: 1, me + 1: me, me + 2: me + 1, me + 3: 1}
+        self.spent = dict.fromkeys(self.parents, 0.0)
+        self.write()
+
+    def spend(self, **seconds: float) -> None:
+        for who, pid in zip(("me", "child", "grandchild", "stranger"), self.parents):
+            self.spent[pid] += seconds.get(who, 0.0)
+        self.write()
+
+    def write(self) -> None:
+        busy, lines = int(sum(self.spent.values()) * TICKS), ["cpu  9 9 9 9 9 9 9 9 9 9", "cpu999 7 7 7 7 7 7 7 7 7 7"]
+        for i, core in enumerate(sorted(self.cores)):  # all of it on the first core, a quarter of it stolen
+            mine = busy if i == 0 else 0
+            lines.append(f"cpu{core} {mine - mine // 4} 0 0 5000 300 0 0 {mine // 4} 0 0")
+        (self.folder / "stat").write_text("\n".join([*lines, "intr 1 2 3"]))
+        for pid, parent in self.parents.items():
+            (self.folder / str(pid)).mkdir(exist_ok=True)
+            ticks = int(self.spent[pid] * TICKS)
+            fields = f"S {parent} 1 1 0 -1 4194304 0 0 0 0 {ticks - ticks // 2} {ticks // 2} 0 0 20 0 1 0"
+            (self.folder / str(pid) / "stat").write_text(f"{pid} (odd ) name) {fields}")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that goes by when told to."""
+    now = [100.0]
+    monkeypatch.setattr(measure_load.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_only_the_time_of_others_counts(tmp_path, clock):
+    proc = Proc(tmp_path)
+    proc.spend(me=3, stranger=50)  # before
+    meter = measure_load.OthersMeter(tmp_path)
+    clock(10.0)
+    proc.spend(me=4, child=2, grandchild=1)
+    assert meter.share() == pytest.approx(0.0, abs=0.01)
+    proc.spend(stranger=2.5 * len(proc.cores))
+    assert meter.share() == pytest.approx(0.25, abs=0.01)
+
+
+def test_what_nobody_tells_is_not_guessed(tmp_path, clock):
+    assert measure_load.OthersMeter(tmp_path / "absent").share() is None
+    proc = Proc(tmp_path)
+    meter = measure_load.OthersMeter(tmp_path)
+    clock(0.1)
+    assert meter.share() is None  # too short
+    clock(10.0)
+    assert meter.share() == 0.0
+    proc.spend(me=5 * len(proc.cores))
+    (tmp_path / "stat").write_text("\n".join(f"cpu{core} 0 0 0 0 0 0 0 0" for core in proc.cores))
+    assert meter.share() is None  # the machine idled while we worked: one of the two is not so
+    assert measure_load.warning(None) is None and measure_load.share_text(None) == "not known here"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_own_time_holds_that_of_children():
+    def spin():
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+
+    before = measure_load.own_seconds(Path("/proc"), os.getpid())
+    spin()
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    assert measure_load.own_seconds(Path("/proc"), os.getpid()) - before >= 0.6
+
+
+def test_a_busy_machine_is_told_everywhere(tmp_path):
+    calm, busy = result(record(), others=0.09), result(record(), others=0.34)
+    assert not report.busy(calm) and "BUSY" not in report.markdown(calm, [])
+    for text in (report.headline(busy), report.markdown(busy, []), report.compare(calm, busy)[0]):
+        assert "busy" in text.lower()
+    assert "34%" in report.headline(busy) and "more than 10%" in report.headline(busy)
+    on_gpu = busy | {"environment": busy["environment"] | {"device_type": "cuda"}}
+    assert not report.busy(on_gpu)
+    assert "not known here" in report.headline(result(record(), others=None))
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draw the pictures of a result and give each figure by its name."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    kept = {}
+
+    def savefig(self, path, **_):
+        self.canvas.draw()
+        kept[Path(path).name] = self
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+
+    def draw(of):
+        kept.clear()
+        report.plots(of, tmp_path)
+        return kept
+
+    return draw
+
+
+def title_of(figure) -> str:
+    return " ".join(figure.get_suptitle().split())
+
+
+def test_pictures_of_a_busy_machine_say_so(drawn):
+    for others, said in ((0.02, False), (0.34, True)):
+        pictures = drawn(result(record(), others=others))
+        assert pictures and all(("THE MACHINE WAS BUSY" in title_of(f)) is said for f in pictures.values())
