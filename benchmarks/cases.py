@@ -190,8 +190,12 @@ class Case:
         return f"{self.op}/{self.direction}/{self.dtype}/{self.size}"
 
     @property
+    def elements(self) -> int:
+        return _rows(self.shape) * self.shape[-1]
+
+    @property
     def input_bytes(self) -> int:
-        return _rows(self.shape) * self.shape[-1] * self.torch_dtype.itemsize
+        return self.elements * self.torch_dtype.itemsize
 
     @property
     def bytes_moved(self) -> int:
@@ -214,18 +218,26 @@ class Sweep:
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
 
     def cases(self) -> list[Case]:
+        excluded = self.left_out()
+        return [case for case in self._every() if case.name not in excluded]
+
+    def left_out(self) -> dict[str, str]:
+        """Why each case that the limits exclude is not measured."""
+        reasons = {op: f"over {most:,} elements, where {_SLOW_MASK}" for op, most in self.limits.items()}
+        return {c.name: reasons[c.op] for c in self._every() if c.elements > self.limits.get(c.op, c.elements)}
+
+    def _every(self) -> list[Case]:
         return [
             Case(op, shape, dtype, direction)
             for shape in self.shapes
             for op in OPS
             for dtype in self.dtypes
             for direction in self.directions  # innermost: neighbours share their float64 results
-            if shape[0] * shape[1] <= self.limits.get(op, shape[0] * shape[1])
         ]
 
 
 _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
-# Making a mask with torch's integer operators takes a CPU a second for 4 million elements.
+_SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
 _CPU_LIMITS = {"bias_dropout_add_layer_norm": 1 << 18, "bias_dropout_add_rms_norm": 1 << 18}
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 SWEEPS = {
@@ -254,7 +266,11 @@ SWEEPS = {
 
 
 def sweep(device_type: str, level: str) -> list[Case]:
-    return SWEEPS["cuda" if device_type == "cuda" else "cpu", level].cases()
+    return sweep_of(device_type, level).cases()
+
+
+def sweep_of(device_type: str, level: str) -> Sweep:
+    return SWEEPS["cuda" if device_type == "cuda" else "cpu", level]
 
 
 def runner(call: Call, leaves: Iterable[Tensor], cotangents: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:

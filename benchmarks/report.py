@@ -55,7 +55,6 @@ def pivots(result: Record) -> str:
     parts = []
     for direction, dtype in _groups(result):
         records = [r for r in result["cases"] if (r["direction"], r["dtype"]) == (direction, dtype)]
-        ops = [op for op in OPS if any(r["op"] == op for r in records)]
         rows: dict[str, dict[str, str]] = {}
         for record in records:
             cell = record["status"].upper()
@@ -64,11 +63,24 @@ def pivots(result: Record) -> str:
                 cell = seconds_text(median(record["variants"]["fused"]["samples"]))
                 cell += f" {value[0]:.2f}x" if value else ""
             rows.setdefault(record["size"], {})[record["op"]] = cell
+        for op, *group, size in (name.split("/") for name in result["left_out"]):
+            if group == [direction, dtype]:
+                rows.setdefault(size, {})[op] = "left out"
+        ops = [op for op in OPS if any(op in cells for cells in rows.values())]
         head = ["rows x width", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
         body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items()]
         title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it"
         parts.append(f"{title}\n\n{table(head, body)}")
     return "\n\n".join(parts)
+
+
+def left_out_text(result: Record) -> str:
+    """How many cases were not measured and why; the Markdown page names each."""
+    counts = Counter((name.split("/")[0], reason) for name, reason in result["left_out"].items())
+    reasons: dict[str, list[str]] = {}
+    for (op, reason), count in counts.items():
+        reasons.setdefault(reason, []).append(f"{count} {op}")
+    return "\n".join(f"Left out, {reason}: {', '.join(ops)}." for reason, ops in reasons.items())
 
 
 def summary(result: Record) -> str:
@@ -161,6 +173,7 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
     if wrong := wrong_text(result):
         text += ["## No figures", wrong]
     text += ["## Where we lose", losses_text(result), "## Summary", summary(result), pivots(result)]
+    text += [left_out] if (left_out := left_out_text(result)) else []
     text += ["## Who served the cases", providers_text(result)]
     text += ["## Pictures", *(f"![{name}]({name})" for name in pictures)] if pictures else []
     text += ["## Method", *(f"- {key}: {value}" for key, value in m.items())]

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -268,13 +268,16 @@ def progress(chosen: list[Case]) -> Iterator[Case]:
         yield case
 
 
-def run(arguments: argparse.Namespace, chosen: list[Case], device: torch.device) -> dict[str, Any]:
+def run(
+    arguments: argparse.Namespace, chosen: list[Case], device: torch.device, excluded: Mapping[str, str]
+) -> dict[str, Any]:
+    """Measure what was chosen; `excluded` says by name why the sweep itself leaves some cases out."""
     seconds = arguments.seconds or SECONDS[arguments.level]
     limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level != "full" else math.inf)
     start, clocks_before = time.monotonic(), clocks(device)
     facts = environment(device)
     free = measure.available_memory(device)
-    left_out = {
+    left_out = dict(excluded) | {
         case.name: f"needs about {report.bytes_text(case.memory_needed)}"
         for case in chosen
         if free is not None and case.memory_needed > 0.8 * free
@@ -329,17 +332,22 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device) if arguments.device else measure.best_device()
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    chosen = [case for case in cases.sweep(device.type, arguments.level) if arguments.only.search(case.name)]
+    sweep = cases.sweep_of(device.type, arguments.level)
+    chosen = [case for case in sweep.cases() if arguments.only.search(case.name)]
+    excluded = {name: reason for name, reason in sweep.left_out().items() if arguments.only.search(name)}
     if arguments.list:
         rows = [[c.name, c.bytes_moved, c.flops, f"{c.flops / c.bytes_moved:.2f}"] for c in chosen]
         print(report.table(["case", "bytes", "FLOP", "FLOP/byte"], rows))
         return 0
     if not chosen:
         print(f"no case of the {arguments.level} sweep matches {arguments.only.pattern!r}; see --list", file=sys.stderr)
+        for name, reason in excluded.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
         return 2
-    result = run(arguments, chosen, device)
+    result = run(arguments, chosen, device, excluded)
     wrong = report.wrong_text(result)
-    parts = [report.headline(result), report.pivots(result), "Summary\n\n" + report.summary(result)]
+    parts = [report.headline(result), report.pivots(result), report.left_out_text(result)]
+    parts += ["Summary\n\n" + report.summary(result)]
     parts += ["Who served the cases\n\n" + report.providers_text(result)]
     parts += ["Where we lose\n\n" + report.losses_text(result)]
     parts += ["No figures\n\n" + wrong] if wrong else []
@@ -347,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.compare:
         text, slower = report.compare(arguments.compare, result)
         parts.append(text)
-    print("\n\n".join(parts))
+    print("\n\n".join(filter(None, parts)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")

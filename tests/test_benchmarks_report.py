@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measure_load, report
+from benchmarks import cases, measure_load, report, run
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PLAIN = "torch's own operators: no kernel of ours serves this call"
@@ -180,3 +180,27 @@ def test_pictures_of_a_busy_machine_say_so(drawn):
     for others, said in ((0.02, False), (0.34, True)):
         pictures = drawn(result(record(), others=others))
         assert pictures and all(("THE MACHINE WAS BUSY" in title_of(f)) is said for f in pictures.values())
+
+
+def test_cells_left_out_say_so_and_why(tmp_path):
+    missing = {
+        "bias_dropout_add_rms_norm/forward/float32/1024x1024": "too large",
+        "layer_norm/both/float16/4x64": "slow",
+    }
+    of = result(record(), record(shape=(1024, 1024)), left_out=missing)
+    rows = [line for line in report.pivots(of).splitlines() if line.startswith("| 1024x1024")]
+    assert len(rows) == 1 and "left out" in rows[0] and "10 us" in rows[0]
+    assert "Left out, too large: 1 bias_dropout_add_rms_norm." in report.left_out_text(of)
+    assert report.left_out_text(of) in report.markdown(of, [])
+    assert report.left_out_text(result(record())) == ""
+
+
+def test_a_sweep_names_what_its_limits_exclude(capsys):
+    for sweep in cases.SWEEPS.values():
+        measured, excluded = {case.name for case in sweep.cases()}, sweep.left_out()
+        sizes = len(sweep.shapes) * len(cases.OPS) * len(sweep.dtypes) * len(sweep.directions)
+        assert len(measured) + len(excluded) == sizes and not measured & set(excluded)
+    name = "bias_dropout_add_rms_norm/forward/float32/1024x1024"
+    assert "262,144" in cases.sweep_of("cpu", "quick").left_out()[name]
+    assert run.main(["--device", "cpu", "--quick", "--only", f"^{name}$"]) == 2
+    assert f"left out: {name}: over 262,144 elements" in capsys.readouterr().err
