@@ -10,7 +10,15 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
-from benchmarks.report_stats import Record, busy_text, bytes_text, measured, ratio, roofline_fraction
+from benchmarks.report_stats import (
+    Record,
+    believable,
+    busy_text,
+    bytes_text,
+    measured,
+    ratio,
+    roofline_fraction,
+)
 
 Point = tuple[float, ...]  # value, low, high
 COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange", "float16": "tab:green"}
@@ -32,7 +40,7 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             label = f"time of {baseline} / time of fusednorm"
             names.append(_panels(result, records, pick, title, label, f"speedup-{baseline}-{direction}.png", folder))
         both = (("fusednorm", "fused"), ("eager", "eager"))
-        pick = {name: lambda r, v=v: (roofline_fraction(r, v),) * 3 if v in r["variants"] else None for name, v in both}
+        pick = {name: lambda r, v=v: _fraction(r, v) for name, v in both}
         title = f"Fraction of the roofline (a device copy of the same bytes), {DIRECTION_TITLES[direction]}"
         names.append(
             _panels(result, records, pick, title, "time of the copy / time", f"roofline-{direction}.png", folder)
@@ -42,6 +50,12 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             pick = {"": lambda r: (r["variants"]["fused"]["peak"] / max(r["variants"]["eager"]["peak"], 1),) * 3}
             names.append(_panels(result, records, pick, title, "fusednorm / eager", f"memory-{direction}.png", folder))
     return [name for name in names if name]
+
+
+def _fraction(record: Record, variant: str) -> Point | None:
+    if variant not in record["variants"] or not believable(record, variant):
+        return None
+    return (roofline_fraction(record, variant),) * 3
 
 
 def set_title(figure: Any, title: str, below: Iterable[str | None]) -> None:

@@ -10,6 +10,7 @@ from benchmarks import measure_load
 from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
+BELIEVABLE = 2.0  # a cache may beat the copy of the same bytes; by more, the copy or the matmul was disturbed
 Record = Mapping[str, Any]
 
 
@@ -31,6 +32,15 @@ def measured(result: Record) -> list[Record]:
 
 def roofline_fraction(record: Record, variant: str = "fused") -> float:
     return record["roofline_seconds"] / median(record["variants"][variant]["samples"])
+
+
+def believable(record: Record, variant: str = "fused") -> bool:
+    return roofline_fraction(record, variant) <= BELIEVABLE
+
+
+def fraction_text(record: Record, variant: str = "fused") -> str:
+    mark = "" if believable(record, variant) else " (not believable)"
+    return f"{roofline_fraction(record, variant):.0%}{mark}"
 
 
 def losses(result: Record) -> list[tuple[Record, str, str, tuple[float, ...]]]:

@@ -204,3 +204,22 @@ def test_a_sweep_names_what_its_limits_exclude(capsys):
     assert "262,144" in cases.sweep_of("cpu", "quick").left_out()[name]
     assert run.main(["--device", "cpu", "--quick", "--only", f"^{name}$"]) == 2
     assert f"left out: {name}: over 262,144 elements" in capsys.readouterr().err
+
+
+def test_a_fraction_far_over_the_roofline_is_no_best():
+    """63 times as fast as a copy of the same bytes: the copy was disturbed."""
+    of = result(record(), record(shape=(1, 4096), roofline_seconds=63.42e-5))
+    row = report.summary(of).splitlines()[-1]
+    assert "50%, best 50%" in row and "| 1 |" in " ".join(row.split())
+    assert "6342%" in report.summary(of) and "not believable" in report.summary(of)
+    (line,) = (line for line in report.markdown(of, []).splitlines() if "1x4096" in line and "fused" in line)
+    assert "6342% (not believable)" in line
+    assert "200%" not in report.summary(result(record()))
+    only = report.summary(result(record(roofline_seconds=1.0)))
+    assert "best" not in only.splitlines()[-1]
+
+
+def test_no_picture_draws_what_is_not_believable(drawn):
+    figure = drawn(result(record(), record(shape=(1, 4096), roofline_seconds=63.42e-5)))["roofline-forward.png"]
+    drawn_values = [y for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert drawn_values and max(drawn_values) <= 1.0
