@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from benchmarks.report_plots import plots
 from benchmarks.report_stats import (
     BELIEVABLE,
     LOSS,
+    NO_KERNEL,
+    PLAIN,
     Record,
     believable,
     busy,
@@ -27,10 +30,12 @@ from benchmarks.report_stats import (
     fraction_text,
     losses,
     measured,
+    no_kernel,
     ratio,
     ratio_text,
     roofline_fraction,
     seconds_text,
+    verdict,
 )
 
 CHANGE = 1.10  # addresses and clocks differ between two processes: smaller changes are none
@@ -70,9 +75,9 @@ def pivots(result: Record) -> str:
             if group == [direction, dtype]:
                 rows.setdefault(size, {})[op] = "left out"
         ops = [op for op in OPS if any(op in cells for cells in rows.values())]
-        head = ["rows x width", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
+        head = ["size", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
         body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items()]
-        title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it"
+        title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it, by rows x width"
         parts.append(f"{title}\n\n{table(head, body)}")
     return "\n\n".join(parts)
 
@@ -83,7 +88,8 @@ def left_out_text(result: Record) -> str:
     reasons: dict[str, list[str]] = {}
     for (op, reason), count in counts.items():
         reasons.setdefault(reason, []).append(f"{count} {op}")
-    return "\n".join(f"Left out, {reason}: {', '.join(ops)}." for reason, ops in reasons.items())
+    lines = [f"Left out, {reason}: {', '.join(ops)}." for reason, ops in reasons.items()]
+    return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
 def summary(result: Record) -> str:
@@ -125,7 +131,32 @@ def losses_text(result: Record) -> str:
         cost = f"+{seconds_text(ours - theirs)}" if ours > theirs else "-"
         rows.append([r["name"], baseline, f"{1 / value[0]:.2f}x slower", cost, ratio_text(value), what, r["provider"]])
     head = ["case", "faster is", "ours", "a call", "its time / ours [95%]", "time", "served by"]
-    return f"{len(found)} of the comparisons ({limits}):\n\n{table(head, rows)}"
+    same = [i for i in (1, 5, 6) if len({row[i] for row in rows}) == 1]  # said once, and the table stays narrow
+    limits += "".join(f"; {head[i]}: {rows[0][i]}" for i in same)
+    head, *rows = ([cell for i, cell in enumerate(row) if i not in same] for row in [head, *rows])
+    return f"{textwrap.fill(f'{len(found)} of the comparisons ({limits}):', 120)}\n\n{table(head, rows)}"
+
+
+def conclusion(result: Record) -> str:
+    """The verdict in a sentence or two for each baseline."""
+    lines = []
+    for baseline in dict.fromkeys(name for r in measured(result) for name in r["variants"] if name != "fused"):
+        found = [(value, r) for r in measured(result) if (value := ratio(r, baseline)) is not None]
+        verdicts = Counter(verdict(value) for value, _ in found)
+        counts = ", ".join(f"{verdicts[v]} {v}" for v in ("faster", "equal within the spread", "slower"))
+        extremes = min(found, key=lambda pair: pair[0][0]), max(found, key=lambda pair: pair[0][0])
+        worst, best = (
+            f"{value[0]:.2f}x in {r['name']}" + (" (within its spread)" if verdict(value) != clear else "")
+            for (value, r), clear in zip(extremes, ("slower", "faster"))
+        )
+        lines.append(
+            f"Against {baseline}, fusednorm is {counts}, of {len(found)} cases by {result['method']['timer']}. "
+            f"Worst: {worst}; best: {best}."
+        )
+    missing = len(result["cases"]) - len(measured(result))
+    lines += [f"{missing} cases were wrong or failed and have no figure."] if missing else []
+    lines += [warning] if (warning := busy_text(result)) else []
+    return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
 def wrong_text(result: Record) -> str:
@@ -137,9 +168,13 @@ def providers_text(result: Record) -> str:
     rows: dict[tuple[str, str], list[str]] = {}
     for record in result["cases"]:
         rows.setdefault((record["provider"], record["how"]), []).append(record["op"])
-    body = [[provider, how, len(ops), ", ".join(dict.fromkeys(ops))] for (provider, how), ops in rows.items()]
+    every = {record["op"] for record in result["cases"]}
+    body = [
+        [provider, how, len(ops), "all" if set(ops) == every else ", ".join(dict.fromkeys(ops))]
+        for (provider, how), ops in rows.items()
+    ]
     text = table(["served by", "how", "cases", "operations"], body)
-    if any("torch's own operators" in how for _, how in rows):
+    if any(how.startswith(PLAIN) for _, how in rows):
         text += (
             "\n\nWhere torch's own operators serve a call there is no kernel of ours: 1.0 is expected, less where host "
             "time\ncounts, and far less with dropout, whose reproducible mask is then made with integer operators."
@@ -150,7 +185,8 @@ def providers_text(result: Record) -> str:
 def headline(result: Record) -> str:
     e, m, roof = result["environment"], result["method"], result["roofline"]
     size, seconds = roof["copies"][-1]
-    lines = [
+    lines = [NO_KERNEL] if no_kernel(measured(result)) else []
+    lines += [
         f"{e['device']}; torch {e['torch']}, triton {e['triton'] or 'absent'}, Python {e['python']}, {e['system']}",
         f"commit {e['commit'] or 'unknown'}, {e['date']}; {m['threads']} threads; other processes took "
         f"{share_text(m.get('others'))}",
@@ -161,7 +197,7 @@ def headline(result: Record) -> str:
         lines.append(warning)
     absent = [f"{name} ({reason})" for name, reason in result["baselines"]["absent"].items()]
     lines.append(f"against {', '.join(result['baselines']['used'])}; absent: {', '.join(absent) or 'none'}")
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
 def markdown(result: Record, pictures: Sequence[str]) -> str:
@@ -186,7 +222,15 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
     text = ["# Benchmark", headline(result).replace("\n", "  \n")]
     if wrong := wrong_text(result):
         text += ["## No figures", wrong]
-    text += ["## Where we lose", losses_text(result), "## Summary", summary(result), pivots(result)]
+    text += [
+        "## Conclusion",
+        conclusion(result).replace("\n", "  \n"),
+        "## Where we lose",
+        losses_text(result),
+        "## Summary",
+        summary(result),
+        pivots(result),
+    ]
     text += [left_out] if (left_out := left_out_text(result)) else []
     text += ["## Who served the cases", providers_text(result)]
     text += ["## Pictures", *(f"![{name}]({name})" for name in pictures)] if pictures else []

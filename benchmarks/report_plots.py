@@ -18,6 +18,7 @@ from benchmarks.report_stats import (
     measured,
     ratio,
     roofline_fraction,
+    served,
 )
 
 Point = tuple[float, ...]  # value, low, high
@@ -126,6 +127,7 @@ def _panels(
         first.set_ylim(min(0.75, 0.95 * min(values)), max(1.25, 1.05 * max(values)))
     e = result["environment"]
     below = [f"{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", busy_text(result)]
+    below.insert(0, f"fusednorm here: {served(records)}")
     set_title(figure, title, below)
     figure.supylabel(label, fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,12 @@ from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
 BELIEVABLE = 2.0  # a cache may beat the copy of the same bytes; by more, the copy or the matmul was disturbed
+PLAIN = "torch's own operators"  # how `fusednorm.explain` begins where no kernel of ours serves a call
+NO_KERNEL = (
+    "No kernel of ours ran here: torch's own operators served every call, so this compares torch with torch and shows "
+    "that automatic choice costs nothing but microseconds a call (and its reproducible mask under dropout); "
+    "`--provider reference` or a GPU shows the fused ops."
+)
 Record = Mapping[str, Any]
 
 
@@ -43,6 +50,13 @@ def fraction_text(record: Record, variant: str = "fused") -> str:
     return f"{roofline_fraction(record, variant):.0%}{mark}"
 
 
+def verdict(value: tuple[float, ...]) -> str:
+    """What a ratio says: a difference is one that the whole interval and the fastest samples show."""
+    if max(value[2:]) < LOSS:
+        return "slower"
+    return "faster" if min(value[1], value[3]) > 1 / LOSS else "equal within the spread"
+
+
 def losses(result: Record) -> list[tuple[Record, str, str, tuple[float, ...]]]:
     """(record, baseline, which time, ratio) of every measured loss, worst first."""
     found = []
@@ -50,9 +64,25 @@ def losses(result: Record) -> list[tuple[Record, str, str, tuple[float, ...]]]:
         for baseline in record["variants"]:
             for key, what in (("samples", result["method"]["timer"]), ("inclusive", "host included, L2 warm")):
                 value = None if baseline == "fused" else ratio(record, baseline, key)
-                if value is not None and max(value[2:]) < LOSS:
+                if value is not None and verdict(value) == "slower":
                     found.append((record, baseline, what, value))
     return sorted(found, key=lambda loss: loss[3][0])
+
+
+def no_kernel(records: Sequence[Record]) -> bool:
+    """Whether torch's own operators stood on both sides of every comparison."""
+    return bool(records) and all(r["how"].startswith(PLAIN) for r in records)
+
+
+def served(records: Iterable[Record]) -> str:
+    """Who served "fused", and how, in a few words."""
+    counts = Counter((r["provider"], r["how"]) for r in records)
+    parts = []
+    for (provider, how), count in counts.most_common():
+        what, _, why = how.partition(": ")
+        parts.append(f"{provider}, {what}" + (f" ({why})" if why else ""))
+        parts[-1] += f" in {count} cases" if len(counts) > 1 else ""
+    return "; ".join(parts)
 
 
 def busy(result: Record) -> bool:

@@ -355,12 +355,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.compare:
         text, slower = report.compare(arguments.compare, result)
         parts.append(text)
+    parts.append("Conclusion\n\n" + report.conclusion(result))
     print("\n\n".join(filter(None, parts)))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if arguments.report:
-        print("\nwritten: " + ", ".join(map(str, report.write(result, arguments.report))))
+        print("\nwritten:", *report.write(result, arguments.report), sep="\n  ")
     print(f"{len(result['cases'])} cases in {result['method']['seconds']:.0f} s, {len(result['left_out'])} left out")
     if not report.measured(result) or any(record["status"] in ("wrong", "failed") for record in result["cases"]):
         return 1

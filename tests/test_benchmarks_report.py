@@ -223,3 +223,51 @@ def test_no_picture_draws_what_is_not_believable(drawn):
     figure = drawn(result(record(), record(shape=(1, 4096), roofline_seconds=63.42e-5)))["roofline-forward.png"]
     drawn_values = [y for line in figure.axes[0].lines for y in line.get_ydata()]
     assert drawn_values and max(drawn_values) <= 1.0
+
+
+def test_what_fused_was_is_said(drawn):
+    kernel = {"provider": "triton", "how": "one fused op each way"}
+    plain, mixed, fused = (
+        result(*records)
+        for records in ([record()] * 2, [record(), record(**kernel), record(**kernel)], [record(**kernel)] * 2)
+    )
+    assert report.NO_KERNEL.split()[:5] == report.headline(plain).split()[:5]
+    assert "--provider reference" in " ".join(report.markdown(plain, []).split())
+    assert all("No kernel of ours ran" not in report.markdown(of, []) for of in (mixed, fused))
+    for of, expected in (
+        (plain, "fusednorm here: reference, torch's own operators (no kernel of ours serves this call)"),
+        (mixed, "triton, one fused op each way in 2 cases; reference, torch's own operators"),
+        (fused, "fusednorm here: triton, one fused op each way a processor"),
+    ):
+        assert all(expected in title_of(figure) for figure in drawn(of).values())
+
+
+def test_the_conclusion_counts_and_names_the_extremes():
+    of = result(record(eager=0.5), record(shape=(1, 4096), eager=2.0), record(shape=(256, 768), eager=1.4, spread=0.3))
+    text = " ".join(report.conclusion(of).split())
+    assert "1 faster, 1 equal within the spread, 1 slower, of 3 cases" in text
+    assert "Worst: 0.50x in layer_norm/forward/float32/4x64; best: 2.00x in layer_norm/forward/float32/1x4096." in text
+    assert report.conclusion(of) in report.markdown(of, []).replace("  \n", "\n")
+    unclear = report.conclusion(result(record(spread=0.2)))
+    assert "1.00x in layer_norm/forward/float32/4x64 (within its spread)" in " ".join(unclear.split())
+    of["cases"].append(record() | {"status": "wrong", "variants": {}})
+    assert "1 cases were wrong" in report.conclusion(of)
+    assert "BUSY" in report.conclusion(result(record(), others=0.5))
+
+
+def test_printed_lines_stay_within_the_terminal(monkeypatch, capsys):
+    """Every operation, the longest names, all of them slower, one far over the roofline."""
+    every = [
+        record(op, shape, "bfloat16", "both", eager=0.5, roofline_seconds=1e-5)
+        for op in cases.OPS
+        for shape in ((4, 64), (65536, 64))
+    ]
+    every[0]["roofline_seconds"] = 1.0
+    of = result(*every, others=0.5, left_out=cases.sweep_of("cpu", "default").left_out())
+    of["baselines"]["absent"] = dict.fromkeys(cases.BASELINES, "a reason of some length why it is not here")
+    of["method"] |= {"seconds": 1.0}
+    monkeypatch.setattr(run, "run", lambda *_: of)
+    assert run.main(["--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("Conclusion") > out.index("Where we lose")
+    assert [line for line in out.splitlines() if len(line) > 120] == []
