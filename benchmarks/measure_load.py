@@ -72,7 +72,7 @@ def own_seconds(proc: Path, pid: int) -> float:
 
 
 def share_text(share: float | None) -> str:
-    return "not known here" if share is None else f"{share:.0%} of the cores' time"
+    return "not known here" if share is None else f"{share:.0%} of the cores'"
 
 
 def warning(share: float | None) -> str | None:

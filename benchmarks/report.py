@@ -188,8 +188,8 @@ def headline(result: Record) -> str:
     lines = [NO_KERNEL] if no_kernel(measured(result)) else []
     lines += [
         f"{e['device']}; torch {e['torch']}, triton {e['triton'] or 'absent'}, Python {e['python']}, {e['system']}",
-        f"commit {e['commit'] or 'unknown'}, {e['date']}; {m['threads']} threads; other processes took "
-        f"{share_text(m.get('others'))}",
+        f"commit {e['commit'] or 'unknown'}, {e['date']}; {m['threads']} threads; CPU time of other "
+        f"processes: {share_text(m.get('others'))}",
         f"copy of {bytes_text(size / 2)}: {size / seconds / 1e9:.4g} GB/s read and written; matmul "
         + ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in roof["matmul"].items()),
     ]

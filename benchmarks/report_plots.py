@@ -22,6 +22,7 @@ from benchmarks.report_stats import (
 )
 
 Point = tuple[float, ...]  # value, low, high
+RANKS = {"v": "narrowest rows among shapes of one size (lines join their mean)", "^": "widest rows among them"}
 COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange", "float16": "tab:green"}
 
 
@@ -38,18 +39,18 @@ def plots(result: Record, folder: Path) -> list[str] | None:
         for baseline in baselines:
             pick = {"": lambda r, b=baseline: ratio(r, b)}
             title = f"Speed-up over {baseline}, {DIRECTION_TITLES[direction]}"
-            label = f"time of {baseline} / time of fusednorm"
+            label = f"time of {baseline} / time of fusednorm (above 1: fusednorm is faster)"
             names.append(_panels(result, records, pick, title, label, f"speedup-{baseline}-{direction}.png", folder))
         both = (("fusednorm", "fused"), ("eager", "eager"))
         pick = {name: lambda r, v=v: _fraction(r, v) for name, v in both}
         title = f"Fraction of the roofline (a device copy of the same bytes), {DIRECTION_TITLES[direction]}"
-        names.append(
-            _panels(result, records, pick, title, "time of the copy / time", f"roofline-{direction}.png", folder)
-        )
+        label = "shortest possible time / measured time (1: as fast as that copy)"
+        names.append(_panels(result, records, pick, title, label, f"roofline-{direction}.png", folder))
         if any("peak" in r["variants"]["fused"] for r in records):
             title = f"Peak memory beside the inputs, {DIRECTION_TITLES[direction]}"
             pick = {"": lambda r: (r["variants"]["fused"]["peak"] / max(r["variants"]["eager"]["peak"], 1),) * 3}
-            names.append(_panels(result, records, pick, title, "fusednorm / eager", f"memory-{direction}.png", folder))
+            label = "peak of fusednorm / peak of eager (below 1: fusednorm takes less)"
+            names.append(_panels(result, records, pick, title, label, f"memory-{direction}.png", folder))
     return [name for name in names if name]
 
 
@@ -57,6 +58,32 @@ def _fraction(record: Record, variant: str) -> Point | None:
     if variant not in record["variants"] or not believable(record, variant):
         return None
     return (roofline_fraction(record, variant),) * 3
+
+
+def _markers(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """A marker for each dtype and shape, by how wide its rows are among those of as many bytes."""
+    groups: dict[tuple[str, int], dict[int, str]] = {}
+    for record in records:
+        groups.setdefault((record["dtype"], record["input_bytes"]), {})[record["shape"][-1]] = record["size"]
+    markers = {}
+    for (dtype, _), shapes in groups.items():
+        widths = sorted(shapes)
+        for width in widths:
+            marker = "o" if len(widths) == 1 else "v" if width == widths[0] else "^" if width == widths[-1] else "o"
+            markers[dtype, shapes[width]] = marker
+    return markers
+
+
+def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """Round values from below `low` to above `high`, as many as can be labelled."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        candidates = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        below, above = max(c for c in candidates if c <= low), min(c for c in candidates if c >= high)
+        ticks = [c for c in candidates if below <= c <= above]
+        if len(ticks) <= most:
+            break
+    return ticks
 
 
 def set_title(figure: Any, title: str, below: Iterable[str | None]) -> None:
@@ -71,19 +98,23 @@ def _panels(
     records: Sequence[Record],
     pick: Mapping[str, Callable[[Record], Point | None]],
     title: str,
-    label: str,
+    axis_label: str,
     name: str,
     folder: Path,
 ) -> str | None:
-    """One panel an operation, one colour a dtype; a line joins the geometric means of equal sizes."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """One panel an operation, one colour a dtype; a line joins the geometric means of equal sizes.
 
-    series: dict[tuple[str, str, str], list[tuple[int, Point]]] = {}
+    Shapes of equal size share a place on the x axis: the marker tells the widest and the narrowest rows apart.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+
+    markers, series = _markers(records), {}
     for record in records:
         for variant, value_of in pick.items():
             if (value := value_of(record)) is not None:
-                series.setdefault((record["op"], record["dtype"], variant), []).append((record["input_bytes"], value))
+                series.setdefault((record["op"], record["dtype"], variant), []).append((record, value))
     ops = [op for op in OPS if any(key[0] == op for key in series)]
     if not ops:
         return None
@@ -96,15 +127,23 @@ def _panels(
         for (owner, dtype, variant), points in sorted(series.items()):
             if owner != op:
                 continue
-            style = {"color": COLOURS.get(dtype), "linestyle": "--" if variant == "eager" else "-"}
-            style |= {"marker": "x" if variant == "eager" else "o", "markersize": 4}
-            for size, (value, low, high, *_) in points:
-                axis.errorbar(size, value, [[value - low], [high - value]], **style, linewidth=0, elinewidth=1)
-            sizes = sorted({size for size, _ in points})
-            means = [geometric_mean([p[0] for s, p in points if s == size]) for size in sizes]
-            axis.plot(sizes, means, **style | {"marker": ""}, linewidth=1.4)
-            legend = figure.axes[0].plot([], [], **style, linewidth=1.4)[0]
-            handles.setdefault(f"{dtype} {variant}".strip(), legend)
+            style = {"color": COLOURS.get(dtype), "markersize": 5}
+            style |= {"linestyle": "--", "markerfacecolor": "none"} if variant == "eager" else {"linestyle": "-"}
+            at: dict[int, list[float]] = {}
+            for record, (value, low, high, *_) in points:
+                marker = markers[record["dtype"], record["size"]]
+                bars = [[value - low], [high - value]]
+                axis.errorbar(
+                    record["input_bytes"], value, bars, **style | {"linestyle": ""}, marker=marker, elinewidth=1
+                )
+                at.setdefault(record["input_bytes"], []).append(value)
+                if marker in RANKS:
+                    ranks = Line2D([], [], color="0.3", linestyle="", marker=marker, label=RANKS[marker])
+                    handles[RANKS[marker]] = ranks
+            sizes = sorted(at)
+            axis.plot(sizes, [geometric_mean(at[size]) for size in sizes], **style, linewidth=1.4)
+            label = f"{dtype} {variant}".strip()
+            handles.setdefault(label, Line2D([], [], **style, marker="o", linewidth=1.4))
         axis.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
         axis.set_title(op, fontsize=10)
         axis.grid(alpha=0.25)
@@ -117,10 +156,12 @@ def _panels(
     first.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,), numticks=8))
     first.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x).replace(" ", "\n")))
     first.xaxis.set_minor_formatter(NullFormatter())
-    values = [p[0] for points in series.values() for _, p in points]
-    if max(values) > 3 * min(values):
+    values = [value for points in series.values() for _, p in points for value in p[:3]]
+    if 0 < 3 * min(values) < max(values):
+        ticks = log_ticks(min(*values, 1.0), max(*values, 1.0))
         first.set_yscale("log")
-        first.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+        first.set_ylim(ticks[0] / 1.05, ticks[-1] * 1.05)
+        first.yaxis.set_major_locator(FixedLocator(ticks))
         first.yaxis.set_minor_formatter(NullFormatter())
         first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     else:
@@ -129,7 +170,9 @@ def _panels(
     below = [f"{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", busy_text(result)]
     below.insert(0, f"fusednorm here: {served(records)}")
     set_title(figure, title, below)
-    figure.supylabel(label, fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    figure.supylabel(textwrap.fill(axis_label, int(13 * figure.get_figheight())), fontsize=10)
+    columns = max(1, int(figure.get_figwidth() / 2.2))
+    ordered = sorted(handles, key=lambda name: name in RANKS.values())
+    figure.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=columns, fontsize=9)
     figure.savefig(folder / name, dpi=110)
     return name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, measure_load, report, run
+from benchmarks import cases, measure_load, report, report_plots, run
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PLAIN = "torch's own operators: no kernel of ours serves this call"
@@ -271,3 +271,33 @@ def test_printed_lines_stay_within_the_terminal(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.index("Conclusion") > out.index("Where we lose")
     assert [line for line in out.splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.23, 1.04), (0.9, 3.0), (1e-4, 1.0), (0.01, 400.0), (0.5, 0.5)])
+def test_ticks_cover_the_whole_range(low, high):
+    ticks = report_plots.log_ticks(low, high)
+    assert ticks[0] <= low and high <= ticks[-1] and ticks == sorted(set(ticks))
+    assert (3 if high > low else 1) <= len(ticks) <= 9
+
+
+def test_the_axis_is_labelled_down_to_the_lowest_point(drawn):
+    of = result(record(eager=0.23), record(shape=(1, 4096), eager=1.04))
+    axis = drawn(of)["speedup-eager-forward.png"].axes[0]
+    labels = [float(label.get_text()) for label in axis.get_yticklabels() if label.get_text()]
+    assert min(labels) <= 0.23 and max(labels) >= 1.04 and len(labels) >= 4
+    bottom, top = axis.get_ylim()
+    assert bottom < 0.22 and top > 1.04
+
+
+def test_shapes_of_one_size_are_told_apart(drawn):
+    of = result(record(shape=(4, 262144)), record(shape=(1024, 1024), eager=2.0), record(shape=(256, 768)))
+    for name in ("speedup-eager-forward.png", "roofline-forward.png"):
+        figure = drawn(of)[name]
+        markers = [
+            (line.get_xdata()[0], line.get_marker()) for line in figure.axes[0].lines if line.get_marker() in "ov^"
+        ]
+        assert {m for x, m in markers if x == 1 << 22} == {"v", "^"}
+        assert {m for x, m in markers if x == 256 * 768 * 4} == {"o"}
+        assert any("narrowest" in text.get_text() for text in figure.legends[0].get_texts())
+    other = drawn(result(record(), record(shape=(256, 768))))["roofline-forward.png"]
+    assert not any("narrowest" in text.get_text() for text in other.legends[0].get_texts())
