@@ -107,12 +107,16 @@ def require_tokenizers() -> Any:
         raise MissingPackage("the training job needs the package tokenizers: pip install tokenizers") from error
 
 
+def check_vocab(vocab: int) -> None:
+    """Refuse a vocabulary that cannot hold every byte and END."""
+    if vocab < 257:
+        raise ValueError(f"vocab is {vocab}; a byte-level vocabulary has at least 257 entries")
+
+
 def train_tokenizer(texts: list[str], vocab: int) -> Any:
     """Train a byte-level BPE tokenizer of at most `vocab` entries; it can encode any text without loss."""
     tokenizers = require_tokenizers()
-    smallest = len(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + 1
-    if vocab < smallest:
-        raise ValueError(f"vocab is {vocab}; a byte-level vocabulary has at least {smallest} entries")
+    check_vocab(vocab)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

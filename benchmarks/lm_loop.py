@@ -33,6 +33,8 @@ class Settings:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"rate is {self.learning_rate}; it must be positive and finite")
 
 
 @dataclass

@@ -29,8 +29,9 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ValueError(f"layers is {self.layers}; it must be at least 1")
+        for name in ("vocab", "context", "layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
         if not 0.0 <= self.dropout < 1.0:
