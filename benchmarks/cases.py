@@ -7,6 +7,7 @@ the same methods and an entry in `OPS`. A `Case` is one operation at one shape, 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,6 +283,21 @@ def runner(call: Call, leaves: Iterable[Tensor], cotangents: tuple[Tensor, ...],
         return lambda: torch.autograd.grad(call(), inputs, cotangents)
     outputs = call()
     return lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+
+
+# --- who serves a call ---
+
+
+def served_by(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str, str]:
+    """The provider that serves the (first) call, how, and the whole of what `fusednorm.explain` says."""
+    text = fusednorm.explain(function, *args, **kwargs)
+    first = re.match(r"\w+: (\w+), (.*)", text)
+    return (first[1], first[2], text) if first else ("none", text.splitlines()[0], text)
+
+
+def require_provider(name: str | None) -> None:
+    if name is not None and name not in fusednorm.available_providers():
+        raise ValueError(f"--provider {name}: usable here are {', '.join(fusednorm.available_providers())}")
 
 
 # --- baselines: name -> (module to import, or None for torch's own; function (op, leaves) -> Call) ---

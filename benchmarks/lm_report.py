@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
+
+from benchmarks import measure_load, report_plots, report_stats
 
 # Largest allowed difference of the two variants' losses, nats a token, at any epoch.
 #
@@ -70,7 +73,8 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     drawn = [(step, value) for step, value in enumerate(steps, 1) if value > 0]
     right.axhline(bound, color="tab:red", linestyle="--", label=f"bound on epochs: {bound:g}")
     if drawn:
-        right.semilogy(*zip(*drawn), color="tab:green", linewidth=0.9, label="per step, training batch")
+        # no line: it would pass over steps where the two are equal, which a logarithm cannot show
+        right.semilogy(*zip(*drawn), ".", color="tab:green", markersize=4, label="a step's training batch")
         zeros = len(steps) - len(drawn)
         if zeros:
             right.plot([], [], " ", label=f"exactly equal at {zeros} of {len(steps)} steps")
@@ -80,10 +84,30 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"{report['title']} · {report['environment']['device']}", fontsize=11)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    below = [f"fused here: {served_text(report)}", report["environment"]["device"], busy_text(report)]
+    report_plots.set_title(figure, report["title"], below)
     figure.savefig(path, dpi=130)
     return True
+
+
+def served_text(report: dict[str, Any]) -> str:
+    return report_stats.served([report["environment"]["route"]])
+
+
+def notices(report: dict[str, Any]) -> list[str]:
+    """What a reader must know before any figure."""
+    environment, found = report["environment"], []
+    if report_stats.no_kernel([environment["route"]]):
+        found.append(report_stats.NO_KERNEL)
+        found += ["This command trains through the fused op here:", f"    PYTHONPATH=. {environment['fused_command']}"]
+    return [*found, *filter(None, [busy_text(report)])]
+
+
+def busy_text(report: dict[str, Any]) -> str | None:
+    """The speed on a CPU alone hangs on what else runs there."""
+    environment = report["environment"]
+    return measure_load.warning(environment["others"], "the speeds") if environment["device_type"] == "cpu" else None
 
 
 def mebibytes(value: float) -> str:
@@ -158,12 +182,16 @@ def summary(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['title']}",
         "",
+        *(part for text in notices(report) for part in (text, "")),
         f"Text: {data['source']}, {data['train_tokens']:,} tokens to train on, {data['test_tokens']:,} to test on, "
         f"vocabulary {data['vocab']:,}; {data['repeated_characters']:,} characters of repeated paragraphs left out.",
         f"Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
         f"Training: {json.dumps(report['settings'])}.",
         f"Machine: {report['environment']['device']}; torch {report['environment']['torch']}, "
-        f"threads: {report['environment']['threads']}. Fused norm: {report['environment']['route']}.",
+        f"threads: {report['environment']['threads']}; while speed was measured, CPU time of other processes: "
+        f"{measure_load.share_text(report['environment']['others'])}.",
+        f"Fused norm: add_layer_norm is served by {served_text(report)}.",
+        *(f"Provider {refusal}." for refusal in report["environment"]["route"]["refusals"]),
         "",
         table(("", "eager", "fused", "fused / eager"), result_rows(report)),
         "",
@@ -179,13 +207,17 @@ def summary(report: dict[str, Any]) -> str:
         f"- {report['notes']}",
         "",
         "A sample (prompt from the test text, then the model's own words):",
-        "",
-        "```text",
-        f"{report['sample']['prompt']} [...] {report['sample']['continuation']}",
-        "```",
-        "",
     ]
-    return "\n".join(lines)
+    sample = f"{report['sample']['prompt']} [...] {report['sample']['continuation']}"
+    return "\n".join([*map(wrapped, lines), "", "```text", sample, "```", ""])
+
+
+def wrapped(line: str) -> str:
+    """Running text broken for a terminal; tables and commands stay as they are."""
+    if line.startswith(("|", "    ", "#")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -75,11 +75,11 @@ def share_text(share: float | None) -> str:
     return "not known here" if share is None else f"{share:.0%} of the cores'"
 
 
-def warning(share: float | None) -> str | None:
+def warning(share: float | None, figures: str = "these figures") -> str | None:
     """What a report says where others took too much; None where they did not, or nobody knows."""
     if share is None or share <= BUSY:
         return None
     return (
         f"THE MACHINE WAS BUSY: other processes took {share:.0%} of its cores' time while this was measured "
-        f"(more than {BUSY:.0%}): do not trust these figures."
+        f"(more than {BUSY:.0%}): do not trust {figures}."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -291,9 +292,16 @@ def compare(old: Record, new: Record) -> tuple[str, int]:
 # --- files ---
 
 
+def make_folder(folder: Path) -> None:
+    """Make a report's folder before hours are spent on what belongs into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to")
+
+
 def write(result: Record, folder: Path) -> list[Path]:
     """Write benchmark.json, benchmark.md and, where matplotlib is there, the pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     pictures = plots(result, folder)
     (folder / "benchmark.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     (folder / "benchmark.md").write_text(markdown(result, pictures or []), encoding="utf-8")

@@ -77,8 +77,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seconds {arguments.seconds}: must be positive")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if arguments.provider and arguments.provider not in fusednorm.available_providers():
-        parser.error(f"--provider {arguments.provider}: usable here are {fusednorm.available_providers()}")
+    try:
+        cases.require_provider(arguments.provider)
+        for folder in filter(None, (arguments.report, arguments.json and arguments.json.parent)):
+            report.make_folder(folder)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if arguments.compare:
         try:
             arguments.compare = json.loads(arguments.compare.read_text(encoding="utf-8"))
@@ -138,7 +142,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
         needs_grad = case.direction != "forward"
         leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
         build = op.fused(leaves)
-        record["provider"], record["how"], record["explain"] = _provider(build)
+        record["provider"], record["how"], record["explain"] = cases.served_by(build)
 
         def bind(call: cases.Call) -> Any:
             return cases.runner(call, leaves.values(), problem.cotangents, case.direction)
@@ -163,12 +167,6 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
     except Exception as error:  # one case that fails must not cost the others their figures
         record |= {"status": "failed", "detail": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
     return record
-
-
-def _provider(build: cases.Call) -> tuple[str, str, str]:
-    text = fusednorm.explain(build)
-    first = re.match(r"\w+: (\w+), (.*)", text)
-    return (first[1], first[2], text) if first else ("none", text.splitlines()[0], text)
 
 
 def _vet(name: str, case: Case, device: torch.device, call: Any, notes: dict[str, str]) -> None:
@@ -358,7 +356,6 @@ def main(argv: list[str] | None = None) -> int:
     parts.append("Conclusion\n\n" + report.conclusion(result))
     print("\n\n".join(filter(None, parts)))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if arguments.report:
         print("\nwritten:", *report.write(result, arguments.report), sep="\n  ")

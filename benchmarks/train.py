@@ -19,18 +19,20 @@ import argparse
 import math
 import os
 import platform
+import shlex
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fusednorm
-from benchmarks import lm_data, lm_loop, lm_report
+from benchmarks import cases, lm_data, lm_loop, lm_report, measure_load
 from benchmarks.lm_loop import Settings
 from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, continue_text, make_twins
+from benchmarks.report import make_folder
 
 FULL = {
     "layers": 4,
@@ -68,6 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", metavar="NAME", help="force a provider of fusednorm (default: automatic choice)")
     parser.add_argument("--report", metavar="DIR", default="bench-report", help="default bench-report")
     arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments.fused_command = shlex.join(["python3", "benchmarks/train.py", *given, "--provider", "reference"])
     for name, value in (SMALL if arguments.small else FULL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -117,26 +121,21 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[LanguageModel, An
     return model, lm_data.load_tokenizer(saved["tokenizer"])
 
 
-def route(config: ModelConfig, settings: Settings, device: torch.device) -> str:
-    """What `fusednorm.explain` says about the call that the model makes most often."""
+def route(config: ModelConfig, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Who serves the call that the model makes most often, how, and why not another."""
     x = torch.zeros(settings.batch, config.context, config.width, device=device)
     weight = torch.ones(config.width, device=device)
-    explained = fusednorm.explain(
+    provider, how, text = cases.served_by(
         fusednorm.add_layer_norm, x, x, (config.width,), weight, torch.zeros_like(weight), dropout_p=config.dropout
     )
-    return " ".join(explained.split())
+    return {"provider": provider, "how": how, "refusals": [line.strip() for line in text.splitlines()[1:]]}
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> int:
-    documents, source = lm_data.load_documents(arguments.text)
-    split = lm_data.split_documents(documents, source)
-    print(f"training a tokenizer of at most {arguments.vocab} entries on {split.source}", flush=True)
-    tokenizer = lm_data.train_tokenizer(split.train, arguments.vocab)
-    train_stream, test_stream = (lm_data.encode(tokenizer, side) for side in (split.train, split.test))
-    train = lm_data.blocks(train_stream, arguments.context).to(device)
-    test = lm_data.blocks(test_stream, arguments.context).to(device)
+    # Whatever can be refused is refused before anything is trained.
+    lm_data.check_vocab(arguments.vocab)
     config = ModelConfig(
-        vocab=tokenizer.get_vocab_size(),
+        vocab=arguments.vocab,
         context=arguments.context,
         layers=arguments.layers,
         width=arguments.width,
@@ -144,12 +143,23 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
         dropout=arguments.dropout,
     )
     settings = Settings(arguments.epochs, arguments.batch, arguments.rate, arguments.seed, arguments.dtype)
+    lm_data.require_tokenizers()
+    served = route(config, settings, device)
+    documents, source = lm_data.load_documents(arguments.text)
+    folder = Path(arguments.report)
+    make_folder(folder)
+    split = lm_data.split_documents(documents, source)
+    print(f"training a tokenizer of at most {arguments.vocab} entries on {split.source}", flush=True)
+    tokenizer = lm_data.train_tokenizer(split.train, arguments.vocab)
+    train_stream, test_stream = (lm_data.encode(tokenizer, side) for side in (split.train, split.test))
+    train = lm_data.blocks(train_stream, arguments.context).to(device)
+    test = lm_data.blocks(test_stream, arguments.context).to(device)
+    config = replace(config, vocab=tokenizer.get_vocab_size())
     twins = make_twins(config, settings.seed, device)
     parameters = sum(p.numel() for p in twins["fused"].parameters())
     print(f"{train_stream.numel():,} training tokens, {parameters:,} parameters, {device_name(device)}", flush=True)
 
     curves = {v: asdict(c) for v, c in lm_loop.train_twins(twins, train, test, settings).items()}
-    folder = Path(arguments.report)
     checkpoint = folder / "train_checkpoint.pt"
     save_checkpoint(checkpoint, twins["fused"], tokenizer)
     reloaded, reloaded_tokenizer = load_checkpoint(checkpoint, device)
@@ -162,6 +172,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     test_loss = curves["fused"]["test"][-1]
     test_tokens, test_bytes = test_stream.numel(), sum(len(chunk.encode()) for chunk in split.test)
     print("measuring speed and memory", flush=True)
+    others = measure_load.OthersMeter()
+    speed = lm_loop.measure_speed(twins, train[: settings.batch], settings)
+    taken = others.share()
     report = {
         "title": f"Training with fused and eager norms, {settings.dtype}",
         "model": asdict(config),
@@ -181,11 +194,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
             "threads": torch.get_num_threads(),
             "fusednorm": fusednorm.__version__,
             "providers": list(fusednorm.available_providers()),
-            "route": route(config, settings, device),
+            "device_type": device.type,
+            "route": served,
+            "fused_command": arguments.fused_command,
+            "others": taken,
         },
         "curves": curves,
         "unigram_loss": unigram,
-        "speed": lm_loop.measure_speed(twins, train[: settings.batch], settings),
+        "speed": speed,
         "memory": {v: lm_loop.measure_memory(v, config, settings, device) for v in VARIANTS},
         "checks": {
             "bound": bound,
@@ -227,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         device = choose_device(arguments.device)
+        cases.require_provider(arguments.provider)
         with lm_loop.deterministic(), provider_context(arguments.provider):
             return run(arguments, device)
     except (lm_data.MissingPackage, ValueError, OSError) as error:

@@ -301,3 +301,12 @@ def test_shapes_of_one_size_are_told_apart(drawn):
         assert any("narrowest" in text.get_text() for text in figure.legends[0].get_texts())
     other = drawn(result(record(), record(shape=(256, 768))))["roofline-forward.png"]
     assert not any("narrowest" in text.get_text() for text in other.legends[0].get_texts())
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it measured first"))
+    (tmp_path / "file").write_text("")
+    for option in (["--report", str(tmp_path / "file")], ["--json", str(tmp_path / "file" / "x.json")]):
+        with pytest.raises(SystemExit) as stop:
+            run.main(["--device", "cpu", *option])
+        assert stop.value.code == 2 and "file" in capsys.readouterr().err.splitlines()[-1]

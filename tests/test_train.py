@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,9 +239,20 @@ def tiny_text(tmp_path, split):
     return path
 
 
-def test_run_from_text_to_report(tmp_path, tiny_text, capsys):
-    folder = tmp_path / "report"
-    assert train.main([*TINY, "--text", str(tiny_text), "--report", str(folder)]) == 0
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, split) -> tuple[Path, str]:
+    """The folder that one tiny run wrote, its text within, and what it printed."""
+    folder, before = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
+    (folder / "a text.txt").write_text("".join(split.train[:3]), encoding="utf-8")
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train.main([*TINY, "--text", str(folder / "a text.txt"), "--report", str(folder)]) == 0
+    torch.set_num_threads(before)
+    return folder, printed.getvalue()
+
+
+def test_run_from_text_to_report(finished_run):
+    folder, printed = finished_run
     report = json.loads((folder / "train.json").read_text())
     assert set(report["curves"]) == set(VARIANTS)
     assert report["checks"]["reload_equal"] is True and report["checks"]["faults"] == []
@@ -249,7 +263,7 @@ def test_run_from_text_to_report(tmp_path, tiny_text, capsys):
     if "matplotlib" in sys.modules:
         assert (folder / "train_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Curves agree" in (folder / "train.md").read_text(encoding="utf-8")
-    assert "Curves agree" in capsys.readouterr().out
+    assert "Curves agree" in printed
 
 
 @pytest.mark.parametrize(("factor", "message"), [(0.5, "exceeds"), (float("nan"), "not finite")])
@@ -276,10 +290,26 @@ def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, mo
         (["--epochs", "0"], "epochs"),
         (["--layers", "0"], "layers"),
         (["--vocab", "10"], "vocab"),
+        (["--width", "0"], "width"),
+        (["--width", "200"], "3 heads"),
+        (["--context", "0"], "context"),
+        (["--rate", "nan"], "rate"),
+        (["--rate", "0"], "rate"),
         (["--provider", "no-such-provider"], "no-such-provider"),
+        (["--provider", "triton"], "--provider triton: usable here are reference"),
+        (["--report", "{file}/folder"], "Not a directory"),
+        (["--report", "{file}"], "File exists"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(tiny_text, tmp_path, capsys, arguments, named):
+def test_bad_arguments_are_refused_before_anything_is_trained(
+    tiny_text, tmp_path, capsys, monkeypatch, arguments, named
+):
+    def trained(*_):
+        raise AssertionError("the tokenizer was trained first")
+
+    monkeypatch.setattr(lm_data, "train_tokenizer", trained)
+    monkeypatch.setattr(train.fusednorm, "available_providers", lambda: ["reference"])
+    arguments = [word.format(file=tiny_text) for word in arguments]
     given = [*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report"), *arguments]
     assert train.main(given) == 2
     assert named in capsys.readouterr().err
@@ -297,3 +327,64 @@ def test_missing_plots_and_bars_degrade(monkeypatch, tmp_path, tiny_text, capsys
     assert train.main([*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report")]) == 0
     assert not (tmp_path / "report" / "train_curves.png").exists()
     assert "pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.fixture
+def finished(finished_run) -> dict:
+    """What one tiny run reports, made plain: torch's own operators served it, on a calm CPU."""
+    folder, _ = finished_run
+    report = json.loads((folder / "train.json").read_text())
+    route = {"provider": "reference", "how": "torch's own operators: no kernel of ours serves this call"}
+    report["environment"] |= {"route": route | {"refusals": ["triton is not used: no GPU"]}, "others": 0.01}
+    assert report["environment"]["fused_command"] == (
+        f"python3 benchmarks/train.py {' '.join(TINY)} --text '{folder}/a text.txt' --report {folder} "
+        "--provider reference"
+    )
+    return report
+
+
+def changed(report: dict, **environment) -> dict:
+    return report | {"environment": report["environment"] | environment}
+
+
+def test_report_says_what_was_trained_and_how_to_train_the_fused_op(finished):
+    text = lm_report.summary(finished)
+    top, _, rest = text.partition("Text: ")
+    assert "No kernel of ours ran" in top and finished["environment"]["fused_command"] in top.splitlines()[-2]
+    lines = rest.splitlines()
+    assert (
+        "Fused norm: add_layer_norm is served by reference, torch's own operators (no kernel of ours serves this call)."
+        in lines
+    )
+    assert "Provider triton is not used: no GPU." in lines
+    prose = [line for line in text.partition("```")[0].splitlines() if "python3" not in line]
+    assert max(map(len, prose)) <= 120
+    fused = {"provider": "reference", "how": "one fused op each way", "refusals": []}
+    text = lm_report.summary(changed(finished, route=fused))
+    assert "No kernel" not in text and "served by reference, one fused op each way." in text
+
+
+def test_report_of_a_busy_machine_says_so(finished):
+    assert "BUSY" not in lm_report.summary(finished)
+    assert "THE MACHINE WAS BUSY" in lm_report.summary(changed(finished, others=0.4))
+    assert "BUSY" not in lm_report.summary(changed(finished, others=0.4, device_type="cuda"))
+    assert "not known here" in lm_report.summary(changed(finished, others=None))
+
+
+@pytest.mark.parametrize("differences", [(0.0, 0.0, 0.0, 0.0), (0.0, 1e-6, 0.0, 2e-6)])
+def test_picture_joins_no_steps_and_names_what_it_shows(finished, monkeypatch, tmp_path, differences):
+    figure_type = pytest.importorskip("matplotlib.figure").Figure
+    kept = []
+    monkeypatch.setattr(figure_type, "savefig", lambda self, path, **_: (self.canvas.draw(), kept.append(self)))
+    curves = {"eager": finished["curves"]["eager"] | {"steps": [5.0] * 4}}
+    curves["fused"] = curves["eager"] | {"steps": [5.0 + d for d in differences]}
+    assert lm_report.plot(changed(finished, others=0.4) | {"curves": curves}, tmp_path / "x.png")
+    right = kept[0].axes[1]
+    steps = [line for line in right.lines if len(line.get_xdata()) and line.get_label().startswith("a step")]
+    assert all(line.get_linestyle() == "None" for line in steps)
+    assert [list(line.get_xdata()) for line in steps] == ([[2, 4]] if any(differences) else [])
+    said = [text.get_text() for text in [*right.texts, *right.get_legend().get_texts()]]
+    assert ("exactly equal at 2 of 4 steps" if any(differences) else "exactly equal at all 4 steps") in said
+    assert all(tick == round(tick) for tick in right.get_xticks())
+    title = " ".join(kept[0].get_suptitle().split())
+    assert "fused here: reference, torch's own operators" in title and "THE MACHINE WAS BUSY" in title
