@@ -170,7 +170,7 @@ def _panels(
     below = [f"{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", busy_text(result)]
     below.insert(0, f"fusednorm here: {served(records)}")
     set_title(figure, title, below)
-    figure.supylabel(textwrap.fill(axis_label, int(13 * figure.get_figheight())), fontsize=10)
+    figure.supylabel(textwrap.fill(axis_label, int(9 * figure.get_figheight())), fontsize=10)
     columns = max(1, int(figure.get_figwidth() / 2.2))
     ordered = sorted(handles, key=lambda name: name in RANKS.values())
     figure.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=columns, fontsize=9)
