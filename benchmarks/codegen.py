@@ -182,10 +182,10 @@ def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, lay
     if kernel.endswith("bwd_finalize"):
         return table.FINALIZE
     small = layout != "aligned" or dtype == torch.float64
+    wide_rows = dtype.itemsize > 2 or "wide_stream" in words
     if "fwd" in kernel:
-        return table.forward(n, small)
-    wide_operands = dtype.itemsize > 2 and layout == "aligned"
-    weight_class = table.load(_accumulators(words), "dropout" in words, "layer_scale" in words, wide_operands)
+        return table.forward(n, "dropout" in words, wide_rows, small)
+    weight_class = table.load(_accumulators(words), "dropout" in words, "layer_scale" in words, wide_rows)
     return table.backward(n, weight_class, small)
 
 
@@ -195,7 +195,7 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
     Forward reads x, the residual and the parameters it has, writes normed and, with a residual, z; the wide form reads
     z (or x) again. Backward reads dnormed, what was saved, the weight, the residual's cotangent, the bias if normed was
     saved, and for layer_scale also x, x_bias and the scale; it writes dx, dresidual where that is another tensor, and
-    once in its life its float32 partials (16 bytes at a time where a program has one row; else a warp's sums).
+    once in its life its float32 partials (16 bytes at a time where a row takes all lanes; else what a warp has summed).
     """
     elements = config.block_m * config.block_n * max(config.chunks, 1) // (32 * config.warps)
     vectors, sums = max(elements * itemsize // 16, 1), elements * max(itemsize, 4) // 16
@@ -211,7 +211,9 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
         parameters = 2 - ("rms" in words) + ("x_bias" in words) + scaled
         again = (stream if add else vectors) * kernel.endswith("wide")
         return vectors * (1 + parameters) + stream * add + again, vectors + stream * add
-    partials = sums * _accumulators(words) if config.block_m == 1 else 0
+    # a row over all lanes: each lane then has the sums of its own columns, to be written 16 bytes at a time
+    whole = config.block_n * itemsize // 16 >= 32 * config.warps
+    partials = sums // config.block_m * _accumulators(words) if whole else 0
     return vectors * (2 + normed + 3 * scaled) + stream * (1 + add), vectors + stream * separate + partials
 
 

@@ -32,10 +32,10 @@ def _places() -> list:
     places = [pytest.param((AUTOMATIC, device), id=f"{AUTOMATIC}-{device}") for device in devices]
     for name in providers.PROVIDERS:
         reason = providers.unavailable_reason(name)
-        if name == "triton" and INTERPRETED:
-            continue  # minutes in the interpreter: tests/test_triton_norm.py chooses its shapes
-        only = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}.get(name)
+        only = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}.get(name)
         marks = [pytest.mark.skip(reason=f"provider {name}: {reason}")] if reason else []
+        if name == "triton" and INTERPRETED:
+            marks.append(pytest.mark.slow)  # tests/test_triton_norm.py chooses its shapes, and is not
         places += [
             pytest.param((name, device), id=f"{name}-{device}", marks=marks)
             for device in (devices if only is None else [only])

@@ -102,7 +102,8 @@ def _forward(
     from . import triton_norm_fwd as kernels
     from .triton_launch import TYPES
 
-    config = table.forward(n, layout[0] != 0 or acc == torch.float64)
+    small = layout[0] != 0 or acc == torch.float64
+    config = table.forward(n, dropout=flags[2], wide_rows=z_dtype.itemsize > 2, small=small)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
@@ -124,6 +125,7 @@ class _Backward(NamedTuple):
 def _backward(
     n: int,
     layout: tuple[int, int, bool],
+    z_dtype: torch.dtype,
     acc: torch.dtype,
     norm: tuple[bool, ...],
     masks: tuple[bool, bool],
@@ -134,7 +136,7 @@ def _backward(
     from . import triton_norm_bwd as kernels
 
     aligned = layout[0] == 0
-    weight_class = table.load(sum(wanted), masks[0], scaled, wide_operands=layout[1] == 4)
+    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=z_dtype.itemsize > 2)
     config = table.backward(n, weight_class, not aligned or acc == torch.float64)
     chunks, sums, slabs = max(config.chunks, 1), None, 1
     if not config.chunks:
@@ -254,6 +256,7 @@ def add_layer_norm_bwd(
     plan = _backward(
         n,
         rows.constants,
+        saved.dtype,
         stats.dtype,
         (rms, zero_centered_weight, saved_is_normed),
         (dropout_p > 0.0, drop_path_p > 0.0),

@@ -27,34 +27,37 @@ class Config(NamedTuple):
         return min(255, _REGISTERS // (32 * self.warps * self.per_sm) // 8 * 8)
 
 
+_Tile = tuple[int, int, int, tuple[int, ...]]
 _REGISTERS = 65536  # of a multiprocessor
 _MAX_PROGRAMS = 8  # of a persistent grid, for each multiprocessor: each writes a row of partial sums
 
-# (block_m, block_n, warps, most chunks): earlier rows win ties of padded width
+# (block_m, block_n, warps, most chunks light / heavy): earlier rows win ties of padded width. Heavy is a forward with
+# dropout, or of 32-bit rows.
 _FORWARD = (
-    (16, 64, 4, 1),
-    (8, 128, 4, 1),
-    (1, 1024, 4, 5),
-    (4, 256, 4, 5),
-    (2, 512, 4, 3),
-    (1, 2048, 8, 4),
-    (1, 4096, 16, 4),
-    (1, 8192, 32, 4),
+    (16, 64, 4, (1, 1)),
+    (8, 128, 4, (1, 1)),
+    (1, 1024, 4, (5, 5)),
+    (4, 256, 4, (5, 5)),
+    (2, 512, 4, (3, 3)),
+    (1, 2048, 8, (4, 4)),
+    (1, 4096, 16, (4, 4)),
+    (1, 8192, 32, (4, 0)),
+    (1, 8192, 16, (0, 3)),
 )
 _FORWARD_SMALL = (
-    (8, 64, 4, 1),
-    (4, 128, 4, 1),
-    (2, 256, 4, 2),
-    (1, 512, 4, 4),
-    (1, 1024, 8, 4),
-    (1, 2048, 16, 4),
+    (8, 64, 4, (1, 1)),
+    (4, 128, 4, (1, 1)),
+    (2, 256, 4, (2, 2)),
+    (1, 512, 4, (4, 4)),
+    (1, 1024, 8, (4, 4)),
+    (1, 2048, 16, (4, 4)),
 )
 _FORWARD_WIDE = (1, 8192, 32)
 _FORWARD_WIDE_SMALL = (1, 2048, 16)
 _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 registers a thread
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
-# the most chunks depend on the load: light (two accumulators), medium (three, or dropout, or 32-bit operands), heavy
+# the most chunks depend on the load: light (two accumulators), medium (three, or dropout, or 32-bit rows), heavy
 # (layer scale). (block_m, block_n, warps, most chunks light / medium / heavy)
 _BACKWARD = (
     (16, 64, 4, (1, 1, 1)),
@@ -77,33 +80,33 @@ SUMS = Config(1, 2048, 0, 8, 2)
 FINALIZE = Config(128, 32, 0, 8, 4)  # block_m: partials summed at a step
 
 # Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
-_BACKWARD_REGISTERS = ((47, 20), (60, 16), (84, 40))
+_BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 40))
 _BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (128, 56))
 
 
-def _best(n: int, tiles: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int] | None:
+def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int, int, int] | None:
     """The tile that pads a row the least, as (block_m, block_n, chunks, warps)."""
-    fitting = [(m, b, -(-n // b), w) for m, b, w, most in tiles if -(-n // b) <= most]
+    fitting = [(m, b, -(-n // b), w) for m, b, w, most in tiles if -(-n // b) <= most[weight_class]]
     return min(fitting, key=lambda t: t[1] * t[2], default=None)
 
 
-def forward(n: int, small: bool) -> Config:
+def forward(n: int, dropout: bool, wide_rows: bool, small: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
-    best = _best(n, list(_FORWARD_SMALL if small else _FORWARD)) or (block_m, block_n, 0, warps)
+    best = _best(n, _FORWARD_SMALL if small else _FORWARD, dropout or wide_rows) or (block_m, block_n, 0, warps)
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 
-def load(accumulators: int, dropout: bool, layer_scale: bool, wide_operands: bool) -> int:
+def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool) -> int:
     """0 light, 1 medium, 2 heavy: how many registers the backward's epilogue takes."""
-    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_operands else 0
+    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_rows else 0
 
 
 def backward(n: int, weight_class: int, small: bool) -> Config:
     """Backward configuration; `chunks` 0 means column slabs after a kernel that sums the rows."""
     tiles = _BACKWARD_SMALL if small else _BACKWARD
     block_m, block_n, warps = _SLAB_SMALL if small else _SLAB
-    best = _best(n, [(m, b, w, most[weight_class]) for m, b, w, most in tiles]) or (block_m, block_n, 0, warps)
+    best = _best(n, tiles, weight_class) or (block_m, block_n, 0, warps)
     each_chunk, fixed = (_BACKWARD_REGISTERS_SMALL if small else _BACKWARD_REGISTERS)[weight_class]
     fitting = _REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + fixed))
     return Config(*best, per_sm=max(1, min(fitting, _MAX_PROGRAMS)))
