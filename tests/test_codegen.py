@@ -97,10 +97,17 @@ print(*codegen.faults(codegen.figures(longest, 90)), sep="\\n")
     [
         ("pass", ""),
         ("table._BACKWARD = ((1, 8192, 4, (1, 1, 1)),)", "spills"),
-        ("table._BACKWARD_REGISTERS = ((8, 0),) * 3", "programs fit, the table assumes"),
+        ("table._BACKWARD_REGISTERS = ((8, 0),) * 3", "spills"),
+        ("table._BACKWARD_REGISTERS = ((8, 0),) * 3; table.Config.registers = 255", "the table assumes"),
         ("codegen.Variant.aligned = False", "128-bit accesses"),
     ],
-    ids=["nothing", "a_row_on_too_few_warps", "too_many_programs_assumed", "pointers_not_known_as_aligned"],
+    ids=[
+        "nothing",
+        "a_row_on_too_few_warps",
+        "too_many_programs",
+        "registers_not_stated",
+        "pointers_not_known_as_aligned",
+    ],
 )
 def test_gate_fails_on_what_is_planted(plant, said):
     run = compile_in_process("-c", PLANT.format(plant=plant))
