@@ -163,8 +163,10 @@ def test_add_norm_of_a_tensor_and_itself(function, dtype, using, device, generat
     "shape", [s for s in SHAPES if "transposed" in s.name or "step" in s.name or "lead" in s.name], ids=str
 )
 @pytest.mark.parametrize("function", FUSED)
-def test_add_norm_epilogue_on_strided_input(function, shape, dtype, using, device, generator):
+def test_add_norm_epilogue_on_strided_input(function, shape, dtype, using, provider, device, generator):
     """Masks are by logical position, whatever the strides."""
+    if provider == "triton" and shape.normalized_ndim > 1:
+        pytest.skip("refused: the kernels count a mask's columns along the whole normalized row")
     options = {"dropout_p": 0.5, "seed": -3}
     if len(shape.shape()) > shape.normalized_ndim:
         options["drop_path_p"] = 0.5
