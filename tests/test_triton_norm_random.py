@@ -136,7 +136,7 @@ def test_sixty_drawn_calls_on_triton(drawn):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, **CHECKS)
+@settings(max_examples=300, **CHECKS)
 @given(calls())
-def test_a_thousand_fresh_calls_on_triton(drawn):
+def test_three_hundred_fresh_calls_on_triton(drawn):
     hold_to_budget(drawn)
