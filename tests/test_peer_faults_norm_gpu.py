@@ -147,6 +147,26 @@ def test_zero_rows_leave_no_error_behind(function):
     torch.testing.assert_close(torch.ones(3, device="cuda").sum().item(), 3.0)
 
 
+# triton.jit compiles another variant for a row count that is 1 or a multiple of 16
+@pytest.mark.parametrize("function", FUSED)
+def test_row_counts_compile_nothing_anew(function, monkeypatch):
+    from fusednorm.providers import triton_launch, triton_norm
+
+    compiled = []
+    compile_kernel = triton_launch.compile_kernel
+    monkeypatch.setattr(triton_launch, "compile_kernel", lambda *a, **k: compiled.append(a) or compile_kernel(*a, **k))
+    triton_norm.forget_variants()
+    counts = []
+    for rows in (1, 16, 17, 4096):
+        x = torch.randn(rows, 1024, device="cuda", requires_grad=True)
+        with fusednorm.use_provider("triton"):
+            outputs = call(function, x, torch.ones(1024, device="cuda", requires_grad=True))
+            torch.autograd.grad(outputs, x, [torch.ones_like(o) for o in outputs])
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert counts == counts[:1] * 4
+
+
 @BOTH
 def test_runs_on_the_current_stream(function):
     """What a side stream computes is complete once that stream is, without the default stream's help."""
