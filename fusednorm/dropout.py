@@ -33,7 +33,7 @@ def threshold(p: float) -> int:
 
 def keep_scale(p: float) -> float:
     """The factor of what is kept, ``float32(1 / (1 - p))``, as a Python float."""
-    return float(torch.tensor(1.0 / (1.0 - p), dtype=torch.float32)) if p else 1.0
+    return float(torch.tensor(1.0 / (1.0 - p), dtype=torch.float32, device="cpu")) if p else 1.0
 
 
 def default_seed(device: torch.device) -> Tensor:

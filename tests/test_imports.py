@@ -151,6 +151,18 @@ except RuntimeError as fault:
     assert "pip install numpy" in python("-c", program, TRITON_INTERPRET="1")
 
 
+def test_compiled_kernels_need_no_numpy():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    program = """
+import sys, warnings
+sys.modules["numpy"] = None
+warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
+import fusednorm.providers.triton_launch, fusednorm.providers.triton_norm_fwd, fusednorm.providers.triton_norm_bwd
+"""
+    python("-c", program, TRITON_INTERPRET="0")
+
+
 def test_command_without_arguments_says_how_to_use_it(capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main([])

@@ -89,12 +89,24 @@ def test_triton_norm_with_every_epilogue(function, epilogue, dtype, generator):
     check(Call(function, options=options), leaves, generator)
 
 
+@pytest.mark.parametrize("width", [203, 256], ids=["odd", "aligned"])
 @pytest.mark.parametrize("epilogue", ["bare", "everything", "memory_efficient"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_triton_norm_of_rows_wider_than_registers(function, epilogue, tiny_tiles, generator):
+def test_triton_norm_of_rows_wider_than_registers(function, epilogue, width, tiny_tiles, generator):
     extra, options = EPILOGUES[epilogue] if function.startswith("add_") else ((), {})
-    leaves = random_leaves(Shape("", (5, 203)), names(function, extra), torch.bfloat16, "cpu", generator)
+    leaves = random_leaves(Shape("", (5, width)), names(function, extra), torch.bfloat16, "cpu", generator)
     check(Call(function, options=options), leaves, generator)
+
+
+@pytest.mark.parametrize("value", [100.0, 1e25], ids=["moderate", "whose_square_overflows"])
+@pytest.mark.parametrize("columns", [1000, 1024, 768])
+def test_triton_norm_of_a_constant_row_is_zero(columns, value):
+    """The mean of equal numbers is that number, to the last bit."""
+    assert not fusednorm.layer_norm(torch.full((2, columns), value), columns).any()
+
+
+def test_triton_norm_of_a_constant_wide_row_is_zero(tiny_tiles):
+    assert not fusednorm.layer_norm(torch.full((2, 203), 1e25), 203).any()
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime import JITFunction
 
 POINTER_TYPES = {
     torch.float32: "*fp32",
@@ -34,6 +34,7 @@ TYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
+UNALIGNED = ("seed_ptr", "stats_ptr", "sums_ptr")  # may be views of anything; read one at a time
 NUMBER_TYPES = {  # every other number is an i64
     "n_units": "i32",
     "eps": "fp32",
@@ -57,20 +58,22 @@ def compile_kernel(
 ) -> Any:
     """Compile one variant ahead of time. A pointer of dtype None is absent.
 
-    `registers` is the most that a thread may have; `aligned` promises that every pointer is a multiple of 16 bytes.
+    `registers` is the most that a thread may have; `aligned` promises that rows, parameters and results start at
+    multiples of 16 bytes.
     """
     names = list(inspect.signature(function.fn).parameters)
     pointers, numbers = names[: len(dtypes)], names[len(dtypes) : len(names) - len(constants)]
     signature = dict.fromkeys(names, "constexpr")
     signature.update({n: POINTER_TYPES[dtype] for n, dtype in zip(pointers, dtypes, strict=True) if dtype is not None})
     signature.update({n: NUMBER_TYPES.get(n, "i64") for n in numbers})
-    if "eps" in numbers and torch.float64 in dtypes:
+    if "eps" in numbers and signature["stats_ptr"] == "*fp64":
         signature["eps"] = "fp64"
     values: dict[str, Any] = {n: None for n in pointers if signature[n] == "constexpr"}
     values.update(zip(names[len(names) - len(constants) :], constants, strict=True))
     attributes = {}
     if aligned:
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers if signature[n] != "constexpr"}
+        promised = [n for n in pointers if signature[n] != "constexpr" and n not in UNALIGNED]
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in promised}
     source = ASTSource(function, signature, values, attributes)
     # floating-point fusion by name: its default differs between versions of Triton
     options = {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
@@ -91,7 +94,7 @@ class Variant:
         self, grid: tuple[int, int], pointers: tuple[Tensor | None, ...], numbers: tuple[int | float, ...]
     ) -> None:
         """Run on the first pointer's device, on its current stream."""
-        if isinstance(self.function, InterpretedFunction):
+        if not isinstance(self.function, JITFunction):  # interpreted
             self.function[grid](*pointers, *numbers, *self.constants, num_warps=self.warps)
             return
         index = pointers[0].get_device()  # type: ignore[union-attr]
@@ -103,8 +106,8 @@ class Variant:
         key = (index, dtypes)
         handle = self._handles.get(key)
         if handle is None:
-            handle = self._handles[key] = self._compile(dtypes)
-        if handle.hooks.calls:  # a profiler wants to know of every launch
+            handle = self._handles.setdefault(key, self._compile(dtypes))  # of two threads, one is kept
+        if handle.hooks is not None and handle.hooks.calls:  # a profiler wants to know of every launch
             handle.kernel[(*grid, 1)](*pointers, *numbers, *self.constants)
             return
         handle.run(

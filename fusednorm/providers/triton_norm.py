@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,17 @@ def unavailable_reason() -> str | None:
         )
     if torch.version.hip is not None:
         return "its configurations are for NVIDIA GPUs, and this torch is built for ROCm"
+    return _launching_fault()
+
+
+def _launching_fault() -> str | None:
+    """Triton builds a part of its launcher with the C compiler the first time; where there is none it says so."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as fault:  # whatever it is, no kernel can be launched
+        return f"Triton cannot launch kernels here: {fault}"
     return None
 
 
@@ -66,6 +78,8 @@ def refusal(op: str, *args: Any) -> str | None:
         return f"x is on {x.device}, its kernels run on {device} tensors here"
     if device == "cuda" and _capability(x.device.index) < _MIN_CAPABILITY:
         return f"{x.device} is older than compute capability 8.0"
+    if math.prod(x.shape[x.ndim - normalized_ndim :]) >= 2**31:
+        return "a row has 2**31 elements or more"
     if dropout_p and normalized_ndim > 1:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
     return None
@@ -88,6 +102,7 @@ def _ceil(a: int, b: int) -> int:
 # One variant for each combination of what the compiler is told; sizes other than N are numbers of the launch.
 
 
+@functools.lru_cache(None)  # never let go: a captured CUDA graph goes on using what was compiled
 def _variant(kernel: Any, constants: tuple[Any, ...], config: table.Config, aligned: bool) -> Variant:
     from .triton_launch import Variant
 
@@ -108,7 +123,8 @@ def _forward(
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
         kernel = kernels._add_layer_norm_fwd_kernel
-        constants += (config.chunks, config.chunks * config.block_n == n)
+        power_of_two = 1 << (config.chunks - 1).bit_length()
+        constants += (config.chunks, power_of_two, config.chunks * config.block_n == n)
     return _variant(kernel, constants, config, layout[0] == 0), config.block_m
 
 
@@ -244,6 +260,8 @@ def add_layer_norm_bwd(
     if m == 0 or n == 0:
         return tuple([g.zero_() for g in gradients])
 
+    present = (True, True, *[p is not None for p in parameters])
+    output_mask = [wanted and there for wanted, there in zip(output_mask, present, strict=True)]
     written = [g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)]
     scaled = output_mask[5]  # d(layer_scale) alone looks at x and x_bias again
     parameters = (
@@ -277,7 +295,7 @@ def add_layer_norm_bwd(
     accumulators = sum(output_mask[2:])
     partials = stats.new_empty((accumulators, programs, n)) if accumulators else None
     plan.main.launch(
-        (programs, plan.slabs),
+        (plan.slabs, programs),
         (
             *(*rows.tensors[:3], stats, sums, parameters[0], parameters[1], rows.tensors[3], *parameters[2:], seed),
             *(*written[:2], partials),

@@ -124,13 +124,13 @@ def _add_layer_norm_bwd_kernel(
 ):
     """Persistent over rows: dx and dresidual a row at a time, parameter gradients summed in registers.
 
-    Program (p, s) visits row groups p, p + P, ... of columns s * CHUNKS * BLOCK_N onward: all of them, or, where a row
+    Program (s, p) visits row groups p, p + P, ... of columns s * CHUNKS * BLOCK_N onward: all of them, or, where a row
     does not fit, a slab, with the row means made before by the sums kernel.
     """
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N = n_units * VEC if LAYOUT == 0 else n_units
-    program, P = tl.program_id(0), tl.num_programs(0)
-    first_column = tl.program_id(1) * (CHUNKS * BLOCK_N) if sums_ptr is not None else 0
+    program, P = tl.program_id(1), tl.num_programs(1)
+    first_column = tl.program_id(0) * (CHUNKS * BLOCK_N) if sums_ptr is not None else 0
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     inverse_n = 1.0 / N.to(ACC)
     dweight, dbias, dx_bias, dlayer_scale = (), (), (), ()

@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_norm_shared import draw_path_factor, load_dropped, load_vector, load_weight, row_offsets, tile_pointers
+from .triton_norm_shared import (
+    divide,
+    draw_path_factor,
+    load_dropped,
+    load_vector,
+    load_weight,
+    row_offsets,
+    tile_pointers,
+)
 
 
 @triton.jit
@@ -62,7 +70,8 @@ def _add_layer_norm_fwd_kernel(
     eps, threshold, scale, path_threshold, path_scale,
     Z_DTYPE: tl.constexpr, RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, DROPOUT: tl.constexpr,
     DROP_PATH: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_POWER_OF_TWO: tl.constexpr,
+    EVEN_N: tl.constexpr,
 ):
     """Rows that fit in registers: z is read or made once, kept, and normalized."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
@@ -76,7 +85,9 @@ def _add_layer_norm_fwd_kernel(
     x_offset = row_offsets(rows, stride_x_outer, stride_x_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     residual_offset = row_offsets(rows, stride_residual_outer, stride_residual_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
-    inverse_n = 1.0 / N.to(ACC)
+    # finite rows near the largest float do not overflow, and a power of two rounds nothing
+    SCALE: tl.constexpr = 1.0 / (BLOCK_N * CHUNKS_POWER_OF_TWO)
+    count = N.to(ACC)
 
     tiles = ()
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -91,8 +102,8 @@ def _add_layer_norm_fwd_kernel(
         if not EVEN_N:
             z = tl.where(mask, z, 0.0)
         tiles += (z,)
-        total += z * inverse_n  # scaled first: the sum of finite values near the largest float would overflow
-    mean = tl.sum(total, axis=1)
+        total += z * SCALE
+    mean = divide(tl.sum(total, axis=1), count * SCALE)
 
     squares = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for c in tl.static_range(CHUNKS):
@@ -101,7 +112,7 @@ def _add_layer_norm_fwd_kernel(
             cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
             centred = tl.where((cols < N)[None, :], centred, 0.0)
         squares += centred * centred
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) * inverse_n + eps)
+    rstd = tl.rsqrt(divide(tl.sum(squares, axis=1), count) + eps)
     if RMS:
         tl.store(stats_ptr + rows, rstd, mask=row_mask)
     else:
@@ -159,13 +170,14 @@ def _add_layer_norm_fwd_wide_kernel(
             squares += tl.sum(z * z, axis=1)
         else:
             count = tl.minimum(N - start, BLOCK_N).to(ACC)
-            tile_mean = tl.sum(z * (1.0 / count), axis=1)
+            tile_mean = divide(tl.sum(z * (1.0 / BLOCK_N), axis=1), count * (1.0 / BLOCK_N))
             centred = tl.where(mask, z - tile_mean[:, None], 0.0)
             share = count / (start + count)
             delta = tile_mean - mean
             mean += delta * share
-            squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * share)
-    rstd = tl.rsqrt(squares / N.to(ACC) + eps)
+            # in this order: delta * delta may overflow where the product with start = 0 must not
+            squares += tl.sum(centred * centred, axis=1) + delta * (delta * (start * share))
+    rstd = tl.rsqrt(divide(squares, N.to(ACC)) + eps)
     if RMS:
         tl.store(stats_ptr + rows, rstd, mask=row_mask)
     else:

@@ -18,6 +18,14 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
+def divide(a, b):
+    """Correctly rounded: a GPU's float32 division is not, unless it is asked."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
 def row_offsets(
     rows, stride_outer, stride_row, rows_inner, ROWS_2D: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr,
 ):
