@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from . import providers
 from ._dtypes import compute_dtype
 
-_LIBRARY = Library("fusednorm", "DEF")
+_LIBRARY = library.Library("fusednorm", "DEF")
 
 SCHEMAS = {
     "add_layer_norm_fwd": (
@@ -49,7 +48,7 @@ for _name, _schema in SCHEMAS.items():
     _LIBRARY.impl(_name, _run(_name), "CompositeExplicitAutograd")
 
 
-@register_fake("fusednorm::add_layer_norm_fwd")
+@library.register_fake("fusednorm::add_layer_norm_fwd")
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -77,7 +76,7 @@ def _(
     )
 
 
-@register_fake("fusednorm::add_layer_norm_bwd")
+@library.register_fake("fusednorm::add_layer_norm_bwd")
 def _(
     dnormed: Tensor,
     dresidual_out: Tensor | None,

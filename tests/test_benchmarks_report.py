@@ -127,7 +127,7 @@ def test_what_nobody_tells_is_not_guessed(tmp_path, clock):
     assert measure_load.warning(None) is None and measure_load.share_text(None) == "not known here"
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="own_seconds reads /proc, which this system lacks")
 def test_own_time_holds_that_of_children():
     def spin():
         end = time.process_time() + 0.2

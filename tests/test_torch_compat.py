@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +60,7 @@ OP_CASES = {
 def test_opcheck_forward_op(case, provider):
     provider = "reference" if provider == "automatic" else provider
     args = (*op_arguments(**OP_CASES[case]), provider)
-    opcheck(torch.ops.fusednorm.add_layer_norm_fwd.default, args)
+    library.opcheck(torch.ops.fusednorm.add_layer_norm_fwd.default, args)
 
 
 @pytest.mark.parametrize("saved_is_normed", [False, True])
@@ -80,7 +80,7 @@ def test_opcheck_backward_op(case, wanted, saved_is_normed, provider):
         *(stats, weight, bias, x if layer_scale is not None else None, x_bias, layer_scale, seed),
         *(ndim, p, path_p, x.dtype, residual_dtype, rms, False, saved_is_normed, mask, provider),
     )
-    opcheck(torch.ops.fusednorm.add_layer_norm_bwd.default, backward)
+    library.opcheck(torch.ops.fusednorm.add_layer_norm_bwd.default, backward)
 
 
 @pytest.mark.parametrize("store", [False, True], ids=["no_stream", "stream"])
