@@ -30,6 +30,7 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
+from fusednorm._dtypes import compute_dtype
 from fusednorm.providers import triton_launch, triton_norm, triton_norm_bwd, triton_norm_fwd
 from fusednorm.providers import triton_norm_table as table
 
@@ -142,8 +143,7 @@ def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backw
             1, 1e-5, p, path_p, dtype, stream, rms, False, add,
         )  # fmt: skip
         return
-    rows, acc = x.shape[:-1].numel(), torch.float64 if dtype == torch.float64 else torch.float32
-    stats = torch.zeros(1 if rms else 2, rows, dtype=acc)
+    stats = torch.zeros(1 if rms else 2, x.shape[:-1].numel(), dtype=compute_dtype(dtype, stream))
     mask = [True, "dropout" in words or stream != dtype, True, not rms, "x_bias" in words, "layer_scale" in words]
     triton_norm.add_layer_norm_bwd(
         x, z if add else None, z, stats, vector, bias, x if scale is not None else None, x_bias, scale,
