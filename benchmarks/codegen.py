@@ -185,7 +185,9 @@ def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, lay
     wide_rows = dtype.itemsize > 2 or "wide_stream" in words
     if "fwd" in kernel:
         return table.forward(n, "dropout" in words, wide_rows, small)
-    weight_class = table.load(_accumulators(words), "dropout" in words, "layer_scale" in words, wide_rows)
+    weight_class = table.load(
+        _accumulators(words), "dropout" in words, "layer_scale" in words, wide_rows, "from_normed" in words
+    )
     return table.backward(n, weight_class, small)
 
 

@@ -46,6 +46,15 @@ def test_eps_none_is_that_of_the_stream(using, device):
     torch.testing.assert_close(normed, torch.full((1, 4), 0.99989, device=device), rtol=1e-5, atol=0)
 
 
+def test_subnormal_variance_is_not_taken_for_zero(using, device):
+    """eps = 0 and a variance of 1e-40: a GPU's approximate rsqrt flushes it, and gives infinity."""
+    x = torch.linspace(-1.7e-20, 1.7e-20, 64, device=device).expand(3, 64).contiguous()
+    with using:
+        normed = fusednorm.layer_norm(x, 64, eps=0.0)
+    exact = torch.nn.functional.layer_norm(x.double() * 1e20, (64,), eps=0.0).float()
+    torch.testing.assert_close(normed, exact, rtol=1e-3, atol=0)
+
+
 def test_layer_norm_needs_an_eps(using, device):
     with using, pytest.raises(TypeError, match="eps"):
         fusednorm.layer_norm(torch.randn(2, 8, device=device), 8, eps=None)

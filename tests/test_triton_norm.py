@@ -12,7 +12,7 @@ from oracle import Call, check
 from shapes import Shape, random_leaves
 
 import fusednorm
-from fusednorm.providers import triton_norm
+from fusednorm.providers import triton_layout, triton_norm
 from fusednorm.providers import triton_norm_table as table
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
@@ -142,6 +142,14 @@ def test_triton_variants_do_not_depend_on_the_row_count(monkeypatch):
         normed, z = fusednorm.add_layer_norm(x, x.detach(), 64, weight)
         torch.autograd.grad((normed, z), (x, weight), (torch.zeros(rows, 64), torch.zeros(rows, 64)))
     assert len(variants) == 3  # forward, backward, and the sum of its partials
+
+
+def test_one_value_expanded_over_the_columns_costs_the_others_no_alignment():
+    x = torch.randn(6, 64)
+    rows = triton_layout.layout((torch.ones(()).expand(6, 64), x), (), 1, 64)
+    assert rows.kind == 0 and rows.tensors[1] is x
+    rows = triton_layout.layout((torch.randn(64).expand(6, 64), x), (), 1, 64)  # one row for all is read where it lies
+    assert rows.kind == 0 and rows.tensors[0].stride() == (0, 1)
 
 
 def test_triton_refuses_dropout_over_several_dimensions():

@@ -120,14 +120,16 @@ def add_layer_norm(
 def _row_statistics(rows: Tensor, eps: float, rms: bool) -> Tensor:
     """(2, M) mean and rstd, or (1, M) rstd: two passes, the second over centred values.
 
-    The mean scales before it sums: the sum of finite values near the largest float would overflow.
+    The mean scales before it sums: the sum of finite values near the largest float would overflow. It scales by a power
+    of two, which rounds nothing.
     """
-    scale = 1.0 / max(rows.shape[1], 1)
+    n = rows.shape[1]
     if rms:
-        return torch.rsqrt((rows * rows).sum(1) * scale + eps)[None]
-    mean = (rows * scale).sum(1)
+        return torch.rsqrt((rows * rows).sum(1) / n + eps)[None]
+    scale = 0.5 ** (n - 1).bit_length() if n else 1.0
+    mean = (rows * scale).sum(1) / (n * scale)
     centred = rows - mean[:, None]
-    return torch.stack((mean, torch.rsqrt((centred * centred).sum(1) * scale + eps)))
+    return torch.stack((mean, torch.rsqrt((centred * centred).sum(1) / n + eps)))
 
 
 def statistics(z: Tensor, normalized_ndim: int, eps: float, dtype: torch.dtype, rms: bool) -> Tensor:

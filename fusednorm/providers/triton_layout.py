@@ -90,7 +90,11 @@ def _folded(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int,
 
 
 def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
-    """The tensor read where it lies; a copy only of what no two row strides and one column stride describe."""
+    """The tensor read where it lies; a copy of what no two row strides and one column stride describe.
+
+    And of one value expanded over the columns (the cotangent of `.sum()`): one written and read again costs less than
+    what it would do to the others, which are then read an element at a time too.
+    """
     if tensor.is_neg():  # `.conj().imag`: memory holds the negated values
         tensor = tensor.resolve_neg()
     if tensor.is_contiguous():
@@ -98,7 +102,7 @@ def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
     lead = tensor.ndim - normalized_ndim
     rows = _folded(tensor.shape[:lead], tensor.stride()[:lead])
     columns = _folded(tensor.shape[lead:], tensor.stride()[lead:])
-    if len(rows) > 2 or len(columns) > 1:
+    if len(rows) > 2 or len(columns) > 1 or (columns and columns[0][1] == 0):
         return _Operand(tensor.contiguous(), (0, n, 1), 0)
     stride_col = columns[0][1] if columns else 1
     if len(rows) == 2:

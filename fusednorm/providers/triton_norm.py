@@ -152,7 +152,7 @@ def _backward(
     from . import triton_norm_bwd as kernels
 
     aligned = layout[0] == 0
-    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=z_dtype.itemsize > 2)
+    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=z_dtype.itemsize > 2, from_normed=norm[2])
     config = table.backward(n, weight_class, not aligned or acc == torch.float64)
     chunks, sums, slabs = max(config.chunks, 1), None, 1
     if not config.chunks:

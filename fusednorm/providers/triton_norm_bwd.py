@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_norm_shared import (
+    divide,
     draw_path_factor,
     keep_mask,
     load_dropped,
@@ -89,9 +90,9 @@ def _add_layer_norm_bwd_sums_kernel(
         )
         sum_gx += g * xhat
         sum_g += g
-    tl.store(sums_ptr + rows, tl.sum(sum_gx, axis=1) / N.to(ACC), mask=row_mask)
+    tl.store(sums_ptr + rows, divide(tl.sum(sum_gx, axis=1), N.to(ACC)), mask=row_mask)
     if not RMS:
-        tl.store(sums_ptr + M + rows, tl.sum(sum_g, axis=1) / N.to(ACC), mask=row_mask)
+        tl.store(sums_ptr + M + rows, divide(tl.sum(sum_g, axis=1), N.to(ACC)), mask=row_mask)
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def _add_layer_norm_bwd_kernel(
     program, P = tl.program_id(1), tl.num_programs(1)
     first_column = tl.program_id(0) * (CHUNKS * BLOCK_N) if sums_ptr is not None else 0
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
-    inverse_n = 1.0 / N.to(ACC)
+    count = N.to(ACC)
     dweight, dbias, dx_bias, dlayer_scale = (), (), (), ()
     for c in tl.static_range(CHUNKS):
         zero = tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -183,11 +184,11 @@ def _add_layer_norm_bwd_kernel(
             mean_gx = tl.load(sums_ptr + rows, mask=row_mask, other=0.0)
             mean_g = mean_gx if RMS else tl.load(sums_ptr + M + rows, mask=row_mask, other=0.0)
         elif RMS:
-            mean_gx = tl.sum(sum_gx, axis=1) * inverse_n
+            mean_gx = divide(tl.sum(sum_gx, axis=1), count)
             mean_g = mean_gx
         else:  # both in one reduction: half the barriers
             mean_gx, mean_g = tl.reduce((sum_gx, sum_g), 1, _add_pair)
-            mean_gx, mean_g = mean_gx * inverse_n, mean_g * inverse_n
+            mean_gx, mean_g = divide(mean_gx, count), divide(mean_g, count)
 
         for c in tl.static_range(CHUNKS):
             first_col = first_column + c * BLOCK_N
@@ -250,20 +251,10 @@ def _add_layer_norm_bwd_finalize_kernel(
         offset = base + partial_rows.to(tl.int64)[:, None] * N + cols[None, :]
         total += tl.load(partials_ptr + offset, mask=mask, other=0.0)
     gradient = tl.sum(total, axis=0)
-    col_mask = cols < N
+    gradients = (dweight_ptr, dbias_ptr, dx_bias_ptr, dlayer_scale_ptr)
     index = 0
-    if dweight_ptr is not None:
-        if plane == index:
-            tl.store(dweight_ptr + cols, gradient.to(dweight_ptr.dtype.element_ty), mask=col_mask)
-        index += 1
-    if dbias_ptr is not None:
-        if plane == index:
-            tl.store(dbias_ptr + cols, gradient.to(dbias_ptr.dtype.element_ty), mask=col_mask)
-        index += 1
-    if dx_bias_ptr is not None:
-        if plane == index:
-            tl.store(dx_bias_ptr + cols, gradient.to(dx_bias_ptr.dtype.element_ty), mask=col_mask)
-        index += 1
-    if dlayer_scale_ptr is not None:
-        if plane == index:
-            tl.store(dlayer_scale_ptr + cols, gradient.to(dlayer_scale_ptr.dtype.element_ty), mask=col_mask)
+    for k in tl.static_range(4):
+        if gradients[k] is not None:
+            if plane == index:
+                tl.store(gradients[k] + cols, gradient.to(gradients[k].dtype.element_ty), mask=cols < N)
+            index += 1

@@ -14,6 +14,7 @@ import triton.language as tl
 from .triton_norm_shared import (
     divide,
     draw_path_factor,
+    inverse_sqrt,
     load_dropped,
     load_vector,
     load_weight,
@@ -112,7 +113,7 @@ def _add_layer_norm_fwd_kernel(
             cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
             centred = tl.where((cols < N)[None, :], centred, 0.0)
         squares += centred * centred
-    rstd = tl.rsqrt(divide(tl.sum(squares, axis=1), count) + eps)
+    rstd = inverse_sqrt(divide(tl.sum(squares, axis=1), count) + eps)
     if RMS:
         tl.store(stats_ptr + rows, rstd, mask=row_mask)
     else:
@@ -177,7 +178,7 @@ def _add_layer_norm_fwd_wide_kernel(
             mean += delta * share
             # in this order: delta * delta may overflow where the product with start = 0 must not
             squares += tl.sum(centred * centred, axis=1) + delta * (delta * (start * share))
-    rstd = tl.rsqrt(divide(squares, N.to(ACC)) + eps)
+    rstd = inverse_sqrt(divide(squares, N.to(ACC)) + eps)
     if RMS:
         tl.store(stats_ptr + rows, rstd, mask=row_mask)
     else:

@@ -26,6 +26,14 @@ def divide(a, b):
 
 
 @triton.jit
+def inverse_sqrt(a):
+    """Two correct roundings: a GPU's own float32 rsqrt takes a subnormal number for zero."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(tl.full(a.shape, 1.0, tl.float32), tl.sqrt_rn(a))
+    return tl.rsqrt(a)
+
+
+@triton.jit
 def row_offsets(
     rows, stride_outer, stride_row, rows_inner, ROWS_2D: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr,
 ):

@@ -41,8 +41,7 @@ _FORWARD = (
     (2, 512, 4, (3, 3)),
     (1, 2048, 8, (4, 4)),
     (1, 4096, 16, (4, 4)),
-    (1, 8192, 32, (4, 0)),
-    (1, 8192, 16, (0, 3)),
+    (1, 8192, 16, (4, 3)),
 )
 _FORWARD_SMALL = (
     (8, 64, 4, (1, 1)),
@@ -57,8 +56,8 @@ _FORWARD_WIDE_SMALL = (1, 2048, 16)
 _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 registers a thread
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
-# the most chunks depend on the load: light (two accumulators), medium (three, or dropout, or 32-bit rows), heavy
-# (layer scale). (block_m, block_n, warps, most chunks light / medium / heavy)
+# the most chunks depend on the load: light (two accumulators), medium (three, or dropout, 32-bit rows, or x̂ rebuilt
+# from the output), heavy (layer scale). (block_m, block_n, warps, most chunks light / medium / heavy)
 _BACKWARD = (
     (16, 64, 4, (1, 1, 1)),
     (8, 128, 4, (1, 1, 1)),
@@ -77,10 +76,10 @@ _BACKWARD_SMALL = (
 _SLAB = (1, 1024, 4)
 _SLAB_SMALL = (1, 512, 4)
 SUMS = Config(1, 2048, 0, 8, 2)
-FINALIZE = Config(128, 32, 0, 8, 4)  # block_m: partials summed at a step
+FINALIZE = Config(128, 32, 0, 8, 3)  # block_m: partials summed at a step
 
 # Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
-_BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 40))
+_BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 48))
 _BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (128, 56))
 
 
@@ -97,9 +96,9 @@ def forward(n: int, dropout: bool, wide_rows: bool, small: bool) -> Config:
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 
-def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool) -> int:
+def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool, from_normed: bool) -> int:
     """0 light, 1 medium, 2 heavy: how many registers the backward's epilogue takes."""
-    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_rows else 0
+    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
 
 
 def backward(n: int, weight_class: int, small: bool) -> Config:
