@@ -239,7 +239,7 @@ def evaluate(
     cotangents: tuple[Tensor | None, ...],
 ) -> dict[str, Tensor | None]:
     """Outputs and every leaf's gradient, by name; an output whose cotangent is None is left out backwards."""
-    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    leaves = {name: _copy(leaf).requires_grad_() for name, leaf in leaves.items()}
     outputs = run(leaves)
     results: dict[str, Tensor | None] = {
         name: output.detach().clone() for name, output in zip(("normed", "residual_out"), outputs, strict=False)
@@ -249,6 +249,12 @@ def evaluate(
         [output for output, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True
     )
     return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def _copy(leaf: Tensor) -> Tensor:
+    """With the original's distance from an aligned address."""
+    offset = leaf.storage_offset()
+    return leaf.new_empty(offset + leaf.numel())[offset:].view(leaf.shape).copy_(leaf)
 
 
 def assert_within_budget(
@@ -312,8 +318,11 @@ def check(
     generator: torch.Generator,
     used: tuple[bool, ...] = (True, True),
     redraw: Callable[[], Mapping[str, Tensor]] | None = None,
+    lay: Callable[[Tensor], Tensor] = lambda cotangent: cotangent,
 ) -> None:
     """Forward and every gradient of one call against the oracle, random cotangents for the outputs `used`.
+
+    `lay` says how a cotangent lies in memory: it makes the tensor passed from a contiguous one.
 
     The budget compares two largest errors, and on a small tensor one draw says little of either: eager may be
     lucky. Where a draw is over the budget, the same bound is put to the largest errors over DRAWS of them: of the
@@ -324,7 +333,7 @@ def check(
         with torch.no_grad():
             outputs = call.eager(leaves)
         cotangents = tuple(
-            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) if use else None
+            lay(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)) if use else None
             for o, use in zip(outputs, used, strict=False)
         )
         wide = {name: leaf.double() for name, leaf in leaves.items()}
