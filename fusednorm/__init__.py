@@ -4,7 +4,7 @@ from ._explain import explain
 from .dropout import dropout_mask
 from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .providers import available_providers, use_provider
+from .providers import available_providers, batch_invariant, use_provider
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "available_providers",
+    "batch_invariant",
     "dropout_mask",
     "explain",
     "layer_norm",

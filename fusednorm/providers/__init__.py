@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import choice
+
 _log = logging.getLogger("fusednorm")
 
 PROVIDERS = {  # best first
@@ -23,6 +25,7 @@ PROVIDERS = {  # best first
     "reference": "fusednorm.providers.reference",
 }
 
+_batch_invariant = False  # a module global for the same reason as the next
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
 _active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
 _records: list[list[Route]] = []  # where explain() collects decisions
@@ -86,11 +89,15 @@ def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     return None if hook is None else hook(op, *args)
 
 
+def _serves(name: str, op: str, args: tuple[Any, ...]) -> bool:
+    return name in PROVIDERS and refusal(name, op, args) is None and reluctance(name, op, args) is None
+
+
 def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The provider for a call of `op` with the op's arguments, and (name, reason) of those passed over.
 
-    An explicit request never falls back: it raises. Automatic choice takes the first provider of the table that can
-    serve the call, and logs each refusal once.
+    An explicit request never falls back: it raises. Automatic choice takes what was measured to be fastest, or else
+    the first provider of the table that can serve the call, and logs each refusal once.
     """
     if _requested is not None:
         reason = refusal(_requested, op, args)
@@ -100,9 +107,16 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
                 "automatic choice"
             )
         return _requested, ()
+    preference = None
+    if not _batch_invariant and not torch.compiler.is_compiling():  # a graph would be compiled anew for each row count
+        preference = choice.preference(args)
+        if preference is not None and not _serves(preference.provider, op, args):
+            preference = None
     refusals: tuple[tuple[str, str], ...] = ()
     for name in PROVIDERS:
         reason = refusal(name, op, args) or reluctance(name, op, args)
+        if reason is None and preference is not None and preference.provider != name:
+            reason = preference.why
         if reason is None:
             return name, refusals
         refusals += ((name, reason),)
@@ -183,6 +197,32 @@ class use_provider(contextlib.ContextDecorator):
         last = len(_active) - 1 - _active[::-1].index(self)
         del _active[last]
         _renew()
+
+
+class batch_invariant(contextlib.ContextDecorator):
+    """Keep a row's result independent of the batch around it, as a context manager or a decorator.
+
+    With a fixed provider it is in any case. Automatic choice goes by what was measured to be fastest at a shape, and so
+    may take another provider for another number of rows; inside this block it does not look at shapes. Like
+    ``use_provider``, it holds for the whole process until the block ends.
+
+    Args:
+        enabled: False lets the choice look at shapes again, inside an enclosing block.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> batch_invariant:
+        global _batch_invariant
+        self._before.append(_batch_invariant)
+        _batch_invariant = self.enabled
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _batch_invariant
+        _batch_invariant = self._before.pop()
 
 
 # Now, because torch.compile cannot trace an import. The others are imported by unavailable_reason, which is not traced.

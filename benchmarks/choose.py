@@ -1,0 +1,139 @@
+"""From raw results to the table that automatic choice goes by.
+
+    PYTHONPATH=. python3 benchmarks/run.py --provider triton --json T.json    # each provider forced in turn,
+    PYTHONPATH=. python3 benchmarks/run.py --provider cuda --json C.json      # on the same device
+    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json                   # what would change
+    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/providers/choice/<device>.json
+
+For each operation, element size and shape it names the provider whose time, host included, is the shortest. Torch's
+own operators stand for `reference`, but for dropout, where they draw another mask. A provider serves both ways of a
+call, so what counts is the direction in which it does worst beside eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from benchmarks.cases import OPS
+from benchmarks.report_stats import LOSS, Record, measured, no_kernel, ratio
+from fusednorm.providers import PROVIDERS, choice
+
+Key = tuple[str, int, int]  # operation and element size, rows, columns
+
+
+def device_key(result: Record) -> str:
+    """As `fusednorm.providers.choice.device_key` names the device."""
+    environment = result["environment"]
+    if environment["device_type"] != "cuda":
+        return environment["device_type"]
+    return "sm_" + environment["capability"].replace(".", "")
+
+
+def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
+    """Eager's time over that of each provider, in its worst direction; 1 for torch's own operators."""
+    found: dict[Key, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        for record in measured(result):
+            rows, columns = record["shape"]
+            key = (f"{record['op']}/{getattr(torch, record['dtype']).itemsize}", rows, columns)
+            value = ratio(record, key="inclusive") or ratio(record)
+            if value is None or no_kernel([record]):
+                continue
+            direction = f"{record['direction']} {record['dtype']}"  # two dtypes of a size: the worse counts too
+            known = found[key][record["provider"]].get(direction, value[0])
+            found[key][record["provider"]][direction] = min(known, value[0])
+    speed: dict[Key, dict[str, float]] = {}
+    for key, providers in found.items():
+        every = {direction for directions in providers.values() for direction in directions}
+        speed[key] = {name: min(d.values()) for name, d in providers.items() if set(d) == every}
+        if not OPS[key[0].split("/")[0]].epilogue:
+            speed[key]["reference"] = 1.0
+    return {key: providers for key, providers in speed.items() if providers}
+
+
+def decide(providers: Mapping[str, float]) -> tuple[str, float]:
+    """The fastest, and how many times faster than the next; torch's own operators only where they clearly are."""
+    order = list(PROVIDERS)
+
+    def rank(name: str) -> tuple[float, int]:
+        return (providers[name] * (LOSS if name == "reference" else 1.0), -order.index(name))
+
+    first, *others = sorted(providers, key=rank, reverse=True)
+    return first, providers[first] / max(providers[name] for name in others) if others else 1.0
+
+
+def table(results: Sequence[Record], sources: Sequence[str]) -> dict[str, Any]:
+    devices = {(device_key(r), r["environment"]["device"]) for r in results}
+    if len(devices) != 1:
+        raise ValueError(f"results of several devices: {', '.join(sorted(device for _, device in devices))}")
+    shapes: dict[str, list[list[Any]]] = defaultdict(list)
+    for (name, rows, columns), providers in sorted(speeds(results).items()):
+        provider, times = decide(providers)
+        shapes[name].append([rows, columns, provider, round(times, 2)])
+    return {"device": devices.pop()[1], "source": ", ".join(sources), "shapes": dict(shapes)}
+
+
+def text(made: Mapping[str, Any]) -> str:
+    """JSON with a shape a line."""
+    lines = [
+        f'  "device": {json.dumps(made["device"])},',
+        f'  "source": {json.dumps(made["source"])},',
+        '  "shapes": {',
+    ]
+    groups = []
+    for name, entries in made["shapes"].items():
+        body = ",\n".join(f"      {json.dumps(entry)}" for entry in entries)
+        groups.append(f"    {json.dumps(name)}: [\n{body}\n    ]")
+    return "{\n" + "\n".join(lines) + "\n" + ",\n".join(groups) + "\n  }\n}\n"
+
+
+def changes(made: Mapping[str, Any], path: Path) -> str:
+    """A table of the shapes whose provider is another than before."""
+    before = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.exists() else {}
+    rows = []
+    for name, entries in made["shapes"].items():
+        old = {(r, c): provider for r, c, provider, _ in before.get(name, [])}
+        for r, c, provider, times in entries:
+            if old.get((r, c)) != provider:
+                rows.append([name, f"{r}x{c}", old.get((r, c), "-"), provider, f"{times:.2f}"])
+    head = ["operation/bytes", "rows x columns", "before", "now", "times as fast as the next"]
+    return report.table(head, rows) if rows else "No shape changes its provider."
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="raw results of one device")
+    parser.add_argument("--write", action="store_true", help="renew the table in the package")
+    options = parser.parse_args(argv)
+    root = Path(__file__).resolve().parents[1]
+    try:
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+        sources = [
+            p.resolve().relative_to(root).as_posix() if root in p.resolve().parents else p.name for p in options.results
+        ]
+        made = table(results, sources)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(str(error))
+    if not made["shapes"]:
+        print("no provider of ours was measured in these results: nothing to choose between", file=sys.stderr)
+        return 1
+    path = choice.FOLDER / f"{device_key(results[0])}.json"
+    print(changes(made, path))
+    if options.write:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text(made), encoding="utf-8")
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

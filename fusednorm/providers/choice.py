@@ -1,0 +1,103 @@
+"""Which provider was fastest when it was measured: what automatic choice goes by, where something was measured.
+
+`choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation and element size, the
+shapes measured and the provider that was fastest there. A call goes by the nearest of these shapes. `reference` stands
+for torch's own operators. Where nothing was measured the order of the provider table decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).with_name("choice")
+
+
+class Measured(NamedTuple):
+    """The fastest provider of one shape, and how it compares with the next."""
+
+    rows: int
+    columns: int
+    provider: str
+    ratio: float  # time of the next over its own
+
+
+class Table(NamedTuple):
+    device: str
+    source: str  # the raw result it was made from
+    shapes: dict[str, list[Measured]]  # by operation and element size, "add_layer_norm/2"
+
+
+class Preference(NamedTuple):
+    provider: str
+    why: str  # for explain()
+
+
+def device_key(device: torch.device) -> str:
+    """`cpu`, or the architecture of a GPU: `sm_90`."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(device.index or 0)
+
+
+@functools.lru_cache(None)
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+@functools.lru_cache(None)
+def table(key: str) -> Table | None:
+    """What was measured on a kind of device, or None."""
+    path = FOLDER / f"{key}.json"
+    if not path.exists():
+        return None
+    read = json.loads(path.read_text(encoding="utf-8"))
+    shapes = {name: [Measured(*entry) for entry in entries] for name, entries in read["shapes"].items()}
+    return Table(read["device"], read["source"], shapes)
+
+
+def operation(args: tuple[Any, ...]) -> str:
+    """The benchmark's name for what a call of the forward op does."""
+    residual, x_bias, layer_scale, dropout_p, drop_path_p, rms = args[1], args[4], args[5], args[9], args[10], args[13]
+    epilogue = x_bias is not None or layer_scale is not None or dropout_p or drop_path_p
+    kind = "bias_dropout_add_" if epilogue else "add_" if residual is not None else ""
+    return kind + ("rms_norm" if rms else "layer_norm")
+
+
+def preference(args: tuple[Any, ...]) -> Preference | None:
+    """What was measured to be fastest for a call of the forward op, or None if nothing was measured."""
+    x, normalized_ndim = args[0], args[7]
+    columns = math.prod(x.shape[x.ndim - normalized_ndim :])
+    rows = x.numel() // columns if columns else 0
+    if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced
+        return None
+    return _nearest(device_key(x.device), f"{operation(args)}/{x.element_size()}", rows, columns)
+
+
+@functools.lru_cache(4096)
+def _nearest(key: str, name: str, rows: int, columns: int) -> Preference | None:
+    found = table(key)
+    if found is None or name not in found.shapes:
+        return None
+
+    def distance(m: Measured) -> float:
+        return abs(math.log2(m.rows * m.columns / (rows * columns))) + abs(math.log2(m.columns / columns))
+
+    best = min(found.shapes[name], key=distance)
+    why = (
+        f"{best.provider} was measured to be {best.ratio:.2f} times as fast at {best.rows} x {best.columns}, the "
+        f"nearest shape of {name.split('/')[0]} measured on {found.device} ({found.source})"
+    )
+    return Preference(best.provider, why)
+
+
+def forget() -> None:
+    """After a table was changed."""
+    table.cache_clear()
+    _nearest.cache_clear()

@@ -1,0 +1,221 @@
+"""Automatic choice fed by measurement: from raw results to a table, from the table to the provider of a call."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch._dynamo import testing
+
+import fusednorm
+from benchmarks import choose
+from fusednorm import providers
+from fusednorm.providers import choice, reference
+
+DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
+
+
+def record(op, shape, direction, provider, eager, ours, dtype="bfloat16"):
+    """Times in microseconds, host included; device times say the opposite and must not count."""
+    variants = {
+        name: {"samples": [1.0 / time] * 9, "inclusive": [time * 1e-6] * 9}
+        for name, time in (("eager", eager), ("fused", ours))
+    }
+    how = "one fused op each way"
+    facts = {"op": op, "shape": list(shape), "direction": direction, "dtype": dtype, "provider": provider, "how": how}
+    return facts | {"status": "measured", "variants": variants}
+
+
+def result(*records, **environment):
+    return {"environment": DEVICE | environment, "cases": list(records)}
+
+
+def winners(*results):
+    shapes = choose.table(results, ["raw.json"])["shapes"]
+    return {(name, r, c): (provider, times) for name, entries in shapes.items() for r, c, provider, times in entries}
+
+
+def test_the_fastest_provider_of_a_shape_wins():
+    triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
+    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "reference", 90, 45))
+    assert winners(triton, cpu) == {("add_layer_norm/2", 4096, 1024): ("triton", 3.0)}
+
+
+def test_torch_wins_where_one_direction_is_slower_than_eager():
+    slow = result(
+        record("layer_norm", (4, 64), "forward", "triton", 6, 12),
+        record("layer_norm", (4, 64), "both", "triton", 60, 20),
+    )
+    assert winners(slow) == {("layer_norm/2", 4, 64): ("reference", 2.0)}
+
+
+def test_equal_times_leave_a_call_with_the_kernel():
+    assert winners(result(record("layer_norm", (64, 64), "forward", "triton", 10, 10.1))) == {
+        ("layer_norm/2", 64, 64): ("triton", 0.99)
+    }
+
+
+def test_the_slower_of_two_dtypes_of_a_size_counts():
+    both = result(
+        record("layer_norm", (4, 64), "forward", "triton", 10, 5, "float16"),
+        record("layer_norm", (4, 64), "forward", "triton", 10, 20, "bfloat16"),
+    )
+    assert winners(both) == {("layer_norm/2", 4, 64): ("reference", 2.0)}
+
+
+def test_a_provider_not_measured_in_every_direction_is_no_candidate():
+    whole = [record("layer_norm", (4, 64), d, "triton", 10, 9) for d in ("forward", "both")]
+    half = record("layer_norm", (4, 64), "forward", "cpu", 10, 1)
+    assert winners(result(*whole), result(half))["layer_norm/2", 4, 64][0] == "triton"
+
+
+def test_eager_dropout_is_no_candidate():
+    lost = result(record("bias_dropout_add_layer_norm", (4, 64), "forward", "triton", 10, 20))
+    assert winners(lost) == {("bias_dropout_add_layer_norm/2", 4, 64): ("triton", 1.0)}
+
+
+def test_cases_without_a_figure_do_not_count():
+    wrong = record("layer_norm", (4, 64), "forward", "triton", 10, 1) | {"status": "wrong", "variants": {}}
+    assert winners(result(wrong)) == {}
+
+
+def test_results_of_two_devices_are_refused():
+    with pytest.raises(ValueError, match="several devices"):
+        choose.table([result(), result(device="another")], [])
+
+
+def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "FOLDER", tmp_path / "choice")
+    raw = tmp_path / "raw.json"
+    raw.write_text(json.dumps(result(record("layer_norm", (4, 64), "forward", "triton", 6, 12))))
+    assert choose.main([str(raw)]) == 0
+    assert "reference" in capsys.readouterr().out and not choice.FOLDER.exists()
+    assert choose.main([str(raw), "--write"]) == 0
+    assert json.loads((tmp_path / "choice" / "sm_90.json").read_text()) == {
+        "device": "a GPU",
+        "source": "raw.json",
+        "shapes": {"layer_norm/2": [[4, 64, "reference", 2.0]]},
+    }
+    capsys.readouterr()
+    assert choose.main([str(raw)]) == 0
+    assert "No shape changes" in capsys.readouterr().out
+
+
+def test_every_committed_table_names_known_providers_and_operations():
+    for path in choice.FOLDER.glob("*.json"):
+        table = choice.table(path.stem)
+        assert table is not None and table.shapes
+        for name, entries in table.shapes.items():
+            operation, _, itemsize = name.partition("/")
+            assert operation in choose.OPS and itemsize in "248"
+            assert entries and all(m.provider in providers.PROVIDERS and m.ratio > 0 for m in entries)
+
+
+# --- from the table to a call ---
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A table for the CPU: `first` (the reference under another name) for wide rows, torch for narrow ones."""
+    module = type(reference)("fusednorm_test_first")
+    module.unavailable_reason = lambda: None
+    module.refusal = lambda op, *args: "no float64" if args[0].dtype == torch.float64 else None
+    module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
+    monkeypatch.setitem(providers._modules, "first", module)
+    monkeypatch.setattr(
+        providers, "PROVIDERS", {"first": module.__name__, "reference": "fusednorm.providers.reference"}
+    )
+    monkeypatch.setattr(providers, "_logged", set())
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    entries = [[4, 64, "reference", 2.0], [64, 1024, "first", 3.0]]
+    table = {
+        "device": "a CPU",
+        "source": "raw.json",
+        "shapes": {f"bias_dropout_add_layer_norm/{s}": entries for s in (4, 8)},
+    }
+    (tmp_path / "cpu.json").write_text(choose.text(table))
+    choice.forget()
+    yield
+    choice.forget()
+    providers._reasons.pop("first", None)
+
+
+def served(rows, columns, dtype=torch.float32, **options):
+    x = torch.randn(rows, columns, dtype=dtype)
+    options = {"x_bias": torch.randn(columns, dtype=dtype)} | options
+    text = fusednorm.explain(fusednorm.add_layer_norm, x, x, columns, **options)
+    return text.split()[1].strip(","), text
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "provider"),
+    [(4, 64, "reference"), (1, 100, "reference"), (64, 1024, "first"), (10_000, 1024, "first"), (50, 800, "first")],
+)
+def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
+    assert served(rows, columns)[0] == provider
+
+
+def test_explain_cites_the_entry(planted):
+    text = served(4, 64)[1]
+    assert "first is not used: reference was measured to be 2.00 times as fast at 4 x 64" in text
+    assert "a CPU (raw.json)" in text
+
+
+def test_batch_invariant_does_not_look_at_shapes(planted):
+    with fusednorm.batch_invariant():
+        assert served(4, 64)[0] == "first"
+        with fusednorm.batch_invariant(False):
+            assert served(4, 64)[0] == "reference"
+        assert served(4, 64)[0] == "first"
+    assert served(4, 64)[0] == "reference"
+
+
+def test_batch_invariant_decorates(planted):
+    assert fusednorm.batch_invariant()(served)(4, 64)[0] == "first"
+
+
+def test_an_operation_never_measured_goes_by_the_order_of_the_table(planted):
+    assert served(4, 64, x_bias=None, residual_dtype=torch.float64)[0] == "first"
+
+
+def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):
+    name, text = served(64, 1024, torch.float64)
+    assert name == "reference" and "no float64" in text and "measured" not in text
+
+
+def test_an_explicit_request_does_not_look_at_the_table(planted):
+    with fusednorm.use_provider("first"):
+        assert served(4, 64)[0] == "first"
+
+
+def test_empty_calls_are_served(planted):
+    assert served(0, 64)[0] == "first"
+
+
+def test_a_reason_is_logged_once_for_a_shape(planted, caplog):
+    caplog.set_level(logging.INFO, logger="fusednorm")
+    for _ in range(3):
+        x = torch.randn(4, 64)
+        fusednorm.add_layer_norm(x, x, 64, x_bias=torch.randn(64))
+    assert len([r for r in caplog.records if "2.00 times as fast" in r.getMessage()]) == 1
+
+
+def test_a_compiled_call_does_not_depend_on_measured_shapes(planted):
+    counter = testing.CompileCounter()
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x, b: fusednorm.add_layer_norm(x, x, 64, x_bias=b)[0], backend=counter, fullgraph=True, dynamic=True
+    )
+    for rows in (4, 5, 700):
+        run(torch.randn(rows, 64), torch.randn(64))
+    assert counter.frame_count == 1
+
+
+def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    choice._architecture.cache_clear()
+    assert choice.device_key(torch.device("cuda", 3)) == "sm_90" == choose.device_key(result())
+    choice._architecture.cache_clear()
+    assert choice.device_key(torch.device("cpu")) == "cpu" == choose.device_key(result(device_type="cpu"))
