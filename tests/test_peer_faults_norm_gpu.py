@@ -84,22 +84,26 @@ def test_compiled_on_a_gpu_that_is_not_the_current_one(function):
 @pytest.mark.parametrize("width", [1024, 2**16], ids=str)
 @BOTH
 def test_tensors_past_2_to_the_31_elements(function, width):
-    """The last rows equal those rows alone, forward and backward, and the masks of rows that far are right."""
-    needs(8 * MANY * 2 / 2**30)
+    """The last rows equal those rows alone, forward and backward; the weight's gradient is the sum of four parts'."""
+    needs(10 * MANY * 2 / 2**30)
     rows = MANY // width
     x = torch.empty(rows, width, device="cuda", dtype=torch.bfloat16)
     for start in range(0, rows, rows // 8 + 1):
         x[start : start + rows // 8 + 1].normal_()
     x.requires_grad_()
-    weight = torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(width, device="cuda", requires_grad=True)
+    cotangent = x.detach().roll(1, 0)
     outputs = call(function, x, weight)
-    cotangent = torch.ones((), device="cuda", dtype=torch.bfloat16).expand(rows, width)
-    (gradient,) = torch.autograd.grad(outputs[0], x, cotangent)
+    gradient, dweight = torch.autograd.grad(outputs[0], (x, weight), cotangent)
     tail = x.detach()[-3:].clone().requires_grad_()
     alone = call(function, tail, weight)
     (expected,) = torch.autograd.grad(alone[0], tail, cotangent[-3:])
     torch.testing.assert_close(outputs[0][-3:], alone[0])
     torch.testing.assert_close(gradient[-3:], expected)
+    in_parts = torch.zeros(width, device="cuda", dtype=torch.float64)
+    for part, dy in zip(x.detach().chunk(4), cotangent.chunk(4)):
+        in_parts += torch.autograd.grad(call(function, part, weight)[0], weight, dy)[0]
+    torch.testing.assert_close(dweight.double(), in_parts, rtol=1e-4, atol=1e-4 * rows**0.5)
 
 
 def test_dropout_mask_past_2_to_the_31_elements():
