@@ -6,6 +6,7 @@
 
 Every case is checked against float64 at its own shape before it is timed; a wrong one gets no figure.
 Exit status: 0; 1 when a case was wrong or none was measured; 3 when --compare found a case slower beyond the spread.
+An interrupt (Ctrl-C) ends the measuring, and what was measured is written as ever.
 """
 
 from __future__ import annotations
@@ -289,13 +290,17 @@ def run(
         most = max((case.bytes_moved for case in kept), default=0)
         roofline = measure.measure_roofline(device, timer, most, dtypes, seconds / 4)
         records = []
-        for case in progress(kept):
-            if time.monotonic() - start > limit:
-                left_out[case.name] = f"time was up ({limit:g} s)"
-                continue
-            if any(name.startswith("compile") for name in used):
-                torch._dynamo.reset()  # every case is another specialisation of the same code
-            records.append(run_case(case, device, timer, roofline, used, seconds))
+        try:
+            for case in progress(kept):
+                if time.monotonic() - start > limit:
+                    left_out[case.name] = f"time was up ({limit:g} s)"
+                    continue
+                if any(name.startswith("compile") for name in used):
+                    torch._dynamo.reset()  # every case is another specialisation of the same code
+                records.append(run_case(case, device, timer, roofline, used, seconds))
+        except KeyboardInterrupt:  # what was measured is worth its report
+            finished = {record["name"] for record in records}
+            left_out |= {c.name: "interrupted" for c in kept if c.name not in finished and c.name not in left_out}
         measure.forget_problem()
         taken = others.share()
     method = {

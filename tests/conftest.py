@@ -18,7 +18,7 @@ import fusednorm
 from fusednorm import providers
 
 AUTOMATIC = "automatic"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "numpy")))
 if INTERPRETED:
     from interpreter import round_bfloat16_to_nearest, sum_pairs_with_numpy
 

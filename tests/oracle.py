@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,20 +20,20 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ORACLE_ROUNDINGS = 8
 DRAWS = 8
 
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
+_LOW = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 7) -> tuple:
-    """Philox4x32 of Salmon et al. (SC 2011); counter words may be uint64 arrays holding 32-bit values."""
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    """Philox4x32 of Salmon et al. (SC 2011); counter words may be int64 tensors holding 32-bit values."""
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
     k0, k1 = key
     for _ in range(rounds):
-        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        # int64 keeps the low 64 bits of a product; its sign, which >> would drag in, is masked away
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
             product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
             product0 & _LOW,
         )
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
@@ -44,21 +43,15 @@ def philox4x32(counter: tuple, key: tuple[int, int], rounds: int = 7) -> tuple:
 def keep_mask(rows: int, columns: int, p: float, seed: int, stream: int = 0, first_row: int = 0) -> Tensor:
     """True where an element is kept: key = seed, counter = (column // 4, row low, row high, stream)."""
     seed %= 2**64
-    quads = np.arange(max(-(-columns // 4), 0), dtype=np.uint64)[None, :]
-    row = np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None]
-    shape = np.broadcast_shapes(quads.shape, row.shape)
-    counter = tuple(
-        np.broadcast_to(np.asarray(word, dtype=np.uint64), shape)
-        for word in (quads, row & _LOW, row >> _SHIFT, np.uint64(stream))
-    )
-    words = np.stack(philox4x32(counter, (seed % 2**32, seed >> 32)), axis=-1).reshape(rows, 4 * quads.size)[
-        :, :columns
-    ]
-    return torch.from_numpy(words >= np.uint64(int(p * 2**32)))
+    quads = torch.arange(max(-(-columns // 4), 0))[None, :]
+    row = torch.arange(first_row, first_row + rows)[:, None]
+    counter = torch.broadcast_tensors(quads, row & _LOW, row >> 32, torch.tensor(stream))
+    words = torch.stack(philox4x32(counter, (seed % 2**32, seed >> 32)), dim=-1).reshape(rows, 4 * quads.numel())
+    return words[:, :columns] >= int(p * 2**32)
 
 
 def keep_scale(p: float) -> float:
-    return float(np.float32(1.0 / (1.0 - p)))
+    return torch.tensor(1.0 / (1.0 - p), dtype=torch.float32).item()
 
 
 @dataclass(frozen=True)
@@ -305,7 +298,7 @@ def assert_within_budget(
     if coarser == torch.float64:
         rounding *= ORACLE_ROUNDINGS
     error, reference = ours_error.abs().max().item(), eager_error.abs().max().item()
-    where = np.unravel_index(int(ours_error.abs().argmax()), tuple(exact.shape) or (1,))
+    where = torch.unravel_index(ours_error.abs().argmax(), exact.shape or (1,))
     assert error <= 2 * reference + rounding, (
         f"{what} ({dtype}): max|ours - fp64| = {error:.4g} at {tuple(map(int, where))} exceeds "
         f"2 * {reference:.4g} (eager) + {rounding:.4g} (one rounding at {magnitude:.4g})"

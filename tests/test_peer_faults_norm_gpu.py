@@ -11,6 +11,7 @@ from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
 import fusednorm
 
 pytestmark = pytest.mark.gpu
+ALONE = pytest.mark.alone
 BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
 MANY = 2**31 + 2**16  # elements: past every signed 32-bit offset
 
@@ -81,6 +82,7 @@ def test_compiled_on_a_gpu_that_is_not_the_current_one(function):
 
 
 # Liger-Kernel#1483, #804, pytorch#181555, #181600, #184826, flashinfer#3391
+@ALONE
 @pytest.mark.parametrize("width", [1024, 2**16], ids=str)
 @BOTH
 def test_tensors_past_2_to_the_31_elements(function, width):
@@ -106,6 +108,7 @@ def test_tensors_past_2_to_the_31_elements(function, width):
     torch.testing.assert_close(dweight.double(), in_parts, rtol=1e-4, atol=1e-4 * rows**0.5)
 
 
+@ALONE
 def test_dropout_mask_past_2_to_the_31_elements():
     needs(30)
     width = 2**15
@@ -216,6 +219,7 @@ def test_cuda_graph_replay_draws_a_new_mask(function):
 
 
 # flash-attention#783, Liger-Kernel#323, flashinfer#2771
+@ALONE
 @pytest.mark.parametrize("rows", [1, 16, 128, 2048, 32768], ids=str)
 @pytest.mark.parametrize("function", PLAIN)
 def test_plain_norm_is_never_slower_than_eager(function, rows):

@@ -10,6 +10,8 @@ import torch
 
 import fusednorm
 
+pytest.importorskip("numpy", reason="torch's samples need it")
+pytest.importorskip("expecttest", reason="torch's samples need it")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages as they are imported
     from torch.testing._internal.common_methods_invocations import op_db

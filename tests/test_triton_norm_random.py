@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
 from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, random_leaves
 from torch import Tensor
 
 import fusednorm
 from fusednorm import providers
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
 
 pytestmark = [
     pytest.mark.skipif(

@@ -1,0 +1,163 @@
+"""A few calls that reach every form of the Triton kernels, small enough for compute-sanitizer to watch each access.
+
+    PYTHONPATH=. python3 benchmarks/gpu_sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool memcheck python3 benchmarks/gpu_sanitize.py
+
+Tensors are made on the CPU and copied, so that nearly all that runs on the device is ours. Every result is held against
+the reference on the CPU. Exit status: 0; 1 when a result is wrong or a form of the kernels was not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+if "--device=cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import torch
+from torch import Tensor
+
+import fusednorm
+from fusednorm.providers import triton_launch, triton_norm
+from fusednorm.providers import triton_norm_table as table
+
+
+class Work(NamedTuple):
+    name: str
+    function: str
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    parameters: tuple[str, ...] = ()  # of the epilogue
+    strided: bool = False
+
+
+DROPOUT = {"dropout_p": 0.25, "seed": 11}
+BOTH = {**DROPOUT, "drop_path_p": 0.25}
+WORKS = (
+    Work("narrow, several rows a tile", "layer_norm", 37, 64, torch.float32),
+    Work("narrow, odd width", "add_rms_norm", 37, 61, torch.bfloat16),
+    Work("several tiles", "add_layer_norm", 9, 2500, torch.float32),
+    Work("every epilogue", "add_layer_norm", 9, 384, torch.float32, BOTH, ("x_bias", "layer_scale")),
+    Work("dropout, several tiles", "add_rms_norm", 5, 3000, torch.bfloat16, DROPOUT, ("x_bias",)),
+    Work("strided", "add_layer_norm", 6, 100, torch.float32, DROPOUT, (), True),
+    Work("memory efficient", "add_layer_norm", 9, 128, torch.float32, {"memory_efficient": True}),
+    Work("wide, slabs", "layer_norm", 3, 33_001, torch.float32),
+    Work("wide, dropout", "add_layer_norm", 3, 40_960, torch.bfloat16, DROPOUT, ("x_bias",)),
+    Work("one column", "rms_norm", 5, 1, torch.float32),
+)
+FORMS = (
+    *(f"forward, {form}" for form in ("rows side by side", "one tile", "several tiles", "wide")),
+    *(f"backward, {form}" for form in ("rows side by side", "one tile", "several tiles", "slabs")),
+    *("row sums", "finalize", "dropout", "strided"),
+)
+
+
+@contextmanager
+def noted() -> Iterator[set[str]]:
+    """The forms of kernels that are chosen and launched inside."""
+    reached: set[str] = set()
+    forward, backward, launch = table.forward, table.backward, triton_launch.Variant.launch
+
+    def note(direction: str, unheld: str, config: table.Config) -> table.Config:
+        if not config.chunks:
+            reached.add(f"{direction}, {unheld}")
+        else:
+            reached.add(f"{direction}, several tiles" if config.chunks > 1 else f"{direction}, one tile")
+            reached.update({f"{direction}, rows side by side"} if config.block_m > 1 else ())
+        return config
+
+    def launching(self: triton_launch.Variant, *args: Any) -> None:
+        name = self.function.__name__
+        reached.update({"row sums"} if "sums" in name else ())
+        reached.update({"finalize"} if "finalize" in name else ())
+        launch(self, *args)
+
+    table.forward = lambda *a, **k: note("forward", "wide", forward(*a, **k))
+    table.backward = lambda *a, **k: note("backward", "slabs", backward(*a, **k))
+    triton_launch.Variant.launch = launching  # type: ignore[method-assign]
+    triton_norm.forget_variants()
+    try:
+        yield reached
+    finally:
+        table.forward, table.backward = forward, backward
+        triton_launch.Variant.launch = launch  # type: ignore[method-assign]
+
+
+def tensors(work: Work) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """Inputs by name, and the cotangents of the results, on the CPU."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(work.dtype)
+
+    shape = (2, work.rows, work.columns) if work.strided else (work.rows, work.columns)
+    names = ["weight", *(["bias"] if "rms" not in work.function else []), *work.parameters]
+    values = {"x": draw(*shape), **({"residual": draw(*shape)} if "add" in work.function else {})}
+    # weights near 1: beside a weight near 0 the memory-efficient form keeps z after all
+    values |= {name: 0.1 * draw(work.columns) + float(name != "bias") for name in names}
+    return values, (draw(*shape), draw(*shape))
+
+
+def results(work: Work, device: str, provider: str, inputs: dict[str, Tensor], cotangents: tuple[Tensor, ...]) -> dict:
+    """Outputs and gradients, on the CPU."""
+    leaves = {}
+    for name, value in inputs.items():
+        if work.strided and name in ("x", "residual"):  # neither rows nor columns lie side by side
+            value = torch.stack([value, torch.full_like(value, 7.0)], -1).transpose(0, 1).to(device)
+            leaves[name] = value[..., 0].transpose(0, 1).detach().requires_grad_()
+        else:
+            leaves[name] = value.to(device).requires_grad_()
+    positional = [leaves[name] for name in ("x", "residual") if name in leaves]
+    named = {name: leaf for name, leaf in leaves.items() if name not in ("x", "residual")}
+    with fusednorm.use_provider(provider):
+        function, options = getattr(fusednorm, work.function), {"eps": 1e-5, **work.options}
+        outputs = function(*positional, (work.columns,), **named, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = [c.to(device) for c in cotangents[: len(outputs)]]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
+    found = [*outputs, *gradients]
+    return {name: t.detach().cpu().double() for name, t in zip([*("normed", "z")[: len(outputs)], *leaves], found)}
+
+
+def fault(work: Work, device: str) -> str:
+    """What is wrong with the results, if anything is."""
+    inputs, cotangents = tensors(work)
+    ours = results(work, device, "triton", inputs, cotangents)
+    wide = work._replace(dtype=torch.float64)
+    exact = results(
+        wide, "cpu", "reference", {n: t.double() for n, t in inputs.items()}, [c.double() for c in cotangents]
+    )
+    # generous: the tests hold the error budget, this finds what a stray access does
+    tolerance = 64 * torch.finfo(work.dtype).eps
+    for name, value in ours.items():
+        worst = (value - exact[name]).abs().max().item()
+        if not worst <= tolerance * max(1.0, exact[name].abs().max().item()):
+            return f"{name} is off by {worst:.3g}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: in Triton's interpreter")
+    device = parser.parse_args(argv).device
+    wrong = 0
+    with noted() as reached:
+        for work in WORKS:
+            found = fault(work, device)
+            wrong += bool(found)
+            reached.update({"dropout"} if work.options.get("dropout_p") else (), {"strided"} if work.strided else ())
+            print(f"{work.name:<28} {work.function:<15} {work.rows}x{work.columns}  {found or 'right'}", flush=True)
+    missing = [form for form in FORMS if form not in reached]
+    print(f"{len(WORKS) - wrong} of {len(WORKS)} calls right; not reached: {', '.join(missing) or 'nothing'}")
+    return 1 if wrong or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

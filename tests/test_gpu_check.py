@@ -1,0 +1,316 @@
+"""The one command for a GPU machine: bounded stages, results kept when cut off, tests that survive a crash. No GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_stages, gpu_tests
+from benchmarks.gpu_stages import Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+HANG = "import time; time.sleep(60)"
+
+
+def stage(name: str, *programs: str, share: float = 10, **options) -> Stage:
+    return Stage(name, f"{name}.log", share, lambda _: [[sys.executable, "-c", p] for p in programs], **options)
+
+
+def check(folder: Path, seconds: float, *stages: Stage) -> dict:
+    """The summary of a run, by stage; its other entries under ''."""
+    run = gpu_stages.Run(stages, folder, seconds, {"GPU": "none"})
+    well = run.run()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["passed"] == well and summary["finished"]
+    return {result["name"]: result for result in summary["stages"]} | {"": summary}
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["interrupted", "ignores_interrupts"])
+def test_a_stage_is_bounded_and_its_whole_group_dies(deaf, tmp_path):
+    pid = tmp_path / "pid"
+    parent = f"""
+import signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-S", "-c", {HANG!r}])
+{"signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""}
+open({str(pid)!r}, "w").write(str(child.pid))
+child.wait()
+"""
+    start = time.monotonic()
+    log = tmp_path / "log"
+    ended = gpu_stages.run_command([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
+    assert time.monotonic() - start < 6
+    assert ended.status == gpu_stages.TIMED_OUT
+    child = int(pid.read_text())
+    wait_for(lambda: gone(child))
+
+
+def test_what_a_stage_leaves_behind_dies_with_it(tmp_path):
+    program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', {HANG!r}]).pid)"
+    log = tmp_path / "log"
+    ended = gpu_stages.run_command([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
+    assert ended == (gpu_stages.PASSED, 0)
+    child = int(gpu_stages.tail(log)[-1])
+    wait_for(lambda: gone(child))
+
+
+def test_results_and_exit_of_good_and_failing_stages(tmp_path):
+    found = check(tmp_path, 60, stage("good", "print('fine')"), stage("absent", skip="nothing to do here"))
+    assert found[""]["passed"]
+    assert (found["good"]["status"], found["good"]["tail"][-1]) == ("passed", "fine")
+    assert (found["absent"]["status"], found["absent"]["reason"]) == ("skipped", "nothing to do here")
+    found = check(tmp_path, 60, stage("bad", "print('early'); raise SystemExit(3)", "print('late')"), stage("good", ""))
+    assert not found[""]["passed"]
+    assert found["bad"]["status"] == "failed" and "exit status 3" in found["bad"]["reason"]
+    assert found["bad"]["tail"][-1] == "late"  # a command that fails does not keep the next from running
+    assert found["good"]["status"] == "passed"
+    text = (tmp_path / "summary.md").read_text()
+    assert "Not well: bad." in text and "early" in text
+
+
+def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
+    stages = [stage("one", "", share=20), stage("skipped", share=30, skip="why not"), stage("two", "", share=20)]
+    found = check(tmp_path, 100, *stages)
+    assert found["one"]["limit"] in (78, 79)  # all but a second and what the last one keeps
+    assert found["two"]["limit"] > 90
+    found = check(tmp_path, 21, stage("one", "", share=60), stage("two", "", share=20))
+    assert found["one"]["limit"] in (14, 15)  # too little for both: in proportion
+
+
+def test_a_stage_without_time_is_no_success(tmp_path):
+    found = check(tmp_path, 2.5, stage("one", "", share=10), stage("two", "", share=10))
+    assert {found["one"]["status"], found["two"]["status"]} == {"not run"}
+    assert not found[""]["passed"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_a_run_that_is_cut_off_keeps_what_it_has(how, tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+from benchmarks import gpu_check, gpu_stages
+def stages(outdir, device, peers):
+    def stage(name, code):
+        return gpu_stages.Stage(name, name + ".log", 10, lambda _: [[sys.executable, "-S", "-c", code]])
+    return [stage("environment", "print('the machine')"), stage("tests", {HANG!r}), stage("benchmark", "")]
+gpu_check.stages = stages
+sys.exit(gpu_check.main([{str(tmp_path)!r}, "--device", "cpu", "--minutes", "1"]))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+    def statuses() -> list[str]:
+        try:
+            return [s["status"] for s in json.loads((tmp_path / "summary.json").read_text())["stages"]]
+        except OSError:
+            return []
+
+    wait_for(lambda: statuses()[1:2] == ["running"])
+    assert statuses() == ["passed", "running", "not run"]
+    process.send_signal(how)
+    process.communicate(timeout=20)
+    assert "the machine" in (tmp_path / "summary.md").read_text()
+    assert statuses() == ["passed", "cut off" if how == signal.SIGTERM else "running", "not run"]
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
+    if how == signal.SIGTERM:
+        assert process.returncode == 130
+
+
+def test_at_most_eight_files(tmp_path):
+    for device in ("cpu", "cuda"):
+        stages = gpu_check.stages(tmp_path, device, [])
+        assert [s.name for s in stages] == list(gpu_check.STAGES)
+        files = {name for s in stages for name in (s.log, *s.files)} | {"summary.json", "summary.md"}
+        assert len(files) == 8
+        written = " ".join(word for s in stages for command in s.commands(100.0) for word in command)
+        assert {name for name in files if str(tmp_path / name) in written} == {"tests.xml", "benchmark.json"}
+
+
+def test_environment_stage_end_to_end(tmp_path, capfd):
+    assert gpu_check.main([str(tmp_path), "--device", "cpu", "--stages", "environment,sanitizer"]) == 0
+    out = capfd.readouterr().out
+    assert "All is well" in out and "without one" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"environment.txt", "summary.json", "summary.md"}
+    assert f"torch {torch.__version__}" in (tmp_path / "environment.txt").read_text()
+    assert "| environment | passed" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_to_type(tmp_path, capsys):
+    assert gpu_check.main([str(tmp_path)]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_named(tmp_path, capsys):
+    for arguments, message in ((["--stages", "test"], "unknown test"), (["--minutes", "0"], "must be positive")):
+        with pytest.raises(SystemExit):
+            gpu_check.main([str(tmp_path), *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_peers_are_unpacked_and_named(tmp_path, capsys):
+    folder, into = tmp_path / "peers", tmp_path / "into"
+    (folder / "plain").mkdir(parents=True)
+    into.mkdir()
+    (folder / "plain/__init__.py").touch()
+    for name in ("peer_a-1.0-py3-none-any.whl", "torch-9.0-py3-none-any.whl"):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr(f"{name.partition('-')[0]}/__init__.py", "VALUE = 7")
+            archive.writestr("beside.pth", "nested/packages\n")
+    (folder / "broken-1.0-py3-none-any.whl").write_text("no archive")
+    paths = gpu_check.unpack_peers(folder, into)
+    assert paths == [str(into), str(folder), str(into / "nested/packages")]
+    assert not (into / "torch").exists()
+    out = capsys.readouterr().out
+    assert "peers: peer_a-1.0-py3-none-any.whl\n" in out and "plain" in out
+    assert "broken-1.0-py3-none-any.whl cannot be unpacked" in out and "torch is the machine's own" in out
+
+
+PLANTED = """
+import os, time, pytest
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_skipped(): pytest.skip("not today")
+def test_dies(): os._exit(9)
+@pytest.mark.slow
+def test_slow(): assert False
+def test_last(): pass
+def test_hangs():
+    if os.environ.get("PLANTED_HANG"): time.sleep(60)
+"""
+
+
+@pytest.fixture
+def planted(tmp_path) -> Path:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n    alone\n")
+    file = tmp_path / "test_planted.py"
+    file.write_text(PLANTED)
+    return file
+
+
+def outcomes(path: Path) -> dict[str, str]:
+    cases = ElementTree.parse(path).getroot().iter("testcase")
+    return {case.get("name"): case[0].tag if len(case) else "passed" for case in cases}
+
+
+def test_tests_after_a_crash_still_run(planted, tmp_path, capfd):
+    xml = tmp_path / "tests.xml"
+    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "1", "--xml", str(xml)]) == 1
+    expected = {"test_right": "passed", "test_wrong": "failure", "test_skipped": "skipped", "test_dies": "failure"}
+    assert outcomes(xml) == expected | {"test_last": "passed", "test_hangs": "passed"}
+    out = capfd.readouterr().out
+    assert "status 9" in out and "assert 1 == 2" in out and "(not today)" in out
+    assert out.splitlines()[-1].startswith("6 of 6 tests") and "2 failed, 3 passed, 1 skipped" in out
+
+
+def test_a_test_that_does_not_end_is_given_up(planted, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PLANTED_HANG", "1")
+    monkeypatch.setattr(gpu_tests, "LONGEST_TEST", 1.0)
+    planted.write_text(PLANTED.replace("def test_dies(): os._exit(9)", ""))
+    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "1"]) == 1
+    out = capfd.readouterr().out
+    assert "did not end in 1 s" in out
+    assert "5 of 5 tests" in out.splitlines()[-1]
+
+
+def test_tests_after_a_fault_of_the_device_get_a_new_process(planted, tmp_path):
+    """Without a GPU every process counts as one whose device is gone."""
+    mark = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"
+    note = f"def note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+    planted.write_text(mark + note + "def test_1(): note(); assert 0\ndef test_2(): note()\ndef test_3(): note()\n")
+    xml = tmp_path / "tests.xml"
+    assert gpu_tests.main([str(planted), "--device", "cuda", "--workers", "1", "--xml", str(xml)]) == 1
+    assert outcomes(xml) == {"test_1": "failure", "test_2": "passed", "test_3": "passed"}
+    first, second, third = (tmp_path / "pids").read_text().split()
+    assert second == third
+    assert torch.cuda.is_available() or first != second
+
+
+def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
+    xml, log = tmp_path / "tests.xml", tmp_path / "log"
+    command = [sys.executable, "benchmarks/gpu_tests.py", str(planted), "--device=cpu", "--xml", str(xml)]
+    with log.open("wb") as output:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PLANTED_HANG": "1"}
+        process = subprocess.Popen([*command, "--workers=1"], cwd=ROOT, env=env, stdout=output)
+        wait_for(lambda: "test_last" in log.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert "s into" in log.read_text() and "test_hangs" in log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("5 of 6 tests")
+    assert len(outcomes(xml)) == 5
+
+
+def test_workers_share_the_tests_without_loss(planted, tmp_path):
+    planted.write_text("import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_n(n): pass\n")
+    xml = tmp_path / "tests.xml"
+    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "2", "--xml", str(xml)]) == 0
+    assert outcomes(xml) == {f"test_n[{n}]": "passed" for n in range(7)}
+
+
+def test_the_gpu_files_are_found():
+    names = {Path(path).name for path in gpu_tests.test_files()}
+    assert names >= {*gpu_tests.NORM_TESTS, "test_peer_faults_norm_gpu.py"}
+    assert Path(__file__).name not in names
+
+
+def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_sanitize
+    from fusednorm import providers
+    from fusednorm.providers import triton_launch, triton_norm
+
+    monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
+    monkeypatch.setattr(triton_norm, "INTERPRETING", True)
+    monkeypatch.setitem(providers._reasons, "triton", None)
+    with gpu_sanitize.noted() as reached:
+        for work in gpu_sanitize.WORKS:
+            gpu_sanitize.results(work, "cpu", "triton", *gpu_sanitize.tensors(work))
+    assert reached | {"dropout", "strided"} == set(gpu_sanitize.FORMS)
+    # nothing was computed, so the results are not right, and it says so
+    assert "is off by" in gpu_sanitize.fault(gpu_sanitize.WORKS[1], "cpu")
+
+
+def test_an_interrupted_benchmark_writes_what_it_has(monkeypatch, tmp_path):
+    from benchmarks import run
+
+    real, calls = run.run_case, []
+
+    def second_is_interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run, "run_case", second_is_interrupted)
+    raw = tmp_path / "raw.json"
+    options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
+    assert run.main([*options, "--only", "^layer_norm/forward/float32"]) == 0
+    result = json.loads(raw.read_text())
+    assert len(result["cases"]) == 1
+    assert set(result["left_out"].values()) == {"interrupted"} and len(result["left_out"]) == 2
