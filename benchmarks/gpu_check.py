@@ -8,7 +8,7 @@ Needs torch, Triton and pytest, no network, and nothing installed of this reposi
 build of native code, if there is any; the tests that a GPU runs; compute-sanitizer over a few calls; a quick benchmark.
 All of them end inside --minutes, what one leaves goes to the later ones, and each result is on disk as soon as it is
 known: OUTDIR/summary.md and summary.json. Beside them: environment.txt (the machine, and the build), tests.log,
-tests.xml, sanitizer.log, benchmark.log, benchmark.json.
+tests.xml, sanitizer.log, benchmark.log and benchmark.json, of which benchmarks/report.py makes tables and pictures.
 
 Exit status: 0 when every stage passed or had a good reason not to run; 1 otherwise; 2 for bad usage, or no GPU; 130
 when interrupted.
@@ -119,14 +119,15 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         command = [*python, f"{HERE}/run.py", "--quick", "--device", device, "--limit", f"{cases_for:.0f}"]
         return [[*command, "--json", str(outdir / "benchmark.json")]]
 
+    environment = [*python, f"{HERE}/gpu_environment.py"]
     tests = [*python, f"{HERE}/gpu_tests.py", "--device", device, "--xml", str(outdir / "tests.xml")]
     build = [*python, "setup.py", "build_ext", "--inplace"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is the end of an allocation
     with_peers = {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], *peers])}
     return [
-        Stage("environment", "environment.txt", 45, lambda _: [[*python, f"{HERE}/gpu_environment.py"]], env=env),
+        Stage("environment", "environment.txt", 45, lambda _: [environment], env=env, most=90),
         # its output goes where that of the machine's description is: eight files in all
-        Stage("build", "environment.txt", 90, lambda _: [build], env=env, skip=missing_native_code()),
+        Stage("build", "environment.txt", 90, lambda _: [build], env=env, skip=missing_native_code(), most=180),
         Stage("tests", "tests.log", 190, lambda _: [tests], ("tests.xml",), env),
         Stage("sanitizer", "sanitizer.log", 110, sanitize, env=env | uncached, skip=missing_sanitizer(device)),
         Stage("benchmark", "benchmark.log", 110, benchmark, ("benchmark.json",), env | with_peers),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -40,6 +41,7 @@ class Stage:
     files: tuple[str, ...] = ()  # written besides the log
     env: Mapping[str, str] = field(default_factory=dict)
     skip: str = ""  # why it need not run here
+    most: float = math.inf  # seconds, whatever is left
 
 
 class Ended(NamedTuple):
@@ -166,7 +168,8 @@ class Run:
         """What is left, less what is kept for the later stages; a share of it where not all fits any more."""
         later = sum(stage.share for stage in self.stages[index + 1 :] if not stage.skip)
         mine, left = self.stages[index].share, self.left() - 1.0
-        return left - later if left >= mine + later else left * mine / (mine + later)
+        limit = left - later if left >= mine + later else left * mine / (mine + later)
+        return min(limit, self.stages[index].most)
 
     def _run_stage(self, index: int, stage: Stage) -> None:
         result, log, limit = self.results[index], self.folder / stage.log, self._limit(index)

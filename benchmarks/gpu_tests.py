@@ -217,7 +217,7 @@ class Board:
                 print("    " + record["text"].replace("\n", "\n    "))
         if time.monotonic() - self.spoken > 10:
             self.spoken = time.monotonic()
-            print(self.totals())
+            print(self.totals() if self.selected else "collecting the tests")
         sys.stdout.flush()
 
     def totals(self) -> str:

@@ -98,6 +98,8 @@ def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
     assert found["two"]["limit"] > 90
     found = check(tmp_path, 21, stage("one", "", share=60), stage("two", "", share=20))
     assert found["one"]["limit"] in (14, 15)  # too little for both: in proportion
+    found = check(tmp_path, 100, stage("one", "", share=20, most=7), stage("two", "", share=20))
+    assert (found["one"]["limit"], found["two"]["limit"] > 90) == (7, True)
 
 
 def test_a_stage_without_time_is_no_success(tmp_path):
