@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import geometric_mean, median, quantiles
+from statistics import median, quantiles
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
 from benchmarks.measure_load import share_text
@@ -28,7 +28,9 @@ from benchmarks.report_stats import (
     busy,
     busy_text,
     bytes_text,
+    directions_and_dtypes,
     fraction_text,
+    groups,
     losses,
     measured,
     no_kernel,
@@ -55,14 +57,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
-def _groups(result: Record) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((r["direction"], r["dtype"]) for r in result["cases"]))
-
-
 def pivots(result: Record) -> str:
     """Time of ours and its ratio to eager: one table a direction and dtype, shapes down, operations across."""
     parts = []
-    for direction, dtype in _groups(result):
+    for direction, dtype in directions_and_dtypes(result):
         records = [r for r in result["cases"] if (r["direction"], r["dtype"]) == (direction, dtype)]
         rows: dict[str, dict[str, str]] = {}
         for record in records:
@@ -95,16 +93,10 @@ def left_out_text(result: Record) -> str:
 
 def summary(result: Record) -> str:
     rows = []
-    for op in OPS:
-        for direction, dtype in _groups(result):
-            chosen = [r for r in measured(result) if (r["op"], r["direction"], r["dtype"]) == (op, direction, dtype)]
-            ratios = [value[0] for r in chosen if (value := ratio(r)) is not None]
-            if not ratios:
-                continue
-            fractions = [roofline_fraction(r) for r in chosen if believable(r)]
-            figures = [f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
-            share = f"{median(fractions):.0%}, best {max(fractions):.0%}" if fractions else "-"
-            rows.append([op, direction, dtype, len(chosen), *figures, share, len(chosen) - len(fractions)])
+    for g in groups(result):
+        figures = [f"{g.mean:.2f}", f"{min(g.ratios):.2f}", f"{max(g.ratios):.2f}"]
+        share = f"{g.fraction:.0%}, best {max(g.fractions):.0%}" if g.fractions else "-"
+        rows.append([g.op, g.direction, g.dtype, g.cases, *figures, share, g.cases - len(g.fractions)])
     head = ["operation", "direction", "dtype", "cases", "eager / ours", "worst", "best", "of roofline"]
     text = "Geometric mean, worst and best of eager's time over ours; median of the share of the roofline."
     if beyond := [r for r in measured(result) if not believable(r)]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from dataclasses import dataclass
+from statistics import geometric_mean, median
 from typing import Any
 
 from benchmarks import measure_load
+from benchmarks.cases import OPS
 from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
@@ -48,6 +50,42 @@ def believable(record: Record, variant: str = "fused") -> bool:
 def fraction_text(record: Record, variant: str = "fused") -> str:
     mark = "" if believable(record, variant) else " (not believable)"
     return f"{roofline_fraction(record, variant):.0%}{mark}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The measured cases of one operation, direction and dtype: eager's time over ours, shares of the roofline."""
+
+    op: str
+    direction: str
+    dtype: str
+    cases: int
+    ratios: Sequence[float]
+    fractions: Sequence[float]  # the believable ones
+
+    @property
+    def mean(self) -> float:
+        return geometric_mean(self.ratios)
+
+    @property
+    def fraction(self) -> float | None:
+        return median(self.fractions) if self.fractions else None
+
+
+def directions_and_dtypes(result: Record) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((r["direction"], r["dtype"]) for r in result["cases"]))
+
+
+def groups(result: Record) -> list[Group]:
+    found = []
+    for op in OPS:
+        for direction, dtype in directions_and_dtypes(result):
+            chosen = [r for r in measured(result) if (r["op"], r["direction"], r["dtype"]) == (op, direction, dtype)]
+            ratios = [value[0] for r in chosen if (value := ratio(r)) is not None]
+            if ratios:
+                fractions = [roofline_fraction(r) for r in chosen if believable(r)]
+                found.append(Group(op, direction, dtype, len(chosen), ratios, fractions))
+    return found
 
 
 def verdict(value: tuple[float, ...]) -> str:
