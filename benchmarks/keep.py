@@ -1,0 +1,128 @@
+"""Keep a result among the committed raw data, from which the README's figures are made.
+
+    PYTHONPATH=. python3 benchmarks/run.py --json RESULT.json       # on a machine that does nothing else
+    PYTHONPATH=. python3 benchmarks/keep.py RESULT.json             # benchmarks/results/DEVICE/DATE-COMMIT.json
+    PYTHONPATH=. python3 benchmarks/readme.py                       # README.md follows
+
+Every sample stays, as it was measured; only where the file would exceed 2 MB are times rounded to the nanosecond, and
+then its "method" says so. A result that cannot stand as evidence is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report_stats import Record, busy_text, measured
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LARGEST = 2_000_000  # bytes of a file in the repository
+TIMES = ("samples", "inclusive")
+
+
+def refusals(result: Record) -> list[str]:
+    """Why the figures are no evidence."""
+    reasons = [busy_text(result) or ""]
+    reasons += [f"{r['name']}: {r['status'].upper()}" for r in result["cases"] if r["status"] in ("wrong", "failed")]
+    reasons += [] if measured(result) else ["no case was measured"]
+    if only := result["method"]["only"]:
+        reasons.append(f"only the cases that match {only!r} were measured: figures of some say nothing of all")
+    return list(filter(None, reasons))
+
+
+def unclear_origin(result: Record) -> str | None:
+    """Why nobody can tell which code was measured, or None where the commit says it."""
+    commit = result["environment"]["commit"]
+    if commit is None:
+        return "the commit that was measured is unknown"
+    return f"the code measured is in no commit ({commit})" if commit.endswith("+changes") else None
+
+
+def slug(device: str) -> str:
+    """NVIDIA H200 -> nvidia-h200; Intel(R) Xeon(R) Processor @ 2.50GHz -> intel-xeon-processor-2.50ghz."""
+    plain = re.sub(r"\((r|tm|c)\)", " ", device.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", plain).strip("-.") or "unknown"
+
+
+def place(result: Record, folder: Path) -> Path:
+    e = result["environment"]
+    return folder / slug(e["device"]) / f"{e['date'][:10]}-{e['commit'] or 'unknown'}.json"
+
+
+def rounded(result: Record) -> dict[str, Any]:
+    """The result with times to the nanosecond, and a word on that."""
+    cases = []
+    for record in result["cases"]:
+        variants = {
+            name: variant | {key: [round(t, 9) for t in variant[key]] for key in TIMES if key in variant}
+            for name, variant in record["variants"].items()
+        }
+        cases.append(record | {"variants": variants})
+    method = result["method"] | {"kept": "samples rounded to the nanosecond"}
+    return dict(result) | {"method": method, "cases": cases}
+
+
+def compact(result: Record) -> str:
+    """Without spaces, and one line a case: two files can be compared by eye."""
+
+    def dumps(value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    head = dumps({key: value for key, value in result.items() if key != "cases"})
+    return head[:-1] + ',"cases":[\n' + ",\n".join(map(dumps, result["cases"])) + "\n]}\n"
+
+
+def keep(result: Record, folder: Path | None = None, force: bool = False) -> Path:
+    """Write the result to its place and give that.
+
+    Raises:
+        ValueError: it is no evidence; or, without `force`, nobody can tell of which code; or the place is taken.
+    """
+    reasons, path = refusals(result), place(result, folder or RESULTS)
+    if not force:
+        reasons += filter(None, [unclear_origin(result)])
+        reasons += [f"{path} is there already"] if path.exists() else []
+    if reasons:
+        raise ValueError("\n".join(reasons))
+    text = compact(result)
+    if len(text) > LARGEST:
+        text = compact(rounded(result))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def newest(folder: Path | None = None) -> list[tuple[Path, Record]]:
+    """The newest kept result of each device, GPUs first."""
+    latest: dict[str, tuple[Path, Record]] = {}
+    for path in sorted((folder or RESULTS).glob("*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        device = path.parent.name
+        if device not in latest or result["environment"]["date"] >= latest[device][1]["environment"]["date"]:
+            latest[device] = path, result
+    return sorted(latest.values(), key=lambda found: found[1]["environment"]["device_type"] == "cpu")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a JSON file that run.py wrote")
+    parser.add_argument("--force", action="store_true", help="though the commit is unclear or the place is taken")
+    arguments = parser.parse_args(argv)
+    try:
+        path = keep(json.loads(arguments.result.read_text(encoding="utf-8")), force=arguments.force)
+    except (OSError, ValueError) as error:
+        print(f"not kept: {error}", file=sys.stderr)
+        return 1
+    size = path.stat().st_size
+    print(f"{path}: {size / 1e6:.1f} MB")
+    if size > LARGEST:
+        print(f"that is over {LARGEST / 1e6:g} MB for the repository: measure fewer --baselines", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The committed raw data, and README.md, whose figures follow it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+from test_benchmarks_report import record, result
+
+from benchmarks import cases, keep, readme
+
+FUSED = {"how": "one fused op each way", "provider": "triton"}
+
+
+def measured(*records, commit="0123456789ab", date="2030-01-02T03:04:05+00:00", device="a processor", others=0.0):
+    """A result as run.py writes it, of a device that is no CPU unless it is `a processor`."""
+    of = result(*records or [record()], others=others)
+    of["environment"] |= {"commit": commit, "date": date, "device": device}
+    of["method"] |= {"only": "", "level": "default", "provider": "automatic choice"}
+    if device != "a processor":
+        of["environment"] |= {"device_type": "cuda", "cuda": "13.0"}
+        of["method"]["clocks before"] = {"driver_version": "580.95"}
+    return of
+
+
+def test_readme_follows_the_committed_data():
+    """After a change of the raw data: PYTHONPATH=. python3 benchmarks/readme.py"""
+    text = readme.README.read_text(encoding="utf-8")
+    assert text == readme.replaced(text, readme.block(keep.newest()))
+
+
+def test_committed_results_are_evidence_and_lie_in_their_place():
+    for path in keep.RESULTS.glob("*/*.json"):
+        of = json.loads(path.read_text(encoding="utf-8"))
+        assert keep.refusals(of) == [] and keep.place(of, keep.RESULTS) == path
+        assert path.stat().st_size <= keep.LARGEST
+
+
+def test_check_tells_an_edit_by_hand(monkeypatch, tmp_path, capsys):
+    edited = tmp_path / "README.md"
+    edited.write_text(f"before\n{readme.BEGIN}\n9.99 times as fast\n{readme.END}\nafter\n")
+    monkeypatch.setattr(readme, "README", edited)
+    monkeypatch.setattr(keep, "newest", list)
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
+    text = edited.read_text()
+    assert text.startswith(f"before\n{readme.BEGIN}\n") and text.endswith(f"{readme.END}\nafter\n")
+    assert "No GPU figures exist yet" in text and "9.99" not in text
+    edited.write_text(text.replace("No GPU figures", "Many GPU figures"))
+    assert readme.main(["--check"]) == 1
+    with pytest.raises(ValueError, match="not both there"):
+        readme.replaced("no marks", "figures")
+
+
+def test_the_table_follows_the_data(tmp_path):
+    gpu = measured(
+        record(eager=2.0, **FUSED),
+        record(shape=(1, 4096), eager=8.0, **FUSED),
+        record(dtype="bfloat16", eager=0.5, **FUSED),
+        record("add_rms_norm", direction="both", eager=3.0, roofline_seconds=9e-6, **FUSED),
+        device="NVIDIA H200",
+    )
+    path = keep.keep(gpu, tmp_path)
+    text = readme.block(keep.newest(tmp_path), tmp_path)
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| `")}
+    assert list(rows) == ["`layer_norm`, forward", "`add_rms_norm`, forward + backward"]
+    cells = [cell.strip() for cell in rows["`layer_norm`, forward"].split("|")[2:4]]
+    assert cells == ["4.00 [2.00 to 8.00], 50%", "0.50 [0.50 to 0.50], 50%"]
+    assert "| 3.00 [3.00 to 3.00], 90% |" in rows["`add_rms_norm`, forward + backward"]
+    words = " ".join(text.split())
+    for expected in (
+        "**NVIDIA H200**, driver 580.95, CUDA 13.0, torch 2,",
+        "2030-01-02, commit `0123456789ab`; 4 cases of the default sweep",
+        f"({path.relative_to(tmp_path).as_posix()})",
+        "in 1 of 4 comparisons, beyond the spread. Worst: `layer_norm/forward/bfloat16/4x64`, 2.00 times",
+    ):
+        assert expected in words
+    assert "No GPU figures" not in words and "No kernel of ours" not in words
+
+
+def test_the_newest_result_of_each_device_counts_gpus_first(tmp_path):
+    kept = [
+        measured(record(eager=eager, **FUSED), device=device, date=f"2030-01-{day}T00:00:00+00:00")
+        for device, day, eager in (("a processor", 30, 1.0), ("NVIDIA H200", 12, 3.0), ("NVIDIA H200", 11, 7.0))
+    ]
+    for of in kept:
+        keep.keep(of, tmp_path)
+    text = readme.block(keep.newest(tmp_path), tmp_path)
+    assert re.findall(r"\*\*(.*?)\*\*", text) == ["NVIDIA H200", "a processor"]
+    assert "3.00 [" in text and "7.00 [" not in text
+    only_cpu = readme.block([(tmp_path / "x.json", kept[0])], tmp_path)
+    assert "No GPU figures exist yet" in only_cpu and "| 1.00 [1.00 to 1.00], 50% |" in only_cpu
+
+
+def test_a_kept_result_has_its_place_and_every_sample(tmp_path):
+    of = measured(device="Intel(R) Xeon(R) Processor @ 2.50GHz")
+    path = keep.keep(of, tmp_path)
+    assert path.relative_to(tmp_path).as_posix() == "intel-xeon-processor-2.50ghz/2030-01-02-0123456789ab.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(of))
+    with pytest.raises(ValueError, match="is there already"):
+        keep.keep(of, tmp_path)
+    assert keep.keep(of, tmp_path, force=True) == path
+
+
+def test_times_of_a_large_result_are_rounded_and_that_is_said(monkeypatch, tmp_path):
+    of = measured()
+    of["cases"][0]["variants"]["fused"]["samples"][0] = 1.23456789e-5
+    monkeypatch.setattr(keep, "LARGEST", len(keep.compact(of)) - 1)
+    written = json.loads(keep.keep(of, tmp_path).read_text())
+    assert written["cases"][0]["variants"]["fused"]["samples"][0] == 1.2346e-5
+    assert written["method"].pop("kept") == "samples rounded to the nanosecond"
+    assert written["roofline"] == of["roofline"]
+    assert len(keep.compact(written)) < len(keep.compact(of))
+
+
+def wrong(status):
+    return [record(), record(shape=(1, 4096)) | {"status": status, "variants": {}}]
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (measured(others=0.34), "MACHINE WAS BUSY"),
+        (measured(*wrong("wrong")), "layer_norm/forward/float32/1x4096: WRONG"),
+        (measured(*wrong("failed")), "layer_norm/forward/float32/1x4096: FAILED"),
+        (measured(wrong("out of memory")[1]), "no case was measured"),
+        (measured() | {"method": measured()["method"] | {"only": "rms"}}, "only the cases that match 'rms'"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(of, message, tmp_path):
+    for force in (False, True):
+        with pytest.raises(ValueError, match=message):
+            keep.keep(of, tmp_path, force=force)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("commit", ["0123456789ab+changes", None])
+def test_code_in_no_commit_is_refused_unless_forced(commit, monkeypatch, tmp_path, capsys):
+    (tmp_path / "raw.json").write_text(json.dumps(measured(commit=commit)))
+    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
+    assert keep.main([str(tmp_path / "raw.json")]) == 1
+    assert "commit" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+    assert keep.main([str(tmp_path / "raw.json"), "--force"]) == 0
+    (path,) = (tmp_path / "kept").glob("*/*.json")
+    assert path.name == f"2030-01-02-{commit or 'unknown'}.json"
+
+
+def test_a_file_too_large_for_the_repository_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "raw.json").write_text(json.dumps(measured()))
+    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
+    assert keep.main([str(tmp_path / "raw.json")]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(keep, "LARGEST", 100)
+    assert keep.main([str(tmp_path / "raw.json"), "--force"]) == 0
+    assert "fewer --baselines" in capsys.readouterr().err
+
+
+def test_groups_gather_what_was_measured():
+    of = copy.deepcopy(measured(*[record(op, eager=2.0) for op in cases.OPS], record(dtype="bfloat16")))
+    of["cases"][1] |= {"status": "wrong", "variants": {}}
+    found = {line.split("`")[1] for line in readme.figures(of).splitlines() if "`" in line}
+    assert found == set(cases.OPS) - {"rms_norm"}
