@@ -1,0 +1,97 @@
+"""The benchmark's models and statistics: bytes, FLOPs, the roofline, the interval of a median."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import cases, measure
+from benchmarks.cases import OPS, Case
+
+# Counted by hand for 4 rows of 64, in elements of the tensor T = 4 * 64 and the parameter P = 64.
+T, P = 4 * 64, 64
+HAND_COUNTED = [
+    # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
+    ("layer_norm", "forward", 2 * T + 2 * P, 0),
+    ("rms_norm", "forward", 2 * T + P, 0),
+    ("add_layer_norm", "forward", 4 * T + 2 * P, 0),
+    ("add_rms_norm", "forward", 4 * T + P, 0),
+    ("bias_dropout_add_layer_norm", "forward", 4 * T + 3 * P, 0),
+    ("bias_dropout_add_rms_norm", "forward", 4 * T + 2 * P, 0),
+    # backward: dy and x read, dx written; weight read, dweight and dbias written; mean and rstd of 4 rows read
+    ("layer_norm", "backward", 3 * T + 3 * P, 8),
+    ("rms_norm", "backward", 3 * T + 2 * P, 4),
+    # dnormed, dresidual_out and the stream read, one gradient written for both operands
+    ("add_layer_norm", "backward", 4 * T + 3 * P, 8),
+    ("add_rms_norm", "backward", 4 * T + 2 * P, 4),
+    # dropout makes the two gradients differ: one more tensor, and dx_bias
+    ("bias_dropout_add_layer_norm", "backward", 5 * T + 4 * P, 8),
+    ("bias_dropout_add_rms_norm", "backward", 5 * T + 3 * P, 4),
+    # both: the sum, and the statistics are written before they are read
+    ("layer_norm", "both", 5 * T + 5 * P, 16),
+    ("rms_norm", "both", 5 * T + 3 * P, 8),
+    ("add_layer_norm", "both", 8 * T + 5 * P, 16),
+    ("add_rms_norm", "both", 8 * T + 3 * P, 8),
+    ("bias_dropout_add_layer_norm", "both", 9 * T + 7 * P, 16),
+    ("bias_dropout_add_rms_norm", "both", 9 * T + 5 * P, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("op", "direction", "elements", "statistics"), HAND_COUNTED)
+def test_byte_model(op, direction, elements, statistics, dtype):
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    assert Case(op, (4, 64), dtype, direction).bytes_moved == elements * itemsize + 4 * statistics
+
+
+def test_every_operation_and_direction_is_counted_by_hand():
+    counted = [(op, direction) for op, direction, *_ in HAND_COUNTED]
+    assert sorted(counted) == sorted((op, direction) for op in OPS for direction in cases.DIRECTIONS)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_byte_model_counts_each_tensor_once(op):
+    """The model of every direction against the tensors themselves, at a shape where nothing cancels."""
+    shape = (6, 40)
+    leaves = {name: torch.randn(size, requires_grad=True) for name, size in op.inputs(shape).items()}
+    outputs = op.eager(leaves)()
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.randn(shape) for _ in outputs])
+
+    def size(tensors):
+        return sum(4 * t.numel() for t in tensors)
+
+    forward = size(leaves.values()) + size(outputs)
+    assert op.bytes_moved(shape, 4, "forward") == forward
+    shared = 4 * 240 if op.add and not op.epilogue else 0
+    statistics = 6 * 4 * (1 if op.rms else 2)
+    kept = 4 * 240 + 4 * 40  # the stream and the weight
+    expected = size(outputs) + kept + statistics + size(gradients) - shared
+    assert op.bytes_moved(shape, 4, "backward") == expected
+    assert op.bytes_moved(shape, 4, "both") == forward + statistics + expected
+
+
+def test_flop_model():
+    counted = {op: [Case(op, (2, 8), "float32", d).flops // 16 for d in cases.DIRECTIONS] for op in OPS}
+    assert counted["layer_norm"] == [7, 13, 20]
+    assert counted["rms_norm"] == [4, 9, 13]
+    assert counted["add_layer_norm"] == [8, 14, 22]
+    assert counted["bias_dropout_add_layer_norm"] == [10, 16, 26]
+    assert counted["bias_dropout_add_rms_norm"] == [7, 12, 19]
+
+
+def test_median_interval_covers_the_median():
+    assert measure.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert measure.median_interval(list(range(9))) == (1, 7)  # 2 P(Binomial(9, 1/2) <= 1) = 0.039, <= 2 is 0.18
+    missed = 0
+    for draw in torch.randn(2000, 15, generator=torch.Generator().manual_seed(0)).tolist():
+        missed += not measure.median_interval(draw)[0] <= 0.0 <= measure.median_interval(draw)[1]
+    assert 0 < missed / 2000 < 0.05
+
+
+def test_roofline_interpolates_and_takes_the_binding_limit():
+    roofline = measure.Roofline(((100, 1e-6), (10_000, 1e-5)), {"float32": 1e9})
+    assert roofline.copy_seconds(10) == 1e-6
+    assert roofline.copy_seconds(1000) == pytest.approx(10**-5.5)
+    assert roofline.copy_seconds(20_000) == pytest.approx(2e-5)
+    assert roofline.seconds(100, 10, torch.float32) == 1e-6
+    assert roofline.seconds(100, 5000, torch.float32) == pytest.approx(5e-6)
