@@ -1,0 +1,61 @@
+"""Eager beside fused in pytest-benchmark's tables: the sweep's operations at two sizes, forward, and with backward.
+
+    PYTHONPATH=. python3 -m pytest benchmarks/test_norms.py --benchmark-columns=min,median,iqr
+
+For a quick look while a kernel is being changed; figures that are kept come from run.py, which interleaves the
+variants and flushes the GPU's cache. Here too nothing is timed that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, measure
+from benchmarks.cases import TINY, Case, Sweep
+
+DEVICE = measure.best_device()
+MEDIUM = (4096, 4096) if DEVICE.type == "cuda" else (64, 1024)
+CASES = Sweep((TINY, MEDIUM), ("float32", "bfloat16")).cases()
+
+
+@pytest.fixture(autouse=True)
+def steady():
+    with measure.steady_machine(None):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_leftovers():
+    yield
+    measure.forget_problem()
+
+
+def timed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, with the device's work waited for."""
+    if DEVICE.type != "cuda":
+        return call
+
+    def synchronised() -> None:
+        call()
+        torch.cuda.synchronize(DEVICE)
+
+    return synchronised
+
+
+@pytest.mark.benchmark(max_time=0.05, min_rounds=5, warmup=False)
+@pytest.mark.parametrize("who", ["eager", "fused"])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_norm(benchmark, case: Case, who: str):
+    if who == "fused":
+        verdict = measure.check(case, DEVICE)
+        assert verdict.ok, verdict.detail
+    problem, op = measure.problem(case, DEVICE), case.operation
+    needs_grad = case.direction != "forward"
+    leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
+    call = op.eager(leaves) if who == "eager" else op.fused(leaves)
+    benchmark.group = case.name
+    benchmark(timed(cases.runner(call, leaves.values(), problem.cotangents, case.direction)))

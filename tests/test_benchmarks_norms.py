@@ -1,0 +1,36 @@
+"""The pytest-benchmark suite in benchmarks/, which `make test` leaves out, still collects and runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cases import OPS, TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_suite_collects_every_case_and_runs_one():
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark times the suite and is not installed")
+    chosen = f"bias_dropout_add_rms_norm and both and bfloat16 and {'x'.join(map(str, TINY))}"
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", chosen]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks/test_norms.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed, deselected = (int(re.search(rf"(\d+) {what}", done.stdout)[1]) for what in ("passed", "deselected"))
+    assert passed == 2  # eager and fused
+    assert passed + deselected == len(OPS) * 2 * 2 * 2 * 2  # directions, dtypes, sizes, eager and fused
+
+
+def test_the_default_run_leaves_the_suite_out(pytestconfig):
+    assert pytestconfig.getini("testpaths") == ["tests"]
