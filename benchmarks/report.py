@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
+from benchmarks import report_html
 from benchmarks.cases import DIRECTION_TITLES, OPS
 from benchmarks.measure_load import share_text
 from benchmarks.report_plots import plots
@@ -44,9 +45,15 @@ from benchmarks.report_stats import (
 CHANGE = 1.10  # addresses and clocks differ between two processes: smaller changes are none
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose source is aligned too; the first column is text, the others are figures."""
-    rows = [list(map(str, row)) for row in rows]
+PAGE_BAR = "\\|"  # in a page that is rendered, a bar would end the cell
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], bar: str = "|") -> str:
+    """A Markdown table whose source is aligned too; the first column is text, the others are figures.
+
+    `bar` stands for a bar inside a cell.
+    """
+    rows = [[str(cell).replace("|", bar) for cell in row] for row in rows]
     widths = [max(3, *(len(row[i]) for row in [list(head), *rows])) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -152,9 +159,9 @@ def conclusion(result: Record) -> str:
     return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
-def wrong_text(result: Record) -> str:
+def wrong_text(result: Record, bar: str = "|") -> str:
     rows = [[r["name"], r["status"].upper(), r["detail"]] for r in result["cases"] if r["status"] != "measured"]
-    return table(["case", "verdict", "detail"], rows) if rows else ""
+    return table(["case", "verdict", "detail"], rows, bar) if rows else ""
 
 
 def providers_text(result: Record) -> str:
@@ -213,7 +220,7 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
     cuda_head = ["with host", "with host: its time / ours", "peak memory"]
     head += cuda_head if e["device_type"] == "cuda" else ["page faults a call"]
     text = ["# Benchmark", headline(result).replace("\n", "  \n")]
-    if wrong := wrong_text(result):
+    if wrong := wrong_text(result, PAGE_BAR):
         text += ["## No figures", wrong]
     text += [
         "## Conclusion",
@@ -232,7 +239,7 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
     text += [f"- left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     refused = Counter(note for r in measured(result) for note in r["notes"].items() if note[0] not in r["variants"])
     text += [f"- {name} gives no figure for {n} cases: {reason}" for (name, reason), n in refused.items()]
-    text += ["## Every measurement", table([*head, "note"], rows)]
+    text += ["## Every measurement", table([*head, "note"], rows, PAGE_BAR)]
     joined = "\n\n".join(text)
     return joined.replace("\n\n- ", "\n- ") + "\n"
 
@@ -292,18 +299,24 @@ def make_folder(folder: Path) -> None:
 
 
 def write(result: Record, folder: Path) -> list[Path]:
-    """Write benchmark.json, benchmark.md and, where matplotlib is there, the pictures."""
+    """Write benchmark.json, benchmark.md, the pictures and benchmark.html, which holds them all; say what cannot be."""
     make_folder(folder)
     pictures = plots(result, folder)
-    (folder / "benchmark.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    (folder / "benchmark.md").write_text(markdown(result, pictures or []), encoding="utf-8")
     if pictures is None:
         print("no pictures: matplotlib is not installed", file=sys.stderr)
-    return [folder / "benchmark.json", folder / "benchmark.md", *(folder / name for name in pictures or [])]
+    text = markdown(result, pictures or [])
+    page = report_html.page(text, folder, pictures or [])
+    if page is None:
+        print("no benchmark.html: markdown-it-py is not installed", file=sys.stderr)
+    files = {"benchmark.json": json.dumps(result) + "\n", "benchmark.md": text, "benchmark.html": page}
+    written = {folder / name: content for name, content in files.items() if content is not None}
+    for path, content in written.items():
+        path.write_text(content, encoding="utf-8")
+    return [*written, *(folder / name for name in pictures or [])]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the page again from raw data.")
+    parser = argparse.ArgumentParser(description="Write the Markdown and HTML pages again, from raw data.")
     parser.add_argument("result", type=Path, help="a JSON file that run.py wrote")
     parser.add_argument("--report", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)

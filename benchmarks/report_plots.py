@@ -86,6 +86,13 @@ def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
     return ticks
 
 
+def size_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Powers of two from `low` or below to `high` or above, an equal step apart."""
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    step = max(1, math.ceil((last - first) / (most - 1)))
+    return [2.0**power for power in range(first, last + step, step)]
+
+
 def set_title(figure: Any, title: str, below: Iterable[str | None]) -> None:
     """The title over lines of small print, broken where the picture ends."""
     across = int(13 * figure.get_figwidth())  # letters of that size to an inch
@@ -108,7 +115,7 @@ def _panels(
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     markers, series = _markers(records), {}
     for record in records:
@@ -138,8 +145,7 @@ def _panels(
                 )
                 at.setdefault(record["input_bytes"], []).append(value)
                 if marker in RANKS:
-                    ranks = Line2D([], [], color="0.3", linestyle="", marker=marker, label=RANKS[marker])
-                    handles[RANKS[marker]] = ranks
+                    handles[RANKS[marker]] = Line2D([], [], color="0.3", linestyle="", marker=marker)
             sizes = sorted(at)
             axis.plot(sizes, [geometric_mean(at[size]) for size in sizes], **style, linewidth=1.4)
             label = f"{dtype} {variant}".strip()
@@ -153,16 +159,18 @@ def _panels(
         axis.set_visible(False)
     first = axes.flat[0]
     first.set_xscale("log", base=2)
-    first.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,), numticks=8))
+    sizes = size_ticks(*(extreme(r["input_bytes"] for r in records) for extreme in (min, max)))
+    first.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    first.xaxis.set_major_locator(FixedLocator(sizes))
     first.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x).replace(" ", "\n")))
-    first.xaxis.set_minor_formatter(NullFormatter())
+    first.xaxis.set_minor_locator(NullLocator())
     values = [value for points in series.values() for _, p in points for value in p[:3]]
     if 0 < 3 * min(values) < max(values):
         ticks = log_ticks(min(*values, 1.0), max(*values, 1.0))
         first.set_yscale("log")
         first.set_ylim(ticks[0] / 1.05, ticks[-1] * 1.05)
         first.yaxis.set_major_locator(FixedLocator(ticks))
-        first.yaxis.set_minor_formatter(NullFormatter())
+        first.yaxis.set_minor_locator(NullLocator())
         first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     else:
         first.set_ylim(min(0.75, 0.95 * min(values)), max(1.25, 1.05 * max(values)))
@@ -170,9 +178,10 @@ def _panels(
     below = [f"{e['device']}, torch {e['torch']}, commit {e['commit'] or 'unknown'}", busy_text(result)]
     below.insert(0, f"fusednorm here: {served(records)}")
     set_title(figure, title, below)
-    figure.supylabel(textwrap.fill(axis_label, int(9 * figure.get_figheight())), fontsize=10)
+    figure.supylabel(axis_label.replace(" (", "\n("), fontsize=10)
     columns = max(1, int(figure.get_figwidth() / 2.2))
-    ordered = sorted(handles, key=lambda name: name in RANKS.values())
+    ranks = [name for name in RANKS.values() if name in handles]
+    ordered = [name for name in handles if name not in ranks] + ranks
     figure.legend([handles[n] for n in ordered], ordered, loc="outside lower center", ncols=columns, fontsize=9)
     figure.savefig(folder / name, dpi=110)
     return name

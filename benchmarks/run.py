@@ -62,9 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, metavar="S", help="take no case after S seconds; default 80 on a CPU unless --full"
     )
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write benchmark.json, benchmark.md and pictures here"
-    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write benchmark.json, .md, .html and pictures here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw result to this file")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="flag changes beyond the spread")
     arguments = parser.parse_args(argv)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_measuring(monkeypatch
         with pytest.raises(SystemExit) as stop:
             run.main(["--device", "cpu", *option])
         assert stop.value.code == 2 and "file" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(512, 1 << 30), (512, 4 << 20), (1000, 3000), (4096, 4096)])
+def test_sizes_on_the_axis_enclose_every_point(low, high):
+    ticks = report_plots.size_ticks(low, high)
+    assert ticks[0] <= low < 2 * ticks[0] and high <= ticks[-1] and len(ticks) <= 8
+    assert len({later / earlier for earlier, later in pairwise(ticks)}) <= 1
