@@ -1,8 +1,8 @@
 """Keep a result among the committed raw data, from which the README's figures are made.
 
-    PYTHONPATH=. python3 benchmarks/run.py --json RESULT.json       # on a machine that does nothing else
-    PYTHONPATH=. python3 benchmarks/keep.py RESULT.json             # benchmarks/results/DEVICE/DATE-COMMIT.json
-    PYTHONPATH=. python3 benchmarks/readme.py                       # README.md follows
+    PYTHONPATH=. python3 benchmarks/run.py --report bench-report        # on a machine that does nothing else
+    PYTHONPATH=. python3 benchmarks/keep.py bench-report/benchmark.json # to benchmarks/results/DEVICE/DATE-COMMIT.json
+    PYTHONPATH=. python3 benchmarks/readme.py                           # README.md follows
 
 Every sample stays, as it was measured; only where the file would exceed 2 MB are times rounded to the nanosecond, and
 then its "method" says so. A result that cannot stand as evidence is refused.

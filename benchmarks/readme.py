@@ -22,8 +22,8 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 NOTE = "<!-- written by benchmarks/readme.py from benchmarks/results: do not edit -->"
 NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. With one, these commands make them:
 
-- `PYTHONPATH=. python benchmarks/run.py --json result.json` measures,
-- `PYTHONPATH=. python benchmarks/keep.py result.json` puts the raw data where they are committed,
+- `PYTHONPATH=. python benchmarks/run.py --report bench-report` measures,
+- `PYTHONPATH=. python benchmarks/keep.py bench-report/benchmark.json` puts the raw data where they are committed,
 - `PYTHONPATH=. python benchmarks/readme.py` writes the figures here."""
 LEGEND = (
     "Eager's time over ours, above 1 we are faster: geometric mean over the sizes [worst to best], and the median "

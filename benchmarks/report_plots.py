@@ -48,7 +48,7 @@ def plots(result: Record, folder: Path) -> list[str] | None:
         names.append(_panels(result, records, pick, title, label, f"roofline-{direction}.png", folder))
         if any("peak" in r["variants"]["fused"] for r in records):
             title = f"Peak memory beside the inputs, {DIRECTION_TITLES[direction]}"
-            pick = {"": lambda r: (r["variants"]["fused"]["peak"] / max(r["variants"]["eager"]["peak"], 1),) * 3}
+            pick = {"": _memory}
             label = "peak of fusednorm / peak of eager (below 1: fusednorm takes less)"
             names.append(_panels(result, records, pick, title, label, f"memory-{direction}.png", folder))
     return [name for name in names if name]
@@ -58,6 +58,13 @@ def _fraction(record: Record, variant: str) -> Point | None:
     if variant not in record["variants"] or not believable(record, variant):
         return None
     return (roofline_fraction(record, variant),) * 3
+
+
+def _memory(record: Record) -> Point | None:
+    if "eager" not in record["variants"]:  # it failed
+        return None
+    ours, theirs = (record["variants"][name]["peak"] for name in ("fused", "eager"))
+    return (ours / max(theirs, 1),) * 3
 
 
 def _markers(records: Iterable[Record]) -> dict[tuple[str, str], str]:

@@ -304,6 +304,17 @@ def test_shapes_of_one_size_are_told_apart(drawn):
     assert not any("narrowest" in text.get_text() for text in other.legends[0].get_texts())
 
 
+def test_memory_is_drawn_where_eager_has_it_too(drawn):
+    records = [record(), record(shape=(1, 4096))]
+    assert not any(name.startswith("memory") for name in drawn(result(*records)))  # a CPU counts none
+    for r in records:
+        r["variants"]["fused"]["peak"], r["variants"]["eager"]["peak"] = 1 << 20, 4 << 20
+    del records[0]["variants"]["eager"]
+    axis = drawn(result(*records))["memory-forward.png"].axes[0]
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"}
+    assert points == {(4096 * 4, 0.25)}
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it measured first"))
     (tmp_path / "file").write_text("")
