@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_stats import Record, busy_text, measured
+from benchmarks.report_stats import AUTOMATIC, Record, busy_text, measured
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LARGEST = 2_000_000  # bytes of a file in the repository
@@ -50,7 +50,14 @@ def slug(device: str) -> str:
 
 def place(result: Record, folder: Path) -> Path:
     e = result["environment"]
-    return folder / slug(e["device"]) / f"{e['date'][:10]}-{e['commit'] or 'unknown'}.json"
+    asked_for = f"-{forced}" if (forced := provider_asked_for(result)) else ""
+    return folder / slug(e["device"]) / f"{e['date'][:10]}-{e['commit'] or 'unknown'}{asked_for}.json"
+
+
+def provider_asked_for(result: Record) -> str | None:
+    """None where the choice was automatic, as a user's is."""
+    provider = result["method"]["provider"]
+    return None if provider == AUTOMATIC else provider
 
 
 def rounded(result: Record) -> dict[str, Any]:
@@ -97,10 +104,12 @@ def keep(result: Record, folder: Path | None = None, force: bool = False) -> Pat
 
 
 def newest(folder: Path | None = None) -> list[tuple[Path, Record]]:
-    """The newest kept result of each device, GPUs first."""
+    """The newest kept result of each device, GPUs first; not of a provider asked for, which is no user's choice."""
     latest: dict[str, tuple[Path, Record]] = {}
     for path in sorted((folder or RESULTS).glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
+        if provider_asked_for(result):
+            continue
         device = path.parent.name
         if device not in latest or result["environment"]["date"] >= latest[device][1]["environment"]["date"]:
             latest[device] = path, result

@@ -86,7 +86,6 @@ def section(path: Path, result: Record, root: Path) -> str:
     where = path.relative_to(root).as_posix()
     cases = f"{len(measured(result))} cases of the {m['level']} sweep, {len(result['left_out'])} left out"
     origin = f"{facts(result)}; {e['date'][:10]}, commit `{e['commit']}`; {cases}, [raw data]({where})."
-    origin += "" if m["provider"] == "automatic choice" else f" Provider {m['provider']} was asked for."
     origin += f" {NO_KERNEL}" if no_kernel(measured(result)) else ""
     return "\n\n".join([wrapped(origin), figures(result), wrapped(where_we_lose(result))])
 

@@ -14,6 +14,7 @@ from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
 BELIEVABLE = 2.0  # a cache may beat the copy of the same bytes; by more, the copy or the matmul was disturbed
+AUTOMATIC = "automatic choice"  # of the provider
 PLAIN = "torch's own operators"  # how `fusednorm.explain` begins where no kernel of ours serves a call
 NO_KERNEL = (
     "No kernel of ours ran here: torch's own operators served every call, so this compares torch with torch and shows "

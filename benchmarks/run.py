@@ -34,6 +34,7 @@ import torch
 import fusednorm
 from benchmarks import cases, measure, measure_load, report
 from benchmarks.cases import BASELINES, BaselineError, Case
+from benchmarks.report_stats import AUTOMATIC
 
 PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
 SECONDS = {"quick": 0.1, "default": 0.2, "full": 0.5}
@@ -310,7 +311,7 @@ def run(
         "roofline": "the fastest device copy, in this run, of as many bytes as the byte model says; or the matmul rate",
         **machine,
         "others": taken,
-        "provider": arguments.provider or "automatic choice",
+        "provider": arguments.provider or AUTOMATIC,
         "level": arguments.level,
         "only": arguments.only.pattern,
         "clocks before": clocks_before,

@@ -161,3 +161,13 @@ def test_groups_gather_what_was_measured():
     of["cases"][1] |= {"status": "wrong", "variants": {}}
     found = {line.split("`")[1] for line in readme.figures(of).splitlines() if "`" in line}
     assert found == set(cases.OPS) - {"rms_norm"}
+
+
+def test_a_provider_asked_for_is_kept_beside_and_makes_no_figures(tmp_path):
+    """Such results feed the choice of a provider; the README tells what a user gets."""
+    asked_for = measured(date="2031-01-02T03:04:05+00:00")
+    asked_for["method"]["provider"] = "triton"
+    path = keep.keep(asked_for, tmp_path)
+    assert path.name == "2031-01-02-0123456789ab-triton.json" and keep.newest(tmp_path) == []
+    automatic = keep.keep(measured(), tmp_path)
+    assert [found for found, _ in keep.newest(tmp_path)] == [automatic]
