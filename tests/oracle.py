@@ -107,6 +107,14 @@ class Call:
             eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         return eps
 
+    def _stored(self, leaves: Mapping[str, Tensor]) -> torch.dtype:
+        """The dtype of z."""
+        return self.options.get("residual_dtype") or leaves.get("residual", leaves["x"]).dtype
+
+    def computed_in(self, leaves: Mapping[str, Tensor]) -> torch.dtype:
+        """float64 where x or z has it."""
+        return torch.float64 if torch.float64 in (leaves["x"].dtype, self._stored(leaves)) else torch.float32
+
     def masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Element and drop-path factors (0 or the scale), in float64."""
         seed = int(self.options.get("seed", 0) or 0)
@@ -142,7 +150,7 @@ class Call:
 
     def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """At the tensors' dtypes, each operation rounding its result as torch does."""
-        if leaves["x"].dtype != torch.float64:  # float32 is computed in float32, also beside float64 parameters
+        if self.computed_in(leaves) != torch.float64:  # not what float64 parameters would make torch do
             leaves = {n: leaf.float() if leaf.dtype == torch.float64 else leaf for n, leaf in leaves.items()}
         x, residual = self._inputs(leaves)
         z = x
@@ -155,7 +163,7 @@ class Call:
             z = z * leaves["layer_scale"]
         if path is not None:
             z = (z * (path > 0)) * keep_scale(self.options["drop_path_p"])
-        stored = self.options.get("residual_dtype") or (x if residual is None else residual).dtype
+        stored = self._stored(leaves)
         if residual is not None:
             wide = torch.promote_types(torch.promote_types(z.dtype, residual.dtype), stored)
             z = residual.to(wide) + z.to(wide)
@@ -340,7 +348,7 @@ def check(
     budget = partial(
         assert_within_budget,
         what=f"{call.function} ",
-        computed_in=torch.float64 if leaves["x"].dtype == torch.float64 else torch.float32,
+        computed_in=call.computed_in(leaves),
     )
     first = draw(leaves)
     try:
