@@ -251,11 +251,10 @@ def add_layer_norm_bwd(
     m, n = sizes(saved, normalized_ndim)
     parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
     gradients = [
-        *(_like(saved, output_mask[0], x_dtype), _like(saved, output_mask[1], residual_dtype)),
-        *[
-            saved.new_empty(0) if p is None else _like(p, wanted, p.dtype)
-            for p, wanted in zip(parameters, output_mask[2:], strict=True)
-        ],
+        saved.new_empty(0) if like is None or not wanted else _like(like, True, dtype or like.dtype)
+        for like, dtype, wanted in zip(
+            (saved, saved, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
+        )
     ]
     if m == 0 or n == 0:
         return tuple([g.zero_() for g in gradients])
