@@ -1,6 +1,7 @@
 """Fused kernels for the Transformer's residual path."""
 
 from ._explain import explain
+from .activation import bias_act_dropout
 from .dropout import dropout_mask
 from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "available_providers",
     "batch_invariant",
+    "bias_act_dropout",
     "dropout_mask",
     "explain",
     "layer_norm",

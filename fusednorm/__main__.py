@@ -11,7 +11,8 @@ import torch
 import fusednorm
 from fusednorm import _checks, providers
 
-FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout")
+_WITHOUT_DROPOUT = FUNCTIONS[:2]
 
 
 def info() -> str:
@@ -45,7 +46,9 @@ def explain(options: argparse.Namespace) -> str:
     function = getattr(fusednorm, options.function)
     args = (x, x) if options.function.startswith("add_") else (x,)
     keywords = {"dropout_p": options.dropout_p} if options.dropout_p else {}
-    return fusednorm.explain(function, *args, options.shape[-1:], **keywords)
+    # what normalizes takes the last size, bias_act_dropout a bias of that size
+    last = x.new_zeros(options.shape[-1:]) if function is fusednorm.bias_act_dropout else options.shape[-1:]
+    return fusednorm.explain(function, *args, last, **keywords)
 
 
 def _shape(text: str) -> list[int]:
@@ -71,10 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--shape", type=_shape, default="4096x1024", help="sizes joined by x (default: %(default)s)")
     command.add_argument("--dtype", type=_dtype, default="float32", help="%(default)s by default")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dropout-p", type=float, default=0.0, help="for the add_ forms")
+    command.add_argument("--dropout-p", type=float, default=0.0, help="for the functions that have dropout")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     options = parser.parse_args(arguments)
-    if options.command == "explain" and options.dropout_p and not options.function.startswith("add_"):
+    if options.command == "explain" and options.dropout_p and options.function in _WITHOUT_DROPOUT:
         parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
     if options.command == "info":
         print(info())

@@ -123,3 +123,23 @@ def check_residual(residual: Any, x: Tensor) -> None:
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}; expand it first")
     check_same_device("residual", residual, "x", x)
+
+
+def check_last_dimension(name: str, parameter: Any, x_name: str, x: Tensor) -> None:
+    """A vector along x's last dimension, or None."""
+    if x.ndim == 0:
+        raise ValueError(f"{x_name}: expected at least one dimension, got a 0-d tensor; reshape it to (1,)")
+    if parameter is None:
+        return
+    check_tensor(name, parameter)
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: expected shape {tuple(x.shape[-1:])}, {x_name}'s last dimension, got {tuple(parameter.shape)}; "
+            "reshape it, or pass None for no bias"
+        )
+    check_same_device(name, parameter, x_name, x)
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")

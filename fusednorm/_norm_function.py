@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
-from torch.autograd import forward_ad
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ops, providers
+from ._transforms import batched, distinct, transform_active
 from .providers import reference
 
 _log = logging.getLogger("fusednorm")
@@ -40,7 +40,7 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         return reference.add_layer_norm(*args)
     if needs_grad:
         if torch.compiler.is_compiling():
-            outputs = AddLayerNormFunction.apply(*_distinct(args[:6]), *args[6:], provider, from_normed)
+            outputs = AddLayerNormFunction.apply(*distinct(args[:6]), *args[6:], provider, from_normed)
         elif is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
             outputs = AddLayerNormFunction.apply(*args, provider, from_normed)
         else:
@@ -49,23 +49,6 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
     return normed, residual_out if args[15] else args[0]
-
-
-def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """A tensor in two roles becomes two: torch.compile refuses the same one twice as input of a Function."""
-    seen: list[Tensor] = []
-    result: list[Tensor | None] = []
-    for tensor in tensors:
-        if tensor is not None and any(tensor is other for other in seen):
-            tensor = tensor.view_as(tensor)
-        if tensor is not None:
-            seen.append(tensor)
-        result.append(tensor)
-    return tuple(result)
-
-
-def transform_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -145,7 +128,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         shared = x_dtype == ctx.residual_dtype and layer_scale is None and not dropout_p and not drop_path_p
         output_mask = [need[0] or (shared and need[1]), need[1] and not shared, *need[2:]]
         create_graph = not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or _batched(dnormed, dresidual_out)
+            torch.is_grad_enabled() or batched(dnormed, dresidual_out)
         )
         if create_graph and not ctx.from_normed:
             stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
@@ -167,13 +150,6 @@ class AddLayerNormFunction(torch.autograd.Function):
 
 # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
 _apply = super(torch.autograd.Function, AddLayerNormFunction).apply
-
-
-def _batched(*cotangents: Tensor | None) -> bool:
-    """Whether a vmap over the backward (is_grads_batched) hides a batch from kernels that read memory themselves."""
-    return transform_active() or any(
-        t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in cotangents
-    )
 
 
 def _stream_backward(ctx: Any, dresidual_out: Tensor | None) -> tuple[Tensor | None, ...]:

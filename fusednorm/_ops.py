@@ -1,8 +1,8 @@
 """The operators: schemas, fake kernels, and dispatch to the provider named in the call.
 
-One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``. Every op has fixed arity, mutates
-nothing and returns no alias; an output not asked for has no elements. The provider's name is an argument because
-the backward runs outside any ``use_provider`` block, on CUDA in another thread.
+One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``, another ``bias_act_dropout``.
+Every op has fixed arity, mutates nothing and returns no alias; an output not asked for has no elements. The provider's
+name is an argument because the backward runs outside any ``use_provider`` block, on CUDA in another thread.
 """
 
 from __future__ import annotations
@@ -33,12 +33,19 @@ SCHEMAS = {
         "bool[] output_mask, str provider) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, "
         "Tensor dx_bias, Tensor dlayer_scale)"
     ),
+    "bias_act_dropout_fwd": (
+        "(Tensor x, Tensor? bias, Tensor? seed, str activation, float dropout_p, str provider) -> Tensor"
+    ),
+    "bias_act_dropout_bwd": (
+        "(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, str activation, float dropout_p, bool[] output_mask, "
+        "str provider) -> (Tensor dx, Tensor dbias)"
+    ),
 }
 
 
 def _run(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return getattr(providers.get(args[-1]), name)(*args[:-1])
+        return getattr(providers.serving(args[-1], name), name)(*args[:-1])
 
     return run
 
@@ -107,8 +114,28 @@ def _(
     )
 
 
+@library.register_fake("fusednorm::bias_act_dropout_fwd")
+def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, provider: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@library.register_fake("fusednorm::bias_act_dropout_bwd")
+def _(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    output_mask: list[bool],
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    dx, dbias = x.new_empty(x.shape if output_mask[0] else (0,)), x.new_empty(0)
+    return dx, dbias if bias is None or not output_mask[1] else bias.new_empty(bias.shape)
+
+
 _MOST_TENSORS = 10  # the tensors of an op come first
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, str, list})
 
 
 def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
@@ -120,7 +147,7 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
         or not _PLAIN.issuperset(map(type, args[:_MOST_TENSORS]))
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
-    return getattr(providers.get(provider), name)(*args)
+    return getattr(providers.serving(provider, name), name)(*args)
 
 
 def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,3 +156,11 @@ def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tenso
 
 def add_layer_norm_bwd(*args: Any, provider: str) -> tuple[Tensor, ...]:
     return _call("add_layer_norm_bwd", args, provider)
+
+
+def bias_act_dropout_fwd(*args: Any, provider: str) -> Tensor:
+    return _call("bias_act_dropout_fwd", args, provider)
+
+
+def bias_act_dropout_bwd(*args: Any, provider: str) -> tuple[Tensor, Tensor]:
+    return _call("bias_act_dropout_bwd", args, provider)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 import torch
@@ -123,10 +124,11 @@ def planted(tmp_path, monkeypatch):
     module.unavailable_reason = lambda: None
     module.refusal = lambda op, *args: "no float64" if args[0].dtype == torch.float64 else None
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
-    monkeypatch.setitem(providers._modules, "first", module)
-    monkeypatch.setattr(
-        providers, "PROVIDERS", {"first": module.__name__, "reference": "fusednorm.providers.reference"}
-    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    every = {"first": (module.__name__,), "reference": providers.PROVIDERS["reference"]}
+    monkeypatch.setattr(providers, "PROVIDERS", every)
+    for cache in ("_modules", "_serving", "_reasons"):
+        monkeypatch.setattr(providers, cache, {})
     monkeypatch.setattr(providers, "_logged", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     entries = [[4, 64, "reference", 2.0], [64, 1024, "first", 3.0]]
@@ -139,7 +141,6 @@ def planted(tmp_path, monkeypatch):
     choice.forget()
     yield
     choice.forget()
-    providers._reasons.pop("first", None)
 
 
 def served(rows, columns, dtype=torch.float32, **options):

@@ -105,7 +105,7 @@ def test_command_info():
         assert word in said
 
 
-@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("function", __main__.FUNCTIONS)
 def test_command_explain(function, capsys):
     __main__.main(["explain", function, "--shape", "4x64", "--device", "cpu", "--grad"])
     said = capsys.readouterr().out

@@ -1,7 +1,7 @@
 """The ordered table of providers, and the choice among them.
 
-A provider is a module with ``unavailable_reason()``, ``refusal(op, *args)`` and a function for each op it implements.
-Providers never import one another; this table is the only place that lists them.
+A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
+first has ``unavailable_reason()``. Providers never import one another; this table is the only place that lists them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from . import choice
 
 _log = logging.getLogger("fusednorm")
 
-PROVIDERS = {  # best first
-    "triton": "fusednorm.providers.triton_norm",
-    "reference": "fusednorm.providers.reference",
+PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
+    "triton": ("fusednorm.providers.triton_norm",),
+    "reference": ("fusednorm.providers.reference", "fusednorm.providers.reference_activation"),
 }
 
 _batch_invariant = False  # a module global for the same reason as the next
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
 _active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
 _records: list[list[Route]] = []  # where explain() collects decisions
-_modules: dict[str, ModuleType] = {}
+_modules: dict[str, tuple[ModuleType, ...]] = {}
+_serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op: one look-up a call
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 automatic = True  # False while a provider is requested or decisions are recorded: no short cut may be taken
@@ -49,17 +50,27 @@ class Route(NamedTuple):
         return "\n".join(lines)
 
 
-def get(name: str) -> ModuleType:
-    module = _modules.get(name)
-    if module is None:
-        module = _modules[name] = importlib.import_module(PROVIDERS[name])
-    return module
+def get(name: str) -> tuple[ModuleType, ...]:
+    """The modules of provider `name`, imported."""
+    modules = _modules.get(name)
+    if modules is None:
+        modules = _modules[name] = tuple([importlib.import_module(path) for path in PROVIDERS[name]])
+        for module in modules:
+            _serving.update({(name, op): module for op in vars(module) if op.endswith(("_fwd", "_bwd"))})
+    return modules
+
+
+def serving(name: str, op: str) -> ModuleType | None:
+    """The module of provider `name` that has the op, or None."""
+    if name not in _modules:
+        get(name)
+    return _serving.get((name, op))
 
 
 def unavailable_reason(name: str) -> str | None:
     """Why provider `name` cannot be used here and now, or None if it can."""
     if name not in _reasons:
-        _reasons[name] = get(name).unavailable_reason()
+        _reasons[name] = get(name)[0].unavailable_reason()
     return _reasons[name]
 
 
@@ -80,12 +91,15 @@ def requested() -> str | None:
 def refusal(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     """Why provider `name` cannot take this call, or None if it can."""
     reason = unavailable_reason(name)
-    return reason if reason is not None else get(name).refusal(op, *args)
+    if reason is not None:
+        return reason
+    module = serving(name, op)
+    return f"it has no {op.rpartition('_')[0]}" if module is None else module.refusal(op, *args)
 
 
 def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     """Why automatic choice passes over a provider that could take this call, or None if it does not."""
-    hook = getattr(get(name), "reluctance", None)
+    hook = getattr(serving(name, op), "reluctance", None)
     return None if hook is None else hook(op, *args)
 
 
@@ -109,7 +123,7 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         return _requested, ()
     preference = None
     if not _batch_invariant and not torch.compiler.is_compiling():  # a graph would be compiled anew for each row count
-        preference = choice.preference(args)
+        preference = choice.preference(op, args)
         if preference is not None and not _serves(preference.provider, op, args):
             preference = None
     refusals: tuple[tuple[str, str], ...] = ()

@@ -62,22 +62,24 @@ def table(key: str) -> Table | None:
     return Table(read["device"], read["source"], shapes)
 
 
-def operation(args: tuple[Any, ...]) -> str:
-    """The benchmark's name for what a call of the forward op does."""
+def operation(op: str, args: tuple[Any, ...]) -> str:
+    """The benchmark's name for what a call of a forward op does."""
+    if op == "bias_act_dropout_fwd":  # what decides is the traffic and the mask, not which activation it is
+        return "bias_gelu_dropout" if args[4] else "bias_relu"
     residual, x_bias, layer_scale, dropout_p, drop_path_p, rms = args[1], args[4], args[5], args[9], args[10], args[13]
     epilogue = x_bias is not None or layer_scale is not None or dropout_p or drop_path_p
     kind = "bias_dropout_add_" if epilogue else "add_" if residual is not None else ""
     return kind + ("rms_norm" if rms else "layer_norm")
 
 
-def preference(args: tuple[Any, ...]) -> Preference | None:
-    """What was measured to be fastest for a call of the forward op, or None if nothing was measured."""
-    x, normalized_ndim = args[0], args[7]
+def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
+    """What was measured to be fastest for a call of a forward op, or None if nothing was measured."""
+    x, normalized_ndim = args[0], args[7] if op == "add_layer_norm_fwd" else 1
     columns = math.prod(x.shape[x.ndim - normalized_ndim :])
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced
         return None
-    return _nearest(device_key(x.device), f"{operation(args)}/{x.element_size()}", rows, columns)
+    return _nearest(device_key(x.device), f"{operation(op, args)}/{x.element_size()}", rows, columns)
 
 
 @functools.lru_cache(4096)

@@ -1,0 +1,32 @@
+"""What the autograd Functions must know of tracing, of ``torch.func`` and of forward-mode AD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+
+def transform_active() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A tensor in two roles becomes two: torch.compile refuses the same one twice as input of a Function."""
+    seen: list[Tensor] = []
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        if tensor is not None:
+            seen.append(tensor)
+        result.append(tensor)
+    return tuple(result)
+
+
+def batched(*cotangents: Tensor | None) -> bool:
+    """Whether a vmap over the backward (is_grads_batched) hides a batch from kernels that read memory themselves."""
+    return transform_active() or any(
+        t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in cotangents
+    )

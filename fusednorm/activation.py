@@ -1,0 +1,165 @@
+"""``bias_act_dropout``: contract, checks, the way down, and the autograd Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _checks, _ops, dropout, providers
+from ._transforms import batched, distinct, transform_active
+from .providers import reference_activation as reference
+
+Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
+
+_TORCHS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
+}
+_FLOATS = frozenset(_checks.FLOAT_DTYPES)
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
+
+def bias_act_dropout(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str = "relu",
+    dropout_p: float = 0.0,
+    *,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    r"""What stands between the two linear layers of a feed-forward block, in one pass each way.
+
+    .. math:: y = \mathrm{dropout}(\mathrm{act}(x + b))
+
+    .. math::
+        \mathrm{relu}(u) = \max(u, 0), \qquad \mathrm{gelu}(u) = \frac{u}{2}\,(1 + \mathrm{erf}(u / \sqrt 2)), \qquad
+        \mathrm{silu}(u) = u\,\sigma(u),
+
+    .. math:: \mathrm{gelu\_tanh}(u) = \frac{u}{2}\,(1 + \tanh(\sqrt{2 / \pi}\,(u + 0.044715\,u^3)))
+
+    Kernels compute in float32 (float64 for float64 x) and round once; the backward computes x + b and the mask again.
+
+    Args:
+        x: (\*, N), what the first linear layer gives without its bias; float32, bfloat16, float16 or float64, any
+            strides.
+        bias: (N,), any of these dtypes, or None.
+        activation: "relu", "gelu", "gelu_tanh" (torch's ``approximate="tanh"``) or "silu".
+        dropout_p: probability that an element is dropped, in [0, 1); applied whenever it is > 0. A dropped element
+            and its gradients are 0, whatever x is there.
+        seed: int or one-element int64 tensor that fixes the mask, which is ``dropout_mask(x.shape, dropout_p, seed)``;
+            drawn from torch's generator if not given.
+
+    Returns:
+        A tensor of x's shape and dtype, under autocast too.
+
+    Raises:
+        TypeError: an argument is no dense floating-point tensor, or of another type than said above.
+        ValueError: the activation is unknown, or a shape, device or probability does not fit.
+
+    Source: D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; S. Elfwing et al.,
+    "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
+    """
+    if has_torch_function_variadic(x, bias, seed):
+        return handle_torch_function(
+            bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
+        )
+    try:
+        # Torch's own operators at once, on the CPU, where no kernel of ours stands: a check costs more than the two
+        # microseconds that a call may cost over eager's. What is not certain to be right goes the way below.
+        if (
+            dropout_p == 0.0
+            and seed is None
+            and providers.automatic
+            and x.is_cpu
+            and x.dtype in _FLOATS
+            and x.layout is torch.strided
+            and not x.is_nested
+            and not _functorch_active()
+            and forward_ad._current_level < 0
+            and not _is_compiling()
+        ):
+            function = _TORCHS[activation]
+            if bias is None:
+                if x.ndim:
+                    return function(x)
+            elif bias.dtype is x.dtype and bias.shape == x.shape[-1:] and bias.ndim and bias.layout is torch.strided:
+                return function(x + bias)
+    except (RuntimeError, TypeError, AttributeError, KeyError):
+        pass
+    _checks.check_tensor("x", x)
+    _checks.check_last_dimension("bias", bias, "x", x)
+    _checks.check_choice("activation", activation, tuple(_TORCHS))
+    _checks.check_probability("dropout_p", dropout_p)
+    if seed is not None:
+        _checks.check_seed(seed)
+    seed = dropout.seed_tensor(seed, x.device) if dropout_p else None
+    return _run((x, bias, seed, activation, float(dropout_p)))
+
+
+def _run(args: Args) -> Tensor:
+    """Choose the way down once, and take it."""
+    if transform_active():
+        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
+        providers.record(providers.Route("bias_act_dropout", "reference", how))
+        return reference.bias_act_dropout_fwd(*args)
+    provider, refusals = providers.choose("bias_act_dropout_fwd", args)
+    # whatever the grad mode: reentrant checkpointing runs the same call once without and once with gradients
+    composite = provider == "reference" and providers.requested() is None
+    if not providers.automatic:
+        how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
+        providers.record(providers.Route("bias_act_dropout", provider, how, refusals))
+    if composite:
+        return reference.bias_act_dropout(*args)
+    x, bias = args[:2]
+    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return _ops.bias_act_dropout_fwd(*args, provider=provider)
+    if _is_compiling():
+        return BiasActDropoutFunction.apply(*distinct(args[:2]), *args[2:], provider)
+    if is_functorch_wrapped_tensor(x):  # escaped from a transform that has ended
+        return BiasActDropoutFunction.apply(*args, provider)
+    return _apply(*args, provider)
+
+
+class BiasActDropoutFunction(torch.autograd.Function):
+    """One op forward, one op backward. What is kept: x, the bias, the seed.
+
+    Under ``create_graph=True`` the backward is the reference's differentiable one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        activation: str,
+        dropout_p: float,
+        provider: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, seed)
+        ctx.activation, ctx.dropout_p, ctx.provider = activation, dropout_p, provider
+        return _ops.bias_act_dropout_fwd(x, bias, seed, activation, dropout_p, provider=provider)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, seed = ctx.saved_tensors
+        need = ctx.needs_input_grad[:2]
+        args = (dy, x, bias, seed, ctx.activation, ctx.dropout_p, list(need))
+        if not _is_compiling() and (torch.is_grad_enabled() or batched(dy)):
+            gradients = reference.bias_act_dropout_bwd(*args)
+        else:
+            gradients = _ops.bias_act_dropout_bwd(*args, provider=ctx.provider)
+        return (*[g if wanted else None for g, wanted in zip(gradients, need, strict=True)], None, None, None, None)
+
+
+# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
+_apply = super(torch.autograd.Function, BiasActDropoutFunction).apply

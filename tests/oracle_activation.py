@@ -1,0 +1,71 @@
+"""float64 oracle and eager twin of ``bias_act_dropout``, in the form that `oracle.check` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from oracle import keep_mask, keep_scale
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as their papers write them
+    "relu": lambda u: torch.where(u > 0, u, torch.zeros_like(u)),
+    "gelu": lambda u: u * 0.5 * torch.erfc(-u / math.sqrt(2)),
+    "gelu_tanh": lambda u: 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
+    "silu": lambda u: u / (1 + torch.exp(-u)),
+}
+TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class ActivationCall:
+    """One call: `ours` by the package, `eager` as torch users write it, `exact` float64. Leaves: x, bias."""
+
+    activation: str
+    view: Callable[[Tensor], Tensor] = lambda leaf: leaf
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def function(self) -> str:
+        return f"bias_act_dropout {self.activation}"
+
+    def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        import fusednorm
+
+        x = self.view(leaves["x"])
+        return (fusednorm.bias_act_dropout(x, leaves.get("bias"), self.activation, **self.options),)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        p = self.options.get("dropout_p", 0.0)
+        if not p:
+            return None
+        kept = keep_mask(x.shape[:-1].numel(), x.shape[-1], p, int(self.options["seed"]))
+        return kept.reshape(x.shape).to(x.device)
+
+    def exact(self, leaves: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """`leaves` in float64."""
+        x = self.view(leaves["x"])
+        y = ACTIVATIONS[self.activation](x + leaves["bias"] if "bias" in leaves else x)
+        mask = self.mask(x)
+        return (y if mask is None else y * (mask.double() * keep_scale(self.options["dropout_p"])),)
+
+    def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Each operation rounds to the tensors' dtype, mixtures as torch promotes them."""
+        x = self.view(leaves["x"])
+        bias = leaves.get("bias")
+        if bias is not None and bias.dtype == torch.float64 != x.dtype:
+            bias = bias.float()  # float32 is computed in float32, also beside a float64 parameter
+        y = TORCHS[self.activation](x if bias is None else x + bias)
+        mask = self.mask(x)
+        if mask is not None:
+            y = (y * mask) * keep_scale(self.options["dropout_p"])
+        return (y.to(x.dtype),)
