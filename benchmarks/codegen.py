@@ -30,9 +30,12 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import codegen_activation as activation
 from fusednorm._dtypes import compute_dtype
-from fusednorm.providers import triton_launch, triton_norm, triton_norm_bwd, triton_norm_fwd
+from fusednorm.providers import triton_activation_kernels, triton_launch, triton_norm, triton_norm_bwd, triton_norm_fwd
 from fusednorm.providers import triton_norm_table as table
+from fusednorm.providers import triton_partials as partials
+from fusednorm.providers.triton_config import PARTIALS
 
 ARCHITECTURES = (80, 90, 100)
 LAYOUTS = ("aligned", "odd", "strided")
@@ -46,6 +49,13 @@ MODES = {
     "bias_dropout": frozenset({"residual", "dropout", "x_bias"}),
     "wide_stream": frozenset({"residual", "wide_stream"}),
     "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
+    **activation.MODES,
+}
+_KERNELS = {
+    name: kernel
+    for module in (triton_norm_fwd, triton_norm_bwd, triton_activation_kernels, partials)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
 }
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture above
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -127,7 +137,10 @@ def _rows(n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
     return torch.zeros(64, n, dtype=dtype)
 
 
-def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backward: bool) -> None:
+def _call(n: int, words: frozenset[str], dtype: torch.dtype, layout: str, backward: bool) -> None:
+    if _activates(words):
+        activation.call(_rows(n, dtype, layout), words, backward)
+        return
     x, vector, seed = _rows(n, dtype, layout), torch.ones(n, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     stream = torch.float32 if "wide_stream" in words else dtype
     z = _rows(n, stream, layout)
@@ -149,6 +162,10 @@ def _call(n: int, words: Collection[str], dtype: torch.dtype, layout: str, backw
         x, z if add else None, z, stats, vector, bias, x if scale is not None else None, x_bias, scale,
         seed_or_none, 1, p, path_p, dtype, stream, rms, False, "from_normed" in words, mask,
     )  # fmt: skip
+
+
+def _activates(words: frozenset[str]) -> bool:
+    return not words.isdisjoint(activation.ACTIVATIONS)
 
 
 def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Variant]:
@@ -179,9 +196,11 @@ def _accumulators(words: Collection[str]) -> int:
 def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, layout: str) -> table.Config:
     if kernel.endswith("bwd_sums"):
         return table.SUMS
-    if kernel.endswith("bwd_finalize"):
-        return table.FINALIZE
+    if kernel == "sum_partials":
+        return PARTIALS
     small = layout != "aligned" or dtype == torch.float64
+    if kernel.startswith(activation.STEM):
+        return activation.config(kernel, n, small)
     wide_rows = dtype.itemsize > 2 or "wide_stream" in words
     if "fwd" in kernel:
         return table.forward(n, "dropout" in words, wide_rows, small)
@@ -205,8 +224,10 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
     stream = vectors  # of the residual stream's dtype
     if "wide_stream" in words:
         stream, separate = elements * 4 // 16, True
-    if kernel.endswith("finalize"):
+    if kernel == "sum_partials":
         return sums, 0
+    if kernel.startswith(activation.STEM):
+        return activation.accesses(kernel, config, itemsize)
     if kernel.endswith("sums"):
         return vectors * (2 + normed) + stream, 0
     if "fwd" in kernel:
@@ -221,6 +242,9 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
 
 def _widths(mode: str, dtype: str, layout: str, backward: bool) -> Iterator[int]:
     """A width for every configuration that the table can choose in a mode."""
+    if _activates(MODES[mode]):
+        yield from activation.WIDTHS
+        return
     seen = set()
     for n in (64, 128, *range(256, _MAX_WIDTH, 256)):
         kernel = "add_layer_norm_bwd" if backward else "add_layer_norm_fwd"
@@ -247,9 +271,8 @@ def variants(modes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str]
 
 def figures(variant: Variant, arch: int) -> Figures:
     """Compile a variant for sm_<arch> and read the binary."""
-    module = triton_norm_fwd if "fwd" in variant.kernel else triton_norm_bwd
     compiled = triton_launch.compile_kernel(
-        getattr(module, f"_{variant.kernel}_kernel"),
+        _KERNELS[f"_{variant.kernel}_kernel"],
         variant.pointer_dtypes,
         variant.constants,
         warps=variant.warps,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fusednorm
 from fusednorm import providers
-from fusednorm.providers import triton_norm
+from fusednorm.providers import triton_host
 
 pytest.importorskip("triton")
 from fusednorm.providers import triton_launch
@@ -36,7 +36,7 @@ def no_driver(monkeypatch):
         run(*grid, 1, None, None, None, None, None, None, *pointers, *numbers, *self.constants)
 
     monkeypatch.setattr(triton_launch.Variant, "launch", launch)
-    monkeypatch.setattr(triton_norm, "INTERPRETING", True)
+    monkeypatch.setattr(triton_host, "INTERPRETING", True)
     monkeypatch.setitem(providers._reasons, "triton", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

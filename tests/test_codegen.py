@@ -40,16 +40,18 @@ def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
 
 
 def test_no_spills_and_no_needless_access_on_hopper(tmp_path):
-    """The lightest and the heaviest epilogue; the ones between by `make test-all`."""
-    figures = gate(tmp_path, "--arch", "90", "--modes", "add", "all")["figures"]
+    """The lightest and the heaviest epilogue, the heaviest activation; the ones between by `make test-all`."""
+    figures = gate(tmp_path, "--arch", "90", "--modes", "add", "all", "gelu_dropout")["figures"]
     assert {f["kernel"] for f in figures} == {
         "add_layer_norm_fwd",
         "add_layer_norm_fwd_wide",
         "add_layer_norm_bwd",
         "add_layer_norm_bwd_sums",
-        "add_layer_norm_bwd_finalize",
+        "bias_act_dropout_fwd",
+        "bias_act_dropout_bwd",
+        "sum_partials",
     }
-    assert len(figures) >= 60
+    assert len(figures) >= 70
     assert all(f["stack"] == f["local"] == 0 for f in figures)
 
 
@@ -73,13 +75,13 @@ def test_gate_for_every_epilogue(arch, which, tmp_path, request):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_gate_for_every_dtype(dtype, tmp_path):
-    gate(tmp_path, "--modes", "plain", "add", "all", "--dtypes", dtype)
+    gate(tmp_path, "--modes", "plain", "add", "all", "relu", "gelu_dropout", "--dtypes", dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["odd", "strided"])
 def test_gate_for_rows_without_alignment(layout, tmp_path):
-    gate(tmp_path, "--modes", "add", "all", "--layouts", layout)
+    gate(tmp_path, "--modes", "add", "all", "relu", "gelu_dropout", "--layouts", layout)
 
 
 PLANT = """
@@ -125,7 +127,7 @@ for v in codegen.variants(codegen.MODES, ["bfloat16"], ["aligned"]):
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]
     committed = (ROOT / "benchmarks/results/codegen.md").read_text().splitlines()
-    rows = [line for line in committed if line.startswith("| add_")]
+    rows = [line for line in committed if line.startswith(("| add_", "| bias_", "| sum_"))]
     expected = run.stdout.splitlines()
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))

@@ -21,7 +21,7 @@ from . import choice
 _log = logging.getLogger("fusednorm")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
-    "triton": ("fusednorm.providers.triton_norm",),
+    "triton": ("fusednorm.providers.triton_norm", "fusednorm.providers.triton_activation"),
     "reference": ("fusednorm.providers.reference", "fusednorm.providers.reference_activation"),
 }
 

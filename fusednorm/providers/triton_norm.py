@@ -3,110 +3,29 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dropout
 from .._dtypes import compute_dtype
+from . import triton_host as host
 from . import triton_norm_table as table
+from .triton_host import reluctance as reluctance
+from .triton_host import unavailable_reason as unavailable_reason
 from .triton_layout import contiguous, layout, rows_per_sample, sizes
 
 if TYPE_CHECKING:
     from .triton_launch import Variant
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
-_MIN_CAPABILITY = (8, 0)
-
-
-def unavailable_reason() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
-    if INTERPRETING:
-        missing = importlib.util.find_spec("numpy") is None
-        return "Triton's interpreter needs NumPy; pip install numpy" if missing else None
-    if not torch.cuda.is_available():
-        return (
-            "torch sees no CUDA GPU (to test its kernels on the CPU: pip install numpy, and set TRITON_INTERPRET=1 "
-            "before Python starts)"
-        )
-    if torch.version.hip is not None:
-        return "its configurations are for NVIDIA GPUs, and this torch is built for ROCm"
-    return _launching_fault()
-
-
-def _launching_fault() -> str | None:
-    """Triton builds a part of its launcher with the C compiler the first time; where there is none it says so."""
-    try:
-        import triton
-
-        triton.runtime.driver.active.utils  # noqa: B018
-    except Exception as fault:  # whatever it is, no kernel can be launched
-        return f"Triton cannot launch kernels here: {fault}"
-    return None
-
-
-def reluctance(op: str, *args: Any) -> str | None:
-    """Why automatic choice does not take a call that this provider could serve."""
-    if INTERPRETING:
-        return "kernels run in Triton's interpreter, which is for tests"
-    return None
-
-
-_capabilities: dict[int, tuple[int, int]] = {}
-
-
-def _capability(index: int) -> tuple[int, int]:
-    if index not in _capabilities:
-        _capabilities[index] = torch.cuda.get_device_capability(index)
-    return _capabilities[index]
-
-
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
-
 
 def refusal(op: str, *args: Any) -> str | None:
     x, normalized_ndim, dropout_p = args[0], args[7], args[9]
-    if x.is_meta:  # the op's fake kernel serves it
-        return None
-    device = "cpu" if INTERPRETING else "cuda"
-    if x.device.type != device:
-        return f"x is on {x.device}, its kernels run on {device} tensors here"
-    if device == "cuda" and _capability(x.device.index) < _MIN_CAPABILITY:
-        return f"{x.device} is older than compute capability 8.0"
-    if math.prod(x.shape[x.ndim - normalized_ndim :]) >= 2**31:
-        return "a row has 2**31 elements or more"
-    if dropout_p and normalized_ndim > 1:
+    reason = host.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
+    if reason is None and dropout_p and normalized_ndim > 1 and not x.is_meta:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
-    return None
-
-
-@functools.lru_cache(None)
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count if index >= 0 else 2
-
-
-@functools.lru_cache(64)
-def _numbers(p: float) -> tuple[int, float]:
-    return dropout.threshold(p), dropout.keep_scale(p)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-# One variant for each combination of what the compiler is told; sizes other than N are numbers of the launch.
-
-
-@functools.lru_cache(None)  # never let go: a captured CUDA graph goes on using what was compiled
-def _variant(kernel: Any, constants: tuple[Any, ...], config: table.Config, aligned: bool) -> Variant:
-    from .triton_launch import Variant
-
-    return Variant(kernel, constants, warps=config.warps, registers=config.registers, aligned=aligned)
+    return reason
 
 
 @functools.lru_cache(4096)
@@ -125,7 +44,7 @@ def _forward(
         kernel = kernels._add_layer_norm_fwd_kernel
         power_of_two = 1 << (config.chunks - 1).bit_length()
         constants += (config.chunks, power_of_two, config.chunks * config.block_n == n)
-    return _variant(kernel, constants, config, layout[0] == 0), config.block_m
+    return host.variant(kernel, constants, config, layout[0] == 0), config.block_m
 
 
 class _Backward(NamedTuple):
@@ -133,8 +52,6 @@ class _Backward(NamedTuple):
     slabs: int  # programs beside one another in a row
     sums: Variant | None  # the row sums, where a row does not fit
     main: Variant
-    finalize: Variant
-    finalize_vec: int
 
 
 @functools.lru_cache(4096)
@@ -156,29 +73,19 @@ def _backward(
     config = table.backward(n, weight_class, not aligned or acc == torch.float64)
     chunks, sums, slabs = max(config.chunks, 1), None, 1
     if not config.chunks:
-        slabs = _ceil(n, config.block_n)
+        slabs = host.ceil(n, config.block_n)
         constants = (*norm, *layout, table.SUMS.block_m, table.SUMS.block_n)
-        sums = _variant(kernels._add_layer_norm_bwd_sums_kernel, constants, table.SUMS, aligned)
+        sums = host.variant(kernels._add_layer_norm_bwd_sums_kernel, constants, table.SUMS, aligned)
     even = n % (config.block_n * chunks) == 0
     constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even)
-    main = _variant(kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
-    vec = 4 if n % 4 == 0 else 1
-    constants = (vec, table.FINALIZE.block_m, table.FINALIZE.block_n)
-    finalize = _variant(kernels._add_layer_norm_bwd_finalize_kernel, constants, table.FINALIZE, vec > 1)
-    return _Backward(config, slabs, sums, main, finalize, vec)
+    main = host.variant(kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
+    return _Backward(config, slabs, sums, main)
 
 
 def forget_variants() -> None:
     """After the table was changed."""
     _forward.cache_clear()
     _backward.cache_clear()
-
-
-def _like(tensor: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
-    """A contiguous result of `tensor`'s shape (cheaper than torch.empty of a Size); without elements if not wanted."""
-    if wanted:
-        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-    return tensor.new_empty(0, dtype=dtype)
 
 
 def add_layer_norm_fwd(
@@ -202,7 +109,7 @@ def add_layer_norm_fwd(
     """(normed, residual_out, stats) in one launch."""
     m, n = sizes(x, normalized_ndim)
     normed = torch.empty_like(x, dtype=normed_dtype, memory_format=torch.contiguous_format)
-    residual_out = _like(x, store_residual, residual_dtype)
+    residual_out = host.like(x, store_residual, residual_dtype)
     n_statistics, stats_dtype = 1 if rms else 2, compute_dtype(x.dtype, residual_dtype)
     stats = torch.empty_strided((n_statistics, m), (m, 1), dtype=stats_dtype, device=x.device)
     if m == 0:
@@ -215,12 +122,12 @@ def add_layer_norm_fwd(
     flags = (rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0)
     variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, flags)
     variant.launch(
-        (_ceil(m, block_m), 1),
+        (host.ceil(m, block_m), 1),
         (*rows.tensors, *parameters, seed, *outputs, stats),
         (
             *(m, rows.n_units, rows.rows_inner, rows_per_sample(x, normalized_ndim), *rows.strides, eps),
-            *_numbers(dropout_p),
-            *_numbers(drop_path_p),
+            *host.numbers(dropout_p),
+            *host.numbers(drop_path_p),
         ),
     )
     return normed, residual_out, stats
@@ -251,7 +158,7 @@ def add_layer_norm_bwd(
     m, n = sizes(saved, normalized_ndim)
     parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
     gradients = [
-        saved.new_empty(0) if like is None or not wanted else _like(like, True, dtype or like.dtype)
+        saved.new_empty(0) if like is None or not wanted else host.like(like, True, dtype or like.dtype)
         for like, dtype, wanted in zip(
             (saved, saved, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
         )
@@ -284,13 +191,13 @@ def add_layer_norm_bwd(
     if plan.sums is not None:
         sums = torch.empty_like(stats)
         plan.sums.launch(
-            (_ceil(m, table.SUMS.block_m), 1),
+            (host.ceil(m, table.SUMS.block_m), 1),
             (rows.tensors[0], rows.tensors[2], stats, parameters[0], parameters[1], sums),
             (m, rows.n_units, rows.rows_inner, *rows.strides[:3], *rows.strides[6:9]),
         )
     # persistent programs: the multiprocessors filled, but no more than there are groups of rows
-    programs = _processors(saved.get_device()) * plan.config.per_sm // plan.slabs
-    programs = max(1, min(_ceil(m, plan.config.block_m), programs))
+    programs = host.processors(saved.get_device()) * plan.config.per_sm // plan.slabs
+    programs = max(1, min(host.ceil(m, plan.config.block_m), programs))
     accumulators = sum(output_mask[2:])
     partials = stats.new_empty((accumulators, programs, n)) if accumulators else None
     plan.main.launch(
@@ -301,14 +208,10 @@ def add_layer_norm_bwd(
         ),
         (
             *(m, rows.n_units, rows.rows_inner, rows_per_sample(saved, normalized_ndim), *rows.strides),
-            *_numbers(dropout_p),
-            *_numbers(drop_path_p),
+            *host.numbers(dropout_p),
+            *host.numbers(drop_path_p),
         ),
     )
     if partials is not None:
-        plan.finalize.launch(
-            (_ceil(n, table.FINALIZE.block_n), accumulators),
-            (partials, *written[2:]),
-            (programs, n // plan.finalize_vec),
-        )
+        host.sum_partials(partials, tuple(written[2:]))
     return tuple(gradients)

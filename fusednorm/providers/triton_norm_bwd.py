@@ -1,7 +1,7 @@
 """Backward Triton kernels of the norm family: persistent over rows, with column slabs where a row is too wide.
 
 As in the forward a row is held as CHUNKS tiles [BLOCK_M, BLOCK_N]. No atomics: each program writes its partial sums of
-the parameter gradients once, and the finalize kernel adds them in a fixed order.
+the parameter gradients once, and another kernel adds them in a fixed order.
 """
 
 # fmt: off
@@ -12,16 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_norm_shared import (
-    divide,
-    draw_path_factor,
-    keep_mask,
-    load_dropped,
-    load_vector,
-    load_weight,
-    row_offsets,
-    tile_pointers,
-)
+from .triton_norm_shared import divide, draw_path_factor, load_dropped, load_weight
+from .triton_partials import flush
+from .triton_tile import keep_mask, load_vector, row_offsets, tile_pointers
 
 
 @triton.jit
@@ -98,15 +91,6 @@ def _add_layer_norm_bwd_sums_kernel(
 @triton.jit
 def _add_pair(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _flush(partials_ptr, accumulators, plane, program, column, N, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, P):
-    """One program's partial sums of one parameter gradient: row `program` of plane `plane` of (K, P, N)."""
-    base = (plane * P + program).to(tl.int64) * N
-    for c in tl.static_range(CHUNKS):
-        cols = column + c * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(partials_ptr + base + cols, tl.sum(accumulators[c], axis=0), mask=cols < N)
 
 
 @triton.jit
@@ -225,36 +209,10 @@ def _add_layer_norm_bwd_kernel(
         dweight, dbias, dx_bias, dlayer_scale = new_dweight, new_dbias, new_dx_bias, new_dlayer_scale
 
     if DWEIGHT:
-        _flush(partials_ptr, dweight, 0, program, first_column, N, BLOCK_N, CHUNKS, P)
+        flush(partials_ptr, dweight, 0, program, first_column, N, BLOCK_N, CHUNKS, P)
     if DBIAS:
-        _flush(partials_ptr, dbias, DWEIGHT, program, first_column, N, BLOCK_N, CHUNKS, P)
+        flush(partials_ptr, dbias, DWEIGHT, program, first_column, N, BLOCK_N, CHUNKS, P)
     if DX_BIAS:
-        _flush(partials_ptr, dx_bias, DWEIGHT + DBIAS, program, first_column, N, BLOCK_N, CHUNKS, P)
+        flush(partials_ptr, dx_bias, DWEIGHT + DBIAS, program, first_column, N, BLOCK_N, CHUNKS, P)
     if DLAYER_SCALE:
-        _flush(partials_ptr, dlayer_scale, DWEIGHT + DBIAS + DX_BIAS, program, first_column, N, BLOCK_N, CHUNKS, P)
-
-
-@triton.jit
-def _add_layer_norm_bwd_finalize_kernel(
-    partials_ptr, dweight_ptr, dbias_ptr, dx_bias_ptr, dlayer_scale_ptr, P, n_units,
-    VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """Sums the P partials of each column, always in the same order; one parameter a plane (second grid axis)."""
-    N = n_units * VEC
-    plane = tl.program_id(1)
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = plane.to(tl.int64) * P * N
-    total = tl.zeros([BLOCK_P, BLOCK_N], partials_ptr.dtype.element_ty)
-    for start in range(0, P, BLOCK_P):
-        partial_rows = start + tl.arange(0, BLOCK_P)
-        mask = (partial_rows < P)[:, None] & (cols < N)[None, :]
-        offset = base + partial_rows.to(tl.int64)[:, None] * N + cols[None, :]
-        total += tl.load(partials_ptr + offset, mask=mask, other=0.0)
-    gradient = tl.sum(total, axis=0)
-    gradients = (dweight_ptr, dbias_ptr, dx_bias_ptr, dlayer_scale_ptr)
-    index = 0
-    for k in tl.static_range(4):
-        if gradients[k] is not None:
-            if plane == index:
-                tl.store(gradients[k] + cols, gradient.to(gradients[k].dtype.element_ty), mask=cols < N)
-            index += 1
+        flush(partials_ptr, dlayer_scale, DWEIGHT + DBIAS + DX_BIAS, program, first_column, N, BLOCK_N, CHUNKS, P)

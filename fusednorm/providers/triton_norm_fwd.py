@@ -11,16 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_norm_shared import (
-    divide,
-    draw_path_factor,
-    inverse_sqrt,
-    load_dropped,
-    load_vector,
-    load_weight,
-    row_offsets,
-    tile_pointers,
-)
+from .triton_norm_shared import divide, draw_path_factor, inverse_sqrt, load_dropped, load_weight
+from .triton_tile import load_vector, row_offsets, tile_pointers
 
 
 @triton.jit

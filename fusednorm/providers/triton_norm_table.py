@@ -11,25 +11,10 @@ the registers (rows that are not aligned, float64) it has 4: the "small" tables.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Config(NamedTuple):
-    block_m: int
-    block_n: int
-    chunks: int  # tiles a row is held in; 0 = the wide form, which reads the row again
-    warps: int
-    per_sm: int  # programs that fit on a multiprocessor: how many registers the compiler may use follows
-
-    @property
-    def registers(self) -> int:
-        """The most registers a thread may have. Stated, because ptxas left to itself spills to reach an occupancy."""
-        return min(255, _REGISTERS // (32 * self.warps * self.per_sm) // 8 * 8)
-
+from .triton_config import MAX_PROGRAMS, REGISTERS
+from .triton_config import Config as Config
 
 _Tile = tuple[int, int, int, tuple[int, ...]]
-_REGISTERS = 65536  # of a multiprocessor
-_MAX_PROGRAMS = 8  # of a persistent grid, for each multiprocessor: each writes a row of partial sums
 
 # (block_m, block_n, warps, most chunks light / heavy): earlier rows win ties of padded width. Heavy is a forward with
 # dropout, or of 32-bit rows.
@@ -76,7 +61,6 @@ _BACKWARD_SMALL = (
 _SLAB = (1, 1024, 4)
 _SLAB_SMALL = (1, 512, 4)
 SUMS = Config(1, 2048, 0, 8, 2)
-FINALIZE = Config(128, 32, 0, 8, 3)  # block_m: partials summed at a step
 
 # Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
 _BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 48))
@@ -107,5 +91,5 @@ def backward(n: int, weight_class: int, small: bool) -> Config:
     block_m, block_n, warps = _SLAB_SMALL if small else _SLAB
     best = _best(n, tiles, weight_class) or (block_m, block_n, 0, warps)
     each_chunk, fixed = (_BACKWARD_REGISTERS_SMALL if small else _BACKWARD_REGISTERS)[weight_class]
-    fitting = _REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + fixed))
-    return Config(*best, per_sm=max(1, min(fitting, _MAX_PROGRAMS)))
+    fitting = REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + fixed))
+    return Config(*best, per_sm=max(1, min(fitting, MAX_PROGRAMS)))

@@ -1,0 +1,45 @@
+"""What the code-generation gate compiles and expects of the activation kernels; `codegen.py` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from fusednorm.providers import triton_activation
+from fusednorm.providers import triton_activation_table as table
+from fusednorm.providers.triton_config import Config
+
+STEM = "bias_act_dropout"
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 56, 2040)  # every tile, and the narrowest and the widest not filled
+MODES = {a: frozenset({a}) for a in ACTIVATIONS} | {f"{a}_dropout": frozenset({a, "dropout"}) for a in ACTIVATIONS}
+
+
+def call(x: torch.Tensor, words: Collection[str], backward: bool) -> None:
+    """One call of the provider on rows like x, with a bias."""
+    activation = next(a for a in ACTIVATIONS if a in words)
+    bias, p = x.new_ones(x.shape[-1]), 0.1 * ("dropout" in words)
+    seed = torch.zeros(1, dtype=torch.int64) if p else None
+    if backward:
+        triton_activation.bias_act_dropout_bwd(x, x, bias, seed, activation, p, [True, True])
+    else:
+        triton_activation.bias_act_dropout_fwd(x, bias, seed, activation, p)
+
+
+def config(kernel: str, n: int, small: bool) -> Config:
+    return (table.backward if kernel.endswith("bwd") else table.forward)(n, small)
+
+
+def accesses(kernel: str, config: Config, itemsize: int) -> tuple[int, int]:
+    """16-byte loads and stores of one thread by the byte model: each operand once, each result once.
+
+    Forward reads x and the bias and writes y. Backward reads dy, x and the bias and writes dx, and once in its life the
+    sums of its columns (16 bytes at a time where there are as many for each lane).
+    """
+    elements = config.block_m * config.block_n // (32 * config.warps)
+    vectors = max(elements * itemsize // 16, 1)
+    if kernel.endswith("fwd"):
+        return 2 * vectors, vectors
+    partials = config.block_n * max(itemsize, 4) // (16 * 32 * config.warps)
+    return 3 * vectors, vectors + partials

@@ -1,0 +1,166 @@
+"""The Triton kernels of ``bias_act_dropout`` in the interpreter: every layout and switch, against float64.
+
+The interpreter runs a program at a time in Python, so each shape here is the smallest that reaches its code path.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from oracle import check
+from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
+from shapes import Shape, random_leaves
+
+import fusednorm
+from fusednorm import bias_act_dropout, dropout_mask
+from fusednorm.providers import triton_activation
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
+BOTH = ("x", "bias")
+SHAPES = [
+    Shape("one_element", (1, 1)),
+    Shape("narrow_several_rows_a_program", (37, 8)),
+    Shape("odd_width_masked_lanes", (7, 33)),
+    Shape("one_dimension", (24,)),
+    Shape("one_aligned_tile", (3, 1024)),
+    Shape("several_tiles_a_row_padded", (3, 1304)),
+    Shape("odd_tiles_a_row", (3, 1101)),
+    Shape("more_row_groups_than_programs", (277, 40)),
+    Shape("three_lead_dimensions", (2, 3, 4, 16)),
+    Shape("transposed", (32, 6), lambda leaf: leaf.t()),
+    Shape("two_row_strides", (3, 4, 16), lambda leaf: leaf.transpose(0, 1)),
+    Shape("last_dimension_step_2", (5, 48), lambda leaf: leaf[:, ::2]),
+    Shape("slice_of_fused_projection", (5, 3 * 24), lambda leaf: leaf[:, 24:48]),
+    Shape("expanded_rows", (1, 24), lambda leaf: leaf.expand(6, 24)),
+    Shape("no_rows", (0, 16)),
+    Shape("no_columns", (3, 0)),
+]
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with fusednorm.use_provider("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@DROPOUT
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_activation_at_every_layout(shape, options, dtype, generator):
+    leaves = random_leaves(shape, BOTH, dtype, "cpu", generator)
+    check(ActivationCall("gelu_tanh", shape.view, options), leaves, generator)
+
+
+@pytest.mark.parametrize("names", [BOTH, ("x",)], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@DROPOUT
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_activation_with_every_switch(activation, options, dtype, names, generator):
+    leaves = random_leaves(Shape("", (3, 5, 36)), names, dtype, "cpu", generator)
+    check(ActivationCall(activation, options=options), leaves, generator)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64], ids=str)
+def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
+    leaves = random_leaves(Shape("", (9, 40)), BOTH, torch.bfloat16, "cpu", generator, {"bias": bias_dtype})
+    check(ActivationCall("gelu"), leaves, generator)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
+def test_triton_activation_drops_what_dropout_mask_drops(columns):
+    x = torch.ones(9, columns, requires_grad=True)
+    y = bias_act_dropout(x, None, "relu", 0.4, seed=-3)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    mask = dropout_mask((9, columns), 0.4, -3)
+    assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_triton_activation_of_huge_values_and_nan(activation):
+    """Finite where torch's is, and NaN stays."""
+    huge = [3e38, 1e20, 3e4, 100.0, 20.0]
+    given = torch.tensor([*huge, *(-value for value in huge), float("nan")])
+    found = []
+    for function in (lambda t: bias_act_dropout(t, None, activation), TORCHS[activation]):
+        x = given.clone().requires_grad_()
+        y = function(x)
+        found.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for got, torchs in zip(*found):
+        finite = torchs.isfinite()
+        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for float32
+        assert got[-1].isnan() == torchs[-1].isnan()
+
+
+def test_triton_activation_of_a_column_dropped_whole():
+    """A NaN in its bias comes neither into the result nor, by rows past the last one, into its gradient."""
+    seed = next(s for s in range(100) if not dropout_mask((3, 4), 0.5, s)[:, 1].any())
+    bias = torch.tensor([0.0, float("nan"), 0.0, 0.0], requires_grad=True)
+    y = bias_act_dropout(torch.ones(3, 4), bias, "gelu", 0.5, seed=seed)
+    (dbias,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert y.isfinite().all() and dbias.isfinite().all() and dbias[1] == 0
+
+
+def test_triton_activation_backward_repeats_bit_for_bit():
+    x, bias = torch.randn(131, 72, requires_grad=True), torch.randn(72, requires_grad=True)
+    dy = torch.randn(131, 72)
+    runs = [torch.autograd.grad(bias_act_dropout(x, bias, "silu"), (x, bias), dy) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be launched: nothing is."""
+    from fusednorm.providers import triton_launch
+
+    noted = []
+
+    def note(self, grid, pointers, numbers):
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        variant = (self.function.__name__, dtypes, self.constants, self.warps, self.registers, self.aligned)
+        noted.append((variant, grid))
+
+    monkeypatch.setattr(triton_launch.Variant, "launch", note)
+    return noted
+
+
+def test_triton_activation_variants_do_not_depend_on_the_row_count(launches):
+    bias = torch.ones(64, requires_grad=True)
+    for rows in (1, 16, 17, 4096):
+        x = torch.zeros(rows, 64, requires_grad=True)
+        y = bias_act_dropout(x, bias, "gelu", 0.1)
+        torch.autograd.grad(y, (x, bias), torch.zeros(rows, 64))
+    assert len({variant for variant, _ in launches}) == 3  # forward, backward, and the sum of its partials
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("bias",)], ids=str)
+def test_triton_activation_launches_only_what_is_wanted(wanted, launches):
+    """No gradient of the bias: no partials, and nothing to sum. None of x: it is not written."""
+    leaves = {"x": torch.zeros(8, 64), "bias": torch.ones(64)}
+    for name in wanted:
+        leaves[name].requires_grad_()
+    y = bias_act_dropout(**leaves)
+    torch.autograd.grad(y, [leaves[name] for name in wanted], torch.zeros(8, 64))
+    (backward, *sums) = [variant for variant, _ in launches if "fwd" not in variant[0]]
+    assert [dtype is not None for dtype in backward[1][4:]] == ["x" in wanted, "bias" in wanted]
+    assert bool(sums) == ("bias" in wanted)
+
+
+def test_triton_activation_keeps_to_the_grids_limit(launches):
+    x = torch.zeros(1, 1).expand(4_000_000, 1)
+    bias_act_dropout(x, None)
+    assert launches[0][1] == (1, 65535)
+
+
+def test_triton_activation_of_more_groups_than_programs(monkeypatch, generator):
+    monkeypatch.setattr(triton_activation, "_MOST_GROUPS", 2)
+    leaves = random_leaves(Shape("", (131, 40)), BOTH, torch.float32, "cpu", generator)
+    check(ActivationCall("relu", options={"dropout_p": 0.2, "seed": 5}), leaves, generator)
+
+
+def test_automatic_choice_never_interprets_the_activation():
+    reluctance = triton_activation.reluctance("bias_act_dropout_fwd", torch.ones(2, 8))
+    assert reluctance is not None and "interpreter" in reluctance
