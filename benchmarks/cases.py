@@ -1,12 +1,11 @@
-"""What is measured: operations with their inputs, byte and FLOP models, baselines, and the sweeps over shapes.
+"""What is measured: operations with their inputs, byte and FLOP models, and the sweeps over shapes.
 
-An operation is an object with the methods of `Norm`; another family (attention, a layer step) is another class with
-the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+An operation is an object with the methods of `Norm`; another family (`Activation`; attention, a layer step) is another
+class with the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
+from benchmarks.cases_activation import Activation
 
 Call = Callable[[], tuple[Tensor, ...]]
 Leaves = Mapping[str, Tensor]
@@ -26,10 +26,6 @@ EPS = 1e-5
 DIRECTIONS = ("forward", "backward", "both")
 DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 TINY = (4, 64)  # too small for any device: what is measured is the time of the host
-
-
-class BaselineError(Exception):
-    """A baseline cannot serve a case; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,11 @@ class Norm:
     rms: bool = False
     add: bool = False
     epilogue: bool = False
+    feed_forward = False  # measured at a sweep's `shapes`, not at its `ffn_shapes`
+
+    @property
+    def draws_mask(self) -> bool:
+        return self.epilogue
 
     def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that receives a gradient."""
@@ -154,7 +155,8 @@ def _rows(shape: tuple[int, ...]) -> int:
     return rows
 
 
-OPS = {
+Operation = Norm | Activation
+OPS: dict[str, Operation] = {
     op.name: op
     for op in (
         Norm("layer_norm"),
@@ -163,6 +165,8 @@ OPS = {
         Norm("add_rms_norm", rms=True, add=True),
         Norm("bias_dropout_add_layer_norm", add=True, epilogue=True),
         Norm("bias_dropout_add_rms_norm", rms=True, add=True, epilogue=True),
+        Activation("bias_relu", "relu"),
+        Activation("bias_gelu_dropout", "gelu", DROPOUT_P),
     )
 }
 
@@ -175,7 +179,7 @@ class Case:
     direction: str
 
     @property
-    def operation(self) -> Norm:
+    def operation(self) -> Operation:
         return OPS[self.op]
 
     @property
@@ -217,6 +221,7 @@ class Sweep:
     dtypes: tuple[str, ...]
     directions: tuple[str, ...] = ("forward", "both")
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
+    ffn_shapes: tuple[tuple[int, int], ...] = (TINY,)  # of the operations inside a feed-forward block
 
     def cases(self) -> list[Case]:
         excluded = self.left_out()
@@ -229,9 +234,10 @@ class Sweep:
 
     def _every(self) -> list[Case]:
         return [
-            Case(op, shape, dtype, direction)
-            for shape in self.shapes
-            for op in OPS
+            Case(name, shape, dtype, direction)
+            for shape in dict.fromkeys(self.shapes + self.ffn_shapes)
+            for name, op in OPS.items()
+            if shape in (self.ffn_shapes if op.feed_forward else self.shapes)
             for dtype in self.dtypes
             for direction in self.directions  # innermost: neighbours share their float64 results
         ]
@@ -239,19 +245,28 @@ class Sweep:
 
 _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 _SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
-_CPU_LIMITS = {"bias_dropout_add_layer_norm": 1 << 18, "bias_dropout_add_rms_norm": 1 << 18}
+_CPU_LIMITS = {op.name: 1 << 18 for op in OPS.values() if op.draws_mask}
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
+_FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 SWEEPS = {
-    ("cpu", "quick"): Sweep((TINY, (64, 1024), (1024, 1024)), ("float32", "bfloat16"), limits=_CPU_LIMITS),
+    ("cpu", "quick"): Sweep(
+        (TINY, (64, 1024), (1024, 1024)), ("float32", "bfloat16"), limits=_CPU_LIMITS, ffn_shapes=(TINY, (64, 4096))
+    ),
     ("cpu", "default"): Sweep(
         (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
         ("float32", "bfloat16"),
         limits=_CPU_LIMITS,
+        ffn_shapes=(TINY, (64, 4096), (1024, 3072)),
     ),
     ("cpu", "full"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)), ("float32", "bfloat16", "float16"), DIRECTIONS
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)),
+        ("float32", "bfloat16", "float16"),
+        DIRECTIONS,
+        ffn_shapes=(TINY, (1, 4096), (64, 4096), (1024, 3072), (4096, 4096)),
     ),
-    ("cuda", "quick"): Sweep((TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",)),
+    ("cuda", "quick"): Sweep(
+        (TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",), ffn_shapes=(TINY, (8192, 4096))
+    ),
     ("cuda", "default"): Sweep(
         (
             *(TINY, (1, 4096), (1, 262144), (64, 4096), (65536, 64), (65536, 1024)),
@@ -259,9 +274,13 @@ SWEEPS = {
             (1024, 262144),
         ),
         ("bfloat16", "float16", "float32"),
+        ffn_shapes=_FFN,
     ),
     ("cuda", "full"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)), ("bfloat16", "float16", "float32"), DIRECTIONS
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
+        ("bfloat16", "float16", "float32"),
+        DIRECTIONS,
+        ffn_shapes=_FFN,
     ),
 }
 
@@ -298,83 +317,3 @@ def served_by(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[
 def require_provider(name: str | None) -> None:
     if name is not None and name not in fusednorm.available_providers():
         raise ValueError(f"--provider {name}: usable here are {', '.join(fusednorm.available_providers())}")
-
-
-# --- baselines: name -> (module to import, or None for torch's own; function (op, leaves) -> Call) ---
-
-
-def _compiled(mode: str | None) -> Callable[[Norm, Leaves], Call]:
-    def build(op: Norm, t: Leaves) -> Call:
-        import torch._functorch.config as functorch_config
-
-        functorch_config.donated_buffer = False  # a kept graph (direction "backward") could not be run twice
-        return torch.compile(op.eager(t), mode=mode, dynamic=False)
-
-    return build
-
-
-def _attribute(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise BaselineError(f"{path} cannot be imported: {error}") from error
-
-
-def _liger(op: Norm, t: Leaves) -> Call:
-    if op.epilogue:
-        raise BaselineError("has no dropout")
-    x, w = t["x"], t["weight"]
-    # offset 0; in place would overwrite the cotangent, which is used again
-    if op.add:
-        if not op.rms:
-            raise BaselineError("has no add + layer_norm that returns both")
-        add = _attribute("liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction").apply
-        return lambda: add(x, t["residual"], w, EPS, 0.0, "llama", False)
-    if op.rms:
-        rms = _attribute("liger_kernel.ops.rms_norm.LigerRMSNormFunction").apply
-        return lambda: (rms(x, w, EPS, 0.0, "llama", False),)
-    norm = _attribute("liger_kernel.ops.layer_norm.LigerLayerNormFunction").apply
-    return lambda: (norm(x, w, t["bias"], EPS),)
-
-
-def _quack(op: Norm, t: Leaves) -> Call:
-    if op.epilogue or not op.rms:
-        raise BaselineError("has rms_norm and add_rms_norm only")
-    rms, x, w, residual = _attribute("quack.rmsnorm.rmsnorm"), t["x"], t["weight"], t.get("residual")
-    if op.add:
-        return lambda: rms(x, w, residual=residual, eps=EPS, prenorm=True)
-    return lambda: (rms(x, w, eps=EPS),)
-
-
-def _fla(op: Norm, t: Leaves) -> Call:
-    if op.epilogue:
-        raise BaselineError("has no dropout")
-    norm = _attribute("fla.modules.layernorm." + ("rms_norm" if op.rms else "layer_norm"))
-    x, w, b, residual = t["x"], t["weight"], t.get("bias"), t.get("residual")
-    if op.add:
-        return lambda: norm(x, w, b, residual=residual, eps=EPS, prenorm=True)
-    return lambda: (norm(x, w, b, eps=EPS),)
-
-
-def _flash_attn(op: Norm, t: Leaves) -> Call:
-    norm = _attribute("flash_attn.ops.triton.layer_norm.layer_norm_fn")
-    x, w, b, residual, x_bias = t["x"], t["weight"], t.get("bias"), t.get("residual"), t.get("x_bias")
-    options = {"eps": EPS, "is_rms_norm": op.rms}
-    if op.epilogue:  # it has no bias of the branch: that add stays torch's
-        return lambda: norm(x + x_bias, w, b, residual=residual, dropout_p=DROPOUT_P, prenorm=True, **options)
-    if op.add:
-        return lambda: norm(x, w, b, residual=residual, prenorm=True, **options)
-    return lambda: (norm(x, w, b, **options),)
-
-
-BASELINES: dict[str, tuple[str | None, Callable[[Norm, Leaves], Call]]] = {
-    "eager": (None, lambda op, t: op.eager(t)),
-    "compile": (None, _compiled(None)),
-    # without CUDA graphs: those copy every input of this isolated call first, as no real model would
-    "compile-max-autotune": (None, _compiled("max-autotune-no-cudagraphs")),
-    "liger_kernel": ("liger_kernel", _liger),
-    "quack": ("quack", _quack),
-    "fla": ("fla", _fla),
-    "flash_attn": ("flash_attn", _flash_attn),
-}

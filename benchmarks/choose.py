@@ -55,7 +55,7 @@ def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
     for key, providers in found.items():
         every = {direction for directions in providers.values() for direction in directions}
         speed[key] = {name: min(d.values()) for name, d in providers.items() if set(d) == every}
-        if not OPS[key[0].split("/")[0]].epilogue:
+        if not OPS[key[0].split("/")[0]].draws_mask:
             speed[key]["reference"] = 1.0
     return {key: providers for key, providers in speed.items() if providers}
 

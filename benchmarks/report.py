@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -64,8 +64,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], bar: str = "|") ->
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
+def _families(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
+    """The operations there are, by kind: each kind has shapes of its own."""
+    families: dict[type, list[str]] = {}
+    for name, op in OPS.items():
+        if any(name in cells for cells in rows.values()):
+            families.setdefault(type(op), []).append(name)
+    return list(families.values())
+
+
 def pivots(result: Record) -> str:
-    """Time of ours and its ratio to eager: one table a direction and dtype, shapes down, operations across."""
+    """Time of ours and its ratio to eager: one table a direction, dtype and kind, shapes down, operations across."""
     parts = []
     for direction, dtype in directions_and_dtypes(result):
         records = [r for r in result["cases"] if (r["direction"], r["dtype"]) == (direction, dtype)]
@@ -80,11 +89,11 @@ def pivots(result: Record) -> str:
         for op, *group, size in (name.split("/") for name in result["left_out"]):
             if group == [direction, dtype]:
                 rows.setdefault(size, {})[op] = "left out"
-        ops = [op for op in OPS if any(op in cells for cells in rows.values())]
-        head = ["size", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
-        body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items()]
         title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it, by rows x width"
-        parts.append(f"{title}\n\n{table(head, body)}")
+        for ops in _families(rows):
+            head = ["size", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
+            body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items() if cells.keys() & ops]
+            parts.append(f"{title}\n\n{table(head, body)}")
     return "\n\n".join(parts)
 
 

@@ -33,7 +33,8 @@ import torch
 
 import fusednorm
 from benchmarks import cases, measure, measure_load, report
-from benchmarks.cases import BASELINES, BaselineError, Case
+from benchmarks.baselines import BASELINES, BaselineError
+from benchmarks.cases import Case
 from benchmarks.report_stats import AUTOMATIC
 
 PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)

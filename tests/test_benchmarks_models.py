@@ -34,6 +34,10 @@ HAND_COUNTED = [
     ("add_rms_norm", "both", 8 * T + 3 * P, 8),
     ("bias_dropout_add_layer_norm", "both", 9 * T + 7 * P, 16),
     ("bias_dropout_add_rms_norm", "both", 9 * T + 5 * P, 8),
+    # x and the bias read, y written; dy, x and the bias read, dx and dbias written; no mask
+    *((op, "forward", 2 * T + P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
+    *((op, "backward", 3 * T + 2 * P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
+    *((op, "both", 5 * T + 3 * P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
 ]
 
 
@@ -62,9 +66,11 @@ def test_byte_model_counts_each_tensor_once(op):
 
     forward = size(leaves.values()) + size(outputs)
     assert op.bytes_moved(shape, 4, "forward") == forward
-    shared = 4 * 240 if op.add and not op.epilogue else 0
-    statistics = 6 * 4 * (1 if op.rms else 2)
-    kept = 4 * 240 + 4 * 40  # the stream and the weight
+    shared = statistics = 0
+    if isinstance(op, cases.Norm):
+        shared = 4 * 240 if op.add and not op.epilogue else 0
+        statistics = 6 * 4 * (1 if op.rms else 2)
+    kept = 4 * 240 + 4 * 40  # the stream and the weight, or x and the bias
     expected = size(outputs) + kept + statistics + size(gradients) - shared
     assert op.bytes_moved(shape, 4, "backward") == expected
     assert op.bytes_moved(shape, 4, "both") == forward + statistics + expected
@@ -77,6 +83,8 @@ def test_flop_model():
     assert counted["add_layer_norm"] == [8, 14, 22]
     assert counted["bias_dropout_add_layer_norm"] == [10, 16, 26]
     assert counted["bias_dropout_add_rms_norm"] == [7, 12, 19]
+    assert counted["bias_relu"] == [2, 4, 6]
+    assert counted["bias_gelu_dropout"] == [7, 14, 21]
 
 
 def test_median_interval_covers_the_median():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, measure_load, report, report_plots, run
+from benchmarks import baselines, cases, measure_load, report, report_plots, run
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PLAIN = "torch's own operators: no kernel of ours serves this call"
@@ -199,8 +199,9 @@ def test_cells_left_out_say_so_and_why(tmp_path):
 def test_a_sweep_names_what_its_limits_exclude(capsys):
     for sweep in cases.SWEEPS.values():
         measured, excluded = {case.name for case in sweep.cases()}, sweep.left_out()
-        sizes = len(sweep.shapes) * len(cases.OPS) * len(sweep.dtypes) * len(sweep.directions)
-        assert len(measured) + len(excluded) == sizes and not measured & set(excluded)
+        shapes = sum(len(sweep.ffn_shapes if op.feed_forward else sweep.shapes) for op in cases.OPS.values())
+        assert len(measured) + len(excluded) == shapes * len(sweep.dtypes) * len(sweep.directions)
+        assert not measured & set(excluded)
     name = "bias_dropout_add_rms_norm/forward/float32/1024x1024"
     assert "262,144" in cases.sweep_of("cpu", "quick").left_out()[name]
     assert run.main(["--device", "cpu", "--quick", "--only", f"^{name}$"]) == 2
@@ -265,7 +266,7 @@ def test_printed_lines_stay_within_the_terminal(monkeypatch, capsys):
     ]
     every[0]["roofline_seconds"] = 1.0
     of = result(*every, others=0.5, left_out=cases.sweep_of("cpu", "default").left_out())
-    of["baselines"]["absent"] = dict.fromkeys(cases.BASELINES, "a reason of some length why it is not here")
+    of["baselines"]["absent"] = dict.fromkeys(baselines.BASELINES, "a reason of some length why it is not here")
     of["method"] |= {"seconds": 1.0}
     monkeypatch.setattr(run, "run", lambda *_: of)
     assert run.main(["--device", "cpu"]) == 0

@@ -13,7 +13,7 @@ from torch._dynamo import testing
 import fusednorm
 from benchmarks import choose
 from fusednorm import providers
-from fusednorm.providers import choice, reference
+from fusednorm.providers import choice, reference, reference_activation
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
 
@@ -124,6 +124,7 @@ def planted(tmp_path, monkeypatch):
     module.unavailable_reason = lambda: None
     module.refusal = lambda op, *args: "no float64" if args[0].dtype == torch.float64 else None
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
+    module.bias_act_dropout_fwd = reference_activation.bias_act_dropout_fwd
     monkeypatch.setitem(sys.modules, module.__name__, module)
     every = {"first": (module.__name__,), "reference": providers.PROVIDERS["reference"]}
     monkeypatch.setattr(providers, "PROVIDERS", every)
@@ -132,10 +133,11 @@ def planted(tmp_path, monkeypatch):
     monkeypatch.setattr(providers, "_logged", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     entries = [[4, 64, "reference", 2.0], [64, 1024, "first", 3.0]]
+    operations = ("bias_dropout_add_layer_norm", "bias_gelu_dropout")
     table = {
         "device": "a CPU",
         "source": "raw.json",
-        "shapes": {f"bias_dropout_add_layer_norm/{s}": entries for s in (4, 8)},
+        "shapes": {f"{operation}/{s}": entries for operation in operations for s in (4, 8)},
     }
     (tmp_path / "cpu.json").write_text(choose.text(table))
     choice.forget()
@@ -156,6 +158,21 @@ def served(rows, columns, dtype=torch.float32, **options):
 )
 def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
     assert served(rows, columns)[0] == provider
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "dropout_p", "provider"),
+    [
+        ((4, 64), "gelu", 0.1, "reference"),
+        ((2, 2, 64), "relu", 0.1, "reference"),  # one operation whatever the activation
+        ((8, 8, 1024), "silu", 0.1, "first"),
+        ((4, 64), "gelu", 0.0, "first"),  # never measured
+    ],
+)
+def test_an_activation_goes_by_what_was_measured_of_it(planted, shape, activation, dropout_p, provider):
+    x = torch.randn(shape)
+    said = fusednorm.explain(fusednorm.bias_act_dropout, x, x.new_ones(shape[-1]), activation, dropout_p)
+    assert said.startswith(f"bias_act_dropout: {provider},"), said
 
 
 def test_explain_cites_the_entry(planted):

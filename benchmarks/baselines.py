@@ -1,0 +1,106 @@
+"""What the package is compared with: torch's own ways, and other libraries' norms."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.cases import DROPOUT_P, EPS, Call, Leaves, Norm, Operation
+
+
+class BaselineError(Exception):
+    """A baseline cannot serve a case; the message says why."""
+
+
+def _compiled(mode: str | None) -> Callable[[Any, Leaves], Call]:
+    def build(op: Operation, t: Leaves) -> Call:
+        import torch._functorch.config as functorch_config
+
+        functorch_config.donated_buffer = False  # a kept graph (direction "backward") could not be run twice
+        return torch.compile(op.eager(t), mode=mode, dynamic=False)
+
+    return build
+
+
+def _attribute(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise BaselineError(f"{path} cannot be imported: {error}") from error
+
+
+def _of_norms(build: Callable[[Norm, Leaves], Call]) -> Callable[[Any, Leaves], Call]:
+    def checked(op: Any, t: Leaves) -> Call:
+        if not isinstance(op, Norm):
+            raise BaselineError("is compared on norms only")
+        return build(op, t)
+
+    return checked
+
+
+@_of_norms
+def _liger(op: Norm, t: Leaves) -> Call:
+    if op.epilogue:
+        raise BaselineError("has no dropout")
+    x, w = t["x"], t["weight"]
+    # offset 0; in place would overwrite the cotangent, which is used again
+    if op.add:
+        if not op.rms:
+            raise BaselineError("has no add + layer_norm that returns both")
+        add = _attribute("liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction").apply
+        return lambda: add(x, t["residual"], w, EPS, 0.0, "llama", False)
+    if op.rms:
+        rms = _attribute("liger_kernel.ops.rms_norm.LigerRMSNormFunction").apply
+        return lambda: (rms(x, w, EPS, 0.0, "llama", False),)
+    norm = _attribute("liger_kernel.ops.layer_norm.LigerLayerNormFunction").apply
+    return lambda: (norm(x, w, t["bias"], EPS),)
+
+
+@_of_norms
+def _quack(op: Norm, t: Leaves) -> Call:
+    if op.epilogue or not op.rms:
+        raise BaselineError("has rms_norm and add_rms_norm only")
+    rms, x, w, residual = _attribute("quack.rmsnorm.rmsnorm"), t["x"], t["weight"], t.get("residual")
+    if op.add:
+        return lambda: rms(x, w, residual=residual, eps=EPS, prenorm=True)
+    return lambda: (rms(x, w, eps=EPS),)
+
+
+@_of_norms
+def _fla(op: Norm, t: Leaves) -> Call:
+    if op.epilogue:
+        raise BaselineError("has no dropout")
+    norm = _attribute("fla.modules.layernorm." + ("rms_norm" if op.rms else "layer_norm"))
+    x, w, b, residual = t["x"], t["weight"], t.get("bias"), t.get("residual")
+    if op.add:
+        return lambda: norm(x, w, b, residual=residual, eps=EPS, prenorm=True)
+    return lambda: (norm(x, w, b, eps=EPS),)
+
+
+@_of_norms
+def _flash_attn(op: Norm, t: Leaves) -> Call:
+    norm = _attribute("flash_attn.ops.triton.layer_norm.layer_norm_fn")
+    x, w, b, residual, x_bias = t["x"], t["weight"], t.get("bias"), t.get("residual"), t.get("x_bias")
+    options = {"eps": EPS, "is_rms_norm": op.rms}
+    if op.epilogue:  # it has no bias of the branch: that add stays torch's
+        return lambda: norm(x + x_bias, w, b, residual=residual, dropout_p=DROPOUT_P, prenorm=True, **options)
+    if op.add:
+        return lambda: norm(x, w, b, residual=residual, prenorm=True, **options)
+    return lambda: (norm(x, w, b, **options),)
+
+
+# name -> (module to import, or None for torch's own; function (op, leaves) -> Call)
+BASELINES: dict[str, tuple[str | None, Callable[[Any, Leaves], Call]]] = {
+    "eager": (None, lambda op, t: op.eager(t)),
+    "compile": (None, _compiled(None)),
+    # without CUDA graphs: those copy every input of this isolated call first, as no real model would
+    "compile-max-autotune": (None, _compiled("max-autotune-no-cudagraphs")),
+    "liger_kernel": ("liger_kernel", _liger),
+    "quack": ("quack", _quack),
+    "fla": ("fla", _fla),
+    "flash_attn": ("flash_attn", _flash_attn),
+}

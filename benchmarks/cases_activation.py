@@ -1,0 +1,84 @@
+"""What is measured of `bias_act_dropout`: an operation in the form that `cases.py` asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusednorm
+
+_FUNCTIONS = {"relu": F.relu, "gelu": F.gelu}
+_FLOPS = {"relu": (2, 4), "gelu": (6, 13)}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`dropout(act(x + bias))`, between the two linear layers of a feed-forward block."""
+
+    name: str
+    activation: str
+    dropout_p: float = 0.0
+    feed_forward = True
+
+    @property
+    def draws_mask(self) -> bool:
+        return self.dropout_p > 0.0
+
+    def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that receives a gradient."""
+        return {"x": shape, "bias": shape[-1:]}
+
+    def outputs(self) -> tuple[str, ...]:
+        return ("y",)
+
+    def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
+        """The elements that `fused` keeps with this seed; None without dropout."""
+        return fusednorm.dropout_mask(shape, self.dropout_p, seed, device) if self.draws_mask else None
+
+    def twin(self, t: Mapping[str, Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
+        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
+        y = _FUNCTIONS[self.activation](t["x"] + t["bias"])
+        return (y if mask is None else torch.where(mask, y * (1.0 / (1.0 - self.dropout_p)), 0.0),)
+
+    def eager(self, t: Mapping[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        """What a user of plain torch writes."""
+        x, bias, function, p = t["x"], t["bias"], _FUNCTIONS[self.activation], self.dropout_p
+        if p:
+            return lambda: (F.dropout(function(x + bias), p),)
+        return lambda: (function(x + bias),)
+
+    def fused(self, t: Mapping[str, Tensor], seed: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        """The package's function. Without `seed` it draws one each call, as a user's call does."""
+        x, bias, activation, p = t["x"], t["bias"], self.activation, self.dropout_p
+        if p:
+            return lambda: (fusednorm.bias_act_dropout(x, bias, activation, p, seed=seed),)
+        return lambda: (fusednorm.bias_act_dropout(x, bias, activation),)
+
+    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
+        """The least traffic: each input read once, each result written once. No mask and no sum x + bias is stored."""
+        tensor, parameter = math.prod(shape) * itemsize, shape[-1] * itemsize
+        forward, backward = 2 * tensor + parameter, 3 * tensor + 2 * parameter
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+    def flops(self, shape: tuple[int, ...], direction: str) -> int:
+        """Float operations an element, an erf or exponential counted as one (integer work is left out).
+
+        Forward: the bias 1, and relu 1, or gelu's scale, erf, sum and two products 5. Backward: the bias, the product
+        with dy and dbias 3, and relu's comparison 1, or gelu's two halves 10. Dropout's scale 1 each way.
+        """
+        forward, backward = (count + self.draws_mask for count in _FLOPS[self.activation])
+        each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+        return each * math.prod(shape)
+
+    def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype whose matmul rate bounds the arithmetic: it is done in float32 whatever is read."""
+        return torch.float32
+
+    def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """An upper estimate of what checking and measuring take: float64 twins, and int64 words under a mask."""
+        return math.prod(shape) * (8 * itemsize + 10 * 8 + (160 if self.draws_mask else 0))
