@@ -11,8 +11,8 @@ from .triton_config import Config
 
 _WARPS = 4
 _NARROWEST = 64  # columns of a tile
-_FORWARD_PER_SM = 6  # programs on a multiprocessor: 80 registers a thread
-_BACKWARD_PER_SM = 8  # 64
+# programs on a multiprocessor, and so registers a thread: the most that compile without a spill
+_FORWARD_PER_SM, _BACKWARD_PER_SM, _SMALL_PER_SM = 6, 8, 4
 
 
 def _tile(n: int, elements: int) -> tuple[int, int]:
@@ -26,8 +26,8 @@ def _tile(n: int, elements: int) -> tuple[int, int]:
 
 def forward(n: int, small: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
-    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _FORWARD_PER_SM)
+    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _SMALL_PER_SM if small else _FORWARD_PER_SM)
 
 
 def backward(n: int, small: bool) -> Config:
-    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _BACKWARD_PER_SM)
+    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _SMALL_PER_SM if small else _BACKWARD_PER_SM)
