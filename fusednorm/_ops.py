@@ -45,7 +45,7 @@ SCHEMAS = {
 
 def _run(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        return getattr(providers.serving(args[-1], name), name)(*args[:-1])
+        return providers.function(args[-1], name)(*args[:-1])
 
     return run
 
@@ -147,7 +147,7 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
         or not _PLAIN.issuperset(map(type, args[:_MOST_TENSORS]))
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
-    return getattr(providers.serving(provider, name), name)(*args)
+    return providers.function(provider, name)(*args)
 
 
 def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -221,7 +221,7 @@ def test_a_provider_without_the_op_says_so(monkeypatch):
     module.add_layer_norm_fwd = lambda *args: None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(providers, "PROVIDERS", {"norms": (module.__name__,), **providers.PROVIDERS})
-    for cache in ("_modules", "_serving", "_reasons"):
+    for cache in ("_modules", "_serving", "_functions", "_reasons"):
         monkeypatch.setattr(providers, cache, {})
     x = torch.ones(2, 4)
     with fusednorm.use_provider("norms"), pytest.raises(ValueError, match=r"'norms'.*it has no bias_act_dropout"):

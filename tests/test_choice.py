@@ -128,7 +128,7 @@ def planted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     every = {"first": (module.__name__,), "reference": providers.PROVIDERS["reference"]}
     monkeypatch.setattr(providers, "PROVIDERS", every)
-    for cache in ("_modules", "_serving", "_reasons"):
+    for cache in ("_modules", "_serving", "_functions", "_reasons"):
         monkeypatch.setattr(providers, cache, {})
     monkeypatch.setattr(providers, "_logged", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)

@@ -98,7 +98,7 @@ def test_marking_nothing_dynamic_settles_after_two_sizes(function, using, device
 def test_first_call_of_the_process_may_be_the_compiled_one(function, using, device, monkeypatch):
     """Nothing is left to be imported or looked up while Dynamo traces."""
     monkeypatch.setattr(providers, "_reasons", {})
-    for cache in ("_modules", "_serving"):
+    for cache in ("_modules", "_serving", "_functions"):
         monkeypatch.setattr(providers, cache, {})
     providers.get("reference")
     with using:

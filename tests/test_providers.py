@@ -40,7 +40,7 @@ def planted(monkeypatch):
         module.add_layer_norm_bwd = op("add_layer_norm_bwd")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(providers, "PROVIDERS", {name: (module.__name__,), **providers.PROVIDERS})
-        for cache in ("_modules", "_serving", "_reasons"):
+        for cache in ("_modules", "_serving", "_functions", "_reasons"):
             monkeypatch.setattr(providers, cache, {})
         monkeypatch.setattr(providers, "_logged", set())
         return name

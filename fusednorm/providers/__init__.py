@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ _requested: str | None = None  # a module global, not a ContextVar: torch.compil
 _active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
 _records: list[list[Route]] = []  # where explain() collects decisions
 _modules: dict[str, tuple[ModuleType, ...]] = {}
-_serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op: one look-up a call
+_serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: one look-up a call
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 automatic = True  # False while a provider is requested or decisions are recorded: no short cut may be taken
@@ -56,15 +57,28 @@ def get(name: str) -> tuple[ModuleType, ...]:
     if modules is None:
         modules = _modules[name] = tuple([importlib.import_module(path) for path in PROVIDERS[name]])
         for module in modules:
-            _serving.update({(name, op): module for op in vars(module) if op.endswith(("_fwd", "_bwd"))})
+            ops = {op: function for op, function in vars(module).items() if op.endswith(("_fwd", "_bwd"))}
+            _serving.update({(name, op): module for op in ops})
+            _functions.update({(name, op): function for op, function in ops.items()})
     return modules
 
 
 def serving(name: str, op: str) -> ModuleType | None:
     """The module of provider `name` that has the op, or None."""
-    if name not in _modules:
+    module = _serving.get((name, op))
+    if module is None and name not in _modules:
         get(name)
-    return _serving.get((name, op))
+        module = _serving.get((name, op))
+    return module
+
+
+def function(name: str, op: str) -> Callable[..., Any]:
+    """The function of provider `name` for an op that it has."""
+    found = _functions.get((name, op))
+    if found is None:
+        get(name)
+        found = _functions[name, op]
+    return found
 
 
 def unavailable_reason(name: str) -> str | None:
