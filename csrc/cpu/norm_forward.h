@@ -83,13 +83,6 @@ FN_INLINE void normalize(const Forward& a, const C* z, C mean, C rstd, S* out) {
 // The smallest power of two that is no less than n: sums scaled by its inverse cannot overflow, and lose nothing.
 FN_INLINE double power_of_two(int64_t n) { return n <= 1 ? 1.0 : double(int64_t(1) << (64 - __builtin_clzll(n - 1))); }
 
-template <class T>
-FN_INLINE T root(T value);
-template <>
-FN_INLINE float root(float value) { return __builtin_sqrtf(value); }
-template <>
-FN_INLINE double root(double value) { return __builtin_sqrt(value); }
-
 template <class C, class S, bool EPILOGUE>
 void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
   const bool direct = sizeof(S) != sizeof(C) || a.direct;  // rows that are staged are of the compute type
@@ -97,7 +90,8 @@ void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t 
   C* const z_row = (C*)workspace;
   C *const x_row = z_row + room, *const residual_row = x_row + room;
   Int<C>* const masks = a.element.on ? (Int<C>*)(direct ? x_row : residual_row + room) : nullptr;
-  const C power = C(power_of_two(n)), scale = C(1) / power;
+  const double power = power_of_two(n);
+  const C scale = C(1 / power);
   C *const means = a.rms ? nullptr : (C*)a.stats, *const rstds = (C*)a.stats + (a.rms ? 0 : a.n_rows);
   for (int64_t row = first_row; row < end_row; ++row) {
     const Path path = EPILOGUE ? path_of(a, row) : Path::kNone;
@@ -121,9 +115,10 @@ void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t 
       round_row(z_row, n, a.z_dtype, a.z, row * n);
       total = combine<C, C, false>(a, z_row, nullptr, nullptr, Path::kNone, nullptr, nullptr, scale);
     }
-    const C mean = a.rms ? C(0) : total * (power / C(n));
+    // once a row, so in double: one rounding each
+    const C mean = a.rms ? C(0) : C(total * power / double(n));
     const C squares = a.rms ? total : centred_squares<C>(z, n, mean);
-    const C rstd = C(1) / root<C>(squares / C(n) + C(a.eps));
+    const C rstd = C(1 / __builtin_sqrt(squares / double(n) + a.eps));
     if (means) means[row] = mean;
     rstds[row] = rstd;
     if (direct) {

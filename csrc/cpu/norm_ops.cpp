@@ -16,7 +16,7 @@ namespace {
 using torch::stable::detail::to;
 
 constexpr int64_t kGrain = 16384;  // elements that are worth another thread
-constexpr int64_t kMostChunks = 64, kLeastRows = 8, kMostRows = 1024;  // of the parameter gradients' partial sums
+constexpr int64_t kMostChunks = 64, kLeastRows = 8, kMostRows = 256;  // of the parameter gradients' partial sums
 
 struct Options {
   explicit Options(int64_t bits)
