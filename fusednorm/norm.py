@@ -17,7 +17,7 @@ from ._norm_function import Args
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
-_TORCH_REFUSES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+_TORCH_REFUSES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 def layer_norm(
@@ -299,6 +299,10 @@ def _add_norm(
                 and not _is_compiling()
             ):
                 shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+                if residual is not None and x.shape[x.ndim - len(shape) :] == shape:
+                    outputs = _norm_function.run_bare(x, residual, weight, bias, len(shape), eps, rms)
+                    if outputs is not None:
+                        return outputs
                 z = x if residual is None else x + residual
                 if rms:
                     return torch.rms_norm(z, shape, weight, eps), z  # type: ignore[arg-type]
@@ -327,7 +331,7 @@ def _add_norm(
 
 
 def _torch_is_best(x: Tensor) -> bool:
-    """Whether torch's own operators may serve a bare call at once: on the CPU, where no kernel of ours stands yet.
+    """Whether a bare call may be served at once, unchecked: on the CPU, by torch's own operators or our native library.
 
     What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
     One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.

@@ -182,7 +182,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   int64_t elements = a.n_rows * a.n_columns;
   for (int i = 0; i < 6; ++i) {
     const bool wanted = (o.output_mask >> i & 1) && *like[i];
-    dtypes[i] = i == 0 ? o.dtype : i == 1 ? o.residual_dtype : wanted ? dtype_of(*like[i]) : a.saved.dtype;
+    dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(*like[i]);
     const Sizes shape = wanted ? sizes_of(*like[i]) : Sizes{};
     outputs[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : empty(1, none, dtypes[i]);
     written[i] = wanted ? data_of(outputs[i]) : nullptr;

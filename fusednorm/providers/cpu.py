@@ -11,8 +11,8 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
 BUILD = (
-    "python setup.py build_ext --inplace in a source checkout, or pip install --no-build-isolation --no-binary :all: "
-    "--force-reinstall --no-deps fusednorm (each needs a C++ compiler)"
+    "python setup.py build_ext --inplace in a source checkout, or pip install --no-build-isolation --force-reinstall "
+    "--no-deps with the path of one (a C++ compiler has to be there)"
 )
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -47,6 +47,14 @@ def build() -> str:
 def refusal(op: str, *args: Any) -> str | None:
     x = args[0]
     return None if x.is_cpu or x.is_meta else f"x is on {x.device}, its kernels run on the CPU"
+
+
+def reluctance(op: str, *args: Any) -> str | None:
+    """Why automatic choice does not take a call that this provider could serve."""
+    residual, store_residual = args[1], args[15]
+    if op == "add_layer_norm_fwd" and residual is None and not store_residual:
+        return "torch's own operators serve a norm with nothing to add"
+    return None
 
 
 @functools.lru_cache(1024)
