@@ -66,21 +66,19 @@ def run_bare(
         or is_functorch_wrapped_tensor(x)
     ):
         return None
-    dtype = x.dtype
     if type(eps) is not float:
-        eps = float(torch.finfo(compute_dtype(dtype)).eps if eps is None and rms else eps)
-    args: Args = (
-        *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, dtype, dtype, rms, False),
-        True,
-    )
+        eps = float(torch.finfo(compute_dtype(x.dtype, residual.dtype)).eps if eps is None and rms else eps)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or residual.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply(*args, "cpu", False)
-    return providers.get("cpu").add_layer_norm_fwd(*args)[:2]
+        return _apply(
+            *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, x.dtype, residual.dtype),
+            *(rms, False, True, "cpu", False),
+        )
+    return providers.get("cpu").add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

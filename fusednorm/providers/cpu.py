@@ -17,6 +17,7 @@ BUILD = (
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _forward: Any = None  # the operators' overloads, once the library is loaded
+_bare: Any = None
 _backward: Any = None
 
 
@@ -27,13 +28,17 @@ def unavailable_reason() -> str | None:
 @functools.cache
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
-    global _forward, _backward
+    global _forward, _bare, _backward
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
-        _forward = torch.ops.fusednorm_cpu.add_layer_norm_fwd.default
-        _backward = torch.ops.fusednorm_cpu.add_layer_norm_bwd.default
+        ops = torch.ops.fusednorm_cpu
+        # the overload's own call adds a microsecond to what is inside it
+        _forward, _bare, _backward = (
+            getattr(op.default, "_op", op.default)
+            for op in (ops.add_layer_norm_fwd, ops.add_norm_bare, ops.add_layer_norm_bwd)
+        )
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
     return None
@@ -97,6 +102,14 @@ def add_layer_norm_fwd(
     return _forward(x, residual, weight, bias, x_bias, layer_scale, seed, options, eps, dropout_p, drop_path_p)
 
 
+def add_norm_bare(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """(normed, residual_out) of a call without epilogue whose gradient nobody will ask for."""
+    options = _options(normalized_ndim, x.dtype, residual.dtype, rms, False, True)
+    return _bare(x, residual, weight, bias, options, eps)
+
+
 def add_layer_norm_bwd(
     dnormed: Tensor,
     dresidual_out: Tensor | None,
@@ -117,8 +130,8 @@ def add_layer_norm_bwd(
     zero_centered_weight: bool,
     saved_is_normed: bool,
     output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of (x, residual, weight, bias, x_bias, layer_scale)."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, residual, weight, bias, x_bias, layer_scale); None where not wanted."""
     options = _options(
         *(normalized_ndim, x_dtype, residual_dtype, rms, zero_centered_weight, False, saved_is_normed),
         tuple(output_mask),
