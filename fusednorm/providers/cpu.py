@@ -45,8 +45,8 @@ def _load() -> str | None:
 
 
 def build() -> str:
-    """What the library was built for, the instruction set in use first."""
-    return _load() or f"instruction sets {torch.ops.fusednorm_cpu.instruction_sets()}"
+    """What the loaded library was built for and runs here, the instruction set in use first."""
+    return f"instruction sets {', '.join(torch.ops.fusednorm_cpu.instruction_sets().split())}"
 
 
 def refusal(op: str, *args: Any) -> str | None:
