@@ -39,8 +39,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ],
     }
 # No contraction: a * b + c rounds twice on every instruction set, so all of them give the same results.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
-FLAGS += [f"-fmacro-prefix-map={ROOT.resolve()}/="]  # error messages name sources as the repository does
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += [
+    "-Wall",
+    "-Wextra",
+    f"-fmacro-prefix-map={ROOT.resolve()}/=",
+]  # error messages name sources as the repository does
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 
 

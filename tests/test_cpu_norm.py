@@ -1,4 +1,4 @@
-"""The native CPU provider beyond the numbers: threads, instruction sets, batches, masks, and a library that is not there."""
+"""The native CPU provider beyond the numbers: threads, instruction sets, masks, and a library that is not there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def everything(rows: int, columns: int, dtype: torch.dtype, stream_dtype: torch.
     with fusednorm.use_provider("cpu"):
         outputs = fusednorm.add_layer_norm(
             *(x, residual, (columns,), weight, bias),
-            **{"x_bias": x_bias, "layer_scale": layer_scale, "dropout_p": 0.2, "drop_path_p": 0.1, "seed": SEED},
+            x_bias=x_bias,
+            layer_scale=layer_scale,
+            dropout_p=0.2,
+            drop_path_p=0.1,
+            seed=SEED,
         )
         cotangents = [draw(rows, columns, dtype=output.dtype).detach() for output in outputs]
         gradients = torch.autograd.grad(outputs, [x, residual, *parameters], cotangents)
@@ -89,7 +93,7 @@ def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype
 
 @needs_library
 def test_an_instruction_set_that_is_not_there_is_refused():
-    with pytest.raises(RuntimeError, match="'abacus'.*usable are"):
+    with pytest.raises(RuntimeError, match=r"'abacus'.*usable are"):
         torch.ops.fusednorm_cpu.use_instruction_set("abacus")
 
 
@@ -197,8 +201,7 @@ def test_a_library_for_another_machine_breaks_nothing(tmp_path):
 
 
 def test_importing_the_package_does_not_load_the_library():
-    program = "import fusednorm, torch; assert 'fusednorm_cpu' not in map(str, torch.ops.loaded_libraries), 'loaded'"
-    program += "; assert not torch.ops.loaded_libraries"
+    program = "import fusednorm, torch; assert not torch.ops.loaded_libraries"
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
