@@ -68,17 +68,21 @@ def run_bare(
         return None
     if type(eps) is not float:
         eps = float(torch.finfo(compute_dtype(x.dtype, residual.dtype)).eps if eps is None and rms else eps)
-    if torch.is_grad_enabled() and (
+    native = providers.get("cpu")
+    needs_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or residual.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
-    ):
+    )
+    if x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
+        return None
+    if needs_grad:
         return _apply(
             *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, x.dtype, residual.dtype),
             *(rms, False, True, "cpu", False),
         )
-    return providers.get("cpu").add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
+    return native.add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

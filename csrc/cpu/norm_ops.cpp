@@ -139,10 +139,12 @@ Outputs run_forward(const Inputs& t, const Options& o, double eps, double dropou
   out.normed = empty(s.ndim, s.sizes, o.dtype);
   out.z = o.store_residual ? empty(s.ndim, s.sizes, o.residual_dtype) : empty(1, none, o.residual_dtype);
   out.stats = keep_statistics ? empty(2, stats_sizes, wide) : undefined();
-  const Buffer unkept = keep_statistics ? nullptr : allocate(2 * a.n_rows * kItemSize[wide]);
-  STD_TORCH_CHECK(keep_statistics || unkept || !a.n_rows, "out of memory");
+  double few[256];  // an aligned allocation costs as much as a row of 64
+  const int64_t unkept_bytes = keep_statistics ? 0 : 2 * a.n_rows * kItemSize[wide];
+  const Buffer many = unkept_bytes > int64_t(sizeof few) ? allocate(unkept_bytes) : nullptr;
+  STD_TORCH_CHECK(many || unkept_bytes <= int64_t(sizeof few), "out of memory");
   a.normed = data_of(out.normed), a.z = o.store_residual ? data_of(out.z) : nullptr;
-  a.stats = keep_statistics ? data_of(out.stats) : unkept.get();
+  a.stats = keep_statistics ? data_of(out.stats) : many ? many.get() : few;
   const int64_t elements = a.n_rows * a.n_columns;
   ask_for_huge_pages(a.normed, elements * kItemSize[o.dtype]);
   if (a.z) ask_for_huge_pages(a.z, elements * kItemSize[o.residual_dtype]);
@@ -277,16 +279,13 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
   m.def("use_instruction_set(str name) -> ()");
 }
 
-void implement(torch::stable::detail::StableLibrary& m) {
+// Not for AutogradCPU as well, although that would spare torch's fallback: tensors with the negative bit are resolved
+// between the two.
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
   m.impl("add_layer_norm_fwd", forward_op);
   m.impl("add_norm_bare", bare_forward_op);
   m.impl("add_layer_norm_bwd", backward_op);
 }
-
-STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) { implement(m); }
-
-// The autograd Function is Python's; torch's fallback for operators without a derivative costs as much as an argument.
-STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, AutogradCPU, m) { implement(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", instruction_sets_op);
