@@ -186,5 +186,7 @@ class use_provider(contextlib.ContextDecorator):
         _renew()
 
 
-# Now, because torch.compile cannot trace an import. The others are imported by unavailable_reason, which is not traced.
+# Now, because torch.compile cannot trace an import. Neither loads anything optional; the others are imported by
+# unavailable_reason, which is not traced.
 get("reference")
+get("cpu")
