@@ -75,7 +75,7 @@ def run_bare(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
-    if x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
+    if providers.by_shape and x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
         return None
     if needs_grad:
         return _apply(

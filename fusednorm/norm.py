@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -291,8 +292,8 @@ def _add_norm(
     if bare and residual_dtype is None:
         try:
             if _torch_is_best(x) and not _autocast_active() and not _is_compiling():
-                shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-                n = len(shape)  # type: ignore[arg-type]
+                shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+                n = len(shape)
                 # the last size alone first: a slice of a Size costs half a microsecond
                 last = shape[-1]  # type: ignore[index]
                 if residual is not None and x.shape[-1] == last and (n == 1 or x.shape[x.ndim - n :] == shape):
@@ -302,7 +303,7 @@ def _add_norm(
                 if (not rms or weight is None or weight.dtype is x.dtype) and _alike(x, residual):
                     z = x if residual is None else x + residual
                     if rms:
-                        return torch.rms_norm(z, shape, weight, eps), z  # type: ignore[arg-type]
+                        return torch.rms_norm(z, shape, weight, eps), z
                     return torch.layer_norm(z, shape, weight, bias, eps), z  # type: ignore[arg-type]
         except _TORCH_REFUSES:
             pass

@@ -100,7 +100,8 @@ def test_first_call_of_the_process_may_be_the_compiled_one(function, using, devi
     monkeypatch.setattr(providers, "_reasons", {})
     for cache in ("_modules", "_serving", "_functions"):
         monkeypatch.setattr(providers, cache, {})
-    providers.get("reference")
+    for name in ("reference", "cpu"):  # by the package itself
+        providers.get(name)
     with using:
         compiled = torch.compile(caller(function, {}), fullgraph=True, backend="aot_eager")
         with_gradients(compiled, 7, device)

@@ -1,7 +1,8 @@
 """The ordered table of providers, and the choice among them.
 
 A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
-first has ``unavailable_reason()``. Providers never import one another; this table is the only place that lists them.
+first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)`` and ``slower(op, *args)``: why automatic
+choice passes it over, whatever the shape or for the shape. Providers never import one another; this table is the only place that lists them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     "reference": ("fusednorm.providers.reference", "fusednorm.providers.reference_activation"),
 }
 
-_batch_invariant = False  # a module global for the same reason as the next
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
 _active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
 _records: list[list[Route]] = []  # where explain() collects decisions
@@ -35,6 +35,7 @@ _serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: one look-up a call
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
+by_shape = True  # False inside batch_invariant()
 automatic = True  # False while a provider is requested or decisions are recorded: no short cut may be taken
 
 
@@ -118,6 +119,12 @@ def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     return None if hook is None else hook(op, *args)
 
 
+def slower(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+    """Why a provider that could take this call is passed over for its shape, or None if it is not."""
+    hook = getattr(serving(name, op), "slower", None)
+    return None if hook is None else hook(op, *args)
+
+
 def _serves(name: str, op: str, args: tuple[Any, ...]) -> bool:
     return name in PROVIDERS and refusal(name, op, args) is None and reluctance(name, op, args) is None
 
@@ -137,15 +144,18 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
             )
         return _requested, ()
     preference = None
-    if not _batch_invariant and not torch.compiler.is_compiling():  # a graph would be compiled anew for each row count
+    look = by_shape and not torch.compiler.is_compiling()  # a graph would be compiled anew for each number of rows
+    if look:
         preference = choice.preference(op, args)
         if preference is not None and not _serves(preference.provider, op, args):
             preference = None
     refusals: tuple[tuple[str, str], ...] = ()
     for name in PROVIDERS:
         reason = refusal(name, op, args) or reluctance(name, op, args)
-        if reason is None and preference is not None and preference.provider != name:
-            reason = preference.why
+        if reason is None and preference is not None:
+            reason = preference.why if preference.provider != name else None
+        elif reason is None and look:
+            reason = slower(name, op, args)
         if reason is None:
             return name, refusals
         refusals += ((name, reason),)
@@ -244,15 +254,17 @@ class batch_invariant(contextlib.ContextDecorator):
         self._before: list[bool] = []
 
     def __enter__(self) -> batch_invariant:
-        global _batch_invariant
-        self._before.append(_batch_invariant)
-        _batch_invariant = self.enabled
+        global by_shape
+        self._before.append(by_shape)
+        by_shape = not self.enabled
         return self
 
     def __exit__(self, *exception: object) -> None:
-        global _batch_invariant
-        _batch_invariant = self._before.pop()
+        global by_shape
+        by_shape = self._before.pop()
 
 
-# Now, because torch.compile cannot trace an import. The others are imported by unavailable_reason, which is not traced.
+# Now, because torch.compile cannot trace an import. Neither loads anything optional; the others are imported by
+# unavailable_reason, which is not traced.
 get("reference")
+get("cpu")

@@ -56,9 +56,14 @@ def refusal(op: str, *args: Any) -> str | None:
 
 def reluctance(op: str, *args: Any) -> str | None:
     """Why automatic choice does not take a call that this provider could serve."""
-    x, residual, store_residual = args[0], args[1], args[15]
-    if op == "add_layer_norm_fwd" and residual is None and not store_residual:
+    if op == "add_layer_norm_fwd" and args[1] is None and not args[15]:
         return "torch's own operators serve a norm with nothing to add"
+    return None
+
+
+def slower(op: str, *args: Any) -> str | None:
+    """Why automatic choice does not take a call of such a shape."""
+    x, residual = args[:2]
     bare = residual is not None and args[4] is args[5] is args[6] is None and not args[14]
     if bare and x.dtype is residual.dtype is args[11] is args[12]:
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
