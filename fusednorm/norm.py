@@ -295,7 +295,7 @@ def _add_norm(
                 shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
                 n = len(shape)
                 # the last size alone first: a slice of a Size costs half a microsecond
-                last = shape[-1]  # type: ignore[index]
+                last = shape[-1]
                 if residual is not None and x.shape[-1] == last and (n == 1 or x.shape[x.ndim - n :] == shape):
                     outputs = _norm_function.run_bare(x, residual, weight, bias, n, eps, rms)
                     if outputs is not None:

@@ -38,6 +38,9 @@ class ActivationCall:
     def function(self) -> str:
         return f"bias_act_dropout {self.activation}"
 
+    def computed_in(self, leaves: Mapping[str, Tensor]) -> torch.dtype:
+        return torch.float64 if leaves["x"].dtype == torch.float64 else torch.float32
+
     def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         import fusednorm
 

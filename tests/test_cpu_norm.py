@@ -106,6 +106,24 @@ def test_the_best_instruction_set_is_in_use(instruction_sets):
 
 
 @needs_library
+@pytest.mark.parametrize("rows", [4, 4096])
+def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows):
+    """Otherwise few rows go to torch, whose sums are in another order."""
+
+    def served() -> str:
+        x = torch.randn(rows, 128, requires_grad=True)
+        return fusednorm.explain(fusednorm.add_layer_norm, x, x, 128).split()[1].strip(",")
+
+    assert served() == ("cpu" if rows == 4096 else "reference")
+    x, residual = torch.randn(rows, 128, requires_grad=True), torch.randn(rows, 128)
+    with fusednorm.batch_invariant():
+        assert served() == "cpu"
+        normed, _ = fusednorm.add_layer_norm(x, residual, 128)
+    with fusednorm.use_provider("cpu"):
+        assert torch.equal(normed, fusednorm.add_layer_norm(x, residual, 128)[0])
+
+
+@needs_library
 @DTYPE
 def test_a_row_does_not_depend_on_the_batch_around_it(dtype):
     x, residual = torch.randn(2, 517, 100).to(dtype)

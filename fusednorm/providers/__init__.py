@@ -2,7 +2,8 @@
 
 A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
 first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)`` and ``slower(op, *args)``: why automatic
-choice passes it over, whatever the shape or for the shape. Providers never import one another; this table is the only place that lists them.
+choice passes it over, whatever the shape or for the shape. Providers never import one another; this table is the only
+place that lists them.
 """
 
 from __future__ import annotations
