@@ -1,4 +1,4 @@
-"""Eager beside fused in pytest-benchmark's tables: the sweep's operations at two sizes, forward, and with backward.
+"""Eager beside fused in pytest-benchmark's tables: every operation at two sizes, forward, and with backward.
 
     PYTHONPATH=. python3 -m pytest benchmarks/test_norms.py --benchmark-columns=min,median,iqr
 
@@ -19,7 +19,7 @@ from benchmarks.cases import TINY, Case, Sweep
 
 DEVICE = measure.best_device()
 MEDIUM = (4096, 4096) if DEVICE.type == "cuda" else (64, 1024)
-CASES = Sweep((TINY, MEDIUM), ("float32", "bfloat16")).cases()
+CASES = Sweep((TINY, MEDIUM), ("float32", "bfloat16"), ffn_shapes=(TINY, MEDIUM)).cases()
 
 
 @pytest.fixture(autouse=True)

@@ -57,8 +57,11 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture
-def provider(place: tuple[str, str]) -> str:
-    """A provider's name, or "automatic"; `using` makes it the choice."""
+def provider(place: tuple[str, str], request: pytest.FixtureRequest) -> str:
+    """A provider's name, or "automatic"; `using` makes it the choice. A module's OP is what it is asked for."""
+    op = getattr(request.module, "OP", None)
+    if op is not None and place[0] != AUTOMATIC and providers.serving(place[0], op) is None:
+        pytest.skip(f"provider {place[0]} has no {op}")
     return place[0]
 
 

@@ -15,6 +15,8 @@ from shapes import EMPTY_SHAPES, SHAPES, Shape, random_leaves
 import fusednorm
 from fusednorm import bias_act_dropout, dropout_mask, providers
 
+OP = "bias_act_dropout_fwd"
+
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])

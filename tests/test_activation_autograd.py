@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fusednorm import bias_act_dropout
 
+OP = "bias_act_dropout_fwd"
+
 ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
 BOTH = ("x", "bias")

@@ -33,8 +33,8 @@ def plant(monkeypatch):
         own = {FORWARD: getattr(reference, FORWARD), BACKWARD: getattr(reference, BACKWARD)}
         vars(module).update(own | ops, unavailable_reason=lambda: None, refusal=lambda op, *args: None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(providers, "PROVIDERS", {"planted": module.__name__, **providers.PROVIDERS})
-        for cache in ("_modules", "_reasons"):
+        monkeypatch.setattr(providers, "PROVIDERS", {"planted": (module.__name__,), **providers.PROVIDERS})
+        for cache in ("_modules", "_serving", "_functions", "_reasons"):
             monkeypatch.setattr(providers, cache, {})
 
     return replace

@@ -285,10 +285,10 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
     pytest.importorskip("triton")
     from benchmarks import gpu_sanitize
     from fusednorm import providers
-    from fusednorm.providers import triton_launch, triton_norm
+    from fusednorm.providers import triton_host, triton_launch
 
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
-    monkeypatch.setattr(triton_norm, "INTERPRETING", True)
+    monkeypatch.setattr(triton_host, "INTERPRETING", True)
     monkeypatch.setitem(providers._reasons, "triton", None)
     with gpu_sanitize.noted() as reached:
         for work in gpu_sanitize.WORKS:
