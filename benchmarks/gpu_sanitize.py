@@ -75,8 +75,8 @@ def noted() -> Iterator[set[str]]:
 
     def launching(self: triton_launch.Variant, *args: Any) -> None:
         name = self.function.__name__
-        reached.update({"row sums"} if "sums" in name else ())
-        reached.update({"finalize"} if "finalize" in name else ())
+        reached.update({"row sums"} if "bwd_sums" in name else ())
+        reached.update({"finalize"} if "sum_partials" in name else ())
         launch(self, *args)
 
     table.forward = lambda *a, **k: note("forward", "wide", forward(*a, **k))
