@@ -1,5 +1,143 @@
-"""Everything declarative is in pyproject.toml; this file lets `python setup.py` and old installers work."""
+"""Builds the native library where torch and a C++ compiler are at hand; everything declarative is in pyproject.toml.
 
-from setuptools import setup
+``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
+torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
-setup()
+The library targets torch's stable ABI and has no Python symbols: one build serves every Python, and every torch from
+the targeted one on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = ROOT / "csrc" / "cpu"
+TARGET = (2, 11)
+WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
+
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+            *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        ],
+    }
+# No contraction: a * b + c rounds twice on every instruction set, so all of them give the same results.
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
+
+
+def torch_directory() -> Path:
+    """Where torch is; RuntimeError where there is none to build against. It is not imported: that takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError(
+            "torch is not installed in the environment that builds; install it and pass --no-build-isolation to pip"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < TARGET:
+        raise RuntimeError(f"torch {version} is older than {'.'.join(map(str, TARGET))}")
+    return Path(spec.origin).parent
+
+
+def cxx_compiler() -> list[str]:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise RuntimeError("no C++ compiler is installed (c++, g++ and clang++ are not found; CXX names another)")
+
+
+class BuildNative(build_ext):
+    """Compiles without setuptools' compiler classes, which have no flags for a single source."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            self._build(Path(self.build_temp) / extension.name, Path(self.get_ext_fullpath(extension.name)))
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as fault:
+            said = getattr(fault, "stderr", None) or ""
+            if WANTED == "1":
+                raise SystemExit(f"{said}\nfusednorm: the native library could not be built: {fault}") from fault
+            print(f"{said}\nfusednorm: installing without the native library: {fault}", file=sys.stderr)
+
+    def _build(self, objects: Path, library: Path) -> None:
+        torch, compiler = torch_directory(), cxx_compiler()
+        if sys.platform not in ("linux", "darwin"):
+            raise RuntimeError(f"the native library is for Linux and macOS, this is {sys.platform}")
+        objects.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        kernels = SOURCES / "norm_kernels.cpp"
+        target = f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
+        jobs = {
+            objects / f"norm_kernels_{name}.o": (kernels, [*KERNEL_FLAGS, f"-DFN_ISA={name}", *flags])
+            for name, flags in INSTRUCTION_SETS.items()
+        } | {
+            objects / f"{source.stem}.o": (source, [target, "-isystem", str(torch / "include")])
+            for source in sorted(SOURCES.glob("*.cpp"))
+            if source != kernels
+        }
+
+        def compile_one(job: tuple[Path, tuple[Path, list[str]]]) -> None:
+            out, (source, flags) = job
+            newest = max(p.stat().st_mtime for p in (*SOURCES.iterdir(), ROOT / "setup.py"))
+            if self.force or not out.exists() or out.stat().st_mtime < newest:
+                run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(out)])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, jobs.items()))
+        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        new = library.with_suffix(".new")  # renamed, so that a process that has the old one loaded keeps it
+        run([*compiler, "-shared", "-o", str(new), *map(str, jobs), *link])
+        new.replace(library)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(result.stderr)
+    result.check_returncode()
+
+
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        return tag if self.root_is_pure else ("py3", "none", tag[2])
+
+
+def extensions() -> list[Extension]:
+    if WANTED == "0":
+        return []
+    try:
+        torch_directory()
+    except RuntimeError as fault:
+        if WANTED == "1":
+            raise SystemExit(f"fusednorm: the native library cannot be built: {fault}") from fault
+        print(f"fusednorm: pure Python, without the native library: {fault}", file=sys.stderr)
+        return []
+    return [Extension("fusednorm.libfusednorm_cpu", sources=[], optional=True)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

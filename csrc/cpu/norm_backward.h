@@ -1,0 +1,195 @@
+// The backward of every norm of the family, a block of rows at a time.
+//
+// With xhat = (z - mean) rstd, g = weight * dy and bars for row means,
+// dz = rstd (g - bar(g) - xhat bar(g xhat)) + dresidual_out; RMSNorm lacks bar(g).
+#pragma once
+
+#include "norm_forward.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+// The rows of a block, all read and written as S.
+template <class C, class S>
+struct Block {
+  const S *dnormed[kRowBlock], *saved[kRowBlock], *dresidual_out[kRowBlock], *x[kRowBlock];
+  S *dx[kRowBlock], *dresidual[kRowBlock];
+  const Int<C>* masks[kRowBlock];
+  Path path[kRowBlock];
+  C mean[kRowBlock], rstd[kRowBlock], product[kRowBlock], shift[kRowBlock];  // the last two: row means of g xhat and g
+};
+
+template <class C, class S, class E>
+FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, int r, int64_t j) {
+  const Vec<C> v = extent.template load<C>(b.saved[r] + j);
+  if (!a.saved_is_normed) return (v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]);
+  Vec<C> u = v;
+  if (a.bias) u = u - extent.template load<C>((const C*)a.bias + j);
+  if (a.weight) u = u / extent.template load<C>((const C*)a.weight + j);
+  return extent.only(u);  // 0 / 0 past the row's end
+}
+
+template <class C, class S>
+FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
+  Sums<C> products, shifts;
+  sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    Vec<C> g = extent.template load<C>(b.dnormed[r] + j);
+    if (a.weight) g = g * extent.template load<C>((const C*)a.weight + j);
+    products.part[k] = products.part[k] + g * normalized(a, extent, b, r, j);
+    shifts.part[k] = shifts.part[k] + g;
+  });
+  b.product[r] = products.total() / C(a.n_columns);
+  b.shift[r] = a.rms ? C(0) : shifts.total() / C(a.n_columns);
+}
+
+// Gradients of a block's rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
+// additions are a quarter as long, and so is their error.
+template <class C, class S, bool EPILOGUE>
+FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* dweight, C* dbias, C* dx_bias, C* dlayer_scale) {
+  over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
+    const auto load = [&](const C* p) __attribute__((always_inline)) { return extent.template load<C>(p + j); };
+    const auto add = [&](const Vec<C>& v, C* p) __attribute__((always_inline)) {
+      extent.store(Stored<C, C>::of(load(p) + v), p + j);
+    };
+    Vec<C> w, scale, sw(C(0)), sb = sw, sx = sw, sl = sw;
+    if (a.weight) w = load((const C*)a.weight);
+    if (EPILOGUE && a.layer_scale) scale = load((const C*)a.layer_scale);
+    for (int r = 0; r < rows; ++r) {
+      const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j);
+      const Vec<C> g = a.weight ? dy * w : dy;
+      Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
+      if (b.dresidual_out[r]) d = d + extent.template load<C>(b.dresidual_out[r] + j);
+      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j);
+      if (dweight) sw = sw + dy * xhat;
+      if (dbias) sb = sb + dy;
+      if (EPILOGUE) {
+        if (b.path[r] == Path::kKept) d = d * Vec<C>(C(a.path.scale));
+        if (b.path[r] == Path::kDropped) d = Vec<C>(C(0));
+        if (dlayer_scale) sl = sl + d * dropped<C>(a, extent, extent.template load<C>(b.x[r] + j), b.masks[r], j);
+        if (a.layer_scale) d = d * scale;
+        if (b.masks[r]) d = (d * Vec<C>(C(a.element.scale))).kept(Vec<Int<C>>::load(b.masks[r] + j));
+        if (dx_bias) sx = sx + d;
+      }
+      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j);
+    }
+    if (dweight) add(sw, dweight);
+    if (dbias) add(sb, dbias);
+    if (EPILOGUE && dx_bias) add(sx, dx_bias);
+    if (EPILOGUE && dlayer_scale) add(sl, dlayer_scale);
+  });
+}
+
+constexpr int kStagedRows = 6;  // dnormed, saved, dresidual_out, x, dx, dresidual
+
+template <class C, class S>
+FN_INLINE void describe_row(const Backward& a, Block<C, S>& b, int r, int64_t row, C* staged, Int<C>* masks) {
+  const bool direct = sizeof(S) != sizeof(C) || a.direct;
+  const int64_t n = a.n_columns, room = padded(n);
+  const Operand* const operands[4] = {&a.dnormed, &a.saved, &a.dresidual_out, &a.x};
+  const S* rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const Operand& o = *operands[i];
+    if (!o.data) {
+      rows[i] = nullptr;
+    } else if (direct) {
+      rows[i] = (const S*)o.data + row_offset(o, row);
+    } else {
+      stage_in(o, row, n, staged + i * room);
+      rows[i] = (const S*)(staged + i * room);
+    }
+  }
+  b.dnormed[r] = rows[0], b.saved[r] = rows[1], b.dresidual_out[r] = rows[2], b.x[r] = rows[3];
+  b.dx[r] = !a.dx ? nullptr : direct ? (S*)a.dx + row * n : (S*)(staged + 4 * room);
+  b.dresidual[r] = !a.dresidual ? nullptr : direct ? (S*)a.dresidual + row * n : (S*)(staged + 5 * room);
+  const C* stats = (const C*)a.stats;
+  b.mean[r] = a.rms ? C(0) : stats[row];
+  b.rstd[r] = stats[a.rms ? row : a.n_rows + row];
+  b.path[r] = a.epilogue ? path_of(a, row) : Path::kNone;
+  b.masks[r] = masks;
+  if (masks) row_masks(a, row, masks);
+}
+
+FN_INLINE int64_t staged_rows(const Backward& a) { return (a.direct ? 0 : kStagedRows) + (a.element.on ? 1 : 0); }
+
+template <class C, class S, bool EPILOGUE>
+void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t n = a.n_columns, room = padded(n), per_row = staged_rows(a) * room;
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    C* const partials = (C*)a.partials + chunk * a.n_sums * a.partial_stride;
+    for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, n * sizeof(C));
+    const auto sum_at = [&](int index) { return index < 0 ? nullptr : partials + index * a.partial_stride; };
+    C *const dweight = sum_at(a.sum_dweight), *const dbias = sum_at(a.sum_dbias);
+    C *const dx_bias = sum_at(a.sum_dx_bias), *const dlayer_scale = sum_at(a.sum_dlayer_scale);
+    const int64_t begin = chunk * a.rows_per_chunk;
+    const int64_t end = begin + a.rows_per_chunk < a.n_rows ? begin + a.rows_per_chunk : a.n_rows;
+    for (int64_t row = begin; row < end;) {
+      Block<C, S> b;
+      const int rows = end - row >= kRowBlock ? kRowBlock : int(end - row);
+      for (int r = 0; r < rows; ++r) {
+        C* const staged = (C*)workspace + r * per_row;
+        describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
+        row_means(a, b, r);
+      }
+      gradients<C, S, EPILOGUE>(a, b, rows, dweight, dbias, dx_bias, dlayer_scale);
+      for (int r = 0; r < rows && !a.direct; ++r) {
+        if (a.dx) stage_out((const C*)b.dx[r], n, a.dx_dtype, a.dx, (row + r) * n);
+        if (a.dresidual) stage_out((const C*)b.dresidual[r], n, a.dresidual_dtype, a.dresidual, (row + r) * n);
+      }
+      row += rows;
+    }
+  }
+}
+
+inline int64_t backward_workspace(const Backward& a) {
+  return kRowBlock * staged_rows(a) * padded(a.n_columns) * (a.wide ? 8 : 4);
+}
+
+inline void backward(const Backward& a, void* workspace, int64_t first_chunk, int64_t end_chunk) {
+  with_row_types(a, [&](auto c, auto s) {
+    const auto run =
+        a.epilogue ? backward_chunks<decltype(c), decltype(s), true> : backward_chunks<decltype(c), decltype(s), false>;
+    run(a, (char*)workspace, first_chunk, end_chunk);
+  });
+}
+
+constexpr int kChunkGroup = 16;
+
+// Adds the chunks' sums, in order by groups, over a range of columns, and stores them in a parameter's dtype.
+template <class C>
+void reduce_columns(const Backward& a, int64_t n_chunks, int index, Dtype dtype, void* out, int64_t begin, int64_t end) {
+  const C* const partials = (const C*)a.partials + index * a.partial_stride;
+  const int64_t step = a.n_sums * a.partial_stride;
+  for (int64_t j = begin; j < end; j += kBlock) {
+    const int64_t count = end - j < kBlock ? end - j : kBlock;
+    C totals[kBlock] = {};
+    for (int64_t first = 0; first < n_chunks; first += kChunkGroup) {
+      C group[kBlock] = {};
+      for (int64_t chunk = first; chunk < n_chunks && chunk < first + kChunkGroup; ++chunk)
+        for (int i = 0; i < kBlock; ++i) group[i] += partials[chunk * step + j + i];
+      for (int i = 0; i < kBlock; ++i) totals[i] += group[i];
+    }
+    stage_out(totals, count, dtype, out, j);
+  }
+}
+
+inline void reduce(const Backward& a, int64_t n_chunks, int index, Dtype dtype, void* out, int64_t begin, int64_t end) {
+  if (a.wide)
+    reduce_columns<double>(a, n_chunks, index, dtype, out, begin, end);
+  else
+    reduce_columns<float>(a, n_chunks, index, dtype, out, begin, end);
+}
+
+// A parameter as an array of the compute type, plus `shift`.
+inline void parameter(const Operand& o, int64_t n, bool wide, double shift, void* out) {
+  const auto run = [&](auto* p) {
+    stage_in(o, 0, n, p);
+    for (int64_t j = 0; j < n && shift != 0; ++j) p[j] += decltype(*p + 0)(shift);
+  };
+  if (wide)
+    run((double*)out);
+  else
+    run((float*)out);
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

@@ -1,0 +1,155 @@
+// The forward of every norm of the family: one body for LayerNorm and RMSNorm, with and without the epilogue.
+#pragma once
+
+#include "philox.h"
+#include "rows.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+enum class Path { kNone, kKept, kDropped };
+
+FN_INLINE Path path_of(const Common& a, int64_t row) {
+  if (!a.path.on) return Path::kNone;
+  return path_kept(a.seed, uint64_t(row / a.rows_per_sample), a.path.threshold) ? Path::kKept : Path::kDropped;
+}
+
+// dropout(x + x_bias) of one vector.
+template <class C, class E>
+FN_INLINE Vec<C> dropped(const Common& a, E extent, Vec<C> v, const Int<C>* masks, int64_t j) {
+  if (a.x_bias) v = v + extent.template load<C>((const C*)a.x_bias + j);
+  if (masks) v = (v * Vec<C>(C(a.element.scale))).kept(Vec<Int<C>>::load(masks + j));
+  return v;
+}
+
+template <class C>
+struct Sums {
+  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))};
+  FN_INLINE C total() const { return sum((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+// z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S: stored to z_out, kept in z where given.
+// Returns the sum of z * scale, or for RMSNorm that of its squares.
+template <class C, class S, bool EPILOGUE>
+FN_INLINE C combine(const Forward& a, const S* x, const S* residual, const Int<C>* masks, Path path, S* z_out, C* z,
+                    C scale) {
+  Sums<C> sums;
+  const bool rms = a.rms;
+  const C path_scale = C(a.path.scale);
+  sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    Vec<C> v = extent.template load<C>(x + j);
+    if (EPILOGUE) {
+      v = dropped<C>(a, extent, v, masks, j);
+      if (a.layer_scale) v = v * extent.template load<C>((const C*)a.layer_scale + j);
+      if (path == Path::kKept) v = v * Vec<C>(path_scale);
+      if (path == Path::kDropped) v = Vec<C>(C(0));
+    }
+    if (residual) v = extent.template load<C>(residual + j) + v;
+    const auto stored = Stored<C, S>::of(v);
+    if (z_out) extent.store(stored, z_out + j);
+    v = stored.value();
+    if (z) v.store(z + j);
+    sums.part[k] = sums.part[k] + (rms ? v * v : v * Vec<C>(scale));
+  });
+  return sums.total();
+}
+
+template <class C>
+FN_INLINE C centred_squares(const C* z, int64_t n, C mean) {
+  Sums<C> sums;
+  const Vec<C> centre(mean);
+  sum_over_columns<C>(n, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    const Vec<C> c = extent.only(extent.template load<C>(z + j) - centre);
+    sums.part[k] = sums.part[k] + c * c;
+  });
+  return sums.total();
+}
+
+template <class C, class S>
+FN_INLINE void normalize(const Forward& a, const C* z, C mean, C rstd, S* out) {
+  const C *weight = (const C*)a.weight, *bias = (const C*)a.bias;
+  const Vec<C> centre(mean), factor(rstd);
+  const bool rms = a.rms;
+  over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
+    Vec<C> v = extent.template load<C>(z + j);
+    if (!rms) v = v - centre;
+    v = v * factor;
+    if (weight) v = v * extent.template load<C>(weight + j);
+    if (bias) v = v + extent.template load<C>(bias + j);
+    extent.store(Stored<C, S>::of(v), out + j);
+  });
+}
+
+// The smallest power of two that is no less than n: sums scaled by its inverse cannot overflow, and lose nothing.
+FN_INLINE double power_of_two(int64_t n) { return n <= 1 ? 1.0 : double(int64_t(1) << (64 - __builtin_clzll(n - 1))); }
+
+template <class C, class S, bool EPILOGUE>
+void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
+  const bool direct = sizeof(S) != sizeof(C) || a.direct;  // rows that are staged are of the compute type
+  const int64_t n = a.n_columns, room = padded(n);
+  C* const z_row = (C*)workspace;
+  C *const x_row = z_row + room, *const residual_row = x_row + room;
+  Int<C>* const masks = a.element.on ? (Int<C>*)(direct ? x_row : residual_row + room) : nullptr;
+  const double power = power_of_two(n);
+  const C scale = C(1 / power);
+  C *const means = a.rms ? nullptr : (C*)a.stats, *const rstds = (C*)a.stats + (a.rms ? 0 : a.n_rows);
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const Path path = EPILOGUE ? path_of(a, row) : Path::kNone;
+    if (EPILOGUE && masks) row_masks(a, row, masks);
+    const C* z = z_row;
+    C total;
+    if (direct) {
+      const S* x = (const S*)a.x.data + row_offset(a.x, row);
+      const S* residual = a.residual.data ? (const S*)a.residual.data + row_offset(a.residual, row) : nullptr;
+      S* z_out = a.z ? (S*)a.z + row * n : nullptr;
+      C* keep = z_row;
+      if (sizeof(S) == sizeof(C)) {  // then z can be read where it is
+        const void* source = z_out ? (const void*)z_out : EPILOGUE || residual ? nullptr : (const void*)x;
+        if (source) z = (const C*)source, keep = nullptr;
+      }
+      total = combine<C, S, EPILOGUE>(a, x, residual, masks, path, z_out, keep, scale);
+    } else {
+      stage_in(a.x, row, n, x_row);
+      if (a.residual.data) stage_in(a.residual, row, n, residual_row);
+      combine<C, C, EPILOGUE>(a, x_row, a.residual.data ? residual_row : nullptr, masks, path, nullptr, z_row, scale);
+      round_row(z_row, n, a.z_dtype, a.z, row * n);
+      total = combine<C, C, false>(a, z_row, nullptr, nullptr, Path::kNone, nullptr, nullptr, scale);
+    }
+    // once a row, so in double: one rounding each
+    const C mean = a.rms ? C(0) : C(total * power / double(n));
+    const C squares = a.rms ? total : centred_squares<C>(z, n, mean);
+    const C rstd = C(1 / __builtin_sqrt(squares / double(n) + a.eps));
+    if (means) means[row] = mean;
+    rstds[row] = rstd;
+    if (direct) {
+      normalize<C, S>(a, z, mean, rstd, (S*)a.normed + row * n);
+    } else {
+      normalize<C, C>(a, z, mean, rstd, x_row);
+      stage_out(x_row, n, a.normed_dtype, a.normed, row * n);
+    }
+  }
+}
+
+inline int64_t forward_workspace(const Forward& a) {
+  const int64_t rows = (a.direct ? 1 : 3) + (a.element.on ? 1 : 0);
+  return rows * padded(a.n_columns) * (a.wide ? 8 : 4);
+}
+
+// f(compute type, storage type of direct rows)
+template <class F>
+FN_INLINE void with_row_types(const Common& a, F&& f) {
+  if (a.wide) return f(double{}, double{});
+  if (a.direct && a.row_dtype == kBFloat16) return f(float{}, BFloat16{});
+  if (a.direct && a.row_dtype == kFloat16) return f(float{}, Float16{});
+  f(float{}, float{});
+}
+
+inline void forward(const Forward& a, void* workspace, int64_t first_row, int64_t end_row) {
+  with_row_types(a, [&](auto c, auto s) {
+    const auto run = a.epilogue ? forward_rows<decltype(c), decltype(s), true> : forward_rows<decltype(c), decltype(s), false>;
+    run(a, (char*)workspace, first_row, end_row);
+  });
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

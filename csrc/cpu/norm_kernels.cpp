@@ -1,0 +1,16 @@
+// Compiled once for each instruction set, FN_ISA being its name (setup.py).
+#include "norm_backward.h"
+
+#define FN_TEXT_(name) #name
+#define FN_TEXT(name) FN_TEXT_(name)
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    FN_TEXT(FN_ISA), forward_workspace, forward, backward_workspace, backward, reduce, parameter,
+};
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

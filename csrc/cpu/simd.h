@@ -1,0 +1,281 @@
+// 64 logical bytes of lanes on every instruction set, in one to four native registers.
+//
+// Lane counts and the order of every sum are therefore the same everywhere, and with contraction of a * b + c off
+// (setup.py) so are results, bit for bit.
+#pragma once
+
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FN_INLINE inline __attribute__((always_inline))
+#define FN_EACH(k) _Pragma("GCC unroll 4") for (int k = 0; k < kNative; ++k)
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kNative = 64 / kBytes;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T, int BYTES>
+struct NativeOf {
+  typedef T type __attribute__((vector_size(BYTES)));
+};
+template <class T>
+using Native = typename NativeOf<T, kBytes>::type;
+template <class T>
+using HalfNative = typename NativeOf<T, kBytes / 2>::type;
+
+// The integer of the same width, for masks.
+template <int BYTES>
+struct IntOf {
+  typedef int32_t type;
+};
+template <>
+struct IntOf<8> {
+  typedef int64_t type;
+};
+template <class C>
+using Int = typename IntOf<sizeof(C)>::type;
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = 64 / sizeof(T);
+  Native<T> v[kNative];
+
+  Vec() = default;
+  FN_INLINE explicit Vec(T value) {
+    FN_EACH(k) v[k] = Native<T>{} + value;
+  }
+  static FN_INLINE Vec load(const T* p) {
+    Vec r;
+    FN_EACH(k) __builtin_memcpy(&r.v[k], p + k * (kBytes / sizeof(T)), kBytes);
+    return r;
+  }
+  FN_INLINE void store(T* p) const {
+    FN_EACH(k) __builtin_memcpy(p + k * (kBytes / sizeof(T)), &v[k], kBytes);
+  }
+  // The first n lanes of one, zero (+0) in the others.
+  FN_INLINE Vec first(int n) const {
+    Int<T> lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? -1 : 0;
+    return kept(Vec<Int<T>>::load(lanes));
+  }
+  FN_INLINE Vec kept(const Vec<Int<T>>& mask) const {
+    Vec r;
+    FN_EACH(k) r.v[k] = (Native<T>)((Native<Int<T>>)v[k] & mask.v[k]);
+    return r;
+  }
+};
+
+#define FN_OPERATOR(op)                                        \
+  template <class T>                                           \
+  FN_INLINE Vec<T> operator op(const Vec<T>& a, const Vec<T>& b) { \
+    Vec<T> r;                                                  \
+    FN_EACH(k) r.v[k] = a.v[k] op b.v[k]; \
+    return r;                                                  \
+  }
+FN_OPERATOR(+)
+FN_OPERATOR(-)
+FN_OPERATOR(*)
+FN_OPERATOR(/)
+#undef FN_OPERATOR
+
+// The sum of the lanes, halves first.
+template <class T>
+FN_INLINE T sum(const Vec<T>& a) {
+  T lanes[Vec<T>::kLanes];
+  a.store(lanes);
+  for (int half = Vec<T>::kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class T>
+FN_INLINE Native<T> select(Native<Int<float>> mask, Native<T> a, Native<T> b) {
+  return (Native<T>)(((Native<int32_t>)a & mask) | ((Native<int32_t>)b & ~mask));
+}
+
+// float16 in integer arithmetic, where there is no instruction for it. Subnormal numbers appear in no step, so the
+// result does not depend on whether the processor flushes them.
+FN_INLINE Native<float> widen_half(Native<uint32_t> h) {
+  typedef Native<uint32_t> U;
+  typedef Native<int32_t> I;
+  const U sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  const U exponent = magnitude & 0x0f800000u;
+  const U normal = magnitude + 0x38000000u, special = magnitude + 0x70000000u;
+  const Native<float> base = (Native<float>)(U{} + 0x38800000u);
+  const U small = (U)((Native<float>)(magnitude + 0x38800000u) - base);
+  U r = select<uint32_t>((I)(exponent == 0x0f800000u), special, normal);
+  r = select<uint32_t>((I)(exponent == 0u), small, r);
+  return (Native<float>)(r | sign);
+}
+
+FN_INLINE Native<uint32_t> narrow_half(Native<float> f) {
+  typedef Native<uint32_t> U;
+  typedef Native<int32_t> I;
+  const U bits = (U)f, sign = (bits & 0x80000000u) >> 16, magnitude = bits & 0x7fffffffu;
+  const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const Native<float> half = Native<float>{} + 0.5f;  // its last place is float16's smallest step
+  const U small = (U)((Native<float>)magnitude + half) - (U)half;
+  U r = select<uint32_t>((I)((I)magnitude < 0x38800000), small, normal);
+  r = select<uint32_t>((I)((I)magnitude >= 0x477ff000), U{} + 0x7c00u, r);
+  r = select<uint32_t>((I)((I)magnitude > 0x7f800000), U{} + 0x7e00u, r);
+  return r | sign;
+}
+
+FN_INLINE Native<uint32_t> narrow_bfloat16(Native<float> f) {
+  typedef Native<uint32_t> U;
+  const U bits = (U)f;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return select<uint32_t>((Native<int32_t>)(f != f), U{} + 0x7fc0u, rounded);
+}
+
+FN_INLINE HalfNative<uint16_t> pack(Native<uint32_t> words) { return __builtin_convertvector(words, HalfNative<uint16_t>); }
+
+template <class S>
+struct Storage;  // how 16-bit values are read and written
+
+template <>
+struct Storage<BFloat16> {
+  static FN_INLINE Native<float> widen(HalfNative<uint16_t> h) {
+    return (Native<float>)(__builtin_convertvector(h, Native<uint32_t>) << 16);
+  }
+  static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) { return pack(narrow_bfloat16(f)); }
+};
+
+template <>
+struct Storage<Float16> {
+  static FN_INLINE Native<float> widen(HalfNative<uint16_t> h) {
+#if defined(__AVX512F__)
+    return (Native<float>)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+    return (Native<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+    return widen_half(__builtin_convertvector(h, Native<uint32_t>));
+#endif
+  }
+  static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) {
+#if defined(__AVX512F__)
+    return (HalfNative<uint16_t>)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (HalfNative<uint16_t>)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return pack(narrow_half(f));
+#endif
+  }
+};
+
+// A vector as it is stored in S; `value` is what reading it back gives.
+template <class C, class S>
+struct Stored {
+  HalfNative<uint16_t> bits[kNative];
+
+  static FN_INLINE Stored of(const Vec<C>& a) {
+    Stored r;
+    FN_EACH(k) r.bits[k] = Storage<S>::narrow(a.v[k]);
+    return r;
+  }
+  static FN_INLINE Stored load(const S* p) {
+    Stored r;
+    FN_EACH(k) __builtin_memcpy(&r.bits[k], p + k * (kBytes / 4), kBytes / 2);
+    return r;
+  }
+  FN_INLINE void store(S* p) const {
+    FN_EACH(k) __builtin_memcpy(p + k * (kBytes / 4), &bits[k], kBytes / 2);
+  }
+  FN_INLINE Vec<C> value() const {
+    Vec<C> r;
+    FN_EACH(k) r.v[k] = Storage<S>::widen(bits[k]);
+    return r;
+  }
+};
+
+template <class C>
+struct Stored<C, C> {
+  Vec<C> v;
+
+  static FN_INLINE Stored of(const Vec<C>& a) { return {a}; }
+  static FN_INLINE Stored load(const C* p) { return {Vec<C>::load(p)}; }
+  FN_INLINE void store(C* p) const { v.store(p); }
+  FN_INLINE Vec<C> value() const { return v; }
+};
+
+// A whole vector of columns, and the last one of a row, of which n exist: the others read as zero.
+struct Whole {
+  template <class C, class S>
+  FN_INLINE Vec<C> load(const S* p) const {
+    return Stored<C, S>::load(p).value();
+  }
+  template <class C, class S>
+  FN_INLINE void store(const Stored<C, S>& a, S* p) const {
+    a.store(p);
+  }
+  template <class C>
+  FN_INLINE Vec<C> only(const Vec<C>& a) const {
+    return a;
+  }
+};
+
+struct Part {
+  int n;
+
+  template <class C, class S>
+  FN_INLINE Vec<C> load(const S* p) const {
+    S lanes[Vec<C>::kLanes];
+    for (int i = 0; i < Vec<C>::kLanes; ++i) lanes[i] = S{};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return Stored<C, S>::load(lanes).value();
+  }
+  template <class C, class S>
+  FN_INLINE void store(const Stored<C, S>& a, S* p) const {
+    S lanes[Vec<C>::kLanes];
+    a.store(lanes);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  template <class C>
+  FN_INLINE Vec<C> only(const Vec<C>& a) const {
+    return a.first(n);
+  }
+};
+
+// step(extent, column) for every vector of a row's columns.
+template <class C, class F>
+FN_INLINE void over_columns(int64_t n, F&& step) {
+  constexpr int L = Vec<C>::kLanes;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) step(Whole{}, j);
+  if (j < n) step(Part{int(n - j)}, j);
+}
+
+// The same with k, which numbers four independent sums, so that one addition need not wait for the one before.
+template <class C, class F>
+FN_INLINE void sum_over_columns(int64_t n, F&& step) {
+  constexpr int L = Vec<C>::kLanes;
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L) {
+    step(Whole{}, j, 0);
+    step(Whole{}, j + L, 1);
+    step(Whole{}, j + 2 * L, 2);
+    step(Whole{}, j + 3 * L, 3);
+  }
+  for (; j + L <= n; j += L) step(Whole{}, j, 0);
+  if (j < n) step(Part{int(n - j)}, j, 1);
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

@@ -1,0 +1,78 @@
+#include "workspace.h"
+
+#include <vector>
+
+namespace fusednorm_cpu {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+namespace {
+
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> list = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      found.push_back(&avx512::kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      found.push_back(&avx2::kernels);
+#endif
+    found.push_back(&baseline::kernels);
+    return found;
+  }();
+  return list;
+}
+
+std::atomic<const Kernels*> in_use{usable().front()};
+
+}  // namespace
+
+const Kernels& kernels() { return *in_use.load(std::memory_order_relaxed); }
+
+std::string instruction_sets() {
+  std::string names = kernels().name;
+  for (const Kernels* k : usable())
+    if (k != &kernels()) names += std::string(" ") + k->name;
+  return names;
+}
+
+void use_instruction_set(const std::string& name) {
+  for (const Kernels* k : usable())
+    if (name.empty() || name == k->name) {
+      in_use = k;
+      return;
+    }
+  STD_TORCH_CHECK(false, "instruction set '", name, "' was not built or does not run here; usable are ",
+                  instruction_sets());
+}
+
+constexpr int64_t kAlignment = 64, kKept = 4 << 20;  // what a thread keeps between calls; mapping pages anew costs more
+
+Buffer allocate(int64_t bytes) {
+  return Buffer(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+}
+
+void* workspace(int64_t bytes) {
+  static thread_local Buffer buffer;
+  static thread_local int64_t size = 0;
+  if (bytes > size || (size > kKept && bytes <= kKept)) {
+    buffer.reset();
+    buffer = allocate(bytes);
+    size = buffer ? bytes : 0;
+  }
+  return buffer.get();
+}
+
+}  // namespace fusednorm_cpu
