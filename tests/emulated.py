@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ CACHE = ROOT / "build" / "emulation"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZED = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 PLAIN = ("-O1",)
+
+
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def compiler() -> str | None:
@@ -48,6 +52,17 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequen
     for made in objects:
         made.unlink()
     return target
+
+
+def library(sanitized: bool) -> Path:
+    """The provider's library with its kernels on the CPU."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    cuda = ROOT / "csrc" / "cuda"
+    sources = [*cuda.glob("norm_*.cu"), *cuda.glob("*.cpp"), ROOT / "csrc" / "emulation" / "limits.cpp"]
+    flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
+    flags += SANITIZED if sanitized else PLAIN
+    link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    return build("libfusednorm_cuda.so", sorted(sources), flags, link)
 
 
 def run(command: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import emulated
@@ -53,3 +54,21 @@ def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
     lines = done.stdout.splitlines()
     assert len(lines) == 4  # a seed each
     assert set(lines) == {lines[0]}
+
+
+def test_every_kernel_under_sanitizers():
+    """All of test_cuda_norm.py, in a process whose memory AddressSanitizer watches."""
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment = os.environ | {
+        "FUSEDNORM_EMULATE": str(emulated.library(sanitized=True)),
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_cuda_norm.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=600)
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, said
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400 and "skipped" not in done.stdout, said

@@ -47,7 +47,7 @@ class Machine {
   };
 
   static Machine& get() {
-    static Machine machine;
+    static thread_local Machine machine;
     return machine;
   }
 

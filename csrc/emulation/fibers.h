@@ -26,6 +26,12 @@ constexpr size_t kStackBytes = 64 << 10;
 // Bodies hold nothing that must be destroyed: where one fails, all are abandoned as they stand.
 class Fibers {
  public:
+  Fibers() = default;
+  Fibers(const Fibers&) = delete;
+  ~Fibers() {
+    for (const Fiber& f : fibers_) munmap(f.stack, kStackBytes);
+  }
+
   // Runs body(0) ... body(count - 1). Returns false where some wait and nothing is left to wake them.
   bool run(int count, uint64_t seed, void (*body)(int)) {
     body_ = body;

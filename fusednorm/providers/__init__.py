@@ -22,6 +22,7 @@ _log = logging.getLogger("fusednorm")
 
 PROVIDERS = {  # best first
     "triton": "fusednorm.providers.triton_norm",
+    "cuda": "fusednorm.providers.cuda",
     "cpu": "fusednorm.providers.cpu",
     "reference": "fusednorm.providers.reference",
 }
