@@ -23,7 +23,9 @@ struct Dim3 {
 struct Place {
   const char* file;
   int line;
-  bool operator!=(const Place& other) const { return line != other.line || std::string(file) != other.file; }
+  bool operator!=(const Place& other) const {
+    return line != other.line || (file != other.file && std::strcmp(file, other.file) != 0);
+  }
   std::string name() const {
     const std::string path(file);
     return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
