@@ -39,7 +39,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ],
     }
 # No contraction: a * b + c rounds twice on every instruction set, so all of them give the same results.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += [
+    "-Wall",
+    "-Wextra",
+    f"-fmacro-prefix-map={ROOT.resolve()}/=",
+]  # error messages name sources as the repository does
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 
 
@@ -96,9 +101,8 @@ class BuildNative(build_ext):
 
         def compile_one(job: tuple[Path, tuple[Path, list[str]]]) -> None:
             out, (source, flags) = job
-            newest = max(p.stat().st_mtime for p in (*SOURCES.iterdir(), ROOT / "setup.py"))
-            if self.force or not out.exists() or out.stat().st_mtime < newest:
-                run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(out)])
+            if self.force or outdated(out):
+                run([*compiler, *FLAGS, *flags, "-MMD", "-c", str(source), "-o", str(out)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs.items()))
@@ -112,6 +116,16 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def outdated(out: Path) -> bool:
+    """Whether anything that the compiler read for this object (its .d file says what) is newer."""
+    listing = out.with_suffix(".d")
+    if not (out.exists() and listing.exists()):
+        return True
+    read = shlex.split(listing.read_text().replace("\\\n", " ").partition(": ")[2])
+    made = out.stat().st_mtime
+    return any(not Path(p).exists() or Path(p).stat().st_mtime > made for p in [*read, __file__])
 
 
 def run(command: list[str]) -> None:

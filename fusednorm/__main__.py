@@ -27,7 +27,9 @@ def info() -> str:
     lines.append("providers  (best first)")
     for name in providers.PROVIDERS:
         reason = providers.unavailable_reason(name)
-        lines.append(f"  {name:<10} " + ("ready" if reason is None else f"not here: {reason}"))
+        built = getattr(providers.get(name), "build", None)
+        ready = "ready" if built is None or reason is not None else f"ready, {built()}"
+        lines.append(f"  {name:<10} " + (ready if reason is None else f"not here: {reason}"))
     return "\n".join(lines)
 
 

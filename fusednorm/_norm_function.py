@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ops, providers
+from ._dtypes import compute_dtype
 from .providers import reference
 
 _log = logging.getLogger("fusednorm")
@@ -49,6 +50,39 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
     return normed, residual_out if args[15] else args[0]
+
+
+def run_bare(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: Any, rms: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The way down with nothing looked up that a bare call on the CPU does not need; None where torch has to serve it.
+
+    The native library checks shapes and dtypes itself and raises, upon which the caller takes the way with messages.
+    """
+    if (
+        providers.unavailable_reason("cpu") is not None
+        or not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
+        or torch._C._len_torch_dispatch_stack()
+        or is_functorch_wrapped_tensor(x)
+    ):
+        return None
+    if type(eps) is not float:
+        eps = float(torch.finfo(compute_dtype(x.dtype, residual.dtype)).eps if eps is None and rms else eps)
+    native = providers.get("cpu")
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or residual.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+    if x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
+        return None
+    if needs_grad:
+        return _apply(
+            *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, x.dtype, residual.dtype),
+            *(rms, False, True, "cpu", False),
+        )
+    return native.add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
 
 
 def _distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -140,7 +140,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "numpy" else find
 import warnings
 warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
 import fusednorm
-assert fusednorm.available_providers() == ["reference"]
+assert "triton" not in fusednorm.available_providers()
 try:
     fusednorm.use_provider("triton").__enter__()
 except RuntimeError as fault:

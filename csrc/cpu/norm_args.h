@@ -53,7 +53,6 @@ struct Forward : Common {
   Operand x, residual;
   void *normed, *z, *stats;
   Dtype normed_dtype, z_dtype;
-  bool stream_stores;  // the outputs go past the caches
   double eps;
 };
 

@@ -104,43 +104,76 @@ bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
   return ((!operands.data || (operands.unit && operands.dtype == dtype)) && ...);
 }
 
-void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), residual = take_optional(stack[1]), weight = take_optional(stack[2]),
-               bias = take_optional(stack[3]), x_bias = take_optional(stack[4]), layer_scale = take_optional(stack[5]),
-               seed = take_optional(stack[6]);
-  const Options o(to<int64_t>(stack[7]));
-  const Sizes s = sizes_of(x);
+struct Inputs {
+  Handle x, residual, weight, bias, x_bias, layer_scale, seed;
+};
+
+struct Outputs {
+  Handle normed, z, stats;
+};
+
+// With `keep_statistics` false nobody will ask for a gradient, and the statistics go to a buffer.
+Outputs run_forward(const Inputs& t, const Options& o, double eps, double dropout_p, double drop_path_p,
+                    bool keep_statistics) {
+  const Sizes s = sizes_of(t.x);
   Forward a;
-  const Dtype x_dtype = dtype_of(x);
-  describe_call(a, s, o, x_dtype, seed, to<double>(stack[9]), to<double>(stack[10]));
+  const Dtype x_dtype = dtype_of(t.x);
+  describe_call(a, s, o, x_dtype, t.seed, dropout_p, drop_path_p);
   const int64_t lead = s.ndim - o.normalized_ndim;
-  check_shape("residual", residual, s.sizes, s.ndim);
-  describe(x, lead, a.x);
-  describe(residual, lead, a.residual);
+  check_shape("residual", t.residual, s.sizes, s.ndim);
+  describe(t.x, lead, a.x);
+  describe(t.residual, lead, a.residual);
   Parameters parameters(a, s, lead);
-  a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);
-  a.bias = parameters.get("bias", bias);
-  a.x_bias = parameters.get("x_bias", x_bias);
-  a.layer_scale = parameters.get("layer_scale", layer_scale);
+  a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
+  a.bias = parameters.get("bias", t.bias);
+  a.x_bias = parameters.get("x_bias", t.x_bias);
+  a.layer_scale = parameters.get("layer_scale", t.layer_scale);
   a.epilogue = a.x_bias || a.layer_scale || a.element.on || a.path.on;
-  a.eps = to<double>(stack[8]);
+  a.eps = eps;
   a.normed_dtype = o.dtype, a.z_dtype = o.residual_dtype, a.row_dtype = x_dtype;
   a.direct = o.dtype == x_dtype && o.residual_dtype == x_dtype && direct(a, x_dtype, a.x, a.residual);
 
   const int64_t none[1] = {0}, stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
-  Handle normed = empty(s.ndim, s.sizes, o.dtype);
-  Handle z = o.store_residual ? empty(s.ndim, s.sizes, o.residual_dtype) : empty(1, none, o.residual_dtype);
-  Handle stats = empty(2, stats_sizes, a.wide ? kFloat64 : kFloat32);
-  a.normed = data_of(normed), a.z = o.store_residual ? data_of(z) : nullptr, a.stats = data_of(stats);
+  const Dtype wide = a.wide ? kFloat64 : kFloat32;
+  Outputs out;
+  out.normed = empty(s.ndim, s.sizes, o.dtype);
+  out.z = o.store_residual ? empty(s.ndim, s.sizes, o.residual_dtype) : empty(1, none, o.residual_dtype);
+  out.stats = keep_statistics ? empty(2, stats_sizes, wide) : undefined();
+  double few[256];  // an aligned allocation costs as much as a row of 64
+  const int64_t unkept_bytes = keep_statistics ? 0 : 2 * a.n_rows * kItemSize[wide];
+  const Buffer many = unkept_bytes > int64_t(sizeof few) ? allocate(unkept_bytes) : nullptr;
+  STD_TORCH_CHECK(many || unkept_bytes <= int64_t(sizeof few), "out of memory");
+  a.normed = data_of(out.normed), a.z = o.store_residual ? data_of(out.z) : nullptr;
+  a.stats = keep_statistics ? data_of(out.stats) : many ? many.get() : few;
   const int64_t elements = a.n_rows * a.n_columns;
   ask_for_huge_pages(a.normed, elements * kItemSize[o.dtype]);
   if (a.z) ask_for_huge_pages(a.z, elements * kItemSize[o.residual_dtype]);
   const Kernels& k = kernels();
   parallel(a.n_rows, std::max<int64_t>(kGrain / std::max<int64_t>(a.n_columns, 1), 1), k.forward_workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
-  stack[0] = torch::stable::detail::from(normed.release());
-  stack[1] = torch::stable::detail::from(z.release());
-  stack[2] = torch::stable::detail::from(stats.release());
+  return out;
+}
+
+void give(StableIValue* stack, Outputs& out) {
+  stack[0] = torch::stable::detail::from(out.normed.release());
+  stack[1] = torch::stable::detail::from(out.z.release());
+  stack[2] = torch::stable::detail::from(out.stats.release());
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Inputs t{take_tensor(stack[0]),   take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
+                 take_optional(stack[4]), take_optional(stack[5]), take_optional(stack[6])};
+  Outputs out = run_forward(t, Options(to<int64_t>(stack[7])), to<double>(stack[8]), to<double>(stack[9]),
+                            to<double>(stack[10]), true);
+  give(stack, out);
+}
+
+// Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Inputs t{take_tensor(stack[0]), take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3]), {}, {}, {}};
+  Outputs out = run_forward(t, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0, false);
+  stack[0] = torch::stable::detail::from(out.normed.release());
+  stack[1] = torch::stable::detail::from(out.z.release());
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -174,7 +207,6 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.row_dtype = a.saved.dtype;
   a.dx_dtype = o.dtype, a.dresidual_dtype = o.residual_dtype;
 
-  const int64_t none[1] = {0};
   Handle outputs[6];
   const Handle* const like[6] = {&saved, &saved, &weight, &bias, &x_bias, &layer_scale};
   Dtype dtypes[6];
@@ -182,9 +214,9 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   int64_t elements = a.n_rows * a.n_columns;
   for (int i = 0; i < 6; ++i) {
     const bool wanted = (o.output_mask >> i & 1) && *like[i];
-    dtypes[i] = i == 0 ? o.dtype : i == 1 ? o.residual_dtype : wanted ? dtype_of(*like[i]) : a.saved.dtype;
+    dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(*like[i]);
     const Sizes shape = wanted ? sizes_of(*like[i]) : Sizes{};
-    outputs[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : empty(1, none, dtypes[i]);
+    outputs[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : undefined();
     written[i] = wanted ? data_of(outputs[i]) : nullptr;
     if (i < 2 && wanted) ask_for_huge_pages(written[i], elements * kItemSize[dtypes[i]]);
   }
@@ -236,6 +268,9 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
       "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
       "-> (Tensor normed, Tensor residual_out, Tensor stats)");
   m.def(
+      "add_norm_bare(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int options, float eps) "
+      "-> (Tensor normed, Tensor residual_out)");
+  m.def(
       "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
       "Tensor? bias, Tensor? x, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int options, float dropout_p, "
       "float drop_path_p) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias, "
@@ -244,8 +279,11 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
   m.def("use_instruction_set(str name) -> ()");
 }
 
+// Not for AutogradCPU as well, although that would spare torch's fallback: tensors with the negative bit are resolved
+// between the two.
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
   m.impl("add_layer_norm_fwd", forward_op);
+  m.impl("add_norm_bare", bare_forward_op);
   m.impl("add_layer_norm_bwd", backward_op);
 }
 

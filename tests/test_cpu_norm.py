@@ -1,0 +1,212 @@
+"""The native CPU provider beyond the numbers: threads, instruction sets, masks, and a library that is not there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusednorm
+from fusednorm import providers
+from fusednorm.providers import cpu
+
+ROOT = Path(fusednorm.__file__).parents[1]
+REASON = providers.unavailable_reason("cpu")
+needs_library = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
+DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+# (rows, columns): past the grain of two threads with an odd width; partial sums of several chunks; wide rows
+SHAPES = [(130, 385), (2100, 24), (9, 4099)]
+SEED = 0x1234_5678_9ABC_DEF0
+
+
+def everything(rows: int, columns: int, dtype: torch.dtype, stream_dtype: torch.dtype | None = None) -> list:
+    """Outputs and every gradient of a call with the whole epilogue."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    x, residual = draw(rows, columns), draw(rows, columns, dtype=stream_dtype or dtype)
+    parameters = [draw(columns) for _ in range(4)]
+    weight, bias, x_bias, layer_scale = parameters
+    with fusednorm.use_provider("cpu"):
+        outputs = fusednorm.add_layer_norm(
+            *(x, residual, (columns,), weight, bias),
+            x_bias=x_bias,
+            layer_scale=layer_scale,
+            dropout_p=0.2,
+            drop_path_p=0.1,
+            seed=SEED,
+        )
+        cotangents = [draw(rows, columns, dtype=output.dtype).detach() for output in outputs]
+        gradients = torch.autograd.grad(outputs, [x, residual, *parameters], cotangents)
+    return [*outputs, *gradients]
+
+
+def assert_same_bits(ours: list, theirs: list) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def instruction_sets():
+    yield torch.ops.fusednorm_cpu.instruction_sets().split()
+    torch.ops.fusednorm_cpu.use_instruction_set("")
+
+
+@needs_library
+@DTYPE
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, threads):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(everything(*shape, dtype))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@needs_library
+@pytest.mark.parametrize("stream_dtype", [None, torch.float32], ids=["same_stream", "float32_stream"])
+@DTYPE
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype, instruction_sets):
+    results = []
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        results.append(everything(*shape, dtype, stream_dtype))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@needs_library
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(RuntimeError, match=r"'abacus'.*usable are"):
+        torch.ops.fusednorm_cpu.use_instruction_set("abacus")
+
+
+@needs_library
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="three instruction sets are built for x86-64 alone")
+def test_the_best_instruction_set_is_in_use(instruction_sets):
+    assert instruction_sets[-1] == "baseline"
+    if "avx2" in Path("/proc/cpuinfo").read_text():
+        assert instruction_sets[0] in ("avx2", "avx512")
+
+
+@needs_library
+@DTYPE
+def test_a_row_does_not_depend_on_the_batch_around_it(dtype):
+    x, residual = torch.randn(2, 517, 100).to(dtype)
+    weight = torch.randn(100).to(dtype)
+    with fusednorm.use_provider("cpu"):
+        normed, z = fusednorm.add_layer_norm(x, residual, (100,), weight)
+        for row in (0, 1, 300, 516):
+            one_normed, one_z = fusednorm.add_layer_norm(x[row : row + 1], residual[row : row + 1], (100,), weight)
+            assert torch.equal(one_normed[0], normed[row])
+            assert torch.equal(one_z[0], z[row])
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(7, 1), (5, 31), (3, 64), (2, 3, 1001)], ids=str)
+def test_masks_are_those_of_dropout_mask(shape, instruction_sets):
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        with fusednorm.use_provider("cpu"):
+            _, z = fusednorm.add_layer_norm(torch.ones(shape), None, shape[-1:], dropout_p=0.37, seed=SEED)
+        assert torch.equal(z > 0, fusednorm.dropout_mask(shape, 0.37, SEED))
+
+
+@needs_library
+@DTYPE
+def test_every_value_of_16_bits_survives_every_instruction_set(dtype, instruction_sets):
+    """z = x + 0 reads and writes each of the 65536 patterns, subnormal numbers and infinities among them."""
+    if dtype.itemsize > 2:
+        pytest.skip("16-bit dtypes")
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        with fusednorm.use_provider("cpu"):
+            _, z = fusednorm.add_layer_norm(x, torch.zeros_like(x), x.shape[1:])
+        finite = ~x.isnan()
+        assert torch.equal(z[finite], x[finite])
+        assert z[~finite].isnan().all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_is_rounded_as_torch_rounds(dtype, instruction_sets):
+    bits = torch.randint(-(2**31), 2**31, (1, 200_000), dtype=torch.int64).to(torch.int32)
+    scaled = torch.randn(1, 200_000) * 2.0 ** torch.randint(-26, 18, (1, 200_000))  # float16's subnormals and overflow
+    for x in (bits.view(torch.float32), scaled):
+        for name in instruction_sets:
+            torch.ops.fusednorm_cpu.use_instruction_set(name)
+            with fusednorm.use_provider("cpu"):
+                _, z = fusednorm.add_layer_norm(x, None, x.shape[1:], residual_dtype=dtype)
+            expected = x.to(dtype)
+            assert torch.equal(z.isnan(), expected.isnan())
+            assert torch.equal(z.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+def with_library(path: Path | None, tmp_path: Path) -> str:
+    """What a process says that finds this file as its library, or none."""
+    program = f"""
+import torch
+from pathlib import Path
+import fusednorm
+from fusednorm.providers import cpu
+cpu.LIBRARY = Path({str(path or tmp_path / "missing.so")!r})
+assert "cpu" not in fusednorm.available_providers()
+normed, z = fusednorm.add_layer_norm(torch.ones(2, 8), torch.ones(2, 8), 8)
+assert z.eq(2).all()
+print(fusednorm.providers.unavailable_reason("cpu"))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_missing_library_breaks_nothing(tmp_path):
+    assert "setup.py build_ext --inplace" in with_library(None, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library", b"\x7fELF" + bytes(200)], ids=["empty", "text", "cut_off"])
+def test_a_library_that_does_not_load_breaks_nothing(content, tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(content)
+    assert "does not load" in with_library(path, tmp_path)
+
+
+def test_a_library_for_another_machine_breaks_nothing(tmp_path):
+    if not cpu.LIBRARY.exists():
+        pytest.skip("no library is built")
+    content = bytearray(cpu.LIBRARY.read_bytes())
+    content[18:20] = b"\xf3\x00"  # e_machine: RISC-V
+    path = tmp_path / "library.so"
+    path.write_bytes(content)
+    assert "does not load" in with_library(path, tmp_path)
+
+
+def test_importing_the_package_does_not_load_the_library():
+    program = "import fusednorm, torch; assert not torch.ops.loaded_libraries"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@needs_library
+def test_info_says_what_is_built():
+    from fusednorm import __main__
+
+    assert "instruction sets" in __main__.info()
