@@ -105,6 +105,7 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
   const char *const dnormed_row = row_at(a.dnormed, row), *const saved_row = row_at(a.saved, row);
   RowGroup<C> group(int(blockDim.x));
   C sums[2] = {0, 0};
+#pragma unroll 1
   for (int column = int(threadIdx.x) * V; column < n; column += int(blockDim.x) * V) {
     const auto dnormed = Raw<T, V>::template load<ALIGNED>(dnormed_row, column, n);
     Saved<T, S, V> saved;
@@ -217,6 +218,7 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   };
   if (kPrefetch<EPILOGUE>) load_next();
 
+#pragma unroll 1
   for (int64_t round = 0; round < rounds; ++round) {
     if (!kPrefetch<EPILOGUE>) load_next();
     const int64_t row = next_row - step;

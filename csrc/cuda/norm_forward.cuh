@@ -82,6 +82,7 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
 
   C z[CHUNKS][V];
   C mean = 0, squares = 0;
+#pragma unroll 1
   for (int tile = 0; tile < a.tiles; ++tile) {
     const int first = (tile * ranks + rank) * span + int(threadIdx.x) * V;
     Raw<T, V> x[CHUNKS];
@@ -135,6 +136,7 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
     stats[(a.rms ? 0 : a.n_rows) + row] = rstd;
   }
 
+#pragma unroll 1
   for (int tile = 0; tile < a.tiles; ++tile) {
     const int first = (tile * ranks + rank) * span + int(threadIdx.x) * V;
     if (a.tiles > 1) {  // what this thread stored, or x itself where nothing is stored
