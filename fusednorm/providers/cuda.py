@@ -75,7 +75,8 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as i
 
 
 def refusal(op: str, *args: Any) -> str | None:
-    x, residual, normalized_ndim, dropout_p, normed_dtype, residual_dtype = *args[:2], args[7], args[9], *args[11:13]
+    x, residual, normalized_ndim, dropout_p = args[0], args[1], args[7], args[9]
+    normed_dtype, residual_dtype = args[11], args[12]
     if x.is_meta:  # the op's fake kernel serves it
         return None
     device = "cuda" if EMULATED is None else "cpu"
