@@ -79,7 +79,7 @@ class _WithinLimits(fusednorm.use_provider):
 
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
-        if isinstance(value, ValueError) and re.search(_CUDA_LIMITS, str(value)):
+        if value is not None and re.search(_CUDA_LIMITS, str(value)):  # also as torch.compile passes it on
             pytest.skip(str(value))
 
 

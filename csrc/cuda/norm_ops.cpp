@@ -155,7 +155,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
     const bool parameter = k >= 2 && *parameters[k - 2];
     const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : parameter ? dtype_of(*parameters[k - 2]) : compute;
     const Sizes shape = parameter ? sizes_of(*parameters[k - 2]) : s;
-    gradients[k] = wanted(k) ? empty(saved, shape.ndim, shape.sizes, dtype) : empty(saved, 1, none, dtype);
+    gradients[k] = wanted(k) ? empty(saved, shape.ndim, shape.sizes, dtype) : empty(saved, 1, none, dtype_of(saved));
     if (k < 2 || !wanted(k)) continue;
     finalize.gradient[n_sums] = data_of(gradients[k]), finalize.dtype[n_sums] = dtype;
     planes[k] = n_sums++;
