@@ -1,5 +1,7 @@
-"""Builds the native library where torch and a C++ compiler are at hand; everything declarative is in pyproject.toml.
+"""Builds the native libraries where torch and a compiler are at hand; everything declarative is in pyproject.toml.
 
+The CPU library takes a C++ compiler; the CUDA library nvcc too, and a torch built for CUDA. FUSEDNORM_CUDA=1 builds the
+latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100".
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
 torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
@@ -25,9 +27,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = ROOT / "csrc" / "cpu"
+CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 TARGET = (2, 11)
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
+CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
+CUDA_ARCHITECTURES = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -70,6 +75,68 @@ def cxx_compiler() -> list[str]:
     raise RuntimeError("no C++ compiler is installed (c++, g++ and clang++ are not found; CXX names another)")
 
 
+def nvcc() -> list[str]:
+    for path in (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if path and Path(path).exists():
+            return [path]
+    raise RuntimeError("nvcc is not found (CUDACXX names one)")
+
+
+Commands = tuple[dict[Path, list[str]], list[str]]  # what makes each object, and the libraries to link
+
+
+def torch_flags(torch: Path) -> list[str]:
+    return [f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000", "-isystem", str(torch / "include")]
+
+
+def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
+    kernels = CPU / "norm_kernels.cpp"
+    jobs = {
+        objects / f"norm_kernels_{name}.o": [
+            *(*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags, "-c", str(kernels))
+        ]
+        for name, flags in INSTRUCTION_SETS.items()
+    } | {
+        objects / f"{source.stem}.o": [*compiler, *FLAGS, *torch_flags(torch), "-c", str(source)]
+        for source in sorted(CPU.glob("*.cpp"))
+        if source != kernels
+    }
+    return jobs, []
+
+
+def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
+    cuda = nvcc()
+    homes = [Path(cuda[0]).resolve().parents[1], *map(Path, (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"))]
+    folders = [home / folder for home in homes for folder in ("lib64", "lib")]
+    runtime = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
+    if runtime is None:
+        raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))} (CUDA_HOME names another)")
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    for name in CUDA_ARCHITECTURES:
+        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+    newest = CUDA_ARCHITECTURES[-1]  # for GPUs to come
+    flags += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+    jobs = {
+        objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
+        for source in sorted(CUDA.glob("*.cu"), key=lambda source: -source.stat().st_size)
+    } | {
+        objects / f"{source.stem}.o": [*compiler, *FLAGS, "-DUSE_CUDA", *torch_flags(torch), "-c", str(source)]
+        for source in sorted(CUDA.glob("*.cpp"))
+    }
+    # cudart inside: it shares the GPU's context with torch's own, of whatever version
+    return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def cuda_is_wanted() -> bool:
+    if CUDA_WANTED in ("0", "1"):
+        return CUDA_WANTED == "1"
+    try:
+        nvcc()
+    except RuntimeError:
+        return False
+    return (torch_directory() / "lib" / "libtorch_cuda.so").exists()
+
+
 class BuildNative(build_ext):
     """Compiles without setuptools' compiler classes, which have no flags for a single source."""
 
@@ -88,25 +155,17 @@ class BuildNative(build_ext):
             raise RuntimeError(f"the native library is for Linux and macOS, this is {sys.platform}")
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        kernels = SOURCES / "norm_kernels.cpp"
-        target = f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
-        jobs = {
-            objects / f"norm_kernels_{name}.o": (kernels, [*KERNEL_FLAGS, f"-DFN_ISA={name}", *flags])
-            for name, flags in INSTRUCTION_SETS.items()
-        } | {
-            objects / f"{source.stem}.o": (source, [target, "-isystem", str(torch / "include")])
-            for source in sorted(SOURCES.glob("*.cpp"))
-            if source != kernels
-        }
+        make = cuda_commands if library.stem == "libfusednorm_cuda" else cpu_commands
+        jobs, libraries = make(objects, torch, compiler)
 
-        def compile_one(job: tuple[Path, tuple[Path, list[str]]]) -> None:
-            out, (source, flags) = job
+        def compile_one(job: tuple[Path, list[str]]) -> None:
+            out, command = job
             if self.force or outdated(out):
-                run([*compiler, *FLAGS, *flags, "-MMD", "-c", str(source), "-o", str(out)])
+                run([*command, "-MMD", "-o", str(out)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs.items()))
-        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", *libraries]
         new = library.with_suffix(".new")  # renamed, so that a process that has the old one loaded keeps it
         run([*compiler, "-shared", "-o", str(new), *map(str, jobs), *link])
         new.replace(library)
@@ -151,7 +210,8 @@ def extensions() -> list[Extension]:
             raise SystemExit(f"fusednorm: the native library cannot be built: {fault}") from fault
         print(f"fusednorm: pure Python, without the native library: {fault}", file=sys.stderr)
         return []
-    return [Extension("fusednorm.libfusednorm_cpu", sources=[], optional=True)]
+    names = ["libfusednorm_cpu", *(["libfusednorm_cuda"] if cuda_is_wanted() else [])]
+    return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

@@ -1,0 +1,42 @@
+// What the ops ask of the machine: a GPU, or the emulation, which defines FN_EMULATED.
+#pragma once
+
+#include "norm_table.h"
+
+#if defined(FN_EMULATED)
+
+#define FN_DISPATCH_KEY CPU
+
+namespace fusednorm_cuda {
+
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
+
+Limits limits(int device);  // of the emulation: what tests ask for
+inline void* current_stream(int) { return nullptr; }
+
+}  // namespace fusednorm_cuda
+
+#else
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define FN_DISPATCH_KEY CUDA
+
+namespace fusednorm_cuda {
+
+using OnDevice = torch::stable::accelerator::DeviceGuard;
+
+Limits limits(int device);
+
+inline void* current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+}  // namespace fusednorm_cuda
+
+#endif

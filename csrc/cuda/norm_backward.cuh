@@ -1,0 +1,300 @@
+// The backward of every norm of the family, persistent over rows.
+//
+// With xhat = (z - mean) rstd, g = weight * dy and bars for row means,
+// dz = rstd (g - bar(g) - xhat bar(g xhat)) + dresidual_out; RMSNorm lacks bar(g).
+// Parameter gradients are summed in registers over the rows of a block, written once, and added by another kernel: no
+// atomics. A thread holds one vector of a row, whatever the width: wider rows take more threads, then the blocks of a
+// cluster, then slabs of columns, for which the row means are made before.
+#pragma once
+
+#include "philox.cuh"
+#include "reduce.cuh"
+
+namespace fusednorm_cuda {
+
+constexpr int kBackwardThreads = 512;  // 128 registers each
+constexpr int kSumsThreads = 256;
+constexpr int kFinalizeColumns = 32, kFinalizeRows = 16;
+
+template <class C>
+struct RowStatistics {
+  C mean, rstd;
+};
+
+template <class C>
+FN_DEVICE RowStatistics<C> row_statistics(const Backward& a, int64_t row) {
+  const C* const stats = static_cast<const C*>(a.stats);
+  return {a.rms ? C(0) : stats[row], stats[(a.rms ? 0 : a.n_rows) + row]};
+}
+
+// A vector of what was saved: z, or normed, which has the dtype of x.
+template <class T, class S, int V>
+struct Saved {
+  Raw<S, V> raw;
+
+  template <bool ALIGNED>
+  FN_DEVICE void load(const Backward& a, const char* row, int column, int width) {
+    if constexpr (sizeof(T) != sizeof(S)) {
+      if (a.saved_is_normed) {
+        const auto narrow = Raw<T, V>::template load<ALIGNED>(row, column, width);
+#pragma unroll
+        for (int w = 0; w < Raw<T, V>::kWords; ++w) raw.words[w] = narrow.words[w];
+        return;
+      }
+    }
+    raw = Raw<S, V>::template load<ALIGNED>(row, column, width);
+  }
+
+  FN_DEVICE Compute<T> get(const Backward& a, int i) const {
+    if constexpr (sizeof(T) != sizeof(S)) {
+      Raw<T, V> narrow;
+#pragma unroll
+      for (int w = 0; w < Raw<T, V>::kWords; ++w) narrow.words[w] = raw.words[w];
+      return a.saved_is_normed ? narrow.get(i) : raw.get(i);
+    } else {
+      return raw.get(i);
+    }
+  }
+};
+
+// The normalized row and g; both are zero past the row's end.
+template <class T, class S, int V, bool ALIGNED>
+FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Saved<T, S, V>& saved,
+                          const RowStatistics<Compute<T>>& stats, int column, int width, Compute<T> (&xhat)[V],
+                          Compute<T> (&g)[V]) {
+  using C = Compute<T>;
+  C weight[V], bias[V];
+  if (a.weight.data) {
+    load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns, weight);
+    if (a.zero_centered) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) weight[i] += C(1);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) g[i] = a.weight.data ? C(dnormed.get(i)) * weight[i] : C(dnormed.get(i));
+  if (a.saved_is_normed) {
+    if (a.bias.data) load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns, bias);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      xhat[i] = saved.get(a, i);
+      if (a.bias.data) xhat[i] -= bias[i];
+      if (a.weight.data) xhat[i] /= weight[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) xhat[i] = (saved.get(a, i) - stats.mean) * stats.rstd;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const bool inside = column + (ALIGNED ? 0 : i) < width;
+    xhat[i] = inside ? xhat[i] : C(0);
+    g[i] = inside ? g[i] : C(0);
+  }
+}
+
+// The row means of g xhat and g, for rows too wide to hold. Grid (rows), block (threads).
+template <class T, class S, bool ALIGNED>
+FN_KERNEL(kSumsThreads, 2)
+add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
+  using C = Compute<T>;
+  constexpr int V = 16 / sizeof(T);
+  const int n = a.n_columns;
+  const int64_t row = blockIdx.x;
+  const RowStatistics<C> stats = row_statistics<C>(a, row);
+  const char *const dnormed_row = row_at(a.dnormed, row), *const saved_row = row_at(a.saved, row);
+  RowGroup<C> group(int(blockDim.x));
+  C sums[2] = {0, 0};
+#pragma unroll 1
+  for (int column = int(threadIdx.x) * V; column < n; column += int(blockDim.x) * V) {
+    const auto dnormed = Raw<T, V>::template load<ALIGNED>(dnormed_row, column, n);
+    Saved<T, S, V> saved;
+    saved.template load<ALIGNED>(a, saved_row, column, n);
+    C xhat[V], g[V];
+    xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, n, xhat, g);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[0] += g[i] * xhat[i], sums[1] += g[i];
+  }
+  group.sum(sums);
+  if (threadIdx.x == 0) {
+    C* const out = static_cast<C*>(a.sums);
+    out[row] = sums[0] / C(n);
+    out[a.n_rows + row] = sums[1] / C(n);
+  }
+}
+
+// From z's gradient to that of x: drop path, layer scale and dropout backwards, with the sums for x_bias and layer_scale.
+template <class T, int V, bool ALIGNED>
+FN_DEVICE void branch_gradients(const Backward& a, uint64_t seed, int64_t row, int column, int width,
+                                Compute<T> (&d)[V], Compute<T> (&dx_bias)[V], Compute<T> (&dlayer_scale)[V]) {
+  using C = Compute<T>;
+  if (a.path.on) {
+    const float factor = path_factor(a, seed, row);
+#pragma unroll
+    for (int i = 0; i < V; ++i) d[i] = factor > 0 ? d[i] * C(factor) : C(0);
+  }
+  if (a.dlayer_scale >= 0) {
+    const auto raw = Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width);
+    C branch[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) branch[i] = raw.get(i);
+    drop<T, V, ALIGNED>(a, seed, row, column, branch);
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (column + (ALIGNED ? 0 : i) < width) dlayer_scale[i] += d[i] * branch[i];
+  }
+  if (a.layer_scale.data) {
+    C scale[V];
+    load_parameter<T, V, ALIGNED>(a.layer_scale, column, a.n_columns, scale);
+#pragma unroll
+    for (int i = 0; i < V; ++i) d[i] *= scale[i];
+  }
+  if (a.element.on) {
+    const uint32_t kept = kept_columns<V>(seed, row, column, a.element.threshold);
+#pragma unroll
+    for (int i = 0; i < V; ++i) d[i] = kept >> i & 1 ? d[i] * C(a.element.scale) : C(0);
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (column + (ALIGNED ? 0 : i) < width) dx_bias[i] += d[i];
+}
+
+// Whether the next row is on its way while the threads of this one meet: with the epilogue there are no registers for it.
+template <bool EPILOGUE>
+constexpr bool kPrefetch = !EPILOGUE;
+
+// One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`. Rows that share a warp
+// are added by shuffles, then warps through shared memory.
+template <int V, bool ALIGNED, class C>
+FN_DEVICE void write_partials(const Backward& a, int plane, int column, C (&sums)[V]) {
+  if (plane < 0) return;
+  const int n = a.n_columns, threads = int(blockDim.x);
+  C* const out = static_cast<C*>(a.partials) + (int64_t(plane) * gridDim.y + blockIdx.y) * n;
+  if (blockDim.y == 1) return Raw<C, V>::of(sums).template store<ALIGNED>(out, column, n);
+  for (int offset = threads; offset < kWarp; offset *= 2) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i] += shuffle_xor(sums[i], offset);
+  }
+  const int thread = int(threadIdx.y) * threads + int(threadIdx.x), all = threads * int(blockDim.y);
+  const int warp = thread / kWarp, warps = all / kWarp, columns = threads * V;
+  const Shared<C> shared(RowGroup<C>::kSharedBytes);
+  sync_threads();  // who reads the plane before is done
+  if (thread % kWarp < threads) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) shared.set(warp * columns + int(threadIdx.x) * V + i, sums[i]);
+  }
+  sync_threads();
+  for (int c = thread; c < columns && c < n; c += all) {
+    C total = 0;
+    for (int w = 0; w < warps; ++w) total += shared.get(w * columns + c);
+    out[c] = total;
+  }
+}
+
+// Grid (slabs, or ranks of a cluster; programs), block (threads of a row, rows).
+template <class T, class S, bool EPILOGUE, bool ALIGNED>
+FN_KERNEL(kBackwardThreads, 1)
+add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
+  using C = Compute<T>;
+  constexpr int V = 16 / sizeof(T);
+  const int n = a.n_columns, column = int(blockIdx.x * blockDim.x + threadIdx.x) * V;
+  const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
+  RowGroup<C> group(int(blockDim.x));
+  C dweight[V] = {}, dbias[V] = {};
+  [[maybe_unused]] C dx_bias[V] = {}, dlayer_scale[V] = {};
+
+  const int64_t step = int64_t(gridDim.y) * blockDim.y;
+  const int64_t rounds = (a.n_rows + step - 1) / step;  // the same for every thread: they meet at barriers
+  int64_t next_row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
+  Raw<T, V> dnormed;
+  Saved<T, S, V> saved;
+  RowStatistics<C> stats{};
+  const auto load_next = [&] {
+    const int width = next_row < a.n_rows ? n : 0;
+    stats = width ? row_statistics<C>(a, next_row) : RowStatistics<C>{0, 0};
+    dnormed = Raw<T, V>::template load<ALIGNED>(width ? row_at(a.dnormed, next_row) : nullptr, column, width);
+    saved.template load<ALIGNED>(a, width ? row_at(a.saved, next_row) : nullptr, column, width);
+    next_row += step;
+  };
+  if (kPrefetch<EPILOGUE>) load_next();
+
+#pragma unroll 1
+  for (int64_t round = 0; round < rounds; ++round) {
+    if (!kPrefetch<EPILOGUE>) load_next();
+    const int64_t row = next_row - step;
+    const int width = row < a.n_rows ? n : 0;  // a row that is not there has no columns, but its threads meet the others
+    Raw<S, V> dresidual_out;
+    if (a.dresidual_out.data)
+      dresidual_out = Raw<S, V>::template load<ALIGNED>(width ? row_at(a.dresidual_out, row) : nullptr, column, width);
+    C xhat[V], g[V];
+    C means[2] = {0, 0};
+    xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, width, xhat, g);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      dweight[i] += C(dnormed.get(i)) * xhat[i];
+      dbias[i] += C(dnormed.get(i));
+      means[0] += g[i] * xhat[i];
+      means[1] += g[i];
+    }
+    const C rstd = stats.rstd;
+    if (kPrefetch<EPILOGUE>) load_next();  // on its way while the threads of this row meet
+
+    if (a.sums) {
+      const C* const made = static_cast<const C*>(a.sums);
+      means[0] = width ? made[row] : C(0);
+      means[1] = width ? made[a.n_rows + row] : C(0);
+    } else {
+      group.sum(means);
+      means[0] /= C(n), means[1] /= C(n);
+    }
+    if (a.rms) means[1] = 0;
+    C dz[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      dz[i] = (g[i] - xhat[i] * means[0] - means[1]) * rstd;
+      if (a.dresidual_out.data) dz[i] += dresidual_out.get(i);
+    }
+    if (a.dresidual) Raw<S, V>::of(dz).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
+    if constexpr (EPILOGUE) branch_gradients<T, V, ALIGNED>(a, seed, row, column, width, dz, dx_bias, dlayer_scale);
+    if (a.dx) Raw<T, V>::of(dz).template store<ALIGNED>(static_cast<T*>(a.dx) + row * n, column, width);
+  }
+  write_partials<V, ALIGNED>(a, a.dweight, column, dweight);
+  write_partials<V, ALIGNED>(a, a.dbias, column, dbias);
+  if constexpr (EPILOGUE) {
+    write_partials<V, ALIGNED>(a, a.dx_bias, column, dx_bias);
+    write_partials<V, ALIGNED>(a, a.dlayer_scale, column, dlayer_scale);
+  }
+}
+
+template <class C>
+FN_DEVICE void store_as(Dtype dtype, void* out, int column, C value) {
+  switch (dtype) {
+    case kFloat64: static_cast<double*>(out)[column] = double(value); break;
+    case kFloat32: static_cast<float*>(out)[column] = float(value); break;
+    case kBFloat16: static_cast<BFloat16*>(out)[column].bits = uint16_t(pack(float(value), 0.0f, BFloat16{})); break;
+    case kFloat16: static_cast<Float16*>(out)[column].bits = uint16_t(pack(float(value), 0.0f, Float16{})); break;
+  }
+}
+
+// Adds the programs' partial sums of each column, always in the same order. Grid (columns, sums), block (columns, rows).
+template <class C>
+FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
+add_layer_norm_bwd_finalize_kernel(FN_ARGUMENT Finalize a) {
+  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
+  const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
+  C total = 0;
+  if (column < a.n_columns) {
+#pragma unroll 4
+    for (int p = int(threadIdx.y); p < a.programs; p += kFinalizeRows) total += partials[int64_t(p) * a.n_columns + column];
+  }
+  const Shared<C> shared(0);
+  shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);
+  sync_threads();
+  if (threadIdx.y == 0 && column < a.n_columns) {
+    total = 0;
+    for (int r = 0; r < kFinalizeRows; ++r) total += shared.get(r * kFinalizeColumns + int(threadIdx.x));
+    store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
+  }
+}
+
+}  // namespace fusednorm_cuda

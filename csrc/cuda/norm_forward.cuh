@@ -1,0 +1,165 @@
+// The forward of every norm of the family: one body for LayerNorm and RMSNorm, with and without the epilogue.
+//
+// A row lies in the registers of its threads, a tile of it where it is too wide; narrow rows share a block.
+#pragma once
+
+#include "philox.cuh"
+#include "reduce.cuh"
+
+namespace fusednorm_cuda {
+
+// Most threads of a block, and least blocks of a multiprocessor, by vectors a thread: what registers are held to.
+template <int CHUNKS, bool ALIGNED>
+struct ForwardBounds {
+  static constexpr int kThreads = ALIGNED ? 128 * CHUNKS : 512;
+  static constexpr int kBlocks = !ALIGNED || CHUNKS == 4 ? 1 : CHUNKS == 2 ? 3 : 8;
+};
+
+// z = residual + drop_path(layer_scale * dropout(x + x_bias)) of one vector, rounded to S.
+template <class T, class S, int V, bool ALIGNED>
+FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Raw<S, V>& residual, uint64_t seed, float factor,
+                            int64_t row, int column) {
+  using C = Compute<T>;
+  C z[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) z[i] = x.get(i);
+  drop<T, V, ALIGNED>(a, seed, row, column, z);
+  if (a.layer_scale.data) {
+    C scale[V];
+    load_parameter<T, V, ALIGNED>(a.layer_scale, column, a.n_columns, scale);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] *= scale[i];
+  }
+  if (a.path.on) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = factor > 0 ? z[i] * C(factor) : C(0);
+  }
+  if (a.residual.data) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] += residual.get(i);
+  }
+  return Raw<S, V>::of(z);
+}
+
+template <class T, int V, bool ALIGNED>
+FN_DEVICE void store_normed(const Forward& a, const Compute<T> (&z)[V], Compute<T> mean, Compute<T> rstd, int64_t row,
+                            int column) {
+  using C = Compute<T>;
+  C y[V], parameter[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) y[i] = (z[i] - mean) * rstd;
+  if (a.weight.data) {
+    load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns, parameter);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] *= a.zero_centered ? parameter[i] + C(1) : parameter[i];
+  }
+  if (a.bias.data) {
+    load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns, parameter);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] += parameter[i];
+  }
+  Raw<T, V>::of(y).template store<ALIGNED>(static_cast<T*>(a.normed) + row * a.n_columns, column, a.n_columns);
+}
+
+// Grid (groups of rows x ranks), block (threads of a row, rows).
+template <class T, class S, int CHUNKS, bool ALIGNED>
+FN_KERNEL((ForwardBounds<CHUNKS, ALIGNED>::kThreads), (ForwardBounds<CHUNKS, ALIGNED>::kBlocks))
+add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
+  using C = Compute<T>;
+  constexpr int V = 16 / sizeof(T);
+  const int n = a.n_columns, threads = int(blockDim.x);
+  const int rank = cluster_rank(), ranks = cluster_size();
+  const int64_t row = int64_t(blockIdx.x) / ranks * blockDim.y + threadIdx.y;
+  const bool active = row < a.n_rows;
+  const int width = active ? n : 0;  // a row that is not there has no columns, but its threads meet the others
+  const int span = threads * V * CHUNKS;
+  const uint64_t seed = a.seed ? uint64_t(*a.seed) : 0;
+  const float factor = path_factor(a, seed, row);
+  const char* const x_row = active ? row_at(a.x, row) : nullptr;
+  const char* const residual_row = active && a.residual.data ? row_at(a.residual, row) : nullptr;
+  S* const z_row = static_cast<S*>(a.z) + (a.z && active ? row * n : 0);
+  RowGroup<C> group(threads);
+
+  C z[CHUNKS][V];
+  C mean = 0, squares = 0;
+#pragma unroll 1
+  for (int tile = 0; tile < a.tiles; ++tile) {
+    const int first = (tile * ranks + rank) * span + int(threadIdx.x) * V;
+    Raw<T, V> x[CHUNKS];
+    Raw<S, V> residual[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) x[c] = Raw<T, V>::template load<ALIGNED>(x_row, first + c * threads * V, width);
+    if (a.residual.data) {
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c)
+        residual[c] = Raw<S, V>::template load<ALIGNED>(residual_row, first + c * threads * V, width);
+    }
+    C total[1] = {0};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int column = first + c * threads * V;
+      const Raw<S, V> raw = combine<T, S, V, ALIGNED>(a, x[c], residual[c], seed, factor, row, column);
+      if (a.z) raw.template store<ALIGNED>(z_row, column, width);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        z[c][i] = column + (ALIGNED ? 0 : i) < width ? C(raw.get(i)) : C(0);
+        total[0] += z[c][i] * C(a.tile_scale);
+      }
+    }
+    const int start = tile * ranks * span;
+    const C count = C(n - start < ranks * span ? n - start : ranks * span);
+    C tile_mean = 0;
+    if (!a.rms) {
+      group.sum(total);
+      tile_mean = total[0] / (count * C(a.tile_scale));
+    }
+    C centred[1] = {0};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const C d = z[c][i] - tile_mean;
+        if (first + c * threads * V + (ALIGNED ? 0 : i) < width) centred[0] += d * d;
+      }
+    }
+    group.sum(centred);
+    // Merging with nothing, in the first tile, changes no bit. In this order: delta * delta alone may overflow where
+    // its product with start = 0 must not.
+    const C share = count / (C(start) + count), delta = tile_mean - mean;
+    mean += delta * share;
+    squares += centred[0] + delta * (delta * (C(start) * share));
+  }
+  const C rstd = C(1) / sqrt(squares / C(n) + C(a.eps));
+  if (threadIdx.x == 0 && rank == 0 && active) {
+    C* const stats = static_cast<C*>(a.stats);
+    if (!a.rms) stats[row] = mean;
+    stats[(a.rms ? 0 : a.n_rows) + row] = rstd;
+  }
+
+#pragma unroll 1
+  for (int tile = 0; tile < a.tiles; ++tile) {
+    const int first = (tile * ranks + rank) * span + int(threadIdx.x) * V;
+    if (a.tiles > 1) {  // what this thread stored, or x itself where nothing is stored
+#pragma unroll
+      for (int c = 0; c < CHUNKS; ++c) {
+        const int column = first + c * threads * V;
+        if (a.z) {
+          const auto raw = Raw<S, V>::template load<ALIGNED>(z_row, column, width);
+#pragma unroll
+          for (int i = 0; i < V; ++i) z[c][i] = C(raw.get(i));
+        } else {
+          const auto raw = Raw<T, V>::template load<ALIGNED>(x_row, column, width);
+#pragma unroll
+          for (int i = 0; i < V; ++i) z[c][i] = C(raw.get(i));
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      const int column = first + c * threads * V;
+      if (column < width) store_normed<T, V, ALIGNED>(a, z[c], mean, rstd, row, column);
+    }
+  }
+}
+
+}  // namespace fusednorm_cuda

@@ -1,0 +1,21 @@
+// The launches of the norm kernels, one set for each pair of dtypes that rows may have.
+#pragma once
+
+#include "norm_args.h"
+
+namespace fusednorm_cuda {
+
+// `stream` is a cudaStream_t; the emulation has none.
+struct Launchers {
+  void (*forward)(const Forward&, const Form&, void* stream);
+  void (*backward)(const Backward&, const Form&, bool epilogue, int programs, void* stream);
+  void (*finalize)(const Finalize&, int n_sums, void* stream);
+};
+
+// Of rows x, normed and the residual stream of one dtype, or 16-bit rows beside a float32 stream.
+Launchers float64_launchers();
+Launchers float32_launchers();
+Launchers bfloat16_launchers(bool float32_stream);
+Launchers float16_launchers(bool float32_stream);
+
+}  // namespace fusednorm_cuda

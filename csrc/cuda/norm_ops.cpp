@@ -1,0 +1,204 @@
+// fusednorm_cuda::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, a form chosen, kernels launched.
+//
+// All switches travel in one integer, `options`: a dispatched argument costs tens of nanoseconds.
+#include <algorithm>
+#include <memory>
+
+#include "machine.h"
+#include "norm_launch.h"
+#include "norm_table.h"
+#include "operands.h"
+
+namespace fusednorm_cuda {
+
+namespace {
+
+using fusednorm::take_optional;
+using fusednorm::take_tensor;
+using torch::stable::detail::to;
+
+struct Options {
+  explicit Options(int64_t bits)
+      : normalized_ndim(bits & 127),
+        dtype(Dtype(bits >> 7 & 3)),
+        residual_dtype(Dtype(bits >> 9 & 3)),
+        rms(bits >> 11 & 1),
+        zero_centered(bits >> 12 & 1),
+        store_residual(bits >> 13 & 1),
+        saved_is_normed(bits >> 14 & 1),
+        output_mask(bits >> 15 & 63) {}
+  int64_t normalized_ndim;
+  Dtype dtype, residual_dtype;  // of normed and x; of the stream
+  bool rms, zero_centered, store_residual, saved_is_normed;
+  unsigned output_mask;
+};
+
+int64_t product(const int64_t* sizes, int64_t count) {
+  int64_t result = 1;
+  for (int64_t d = 0; d < count; ++d) result *= sizes[d];
+  return result;
+}
+
+Dropout dropout(double p) { return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f}; }
+
+Launchers launchers(const Options& o) {
+  const bool wide = o.residual_dtype != o.dtype;
+  STD_TORCH_CHECK(!wide || (o.residual_dtype == kFloat32 && kItemSize[o.dtype] == 2),
+                  "rows of these dtypes together have no kernel");
+  switch (o.dtype) {
+    case kFloat64: return float64_launchers();
+    case kFloat32: return float32_launchers();
+    case kBFloat16: return bfloat16_launchers(wide);
+    case kFloat16: return float16_launchers(wide);
+  }
+  STD_TORCH_CHECK(false, "dtype");
+}
+
+// Sizes, masks and parameters; `s` is of the tensor that has the call's shape. Returns the dimensions of rows.
+int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle& weight, const Handle& bias,
+                      const Handle& x_bias, const Handle& layer_scale, const Handle& seed, double dropout_p,
+                      double drop_path_p) {
+  STD_TORCH_CHECK(o.normalized_ndim <= s.ndim, "normalized_ndim exceeds the number of dimensions");
+  const int64_t lead = s.ndim - o.normalized_ndim, columns = product(s.sizes + lead, o.normalized_ndim);
+  STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "a row has no columns, or 2**30 and more");
+  a.n_rows = product(s.sizes, lead);
+  STD_TORCH_CHECK(a.n_rows > 0, "no rows");
+  a.n_columns = int(columns);
+  a.rows_per_sample = lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
+  a.rms = o.rms, a.zero_centered = o.zero_centered;
+  STD_TORCH_CHECK(!(dropout_p > 0) || o.normalized_ndim == 1, "dropout over several normalized dimensions");
+  a.element = dropout(dropout_p), a.path = dropout(drop_path_p);
+  STD_TORCH_CHECK(!(a.element.on || a.path.on) || (seed && fusednorm::numel_of(seed) == 1),
+                  "seed: expected a tensor of one element");
+  a.seed = seed ? reinterpret_cast<const int64_t*>(data_of(seed)) : nullptr;
+  a.weight = parameter_of("weight", weight, columns, o.dtype);
+  a.bias = parameter_of("bias", bias, columns, o.dtype);
+  a.x_bias = parameter_of("x_bias", x_bias, columns, o.dtype);
+  a.layer_scale = parameter_of("layer_scale", layer_scale, columns, o.dtype);
+  return lead;
+}
+
+template <class... Operands>
+bool all_aligned(const Common& a, int vector, const Operands&... operands) {
+  const Parameter parameters[] = {a.weight, a.bias, a.x_bias, a.layer_scale};
+  return a.n_columns % vector == 0 && (aligned(operands) && ...) &&
+         std::all_of(std::begin(parameters), std::end(parameters), [](const Parameter& p) { return aligned(p.data); });
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle x = take_tensor(stack[0]), residual = take_optional(stack[1]), weight = take_optional(stack[2]),
+               bias = take_optional(stack[3]), x_bias = take_optional(stack[4]), layer_scale = take_optional(stack[5]),
+               seed = take_optional(stack[6]);
+  const Options o(to<int64_t>(stack[7]));
+  const Launchers kernels = launchers(o);
+  const Sizes s = sizes_of(x);
+  Forward a{};
+  const int64_t lead =
+      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, to<double>(stack[9]), to<double>(stack[10]));
+  a.x = rows_of("x", x, s, lead, o.dtype);
+  a.residual = rows_of("residual", residual, s, lead, o.residual_dtype);
+  a.eps = to<double>(stack[8]);
+  STD_TORCH_CHECK(o.store_residual || !(residual || x_bias || layer_scale || a.element.on || a.path.on),
+                  "what is not x itself must be stored");
+
+  const int device = device_of(x);
+  const OnDevice guard(device);
+  const int64_t none[1] = {0}, stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
+  Handle normed = empty(x, s.ndim, s.sizes, o.dtype);
+  Handle z = o.store_residual ? empty(x, s.ndim, s.sizes, o.residual_dtype) : empty(x, 1, none, o.residual_dtype);
+  Handle stats = empty(x, 2, stats_sizes, o.dtype == kFloat64 ? kFloat64 : kFloat32);
+  a.normed = data_of(normed), a.z = o.store_residual ? data_of(z) : nullptr, a.stats = data_of(stats);
+
+  const int vector = int(16 / kItemSize[o.dtype]);
+  const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
+  const Form form = forward_form(a.n_columns, vector, fits, limits(device));
+  const int64_t tile = int64_t(form.ranks) * form.threads * vector * form.chunks;
+  a.tiles = form.tiles;
+  a.tile_scale = 1.0 / double(power_of_two(std::min<int64_t>(tile, a.n_columns)));
+  kernels.forward(a, form, current_stream(device));
+  stack[0] = torch::stable::detail::from(normed.release());
+  stack[1] = torch::stable::detail::from(z.release());
+  stack[2] = torch::stable::detail::from(stats.release());
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle dnormed = take_tensor(stack[0]), dresidual_out = take_optional(stack[1]), saved = take_tensor(stack[2]),
+               stats = take_tensor(stack[3]), weight = take_optional(stack[4]), bias = take_optional(stack[5]),
+               x = take_optional(stack[6]), x_bias = take_optional(stack[7]), layer_scale = take_optional(stack[8]),
+               seed = take_optional(stack[9]);
+  const Options o(to<int64_t>(stack[10]));
+  const Launchers kernels = launchers(o);
+  const Sizes s = sizes_of(saved);
+  Backward a{};
+  const int64_t lead =
+      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, to<double>(stack[11]), to<double>(stack[12]));
+  const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
+  a.saved_is_normed = o.saved_is_normed;
+  a.dnormed = rows_of("dnormed", dnormed, s, lead, o.dtype);
+  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, o.residual_dtype);
+  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : o.residual_dtype);
+  const Handle* const parameters[4] = {&weight, &bias, &x_bias, &layer_scale};
+  const auto wanted = [&](int k) { return (o.output_mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
+  STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
+  if (wanted(5)) a.x = rows_of("x", x, s, lead, o.dtype);
+  STD_TORCH_CHECK(dtype_of(stats) == compute && fusednorm::numel_of(stats) == (o.rms ? 1 : 2) * a.n_rows,
+                  "stats: shape or dtype does not fit");
+  a.stats = data_of(stats);
+
+  const int device = device_of(saved);
+  const OnDevice guard(device);
+  const int64_t none[1] = {0};
+  Handle gradients[6];
+  int planes[6] = {-1, -1, -1, -1, -1, -1}, n_sums = 0;
+  Finalize finalize{};
+  for (int k = 0; k < 6; ++k) {
+    const bool parameter = k >= 2 && *parameters[k - 2];
+    const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : parameter ? dtype_of(*parameters[k - 2]) : compute;
+    const Sizes shape = parameter ? sizes_of(*parameters[k - 2]) : s;
+    gradients[k] = wanted(k) ? empty(saved, shape.ndim, shape.sizes, dtype) : empty(saved, 1, none, dtype_of(saved));
+    if (k < 2 || !wanted(k)) continue;
+    finalize.gradient[n_sums] = data_of(gradients[k]), finalize.dtype[n_sums] = dtype;
+    planes[k] = n_sums++;
+  }
+  a.dx = wanted(0) ? data_of(gradients[0]) : nullptr, a.dresidual = wanted(1) ? data_of(gradients[1]) : nullptr;
+  a.dweight = planes[2], a.dbias = planes[3], a.dx_bias = planes[4], a.dlayer_scale = planes[5];
+
+  const Limits limit = limits(device);
+  const int vector = int(16 / kItemSize[o.dtype]);
+  const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
+  const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
+  const Form form = backward_form(a.n_columns, vector, fits, limit);
+  const int programs = backward_programs(a.n_rows, form, limit);
+  const int64_t partial_sizes[3] = {n_sums, programs, a.n_columns}, sums_sizes[2] = {2, a.n_rows};
+  const Handle partials = n_sums ? empty(saved, 3, partial_sizes, compute) : Handle();
+  const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
+  a.partials = partials ? data_of(partials) : nullptr;
+  a.sums = sums ? data_of(sums) : nullptr;
+  void* const stream = current_stream(device);
+  kernels.backward(a, form, epilogue, programs, stream);
+  if (n_sums) {
+    finalize.partials = a.partials, finalize.programs = programs, finalize.n_columns = a.n_columns;
+    kernels.finalize(finalize, n_sums, stream);
+  }
+  for (int k = 0; k < 6; ++k) stack[k] = torch::stable::detail::from(gradients[k].release());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusednorm_cuda, m) {
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, "
+      "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
+      "Tensor? bias, Tensor? x, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int options, float dropout_p, "
+      "float drop_path_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, FN_DISPATCH_KEY, m) {
+  m.impl("add_layer_norm_fwd", &forward_op);
+  m.impl("add_layer_norm_bwd", &backward_op);
+}
+
+}  // namespace fusednorm_cuda

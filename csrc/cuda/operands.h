@@ -1,0 +1,30 @@
+// Tensors as the kernels address them: rows with one or two strides, parameters, fresh outputs.
+#pragma once
+
+#include "../handles.h"
+#include "norm_args.h"
+
+namespace fusednorm_cuda {
+
+using fusednorm::Handle;
+using fusednorm::Sizes;
+using fusednorm::data_of;
+using fusednorm::sizes_of;
+
+Dtype dtype_of(const Handle& tensor);
+int device_of(const Handle& tensor);
+
+// A contiguous tensor on the device of `like`.
+Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype);
+
+// `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no tensor.
+Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype);
+
+// A contiguous tensor of the row dtype or the compute type.
+Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns, Dtype row_dtype);
+
+// Whether 16-byte accesses reach every row.
+bool aligned(const Rows& rows);
+bool aligned(const void* data);
+
+}  // namespace fusednorm_cuda

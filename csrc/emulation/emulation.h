@@ -1,0 +1,200 @@
+// Runs CUDA kernels on the host: what `device.cuh` takes from CUDA under nvcc, it takes from here under a host compiler.
+//
+// The threads of a block, or of all blocks of a cluster, are fibers in an order drawn from a seed. A barrier waits for
+// every thread, at the same place in the source; a shuffle waits for every lane of its mask.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "fibers.h"
+#include "shared_memory.h"
+
+namespace fusednorm_emulation {
+
+constexpr int kWarp = 32;
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+struct Place {
+  const char* file;
+  int line;
+  bool operator!=(const Place& other) const {
+    return line != other.line || (file != other.file && std::strcmp(file, other.file) != 0);
+  }
+  std::string name() const {
+    const std::string path(file);
+    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+  }
+};
+
+// Threads that wait for one another.
+struct Barrier {
+  std::vector<int> waiting;
+  Place place{};
+  uint32_t mask = 0;
+};
+
+class Machine {
+ public:
+  struct Launch {
+    Dim3 grid, block;
+    int cluster;  // blocks along x that run together
+    size_t shared_bytes;
+    std::function<void()> kernel;
+  };
+
+  static Machine& get() {
+    static thread_local Machine machine;
+    return machine;
+  }
+
+  uint64_t seed = 1;  // of the order of threads and blocks
+
+  void run(const Launch& launch) {
+    check(launch);
+    launch_ = &launch;
+    threads_ = int(launch.block.x * launch.block.y);
+    const unsigned clusters = launch.grid.x / launch.cluster * launch.grid.y;
+    for (unsigned i = 0; i < clusters; ++i) run_cluster(unsigned((i + seed * 7) % clusters));
+    launch_ = nullptr;
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+  }
+
+  Dim3 thread_index() const {
+    const unsigned t = unsigned(fibers_.current() % threads_);
+    return {t % launch_->block.x, t / launch_->block.x, 0};
+  }
+  Dim3 block_index() const { return {first_block_.x + unsigned(block()), first_block_.y, 0}; }
+  Dim3 block_dimension() const { return launch_->block; }
+  Dim3 grid_dimension() const { return launch_->grid; }
+  unsigned cluster_rank() const { return unsigned(block()); }
+  unsigned cluster_size() const { return unsigned(launch_->cluster); }
+
+  void sync_threads(Place place) {
+    meet(block_barriers_[block()], threads_, place, 0, "__syncthreads");
+  }
+
+  void sync_cluster(Place place) { meet(cluster_barrier_, threads_ * launch_->cluster, place, 0, "cluster barrier"); }
+
+  // The value of the lane `lane ^ offset`.
+  uint64_t shuffle_xor(uint32_t mask, uint64_t value, int offset, Place place) {
+    const int self = fibers_.current(), lane = self % threads_ % kWarp, partner = lane ^ offset;
+    const int first = self - lane, lanes = std::min(kWarp, threads_ - (first % threads_));
+    if (!(mask >> lane & 1)) fibers_.fail(at(place) + "shuffle: lane " + std::to_string(lane) + " is not in its own mask");
+    if (mask != (lanes == kWarp ? ~0u : mask & ((1u << lanes) - 1)))
+      fibers_.fail(at(place) + "shuffle: the mask names lanes that the block does not have");
+    if (partner >= kWarp || !(mask >> partner & 1))
+      fibers_.fail(at(place) + "shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(partner) +
+                   ", which is not in the mask");
+    const int turn = turns_[self]++ & 1;  // two slots a lane: one barrier a shuffle is enough
+    slots_[turn][self] = value;
+    meet(warp_barriers_[first / kWarp], __builtin_popcount(mask), place, mask, "shuffle");
+    return slots_[turn][first + partner];
+  }
+
+  template <class T>
+  T shared_read(unsigned rank, size_t offset, int line) {
+    touch(rank, offset, sizeof(T), false, line);
+    T value;
+    shared_[rank].read(offset, &value, sizeof(T));
+    return value;
+  }
+
+  template <class T>
+  void shared_write(unsigned rank, size_t offset, const T& value, int line) {
+    touch(rank, offset, sizeof(T), true, line);
+    shared_[rank].write(offset, &value, sizeof(T));
+  }
+
+ private:
+  int block() const { return fibers_.current() / threads_; }
+  static std::string at(const Place& place) { return place.name() + ": "; }
+
+  void check(const Launch& l) {
+    const auto require = [](bool holds, const char* what) {
+      if (!holds) throw std::runtime_error(std::string("invalid launch: ") + what);
+    };
+    require(l.grid.x && l.grid.y && l.grid.y <= 65535 && l.grid.x < (1u << 31), "grid");
+    require(l.block.x && l.block.y && l.block.x * l.block.y <= 1024, "block");
+    require(l.cluster >= 1 && l.cluster <= 8 && l.grid.x % l.cluster == 0, "cluster");
+    require(l.shared_bytes <= 48 << 10, "shared memory");
+  }
+
+  void run_cluster(unsigned index) {
+    const int blocks = launch_->cluster, count = blocks * threads_;
+    const unsigned across = launch_->grid.x / blocks;
+    first_block_ = {index % across * blocks, index / across, 0};
+    block_barriers_.assign(blocks, {});
+    warp_barriers_.assign((count + kWarp - 1) / kWarp, {});
+    cluster_barrier_ = {};
+    block_intervals_.assign(blocks, 0);
+    cluster_interval_ = 0;
+    turns_.assign(count, 0);
+    slots_[0].assign(count, 0);
+    slots_[1].assign(count, 0);
+    shared_.resize(blocks);
+    for (SharedMemory& memory : shared_) memory.start(launch_->shared_bytes);
+    if (!fibers_.run(count, seed + index, [](int) { get().launch_->kernel(); })) throw std::runtime_error(stalled());
+  }
+
+  void meet(Barrier& barrier, int expected, Place place, uint32_t mask, const char* what) {
+    if (barrier.waiting.empty()) barrier.place = place, barrier.mask = mask;
+    if (barrier.place != place || barrier.mask != mask)
+      fibers_.fail(std::string("divergent ") + what + ": thread " + std::to_string(fibers_.current()) + " is at " +
+                   place.name() + ", thread " + std::to_string(barrier.waiting[0]) + " waits at " + barrier.place.name());
+    if (int(barrier.waiting.size()) + 1 < expected) {
+      barrier.waiting.push_back(fibers_.current());
+      fibers_.wait();
+      return;
+    }
+    if (&barrier == &cluster_barrier_) {
+      ++cluster_interval_;
+      for (uint64_t& interval : block_intervals_) ++interval;
+    } else if (&barrier == &block_barriers_[block()]) {
+      ++block_intervals_[block()];
+    }
+    for (int fiber : barrier.waiting) fibers_.wake(fiber);
+    barrier.waiting.clear();
+    fibers_.wake(fibers_.current());  // the last one goes on no sooner than the others
+    fibers_.wait();
+  }
+
+  std::string stalled() const {
+    std::map<std::string, int> places;
+    const auto count = [&](const Barrier& b) {
+      if (!b.waiting.empty()) places[b.place.name()] += int(b.waiting.size());
+    };
+    for (const Barrier& b : block_barriers_) count(b);
+    for (const Barrier& b : warp_barriers_) count(b);
+    count(cluster_barrier_);
+    std::string message = "divergent barrier: nothing can go on;";
+    for (const auto& [place, threads] : places) message += " " + std::to_string(threads) + " threads wait at " + place + ";";
+    return message + " the others have ended";
+  }
+
+  void touch(unsigned rank, size_t offset, size_t size, bool write, int line) {
+    if (rank >= shared_.size()) fibers_.fail("shared memory of block " + std::to_string(rank) + " of the cluster: there is none");
+    const Moment now{fibers_.current(), block(), block_intervals_[block()], cluster_interval_};
+    const std::string fault = shared_[rank].access(offset, size, now, write);
+    if (!fault.empty()) fibers_.fail("line " + std::to_string(line) + ": " + fault);
+  }
+
+  Fibers fibers_;
+  const Launch* launch_ = nullptr;
+  int threads_ = 1;
+  Dim3 first_block_;
+  std::vector<Barrier> block_barriers_, warp_barriers_;
+  Barrier cluster_barrier_;
+  std::vector<uint64_t> block_intervals_;
+  uint64_t cluster_interval_ = 0;
+  std::vector<int> turns_;
+  std::vector<uint64_t> slots_[2];
+  std::vector<SharedMemory> shared_;
+};
+
+}  // namespace fusednorm_emulation

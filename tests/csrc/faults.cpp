@@ -1,0 +1,130 @@
+// Kernels with a planted fault each, and sound ones beside them: what the emulation must catch, and must let pass.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/device.cuh"
+
+namespace fusednorm_cuda {
+
+using fusednorm_emulation::Machine;
+
+constexpr int kThreads = 64;
+static std::vector<float> output(2 * kThreads);
+
+static int thread() { return int(threadIdx.x); }
+
+// Thread t's number goes to its neighbour through shared memory.
+static void exchange(bool with_barrier) {
+  const Shared<float> shared(0);
+  shared.set(thread(), float(thread()));
+  if (with_barrier) sync_threads();
+  output[thread()] = shared.get((thread() + 1) % kThreads);
+}
+
+static void sound() {
+  exchange(true);
+  float sum = float(thread());
+  for (int offset = 16; offset; offset >>= 1) sum += shuffle_xor(sum, offset);
+  output[thread()] += sum;
+}
+
+static void missing_barrier() { exchange(false); }
+
+static void two_writers() { Shared<int>(0).set(0, thread()); }
+
+static void reused_without_barrier() {
+  const Shared<int> shared(0);
+  shared.set(thread(), 1);
+  sync_threads();
+  const int other = shared.get(kThreads - 1 - thread());
+  shared.set(thread(), other);  // another thread may not have read it yet
+}
+
+static void barriers_at_two_places() {
+  if (thread() < 32)
+    sync_threads();
+  else
+    sync_threads();
+}
+
+static void barrier_that_some_skip() {
+  if (thread() != 5) sync_threads();
+}
+
+static void shuffle_that_some_skip() {
+  if (thread() != 5) shuffle_xor(1.0f, 1);
+}
+
+static void out_of_bounds() {
+  const volatile float* past = output.data();
+  output[0] = past[output.size() + (thread() == 40)];
+}
+
+static void shared_out_of_bounds() { Shared<float>(0).set(thread() + 1, 0.0f); }
+
+static void shared_never_written() { output[thread()] = Shared<float>(0).get(thread()); }
+
+static void misaligned() {
+  const auto* at = reinterpret_cast<const char*>(output.data()) + 4;
+  output[0] = float(reinterpret_cast<const uint4*>(at)->x);
+}
+
+static void cluster_sound() {
+  const Shared<int> shared(0);
+  sync_cluster();
+  shared.set_in(1 - cluster_rank(), thread(), 10 + cluster_rank());
+  sync_cluster();
+  output[cluster_rank() * kThreads + thread()] = float(shared.get(thread()));
+}
+
+static void cluster_missing_barrier() {
+  const Shared<int> shared(0);
+  shared.set(thread(), 1);
+  sync_threads();  // orders nothing in the other block
+  shared.set_in(1 - cluster_rank(), thread(), 2);
+}
+
+}  // namespace fusednorm_cuda
+
+int main(int argc, char** argv) {
+  using namespace fusednorm_cuda;
+  const std::string name = argc > 1 ? argv[1] : "";
+  const struct {
+    const char* name;
+    void (*kernel)();
+    int cluster;
+  } kernels[] = {
+#define ENTRY(kernel, cluster) {#kernel, kernel, cluster}
+      ENTRY(sound, 1),
+      ENTRY(missing_barrier, 1),
+      ENTRY(two_writers, 1),
+      ENTRY(reused_without_barrier, 1),
+      ENTRY(barriers_at_two_places, 1),
+      ENTRY(barrier_that_some_skip, 1),
+      ENTRY(shuffle_that_some_skip, 1),
+      ENTRY(out_of_bounds, 1),
+      ENTRY(shared_out_of_bounds, 1),
+      ENTRY(shared_never_written, 1),
+      ENTRY(misaligned, 1),
+      ENTRY(cluster_sound, 2),
+      ENTRY(cluster_missing_barrier, 2),
+  };
+  for (const auto& k : kernels) {
+    if (name != k.name) continue;
+    for (uint64_t seed = 1; seed <= 4; ++seed) {
+      Machine::get().seed = seed;
+      try {
+        Machine::get().run({{unsigned(k.cluster), 1, 1}, {kThreads, 1, 1}, k.cluster, kThreads * 4, k.kernel});
+      } catch (const std::exception& fault) {
+        std::fprintf(stderr, "%s\n", fault.what());
+        return 1;
+      }
+      for (float value : output) std::printf("%g ", double(value));
+      std::printf("\n");
+    }
+    return 0;
+  }
+  std::fprintf(stderr, "no kernel is called '%s'\n", name.c_str());
+  return 2;
+}

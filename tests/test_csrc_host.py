@@ -1,0 +1,87 @@
+"""The CUDA kernels on the host, under sanitizers; and that the emulation catches what it is there to catch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no g++ to build the kernels for the host")
+HERE = Path(__file__).parent
+
+FAULTS = {
+    "missing_barrier": r"never written|race",
+    "two_writers": r"shared memory race.*wrote it.*writes it",
+    "reused_without_barrier": r"shared memory race.*(read it.*writes it|wrote it.*reads it)",
+    "barriers_at_two_places": r"divergent __syncthreads.*faults\.cpp:\d+.*faults\.cpp:\d+",
+    "barrier_that_some_skip": r"63 threads wait at faults\.cpp:\d+; the others have ended",
+    "shuffle_that_some_skip": r"31 threads wait at faults\.cpp:\d+",
+    "out_of_bounds": r"AddressSanitizer: heap-buffer-overflow",
+    "shared_out_of_bounds": r"shared memory: byte 259 of 256",
+    "shared_never_written": r"never written",
+    "misaligned": r"runtime error: .*misaligned",
+    "cluster_missing_barrier": r"shared memory race.*block 1",
+}
+
+
+@pytest.fixture(scope="module")
+def faults() -> Path:
+    return emulated.build("faults", [HERE / "csrc" / "faults.cpp"], emulated.SANITIZED)
+
+
+def run(program: Path, name: str) -> subprocess.CompletedProcess[str]:
+    # a kernel that failed is abandoned as it stands, with what it holds
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([program, name], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_emulation_catches_a_planted_fault(name, faults):
+    done = run(faults, name)
+    assert done.returncode != 0, done.stdout
+    assert re.search(FAULTS[name], done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("name", ["sound", "cluster_sound"])
+def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
+    done = run(faults, name)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4  # a seed each
+    assert set(lines) == {lines[0]}
+
+
+# What reaches every kernel of a pair of dtypes, and every form, at little cost.
+QUICK = (
+    "(every_form and rows and bfloat16 and clusters_of and not two_vectors and not whole_warp)"
+    " or (every_form and rms and bfloat16 and without_clusters and both)"
+    " or (every_epilogue and add_layer_norm and bfloat16)"
+    " or (every_layout and add_rms_norm and bfloat16)"
+    " or (float32_stream and bfloat16 and keep_normed and not wide_rows)"
+    " or (wide_rows_with_epilogue and float32_stream and keep_z and clusters_of)"
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "least"), [(QUICK, 40), pytest.param("", 400, marks=pytest.mark.slow)], ids=["quick", "every_test"]
+)
+def test_kernels_under_sanitizers(chosen, least):
+    """test_cuda_norm.py once more, in a process whose memory AddressSanitizer watches."""
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "FUSEDNORM_EMULATE": str(emulated.library(sanitized=True)),
+        "LD_PRELOAD": found.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_cuda_norm.py")]
+    command += ["-k", chosen] if chosen else []
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, said
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least and "skipped" not in done.stdout, said

@@ -1,0 +1,215 @@
+"""The code-generation gate of the CUDA kernels: what nvcc makes of them, without a GPU.
+
+No spills, registers within what the table counts on, shared memory within a block's, and on the aligned path exactly
+the 16-byte accesses of the byte model. One architecture and two dtypes in every run, all of them by `make test-all`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+NVCC = shutil.which("nvcc")
+_TRITON = find_spec("triton")
+_BUNDLED = Path(_TRITON.origin).parent / "backends/nvidia/bin/cuobjdump" if _TRITON and _TRITON.origin else None
+CUOBJDUMP = shutil.which("cuobjdump") or (str(_BUNDLED) if _BUNDLED and _BUNDLED.exists() else None)
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: neither CUDA's nor Triton's"),
+]
+
+REGISTER_FILE, SHARED_BYTES = 65536, 48 << 10
+SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
+# rows of a dtype, and of the stream beside it
+PAIRS = {
+    "norm_float32": [("float", "float")],
+    "norm_float64": [("double", "double")],
+    "norm_bfloat16": [("BFloat16", "BFloat16"), ("BFloat16", "float")],
+    "norm_float16": [("Float16", "Float16"), ("Float16", "float")],
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation: which it is, and what it compiled to."""
+
+    name: str  # fwd, bwd, bwd_sums, bwd_finalize
+    types: tuple[str, ...]
+    constants: tuple[int, ...]
+    registers: int
+    stack: int
+    spilled: int
+    shared: int
+    accesses: tuple[tuple[str, int], ...]  # global, by opcode
+    local: int = 0
+
+    @property
+    def aligned(self) -> bool:
+        return self.name != "bwd_finalize" and bool(self.constants[-1])
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(most threads of a block, blocks on a multiprocessor) that csrc/cuda/norm_table.h counts on."""
+        if self.name == "fwd":
+            chunks = self.constants[0]
+            return (128 * chunks, {1: 8, 2: 3, 4: 1}[chunks]) if self.aligned else (512, 1)
+        return {"bwd": (512, 1), "bwd_sums": (256, 2), "bwd_finalize": (512, 1)}[self.name]
+
+    def model(self) -> tuple[int, int]:
+        """16-byte loads and stores in the program: each operand once on each of its paths, each result once.
+
+        A parameter is read in the rows' dtype, or in float32: two paths beside 16-bit rows. So is what was saved,
+        where the stream is wider than the rows. The plain backward reads a row ahead, so these loads stand twice.
+        """
+        row, stream = (SIZES[t] for t in self.types)
+        s, sums = stream // row, 16 // row * max(row, 4) // 16
+        parameter, saved = 1 if row >= 4 else 3, s if s == 1 else s + 1
+        if self.name == "fwd":  # z or x again where a row takes several tiles
+            return self.constants[0] * (1 + s + 4 * parameter + s + 1), self.constants[0] * (s + 1)
+        if self.name == "bwd_sums":
+            return 1 + saved + 2 * parameter, 0
+        if self.constants[0]:  # with the epilogue
+            return 1 + saved + 2 * parameter + s + 1 + 2 * parameter, s + 1 + 4 * sums
+        return 2 * (1 + saved) + 2 * parameter + s, s + 1 + 2 * sums
+
+
+def faults(k: Kernel) -> list[str]:
+    found = []
+    if k.stack or k.spilled or k.local:
+        found.append(f"spills: {k.stack} bytes of stack, {k.spilled} spilled, {k.local} local accesses")
+    threads, blocks = k.bounds
+    if -(-k.registers // 8) * 8 * threads * blocks > REGISTER_FILE:
+        found.append(f"{k.registers} registers: {blocks} blocks of {threads} threads do not fit")
+    if k.shared > SHARED_BYTES:
+        found.append(f"{k.shared} bytes of shared memory")
+    if k.aligned:
+        counts = Counter(dict(k.accesses))
+        wide = tuple(
+            sum(n for op, n in counts.items() if op.startswith(kind) and ".128" in op) for kind in ("LDG", "STG")
+        )
+        if wide != k.model():
+            found.append(f"128-bit loads and stores: {wide}, not {k.model()}; all: {dict(counts)}")
+        # statistics, sums and the seed; partial sums of narrow rows
+        narrow = {op: n for op, n in counts.items() if ".128" not in op}
+        if any(".U16" in op or ".U8" in op for op in narrow) or sum(narrow.values()) > 16:
+            found.append(f"narrow accesses: {narrow}")
+    return found
+
+
+def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    name, arguments = re.search(r"add_layer_norm_(\w+?)_kernelI(.*?)EEv", mangled).groups()  # type: ignore[union-attr]
+    first = re.match(r"(?:NS_\d+(B?Float16)E|([fd]))", arguments)
+    assert first is not None, mangled
+    types = [first[1] or {"f": "float", "d": "double"}[first[2]]]
+    rest = arguments[first.end() :]
+    if name != "bwd_finalize":
+        second = re.match(r"(?:S\d?_|([fd]))", rest)
+        assert second is not None, mangled
+        types.append({"f": "float", "d": "double"}.get(second[1], types[0]))
+    return name, tuple(types), tuple(int(n) for n in re.findall(r"L[ib](\d+)", rest + "E"))
+
+
+def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
+    cubin = folder / f"{source}_{arch}.cubin"
+    made = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, CUDA / f"{source}.cu"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert "warning" not in made.stderr, made.stderr
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    opcodes = {
+        part.split()[0]: Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)[\w.]*)", part))
+        for part in sass.split("Function : ")[1:]
+    }
+    kernels = []
+    for part in made.stderr.split("Compiling entry function '")[1:]:
+        mangled = part.split("'")[0]
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
+        assert numbers is not None and registers is not None, part
+        ops = opcodes[mangled]
+        kernels.append(
+            Kernel(
+                *_identity(mangled),
+                registers=int(registers[1]),
+                stack=int(numbers[1]),
+                spilled=int(numbers[2]) + int(numbers[3]),
+                shared=int(shared[1]) if shared else 0,
+                accesses=tuple(sorted((op, n) for op, n in ops.items() if op[2] == "G")),
+                local=sum(n for op, n in ops.items() if op[2] == "L"),
+            )
+        )
+    return kernels
+
+
+def expected(source: str) -> set[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Every instantiation there should be, and no other."""
+    result = set()
+    for pair in PAIRS[source]:
+        result |= {("fwd", pair, c) for c in ((1, 1), (2, 1), (4, 1), (2, 0))}
+        result |= {("bwd", pair, c) for c in ((0, 1), (1, 1), (1, 0))}
+        result |= {("bwd_sums", pair, c) for c in ((1,), (0,))}
+        result.add(("bwd_finalize", ("double" if pair[0] == "double" else "float",), ()))
+    return result
+
+
+def hold(sources: list[str], arch: str, folder: Path) -> list[Kernel]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(sources, pool.map(lambda source: compile_kernels(source, arch, folder), sources)))
+    for source, kernels in made.items():
+        assert {(k.name, k.types, k.constants) for k in kernels} == expected(source)
+    kernels = [k for each in made.values() for k in each]
+    broken = [f"{k.name}{k.types}{k.constants}: {fault}" for k in kernels for fault in faults(k)]
+    assert not broken, "\n".join(broken)
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory) -> list[Kernel]:
+    return hold(["norm_bfloat16", "norm_float32"], "90a", tmp_path_factory.mktemp("hopper"))
+
+
+def test_cuda_gate_on_hopper(hopper):
+    assert len(hopper) == 19 + 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", PAIRS)
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_cuda_gate_everywhere(source, arch, tmp_path):
+    hold([source], arch, tmp_path)
+
+
+def test_backward_keeps_to_the_registers_that_the_table_counts_on(hopper):
+    """The table makes as many programs as fit at this many registers."""
+    counted = int(re.search(r"kBackwardRegisters = (\d+)", (CUDA / "norm_table.h").read_text())[1])
+    assert max(k.registers for k in hopper if k.name == "bwd") <= counted
+
+
+PLANTED = {
+    "spills": {"spilled": 8},
+    "do not fit": {"registers": 136},
+    "shared memory": {"shared": 49 << 10},
+    "128-bit loads": {"accesses": (("LDG.E.128", 7),)},
+    "narrow accesses": {"accesses": (("LDG.E.U16", 8),)},
+}
+
+
+@pytest.mark.parametrize("said", PLANTED)
+def test_cuda_gate_fails_on_what_is_planted(said, hopper):
+    kernel = next(k for k in hopper if k.name == "bwd" and k.aligned)
+    assert any(said in fault for fault in faults(replace(kernel, **PLANTED[said])))
