@@ -41,8 +41,8 @@ def _places() -> list:
         on_cpu = {"cpu": True, "cuda": EMULATED, "triton": INTERPRETED}.get(name)
         only = None if on_cpu is None else "cpu" if on_cpu else "cuda"
         marks = [pytest.mark.skip(reason=f"provider {name}: {reason}")] if reason else []
-        if name == "triton" and INTERPRETED:
-            marks.append(pytest.mark.slow)  # tests/test_triton_norm.py chooses its shapes, and is not
+        if (name == "triton" and INTERPRETED) or (name == "cuda" and EMULATED):
+            marks.append(pytest.mark.slow)  # test_triton_norm.py and test_cuda_norm.py choose their shapes, and are not
         places += [
             pytest.param((name, device), id=f"{name}-{device}", marks=marks)
             for device in (devices if only is None else [only])
