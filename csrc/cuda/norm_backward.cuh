@@ -125,11 +125,10 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
 
 // From z's gradient to that of x: drop path, layer scale and dropout backwards, with the sums for x_bias and layer_scale.
 template <class T, int V, bool ALIGNED>
-FN_DEVICE void branch_gradients(const Backward& a, uint64_t seed, int64_t row, int column, int width,
+FN_DEVICE void branch_gradients(const Backward& a, uint64_t seed, float factor, int64_t row, int column, int width,
                                 Compute<T> (&d)[V], Compute<T> (&dx_bias)[V], Compute<T> (&dlayer_scale)[V]) {
   using C = Compute<T>;
   if (a.path.on) {
-    const float factor = path_factor(a, seed, row);
 #pragma unroll
     for (int i = 0; i < V; ++i) d[i] = factor > 0 ? d[i] * C(factor) : C(0);
   }
@@ -223,6 +222,8 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     if (!kPrefetch<EPILOGUE>) load_next();
     const int64_t row = next_row - step;
     const int width = row < a.n_rows ? n : 0;  // a row that is not there has no columns, but its threads meet the others
+    // here, because its division takes registers that are free only here
+    [[maybe_unused]] const float factor = EPILOGUE ? path_factor(a, seed, row) : 1.0f;
     Raw<S, V> dresidual_out;
     if (a.dresidual_out.data)
       dresidual_out = Raw<S, V>::template load<ALIGNED>(width ? row_at(a.dresidual_out, row) : nullptr, column, width);
@@ -255,7 +256,7 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
       if (a.dresidual_out.data) dz[i] += dresidual_out.get(i);
     }
     if (a.dresidual) Raw<S, V>::of(dz).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
-    if constexpr (EPILOGUE) branch_gradients<T, V, ALIGNED>(a, seed, row, column, width, dz, dx_bias, dlayer_scale);
+    if constexpr (EPILOGUE) branch_gradients<T, V, ALIGNED>(a, seed, factor, row, column, width, dz, dx_bias, dlayer_scale);
     if (a.dx) Raw<T, V>::of(dz).template store<ALIGNED>(static_cast<T*>(a.dx) + row * n, column, width);
   }
   write_partials<V, ALIGNED>(a, a.dweight, column, dweight);
