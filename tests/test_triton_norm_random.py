@@ -175,9 +175,9 @@ def hold_to_budget(drawn: Drawn) -> None:
 CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True, "database": None}
 
 
-@settings(max_examples=60, derandomize=True, **CHECKS)
+@settings(max_examples=30, derandomize=True, **CHECKS)
 @given(calls(NARROW))
-def test_sixty_drawn_calls_on_triton(drawn):
+def test_thirty_drawn_calls_on_triton(drawn):
     hold_to_budget(drawn)
 
 

@@ -266,7 +266,8 @@ class batch_invariant(contextlib.ContextDecorator):
         by_shape = self._before.pop()
 
 
-# Now, because torch.compile cannot trace an import. Neither loads anything optional; the others are imported by
+# Now, because torch.compile cannot trace an import. None loads anything optional; the others are imported by
 # unavailable_reason, which is not traced.
 get("reference")
 get("cpu")
+get("cuda")
