@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # before the cuda provider is imported: so does its emulation
     if emulated.compiler() is not None and "FUSEDNORM_EMULATE" not in os.environ:
-        os.environ["FUSEDNORM_EMULATE"] = str(emulated.library(sanitized=False))
+        os.environ["FUSEDNORM_EMULATE"] = str(emulated.build_provider(sanitized=False))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fusednorm
@@ -65,7 +65,10 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def provider(place: tuple[str, str], request: pytest.FixtureRequest) -> str:
-    """A provider's name, or "automatic"; `using` makes it the choice. A module's OP is what it is asked for."""
+    """A provider's name, or "automatic"; `using` makes it the choice. A module's OP is what it is asked for.
+
+    A provider without that op has nothing to be tested: that it says so is tested in test_activation.py.
+    """
     op = getattr(request.module, "OP", None)
     if op is not None and place[0] != AUTOMATIC and providers.serving(place[0], op) is None:
         pytest.skip(f"provider {place[0]} has no {op}")

@@ -16,8 +16,6 @@ CACHE = ROOT / "build" / "emulation"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZED = ("-g1", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 PLAIN = ("-O1",)
-
-
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
@@ -54,7 +52,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequen
     return target
 
 
-def library(sanitized: bool) -> Path:
+def build_provider(sanitized: bool) -> Path:
     """The provider's library with its kernels on the CPU."""
     torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
     cuda = ROOT / "csrc" / "cuda"

@@ -74,7 +74,7 @@ def test_kernels_under_sanitizers(chosen, least):
     """test_cuda_norm.py once more, in a process whose memory AddressSanitizer watches."""
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
-        "FUSEDNORM_EMULATE": str(emulated.library(sanitized=True)),
+        "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
         "LD_PRELOAD": found.stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
