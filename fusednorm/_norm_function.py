@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from . import _ops, providers
 from ._dtypes import compute_dtype
 from ._transforms import batched, distinct, transform_active
 from .providers import reference
+from .providers.choice import torch_on_cpu
 
 _log = logging.getLogger("fusednorm")
 
@@ -53,36 +55,73 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
 
 
 def run_bare(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: Any, rms: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Any,
+    eps: Any,
+    rms: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """The way down with nothing looked up that a bare call on the CPU does not need; None where torch has to serve it.
+    """The way down of a call without epilogue on the CPU, with nothing looked up that it does not need.
 
-    The native library checks shapes and dtypes itself and raises, upon which the caller takes the way with messages.
+    Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
+    the way with messages; so it does for None. Every look-up counts: eager's call itself takes 7 microseconds.
     """
-    if (
-        providers.unavailable_reason("cpu") is not None
-        or not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
-        or torch._C._len_torch_dispatch_stack()
-        or is_functorch_wrapped_tensor(x)
-    ):
+    sizes, columns, n = x.shape, shape[-1], len(shape)
+    if sizes[-1] != columns:
         return None
-    if type(eps) is not float:
-        eps = float(torch.finfo(compute_dtype(x.dtype, residual.dtype)).eps if eps is None and rms else eps)
-    native: Any = providers.serving("cpu", "add_layer_norm_fwd")
+    if n > 1:
+        if sizes[-n:] != torch.Size(shape):
+            return None
+        columns = math.prod(shape)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad
-        or residual.requires_grad
+        or (residual is not None and residual.requires_grad)
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
-    if providers.by_shape and x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
-        return None
+    dtype = x.dtype
+    operation = "rms_norm" if residual is None else "add_rms_norm" if rms else "add_layer_norm"
+    torchs = providers.automatic and (
+        (residual is None and not rms)
+        or (providers.by_shape and torch_on_cpu(operation, dtype, x.numel(), columns, needs_grad))
+    )
+    if not torchs and not _native(x, residual, weight, bias):
+        if not providers.automatic:
+            return None
+        torchs = True
+    if torchs:
+        if rms and weight is not None and weight.dtype is not dtype:
+            return None  # torch would take the wider dtype
+        z = x
+        if residual is not None:
+            if residual.dtype is not dtype or residual.shape != sizes or residual.layout is not torch.strided:
+                return None
+            z = x + residual
+        return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
+    stream_dtype = dtype if residual is None else residual.dtype
+    if type(eps) is not float:
+        eps = float(torch.finfo(compute_dtype(dtype, stream_dtype)).eps if eps is None and rms else eps)
     if needs_grad:
-        return _apply(
-            *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, x.dtype, residual.dtype),
-            *(rms, False, True, "cpu", False),
+        normed, z = _apply(
+            *(x, residual, weight, bias, None, None, None, n, eps, 0.0, 0.0, dtype, stream_dtype),
+            *(rms, False, residual is not None, "cpu", False),
         )
-    return native.add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
+    else:
+        native: Any = providers.serving("cpu", "add_layer_norm_fwd")
+        normed, z = native.add_norm_bare(x, residual, weight, bias, n, eps, rms)
+    return normed, x if residual is None else z
+
+
+def _native(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the native CPU library may be handed the tensors of a call past the dispatcher."""
+    return (
+        providers.unavailable_reason("cpu") is None
+        and _ops.PLAIN.issuperset((type(x), *map(type, others)))
+        and not torch._C._len_torch_dispatch_stack()
+        and not is_functorch_wrapped_tensor(x)
+    )
 
 
 class AddLayerNormFunction(torch.autograd.Function):

@@ -170,7 +170,7 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 
 // Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Inputs t{take_tensor(stack[0]), take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3]), {}, {}, {}};
+  const Inputs t{take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]), {}, {}, {}};
   Outputs out = run_forward(t, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0, false);
   stack[0] = torch::stable::detail::from(out.normed.release());
   stack[1] = torch::stable::detail::from(out.z.release());
@@ -268,7 +268,7 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
       "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
       "-> (Tensor normed, Tensor residual_out, Tensor stats)");
   m.def(
-      "add_norm_bare(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int options, float eps) "
+      "add_norm_bare(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int options, float eps) "
       "-> (Tensor normed, Tensor residual_out)");
   m.def(
       "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
