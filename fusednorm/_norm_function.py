@@ -17,6 +17,7 @@ from ._transforms import batched, distinct, transform_active
 from .providers import reference
 from .providers.choice import torch_on_cpu
 
+_autocast_active = torch._C._is_any_autocast_enabled
 _log = logging.getLogger("fusednorm")
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::add_layer_norm_fwd without the provider, in order
@@ -75,30 +76,40 @@ def run_bare(
         if sizes[-n:] != torch.Size(shape):
             return None
         columns = math.prod(shape)
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or (residual is not None and residual.requires_grad)
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    dtype = x.dtype
-    operation = "rms_norm" if residual is None else "add_rms_norm" if rms else "add_layer_norm"
-    torchs = providers.automatic and (
-        (residual is None and not rms)
-        or (providers.by_shape and torch_on_cpu(operation, dtype, x.numel(), columns, needs_grad))
-    )
-    if not torchs and not _native(x, residual, weight, bias):
-        if not providers.automatic:
+    dtype, automatic, needs_grad = x.dtype, providers.automatic, False
+    torchs = automatic and ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
+    if not torchs:
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (residual is not None and residual.requires_grad)
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        )
+        operation = "rms_norm" if residual is None else "add_rms_norm" if rms else "add_layer_norm"
+        torchs = automatic and providers.by_shape and torch_on_cpu(operation, dtype, x.numel(), columns, needs_grad)
+    if not torchs and (
+        not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
+        or torch._C._len_torch_dispatch_stack()
+        or is_functorch_wrapped_tensor(x)
+        or _autocast_active()
+    ):  # not for a call that goes past the dispatcher
+        if not automatic:
             return None
         torchs = True
     if torchs:
         if rms and weight is not None and weight.dtype is not dtype:
             return None  # torch would take the wider dtype
-        z = x
-        if residual is not None:
-            if residual.dtype is not dtype or residual.shape != sizes or residual.layout is not torch.strided:
-                return None
+        if residual is None:
+            z = x
+        elif (
+            residual.dtype is dtype
+            and residual.shape == sizes
+            and residual.layout is torch.strided
+            and not _autocast_active()
+        ):
             z = x + residual
+        else:
+            return None
         return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
     stream_dtype = dtype if residual is None else residual.dtype
     if type(eps) is not float:
@@ -112,16 +123,6 @@ def run_bare(
         native: Any = providers.serving("cpu", "add_layer_norm_fwd")
         normed, z = native.add_norm_bare(x, residual, weight, bias, n, eps, rms)
     return normed, x if residual is None else z
-
-
-def _native(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the native CPU library may be handed the tensors of a call past the dispatcher."""
-    return (
-        providers.unavailable_reason("cpu") is None
-        and _ops.PLAIN.issuperset((type(x), *map(type, others)))
-        and not torch._C._len_torch_dispatch_stack()
-        and not is_functorch_wrapped_tensor(x)
-    )
 
 
 class AddLayerNormFunction(torch.autograd.Function):

@@ -91,7 +91,7 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
-        if _unwatched(input) and not _autocast_active():
+        if _unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:
@@ -292,7 +292,7 @@ def _add_norm(
     bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
     if bare and residual_dtype is None:
         try:
-            if _unwatched(x) and not _autocast_active():
+            if _unwatched(x):
                 outputs = _norm_function.run_bare(
                     x,
                     residual,
