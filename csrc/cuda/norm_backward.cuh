@@ -155,7 +155,6 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   constexpr int V = 16 / sizeof(T);
   using N = Numbers<C, V>;
   const int n = a.n_columns, column = int(blockIdx.x * blockDim.x + threadIdx.x) * V;
-  const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
   RowGroup<C> group(int(blockDim.x));
   N dweight(0), dbias(0);
   [[maybe_unused]] N dx_bias(0), dlayer_scale(0);
@@ -180,6 +179,8 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     if (!kPrefetch<EPILOGUE>) load_next();
     const int64_t row = next_row - step;
     const int width = row < a.n_rows ? n : 0;  // a row that is not there has no columns, but its threads meet the others
+    // read for each row, because the round keys made of it would otherwise lie in registers all along
+    [[maybe_unused]] const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
     // here, because its division takes registers that are free only here
     [[maybe_unused]] const Path path = EPILOGUE ? path_of(a, seed, row) : Path::kNone;
     Raw<S, V> dresidual_out;
