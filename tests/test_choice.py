@@ -210,7 +210,12 @@ def test_batch_invariant_decorates(planted):
 
 
 def test_an_operation_never_measured_goes_by_the_order_of_the_table(planted):
-    assert served(4, 64, x_bias=None, residual_dtype=torch.float64)[0] == "first"
+    assert served(4, 64, x_bias=None)[0] == "first"
+
+
+def test_a_mixture_of_dtypes_goes_by_the_order_of_the_table(planted):
+    assert served(4, 64)[0] == "reference"
+    assert served(4, 64, residual_dtype=torch.float64)[0] == "first"
 
 
 def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):

@@ -82,6 +82,8 @@ def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced
         return None
+    if op == "add_layer_norm_fwd" and not x.dtype is args[11] is args[12] is (x if args[1] is None else args[1]).dtype:
+        return None  # mixtures of dtypes are not measured
     return _nearest(device_key(x.device), operation(op, args), x.element_size(), needs_grad, rows, columns)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .native import options
+
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
 BUILD = (
     "python setup.py build_ext --inplace in a source checkout, or pip install --no-build-isolation --force-reinstall "
     "--no-deps with the path of one (a C++ compiler has to be there)"
 )
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _forward: Any = None  # the operators' overloads, once the library is loaded
 _bare: Any = None
 _backward: Any = None
@@ -64,23 +65,6 @@ def reluctance(op: str, *args: Any) -> str | None:
     return None
 
 
-@functools.lru_cache(1024)
-def _options(
-    normalized_ndim: int,
-    dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-    saved_is_normed: bool = False,
-    output_mask: tuple[bool, ...] = (),
-) -> int:
-    """All switches in one integer, as csrc/cpu/norm_ops.cpp takes them apart."""
-    bits = normalized_ndim | _DTYPES[dtype] << 7 | _DTYPES[residual_dtype] << 9
-    switches = (rms, zero_centered_weight, store_residual, saved_is_normed, *output_mask)
-    return bits | sum(bool(switch) << 11 + i for i, switch in enumerate(switches))
-
-
 def add_layer_norm_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -100,8 +84,8 @@ def add_layer_norm_fwd(
     store_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats)."""
-    options = _options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual)
-    return _forward(x, residual, weight, bias, x_bias, layer_scale, seed, options, eps, dropout_p, drop_path_p)
+    switches = options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual)
+    return _forward(x, residual, weight, bias, x_bias, layer_scale, seed, switches, eps, dropout_p, drop_path_p)
 
 
 def add_norm_bare(
@@ -118,8 +102,8 @@ def add_norm_bare(
     Without a residual residual_out is empty.
     """
     stream = x if residual is None else residual
-    options = _options(normalized_ndim, x.dtype, stream.dtype, rms, False, residual is not None)
-    return _bare(x, residual, weight, bias, options, eps)
+    switches = options(normalized_ndim, x.dtype, stream.dtype, rms, False, residual is not None)
+    return _bare(x, residual, weight, bias, switches, eps)
 
 
 def add_layer_norm_bwd(
@@ -144,11 +128,11 @@ def add_layer_norm_bwd(
     output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale); None where not wanted."""
-    options = _options(
+    switches = options(
         *(normalized_ndim, x_dtype, residual_dtype, rms, zero_centered_weight, False, saved_is_normed),
         tuple(output_mask),
     )
     return _backward(
         *(dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed),
-        *(options, dropout_p, drop_path_p),
+        *(switches, dropout_p, drop_path_p),
     )
