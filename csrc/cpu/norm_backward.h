@@ -58,7 +58,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
       const Vec<C> g = a.weight ? dy * w : dy;
       Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
       if (b.dresidual_out[r]) d = d + extent.template load<C>(b.dresidual_out[r] + j);
-      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j);
+      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, a.streams);
       if (dweight) sw = sw + dy * xhat;
       if (dbias) sb = sb + dy;
       if (EPILOGUE) {
@@ -66,7 +66,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
         const auto x = [&]() __attribute__((always_inline)) { return extent.template load<C>(b.x[r] + j); };
         d = branch_gradient(at, d, x, dx_bias, dlayer_scale, sx, sl);
       }
-      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j);
+      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j, a.streams);
     }
     if (dweight) add(sw, dweight);
     if (dbias) add(sb, dbias);
@@ -88,7 +88,7 @@ FN_INLINE void describe_row(const Backward& a, Block<C, S>& b, int r, int64_t ro
     if (!o.data) {
       rows[i] = nullptr;
     } else if (direct) {
-      rows[i] = (const S*)o.data + row_offset(o, row);
+      rows[i] = row_of<S>(o, row);
     } else {
       stage_in(o, row, n, staged + i * room);
       rows[i] = (const S*)(staged + i * room);
@@ -134,6 +134,7 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
       row += rows;
     }
   }
+  if (a.streams) end_streaming();
 }
 
 inline int64_t backward_workspace(const Backward& a) {

@@ -71,12 +71,16 @@ FN_INLINE C centred_squares(const C* z, int64_t n, C mean) {
   return sums.total();
 }
 
+// next_x and next_residual are the next row's operands, fetched meanwhile: the processor's own guesses end with a row. In
+// float32 that gained 3 to 8 %; in 16 bits nothing, and there they are null.
 template <class C, class S>
-FN_INLINE void normalize(const Forward& a, const C* z, C mean, C rstd, S* out) {
+FN_INLINE void normalize(const Forward& a, const C* z, C mean, C rstd, S* out, const S* next_x, const S* next_residual) {
   const C *weight = (const C*)a.weight, *bias = (const C*)a.bias;
   const Vec<C> centre(mean), factor(rstd);
   const bool rms = a.rms;
   over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
+    if (next_x) __builtin_prefetch(next_x + j, 0, 2);
+    if (next_residual) __builtin_prefetch(next_residual + j, 0, 2);
     Vec<C> v = extent.template load<C>(z + j);
     if (!rms) v = v - centre;
     v = v * factor;
@@ -105,8 +109,7 @@ void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t 
     const C* z = z_row;
     C total;
     if (direct) {
-      const S* x = (const S*)a.x.data + row_offset(a.x, row);
-      const S* residual = a.residual.data ? (const S*)a.residual.data + row_offset(a.residual, row) : nullptr;
+      const S *x = row_of<S>(a.x, row), *residual = row_of<S>(a.residual, row);
       S* z_out = a.z ? (S*)a.z + row * n : nullptr;
       C* keep = z_row;
       if (sizeof(S) == sizeof(C)) {  // then z can be read where it is
@@ -128,9 +131,11 @@ void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t 
     if (means) means[row] = mean;
     rstds[row] = rstd;
     if (direct) {
-      normalize<C, S>(a, z, mean, rstd, (S*)a.normed + row * n);
+      const bool ahead = sizeof(S) == sizeof(C) && row + 1 < end_row;
+      normalize<C, S>(a, z, mean, rstd, (S*)a.normed + row * n, ahead ? row_of<S>(a.x, row + 1) : nullptr,
+                      ahead ? row_of<S>(a.residual, row + 1) : nullptr);
     } else {
-      normalize<C, C>(a, z, mean, rstd, x_row);
+      normalize<C, C>(a, z, mean, rstd, x_row, nullptr, nullptr);
       stage_out(x_row, n, a.normed_dtype, a.normed, row * n);
     }
   }

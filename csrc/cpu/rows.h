@@ -19,6 +19,12 @@ FN_INLINE int64_t row_offset(const Operand& o, int64_t row) {
   return o.row_dims ? offset + row * o.rows[0].stride : 0;
 }
 
+// A row that is read as it lies; null where the operand is absent.
+template <class S>
+FN_INLINE const S* row_of(const Operand& o, int64_t row) {
+  return o.data ? (const S*)o.data + row_offset(o, row) : nullptr;
+}
+
 constexpr int kBlock = 16;
 
 template <class S>

@@ -59,7 +59,7 @@ struct Vec {
 
   Vec() = default;
   FN_INLINE explicit Vec(T value) {
-    FN_EACH(k) v[k] = Native<T>{} + value;
+    FN_EACH(k) v[k] = value - Native<T>{};  // a splat; compilers may not take 0 + value for one, value may be -0
   }
   static FN_INLINE Vec load(const T* p) {
     Vec r;
@@ -95,14 +95,25 @@ FN_OPERATOR(*)
 FN_OPERATOR(/)
 #undef FN_OPERATOR
 
+template <class T, int BYTES>
+FN_INLINE T sum_of(const typename NativeOf<T, BYTES>::type& v) {
+  if constexpr (BYTES == 16 && sizeof(T) == 8) return v[0] + v[1];
+  if constexpr (BYTES == 16 && sizeof(T) == 4) return (v[0] + v[2]) + (v[1] + v[3]);
+  if constexpr (BYTES > 16) {
+    typename NativeOf<T, BYTES / 2>::type low, high;
+    __builtin_memcpy(&low, &v, BYTES / 2);
+    __builtin_memcpy(&high, (const char*)&v + BYTES / 2, BYTES / 2);
+    return sum_of<T, BYTES / 2>(low + high);
+  }
+}
+
 // The sum of the lanes, halves first.
 template <class T>
 FN_INLINE T sum(const Vec<T>& a) {
-  T lanes[Vec<T>::kLanes];
-  a.store(lanes);
-  for (int half = Vec<T>::kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  Vec<T> s = a;
+  for (int half = kNative / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) s.v[k] = s.v[k] + s.v[k + half];
+  return sum_of<T, kBytes>(s.v[0]);
 }
 
 template <class T>
@@ -142,10 +153,56 @@ FN_INLINE Native<uint32_t> narrow_bfloat16(Native<float> f) {
   typedef Native<uint32_t> U;
   const U bits = (U)f;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+#if defined(__AVX512F__)
+  return (U)_mm512_mask_mov_epi32((__m512i)rounded, _mm512_cmp_ps_mask((__m512)f, (__m512)f, _CMP_UNORD_Q),
+                                  _mm512_set1_epi32(0x7fc0));
+#else
   return select<uint32_t>((Native<int32_t>)(f != f), U{} + 0x7fc0u, rounded);
+#endif
 }
 
-FN_INLINE HalfNative<uint16_t> pack(Native<uint32_t> words) { return __builtin_convertvector(words, HalfNative<uint16_t>); }
+// __builtin_convertvector takes three to six instructions for what the processor has one or two of.
+FN_INLINE HalfNative<uint16_t> pack(Native<uint32_t> words) {
+#if defined(__AVX512F__)
+  return (HalfNative<uint16_t>)_mm512_cvtepi32_epi16((__m512i)words);
+#elif defined(__AVX2__)
+  return (HalfNative<uint16_t>)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)words),
+                                                _mm256_extracti128_si256((__m256i)words, 1));
+#else
+  return __builtin_convertvector(words, HalfNative<uint16_t>);
+#endif
+}
+
+FN_INLINE Native<uint32_t> unpack(HalfNative<uint16_t> h) {
+#if defined(__AVX512F__)
+  return (Native<uint32_t>)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (Native<uint32_t>)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Native<uint32_t>);
+#endif
+}
+
+template <class P, class V>
+FN_INLINE void past_caches(P* p, const V& v) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Other threads see what was streamed before.
+FN_INLINE void end_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 template <class S>
 struct Storage;  // how 16-bit values are read and written
@@ -153,7 +210,7 @@ struct Storage;  // how 16-bit values are read and written
 template <>
 struct Storage<BFloat16> {
   static FN_INLINE Native<float> widen(HalfNative<uint16_t> h) {
-    return (Native<float>)(__builtin_convertvector(h, Native<uint32_t>) << 16);
+    return (Native<float>)(unpack(h) << 16);
   }
   static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) { return pack(narrow_bfloat16(f)); }
 };
@@ -166,7 +223,7 @@ struct Storage<Float16> {
 #elif defined(__F16C__)
     return (Native<float>)_mm256_cvtph_ps((__m128i)h);
 #else
-    return widen_half(__builtin_convertvector(h, Native<uint32_t>));
+    return widen_half(unpack(h));
 #endif
   }
   static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) {
@@ -181,6 +238,8 @@ struct Storage<Float16> {
 };
 
 // A vector as it is stored in S; `value` is what reading it back gives.
+//
+// `stream` writes past the caches, without reading the line first; p is a multiple of 64 bytes from address 0.
 template <class C, class S>
 struct Stored {
   HalfNative<uint16_t> bits[kNative];
@@ -198,6 +257,7 @@ struct Stored {
   FN_INLINE void store(S* p) const {
     FN_EACH(k) __builtin_memcpy(p + k * (kBytes / 4), &bits[k], kBytes / 2);
   }
+  FN_INLINE void stream(S* p) const { FN_EACH(k) past_caches(p + k * (kBytes / 4), bits[k]); }
   FN_INLINE Vec<C> value() const {
     Vec<C> r;
     FN_EACH(k) r.v[k] = Storage<S>::widen(bits[k]);
@@ -212,6 +272,7 @@ struct Stored<C, C> {
   static FN_INLINE Stored of(const Vec<C>& a) { return {a}; }
   static FN_INLINE Stored load(const C* p) { return {Vec<C>::load(p)}; }
   FN_INLINE void store(C* p) const { v.store(p); }
+  FN_INLINE void stream(C* p) const { FN_EACH(k) past_caches(p + k * (kBytes / sizeof(C)), v.v[k]); }
   FN_INLINE Vec<C> value() const { return v; }
 };
 
@@ -222,8 +283,11 @@ struct Whole {
     return Stored<C, S>::load(p).value();
   }
   template <class C, class S>
-  FN_INLINE void store(const Stored<C, S>& a, S* p) const {
-    a.store(p);
+  FN_INLINE void store(const Stored<C, S>& a, S* p, bool streams = false) const {
+    if (streams)
+      a.stream(p);
+    else
+      a.store(p);
   }
   template <class C>
   FN_INLINE Vec<C> only(const Vec<C>& a) const {
@@ -234,6 +298,40 @@ struct Whole {
 struct Part {
   int n;
 
+#if defined(__AVX512F__)
+  FN_INLINE Vec<float> loaded(const float* p) const {
+    Vec<float> r;
+    r.v[0] = (Native<float>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+    return r;
+  }
+  FN_INLINE Vec<double> loaded(const double* p) const {
+    Vec<double> r;
+    r.v[0] = (Native<double>)_mm512_maskz_loadu_pd((1 << n) - 1, p);
+    return r;
+  }
+  template <class S>
+  FN_INLINE Vec<float> loaded(const S* p) const {
+    return Stored<float, S>{{(HalfNative<uint16_t>)_mm256_maskz_loadu_epi16((1 << n) - 1, p)}}.value();
+  }
+  FN_INLINE void stored(const Stored<float, float>& a, float* p) const {
+    _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)a.v.v[0]);
+  }
+  FN_INLINE void stored(const Stored<double, double>& a, double* p) const {
+    _mm512_mask_storeu_pd(p, (1 << n) - 1, (__m512d)a.v.v[0]);
+  }
+  template <class S>
+  FN_INLINE void stored(const Stored<float, S>& a, S* p) const {
+    _mm256_mask_storeu_epi16(p, (1 << n) - 1, (__m256i)a.bits[0]);
+  }
+  template <class C, class S>
+  FN_INLINE Vec<C> load(const S* p) const {
+    return loaded(p);
+  }
+  template <class C, class S>
+  FN_INLINE void store(const Stored<C, S>& a, S* p, bool = false) const {
+    stored(a, p);
+  }
+#else
   template <class C, class S>
   FN_INLINE Vec<C> load(const S* p) const {
     S lanes[Vec<C>::kLanes];
@@ -242,11 +340,12 @@ struct Part {
     return Stored<C, S>::load(lanes).value();
   }
   template <class C, class S>
-  FN_INLINE void store(const Stored<C, S>& a, S* p) const {
+  FN_INLINE void store(const Stored<C, S>& a, S* p, bool = false) const {
     S lanes[Vec<C>::kLanes];
     a.store(lanes);
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
   }
+#endif
   template <class C>
   FN_INLINE Vec<C> only(const Vec<C>& a) const {
     return a.first(n);
