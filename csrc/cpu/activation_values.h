@@ -1,0 +1,160 @@
+// Activations and their gradients, a native register at a time.
+//
+// Both halves of a bell are computed from the small one, e^-|w| or the normal distribution's tail, which does not
+// cancel: what torch computes as 1 + erf(u) or 1 + tanh(u) has no correct digit left where u is below -5.
+#pragma once
+
+#include "activation_args.h"
+#include "simd.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+typedef Native<float> Floats;
+
+FN_INLINE Floats magnitude(Floats v) { return (Floats)((Native<int32_t>)v & 0x7fffffff); }
+
+// e^(high + low) for high <= 0 and |low| < 0.1: 1 ulp, to the last subnormal number. n ln 2 is taken off in two parts, of
+// which the first has nine bits, so that its product with n is exact. The polynomial is that of Cephes' expf.
+FN_INLINE Floats exponential(Floats high, Floats low) {
+  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer, which its low bits then hold
+  const Floats x = high < -104.0f ? Floats{} - 104.0f : high;  // NaN stays
+  const Floats rounded = x * 1.44269504f + kRound, n = rounded - kRound;
+  const Floats r = (x - n * 0.693359375f) + (n * 2.12194440e-4f + low);
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * (r * r) + r) + 1.0f;
+  // 2^n in two factors, each of which is a normal number
+  const Native<int32_t> exponent = (Native<int32_t>)rounded - 0x4b400000, half = exponent >> 1;
+  return p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
+}
+
+// sigmoid(|w|) and sigmoid(-|w|).
+struct Sigmoid {
+  Floats large, small;
+  FN_INLINE explicit Sigmoid(Floats w) {
+    const Floats e = exponential(-magnitude(w), Floats{});
+    large = 1.0f / (1.0f + e);
+    small = e * large;
+  }
+};
+
+// The standard normal distribution below -|u|, and its density at u. The tail is bell * R(|u|), and R, which falls from
+// 1/2 like 1 / |u|, is P(s) / (|u| + 5/2) with s = (|u| - 5/2) / (|u| + 5/2) and a minimax polynomial P, within 2^-25.9 of
+// R relatively up to |u| = 15. u^2 is split, because the exponential makes an absolute error of its argument a relative one.
+struct Normal {
+  Floats tail, bell;  // bell is e^(-u^2 / 2)
+  FN_INLINE explicit Normal(Floats u) {
+    Floats t = magnitude(u);
+    t = t > 20.0f ? Floats{} + 20.0f : t;  // e^-200 is 0; NaN stays
+    const Floats head = (Floats)((Native<int32_t>)t & 0x7ffff000);
+    bell = exponential(head * head * -0.5f, (t - head) * (t + head) * -0.5f);
+    const Floats q = 1.0f / (t + 2.5f), s = (t - 2.5f) * q;
+    Floats p = s * -1.57701758e-4f - 3.11622483e-4f;
+    p = p * s + 6.84412084e-4f;
+    p = p * s + 2.52393247e-3f;
+    p = p * s - 1.60082994e-3f;
+    p = p * s - 1.63861855e-2f;
+    p = p * s + 9.23587581e-3f;
+    p = p * s + 1.31986979e-1f;
+    p = p * s - 4.33692012e-1f;
+    p = p * s + 7.06656660e-1f;
+    tail = bell * (p * q);
+  }
+};
+
+// gelu_tanh(u) = u sigmoid(w), w = u (kLinear + kCubic u^2): tanh(v) is 2 sigmoid(2 v) - 1.
+constexpr double kLinear = 1.5957691216057308, kCubic = 0.044715 * kLinear;  // 2 sqrt(2 / pi)
+constexpr double kDensity = 0.3989422804014327;                             // 1 / sqrt(2 pi)
+constexpr double kFar = 1e6;  // u^2 no larger than this: w is far past where sigmoid(w) is 0 or 1, and finite
+
+template <int ACTIVATION>
+FN_INLINE Floats activate(Floats u) {
+  if (ACTIVATION == kRelu) return u <= 0.0f ? Floats{} : u;
+  if (ACTIVATION == kGelu) {
+    const Normal normal(u);
+    return u * (u < 0.0f ? normal.tail : 1.0f - normal.tail);
+  }
+  const Sigmoid sigmoid(ACTIVATION == kSilu ? u : u * (float(kLinear) + float(kCubic) * (u * u)));
+  return u * (u < 0.0f ? sigmoid.small : sigmoid.large);
+}
+
+// d times the slope at u. At an infinite u the slope is NaN, as torch's is; 1 where relu's u is NaN.
+template <int ACTIVATION>
+FN_INLINE Floats pull_back(Floats u, Floats d) {
+  if (ACTIVATION == kRelu) return u <= 0.0f ? Floats{} : d;
+  if (ACTIVATION == kGelu) {
+    const Normal normal(u);
+    return d * ((u < 0.0f ? normal.tail : 1.0f - normal.tail) + u * (normal.bell * float(kDensity)));
+  }
+  Floats w = u, growth = Floats{} + 1.0f;  // w' = growth
+  if (ACTIVATION == kGeluTanh) {
+    Floats square = u * u;
+    square = square > float(kFar) ? Floats{} + float(kFar) : square;
+    w = u * (float(kLinear) + float(kCubic) * square);
+    growth = float(kLinear) + float(3 * kCubic) * square;
+  }
+  const Sigmoid sigmoid(w);
+  const auto negative = u < 0.0f;
+  const Floats at = negative ? sigmoid.small : sigmoid.large, opposite = negative ? sigmoid.large : sigmoid.small;
+  return d * (at + (at * u) * (opposite * growth));  // in this order no finite u gives 0 times infinity
+}
+
+// In double by the functions of libm, an element at a time.
+template <int ACTIVATION>
+FN_INLINE double activate(double u) {
+  if (ACTIVATION == kRelu) return u <= 0 ? 0.0 : u;
+  if (ACTIVATION == kGelu) return u * (0.5 * __builtin_erfc(-u * 0.70710678118654752));
+  const double w = ACTIVATION == kSilu ? u : u * (kLinear + kCubic * (u * u));
+  return u / (1.0 + __builtin_exp(-w));
+}
+
+template <int ACTIVATION>
+FN_INLINE double pull_back(double u, double d) {
+  if (ACTIVATION == kRelu) return u <= 0 ? 0.0 : d;
+  if (ACTIVATION == kGelu)
+    return d * (0.5 * __builtin_erfc(-u * 0.70710678118654752) + u * (__builtin_exp(-0.5 * u * u) * kDensity));
+  double w = u, growth = 1;
+  if (ACTIVATION == kGeluTanh) {
+    const double square = u * u > kFar ? kFar : u * u;
+    w = u * (kLinear + kCubic * square);
+    growth = kLinear + 3 * kCubic * square;
+  }
+  const double e = __builtin_exp(-__builtin_fabs(w)), large = 1 / (1 + e), small = e * large;
+  return d * (u < 0 ? small + (small * u) * (large * growth) : large + (large * u) * (small * growth));
+}
+
+template <int ACTIVATION>
+FN_INLINE Vec<float> activated(const Vec<float>& u) {
+  Vec<float> r;
+  FN_EACH(k) r.v[k] = activate<ACTIVATION>(u.v[k]);
+  return r;
+}
+template <int ACTIVATION>
+FN_INLINE Vec<double> activated(const Vec<double>& u) {
+  double lanes[Vec<double>::kLanes];
+  u.store(lanes);
+  for (double& lane : lanes) lane = activate<ACTIVATION>(lane);
+  return Vec<double>::load(lanes);
+}
+
+template <int ACTIVATION>
+FN_INLINE Vec<float> pulled_back(const Vec<float>& u, const Vec<float>& d) {
+  Vec<float> r;
+  FN_EACH(k) r.v[k] = pull_back<ACTIVATION>(u.v[k], d.v[k]);
+  return r;
+}
+template <int ACTIVATION>
+FN_INLINE Vec<double> pulled_back(const Vec<double>& u, const Vec<double>& d) {
+  double at[Vec<double>::kLanes], lanes[Vec<double>::kLanes];
+  u.store(at);
+  d.store(lanes);
+  for (int i = 0; i < Vec<double>::kLanes; ++i) lanes[i] = pull_back<ACTIVATION>(at[i], lanes[i]);
+  return Vec<double>::load(lanes);
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

@@ -1,0 +1,60 @@
+"""The native CPU provider of bias_act_dropout, and its dropout mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .cpu import refusal as refusal
+
+_ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+
+def reluctance(op: str, *args: Any) -> str | None:
+    """Why automatic choice does not take a call that this provider could serve."""
+    if args[4]:
+        return None
+    if args[1] is None:
+        return "torch's own operators serve an activation with nothing to add"
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses an addition and an activation into what stands around them"
+    return None
+
+
+def slower(op: str, *args: Any) -> str | None:
+    """Why automatic choice does not take a call of such a shape."""
+    x, bias, _, activation, dropout_p = args
+    if not dropout_p and x.dtype is bias.dtype:
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
+        if torch_is_faster(x, activation, needs_grad):
+            return "torch's own operators are faster on so few elements or columns"
+    return None
+
+
+def torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
+    """Whether an addition and an activation of torch's beat this provider on x's shape."""
+    return False
+
+
+def bias_act_dropout_fwd(
+    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
+) -> Tensor:
+    return cpu.activation_fwd(x, bias, seed, _ACTIVATIONS[activation], dropout_p)
+
+
+def bias_act_dropout_bwd(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (x, bias), undefined where not wanted."""
+    options = _ACTIVATIONS[activation] | bool(output_mask[0]) << 2 | bool(output_mask[1]) << 3
+    return cpu.activation_bwd(dy, x, bias, seed, options, dropout_p)
