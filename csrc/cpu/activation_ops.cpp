@@ -21,7 +21,7 @@ int64_t room(int64_t n) { return (n + 95) / 64 * 64; }
 
 void describe_grid(Grid& g, int64_t n_rows, int64_t n_columns, double p, const Handle& seed) {
   g.n_rows = n_rows, g.n_columns = n_columns;
-  g.row_tiles = (n_columns + kTile - 1) / kTile;
+  g.row_tiles = std::max<int64_t>((n_columns + kTile - 1) / kTile, 1);  // an empty one of no columns
   g.seed = 0;
   g.element = {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? double(float(1.0 / (1.0 - p))) : 1.0};
   if (!g.element.on) return;
