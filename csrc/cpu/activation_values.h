@@ -14,22 +14,30 @@ typedef Native<float> Floats;
 
 FN_INLINE Floats magnitude(Floats v) { return (Floats)((Native<int32_t>)v & 0x7fffffff); }
 
+// Polynomials are evaluated by halves (Estrin's scheme): a chain of additions and products one after another would be
+// longer than what processors look ahead.
+
+// 2^n p for integers n from -150 to 0 and p near 1, rounded once.
+FN_INLINE Floats scaled(Floats p, Floats n) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else  // in two factors, each of which is a normal number
+  const Native<int32_t> exponent = (Native<int32_t>)(n + 12582912.0f) - 0x4b400000, half = exponent >> 1;
+  return p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
+#endif
+}
+
 // e^(high + low) for high <= 0 and |low| < 0.1: 1 ulp, to the last subnormal number. n ln 2 is taken off in two parts, of
 // which the first has nine bits, so that its product with n is exact. The polynomial is that of Cephes' expf.
 FN_INLINE Floats exponential(Floats high, Floats low) {
-  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer, which its low bits then hold
+  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it and taking it off rounds to an integer
   const Floats x = high < -104.0f ? Floats{} - 104.0f : high;  // NaN stays
-  const Floats rounded = x * 1.44269504f + kRound, n = rounded - kRound;
-  const Floats r = (x - n * 0.693359375f) + (n * 2.12194440e-4f + low);
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
-  // 2^n in two factors, each of which is a normal number
-  const Native<int32_t> exponent = (Native<int32_t>)rounded - 0x4b400000, half = exponent >> 1;
-  return p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
+  const Floats n = (x * 1.44269504f + kRound) - kRound;
+  const Floats r = (x - n * 0.693359375f) + (n * 2.12194440e-4f + low), r2 = r * r;
+  const Floats p01 = r * 1.6666665459e-1f + 5.0000001201e-1f, p23 = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  const Floats p45 = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const Floats p = (p01 + p23 * r2) + p45 * (r2 * r2);
+  return scaled((p * r2 + r) + 1.0f, n);
 }
 
 // sigmoid(|w|) and sigmoid(-|w|).
@@ -44,10 +52,10 @@ struct Sigmoid {
 
 // The standard normal distribution below u, and its density but for a factor.
 //
-// The tail below -|u| is bell * R(|u|), and R, which falls from 1/2 like 1 / |u|, is P(s) / (|u| + 5/2) with
-// s = (|u| - 5/2) / (|u| + 5/2) and a minimax polynomial P, within 2^-25.9 of R relatively up to |u| = 15. u^2 is split,
+// The tail below -|u| is bell * R(|u|), and R, which falls like 1 / |u|, is P(s) / (|u| + 3) with
+// s = (|u| - 3) / (|u| + 3) and a minimax polynomial P, relatively within 2^-26 of R for |u| from 1 to 14.5. u^2 is split,
 // because the exponential makes an absolute error of its argument a relative one. Where |u| < 1 the distribution is 1/2 and
-// an odd polynomial, within 2^-30: there what is left of the tail's rounding would be twice that of torch's sum 1 + erf.
+// an odd polynomial, within 2^-30: there the tail's rounding errors would be several of the sum's.
 struct Normal {
   Floats below, bell;  // bell is e^(-u^2 / 2)
   FN_INLINE explicit Normal(Floats u) {
@@ -55,16 +63,10 @@ struct Normal {
     t = t > 20.0f ? Floats{} + 20.0f : t;  // e^-200 is 0; NaN stays
     const Floats head = (Floats)((Native<int32_t>)t & 0x7ffff000);
     bell = exponential(head * head * -0.5f, (t - head) * (t + head) * -0.5f);
-    const Floats q = 1.0f / (t + 2.5f), s = (t - 2.5f) * q;
-    Floats p = s * -1.57701758e-4f - 3.11622483e-4f;
-    p = p * s + 6.84412084e-4f;
-    p = p * s + 2.52393247e-3f;
-    p = p * s - 1.60082994e-3f;
-    p = p * s - 1.63861855e-2f;
-    p = p * s + 9.23587581e-3f;
-    p = p * s + 1.31986979e-1f;
-    p = p * s - 4.33692012e-1f;
-    p = p * s + 7.06656660e-1f;
+    const Floats q = 1.0f / (t + 3.0f), s = (t - 3.0f) * q, s2 = s * s;
+    const Floats p01 = s * -5.09331907e-1f + 7.29083698e-1f, p23 = s * -4.72651594e-2f + 2.30016752e-1f;
+    const Floats p45 = s * 6.98330118e-3f - 1.04443021e-2f, p67 = s * -1.02220967e-3f + 9.09316335e-4f;
+    const Floats p = (p01 + p23 * s2) + (p45 + p67 * s2) * (s2 * s2);
     const Floats tail = bell * (p * q), square = t * t;
     Floats near = square * -7.65420737e-6f + 1.13486367e-4f;
     near = near * square - 1.18632994e-3f;
@@ -84,8 +86,9 @@ template <int ACTIVATION>
 FN_INLINE Floats activate(Floats u) {
   if (ACTIVATION == kRelu) return u <= 0.0f ? Floats{} : u;
   if (ACTIVATION == kGelu) return u * Normal(u).below;
-  const Sigmoid sigmoid(ACTIVATION == kSilu ? u : u * (float(kLinear) + float(kCubic) * (u * u)));
-  return u * (u < 0.0f ? sigmoid.small : sigmoid.large);
+  const Floats w = ACTIVATION == kSilu ? u : u * (float(kLinear) + float(kCubic) * (u * u));
+  const Floats e = exponential(-magnitude(w), Floats{});
+  return (u < 0.0f ? u * e : u) / (1.0f + e);
 }
 
 // d times the slope at u. At an infinite u the slope is NaN, as torch's is; 1 where relu's u is NaN.
@@ -96,16 +99,17 @@ FN_INLINE Floats pull_back(Floats u, Floats d) {
     const Normal normal(u);
     return d * (normal.below + u * (normal.bell * float(kDensity)));
   }
-  Floats w = u, growth = Floats{} + 1.0f;  // w' = growth
-  if (ACTIVATION == kGeluTanh) {
-    Floats square = u * u;
-    square = square > float(kFar) ? Floats{} + float(kFar) : square;
-    w = u * (float(kLinear) + float(kCubic) * square);
-    growth = float(kLinear) + float(3 * kCubic) * square;
-  }
-  const Sigmoid sigmoid(w);
   const auto negative = u < 0.0f;
+  if (ACTIVATION == kSilu) {
+    const Sigmoid sigmoid(u);
+    const Floats at = negative ? sigmoid.small : sigmoid.large, opposite = negative ? sigmoid.large : sigmoid.small;
+    return d * (at * (1.0f + u * opposite));
+  }
+  Floats square = u * u;
+  square = square > float(kFar) ? Floats{} + float(kFar) : square;
+  const Sigmoid sigmoid(u * (float(kLinear) + float(kCubic) * square));
   const Floats at = negative ? sigmoid.small : sigmoid.large, opposite = negative ? sigmoid.large : sigmoid.small;
+  const Floats growth = float(kLinear) + float(3 * kCubic) * square;  // w' is u times this
   return d * (at + (at * u) * (opposite * growth));  // in this order no finite u gives 0 times infinity
 }
 
