@@ -73,8 +73,8 @@ def bias_act_dropout(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
     try:
-        # Torch's own operators at once, on the CPU, where no kernel of ours stands: a check costs more than the two
-        # microseconds that a call may cost over eager's. What is not certain to be right goes the way below.
+        # On the CPU torch's own operators or the native kernel at once: a check costs more than the two microseconds
+        # that a call may cost over eager's. What is not certain to be right goes the way below.
         if (
             dropout_p == 0.0
             and seed is None
@@ -92,7 +92,8 @@ def bias_act_dropout(
                 if x.ndim:
                     return function(x)
             elif bias.dtype is x.dtype and bias.shape == x.shape[-1:] and bias.ndim and bias.layout is torch.strided:
-                return function(x + bias)
+                y = _run_bare(x, bias, activation)
+                return function(x + bias) if y is None else y
     except (RuntimeError, TypeError, AttributeError, KeyError):
         pass
     _checks.check_tensor("x", x)
@@ -103,6 +104,25 @@ def bias_act_dropout(
         _checks.check_seed(seed)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p else None
     return _run((x, bias, seed, activation, float(dropout_p)))
+
+
+def _run_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor | None:
+    """The native kernel with nothing looked up that a bare call does not need; None where torch has to serve it."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
+    if providers.unavailable_reason("cpu") is not None:
+        return None
+    native: Any = providers.serving("cpu", "bias_act_dropout_fwd")
+    if (
+        (providers.by_shape and native.torch_is_faster(x, activation, needs_grad))
+        or not _ops.PLAIN.issuperset((type(x), type(bias)))
+        or not bias.is_cpu
+        or torch._C._len_torch_dispatch_stack()
+        or is_functorch_wrapped_tensor(x)
+    ):
+        return None
+    if needs_grad:
+        return _apply(x, bias, None, activation, 0.0, "cpu")
+    return native.bias_act_dropout_fwd(x, bias, None, activation, 0.0)
 
 
 def _run(args: Args) -> Tensor:
