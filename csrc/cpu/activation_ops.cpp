@@ -1,4 +1,4 @@
-// fusednorm_cpu::bias_act_dropout_fwd and _bwd, and dropout_mask: arguments checked, outputs allocated, tiles given to the
+// fusednorm_cpu::bias_act_dropout_fwd, its bare form and _bwd, and dropout_mask: arguments checked, outputs allocated, tiles given to the
 // kernels. The activation and which gradients are wanted travel in one integer, as in norm_ops.cpp.
 #include <algorithm>
 #include <cstring>
@@ -35,7 +35,8 @@ class Bias {
   Bias(ActivationCall& a, const Handle& bias) {
     a.bias = nullptr;
     if (!bias) return;
-    STD_TORCH_CHECK(numel_of(bias) == a.n_columns, "bias: its shape does not fit");
+    const Sizes s = sizes_of(bias);
+    STD_TORCH_CHECK(s.ndim == 1 && s.sizes[0] == a.n_columns, "bias: its shape does not fit");
     Operand operand;
     describe_parameter(bias, operand);
     if (operand.unit && operand.dtype == (a.wide ? kFloat64 : kFloat32)) {
@@ -74,10 +75,9 @@ Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, int64_
 
 int64_t grain(int64_t elements_of_a_tile) { return std::max<int64_t>(kGrain / std::max<int64_t>(elements_of_a_tile, 1), 1); }
 
-void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
+Handle run_forward(const Handle& x, const Handle& bias, const Handle& seed, int64_t options, double p) {
   ActivationCall a;
-  const Sizes s = describe_call(a, x, Handle(), to<int64_t>(stack[3]), to<double>(stack[4]), seed);
+  const Sizes s = describe_call(a, x, Handle(), options, p, seed);
   const Bias biases(a, bias);
   Handle y = empty(s.ndim, s.sizes, a.x.dtype);
   a.out = data_of(y);
@@ -85,6 +85,19 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const ActivationKernels& k = *kernels().activation;
   parallel(a.n_rows * a.row_tiles, grain(std::min(a.n_columns, kTile)), k.workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
+  return y;
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
+  Handle y = run_forward(x, bias, seed, to<int64_t>(stack[3]), to<double>(stack[4]));
+  stack[0] = torch::stable::detail::from(y.release());
+}
+
+// Three arguments instead of five: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle x = take_tensor(stack[0]), bias = take_tensor(stack[1]);
+  Handle y = run_forward(x, bias, Handle(), to<int64_t>(stack[2]), 0.0);
   stack[0] = torch::stable::detail::from(y.release());
 }
 
@@ -145,6 +158,7 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
   m.def("bias_act_dropout_fwd(Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) -> Tensor");
+  m.def("bias_act_bare(Tensor x, Tensor bias, int options) -> Tensor");
   m.def(
       "bias_act_dropout_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) "
       "-> (Tensor dx, Tensor dbias)");
@@ -153,6 +167,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
   m.impl("bias_act_dropout_fwd", forward_op);
+  m.impl("bias_act_bare", bare_forward_op);
   m.impl("bias_act_dropout_bwd", backward_op);
   m.impl("dropout_mask", dropout_mask_op);
 }

@@ -43,18 +43,23 @@ def torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
     oneDNN's, which costs much to call (0.4 of this provider's speed on 256 elements) and is then the faster one (1.3 on
     2**16 to 2**19), until memory decides (0.5 on 2**24). In float64 libm computes an element at a time.
     """
-    n = x.numel()
-    if x.ndim == 0 or x.shape[-1] < 64 or (x.dtype is torch.float64 and activation != "relu"):
+    if x.size(-1) < 64 or (activation != "relu" and x.dtype is torch.float64):
         return True
     if activation == "gelu":
+        n = x.numel()
         return n < 1 << 22 and (needs_grad or n > 1 << 14)
-    return needs_grad and n < 1 << 19
+    return needs_grad and x.numel() < 1 << 19
 
 
 def bias_act_dropout_fwd(
     x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
 ) -> Tensor:
     return cpu.activation_fwd(x, bias, seed, _ACTIVATIONS[activation], dropout_p)
+
+
+def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """act(x + bias) of which nobody will ask for a gradient."""
+    return cpu.activation_bare(x, bias, _ACTIVATIONS[activation])
 
 
 def bias_act_dropout_bwd(
