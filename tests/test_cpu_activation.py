@@ -45,6 +45,14 @@ def everything(shape: tuple[int, int], dtype: torch.dtype, activation: str, stag
     return run(x, draw(shape[1]).to(dtype), dy, activation, dropout_p=0.2, seed=SEED)
 
 
+def exact(activation: str, x: torch.Tensor) -> torch.Tensor:
+    """In float64, with a correct negative tail, where 1 + tanh cancels even there."""
+    if activation != "gelu_tanh":
+        return TORCHS["silu"](x) if activation == "silu" else ACTIVATIONS[activation](x)
+    v = x.clamp(-1e3, 1e3)  # whose cube does not overflow
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
+
+
 @needs_library
 @DTYPE
 @ACTIVATION
@@ -102,52 +110,52 @@ def test_staged_rows_and_rows_in_place_agree(activation, dtype, staged):
 @DTYPE_16
 @ACTIVATION
 def test_every_value_of_16_bits(activation, dtype):
-    """Each finite one against float64: within an ulp and a half, and the gradient within torch's error and one ulp."""
+    """Each finite one against float64: one rounding and a little, the gradient within twice torch's error too."""
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()][None]
     y, dx = run(x, None, torch.ones_like(x), activation)
     wide = x.double().requires_grad_()
-    w = wide.clamp(-1e3, 1e3) if activation == "gelu_tanh" else wide  # whose cube does not overflow
-    exact = torch.nn.functional.silu(w) if activation == "silu" else ACTIVATIONS[activation](w)
-    (slope,) = torch.autograd.grad(exact.sum(), w)
-    exact = torch.where(wide > 1e3, wide, exact).detach()
-    step = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
-    # the tanh form's exponent is a product of three: its error is e^-|w|'s relative one
-    small = exact.abs() < 1e-30
-    assert ((y.double() - exact).abs() <= 0.75 * step + 1e-37 * small).all()
+    expected = exact(activation, wide)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
     eager = x.clone().requires_grad_()
     (torchs,) = torch.autograd.grad(TORCHS[activation](eager), eager, torch.ones_like(x))
-    error, limit = (dx.double() - slope).abs(), (torchs.double() - slope).abs().nan_to_num(0.0)
-    assert (error <= 2 * limit + torch.finfo(dtype).eps * slope.abs() + 2.0**-21).all()
+
+    def step(t: torch.Tensor) -> torch.Tensor:
+        return torch.finfo(dtype).eps * t.abs().clamp_min(torch.finfo(dtype).tiny)
+
+    assert ((y.double() - expected).abs() <= 0.51 * step(expected)).all()
+    limit = (torchs.double() - slope).abs().nan_to_num(0.0)  # NaN where the cube of torch's gelu_tanh overflows
+    assert ((dx.double() - slope).abs() <= 2 * limit + 0.51 * step(slope)).all()
 
 
 @needs_library
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_the_negative_tail_is_relatively_accurate(activation):
-    """Where torch's gelu has no correct digit, and is 0 from -6 on: 2^-19 relatively, 1.3 steps of bfloat16's 2^-9."""
+    """Where torch's gelu has no correct digit, and is 0 from -6 on. The tanh form's exponent is not split."""
     x = torch.linspace(-9.0, -1.0, 4096)[None]
     (y, _) = run(x, None, torch.ones_like(x), activation)
-    w = x.double()
-    inner = 2 * math.sqrt(2 / math.pi) * (w + 0.044715 * w**3)  # 1 + tanh cancels in float64 as well
-    exact = w * torch.sigmoid(inner) if activation == "gelu_tanh" else ACTIVATIONS[activation](w)
+    expected = exact(activation, x.double())
     relative = 2.0**-16 if activation == "gelu_tanh" else 2.0**-21
-    assert ((y.double() - exact).abs() <= relative * exact.abs()).all()
+    assert ((y.double() - expected).abs() <= relative * expected.abs()).all()
 
 
 @needs_library
 @DTYPE
 @ACTIVATION
 def test_special_values_are_torchs(activation, dtype):
-    """NaN and infinities go where torch's go, forward and backward, in whole vectors and in what is left of a row."""
+    """NaN and infinities go where torch's go, forward and backward, in whole vectors and in what is left of a row.
+
+    Torch's in float64: in float32 gelu(inf) is NaN on processors where oneDNN serves it.
+    """
     special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0])
     for columns in (7, 32, 45):
         x = special.repeat(7)[:columns].to(dtype)[None]
         y, dx = run(x, None, torch.ones_like(x), activation)
-        leaf = x.clone().requires_grad_()
+        leaf = x.double().requires_grad_()
         expected = TORCHS[activation](leaf)
-        (slope,) = torch.autograd.grad(expected, leaf, torch.ones_like(x))
+        (slope,) = torch.autograd.grad(expected, leaf, torch.ones_like(leaf))
         for ours, torchs in ((y, expected.detach()), (dx, slope)):
-            torch.testing.assert_close(ours, torchs, equal_nan=True)
+            torch.testing.assert_close(ours, torchs.to(dtype), equal_nan=True)
 
 
 @needs_library
