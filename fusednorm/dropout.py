@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, providers
+from . import _checks
 from ._transforms import transform_active
 from .providers import cpu
 
@@ -98,7 +98,7 @@ def _native_serves(seed: Tensor) -> bool:
         and type(seed) is Tensor
         and not transform_active()
         and not torch._C._len_torch_dispatch_stack()
-        and providers.unavailable_reason("cpu") is None
+        and cpu.unavailable_reason() is None
     )
 
 

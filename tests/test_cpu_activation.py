@@ -1,4 +1,4 @@
-"""The native CPU kernels of bias_act_dropout beyond the numbers: threads, instruction sets, every 16-bit value, edges."""
+"""The native CPU kernels of bias_act_dropout beyond the budget: threads, instruction sets, 16-bit values, edges."""
 
 from __future__ import annotations
 
