@@ -27,6 +27,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+COMMON = ROOT / "csrc"
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 TARGET = (2, 11)
@@ -99,7 +100,7 @@ def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
         for name, flags in INSTRUCTION_SETS.items()
     } | {
         objects / f"{source.stem}.o": [*compiler, *FLAGS, *torch_flags(torch), "-c", str(source)]
-        for source in sorted(CPU.glob("*.cpp"))
+        for source in sorted([*COMMON.glob("*.cpp"), *CPU.glob("*.cpp")])
         if source not in kernels
     }
     return jobs, []
@@ -122,7 +123,7 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
         for source in sorted(CUDA.glob("*.cu"), key=lambda source: -source.stat().st_size)
     } | {
         objects / f"{source.stem}.o": [*compiler, *FLAGS, "-DUSE_CUDA", *torch_flags(torch), "-c", str(source)]
-        for source in sorted(CUDA.glob("*.cpp"))
+        for source in sorted([*COMMON.glob("*.cpp"), *CUDA.glob("*.cpp")])
     }
     # cudart inside: it shares the GPU's context with torch's own, of whatever version
     return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

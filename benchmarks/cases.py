@@ -244,6 +244,7 @@ class Sweep:
 
 
 _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
+_GRID_WIDTHS = (16, 64, 256, 1024, 4096, 16384)
 _SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
 _CPU_LIMITS = {op.name: 1 << 18 for op in OPS.values() if op.draws_mask}
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
@@ -263,6 +264,16 @@ SWEEPS = {
         ("float32", "bfloat16", "float16"),
         DIRECTIONS,
         ffn_shapes=(TINY, (1, 4096), (64, 4096), (1024, 3072), (4096, 4096)),
+    ),
+    # what the table of automatic choice is made from
+    ("cpu", "grid"): Sweep(
+        tuple((r, w) for r in (1, 4, 16, 64, 256, 1024, 4096, 16384) for w in _GRID_WIDTHS if r * w <= 1 << 25),
+        ("float32", "bfloat16"),
+        limits=_CPU_LIMITS,
+        ffn_shapes=tuple((r, w) for r in (1, 4, 16, 64, 256, 1024, 4096) for w in _GRID_WIDTHS if r * w <= 1 << 24),
+    ),
+    ("cuda", "grid"): Sweep(
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)), ("bfloat16", "float32"), ffn_shapes=_FFN
     ),
     ("cuda", "quick"): Sweep(
         (TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",), ffn_shapes=(TINY, (8192, 4096))

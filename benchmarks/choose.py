@@ -1,13 +1,13 @@
 """From raw results to the table that automatic choice goes by.
 
-    PYTHONPATH=. python3 benchmarks/run.py --provider triton --json T.json    # each provider forced in turn,
-    PYTHONPATH=. python3 benchmarks/run.py --provider cuda --json C.json      # on the same device
+    PYTHONPATH=. python3 benchmarks/run.py --grid --provider triton --json T.json    # each provider forced in turn,
+    PYTHONPATH=. python3 benchmarks/run.py --grid --provider cuda --json C.json      # on the same device
     PYTHONPATH=. python3 benchmarks/choose.py T.json C.json                   # what would change
     PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/providers/choice/<device>.json
 
-For each operation, element size and shape it names the provider whose time, host included, is the shortest. Torch's
-own operators stand for `reference`, but for dropout, where they draw another mask. A provider serves both ways of a
-call, so what counts is the direction in which it does worst beside eager.
+For each operation, element size, shape and direction (`forward` for calls without gradients, `both` for those with) it
+names the provider whose time, host included, is the shortest. Torch's own operators stand for `reference`, but for
+dropout, where they draw another mask.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from benchmarks.cases import OPS
 from benchmarks.report_stats import LOSS, Record, measured, no_kernel, ratio
 from fusednorm.providers import PROVIDERS, choice
 
-Key = tuple[str, int, int]  # operation and element size, rows, columns
+Key = tuple[str, int, int]  # operation, element size and direction; rows, columns
+DIRECTIONS = ("forward", "both")  # what a call is asked for; no call is a backward alone
 
 
 def device_key(result: Record) -> str:
@@ -39,21 +40,21 @@ def device_key(result: Record) -> str:
 
 
 def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
-    """Eager's time over that of each provider, in its worst direction; 1 for torch's own operators."""
+    """Eager's time over that of each provider; 1 for torch's own operators."""
     found: dict[Key, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         for record in measured(result):
             rows, columns = record["shape"]
-            key = (f"{record['op']}/{getattr(torch, record['dtype']).itemsize}", rows, columns)
+            itemsize, direction = getattr(torch, record["dtype"]).itemsize, record["direction"]
             value = ratio(record, key="inclusive") or ratio(record)
-            if value is None or no_kernel([record]):
+            if value is None or no_kernel([record]) or direction not in DIRECTIONS:
                 continue
-            direction = f"{record['direction']} {record['dtype']}"  # two dtypes of a size: the worse counts too
-            known = found[key][record["provider"]].get(direction, value[0])
-            found[key][record["provider"]][direction] = min(known, value[0])
+            key = (f"{record['op']}/{itemsize}/{direction}", rows, columns)
+            known = found[key][record["provider"]].get(record["dtype"], value[0])
+            found[key][record["provider"]][record["dtype"]] = min(known, value[0])
     speed: dict[Key, dict[str, float]] = {}
     for key, providers in found.items():
-        every = {direction for directions in providers.values() for direction in directions}
+        every = {dtype for dtypes in providers.values() for dtype in dtypes}  # of one size: the worse of them counts
         speed[key] = {name: min(d.values()) for name, d in providers.items() if set(d) == every}
         if not OPS[key[0].split("/")[0]].draws_mask:
             speed[key]["reference"] = 1.0
@@ -105,7 +106,7 @@ def changes(made: Mapping[str, Any], path: Path) -> str:
         for r, c, provider, times in entries:
             if old.get((r, c)) != provider:
                 rows.append([name, f"{r}x{c}", old.get((r, c), "-"), provider, f"{times:.2f}"])
-    head = ["operation/bytes", "rows x columns", "before", "now", "times as fast as the next"]
+    head = ["operation/bytes/direction", "rows x columns", "before", "now", "times as fast as the next"]
     return report.table(head, rows) if rows else "No shape changes its provider."
 
 

@@ -38,13 +38,14 @@ from benchmarks.cases import Case
 from benchmarks.report_stats import AUTOMATIC
 
 PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
-SECONDS = {"quick": 0.1, "default": 0.2, "full": 0.5}
+SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="level", action="store_const", const="quick", default="default")
+    size.add_argument("--grid", dest="level", action="store_const", const="grid", help="what choose.py asks for")
     size.add_argument("--full", dest="level", action="store_const", const="full", help="all widths, rows, directions")
     parser.add_argument("--only", metavar="REGEX", help="cases whose name contains a match (see --list)")
     parser.add_argument("--list", action="store_true", help="print the cases with their byte and FLOP models, and stop")
@@ -62,7 +63,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's, at most the cores)")
     parser.add_argument("--seconds", type=float, metavar="S", help=f"of timing a case; default {SECONDS}")
     parser.add_argument(
-        "--limit", type=float, metavar="S", help="take no case after S seconds; default 80 on a CPU unless --full"
+        "--limit",
+        type=float,
+        metavar="S",
+        help="take no case after S seconds; default 80 on a CPU unless --full or --grid",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write benchmark.json, .md, .html and pictures here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw result to this file")
@@ -272,7 +276,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure what was chosen; `excluded` says by name why the sweep itself leaves some cases out."""
     seconds = arguments.seconds or SECONDS[arguments.level]
-    limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level != "full" else math.inf)
+    limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level not in ("full", "grid") else math.inf)
     start, clocks_before = time.monotonic(), clocks(device)
     facts = environment(device)
     free = measure.available_memory(device)

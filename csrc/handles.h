@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "data.h"
+
 namespace fusednorm {
 
 class Handle {
@@ -68,5 +70,13 @@ inline int64_t numel_of(const Handle& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor.get(), &numel));
   return numel;
 }
+
+Dtype dtype_of(const Handle& tensor);
+
+// A fresh contiguous tensor.
+Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype, int32_t device_type, int32_t device_index);
+
+// The fewest dimensions that address the same elements in the same order; their number.
+int fold(const int64_t* sizes, const int64_t* strides, int64_t ndim, Dim* out);
 
 }  // namespace fusednorm

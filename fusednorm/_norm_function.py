@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from . import _ops, providers
 from ._dtypes import compute_dtype
 from ._transforms import batched, distinct, transform_active
 from .providers import reference
+from .providers.choice import torch_on_cpu
 
+_autocast_active = torch._C._is_any_autocast_enabled
 _log = logging.getLogger("fusednorm")
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::add_layer_norm_fwd without the provider, in order
@@ -53,36 +56,73 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
 
 
 def run_bare(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_ndim: int, eps: Any, rms: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Any,
+    eps: Any,
+    rms: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """The way down with nothing looked up that a bare call on the CPU does not need; None where torch has to serve it.
+    """The way down of a call without epilogue on the CPU, with nothing looked up that it does not need.
 
-    The native library checks shapes and dtypes itself and raises, upon which the caller takes the way with messages.
+    Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
+    the way with messages; so it does for None. Every look-up counts: eager's call itself takes 7 microseconds.
     """
-    if (
-        providers.unavailable_reason("cpu") is not None
-        or not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
+    sizes, columns, n = x.shape, shape[-1], len(shape)
+    if sizes[-1] != columns:
+        return None
+    if n > 1:
+        if sizes[-n:] != torch.Size(shape):
+            return None
+        columns = math.prod(shape)
+    dtype, automatic, needs_grad = x.dtype, providers.automatic, False
+    torchs = automatic and ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
+    if not torchs:
+        needs_grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (residual is not None and residual.requires_grad)
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        )
+        operation = "rms_norm" if residual is None else "add_rms_norm" if rms else "add_layer_norm"
+        torchs = automatic and providers.by_shape and torch_on_cpu(operation, dtype, x.numel(), columns, needs_grad)
+    if not torchs and (
+        not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
         or torch._C._len_torch_dispatch_stack()
         or is_functorch_wrapped_tensor(x)
-    ):
-        return None
+        or _autocast_active()
+    ):  # not for a call that goes past the dispatcher
+        if not automatic:
+            return None
+        torchs = True
+    if torchs:
+        if rms and weight is not None and weight.dtype is not dtype:
+            return None  # torch would take the wider dtype
+        if residual is None:
+            z = x
+        elif (
+            residual.dtype is dtype
+            and residual.shape == sizes
+            and residual.layout is torch.strided
+            and not _autocast_active()
+        ):
+            z = x + residual
+        else:
+            return None
+        return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
+    stream_dtype = dtype if residual is None else residual.dtype
     if type(eps) is not float:
-        eps = float(torch.finfo(compute_dtype(x.dtype, residual.dtype)).eps if eps is None and rms else eps)
-    native: Any = providers.serving("cpu", "add_layer_norm_fwd")
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or residual.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
-    if providers.by_shape and x.dtype is residual.dtype and native.torch_is_faster(x, needs_grad):
-        return None
+        eps = float(torch.finfo(compute_dtype(dtype, stream_dtype)).eps if eps is None and rms else eps)
     if needs_grad:
-        return _apply(
-            *(x, residual, weight, bias, None, None, None, normalized_ndim, eps, 0.0, 0.0, x.dtype, residual.dtype),
-            *(rms, False, True, "cpu", False),
+        normed, z = _apply(
+            *(x, residual, weight, bias, None, None, None, n, eps, 0.0, 0.0, dtype, stream_dtype),
+            *(rms, False, residual is not None, "cpu", False),
         )
-    return native.add_norm_bare(x, residual, weight, bias, normalized_ndim, eps, rms)
+    else:
+        native: Any = providers.serving("cpu", "add_layer_norm_fwd")
+        normed, z = native.add_norm_bare(x, residual, weight, bias, n, eps, rms)
+    return normed, x if residual is None else z
 
 
 class AddLayerNormFunction(torch.autograd.Function):

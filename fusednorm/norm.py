@@ -54,7 +54,7 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if _torch_is_best(input) and not _is_compiling():
+        if providers.automatic and _unwatched(input):  # no native kernel is faster than torch's own
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
@@ -90,11 +90,12 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
-    try:  # torch's own is made of differentiable operators there, so no transform has to be looked for
-        same_dtype = weight is None or weight.dtype is input.dtype
-        if same_dtype and providers.automatic and input.is_cpu and not input.is_nested:
-            shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-            return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
+    try:
+        if _unwatched(input):
+            shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+            outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
+            if outputs is not None:
+                return outputs[0]
     except _TORCH_REFUSES:
         pass
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
@@ -291,20 +292,18 @@ def _add_norm(
     bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
     if bare and residual_dtype is None:
         try:
-            if _torch_is_best(x) and not _autocast_active() and not _is_compiling():
-                shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-                n = len(shape)
-                # the last size alone first: a slice of a Size costs half a microsecond
-                last = shape[-1]
-                if residual is not None and x.shape[-1] == last and (n == 1 or x.shape[x.ndim - n :] == shape):
-                    outputs = _norm_function.run_bare(x, residual, weight, bias, n, eps, rms)
-                    if outputs is not None:
-                        return outputs
-                if (not rms or weight is None or weight.dtype is x.dtype) and _alike(x, residual):
-                    z = x if residual is None else x + residual
-                    if rms:
-                        return torch.rms_norm(z, shape, weight, eps), z
-                    return torch.layer_norm(z, shape, weight, bias, eps), z  # type: ignore[arg-type]
+            if _unwatched(x):
+                outputs = _norm_function.run_bare(
+                    x,
+                    residual,
+                    weight,
+                    bias,
+                    (normalized_shape,) if type(normalized_shape) is int else normalized_shape,
+                    eps,
+                    rms,
+                )
+                if outputs is not None:
+                    return outputs
         except _TORCH_REFUSES:
             pass
     _checks.check_tensor("x", x)
@@ -328,24 +327,20 @@ def _add_norm(
     return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
 
 
-def _torch_is_best(x: Tensor) -> bool:
+def _unwatched(x: Tensor) -> bool:
     """Whether a bare call may be served at once, unchecked: on the CPU, by torch's own operators or our native library.
 
     What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
     One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
     """
     return (
-        providers.automatic
+        providers.short_cuts
         and x.is_cpu
         and not x.is_nested
         and not _functorch_active()
         and forward_ad._current_level < 0
+        and not _is_compiling()
     )
-
-
-def _alike(x: Tensor, other: Tensor | None) -> bool:
-    """Whether torch's addition of the two neither broadcasts nor converts."""
-    return other is None or (other.shape == x.shape and other.dtype is x.dtype and other.layout is torch.strided)
 
 
 def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:

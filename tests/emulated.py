@@ -55,8 +55,9 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequen
 def build_provider(sanitized: bool) -> Path:
     """The provider's library with its kernels on the CPU."""
     torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
-    cuda = ROOT / "csrc" / "cuda"
-    sources = [*cuda.glob("norm_*.cu"), *cuda.glob("*.cpp"), ROOT / "csrc" / "emulation" / "limits.cpp"]
+    csrc = ROOT / "csrc"
+    sources = [*(csrc / "cuda").glob("*.cu"), *csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cpp")]
+    sources = [*filter(lambda path: path.name != "machine.cu", sources), csrc / "emulation" / "limits.cpp"]
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
     flags += SANITIZED if sanitized else PLAIN
     link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]

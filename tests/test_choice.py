@@ -41,20 +41,24 @@ def winners(*results):
 def test_the_fastest_provider_of_a_shape_wins():
     triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
     cpu = result(record("add_layer_norm", (4096, 1024), "forward", "reference", 90, 45))
-    assert winners(triton, cpu) == {("add_layer_norm/2", 4096, 1024): ("triton", 3.0)}
+    assert winners(triton, cpu) == {("add_layer_norm/2/forward", 4096, 1024): ("triton", 3.0)}
 
 
-def test_torch_wins_where_one_direction_is_slower_than_eager():
+def test_each_direction_has_its_own_winner():
     slow = result(
         record("layer_norm", (4, 64), "forward", "triton", 6, 12),
         record("layer_norm", (4, 64), "both", "triton", 60, 20),
+        record("layer_norm", (4, 64), "backward", "triton", 60, 600),  # no call is a backward alone
     )
-    assert winners(slow) == {("layer_norm/2", 4, 64): ("reference", 2.0)}
+    assert winners(slow) == {
+        ("layer_norm/2/forward", 4, 64): ("reference", 2.0),
+        ("layer_norm/2/both", 4, 64): ("triton", 3.0),
+    }
 
 
 def test_equal_times_leave_a_call_with_the_kernel():
     assert winners(result(record("layer_norm", (64, 64), "forward", "triton", 10, 10.1))) == {
-        ("layer_norm/2", 64, 64): ("triton", 0.99)
+        ("layer_norm/2/forward", 64, 64): ("triton", 0.99)
     }
 
 
@@ -63,18 +67,18 @@ def test_the_slower_of_two_dtypes_of_a_size_counts():
         record("layer_norm", (4, 64), "forward", "triton", 10, 5, "float16"),
         record("layer_norm", (4, 64), "forward", "triton", 10, 20, "bfloat16"),
     )
-    assert winners(both) == {("layer_norm/2", 4, 64): ("reference", 2.0)}
+    assert winners(both) == {("layer_norm/2/forward", 4, 64): ("reference", 2.0)}
 
 
-def test_a_provider_not_measured_in_every_direction_is_no_candidate():
-    whole = [record("layer_norm", (4, 64), d, "triton", 10, 9) for d in ("forward", "both")]
+def test_a_provider_not_measured_in_every_dtype_is_no_candidate():
+    whole = [record("layer_norm", (4, 64), "forward", "triton", 10, 9, dtype) for dtype in ("float16", "bfloat16")]
     half = record("layer_norm", (4, 64), "forward", "cpu", 10, 1)
-    assert winners(result(*whole), result(half))["layer_norm/2", 4, 64][0] == "triton"
+    assert winners(result(*whole), result(half))["layer_norm/2/forward", 4, 64][0] == "triton"
 
 
 def test_eager_dropout_is_no_candidate():
     lost = result(record("bias_dropout_add_layer_norm", (4, 64), "forward", "triton", 10, 20))
-    assert winners(lost) == {("bias_dropout_add_layer_norm/2", 4, 64): ("triton", 1.0)}
+    assert winners(lost) == {("bias_dropout_add_layer_norm/2/forward", 4, 64): ("triton", 1.0)}
 
 
 def test_cases_without_a_figure_do_not_count():
@@ -97,7 +101,7 @@ def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "choice" / "sm_90.json").read_text()) == {
         "device": "a GPU",
         "source": "raw.json",
-        "shapes": {"layer_norm/2": [[4, 64, "reference", 2.0]]},
+        "shapes": {"layer_norm/2/forward": [[4, 64, "reference", 2.0]]},
     }
     capsys.readouterr()
     assert choose.main([str(raw)]) == 0
@@ -109,8 +113,8 @@ def test_every_committed_table_names_known_providers_and_operations():
         table = choice.table(path.stem)
         assert table is not None and table.shapes
         for name, entries in table.shapes.items():
-            operation, _, itemsize = name.partition("/")
-            assert operation in choose.OPS and itemsize in "248"
+            operation, itemsize, direction = name.split("/")
+            assert operation in choose.OPS and itemsize in "248" and direction in choose.DIRECTIONS
             assert entries and all(m.provider in providers.PROVIDERS and m.ratio > 0 for m in entries)
 
 
@@ -137,7 +141,10 @@ def planted(tmp_path, monkeypatch):
     table = {
         "device": "a CPU",
         "source": "raw.json",
-        "shapes": {f"{operation}/{s}": entries for operation in operations for s in (4, 8)},
+        "shapes": {
+            **{f"{operation}/{s}/forward": entries for operation in operations for s in (4, 8)},
+            "bias_dropout_add_layer_norm/4/both": [[4, 64, "first", 2.0]],
+        },
     }
     (tmp_path / "cpu.json").write_text(choose.text(table))
     choice.forget()
@@ -158,6 +165,14 @@ def served(rows, columns, dtype=torch.float32, **options):
 )
 def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
     assert served(rows, columns)[0] == provider
+
+
+def test_a_call_with_gradients_goes_by_what_was_measured_of_both_ways(planted):
+    trained = torch.randn(64, requires_grad=True)
+    assert served(4, 64)[0] == "reference"
+    assert served(4, 64, x_bias=trained)[0] == "first"
+    with torch.no_grad():
+        assert served(4, 64, x_bias=trained)[0] == "reference"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +210,12 @@ def test_batch_invariant_decorates(planted):
 
 
 def test_an_operation_never_measured_goes_by_the_order_of_the_table(planted):
-    assert served(4, 64, x_bias=None, residual_dtype=torch.float64)[0] == "first"
+    assert served(4, 64, x_bias=None)[0] == "first"
+
+
+def test_a_mixture_of_dtypes_goes_by_the_order_of_the_table(planted):
+    assert served(4, 64)[0] == "reference"
+    assert served(4, 64, residual_dtype=torch.float64)[0] == "first"
 
 
 def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):

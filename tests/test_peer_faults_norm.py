@@ -18,6 +18,7 @@ from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, affine, inputs, random_leaves
 
 import fusednorm
+from fusednorm import providers
 
 BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
 
@@ -277,23 +278,33 @@ def test_importing_patches_nothing_of_torch():
 
 # flash-attention#783, Liger-Kernel#323: slower than eager, bound by the host
 @pytest.mark.parametrize("function", PLAIN)
-def test_plain_norm_is_torchs_own_and_adds_at_most_2_microseconds(function, monkeypatch):
-    """On the CPU automatic choice ends in the very operator that eager calls: what is left is the way to it.
+def test_plain_norm_on_torchs_own_operator_adds_at_most_2_microseconds(function, monkeypatch):
+    """Where automatic choice on the CPU ends in the very operator that eager calls, what is left is the way to it.
 
     The operator is replaced by a stub for the measurement, because its own time varies by more than 2 us.
     """
     ours, eager = getattr(fusednorm, function), getattr(F, function)
     calls = []
     monkeypatch.setattr(torch, function, lambda x, *_: calls.append(1) or x)
+    monkeypatch.setitem(providers._reasons, "cpu", "its library is not built")
     x, weight = torch.randn(4, 64), torch.randn(64, requires_grad=True)
-
-    def seconds(run):
-        start = time.perf_counter()
-        for _ in range(500):
-            run(x, (64,), weight)
-        return (time.perf_counter() - start) / 500
-
-    pairs = [(seconds(ours), seconds(eager)) for _ in range(60)]
+    pairs = [(_seconds(ours, x, weight), _seconds(eager, x, weight)) for _ in range(60)]
     assert len(calls) == 2 * 60 * 500
     over = min(pair[0] for pair in pairs) - min(pair[1] for pair in pairs)
     assert over <= 2e-6, f"{over * 1e6:.2f} us"
+
+
+@pytest.mark.skipif(
+    providers.unavailable_reason("cpu") is not None, reason=f"provider cpu: {providers.unavailable_reason('cpu')}"
+)
+def test_native_rms_norm_is_no_slower_than_eager_on_tiny_rows():
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    pairs = [(_seconds(fusednorm.rms_norm, x, weight), _seconds(F.rms_norm, x, weight)) for _ in range(20)]
+    assert min(pair[0] for pair in pairs) <= min(pair[1] for pair in pairs)
+
+
+def _seconds(function, x, weight):
+    start = time.perf_counter()
+    for _ in range(500):
+        function(x, (64,), weight)
+    return (time.perf_counter() - start) / 500

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../norm_call.h"
 #include "activation_args.h"
 #include "operands.h"
 #include "pages.h"
@@ -23,7 +24,7 @@ void describe_grid(Grid& g, int64_t n_rows, int64_t n_columns, double p, const H
   g.n_rows = n_rows, g.n_columns = n_columns;
   g.row_tiles = std::max<int64_t>((n_columns + kTile - 1) / kTile, 1);  // an empty one of no columns
   g.seed = 0;
-  g.element = {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? double(float(1.0 / (1.0 - p))) : 1.0};
+  g.element = dropout(p);
   if (!g.element.on) return;
   STD_TORCH_CHECK(seed && numel_of(seed) == 1, "seed: expected a tensor of one element");
   std::memcpy(&g.seed, data_of(seed), sizeof g.seed);
@@ -61,9 +62,7 @@ Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, int64_
   const Sizes s = sizes_of(x);
   STD_TORCH_CHECK(s.ndim >= 1, "x: expected at least one dimension");
   const int64_t n_columns = s.sizes[s.ndim - 1];
-  int64_t n_rows = 1;
-  for (int64_t d = 0; d + 1 < s.ndim; ++d) n_rows *= s.sizes[d];
-  describe_grid(a, n_rows, n_columns, p, seed);
+  describe_grid(a, product(s.sizes, s.ndim - 1), n_columns, p, seed);
   a.activation = Activation(options & 3);
   describe(x, s.ndim - 1, a.x);
   describe(dy, s.ndim - 1, a.dy);
@@ -91,14 +90,14 @@ Handle run_forward(const Handle& x, const Handle& bias, const Handle& seed, int6
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
   Handle y = run_forward(x, bias, seed, to<int64_t>(stack[3]), to<double>(stack[4]));
-  stack[0] = torch::stable::detail::from(y.release());
+  give(stack, y);
 }
 
 // Three arguments instead of five: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle x = take_tensor(stack[0]), bias = take_tensor(stack[1]);
   Handle y = run_forward(x, bias, Handle(), to<int64_t>(stack[2]), 0.0);
-  stack[0] = torch::stable::detail::from(y.release());
+  give(stack, y);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -133,8 +132,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
       const int64_t last = std::min(end * 64, a.n_columns);
       kernels().reduce({a.partials, chunks, a.partial_stride, a.wide}, dtype_of(bias), data_of(dbias), begin * 64, last);
     });
-  stack[0] = torch::stable::detail::from(dx.release());
-  stack[1] = torch::stable::detail::from(dbias.release());
+  give(stack, dx, dbias);
 }
 
 void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -151,7 +149,7 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
   const ActivationKernels& k = *kernels().activation;
   parallel(g.n_rows * g.row_tiles, grain(std::min(g.n_columns, kTile)), 0,
            [&](void*, int64_t begin, int64_t end) { k.mask(g, out, begin, end); });
-  stack[0] = torch::stable::detail::from(mask.release());
+  give(stack, mask);
 }
 
 }  // namespace

@@ -1,22 +1,13 @@
-// What the bindings hand to the kernels: plain data, without inline functions.
-//
-// The kernels are compiled once for each instruction set. An inline function with external linkage that two of those
-// objects share would be merged by the linker, and the baseline could end up calling the AVX-512 one.
+// What the bindings hand to the kernels: plain data, without inline functions (../data.h says why).
 #pragma once
 
-#include <cstdint>
+#include "../data.h"
 
 namespace fusednorm_cpu {
 
-enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
+using namespace fusednorm;
 
-constexpr int kMaxDims = 64;  // torch's own limit
 constexpr int kRowBlock = 4;  // rows that the backward takes together over the columns
-
-// A dimension after folding; the fewest that address the elements in order.
-struct Dim {
-  int64_t size, stride;
-};
 
 // A tensor as rows of columns. Absent when data is null.
 struct Operand {
@@ -25,12 +16,6 @@ struct Operand {
   bool unit;  // the columns of a row lie one after another
   int row_dims, col_dims;
   Dim rows[kMaxDims], cols[kMaxDims];
-};
-
-struct Dropout {
-  bool on;
-  uint32_t threshold;
-  double scale;
 };
 
 // Arithmetic is in the compute type C (float or double). Parameters are arrays of C with zero-centering done, outputs

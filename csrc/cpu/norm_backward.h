@@ -52,9 +52,8 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
     const auto add = [&](const Vec<C>& v, C* p) __attribute__((always_inline)) {
       extent.store(Stored<C, C>::of(load(p) + v), p + j);
     };
-    Vec<C> w, scale, sw(C(0)), sb = sw, sx = sw, sl = sw;
+    Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
     if (a.weight) w = load((const C*)a.weight);
-    if (EPILOGUE && a.layer_scale) scale = load((const C*)a.layer_scale);
     for (int r = 0; r < rows; ++r) {
       const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j);
       const Vec<C> g = a.weight ? dy * w : dy;
@@ -64,12 +63,9 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
       if (dweight) sw = sw + dy * xhat;
       if (dbias) sb = sb + dy;
       if (EPILOGUE) {
-        if (b.path[r] == Path::kKept) d = d * Vec<C>(C(a.path.scale));
-        if (b.path[r] == Path::kDropped) d = Vec<C>(C(0));
-        if (dlayer_scale) sl = sl + d * dropped<C>(a, extent, extent.template load<C>(b.x[r] + j), b.masks[r], j);
-        if (a.layer_scale) d = d * scale;
-        if (b.masks[r]) d = (d * Vec<C>(C(a.element.scale))).kept(Vec<Int<C>>::load(b.masks[r] + j));
-        if (dx_bias) sx = sx + d;
+        const At<C, decltype(extent)> at{a, extent, b.masks[r], b.path[r], j};
+        const auto x = [&]() __attribute__((always_inline)) { return extent.template load<C>(b.x[r] + j); };
+        d = branch_gradient(at, d, x, dx_bias, dlayer_scale, sx, sl);
       }
       if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j);
     }

@@ -1,26 +1,38 @@
 // The forward of every norm of the family: one body for LayerNorm and RMSNorm, with and without the epilogue.
 #pragma once
 
+#include "../epilogue.h"
 #include "philox.h"
 #include "rows.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
 
-enum class Path { kNone, kKept, kDropped };
-
 FN_INLINE Path path_of(const Common& a, int64_t row) {
   if (!a.path.on) return Path::kNone;
   return path_kept(a.seed, uint64_t(row / a.rows_per_sample), a.path.threshold) ? Path::kKept : Path::kDropped;
 }
 
-// dropout(x + x_bias) of one vector.
+// What the epilogue finds at one vector of columns of a row.
 template <class C, class E>
-FN_INLINE Vec<C> dropped(const Common& a, E extent, Vec<C> v, const Int<C>* masks, int64_t j) {
-  if (a.x_bias) v = v + extent.template load<C>((const C*)a.x_bias + j);
-  if (masks) v = (v * Vec<C>(C(a.element.scale))).kept(Vec<Int<C>>::load(masks + j));
-  return v;
-}
+struct At {
+  const Common& a;
+  E extent;
+  const Int<C>* masks;
+  Path row_path;
+  int64_t j;
+
+  FN_INLINE bool has_x_bias() const { return a.x_bias; }
+  FN_INLINE bool has_layer_scale() const { return a.layer_scale; }
+  FN_INLINE bool drops() const { return masks; }
+  FN_INLINE Path path() const { return row_path; }
+  FN_INLINE Vec<C> x_bias() const { return extent.template load<C>((const C*)a.x_bias + j); }
+  FN_INLINE Vec<C> layer_scale() const { return extent.template load<C>((const C*)a.layer_scale + j); }
+  FN_INLINE C element_scale() const { return C(a.element.scale); }
+  FN_INLINE C path_scale() const { return C(a.path.scale); }
+  FN_INLINE Vec<C> kept(const Vec<C>& v) const { return v.kept(Vec<Int<C>>::load(masks + j)); }
+  FN_INLINE void add(Vec<C>& sum, const Vec<C>& v) const { sum = sum + v; }
+};
 
 template <class C>
 struct Sums {
@@ -35,15 +47,9 @@ FN_INLINE C combine(const Forward& a, const S* x, const S* residual, const Int<C
                     C scale) {
   Sums<C> sums;
   const bool rms = a.rms;
-  const C path_scale = C(a.path.scale);
   sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
     Vec<C> v = extent.template load<C>(x + j);
-    if (EPILOGUE) {
-      v = dropped<C>(a, extent, v, masks, j);
-      if (a.layer_scale) v = v * extent.template load<C>((const C*)a.layer_scale + j);
-      if (path == Path::kKept) v = v * Vec<C>(path_scale);
-      if (path == Path::kDropped) v = Vec<C>(C(0));
-    }
+    if (EPILOGUE) v = branch(At<C, decltype(extent)>{a, extent, masks, path, j}, v);
     if (residual) v = extent.template load<C>(residual + j) + v;
     const auto stored = Stored<C, S>::of(v);
     if (z_out) extent.store(stored, z_out + j);

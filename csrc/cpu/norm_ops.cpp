@@ -1,10 +1,8 @@
 // fusednorm_cpu::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, rows given to the kernels.
-//
-// All switches travel in one integer, `options`: a dispatched argument costs 30 to 60 ns, and a call on 4 x 64 elements
-// has to stay within two microseconds of torch's own.
 #include <algorithm>
 #include <cstring>
 
+#include "../norm_call.h"
 #include "operands.h"
 #include "pages.h"
 #include "workspace.h"
@@ -18,31 +16,7 @@ using torch::stable::detail::to;
 constexpr int64_t kGrain = 16384;  // elements that are worth another thread
 constexpr int64_t kMostChunks = 64, kLeastRows = 8, kMostRows = 256;  // of the parameter gradients' partial sums
 
-struct Options {
-  explicit Options(int64_t bits)
-      : normalized_ndim(bits & 127),
-        dtype(Dtype(bits >> 7 & 3)),
-        residual_dtype(Dtype(bits >> 9 & 3)),
-        rms(bits >> 11 & 1),
-        zero_centered(bits >> 12 & 1),
-        store_residual(bits >> 13 & 1),
-        saved_is_normed(bits >> 14 & 1),
-        output_mask(bits >> 15 & 63) {}
-  int64_t normalized_ndim;
-  Dtype dtype, residual_dtype;  // of normed, or of dx
-  bool rms, zero_centered, store_residual, saved_is_normed;
-  unsigned output_mask;
-};
-
-int64_t product(const int64_t* sizes, int64_t count) {
-  int64_t result = 1;
-  for (int64_t d = 0; d < count; ++d) result *= sizes[d];
-  return result;
-}
-
 int64_t room(int64_t n) { return (n + 95) / 64 * 64; }
-
-Dropout dropout(double p) { return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? double(float(1.0 / (1.0 - p))) : 1.0}; }
 
 // Sizes, compute type and masks, from the tensor that has the call's shape.
 void describe_call(Common& a, const Sizes& s, const Options& o, Dtype x_dtype, const Handle& seed, double dropout_p,
@@ -51,7 +25,7 @@ void describe_call(Common& a, const Sizes& s, const Options& o, Dtype x_dtype, c
   const int64_t lead = s.ndim - o.normalized_ndim;
   a.n_rows = product(s.sizes, lead);
   a.n_columns = product(s.sizes + lead, o.normalized_ndim);
-  a.rows_per_sample = lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
+  a.rows_per_sample = rows_per_sample(s, lead);
   a.mask_columns = s.ndim ? s.sizes[s.ndim - 1] : 1;
   a.wide = x_dtype == kFloat64 || o.residual_dtype == kFloat64;
   a.rms = o.rms;
@@ -104,21 +78,17 @@ bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
   return ((!operands.data || (operands.unit && operands.dtype == dtype)) && ...);
 }
 
-struct Inputs {
-  Handle x, residual, weight, bias, x_bias, layer_scale, seed;
-};
-
 struct Outputs {
   Handle normed, z, stats;
 };
 
 // With `keep_statistics` false nobody will ask for a gradient, and the statistics go to a buffer.
-Outputs run_forward(const Inputs& t, const Options& o, double eps, double dropout_p, double drop_path_p,
-                    bool keep_statistics) {
+Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
+  const Options& o = t.options;
   const Sizes s = sizes_of(t.x);
   Forward a;
   const Dtype x_dtype = dtype_of(t.x);
-  describe_call(a, s, o, x_dtype, t.seed, dropout_p, drop_path_p);
+  describe_call(a, s, o, x_dtype, t.seed, t.dropout_p, t.drop_path_p);
   const int64_t lead = s.ndim - o.normalized_ndim;
   check_shape("residual", t.residual, s.sizes, s.ndim);
   describe(t.x, lead, a.x);
@@ -129,7 +99,7 @@ Outputs run_forward(const Inputs& t, const Options& o, double eps, double dropou
   a.x_bias = parameters.get("x_bias", t.x_bias);
   a.layer_scale = parameters.get("layer_scale", t.layer_scale);
   a.epilogue = a.x_bias || a.layer_scale || a.element.on || a.path.on;
-  a.eps = eps;
+  a.eps = t.eps;
   a.normed_dtype = o.dtype, a.z_dtype = o.residual_dtype, a.row_dtype = x_dtype;
   a.direct = o.dtype == x_dtype && o.residual_dtype == x_dtype && direct(a, x_dtype, a.x, a.residual);
 
@@ -154,37 +124,25 @@ Outputs run_forward(const Inputs& t, const Options& o, double eps, double dropou
   return out;
 }
 
-void give(StableIValue* stack, Outputs& out) {
-  stack[0] = torch::stable::detail::from(out.normed.release());
-  stack[1] = torch::stable::detail::from(out.z.release());
-  stack[2] = torch::stable::detail::from(out.stats.release());
-}
-
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Inputs t{take_tensor(stack[0]),   take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
-                 take_optional(stack[4]), take_optional(stack[5]), take_optional(stack[6])};
-  Outputs out = run_forward(t, Options(to<int64_t>(stack[7])), to<double>(stack[8]), to<double>(stack[9]),
-                            to<double>(stack[10]), true);
-  give(stack, out);
+  Outputs out = run_forward(take_forward(stack), true);
+  give(stack, out.normed, out.z, out.stats);
 }
 
 // Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Inputs t{take_tensor(stack[0]), take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3]), {}, {}, {}};
-  Outputs out = run_forward(t, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0, false);
-  stack[0] = torch::stable::detail::from(out.normed.release());
-  stack[1] = torch::stable::detail::from(out.z.release());
+  Outputs out = run_forward({take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
+                             {}, {}, {}, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
+                            false);
+  give(stack, out.normed, out.z);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dnormed = take_tensor(stack[0]), dresidual_out = take_optional(stack[1]), saved = take_tensor(stack[2]),
-               stats = take_tensor(stack[3]), weight = take_optional(stack[4]), bias = take_optional(stack[5]),
-               x = take_optional(stack[6]), x_bias = take_optional(stack[7]), layer_scale = take_optional(stack[8]),
-               seed = take_optional(stack[9]);
-  const Options o(to<int64_t>(stack[10]));
+  const auto [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
+      take_backward(stack);
   const Sizes s = sizes_of(saved);
   Backward a;
-  describe_call(a, s, o, dtype_of(stats), seed, to<double>(stack[11]), to<double>(stack[12]));
+  describe_call(a, s, o, dtype_of(stats), seed, dropout_p, drop_path_p);
   const int64_t lead = s.ndim - o.normalized_ndim;
   const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
   check_shape("stats", stats, stats_sizes, 2);
@@ -265,18 +223,11 @@ void use_instruction_set_op(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
+  m.def(kAddLayerNormFwd);
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, "
-      "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
-      "-> (Tensor normed, Tensor residual_out, Tensor stats)");
-  m.def(
-      "add_norm_bare(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, int options, float eps) "
+      "add_norm_bare(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int options, float eps) "
       "-> (Tensor normed, Tensor residual_out)");
-  m.def(
-      "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
-      "Tensor? bias, Tensor? x, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int options, float dropout_p, "
-      "float drop_path_p) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias, "
-      "Tensor dlayer_scale)");
+  m.def(kAddLayerNormBwd);
   m.def("instruction_sets() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }

@@ -1,46 +1,33 @@
-// Philox4x32 with 7 rounds: key = (low, high) 32 bits of the seed, counter = (column / 4, row low, row high, stream).
-//
-// Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+// Philox over vectors of counters, and the masks of a row.
 #pragma once
 
+#include "../philox.h"
 #include "norm_args.h"
 #include "simd.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
 
-constexpr int kRounds = 7;
-constexpr int kElementStream = 0, kPathStream = 1;
-
 // Words sit in 64-bit lanes, whose upper halves are whatever the products left there: only lower halves are read.
 typedef Native<uint64_t> Words;
 
-FN_INLINE Words multiply(Words a, uint32_t multiplier) {
-  const Words b = Words{} + multiplier;
+struct Word {
+  typedef Words Type;
+  static FN_INLINE Words multiply(Words a, uint32_t multiplier) {
+    const Words b = Words{} + multiplier;
 #if defined(__AVX512F__)
-  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+    return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+    return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
-  return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
+    return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-  return (a & 0xffffffffu) * b;
+    return (a & 0xffffffffu) * b;
 #endif
-}
-
-FN_INLINE void philox(Words c[4], uint64_t seed) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 7
-  for (int round = 0; round < kRounds; ++round) {
-    const Words p0 = multiply(c[0], 0xD2511F53u), p1 = multiply(c[2], 0xCD9E8D57u);
-    c[0] = (p1 >> 32) ^ c[1] ^ (Words{} + k0);
-    c[1] = p1;
-    c[2] = (p0 >> 32) ^ c[3] ^ (Words{} + k1);
-    c[3] = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
-}
+  static FN_INLINE Words high(Words product) { return product >> 32; }
+  static FN_INLINE Words low(Words product) { return product; }
+};
 
 constexpr int kQuads = kBytes / 8;
 
@@ -64,7 +51,7 @@ void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t colum
   for (int64_t quad = 0; 4 * quad < n; quad += kQuads) {
     Words c[4] = {Words{} + uint64_t(column / 4 + quad) + lane, Words{} + uint32_t(row), Words{} + uint32_t(row >> 32),
                   Words{} + uint64_t(kElementStream)};
-    philox(c, seed);
+    philox<Word>(c, seed);
     const Words low = Words{} + 0xffffffffu;
     const Words first = (c[0] & low) | (c[1] << 32), second = (c[2] & low) | (c[3] << 32);
     // the two pairs of each quad side by side again
@@ -85,7 +72,7 @@ void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t colum
 // Whether the branch of a sample is kept.
 FN_INLINE bool path_kept(uint64_t seed, uint64_t sample, uint32_t threshold) {
   Words c[4] = {Words{}, Words{} + uint32_t(sample), Words{} + uint32_t(sample >> 32), Words{} + uint64_t(kPathStream)};
-  philox(c, seed);
+  philox<Word>(c, seed);
   return uint32_t(c[0][0]) >= threshold;
 }
 

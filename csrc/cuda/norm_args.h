@@ -1,13 +1,11 @@
 // What the bindings hand to the kernels: plain data.
 #pragma once
 
-#include <cstdint>
+#include "../data.h"
 
 namespace fusednorm_cuda {
 
-enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
-
-constexpr int64_t kItemSize[] = {8, 4, 2, 2};
+using namespace fusednorm;
 
 // A tensor as rows of columns that lie one after another; strides in bytes. Absent when data is null.
 struct Rows {
@@ -20,12 +18,6 @@ struct Rows {
 struct Parameter {
   const void* data;
   bool wide;
-};
-
-struct Dropout {
-  bool on;
-  uint32_t threshold;
-  float scale;
 };
 
 // How threads share a row. A tile is `ranks * threads * chunks` vectors, of 16 bytes of the row dtype.

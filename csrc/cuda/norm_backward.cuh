@@ -7,7 +7,7 @@
 // cluster, then slabs of columns, for which the row means are made before.
 #pragma once
 
-#include "philox.cuh"
+#include "epilogue.cuh"
 #include "reduce.cuh"
 
 namespace fusednorm_cuda {
@@ -45,45 +45,37 @@ struct Saved {
     raw = Raw<S, V>::template load<ALIGNED>(row, column, width);
   }
 
-  FN_DEVICE Compute<T> get(const Backward& a, int i) const {
+  FN_DEVICE Numbers<Compute<T>, V> numbers(const Backward& a) const {
     if constexpr (sizeof(T) != sizeof(S)) {
       Raw<T, V> narrow;
 #pragma unroll
       for (int w = 0; w < Raw<T, V>::kWords; ++w) narrow.words[w] = raw.words[w];
-      return a.saved_is_normed ? narrow.get(i) : raw.get(i);
-    } else {
-      return raw.get(i);
+      if (a.saved_is_normed) return narrow.numbers();
     }
+    return raw.numbers();
   }
 };
 
 // The normalized row and g; both are zero past the row's end.
 template <class T, class S, int V, bool ALIGNED>
 FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Saved<T, S, V>& saved,
-                          const RowStatistics<Compute<T>>& stats, int column, int width, Compute<T> (&xhat)[V],
-                          Compute<T> (&g)[V]) {
+                          const RowStatistics<Compute<T>>& stats, int column, int width, Numbers<Compute<T>, V>& xhat,
+                          Numbers<Compute<T>, V>& g) {
   using C = Compute<T>;
-  C weight[V], bias[V];
+  using N = Numbers<C, V>;
+  N weight;
+  g = dnormed.numbers();
   if (a.weight.data) {
-    load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns, weight);
-    if (a.zero_centered) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) weight[i] += C(1);
-    }
+    weight = load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns);
+    if (a.zero_centered) weight = weight + N(1);
+    g = g * weight;
   }
-#pragma unroll
-  for (int i = 0; i < V; ++i) g[i] = a.weight.data ? C(dnormed.get(i)) * weight[i] : C(dnormed.get(i));
+  xhat = saved.numbers(a);
   if (a.saved_is_normed) {
-    if (a.bias.data) load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns, bias);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      xhat[i] = saved.get(a, i);
-      if (a.bias.data) xhat[i] -= bias[i];
-      if (a.weight.data) xhat[i] /= weight[i];
-    }
+    if (a.bias.data) xhat = xhat - load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns);
+    if (a.weight.data) xhat = xhat / weight;
   } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) xhat[i] = (saved.get(a, i) - stats.mean) * stats.rstd;
+    xhat = (xhat - N(stats.mean)) * N(stats.rstd);
   }
 #pragma unroll
   for (int i = 0; i < V; ++i) {
@@ -110,7 +102,7 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
     const auto dnormed = Raw<T, V>::template load<ALIGNED>(dnormed_row, column, n);
     Saved<T, S, V> saved;
     saved.template load<ALIGNED>(a, saved_row, column, n);
-    C xhat[V], g[V];
+    Numbers<C, V> xhat, g;
     xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, n, xhat, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) sums[0] += g[i] * xhat[i], sums[1] += g[i];
@@ -123,41 +115,6 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
   }
 }
 
-// From z's gradient to that of x: drop path, layer scale and dropout backwards, with the sums for x_bias and layer_scale.
-template <class T, int V, bool ALIGNED>
-FN_DEVICE void branch_gradients(const Backward& a, uint64_t seed, float factor, int64_t row, int column, int width,
-                                Compute<T> (&d)[V], Compute<T> (&dx_bias)[V], Compute<T> (&dlayer_scale)[V]) {
-  using C = Compute<T>;
-  if (a.path.on) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) d[i] = factor > 0 ? d[i] * C(factor) : C(0);
-  }
-  if (a.dlayer_scale >= 0) {
-    const auto raw = Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width);
-    C branch[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) branch[i] = raw.get(i);
-    drop<T, V, ALIGNED>(a, seed, row, column, branch);
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (column + (ALIGNED ? 0 : i) < width) dlayer_scale[i] += d[i] * branch[i];
-  }
-  if (a.layer_scale.data) {
-    C scale[V];
-    load_parameter<T, V, ALIGNED>(a.layer_scale, column, a.n_columns, scale);
-#pragma unroll
-    for (int i = 0; i < V; ++i) d[i] *= scale[i];
-  }
-  if (a.element.on) {
-    const uint32_t kept = kept_columns<V>(seed, row, column, a.element.threshold);
-#pragma unroll
-    for (int i = 0; i < V; ++i) d[i] = kept >> i & 1 ? d[i] * C(a.element.scale) : C(0);
-  }
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (column + (ALIGNED ? 0 : i) < width) dx_bias[i] += d[i];
-}
-
 // Whether the next row is on its way while the threads of this one meet: with the epilogue there are no registers for it.
 template <bool EPILOGUE>
 constexpr bool kPrefetch = !EPILOGUE;
@@ -165,7 +122,7 @@ constexpr bool kPrefetch = !EPILOGUE;
 // One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`. Rows that share a warp
 // are added by shuffles, then warps through shared memory.
 template <int V, bool ALIGNED, class C>
-FN_DEVICE void write_partials(const Backward& a, int plane, int column, C (&sums)[V]) {
+FN_DEVICE void write_partials(const Backward& a, int plane, int column, Numbers<C, V>& sums) {
   if (plane < 0) return;
   const int n = a.n_columns, threads = int(blockDim.x);
   C* const out = static_cast<C*>(a.partials) + (int64_t(plane) * gridDim.y + blockIdx.y) * n;
@@ -196,11 +153,11 @@ FN_KERNEL(kBackwardThreads, 1)
 add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   using C = Compute<T>;
   constexpr int V = 16 / sizeof(T);
+  using N = Numbers<C, V>;
   const int n = a.n_columns, column = int(blockIdx.x * blockDim.x + threadIdx.x) * V;
-  const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
   RowGroup<C> group(int(blockDim.x));
-  C dweight[V] = {}, dbias[V] = {};
-  [[maybe_unused]] C dx_bias[V] = {}, dlayer_scale[V] = {};
+  N dweight(0), dbias(0);
+  [[maybe_unused]] N dx_bias(0), dlayer_scale(0);
 
   const int64_t step = int64_t(gridDim.y) * blockDim.y;
   const int64_t rounds = (a.n_rows + step - 1) / step;  // the same for every thread: they meet at barriers
@@ -222,12 +179,14 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     if (!kPrefetch<EPILOGUE>) load_next();
     const int64_t row = next_row - step;
     const int width = row < a.n_rows ? n : 0;  // a row that is not there has no columns, but its threads meet the others
+    // read for each row, because the round keys made of it would otherwise lie in registers all along
+    [[maybe_unused]] const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
     // here, because its division takes registers that are free only here
-    [[maybe_unused]] const float factor = EPILOGUE ? path_factor(a, seed, row) : 1.0f;
+    [[maybe_unused]] const Path path = EPILOGUE ? path_of(a, seed, row) : Path::kNone;
     Raw<S, V> dresidual_out;
     if (a.dresidual_out.data)
       dresidual_out = Raw<S, V>::template load<ALIGNED>(width ? row_at(a.dresidual_out, row) : nullptr, column, width);
-    C xhat[V], g[V];
+    N xhat, g;
     C means[2] = {0, 0};
     xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, width, xhat, g);
 #pragma unroll
@@ -249,15 +208,17 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
       means[0] /= C(n), means[1] /= C(n);
     }
     if (a.rms) means[1] = 0;
-    C dz[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      dz[i] = (g[i] - xhat[i] * means[0] - means[1]) * rstd;
-      if (a.dresidual_out.data) dz[i] += dresidual_out.get(i);
+    N d = (g - xhat * N(means[0]) - N(means[1])) * N(rstd);
+    if (a.dresidual_out.data) d = d + dresidual_out.numbers();
+    if (a.dresidual) Raw<S, V>::of(d).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
+    if constexpr (EPILOGUE) {
+      const auto x = [&] {
+        return Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width).numbers();
+      };
+      const At<T, V, ALIGNED> at{a, seed, path, row, column, width};
+      d = branch_gradient(at, d, x, true, a.dlayer_scale >= 0, dx_bias, dlayer_scale);
     }
-    if (a.dresidual) Raw<S, V>::of(dz).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
-    if constexpr (EPILOGUE) branch_gradients<T, V, ALIGNED>(a, seed, factor, row, column, width, dz, dx_bias, dlayer_scale);
-    if (a.dx) Raw<T, V>::of(dz).template store<ALIGNED>(static_cast<T*>(a.dx) + row * n, column, width);
+    if (a.dx) Raw<T, V>::of(d).template store<ALIGNED>(static_cast<T*>(a.dx) + row * n, column, width);
   }
   write_partials<V, ALIGNED>(a, a.dweight, column, dweight);
   write_partials<V, ALIGNED>(a, a.dbias, column, dbias);

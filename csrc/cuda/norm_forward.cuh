@@ -3,7 +3,7 @@
 // A row lies in the registers of its threads, a tile of it where it is too wide; narrow rows share a block.
 #pragma once
 
-#include "philox.cuh"
+#include "epilogue.cuh"
 #include "reduce.cuh"
 
 namespace fusednorm_cuda {
@@ -15,49 +15,24 @@ struct ForwardBounds {
   static constexpr int kBlocks = !ALIGNED || CHUNKS == 4 ? 1 : CHUNKS == 2 ? 3 : 8;
 };
 
-// z = residual + drop_path(layer_scale * dropout(x + x_bias)) of one vector, rounded to S.
+// z of one vector, rounded to S.
 template <class T, class S, int V, bool ALIGNED>
-FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Raw<S, V>& residual, uint64_t seed, float factor,
+FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Raw<S, V>& residual, uint64_t seed, Path path,
                             int64_t row, int column) {
-  using C = Compute<T>;
-  C z[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) z[i] = x.get(i);
-  drop<T, V, ALIGNED>(a, seed, row, column, z);
-  if (a.layer_scale.data) {
-    C scale[V];
-    load_parameter<T, V, ALIGNED>(a.layer_scale, column, a.n_columns, scale);
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] *= scale[i];
-  }
-  if (a.path.on) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] = factor > 0 ? z[i] * C(factor) : C(0);
-  }
-  if (a.residual.data) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] += residual.get(i);
-  }
-  return Raw<S, V>::of(z);
+  const auto z = branch(At<T, V, ALIGNED>{a, seed, path, row, column, a.n_columns}, x.numbers());
+  return Raw<S, V>::of(a.residual.data ? residual.numbers() + z : z);
 }
 
 template <class T, int V, bool ALIGNED>
-FN_DEVICE void store_normed(const Forward& a, const Compute<T> (&z)[V], Compute<T> mean, Compute<T> rstd, int64_t row,
+FN_DEVICE void store_normed(const Forward& a, const Numbers<Compute<T>, V>& z, Compute<T> mean, Compute<T> rstd, int64_t row,
                             int column) {
-  using C = Compute<T>;
-  C y[V], parameter[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) y[i] = (z[i] - mean) * rstd;
+  using N = Numbers<Compute<T>, V>;
+  N y = (z - N(mean)) * N(rstd);
   if (a.weight.data) {
-    load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns, parameter);
-#pragma unroll
-    for (int i = 0; i < V; ++i) y[i] *= a.zero_centered ? parameter[i] + C(1) : parameter[i];
+    const N weight = load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns);
+    y = y * (a.zero_centered ? weight + N(1) : weight);
   }
-  if (a.bias.data) {
-    load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns, parameter);
-#pragma unroll
-    for (int i = 0; i < V; ++i) y[i] += parameter[i];
-  }
+  if (a.bias.data) y = y + load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns);
   Raw<T, V>::of(y).template store<ALIGNED>(static_cast<T*>(a.normed) + row * a.n_columns, column, a.n_columns);
 }
 
@@ -74,13 +49,13 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   const int width = active ? n : 0;  // a row that is not there has no columns, but its threads meet the others
   const int span = threads * V * CHUNKS;
   const uint64_t seed = a.seed ? uint64_t(*a.seed) : 0;
-  const float factor = path_factor(a, seed, row);
+  const Path path = path_of(a, seed, row);
   const char* const x_row = active ? row_at(a.x, row) : nullptr;
   const char* const residual_row = active && a.residual.data ? row_at(a.residual, row) : nullptr;
   S* const z_row = static_cast<S*>(a.z) + (a.z && active ? row * n : 0);
   RowGroup<C> group(threads);
 
-  C z[CHUNKS][V];
+  Numbers<C, V> z[CHUNKS];
   C mean = 0, squares = 0;
 #pragma unroll 1
   for (int tile = 0; tile < a.tiles; ++tile) {
@@ -98,7 +73,7 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const int column = first + c * threads * V;
-      const Raw<S, V> raw = combine<T, S, V, ALIGNED>(a, x[c], residual[c], seed, factor, row, column);
+      const Raw<S, V> raw = combine<T, S, V, ALIGNED>(a, x[c], residual[c], seed, path, row, column);
       if (a.z) raw.template store<ALIGNED>(z_row, column, width);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -144,13 +119,9 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
       for (int c = 0; c < CHUNKS; ++c) {
         const int column = first + c * threads * V;
         if (a.z) {
-          const auto raw = Raw<S, V>::template load<ALIGNED>(z_row, column, width);
-#pragma unroll
-          for (int i = 0; i < V; ++i) z[c][i] = C(raw.get(i));
+          z[c] = Raw<S, V>::template load<ALIGNED>(z_row, column, width).numbers();
         } else {
-          const auto raw = Raw<T, V>::template load<ALIGNED>(x_row, column, width);
-#pragma unroll
-          for (int i = 0; i < V; ++i) z[c][i] = C(raw.get(i));
+          z[c] = Raw<T, V>::template load<ALIGNED>(x_row, column, width).numbers();
         }
       }
     }

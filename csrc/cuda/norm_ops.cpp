@@ -1,9 +1,8 @@
 // fusednorm_cuda::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, a form chosen, kernels launched.
-//
-// All switches travel in one integer, `options`: a dispatched argument costs tens of nanoseconds.
 #include <algorithm>
 #include <memory>
 
+#include "../norm_call.h"
 #include "machine.h"
 #include "norm_launch.h"
 #include "norm_table.h"
@@ -12,34 +11,6 @@
 namespace fusednorm_cuda {
 
 namespace {
-
-using fusednorm::take_optional;
-using fusednorm::take_tensor;
-using torch::stable::detail::to;
-
-struct Options {
-  explicit Options(int64_t bits)
-      : normalized_ndim(bits & 127),
-        dtype(Dtype(bits >> 7 & 3)),
-        residual_dtype(Dtype(bits >> 9 & 3)),
-        rms(bits >> 11 & 1),
-        zero_centered(bits >> 12 & 1),
-        store_residual(bits >> 13 & 1),
-        saved_is_normed(bits >> 14 & 1),
-        output_mask(bits >> 15 & 63) {}
-  int64_t normalized_ndim;
-  Dtype dtype, residual_dtype;  // of normed and x; of the stream
-  bool rms, zero_centered, store_residual, saved_is_normed;
-  unsigned output_mask;
-};
-
-int64_t product(const int64_t* sizes, int64_t count) {
-  int64_t result = 1;
-  for (int64_t d = 0; d < count; ++d) result *= sizes[d];
-  return result;
-}
-
-Dropout dropout(double p) { return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f}; }
 
 Launchers launchers(const Options& o) {
   const bool wide = o.residual_dtype != o.dtype;
@@ -64,11 +35,11 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
   a.n_rows = product(s.sizes, lead);
   STD_TORCH_CHECK(a.n_rows > 0, "no rows");
   a.n_columns = int(columns);
-  a.rows_per_sample = lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
+  a.rows_per_sample = rows_per_sample(s, lead);
   a.rms = o.rms, a.zero_centered = o.zero_centered;
   STD_TORCH_CHECK(!(dropout_p > 0) || o.normalized_ndim == 1, "dropout over several normalized dimensions");
   a.element = dropout(dropout_p), a.path = dropout(drop_path_p);
-  STD_TORCH_CHECK(!(a.element.on || a.path.on) || (seed && fusednorm::numel_of(seed) == 1),
+  STD_TORCH_CHECK(!(a.element.on || a.path.on) || (seed && numel_of(seed) == 1),
                   "seed: expected a tensor of one element");
   a.seed = seed ? reinterpret_cast<const int64_t*>(data_of(seed)) : nullptr;
   a.weight = parameter_of("weight", weight, columns, o.dtype);
@@ -86,18 +57,15 @@ bool all_aligned(const Common& a, int vector, const Operands&... operands) {
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), residual = take_optional(stack[1]), weight = take_optional(stack[2]),
-               bias = take_optional(stack[3]), x_bias = take_optional(stack[4]), layer_scale = take_optional(stack[5]),
-               seed = take_optional(stack[6]);
-  const Options o(to<int64_t>(stack[7]));
+  const auto [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = take_forward(stack);
   const Launchers kernels = launchers(o);
   const Sizes s = sizes_of(x);
   Forward a{};
   const int64_t lead =
-      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, to<double>(stack[9]), to<double>(stack[10]));
+      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
   a.x = rows_of("x", x, s, lead, o.dtype);
   a.residual = rows_of("residual", residual, s, lead, o.residual_dtype);
-  a.eps = to<double>(stack[8]);
+  a.eps = eps;
   STD_TORCH_CHECK(o.store_residual || !(residual || x_bias || layer_scale || a.element.on || a.path.on),
                   "what is not x itself must be stored");
 
@@ -116,32 +84,27 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.tiles = form.tiles;
   a.tile_scale = 1.0 / double(power_of_two(std::min<int64_t>(tile, a.n_columns)));
   kernels.forward(a, form, current_stream(device));
-  stack[0] = torch::stable::detail::from(normed.release());
-  stack[1] = torch::stable::detail::from(z.release());
-  stack[2] = torch::stable::detail::from(stats.release());
+  give(stack, normed, z, stats);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dnormed = take_tensor(stack[0]), dresidual_out = take_optional(stack[1]), saved = take_tensor(stack[2]),
-               stats = take_tensor(stack[3]), weight = take_optional(stack[4]), bias = take_optional(stack[5]),
-               x = take_optional(stack[6]), x_bias = take_optional(stack[7]), layer_scale = take_optional(stack[8]),
-               seed = take_optional(stack[9]);
-  const Options o(to<int64_t>(stack[10]));
+  const auto [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
+      take_backward(stack);
   const Launchers kernels = launchers(o);
   const Sizes s = sizes_of(saved);
   Backward a{};
   const int64_t lead =
-      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, to<double>(stack[11]), to<double>(stack[12]));
+      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
   const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
   a.saved_is_normed = o.saved_is_normed;
   a.dnormed = rows_of("dnormed", dnormed, s, lead, o.dtype);
   a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, o.residual_dtype);
   a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : o.residual_dtype);
   const Handle* const parameters[4] = {&weight, &bias, &x_bias, &layer_scale};
-  const auto wanted = [&](int k) { return (o.output_mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
+  const auto wanted = [&, mask = o.output_mask](int k) { return (mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
   STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
   if (wanted(5)) a.x = rows_of("x", x, s, lead, o.dtype);
-  STD_TORCH_CHECK(dtype_of(stats) == compute && fusednorm::numel_of(stats) == (o.rms ? 1 : 2) * a.n_rows,
+  STD_TORCH_CHECK(dtype_of(stats) == compute && numel_of(stats) == (o.rms ? 1 : 2) * a.n_rows,
                   "stats: shape or dtype does not fit");
   a.stats = data_of(stats);
 
@@ -186,14 +149,8 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusednorm_cuda, m) {
-  m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, "
-      "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
-      "Tensor? bias, Tensor? x, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int options, float dropout_p, "
-      "float drop_path_p) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(kAddLayerNormFwd);
+  m.def(kAddLayerNormBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, FN_DISPATCH_KEY, m) {

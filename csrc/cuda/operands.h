@@ -6,12 +6,6 @@
 
 namespace fusednorm_cuda {
 
-using fusednorm::Handle;
-using fusednorm::Sizes;
-using fusednorm::data_of;
-using fusednorm::sizes_of;
-
-Dtype dtype_of(const Handle& tensor);
 int device_of(const Handle& tensor);
 
 // A contiguous tensor on the device of `like`.

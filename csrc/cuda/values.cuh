@@ -1,6 +1,7 @@
 // Sixteen bytes of a row and more, as they lie in memory and as numbers.
 #pragma once
 
+#include "../inline.h"
 #include "device.cuh"
 #include "norm_args.h"
 
@@ -52,6 +53,41 @@ inline float widened(uint16_t bits, Float16) { return float(bit_cast<_Float16>(b
 #endif
 FN_DEVICE float widened(uint16_t bits, BFloat16) { return bit_cast<float>(uint32_t(bits) << 16); }
 
+// V neighbouring elements as numbers.
+template <class C, int V>
+struct Numbers {
+  C v[V];
+
+  Numbers() = default;
+  FN_DEVICE explicit Numbers(C value) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = value;
+  }
+  FN_DEVICE C& operator[](int i) { return v[i]; }
+  FN_DEVICE const C& operator[](int i) const { return v[i]; }
+
+  // Those whose bit is set, zero for the others.
+  FN_DEVICE Numbers kept(uint32_t bits) const {
+    Numbers r;
+#pragma unroll
+    for (int i = 0; i < V; ++i) r.v[i] = bits >> i & 1 ? v[i] : C(0);
+    return r;
+  }
+};
+
+#define FN_OPERATOR(op)                                                                         \
+  template <class C, int V>                                                                     \
+  FN_DEVICE Numbers<C, V> operator op(const Numbers<C, V>& a, const Numbers<C, V>& b) {         \
+    Numbers<C, V> r;                                                                            \
+    FN_UNROLL for (int i = 0; i < V; ++i) r.v[i] = a.v[i] op b.v[i];                            \
+    return r;                                                                                   \
+  }
+FN_OPERATOR(+)
+FN_OPERATOR(-)
+FN_OPERATOR(*)
+FN_OPERATOR(/)
+#undef FN_OPERATOR
+
 // V neighbouring elements as they are stored: a multiple of 16 bytes.
 template <class E, int V>
 struct Raw {
@@ -68,7 +104,14 @@ struct Raw {
       return bit_cast<double>(uint64_t(words[2 * i]) | uint64_t(words[2 * i + 1]) << 32);
   }
 
-  FN_DEVICE static Raw of(const Compute<E> (&values)[V]) {
+  FN_DEVICE Numbers<Compute<E>, V> numbers() const {
+    Numbers<Compute<E>, V> r;
+#pragma unroll
+    for (int i = 0; i < V; ++i) r[i] = get(i);
+    return r;
+  }
+
+  FN_DEVICE static Raw of(const Numbers<Compute<E>, V>& values) {
     Raw raw;
     if constexpr (sizeof(E) == 2) {
 #pragma unroll
@@ -146,19 +189,12 @@ struct Raw {
   }
 };
 
-// A parameter's columns as numbers, zero past the row's end; the parameter is there.
+// A parameter's columns, zero past the row's end; the parameter is there.
 template <class T, int V, bool ALIGNED>
-FN_DEVICE void load_parameter(const Parameter& parameter, int column, int n, Compute<T> (&out)[V]) {
+FN_DEVICE Numbers<Compute<T>, V> load_parameter(const Parameter& parameter, int column, int n) {
   using C = Compute<T>;
-  if (sizeof(T) == sizeof(C) || parameter.wide) {
-    const auto raw = Raw<C, V>::template load<ALIGNED>(parameter.data, column, n);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = raw.get(i);
-  } else {
-    const auto raw = Raw<T, V>::template load<ALIGNED>(parameter.data, column, n);
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = raw.get(i);
-  }
+  if (sizeof(T) == sizeof(C) || parameter.wide) return Raw<C, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
+  return Raw<T, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
 }
 
 FN_DEVICE const char* row_at(const Rows& rows, int64_t row) {

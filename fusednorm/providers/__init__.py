@@ -1,9 +1,8 @@
 """The ordered table of providers, and the choice among them.
 
 A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
-first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)`` and ``slower(op, *args)``: why automatic
-choice passes it over, whatever the shape or for the shape. Providers never import one another; this table is the only
-place that lists them.
+first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)``: why automatic choice passes it over,
+whatever the shape. Providers never import one another; this table is the only place that lists them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: 
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 by_shape = True  # False inside batch_invariant()
-automatic = True  # False while a provider is requested or decisions are recorded: no short cut may be taken
+automatic = True  # False while a provider is requested or decisions are recorded
+short_cuts = True  # False while decisions are recorded, or a provider other than the one short cuts lead to requested
 
 
 class Route(NamedTuple):
@@ -121,12 +121,6 @@ def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
     return None if hook is None else hook(op, *args)
 
 
-def slower(name: str, op: str, args: tuple[Any, ...]) -> str | None:
-    """Why a provider that could take this call is passed over for its shape, or None if it is not."""
-    hook = getattr(serving(name, op), "slower", None)
-    return None if hook is None else hook(op, *args)
-
-
 def _serves(name: str, op: str, args: tuple[Any, ...]) -> bool:
     return name in PROVIDERS and refusal(name, op, args) is None and reluctance(name, op, args) is None
 
@@ -146,8 +140,7 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
             )
         return _requested, ()
     preference = None
-    look = by_shape and not torch.compiler.is_compiling()  # a graph would be compiled anew for each number of rows
-    if look:
+    if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
         preference = choice.preference(op, args)
         if preference is not None and not _serves(preference.provider, op, args):
             preference = None
@@ -156,8 +149,6 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         reason = refusal(name, op, args) or reluctance(name, op, args)
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
-        elif reason is None and look:
-            reason = slower(name, op, args)
         if reason is None:
             return name, refusals
         refusals += ((name, reason),)
@@ -188,9 +179,10 @@ def recording() -> Iterator[list[Route]]:
 
 def _renew() -> None:
     """What calls look at, after a block was entered or left."""
-    global _requested, automatic
+    global _requested, automatic, short_cuts
     _requested = _active[-1].name if _active else None
     automatic = not _active and not _records
+    short_cuts = not _records and _requested in (None, "cpu")
 
 
 class use_provider(contextlib.ContextDecorator):

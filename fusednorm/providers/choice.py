@@ -1,8 +1,9 @@
 """Which provider was fastest when it was measured: what automatic choice goes by, where something was measured.
 
-`choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation and element size, the
-shapes measured and the provider that was fastest there. A call goes by the nearest of these shapes. `reference` stands
-for torch's own operators. Where nothing was measured the order of the provider table decides.
+`choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
+direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
+fastest there. A call goes by the nearest of these shapes. `reference` stands for torch's own operators. Where nothing
+was measured the order of the provider table decides.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).with_name("choice")
 
@@ -30,7 +32,7 @@ class Measured(NamedTuple):
 class Table(NamedTuple):
     device: str
     source: str  # the raw result it was made from
-    shapes: dict[str, list[Measured]]  # by operation and element size, "add_layer_norm/2"
+    shapes: dict[str, list[Measured]]  # by operation, element size and direction, "add_layer_norm/2/both"
 
 
 class Preference(NamedTuple):
@@ -75,16 +77,28 @@ def operation(op: str, args: tuple[Any, ...]) -> str:
 def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
     """What was measured to be fastest for a call of a forward op, or None if nothing was measured."""
     x, normalized_ndim = args[0], args[7] if op == "add_layer_norm_fwd" else 1
+    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     columns = math.prod(x.shape[x.ndim - normalized_ndim :])
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced
         return None
-    return _nearest(device_key(x.device), f"{operation(op, args)}/{x.element_size()}", rows, columns)
+    if op == "add_layer_norm_fwd" and not x.dtype is args[11] is args[12] is (x if args[1] is None else args[1]).dtype:
+        return None  # mixtures of dtypes are not measured
+    return _nearest(device_key(x.device), operation(op, args), x.element_size(), needs_grad, rows, columns)
 
 
 @functools.lru_cache(4096)
-def _nearest(key: str, name: str, rows: int, columns: int) -> Preference | None:
-    found = table(key)
+def torch_on_cpu(operation: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool) -> bool:
+    """Whether torch's own operators are what `preference` finds for a shape on the CPU, in one look-up of a cache."""
+    if not columns or not elements:
+        return False
+    found = _nearest("cpu", operation, dtype.itemsize, needs_grad, elements // columns, columns)
+    return found is not None and found.provider == "reference"
+
+
+@functools.lru_cache(4096)
+def _nearest(key: str, operation: str, itemsize: int, needs_grad: bool, rows: int, columns: int) -> Preference | None:
+    found, name = table(key), f"{operation}/{itemsize}/{'both' if needs_grad else 'forward'}"
     if found is None or name not in found.shapes:
         return None
 
@@ -94,7 +108,7 @@ def _nearest(key: str, name: str, rows: int, columns: int) -> Preference | None:
     best = min(found.shapes[name], key=distance)
     why = (
         f"{best.provider} was measured to be {best.ratio:.2f} times as fast at {best.rows} x {best.columns}, the "
-        f"nearest shape of {name.split('/')[0]} measured on {found.device} ({found.source})"
+        f"nearest shape of {name} measured on {found.device} ({found.source})"
     )
     return Preference(best.provider, why)
 
@@ -103,3 +117,4 @@ def forget() -> None:
     """After a table was changed."""
     table.cache_clear()
     _nearest.cache_clear()
+    torch_on_cpu.cache_clear()

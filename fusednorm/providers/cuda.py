@@ -10,7 +10,6 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from .._dtypes import compute_dtype
+from .layout import contiguous, folded
+from .native import options
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cuda.so"
 EMULATED = os.environ.get("FUSEDNORM_EMULATE")
@@ -26,7 +27,6 @@ BUILD = (
     "--no-deps with the path of one (nvcc and a C++ compiler have to be there)"
 )
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _MIN_CAPABILITY = (8, 0)
 _MOST_COLUMNS = 2**30
 _WIDE_STREAM = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
@@ -107,26 +107,13 @@ def refusal(op: str, *args: Any) -> str | None:
     return None
 
 
-def _folded(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest dimensions that address the same elements in the same order."""
-    groups: list[tuple[int, int]] = []
-    for size, stride in zip(shape, strides):
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
-        else:
-            groups.append((size, stride))
-    return groups
-
-
 def _readable(tensor: Tensor, normalized_ndim: int) -> bool:
     """Whether the kernels can address the tensor where it lies."""
     if tensor.is_contiguous():
         return True
     lead = tensor.ndim - normalized_ndim
-    columns = _folded(tensor.shape[lead:], tensor.stride()[lead:])
-    rows = _folded(tensor.shape[:lead], tensor.stride()[:lead])
+    columns = folded(tensor.shape[lead:], tensor.stride()[lead:])
+    rows = folded(tensor.shape[:lead], tensor.stride()[:lead])
     return len(rows) <= 2 and (not columns or (len(columns) == 1 and columns[0][1] == 1))
 
 
@@ -147,26 +134,7 @@ def _parameter(parameter: Tensor | None, dtype: torch.dtype, computed_in: torch.
         return None
     if parameter.dtype is not dtype and parameter.dtype is not computed_in:
         parameter = parameter.to(computed_in)
-    if parameter.is_contiguous() and not parameter.is_neg():
-        return parameter
-    return parameter.resolve_neg().contiguous()
-
-
-@functools.lru_cache(1024)
-def _options(
-    normalized_ndim: int,
-    dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-    saved_is_normed: bool = False,
-    output_mask: tuple[bool, ...] = (),
-) -> int:
-    """All switches in one integer, as csrc/cuda/norm_ops.cpp takes them apart."""
-    bits = normalized_ndim | _DTYPES[dtype] << 7 | _DTYPES[residual_dtype] << 9
-    switches = (rms, zero_centered_weight, store_residual, saved_is_normed, *output_mask)
-    return bits | sum(bool(switch) << 11 + i for i, switch in enumerate(switches))
+    return contiguous(parameter)
 
 
 def add_layer_norm_fwd(
@@ -199,7 +167,7 @@ def add_layer_norm_fwd(
         _rows(residual, residual_dtype, normalized_ndim),
         *[_parameter(p, x.dtype, computed_in) for p in (weight, bias, x_bias, layer_scale)],
         seed,
-        _options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual),
+        options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual),
         *(eps, dropout_p, drop_path_p),
     )
 
@@ -245,7 +213,7 @@ def add_layer_norm_bwd(
         _rows(x if output_mask[5] else None, x_dtype, normalized_ndim),
         *[_parameter(p, x_dtype, computed_in) for p in parameters[2:]],
         seed,
-        _options(
+        options(
             *(normalized_ndim, x_dtype, stream, rms, zero_centered_weight, False, saved_is_normed),
             tuple(output_mask),
         ),

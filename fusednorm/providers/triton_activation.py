@@ -11,9 +11,10 @@ from torch import Tensor
 from .._dtypes import compute_dtype
 from . import triton_activation_table as table
 from . import triton_host as host
+from .layout import contiguous
 from .triton_config import Config
 from .triton_host import reluctance as reluctance
-from .triton_layout import contiguous, layout, sizes
+from .triton_layout import layout, sizes
 
 if TYPE_CHECKING:
     from .triton_launch import Variant

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .layout import folded
+
 
 class Layout(NamedTuple):
     """Row operands, in units the kernels understand; see LAYOUT, VEC and ROWS_2D there."""
@@ -69,26 +71,6 @@ def layout(
     return Layout(tensors, (0, units, 1) * len(tensors), 0, vec, False, 1, units)
 
 
-def contiguous(parameter: Tensor | None) -> Tensor | None:
-    """A parameter as kernels read it: one after another."""
-    if parameter is None or (parameter.is_contiguous() and not parameter.is_neg()):
-        return parameter
-    return parameter.resolve_neg().contiguous()
-
-
-def _folded(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest dimensions that address the same elements in the same order."""
-    groups: list[tuple[int, int]] = []
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
-        else:
-            groups.append((size, stride))
-    return groups
-
-
 def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
     """The tensor read where it lies; a copy of what no two row strides and one column stride describe.
 
@@ -100,8 +82,8 @@ def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
     if tensor.is_contiguous():
         return _Operand(tensor, (0, n, 1), 0)
     lead = tensor.ndim - normalized_ndim
-    rows = _folded(tensor.shape[:lead], tensor.stride()[:lead])
-    columns = _folded(tensor.shape[lead:], tensor.stride()[lead:])
+    rows = folded(tensor.shape[:lead], tensor.stride()[:lead])
+    columns = folded(tensor.shape[lead:], tensor.stride()[lead:])
     if len(rows) > 2 or len(columns) > 1 or (columns and columns[0][1] == 0):
         return _Operand(tensor.contiguous(), (0, n, 1), 0)
     stride_col = columns[0][1] if columns else 1

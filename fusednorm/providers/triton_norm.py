@@ -12,9 +12,10 @@ from torch import Tensor
 from .._dtypes import compute_dtype
 from . import triton_host as host
 from . import triton_norm_table as table
+from .layout import contiguous
 from .triton_host import reluctance as reluctance
 from .triton_host import unavailable_reason as unavailable_reason
-from .triton_layout import contiguous, layout, rows_per_sample, sizes
+from .triton_layout import layout, rows_per_sample, sizes
 
 if TYPE_CHECKING:
     from .triton_launch import Variant

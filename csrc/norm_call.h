@@ -1,0 +1,87 @@
+// The operators' schemas and arguments, which both libraries have in common.
+//
+// All switches travel in one integer, `options`: a dispatched argument costs 30 to 60 ns, and a call on 4 x 64 elements
+// has to stay within two microseconds of torch's own.
+#pragma once
+
+#include <algorithm>
+
+#include "handles.h"
+
+namespace fusednorm {
+
+constexpr char kAddLayerNormFwd[] =
+    "add_layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? x_bias, "
+    "Tensor? layer_scale, Tensor? seed, int options, float eps, float dropout_p, float drop_path_p) "
+    "-> (Tensor normed, Tensor residual_out, Tensor stats)";
+constexpr char kAddLayerNormBwd[] =
+    "add_layer_norm_bwd(Tensor dnormed, Tensor? dresidual_out, Tensor saved, Tensor stats, Tensor? weight, "
+    "Tensor? bias, Tensor? x, Tensor? x_bias, Tensor? layer_scale, Tensor? seed, int options, float dropout_p, "
+    "float drop_path_p) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias, "
+    "Tensor dlayer_scale)";
+
+struct Options {
+  explicit Options(int64_t bits)
+      : normalized_ndim(bits & 127),
+        dtype(Dtype(bits >> 7 & 3)),
+        residual_dtype(Dtype(bits >> 9 & 3)),
+        rms(bits >> 11 & 1),
+        zero_centered(bits >> 12 & 1),
+        store_residual(bits >> 13 & 1),
+        saved_is_normed(bits >> 14 & 1),
+        output_mask(bits >> 15 & 63) {}
+  int64_t normalized_ndim;
+  Dtype dtype, residual_dtype;  // of normed, or of dx; of the stream
+  bool rms, zero_centered, store_residual, saved_is_normed;
+  unsigned output_mask;
+};
+
+struct ForwardCall {
+  Handle x, residual, weight, bias, x_bias, layer_scale, seed;
+  Options options;
+  double eps, dropout_p, drop_path_p;
+};
+
+struct BackwardCall {
+  Handle dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed;
+  Options options;
+  double dropout_p, drop_path_p;
+};
+
+// In the braces they are taken in this order.
+inline ForwardCall take_forward(StableIValue* stack) {
+  using torch::stable::detail::to;
+  return {take_tensor(stack[0]),      take_optional(stack[1]),       take_optional(stack[2]),
+          take_optional(stack[3]),    take_optional(stack[4]),       take_optional(stack[5]),
+          take_optional(stack[6]),    Options(to<int64_t>(stack[7])), to<double>(stack[8]),
+          to<double>(stack[9]),       to<double>(stack[10])};
+}
+
+inline BackwardCall take_backward(StableIValue* stack) {
+  using torch::stable::detail::to;
+  return {take_tensor(stack[0]),   take_optional(stack[1]), take_tensor(stack[2]),    take_tensor(stack[3]),
+          take_optional(stack[4]), take_optional(stack[5]), take_optional(stack[6]),  take_optional(stack[7]),
+          take_optional(stack[8]), take_optional(stack[9]), Options(to<int64_t>(stack[10])),
+          to<double>(stack[11]),   to<double>(stack[12])};
+}
+
+// Results to the dispatcher's stack, in the schema's order.
+template <class... Handles>
+void give(StableIValue* stack, Handles&... results) {
+  ((*stack++ = torch::stable::detail::from(results.release())), ...);
+}
+
+inline int64_t product(const int64_t* sizes, int64_t count) {
+  int64_t result = 1;
+  for (int64_t d = 0; d < count; ++d) result *= sizes[d];
+  return result;
+}
+
+// Rows under one index of dimension 0, where `lead` dimensions make the rows.
+inline int64_t rows_per_sample(const Sizes& s, int64_t lead) {
+  return lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
+}
+
+inline Dropout dropout(double p) { return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f}; }
+
+}  // namespace fusednorm

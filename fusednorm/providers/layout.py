@@ -1,0 +1,27 @@
+"""How tensors lie in memory, as every provider's kernels are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def contiguous(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as kernels read it: one after another."""
+    if parameter is None or (parameter.is_contiguous() and not parameter.is_neg()):
+        return parameter
+    return parameter.resolve_neg().contiguous()
+
+
+def folded(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, stride) of the fewest dimensions that address the same elements in the same order."""
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    return groups
