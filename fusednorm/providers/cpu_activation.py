@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import providers
 from . import cpu
 from .cpu import refusal as refusal
 
@@ -22,13 +23,8 @@ def reluctance(op: str, *args: Any) -> str | None:
         return "torch's own operators serve an activation with nothing to add"
     if torch.compiler.is_compiling():
         return "torch.compile fuses an addition and an activation into what stands around them"
-    return None
-
-
-def slower(op: str, *args: Any) -> str | None:
-    """Why automatic choice does not take a call of such a shape."""
-    x, bias, _, activation, dropout_p = args
-    if not dropout_p and x.dtype is bias.dtype:
+    x, bias, _, activation, _ = args
+    if providers.by_shape and x.dtype is bias.dtype:
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
         if torch_is_faster(x, activation, needs_grad):
             return "torch's own operators are faster on so few elements or columns"
