@@ -91,16 +91,17 @@ def torch_flags(torch: Path) -> list[str]:
 
 
 def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
-    kernels = CPU / "norm_kernels.cpp"
+    kernels = sorted(CPU.glob("*_kernels.cpp"))
     jobs = {
-        objects / f"norm_kernels_{name}.o": [
-            *(*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags, "-c", str(kernels))
+        objects / f"{source.stem}_{name}.o": [
+            *(*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags, "-c", str(source))
         ]
+        for source in kernels
         for name, flags in INSTRUCTION_SETS.items()
     } | {
         objects / f"{source.stem}.o": [*compiler, *FLAGS, *torch_flags(torch), "-c", str(source)]
         for source in sorted([*COMMON.glob("*.cpp"), *CPU.glob("*.cpp")])
-        if source != kernels
+        if source not in kernels
     }
     return jobs, []
 

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dropout, providers
 from ._transforms import batched, distinct, transform_active
+from .providers import cpu_activation as native
 from .providers import reference_activation as reference
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
@@ -73,27 +74,22 @@ def bias_act_dropout(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
     try:
-        # Torch's own operators at once, on the CPU, where no kernel of ours stands: a check costs more than the two
-        # microseconds that a call may cost over eager's. What is not certain to be right goes the way below.
+        # On the CPU the native kernel or torch's own operators at once: a check costs more than the two microseconds
+        # that a call may cost over eager's. What is not certain to be right goes the way below.
         if (
             dropout_p == 0.0
             and seed is None
             and providers.automatic
-            and x.is_cpu
-            and x.dtype in _FLOATS
-            and x.layout is torch.strided
-            and not x.is_nested
             and not _functorch_active()
             and forward_ad._current_level < 0
             and not _is_compiling()
         ):
-            function = _TORCHS[activation]
-            if bias is None:
-                if x.ndim:
-                    return function(x)
-            elif bias.dtype is x.dtype and bias.shape == x.shape[-1:] and bias.ndim and bias.layout is torch.strided:
-                return function(x + bias)
-    except (RuntimeError, TypeError, AttributeError, KeyError):
+            y = None if bias is None else _run_native(x, bias, activation)
+            if y is None:
+                y = _run_torch(x, bias, activation)
+            if y is not None:
+                return y
+    except (RuntimeError, TypeError, AttributeError, LookupError):
         pass
     _checks.check_tensor("x", x)
     _checks.check_last_dimension("bias", bias, "x", x)
@@ -103,6 +99,38 @@ def bias_act_dropout(
         _checks.check_seed(seed)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p else None
     return _run((x, bias, seed, activation, float(dropout_p)))
+
+
+def _run_native(x: Tensor, bias: Tensor, activation: str) -> Tensor | None:
+    """The native kernel with nothing looked up that a bare call does not need; None where torch has to serve it.
+
+    The library checks shapes, dtypes and devices itself and raises, upon which the caller takes the way with messages.
+    """
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
+    if (
+        (providers.by_shape and native.torch_is_faster(x, activation, needs_grad))
+        or providers.unavailable_reason("cpu") is not None
+        or type(x) not in _ops.PLAIN
+        or type(bias) not in _ops.PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or is_functorch_wrapped_tensor(x)
+    ):
+        return None
+    if needs_grad:
+        return _apply(x, bias, None, activation, 0.0, "cpu")
+    return native.bias_act_bare(x, bias, activation)
+
+
+def _run_torch(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+    """Torch's own operators on the CPU, or None where they would not be the function that is documented."""
+    function = _TORCHS[activation]
+    if not (x.is_cpu and x.dtype in _FLOATS and x.layout is torch.strided and x.ndim) or x.is_nested:
+        return None
+    if bias is None:
+        return function(x)
+    if bias.dtype is x.dtype and bias.ndim == 1 and x.size(-1) == bias.numel() and bias.layout is torch.strided:
+        return function(x + bias)
+    return None
 
 
 def _run(args: Args) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._transforms import transform_active
+from .providers import cpu
 
 ROUNDS = 7
 ELEMENT_STREAM = 0  # one decision for each element
@@ -82,8 +84,22 @@ def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Ten
 def element_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     """True where an element is kept, on the seed's device; see `dropout_mask`."""
     n_columns = shape[-1] if len(shape) else 1
+    if _native_serves(seed):
+        return cpu.dropout_mask(seed, math.prod(shape[:-1]), n_columns, p).view(tuple(shape))
     rows = torch.arange(math.prod(shape[:-1]), device=seed.device)
     return (philox_words(rows, n_columns, seed, ELEMENT_STREAM) >= threshold(p)).reshape(tuple(shape))
+
+
+def _native_serves(seed: Tensor) -> bool:
+    """Whether the native library makes the mask: 20 times as fast, but to be seen by no transform, mode or tracer."""
+    return (
+        not torch.compiler.is_compiling()
+        and seed.device.type == "cpu"
+        and type(seed) is Tensor
+        and not transform_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and cpu.unavailable_reason() is None
+    )
 
 
 def path_mask(n_samples: int, p: float, seed: Tensor) -> Tensor:

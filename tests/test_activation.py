@@ -203,11 +203,12 @@ def test_explain(provider, using, device):
     assert served is not None, said
     if provider != "automatic":
         assert served[1] == provider and "fused" in served[2]
-    elif device == "cpu":
+    elif device == "cpu" and providers.unavailable_reason("cpu") is not None:
         assert served[1] == "reference" and "torch's own operators" in served[2]
 
 
 def test_automatic_choice_on_the_cpu_is_torchs_result_to_the_last_bit(generator):
+    """On rows so narrow that torch's own operators serve them."""
     x, bias = torch.randn(5, 33, generator=generator), torch.randn(33, generator=generator)
     for activation, function in TORCHS.items():
         assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))

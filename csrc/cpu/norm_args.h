@@ -56,6 +56,15 @@ struct Backward : Common {
   int sum_dweight, sum_dbias, sum_dx_bias, sum_dlayer_scale;  // index of the sum, or -1
 };
 
+// One sum over rows: that of chunk c's rows begins at element c * step.
+struct Partials {
+  const void* sums;
+  int64_t n_chunks, step;
+  bool wide;  // they are double
+};
+
+struct ActivationKernels;
+
 // One instruction set's kernels. A workspace of *_workspace() bytes belongs to one thread at a time.
 struct Kernels {
   const char* name;
@@ -63,8 +72,9 @@ struct Kernels {
   void (*forward)(const Forward&, void* workspace, int64_t first_row, int64_t end_row);
   int64_t (*backward_workspace)(const Backward&);
   void (*backward)(const Backward&, void* workspace, int64_t first_chunk, int64_t end_chunk);
-  void (*reduce)(const Backward&, int64_t n_chunks, int sum, Dtype dtype, void* out, int64_t begin, int64_t end);
+  void (*reduce)(const Partials&, Dtype dtype, void* out, int64_t begin, int64_t end);
   void (*parameter)(const Operand&, int64_t n, bool wide, double shift, void* out);
+  const ActivationKernels* activation;
 };
 
 }  // namespace fusednorm_cpu

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "norm_forward.h"
+#include "partials.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
@@ -147,33 +148,6 @@ inline void backward(const Backward& a, void* workspace, int64_t first_chunk, in
         a.epilogue ? backward_chunks<decltype(c), decltype(s), true> : backward_chunks<decltype(c), decltype(s), false>;
     run(a, (char*)workspace, first_chunk, end_chunk);
   });
-}
-
-constexpr int kChunkGroup = 16;
-
-// Adds the chunks' sums, in order by groups, over a range of columns, and stores them in a parameter's dtype.
-template <class C>
-void reduce_columns(const Backward& a, int64_t n_chunks, int index, Dtype dtype, void* out, int64_t begin, int64_t end) {
-  const C* const partials = (const C*)a.partials + index * a.partial_stride;
-  const int64_t step = a.n_sums * a.partial_stride;
-  for (int64_t j = begin; j < end; j += kBlock) {
-    const int64_t count = end - j < kBlock ? end - j : kBlock;
-    C totals[kBlock] = {};
-    for (int64_t first = 0; first < n_chunks; first += kChunkGroup) {
-      C group[kBlock] = {};
-      for (int64_t chunk = first; chunk < n_chunks && chunk < first + kChunkGroup; ++chunk)
-        for (int i = 0; i < kBlock; ++i) group[i] += partials[chunk * step + j + i];
-      for (int i = 0; i < kBlock; ++i) totals[i] += group[i];
-    }
-    stage_out(totals, count, dtype, out, j);
-  }
-}
-
-inline void reduce(const Backward& a, int64_t n_chunks, int index, Dtype dtype, void* out, int64_t begin, int64_t end) {
-  if (a.wide)
-    reduce_columns<double>(a, n_chunks, index, dtype, out, begin, end);
-  else
-    reduce_columns<float>(a, n_chunks, index, dtype, out, begin, end);
 }
 
 // A parameter as an array of the compute type, plus `shift`.

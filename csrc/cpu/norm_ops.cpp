@@ -217,8 +217,10 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
     if (*indices[i] >= 0)
       parallel(blocks, std::max<int64_t>(kGrain / 64 / std::max<int64_t>(chunks, 1), 1), 0,
                [&](void*, int64_t begin, int64_t end) {
+                 const char* sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
                  const int64_t last = std::min(end * 64, a.n_columns);
-                 k.reduce(a, chunks, *indices[i], dtypes[i + 2], written[i + 2], begin * 64, last);
+                 k.reduce({sums, chunks, a.n_sums * a.partial_stride, a.wide}, dtypes[i + 2], written[i + 2], begin * 64,
+                          last);
                });
   for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(outputs[i].release());
 }

@@ -33,17 +33,23 @@ constexpr int kQuads = kBytes / 8;
 
 FN_INLINE void store_masks(Native<int32_t> keep, int32_t* out) { __builtin_memcpy(out, &keep, kBytes); }
 
+FN_INLINE void store_masks(Native<int32_t> keep, bool* out) {
+  typedef uint8_t Bytes __attribute__((vector_size(kBytes / 4)));
+  const Bytes ones = __builtin_convertvector(keep & 1, Bytes);
+  __builtin_memcpy(out, &ones, sizeof ones);
+}
+
 FN_INLINE void store_masks(Native<int32_t> keep, int64_t* out) {
   for (int i = 0; i < kBytes / 4; ++i) out[i] = keep[i];
 }
 
-// Masks of n columns of one mask row, all ones where kept; writes up to 31 past n.
+// Masks of n columns of one mask row from `column` on, a multiple of 4, all ones where kept; writes up to 31 past n.
 template <class I>
-void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t n, I* out) {
+void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t column, int64_t n, I* out) {
   Words lane;
   for (int i = 0; i < kQuads; ++i) lane[i] = i;
   for (int64_t quad = 0; 4 * quad < n; quad += kQuads) {
-    Words c[4] = {Words{} + uint64_t(quad) + lane, Words{} + uint32_t(row), Words{} + uint32_t(row >> 32),
+    Words c[4] = {Words{} + uint64_t(column / 4 + quad) + lane, Words{} + uint32_t(row), Words{} + uint32_t(row >> 32),
                   Words{} + uint64_t(kElementStream)};
     philox<Word>(c, seed);
     const Words low = Words{} + 0xffffffffu;
@@ -75,7 +81,7 @@ template <class I>
 FN_INLINE void row_masks(const Common& a, int64_t row, I* out) {
   const int64_t width = a.mask_columns, count = a.n_columns / width;
   for (int64_t i = 0; i < count; ++i)
-    mask_columns<I>(a.seed, uint64_t(row * count + i), a.element.threshold, width, out + i * width);
+    mask_columns<I>(a.seed, uint64_t(row * count + i), a.element.threshold, 0, width, out + i * width);
 }
 
 }  // namespace FN_ISA

@@ -24,7 +24,7 @@ _log = logging.getLogger("fusednorm")
 PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     "triton": ("fusednorm.providers.triton_norm", "fusednorm.providers.triton_activation"),
     "cuda": ("fusednorm.providers.cuda",),
-    "cpu": ("fusednorm.providers.cpu",),
+    "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation"),
     "reference": ("fusednorm.providers.reference", "fusednorm.providers.reference_activation"),
 }
 

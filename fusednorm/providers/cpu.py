@@ -17,9 +17,17 @@ BUILD = (
     "--no-deps with the path of one (a C++ compiler has to be there)"
 )
 
+_OPERATORS = (
+    *("add_layer_norm_fwd", "add_norm_bare", "add_layer_norm_bwd"),
+    *("bias_act_dropout_fwd", "bias_act_bare", "bias_act_dropout_bwd", "dropout_mask"),
+)
 _forward: Any = None  # the operators' overloads, once the library is loaded
 _bare: Any = None
 _backward: Any = None
+activation_fwd: Any = None  # for cpu_activation.py
+activation_bare: Any = None
+activation_bwd: Any = None
+dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
 
 
 def unavailable_reason() -> str | None:
@@ -29,16 +37,15 @@ def unavailable_reason() -> str | None:
 @functools.cache
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
-    global _forward, _bare, _backward
+    global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
-        _forward, _bare, _backward = (
-            getattr(op.default, "_op", op.default)
-            for op in (ops.add_layer_norm_fwd, ops.add_norm_bare, ops.add_layer_norm_bwd)
+        _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = (
+            getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS
         )
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"

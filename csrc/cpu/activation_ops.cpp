@@ -1,0 +1,173 @@
+// fusednorm_cpu::bias_act_dropout_fwd, its bare form and _bwd, and dropout_mask: arguments checked, outputs allocated, tiles given to the
+// kernels. The activation and which gradients are wanted travel in one integer, as in norm_ops.cpp.
+#include <algorithm>
+#include <cstring>
+
+#include "../norm_call.h"
+#include "activation_args.h"
+#include "operands.h"
+#include "pages.h"
+#include "workspace.h"
+
+namespace fusednorm_cpu {
+
+namespace {
+
+using torch::stable::detail::to;
+
+constexpr int64_t kGrain = 16384;  // elements that are worth another thread
+constexpr int64_t kMostChunks = 64, kLeastRows = 8, kMostRows = 256;  // of d(bias)'s partial sums
+
+int64_t room(int64_t n) { return (n + 95) / 64 * 64; }
+
+void describe_grid(Grid& g, int64_t n_rows, int64_t n_columns, double p, const Handle& seed) {
+  g.n_rows = n_rows, g.n_columns = n_columns;
+  g.row_tiles = std::max<int64_t>((n_columns + kTile - 1) / kTile, 1);  // an empty one of no columns
+  g.seed = 0;
+  g.element = dropout(p);
+  if (!g.element.on) return;
+  STD_TORCH_CHECK(seed && numel_of(seed) == 1, "seed: expected a tensor of one element");
+  std::memcpy(&g.seed, data_of(seed), sizeof g.seed);
+}
+
+// The bias as an array of the compute type: where it lies, or converted.
+class Bias {
+ public:
+  Bias(ActivationCall& a, const Handle& bias) {
+    a.bias = nullptr;
+    if (!bias) return;
+    const Sizes s = sizes_of(bias);
+    STD_TORCH_CHECK(s.ndim == 1 && s.sizes[0] == a.n_columns, "bias: its shape does not fit");
+    Operand operand;
+    describe_parameter(bias, operand);
+    if (operand.unit && operand.dtype == (a.wide ? kFloat64 : kFloat32)) {
+      a.bias = operand.data;
+      return;
+    }
+    const int64_t bytes = room(a.n_columns) * (a.wide ? 8 : 4);
+    if (bytes > int64_t(sizeof few_)) many_ = allocate(bytes);
+    STD_TORCH_CHECK(many_ || bytes <= int64_t(sizeof few_), "out of memory: ", bytes, " bytes for the bias");
+    void* out = many_ ? many_.get() : few_;
+    kernels().parameter(operand, a.n_columns, a.wide, 0.0, out);
+    a.bias = out;
+  }
+
+ private:
+  double few_[256];  // an aligned allocation costs as much as a row of 64
+  Buffer many_;
+};
+
+// Everything but the bias and the outputs; the sizes of x.
+Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, int64_t options, double p, const Handle& seed) {
+  const Sizes s = sizes_of(x);
+  STD_TORCH_CHECK(s.ndim >= 1, "x: expected at least one dimension");
+  const int64_t n_columns = s.sizes[s.ndim - 1];
+  describe_grid(a, product(s.sizes, s.ndim - 1), n_columns, p, seed);
+  a.activation = Activation(options & 3);
+  describe(x, s.ndim - 1, a.x);
+  describe(dy, s.ndim - 1, a.dy);
+  a.wide = a.x.dtype == kFloat64;
+  a.direct = a.x.unit && (!dy || (a.dy.unit && a.dy.dtype == a.x.dtype));
+  a.partials = nullptr;
+  return s;
+}
+
+int64_t grain(int64_t elements_of_a_tile) { return std::max<int64_t>(kGrain / std::max<int64_t>(elements_of_a_tile, 1), 1); }
+
+Handle run_forward(const Handle& x, const Handle& bias, const Handle& seed, int64_t options, double p) {
+  ActivationCall a;
+  const Sizes s = describe_call(a, x, Handle(), options, p, seed);
+  const Bias biases(a, bias);
+  Handle y = empty(s.ndim, s.sizes, a.x.dtype);
+  a.out = data_of(y);
+  ask_for_huge_pages(a.out, a.n_rows * a.n_columns * kItemSize[a.x.dtype]);
+  const ActivationKernels& k = *kernels().activation;
+  parallel(a.n_rows * a.row_tiles, grain(std::min(a.n_columns, kTile)), k.workspace(a),
+           [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
+  return y;
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
+  Handle y = run_forward(x, bias, seed, to<int64_t>(stack[3]), to<double>(stack[4]));
+  give(stack, y);
+}
+
+// Three arguments instead of five: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle x = take_tensor(stack[0]), bias = take_tensor(stack[1]);
+  Handle y = run_forward(x, bias, Handle(), to<int64_t>(stack[2]), 0.0);
+  give(stack, y);
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle dy = take_tensor(stack[0]), x = take_tensor(stack[1]), bias = take_optional(stack[2]),
+               seed = take_optional(stack[3]);
+  const int64_t options = to<int64_t>(stack[4]);
+  ActivationCall a;
+  const Sizes s = describe_call(a, x, dy, options, to<double>(stack[5]), seed);
+  const Sizes given = sizes_of(dy);
+  STD_TORCH_CHECK(given.ndim == s.ndim && std::equal(s.sizes, s.sizes + s.ndim, given.sizes), "dy: its shape does not fit");
+  const Bias biases(a, bias);
+  const bool wants_dx = options >> 2 & 1, wants_dbias = bias && (options >> 3 & 1);
+  Handle dx = wants_dx ? empty(s.ndim, s.sizes, a.x.dtype) : undefined();
+  a.out = wants_dx ? data_of(dx) : nullptr;
+  if (wants_dx) ask_for_huge_pages(a.out, a.n_rows * a.n_columns * kItemSize[a.x.dtype]);
+  a.rows_per_chunk = std::clamp<int64_t>((a.n_rows + kMostChunks - 1) / kMostChunks, kLeastRows, kMostRows);
+  const int64_t chunks = (a.n_rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
+  a.partial_stride = room(a.n_columns);
+  Buffer partials;
+  if (wants_dbias && chunks) {
+    const int64_t bytes = chunks * a.partial_stride * (a.wide ? 8 : 4);
+    partials = allocate(bytes);
+    STD_TORCH_CHECK(partials, "out of memory: ", bytes, " bytes of partial sums");
+    a.partials = partials.get();
+  }
+  const ActivationKernels& k = *kernels().activation;
+  parallel(chunks * a.row_tiles, grain(a.rows_per_chunk * std::min(a.n_columns, kTile)), k.workspace(a),
+           [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
+  Handle dbias = wants_dbias ? empty(1, &a.n_columns, dtype_of(bias)) : undefined();
+  if (wants_dbias)  // in blocks of 64 columns, so that no two threads share a cache line
+    parallel((a.n_columns + 63) / 64, grain(64 * chunks), 0, [&](void*, int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * 64, a.n_columns);
+      kernels().reduce({a.partials, chunks, a.partial_stride, a.wide}, dtype_of(bias), data_of(dbias), begin * 64, last);
+    });
+  give(stack, dx, dbias);
+}
+
+void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle seed = take_tensor(stack[0]);
+  const int64_t sizes[2] = {to<int64_t>(stack[1]), to<int64_t>(stack[2])}, strides[2] = {std::max<int64_t>(sizes[1], 1), 1};
+  Grid g;
+  describe_grid(g, sizes[0], sizes[1], to<double>(stack[3]), seed);
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_bool(), aoti_torch_device_type_cpu(),
+                                                  -1, &tensor));
+  Handle mask(tensor);
+  bool* const out = (bool*)data_of(mask);
+  ask_for_huge_pages(out, g.n_rows * g.n_columns);
+  const ActivationKernels& k = *kernels().activation;
+  parallel(g.n_rows * g.row_tiles, grain(std::min(g.n_columns, kTile)), 0,
+           [&](void*, int64_t begin, int64_t end) { k.mask(g, out, begin, end); });
+  give(stack, mask);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
+  m.def("bias_act_dropout_fwd(Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) -> Tensor");
+  m.def("bias_act_bare(Tensor x, Tensor bias, int options) -> Tensor");
+  m.def(
+      "bias_act_dropout_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) "
+      "-> (Tensor dx, Tensor dbias)");
+  m.def("dropout_mask(Tensor seed, int rows, int columns, float p) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
+  m.impl("bias_act_dropout_fwd", forward_op);
+  m.impl("bias_act_bare", bare_forward_op);
+  m.impl("bias_act_dropout_bwd", backward_op);
+  m.impl("dropout_mask", dropout_mask_op);
+}
+
+}  // namespace fusednorm_cpu

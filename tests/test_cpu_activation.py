@@ -1,0 +1,285 @@
+"""The native CPU kernels of bias_act_dropout beyond the budget: threads, instruction sets, 16-bit values, edges."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle_activation import ACTIVATIONS, TORCHS
+from test_cpu_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
+
+import fusednorm
+from fusednorm import bias_act_dropout, dropout, dropout_mask
+
+__all__ = ["instruction_sets", "threads"]  # fixtures
+
+DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPE_16 = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
+# (rows, columns): past the grain of two threads with an odd width; sums of several chunks; several tiles of a row
+SHAPES = [(130, 385), (2100, 24), (3, 9001)]
+SEED = 0x1234_5678_9ABC_DEF0
+
+
+def draw(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(x: torch.Tensor, bias: torch.Tensor | None, dy: torch.Tensor, activation: str, **options) -> list[torch.Tensor]:
+    """y and the gradients."""
+    leaves = [t.detach().requires_grad_() for t in (x, bias) if t is not None]
+    with fusednorm.use_provider("cpu"):
+        y = bias_act_dropout(leaves[0], leaves[1] if bias is not None else None, activation, **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def everything(shape: tuple[int, int], dtype: torch.dtype, activation: str, staged: bool) -> list[torch.Tensor]:
+    """Rows in place, or staged because a row's elements do not lie one after another."""
+    x, dy = ((3.0 * draw(*shape, seed=seed)).to(dtype) for seed in (1, 2))
+    if staged:
+        x = x.repeat_interleave(2, -1)[:, ::2]
+    return run(x, draw(shape[1]).to(dtype), dy, activation, dropout_p=0.2, seed=SEED)
+
+
+def exact(activation: str, x: torch.Tensor) -> torch.Tensor:
+    """In float64, with a correct negative tail, where 1 + tanh cancels even there."""
+    if activation != "gelu_tanh":
+        return TORCHS["silu"](x) if activation == "silu" else ACTIVATIONS[activation](x)
+    v = x.clamp(-1e3, 1e3)  # whose cube does not overflow
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
+
+
+@needs_library
+@DTYPE
+@ACTIVATION
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(shape, activation, dtype, threads):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(everything(shape, dtype, activation, staged=False))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@needs_library
+@pytest.mark.parametrize("staged", [False, True], ids=["in_place", "staged"])
+@DTYPE
+@ACTIVATION
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_do_not_depend_on_the_instruction_set(shape, activation, dtype, staged, instruction_sets):
+    results = []
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        results.append(everything(shape, dtype, activation, staged))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+@needs_library
+@ACTIVATION
+def test_float32_bits_of_every_exponent_on_every_instruction_set(activation, instruction_sets):
+    """Each exponent and sign with mantissas at random: subnormal results, overflow, infinities and NaN among them."""
+    patterns = torch.randint(0, 1 << 23, (512, 64), generator=torch.Generator().manual_seed(1))
+    x = (patterns + (torch.arange(512)[:, None] << 23)).to(torch.int32).view(torch.float32)
+    results = []
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        results.append([t.nan_to_num(nan=7.0) for t in run(x, None, torch.ones_like(x), activation)])
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))  # zeros' signs too
+
+
+@needs_library
+@DTYPE
+@ACTIVATION
+@pytest.mark.parametrize("staged", [False, True], ids=["in_place", "staged"])
+def test_staged_rows_and_rows_in_place_agree(activation, dtype, staged):
+    """To the last bit: both compute in the same type and round once."""
+    assert_same_bits(
+        everything((33, 130), dtype, activation, staged=False), everything((33, 130), dtype, activation, staged)
+    )
+
+
+@needs_library
+@DTYPE_16
+@ACTIVATION
+def test_every_value_of_16_bits(activation, dtype):
+    """Each finite one against float64: one rounding and a little, the gradient within twice torch's error too."""
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite()][None]
+    y, dx = run(x, None, torch.ones_like(x), activation)
+    wide = x.double().requires_grad_()
+    expected = exact(activation, wide)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    eager = x.clone().requires_grad_()
+    (torchs,) = torch.autograd.grad(TORCHS[activation](eager), eager, torch.ones_like(x))
+
+    def step(t: torch.Tensor) -> torch.Tensor:
+        return torch.finfo(dtype).eps * t.abs().clamp_min(torch.finfo(dtype).tiny)
+
+    assert ((y.double() - expected).abs() <= 0.51 * step(expected)).all()
+    limit = (torchs.double() - slope).abs().nan_to_num(0.0)  # NaN where the cube of torch's gelu_tanh overflows
+    assert ((dx.double() - slope).abs() <= 2 * limit + 0.51 * step(slope)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_the_negative_tail_is_relatively_accurate(activation):
+    """Where torch's gelu has no correct digit, and is 0 from -6 on. The tanh form's exponent is not split."""
+    x = torch.linspace(-9.0, -1.0, 4096)[None]
+    (y, _) = run(x, None, torch.ones_like(x), activation)
+    expected = exact(activation, x.double())
+    relative = 2.0**-16 if activation == "gelu_tanh" else 2.0**-21
+    assert ((y.double() - expected).abs() <= relative * expected.abs()).all()
+
+
+@needs_library
+@DTYPE
+@ACTIVATION
+def test_special_values_are_torchs(activation, dtype):
+    """NaN and infinities go where torch's go, forward and backward, in whole vectors and in what is left of a row.
+
+    Torch's in float64: in float32 gelu(inf) is NaN on processors where oneDNN serves it.
+    """
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0])
+    for columns in (7, 32, 45):
+        x = special.repeat(7)[:columns].to(dtype)[None]
+        y, dx = run(x, None, torch.ones_like(x), activation)
+        leaf = x.double().requires_grad_()
+        expected = TORCHS[activation](leaf)
+        (slope,) = torch.autograd.grad(expected, leaf, torch.ones_like(leaf))
+        for ours, torchs in ((y, expected.detach()), (dx, slope)):
+            torch.testing.assert_close(ours, torchs.to(dtype), equal_nan=True)
+
+
+@needs_library
+@ACTIVATION
+def test_infinite_and_nan_cotangents_are_passed_on(activation):
+    dy = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]])
+    x = torch.full((1, 4), 0.7)
+    _, dx = run(x, None, dy, activation)
+    assert dx[0, 0] == math.inf and dx[0, 1] == -math.inf and dx[0, 2].isnan() and dx[0, 3].isfinite()
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (1, 4096), (1, 4097), (2, 8193), (70_001, 1)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_sizes_around_a_tile(shape, dropout_p):
+    x, bias, dy = draw(*shape).float(), draw(shape[1], seed=4).float(), draw(*shape, seed=5).float()
+    y, dx, dbias = run(x, bias, dy, "relu", dropout_p=dropout_p, seed=SEED)
+    keep = dropout_mask(shape, dropout_p, SEED).float() * dropout.keep_scale(dropout_p)
+    assert torch.equal(y, torch.relu(x + bias) * keep)
+    expected = torch.where(x + bias > 0, dy * keep, 0.0)
+    assert torch.equal(dx, expected)
+    torch.testing.assert_close(dbias, expected.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+@needs_library
+@DTYPE
+def test_only_the_gradients_asked_for(dtype):
+    x, bias, dy = draw(9, 40).to(dtype), draw(40, seed=4).to(dtype), draw(9, 40, seed=5).to(dtype)
+    _, dx, dbias = run(x, bias, dy, "gelu")
+    with fusednorm.use_provider("cpu"):
+        only_x, only_bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        assert torch.equal(torch.autograd.grad(bias_act_dropout(only_x, bias, "gelu"), only_x, dy)[0], dx)
+        assert torch.equal(torch.autograd.grad(bias_act_dropout(x, only_bias, "gelu"), only_bias, dy)[0], dbias)
+
+
+@needs_library
+@pytest.mark.parametrize("activation", TORCHS)
+def test_the_short_way_is_the_provider(activation):
+    """Automatic choice at a size that the library serves, with and without gradients."""
+    x, bias = draw(4, 128).float(), draw(128, seed=4).float()
+    with fusednorm.use_provider("cpu"):
+        expected = bias_act_dropout(x, bias, activation)
+    assert torch.equal(bias_act_dropout(x, bias, activation), expected)
+    assert "cpu, one fused op" in fusednorm.explain(bias_act_dropout, x, bias, activation)
+    with fusednorm.batch_invariant():
+        assert torch.equal(bias_act_dropout(x.requires_grad_(), bias, activation), expected)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("x", "bias", "fault"),
+    [
+        (torch.ones(3, 64), torch.ones(1, 64), ValueError),
+        (torch.ones(3, 64), torch.ones(63), ValueError),
+        (torch.ones(()), torch.ones(1), ValueError),
+        (torch.ones(3, 64, dtype=torch.int32), torch.ones(64), TypeError),
+        (torch.ones(3, 64), torch.ones(64, dtype=torch.int32), TypeError),
+        (torch.ones(3, 64).to_sparse(), torch.ones(64), TypeError),
+        (torch.ones(3, 64), torch.ones(64, device="meta"), ValueError),
+    ],
+    ids=["2d_bias", "short_bias", "0d", "int_x", "int_bias", "sparse", "meta_bias"],
+)
+def test_what_the_library_refuses_is_said_with_the_argument(x, bias, fault):
+    with pytest.raises(fault, match=r"x|bias"):
+        bias_act_dropout(x, bias)
+
+
+# --- dropout_mask ---
+
+
+@needs_library
+@pytest.mark.parametrize("p", [0.0, 2.0**-33, 0.3, 1 - 2.0**-53])
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, SEED])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (130,), (0, 5), (5, 0), (9, 3), (7, 31), (3, 4099), (2, 3, 65), (515, 40)], ids=str
+)
+def test_the_native_mask_is_torchs(shape, seed, p, instruction_sets, monkeypatch):
+    """That of the library on every instruction set, and that of torch's integer operators."""
+    masks = []
+    for name in instruction_sets:
+        torch.ops.fusednorm_cpu.use_instruction_set(name)
+        masks.append(dropout_mask(shape, p, seed, "cpu"))
+    monkeypatch.setattr(dropout, "_native_serves", lambda seed: False)
+    expected = dropout_mask(shape, p, seed, "cpu")
+    for mask in masks:
+        assert mask.dtype == torch.bool and mask.shape == expected.shape
+        assert torch.equal(mask, expected)
+
+
+@needs_library
+def test_the_native_mask_does_not_depend_on_the_number_of_threads(threads):
+    masks = []
+    for count in (1, 2, 3):
+        threads(count)
+        masks.append(dropout_mask((300, 4099), 0.3, SEED))
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+@needs_library
+def test_masks_under_a_transform_and_a_mode_are_torchs():
+    """Where kernels that read memory themselves must not be reached."""
+    expected = dropout_mask((5, 33), 0.4, 9)
+    x = torch.ones(4, 5, 33)
+    y = torch.func.vmap(lambda t: bias_act_dropout(t, None, "relu", 0.4, seed=9))(x)
+    assert torch.equal(y > 0, expected.expand(4, 5, 33))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert dropout_mask((5, 33), 0.4, 9).shape == (5, 33)
+
+
+def test_without_the_library_masks_are_the_same(tmp_path):
+    program = f"""
+import torch
+from pathlib import Path
+from fusednorm.providers import cpu
+cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
+import fusednorm
+assert "cpu" not in fusednorm.available_providers()
+print(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
+print(fusednorm.explain(fusednorm.bias_act_dropout, torch.ones(4, 128), torch.ones(128)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    mask, route = said.stdout.splitlines()[:2]
+    assert mask == str(dropout_mask((6, 7), 0.5, 11).int().tolist())
+    assert "reference" in route
