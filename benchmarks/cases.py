@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fusednorm
 from benchmarks.cases_activation import Activation
+from fusednorm import providers
 
 Call = Callable[[], tuple[Tensor, ...]]
 Leaves = Mapping[str, Tensor]
@@ -155,6 +156,8 @@ def _rows(shape: tuple[int, ...]) -> int:
     return rows
 
 
+# measured for the table of automatic choice alone
+_GRID_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 Operation = Norm | Activation
 OPS: dict[str, Operation] = {
     op.name: op
@@ -166,6 +169,7 @@ OPS: dict[str, Operation] = {
         Norm("bias_dropout_add_layer_norm", add=True, epilogue=True),
         Norm("bias_dropout_add_rms_norm", rms=True, add=True, epilogue=True),
         Activation("bias_relu", "relu"),
+        *(Activation(f"bias_{name}", name) for name in _GRID_ACTIVATIONS),
         Activation("bias_gelu_dropout", "gelu", DROPOUT_P),
     )
 }
@@ -222,6 +226,11 @@ class Sweep:
     directions: tuple[str, ...] = ("forward", "both")
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
     ffn_shapes: tuple[tuple[int, int], ...] = (TINY,)  # of the operations inside a feed-forward block
+    every_activation: bool = False
+
+    def operations(self) -> dict[str, Operation]:
+        left_out = () if self.every_activation else [f"bias_{name}" for name in _GRID_ACTIVATIONS]
+        return {name: op for name, op in OPS.items() if name not in left_out}
 
     def cases(self) -> list[Case]:
         excluded = self.left_out()
@@ -236,7 +245,7 @@ class Sweep:
         return [
             Case(name, shape, dtype, direction)
             for shape in dict.fromkeys(self.shapes + self.ffn_shapes)
-            for name, op in OPS.items()
+            for name, op in self.operations().items()
             if shape in (self.ffn_shapes if op.feed_forward else self.shapes)
             for dtype in self.dtypes
             for direction in self.directions  # innermost: neighbours share their float64 results
@@ -246,7 +255,8 @@ class Sweep:
 _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 _GRID_WIDTHS = (16, 64, 256, 1024, 4096, 16384)
 _SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
-_CPU_LIMITS = {op.name: 1 << 18 for op in OPS.values() if op.draws_mask}
+_NATIVE = providers.unavailable_reason("cpu") is None
+_CPU_LIMITS = {op.name: 1 << 18 for op in OPS.values() if op.draws_mask and not _NATIVE}
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 SWEEPS = {
@@ -271,9 +281,13 @@ SWEEPS = {
         ("float32", "bfloat16"),
         limits=_CPU_LIMITS,
         ffn_shapes=tuple((r, w) for r in (1, 4, 16, 64, 256, 1024, 4096) for w in _GRID_WIDTHS if r * w <= 1 << 24),
+        every_activation=True,
     ),
     ("cuda", "grid"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)), ("bfloat16", "float32"), ffn_shapes=_FFN
+        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
+        ("bfloat16", "float32"),
+        ffn_shapes=_FFN,
+        every_activation=True,
     ),
     ("cuda", "quick"): Sweep(
         (TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",), ffn_shapes=(TINY, (8192, 4096))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fusednorm
 
-_FUNCTIONS = {"relu": F.relu, "gelu": F.gelu}
-_FLOPS = {"relu": (2, 4), "gelu": (6, 13)}
+_FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu}
+_FLOPS = {"relu": (2, 4), "gelu": (6, 13), "gelu_tanh": (10, 20), "silu": (4, 10)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Activation:
         """Float operations an element, an erf or exponential counted as one (integer work is left out).
 
         Forward: the bias 1, and relu 1, or gelu's scale, erf, sum and two products 5. Backward: the bias, the product
-        with dy and dbias 3, and relu's comparison 1, or gelu's two halves 10. Dropout's scale 1 each way.
+        with dy and dbias 3, and relu's comparison 1, or gelu's two halves 10. The tanh form and silu are counted alike,
+        a tanh as one. Dropout's scale 1 each way.
         """
         forward, backward = (count + self.draws_mask for count in _FLOPS[self.activation])
         each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]

@@ -15,6 +15,7 @@ from . import _checks, _ops, dropout, providers
 from ._transforms import batched, distinct, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
+from .providers.choice import OPERATIONS, torch_on_cpu
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
@@ -79,14 +80,12 @@ def bias_act_dropout(
         if (
             dropout_p == 0.0
             and seed is None
-            and providers.automatic
+            and providers.short_cuts
             and not _functorch_active()
             and forward_ad._current_level < 0
             and not _is_compiling()
         ):
-            y = None if bias is None else _run_native(x, bias, activation)
-            if y is None:
-                y = _run_torch(x, bias, activation)
+            y = _run_bare(x, bias, activation)
             if y is not None:
                 return y
     except (RuntimeError, TypeError, AttributeError, LookupError):
@@ -101,24 +100,34 @@ def bias_act_dropout(
     return _run((x, bias, seed, activation, float(dropout_p)))
 
 
-def _run_native(x: Tensor, bias: Tensor, activation: str) -> Tensor | None:
-    """The native kernel with nothing looked up that a bare call does not need; None where torch has to serve it.
+def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
+    """The way down of a call without dropout on the CPU, with nothing looked up that it does not need.
 
-    The library checks shapes, dtypes and devices itself and raises, upon which the caller takes the way with messages.
+    Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
+    the way with messages; so it does for None.
     """
+    automatic = providers.automatic
+    if bias is None or providers.unavailable_reason("cpu") is not None:
+        return _run_torch(x, bias, activation) if automatic else None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     if (
-        (providers.by_shape and native.torch_is_faster(x, activation, needs_grad))
-        or providers.unavailable_reason("cpu") is not None
+        (automatic and providers.by_shape and _torch_is_faster(x, activation, needs_grad))
         or type(x) not in _ops.PLAIN
         or type(bias) not in _ops.PLAIN
         or torch._C._len_torch_dispatch_stack()
         or is_functorch_wrapped_tensor(x)
     ):
-        return None
+        return _run_torch(x, bias, activation) if automatic else None
     if needs_grad:
         return _apply(x, bias, None, activation, 0.0, "cpu")
     return native.bias_act_bare(x, bias, activation)
+
+
+def _torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
+    dtype = x.dtype
+    if dtype is torch.float64 and activation != "relu":
+        return True  # what the provider is reluctant to take
+    return torch_on_cpu(OPERATIONS[activation], dtype, x.numel(), x.size(-1), needs_grad)
 
 
 def _run_torch(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:

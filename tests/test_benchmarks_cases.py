@@ -10,10 +10,11 @@ from benchmarks.cases import OPS
 
 
 def test_every_sweep_has_the_tiny_case_and_unique_names():
-    for device, level in cases.SWEEPS:
+    for (device, level), sweep in cases.SWEEPS.items():
         names = [case.name for case in cases.sweep(device, level)]
         assert len(set(names)) == len(names)
-        assert all(any(n.startswith(f"{op}/") and n.endswith("/4x64") for n in names) for op in OPS)
+        assert all(any(n.startswith(f"{op}/") and n.endswith("/4x64") for n in names) for op in sweep.operations())
+    assert set(cases.SWEEPS["cpu", "grid"].operations()) == set(OPS) > set(cases.SWEEPS["cpu", "full"].operations())
     shapes = cases.SWEEPS["cpu", "default"].shapes + cases.SWEEPS["cuda", "default"].shapes
     assert [(min(sizes), max(sizes)) for sizes in zip(*shapes)] == [(1, 65536), (64, 262144)]
 

@@ -10,6 +10,7 @@ from benchmarks.cases import OPS, Case
 
 # Counted by hand for 4 rows of 64, in elements of the tensor T = 4 * 64 and the parameter P = 64.
 T, P = 4 * 64, 64
+ACTIVATIONS = ("bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu", "bias_gelu_dropout")
 HAND_COUNTED = [
     # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
     ("layer_norm", "forward", 2 * T + 2 * P, 0),
@@ -35,9 +36,9 @@ HAND_COUNTED = [
     ("bias_dropout_add_layer_norm", "both", 9 * T + 7 * P, 16),
     ("bias_dropout_add_rms_norm", "both", 9 * T + 5 * P, 8),
     # x and the bias read, y written; dy, x and the bias read, dx and dbias written; no mask
-    *((op, "forward", 2 * T + P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
-    *((op, "backward", 3 * T + 2 * P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
-    *((op, "both", 5 * T + 3 * P, 0) for op in ("bias_relu", "bias_gelu_dropout")),
+    *((op, "forward", 2 * T + P, 0) for op in ACTIVATIONS),
+    *((op, "backward", 3 * T + 2 * P, 0) for op in ACTIVATIONS),
+    *((op, "both", 5 * T + 3 * P, 0) for op in ACTIVATIONS),
 ]
 
 
@@ -85,6 +86,8 @@ def test_flop_model():
     assert counted["bias_dropout_add_rms_norm"] == [7, 12, 19]
     assert counted["bias_relu"] == [2, 4, 6]
     assert counted["bias_gelu_dropout"] == [7, 14, 21]
+    assert counted["bias_gelu_tanh"] == [10, 20, 30]
+    assert counted["bias_silu"] == [4, 10, 14]
 
 
 def test_median_interval_covers_the_median():

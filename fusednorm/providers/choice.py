@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
 
 
@@ -66,8 +67,8 @@ def table(key: str) -> Table | None:
 
 def operation(op: str, args: tuple[Any, ...]) -> str:
     """The benchmark's name for what a call of a forward op does."""
-    if op == "bias_act_dropout_fwd":  # what decides is the traffic and the mask, not which activation it is
-        return "bias_gelu_dropout" if args[4] else "bias_relu"
+    if op == "bias_act_dropout_fwd":  # with a mask, it decides, and not which activation it is
+        return "bias_gelu_dropout" if args[4] else OPERATIONS[args[3]]
     residual, x_bias, layer_scale, dropout_p, drop_path_p, rms = args[1], args[4], args[5], args[9], args[10], args[13]
     epilogue = x_bias is not None or layer_scale is not None or dropout_p or drop_path_p
     kind = "bias_dropout_add_" if epilogue else "add_" if residual is not None else ""
@@ -84,6 +85,8 @@ def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
         return None
     if op == "add_layer_norm_fwd" and not x.dtype is args[11] is args[12] is (x if args[1] is None else args[1]).dtype:
         return None  # mixtures of dtypes are not measured
+    if op == "bias_act_dropout_fwd" and (args[1] is None or args[1].dtype is not x.dtype):
+        return None
     return _nearest(device_key(x.device), operation(op, args), x.element_size(), needs_grad, rows, columns)
 
 

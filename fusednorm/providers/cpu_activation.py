@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import providers
 from . import cpu
 from .cpu import refusal as refusal
 
@@ -23,28 +22,9 @@ def reluctance(op: str, *args: Any) -> str | None:
         return "torch's own operators serve an activation with nothing to add"
     if torch.compiler.is_compiling():
         return "torch.compile fuses an addition and an activation into what stands around them"
-    x, bias, _, activation, _ = args
-    if providers.by_shape and x.dtype is bias.dtype:
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
-        if torch_is_faster(x, activation, needs_grad):
-            return "torch's own operators are faster on so few elements or columns"
+    if args[3] != "relu" and args[0].dtype is torch.float64:
+        return "in float64 it computes an element at a time"
     return None
-
-
-def torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
-    """Whether an addition and an activation of torch's beat this provider on x's shape.
-
-    One thread of a shared machine: rows of 16 ran at 0.7 of eager's speed, and forward with backward at 0.8 on few
-    elements (an autograd Function of Python's costs 20 microseconds), at 1.2 and more from 2**19 on. Torch's gelu is
-    oneDNN's, which costs much to call (0.4 of this provider's speed on 256 elements) and is then the faster one (1.3 on
-    2**16 to 2**19), until memory decides (0.5 on 2**24). In float64 libm computes an element at a time.
-    """
-    if x.size(-1) < 64 or (activation != "relu" and x.dtype is torch.float64):
-        return True
-    if activation == "gelu":
-        n = x.numel()
-        return n < 1 << 22 and (needs_grad or n > 1 << 14)
-    return needs_grad and x.numel() < 1 << 19
 
 
 def bias_act_dropout_fwd(
