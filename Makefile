@@ -58,6 +58,7 @@ test-all: test test-slow ## test, then the slow tests
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python benchmarks/fresh_outputs.py --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
 
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
