@@ -7,6 +7,7 @@
 #include "norm_launch.h"
 #include "norm_table.h"
 #include "operands.h"
+#include "partials.h"
 
 namespace fusednorm_cuda {
 
@@ -51,9 +52,8 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
 
 template <class... Operands>
 bool all_aligned(const Common& a, int vector, const Operands&... operands) {
-  const Parameter parameters[] = {a.weight, a.bias, a.x_bias, a.layer_scale};
-  return a.n_columns % vector == 0 && (aligned(operands) && ...) &&
-         std::all_of(std::begin(parameters), std::end(parameters), [](const Parameter& p) { return aligned(p.data); });
+  return a.n_columns % vector == 0 && (aligned(operands) && ...) && aligned(a.weight) && aligned(a.bias) &&
+         aligned(a.x_bias) && aligned(a.layer_scale);
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -141,7 +141,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   kernels.backward(a, form, epilogue, programs, stream);
   if (n_sums) {
     finalize.partials = a.partials, finalize.programs = programs, finalize.n_columns = a.n_columns;
-    kernels.finalize(finalize, n_sums, stream);
+    sum_partials(finalize, n_sums, compute == kFloat64, stream);
   }
   for (int k = 0; k < 6; ++k) stack[k] = torch::stable::detail::from(gradients[k].release());
 }

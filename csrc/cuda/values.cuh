@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../inline.h"
+#include "args.h"
 #include "device.cuh"
-#include "norm_args.h"
 
 namespace fusednorm_cuda {
 
