@@ -73,8 +73,9 @@ class Kernel:
     def model(self) -> tuple[int, int]:
         """16-byte loads and stores in the program: each operand once on each of its paths, each result once.
 
-        A parameter is read in the rows' dtype, or in float32: two paths beside 16-bit rows. So is what was saved,
-        where the stream is wider than the rows. The plain backward reads a row ahead, so these loads stand twice.
+        A parameter is read in the rows' dtype, or in float32: two paths beside 16-bit rows. So are what was saved and
+        the residual, and its gradient is stored, where the stream is wider than the rows. The plain backward reads a
+        row ahead, so these loads stand twice.
         """
         row = SIZES[self.types[0]]
         sums, parameter = 16 // row * max(row, 4) // 16, 1 if row >= 4 else 3
@@ -85,12 +86,12 @@ class Kernel:
         s = SIZES[self.types[1]] // row
         saved = s if s == 1 else s + 1
         if self.name == "add_layer_norm_fwd":  # z or x again where a row takes several tiles
-            return self.constants[0] * (1 + s + 4 * parameter + s + 1), self.constants[0] * (s + 1)
+            return self.constants[0] * (1 + saved + 4 * parameter + s + 1), self.constants[0] * (s + 1)
         if self.name == "add_layer_norm_bwd_sums":
             return 1 + saved + 2 * parameter, 0
         if self.constants[0]:  # with the epilogue
-            return 1 + saved + 2 * parameter + s + 1 + 2 * parameter, s + 1 + 4 * sums
-        return 2 * (1 + saved) + 2 * parameter + s, s + 1 + 2 * sums
+            return 1 + saved + 2 * parameter + s + 1 + 2 * parameter, saved + 1 + 4 * sums
+        return 2 * (1 + saved) + 2 * parameter + s, saved + 1 + 2 * sums
 
 
 def faults(k: Kernel) -> list[str]:

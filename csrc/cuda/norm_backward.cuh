@@ -27,38 +27,9 @@ FN_DEVICE RowStatistics<C> row_statistics(const Backward& a, int64_t row) {
   return {a.rms ? C(0) : stats[row], stats[(a.rms ? 0 : a.n_rows) + row]};
 }
 
-// A vector of what was saved: z, or normed, which has the dtype of x.
-template <class T, class S, int V>
-struct Saved {
-  Raw<S, V> raw;
-
-  template <bool ALIGNED>
-  FN_DEVICE void load(const Backward& a, const char* row, int column, int width) {
-    if constexpr (sizeof(T) != sizeof(S)) {
-      if (a.saved_is_normed) {
-        const auto narrow = Raw<T, V>::template load<ALIGNED>(row, column, width);
-#pragma unroll
-        for (int w = 0; w < Raw<T, V>::kWords; ++w) raw.words[w] = narrow.words[w];
-        return;
-      }
-    }
-    raw = Raw<S, V>::template load<ALIGNED>(row, column, width);
-  }
-
-  FN_DEVICE Numbers<Compute<T>, V> numbers(const Backward& a) const {
-    if constexpr (sizeof(T) != sizeof(S)) {
-      Raw<T, V> narrow;
-#pragma unroll
-      for (int w = 0; w < Raw<T, V>::kWords; ++w) narrow.words[w] = raw.words[w];
-      if (a.saved_is_normed) return narrow.numbers();
-    }
-    return raw.numbers();
-  }
-};
-
 // The normalized row and g; both are zero past the row's end.
 template <class T, class S, int V, bool ALIGNED>
-FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Saved<T, S, V>& saved,
+FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Either<T, S, V>& saved,
                           const RowStatistics<Compute<T>>& stats, int column, int width, Numbers<Compute<T>, V>& xhat,
                           Numbers<Compute<T>, V>& g) {
   using C = Compute<T>;
@@ -70,7 +41,7 @@ FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Sav
     if (a.zero_centered) weight = weight + N(1);
     g = g * weight;
   }
-  xhat = saved.numbers(a);
+  xhat = saved.numbers(a.saved_is_normed);
   if (a.saved_is_normed) {
     if (a.bias.data) xhat = xhat - load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns);
     if (a.weight.data) xhat = xhat / weight;
@@ -100,8 +71,8 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
 #pragma unroll 1
   for (int column = int(threadIdx.x) * V; column < n; column += int(blockDim.x) * V) {
     const auto dnormed = Raw<T, V>::template load<ALIGNED>(dnormed_row, column, n);
-    Saved<T, S, V> saved;
-    saved.template load<ALIGNED>(a, saved_row, column, n);
+    Either<T, S, V> saved;
+    saved.template load<ALIGNED>(a.saved_is_normed, saved_row, column, n);
     Numbers<C, V> xhat, g;
     xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, n, xhat, g);
 #pragma unroll
@@ -135,13 +106,13 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   const int64_t rounds = (a.n_rows + step - 1) / step;  // the same for every thread: they meet at barriers
   int64_t next_row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
   Raw<T, V> dnormed;
-  Saved<T, S, V> saved;
+  Either<T, S, V> saved;
   RowStatistics<C> stats{};
   const auto load_next = [&] {
     const int width = next_row < a.n_rows ? n : 0;
     stats = width ? row_statistics<C>(a, next_row) : RowStatistics<C>{0, 0};
     dnormed = Raw<T, V>::template load<ALIGNED>(width ? row_at(a.dnormed, next_row) : nullptr, column, width);
-    saved.template load<ALIGNED>(a, width ? row_at(a.saved, next_row) : nullptr, column, width);
+    saved.template load<ALIGNED>(a.saved_is_normed, width ? row_at(a.saved, next_row) : nullptr, column, width);
     next_row += step;
   };
   if (kPrefetch<EPILOGUE>) load_next();
@@ -182,7 +153,7 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     if (a.rms) means[1] = 0;
     N d = (g - xhat * N(means[0]) - N(means[1])) * N(rstd);
     if (a.dresidual_out.data) d = d + dresidual_out.numbers();
-    if (a.dresidual) Raw<S, V>::of(d).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
+    if (a.dresidual) Either<T, S, V>::template store<ALIGNED>(d, a.residual_is_narrow, a.dresidual, row * n, column, width);
     if constexpr (EPILOGUE) {
       const auto x = [&] {
         return Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width).numbers();

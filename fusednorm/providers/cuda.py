@@ -26,15 +26,16 @@ def refusal(op: str, *args: Any) -> str | None:
         return reason
     if dropout_p and normalized_ndim > 1:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
-    stream = residual_dtype if residual is None else residual.dtype
+    given = residual_dtype if residual is None else residual.dtype
+    wide = (x.dtype, residual_dtype) in _WIDE_STREAM
     if (
         normed_dtype != x.dtype
-        or stream != residual_dtype
-        or (x.dtype != stream and (x.dtype, stream) not in _WIDE_STREAM)
+        or not (wide or residual_dtype == x.dtype)
+        or not (given == residual_dtype or (wide and given == x.dtype))
     ):
         return (
             "dtypes: its kernels take one dtype for x, residual, normed and residual_out, or 16-bit x and normed "
-            f"beside a float32 stream; these are {x.dtype}, {stream}, {normed_dtype} and {residual_dtype}"
+            f"beside a float32 residual_out; these are {x.dtype}, {given}, {normed_dtype} and {residual_dtype}"
         )
     for name, tensor in (("x", x), ("residual", residual)):
         reason = None if tensor is None else host.strides_refusal(name, tensor, normalized_ndim)
@@ -106,7 +107,7 @@ def add_layer_norm_bwd(
         gradients += [saved.new_empty(0) if p is None else torch.zeros_like(p) for p in parameters]
         return tuple(g if wanted else saved.new_empty(0) for g, wanted in zip(gradients, output_mask))
     computed_in = stats.dtype
-    # the stream's dtype: without a residual, residual_dtype does not say
+    # that of residual_out, which without a residual, or with one of x's dtype, residual_dtype does not say
     stream = residual_dtype if saved_is_normed else saved.dtype
     if saved_is_normed and dresidual_out is not None and (x_dtype, dresidual_out.dtype) in _WIDE_STREAM:
         stream = dresidual_out.dtype
@@ -120,7 +121,7 @@ def add_layer_norm_bwd(
         *[parameter(p, x_dtype, computed_in) for p in parameters[2:]],
         seed,
         options(
-            *(normalized_ndim, x_dtype, stream, rms, zero_centered_weight, False, saved_is_normed),
+            *(normalized_ndim, x_dtype, residual_dtype, rms, zero_centered_weight, False, saved_is_normed),
             tuple(output_mask),
         ),
         *(dropout_p, drop_path_p),
