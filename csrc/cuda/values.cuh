@@ -136,7 +136,15 @@ struct Raw {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) raw.words[w] = 0;
     if constexpr (ALIGNED) {
-      if (column < n) {
+      if (column < n && sizeof(E) == 8) {  // as two numbers: of four words nvcc makes two loads for sm_100
+        const auto* p = reinterpret_cast<const ulonglong2*>(static_cast<const E*>(row) + column);
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i) {
+          const ulonglong2 v = p[i];
+          raw.words[4 * i] = uint32_t(v.x), raw.words[4 * i + 1] = uint32_t(v.x >> 32);
+          raw.words[4 * i + 2] = uint32_t(v.y), raw.words[4 * i + 3] = uint32_t(v.y >> 32);
+        }
+      } else if (column < n) {
         const auto* p = reinterpret_cast<const uint4*>(static_cast<const E*>(row) + column);
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i) {
