@@ -1,4 +1,4 @@
-"""A few calls that reach every form of the Triton kernels, small enough for compute-sanitizer to watch each access.
+"""A few calls that reach every form of the Triton and CUDA C++ kernels, for compute-sanitizer to watch each access.
 
     PYTHONPATH=. python3 benchmarks/gpu_sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool memcheck python3 benchmarks/gpu_sanitize.py
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 import fusednorm
+from benchmarks import gpu_sanitize_cuda
+from fusednorm import providers
 from fusednorm.providers import triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
 
@@ -36,6 +38,7 @@ class Work(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012 - never written to
     parameters: tuple[str, ...] = ()  # of the epilogue
     strided: bool = False
+    provider: str = "triton"
 
 
 DROPOUT = {"dropout_p": 0.25, "seed": 11}
@@ -51,6 +54,30 @@ WORKS = (
     Work("wide, slabs", "layer_norm", 3, 33_001, torch.float32),
     Work("wide, dropout", "add_layer_norm", 3, 40_960, torch.bfloat16, DROPOUT, ("x_bias",)),
     Work("one column", "rms_norm", 5, 1, torch.float32),
+)
+_NATIVE = {"provider": "cuda"}
+CUDA_WORKS = (
+    Work("narrow, several rows a block", "layer_norm", 37, 64, torch.float32, **_NATIVE),
+    Work("narrow, odd width", "add_rms_norm", 37, 61, torch.bfloat16, **_NATIVE),
+    Work("every epilogue", "add_layer_norm", 9, 384, torch.float32, BOTH, ("x_bias", "layer_scale"), **_NATIVE),
+    Work("two vectors a thread", "add_layer_norm", 9, 2048, torch.bfloat16, DROPOUT, ("x_bias",), **_NATIVE),
+    Work("four vectors a thread", "layer_norm", 5, 4096, torch.float32, **_NATIVE),
+    Work("memory efficient", "add_layer_norm", 9, 128, torch.float16, {"memory_efficient": True}, **_NATIVE),
+    Work("two row strides", "add_layer_norm", 6, 100, torch.float32, DROPOUT, (), True, **_NATIVE),
+    Work(
+        "16 bits into float32", "add_layer_norm", 9, 384, torch.bfloat16, {"residual_dtype": torch.float32}, **_NATIVE
+    ),
+    Work("cluster", "add_layer_norm", 3, 16_384, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
+    Work("wider than a cluster", "add_layer_norm", 3, 70_000, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
+    Work("wide, odd width", "layer_norm", 3, 33_001, torch.bfloat16, **_NATIVE),
+    Work("float64", "add_layer_norm", 9, 100, torch.float64, BOTH, ("layer_scale",), **_NATIVE),
+    Work("narrow", "bias_act_dropout", 37, 64, torch.float32, {"activation": "gelu"}, **_NATIVE),
+    Work("odd width", "bias_act_dropout", 37, 61, torch.float16, {"activation": "silu", **DROPOUT}, **_NATIVE),
+    Work(
+        "several warps", "bias_act_dropout", 9, 1024, torch.bfloat16, {"activation": "gelu_tanh", **DROPOUT}, **_NATIVE
+    ),
+    Work("slabs", "bias_act_dropout", 9, 4096, torch.float32, {"activation": "relu", **DROPOUT}, **_NATIVE),
+    Work("two row strides", "bias_act_dropout", 6, 100, torch.float32, {"activation": "gelu"}, (), True, **_NATIVE),
 )
 FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "one tile", "several tiles", "wide")),
@@ -99,6 +126,8 @@ def tensors(work: Work) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
 
     shape = (2, work.rows, work.columns) if work.strided else (work.rows, work.columns)
     names = ["weight", *(["bias"] if "rms" not in work.function else []), *work.parameters]
+    if work.function == "bias_act_dropout":
+        names = ["bias"]
     values = {"x": draw(*shape), **({"residual": draw(*shape)} if "add" in work.function else {})}
     # weights near 1: beside a weight near 0 the memory-efficient form keeps z after all
     values |= {name: 0.1 * draw(work.columns) + float(name != "bias") for name in names}
@@ -109,7 +138,10 @@ def results(work: Work, device: str, provider: str, inputs: dict[str, Tensor], c
     """Outputs and gradients, on the CPU."""
     leaves = {}
     for name, value in inputs.items():
-        if work.strided and name in ("x", "residual"):  # neither rows nor columns lie side by side
+        if work.strided and name in ("x", "residual") and work.provider == "cuda":  # rows at two strides
+            value = value.transpose(0, 1).contiguous().to(device)
+            leaves[name] = value.transpose(0, 1).detach().requires_grad_()
+        elif work.strided and name in ("x", "residual"):  # neither rows nor columns lie side by side
             value = torch.stack([value, torch.full_like(value, 7.0)], -1).transpose(0, 1).to(device)
             leaves[name] = value[..., 0].transpose(0, 1).detach().requires_grad_()
         else:
@@ -117,8 +149,11 @@ def results(work: Work, device: str, provider: str, inputs: dict[str, Tensor], c
     positional = [leaves[name] for name in ("x", "residual") if name in leaves]
     named = {name: leaf for name, leaf in leaves.items() if name not in ("x", "residual")}
     with fusednorm.use_provider(provider):
-        function, options = getattr(fusednorm, work.function), {"eps": 1e-5, **work.options}
-        outputs = function(*positional, (work.columns,), **named, **options)
+        function = getattr(fusednorm, work.function)
+        if work.function == "bias_act_dropout":
+            outputs = function(*positional, **named, **work.options)
+        else:
+            outputs = function(*positional, (work.columns,), **named, **{"eps": 1e-5, **work.options})
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         given = [c.to(device) for c in cotangents[: len(outputs)]]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
@@ -129,7 +164,7 @@ def results(work: Work, device: str, provider: str, inputs: dict[str, Tensor], c
 def fault(work: Work, device: str) -> str:
     """What is wrong with the results, if anything is."""
     inputs, cotangents = tensors(work)
-    ours = results(work, device, "triton", inputs, cotangents)
+    ours = results(work, device, work.provider, inputs, cotangents)
     wide = work._replace(dtype=torch.float64)
     exact = results(
         wide, "cpu", "reference", {n: t.double() for n, t in inputs.items()}, [c.double() for c in cotangents]
@@ -143,19 +178,45 @@ def fault(work: Work, device: str) -> str:
     return ""
 
 
+def native_forms(work: Work, device: str) -> set[str]:
+    """What of gpu_sanitize_cuda.FORMS a call reaches."""
+    named = {"two row strides"} if work.strided else set()
+    named |= {"epilogue"} if work.parameters or "drop_path_p" in work.options else set()
+    named |= {"float32 stream"} if "residual_dtype" in work.options else set()
+    x = torch.empty(1, work.columns, dtype=work.dtype, device=device)
+    return named | gpu_sanitize_cuda.reached(work.function, x)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: in Triton's interpreter")
     device = parser.parse_args(argv).device
     wrong = 0
+
+    def hold(work: Work) -> None:
+        nonlocal wrong
+        found = fault(work, device)
+        wrong += bool(found)
+        said = f"{work.provider:<6} {work.name:<28} {work.function:<16} {work.rows}x{work.columns}"
+        print(f"{said}  {found or 'right'}", flush=True)
+
     with noted() as reached:
         for work in WORKS:
-            found = fault(work, device)
-            wrong += bool(found)
+            hold(work)
             reached.update({"dropout"} if work.options.get("dropout_p") else (), {"strided"} if work.strided else ())
-            print(f"{work.name:<28} {work.function:<15} {work.rows}x{work.columns}  {found or 'right'}", flush=True)
     missing = [form for form in FORMS if form not in reached]
-    print(f"{len(WORKS) - wrong} of {len(WORKS)} calls right; not reached: {', '.join(missing) or 'nothing'}")
+    calls = len(WORKS)
+    unavailable = providers.unavailable_reason("cuda")
+    if unavailable is None:
+        native: set[str] = set()
+        for work in CUDA_WORKS:
+            hold(work)
+            native |= native_forms(work, device)
+        missing += [f"cuda {form}" for form in gpu_sanitize_cuda.forms(device) if form not in native]
+        calls += len(CUDA_WORKS)
+    else:
+        print(f"the CUDA C++ kernels are left out: {unavailable}")
+    print(f"{calls - wrong} of {calls} calls right; not reached: {', '.join(missing) or 'nothing'}")
     return 1 if wrong or missing else 0
 
 

@@ -64,14 +64,17 @@ QUICK = (
     " or (every_layout and add_rms_norm and bfloat16)"
     " or (float32_stream and bfloat16 and keep_normed and not wide_rows)"
     " or (wide_rows_with_epilogue and float32_stream and keep_z and clusters_of)"
+    " or (activation_in_every_form and dropout and rows and bfloat16)"
+    " or (activation_with_every_switch and dropout and -bias and (float32 or float64))"
+    " or (activation_at_every_layout and bfloat16)"
 )
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(QUICK, 40), pytest.param("", 400, marks=pytest.mark.slow)], ids=["quick", "every_test"]
+    ("chosen", "least"), [(QUICK, 75), pytest.param("", 700, marks=pytest.mark.slow)], ids=["quick", "every_test"]
 )
 def test_kernels_under_sanitizers(chosen, least):
-    """test_cuda_norm.py once more, in a process whose memory AddressSanitizer watches."""
+    """test_cuda_norm.py and test_cuda_activation.py once more, in a process whose memory AddressSanitizer watches."""
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
@@ -79,7 +82,8 @@ def test_kernels_under_sanitizers(chosen, least):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_cuda_norm.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [str(HERE / "test_cuda_norm.py"), str(HERE / "test_cuda_activation.py")]
     command += ["-k", chosen] if chosen else []
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
     said = done.stdout[-3000:] + done.stderr[-3000:]

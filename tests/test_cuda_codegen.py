@@ -31,8 +31,10 @@ pytestmark = [
 
 REGISTER_FILE, SHARED_BYTES = 65536, 48 << 10
 SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
-# rows of a dtype, and of the stream beside it
+# of each source, what its kernels are made for: rows of a dtype, and of the stream beside it
 PAIRS = {
+    "activation": [("float",), ("double",), ("BFloat16",), ("Float16",)],
+    "partials": [("float",), ("double",)],
     "norm_float32": [("float", "float")],
     "norm_float64": [("double", "double")],
     "norm_bfloat16": [("BFloat16", "BFloat16"), ("BFloat16", "float")],
@@ -44,7 +46,7 @@ PAIRS = {
 class Kernel:
     """One instantiation: which it is, and what it compiled to."""
 
-    name: str  # fwd, bwd, bwd_sums, bwd_finalize
+    name: str  # of the op, without "kernel"
     types: tuple[str, ...]
     constants: tuple[int, ...]
     registers: int
@@ -56,32 +58,40 @@ class Kernel:
 
     @property
     def aligned(self) -> bool:
-        return self.name != "bwd_finalize" and bool(self.constants[-1])
+        return self.name != "sum_partials" and bool(self.constants[-1])
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """(most threads of a block, blocks on a multiprocessor) that csrc/cuda/norm_table.h counts on."""
-        if self.name == "fwd":
+        """(most threads of a block, blocks on a multiprocessor) that the tables of csrc/cuda count on."""
+        if self.name == "add_layer_norm_fwd":
             chunks = self.constants[0]
             return (128 * chunks, {1: 8, 2: 3, 4: 1}[chunks]) if self.aligned else (512, 1)
-        return {"bwd": (512, 1), "bwd_sums": (256, 2), "bwd_finalize": (512, 1)}[self.name]
+        if self.name.startswith("bias_act_dropout"):
+            return 256, 2 if self.types[0] == "double" else 4
+        return (256, 2) if self.name == "add_layer_norm_bwd_sums" else (512, 1)
 
     def model(self) -> tuple[int, int]:
         """16-byte loads and stores in the program: each operand once on each of its paths, each result once.
 
-        A parameter is read in the rows' dtype, or in float32: two paths beside 16-bit rows. So is what was saved,
-        where the stream is wider than the rows. The plain backward reads a row ahead, so these loads stand twice.
+        A parameter is read in the rows' dtype, or in float32: two paths beside 16-bit rows. So are what was saved and
+        the residual, and its gradient is stored, where the stream is wider than the rows. The plain backward reads a
+        row ahead, so these loads stand twice.
         """
-        row, stream = (SIZES[t] for t in self.types)
-        s, sums = stream // row, 16 // row * max(row, 4) // 16
-        parameter, saved = 1 if row >= 4 else 3, s if s == 1 else s + 1
-        if self.name == "fwd":  # z or x again where a row takes several tiles
-            return self.constants[0] * (1 + s + 4 * parameter + s + 1), self.constants[0] * (s + 1)
-        if self.name == "bwd_sums":
+        row = SIZES[self.types[0]]
+        sums, parameter = 16 // row * max(row, 4) // 16, 1 if row >= 4 else 3
+        if self.name == "bias_act_dropout_fwd":
+            return 1 + parameter, 1
+        if self.name == "bias_act_dropout_bwd":
+            return 2 + parameter, 1 + sums
+        s = SIZES[self.types[1]] // row
+        saved = s if s == 1 else s + 1
+        if self.name == "add_layer_norm_fwd":  # z or x again where a row takes several tiles
+            return self.constants[0] * (1 + saved + 4 * parameter + s + 1), self.constants[0] * (s + 1)
+        if self.name == "add_layer_norm_bwd_sums":
             return 1 + saved + 2 * parameter, 0
         if self.constants[0]:  # with the epilogue
-            return 1 + saved + 2 * parameter + s + 1 + 2 * parameter, s + 1 + 4 * sums
-        return 2 * (1 + saved) + 2 * parameter + s, s + 1 + 2 * sums
+            return 1 + saved + 2 * parameter + s + 1 + 2 * parameter, saved + 1 + 4 * sums
+        return 2 * (1 + saved) + 2 * parameter + s, saved + 1 + 2 * sums
 
 
 def faults(k: Kernel) -> list[str]:
@@ -108,16 +118,12 @@ def faults(k: Kernel) -> list[str]:
 
 
 def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
-    name, arguments = re.search(r"add_layer_norm_(\w+?)_kernelI(.*?)EEv", mangled).groups()  # type: ignore[union-attr]
-    first = re.match(r"(?:NS_\d+(B?Float16)E|([fd]))", arguments)
-    assert first is not None, mangled
-    types = [first[1] or {"f": "float", "d": "double"}[first[2]]]
-    rest = arguments[first.end() :]
-    if name != "bwd_finalize":
-        second = re.match(r"(?:S\d?_|([fd]))", rest)
-        assert second is not None, mangled
-        types.append({"f": "float", "d": "double"}.get(second[1], types[0]))
-    return name, tuple(types), tuple(int(n) for n in re.findall(r"L[ib](\d+)", rest + "E"))
+    name, arguments = re.search(r"fusednorm_cuda\d+(\w+?)_kernelI(.*?)EEv", mangled).groups()  # type: ignore[union-attr]
+    types: list[str] = []
+    while found := re.match(r"NS_\d+(B?Float16)E|([fd])|(S\d?_)", arguments):
+        types.append(found[1] or {"f": "float", "d": "double"}.get(found[2]) or types[0])
+        arguments = arguments[found.end() :]
+    return name, tuple(types), tuple(int(n) for n in re.findall(r"L[ib](\d+)", arguments + "E"))
 
 
 def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
@@ -158,13 +164,16 @@ def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
 
 def expected(source: str) -> set[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Every instantiation there should be, and no other."""
-    result = set()
-    for pair in PAIRS[source]:
-        result |= {("fwd", pair, c) for c in ((1, 1), (2, 1), (4, 1), (2, 0))}
-        result |= {("bwd", pair, c) for c in ((0, 1), (1, 1), (1, 0))}
-        result |= {("bwd_sums", pair, c) for c in ((1,), (0,))}
-        result.add(("bwd_finalize", ("double" if pair[0] == "double" else "float",), ()))
-    return result
+    forms: dict[str, tuple[tuple[int, ...], ...]] = {
+        "add_layer_norm_fwd": ((1, 1), (2, 1), (4, 1), (2, 0)),
+        "add_layer_norm_bwd": ((0, 1), (1, 1), (1, 0)),
+        "add_layer_norm_bwd_sums": ((1,), (0,)),
+    }
+    if source == "activation":
+        forms = {"bias_act_dropout_fwd": ((1,), (0,)), "bias_act_dropout_bwd": ((1,), (0,))}
+    elif source == "partials":
+        forms = {"sum_partials": ((),)}
+    return {(name, pair, c) for pair in PAIRS[source] for name in forms for c in forms[name]}
 
 
 def hold(sources: list[str], arch: str, folder: Path) -> list[Kernel]:
@@ -180,11 +189,11 @@ def hold(sources: list[str], arch: str, folder: Path) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory) -> list[Kernel]:
-    return hold(["norm_bfloat16", "norm_float32"], "90a", tmp_path_factory.mktemp("hopper"))
+    return hold(["norm_bfloat16", "activation", "norm_float32", "partials"], "90a", tmp_path_factory.mktemp("hopper"))
 
 
 def test_cuda_gate_on_hopper(hopper):
-    assert len(hopper) == 19 + 10
+    assert len(hopper) == 18 + 9 + 16 + 2
 
 
 @pytest.mark.slow
@@ -197,7 +206,7 @@ def test_cuda_gate_everywhere(source, arch, tmp_path):
 def test_backward_keeps_to_the_registers_that_the_table_counts_on(hopper):
     """The table makes as many programs as fit at this many registers."""
     counted = int(re.search(r"kBackwardRegisters = (\d+)", (CUDA / "norm_table.h").read_text())[1])
-    assert max(k.registers for k in hopper if k.name == "bwd") <= counted
+    assert max(k.registers for k in hopper if k.name == "add_layer_norm_bwd") <= counted
 
 
 PLANTED = {
@@ -211,5 +220,5 @@ PLANTED = {
 
 @pytest.mark.parametrize("said", PLANTED)
 def test_cuda_gate_fails_on_what_is_planted(said, hopper):
-    kernel = next(k for k in hopper if k.name == "bwd" and k.aligned)
+    kernel = next(k for k in hopper if k.name == "add_layer_norm_bwd" and k.aligned)
     assert any(said in fault for fault in faults(replace(kernel, **PLANTED[said])))

@@ -122,12 +122,26 @@ def test_cuda_norm_of_wide_rows_with_epilogue(stream, memory_efficient, machine,
 @pytest.mark.parametrize(
     "names", [("x", "residual", "weight", "bias"), ("x", "weight", "bias", "x_bias")], ids=["add", "first"]
 )
+@pytest.mark.parametrize("residual", [torch.float32, None], ids=["float32_residual", "16_bit_residual"])
 @pytest.mark.parametrize("memory_efficient", [False, True], ids=["keep_z", "keep_normed"])
 @pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
-def test_cuda_norm_beside_a_float32_stream(columns, memory_efficient, names, dtype, generator):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["bare", "dropout"])
+def test_cuda_norm_beside_a_float32_stream(dropout_p, columns, memory_efficient, residual, names, dtype, generator):
+    """A residual of the rows' dtype has a gradient of its own only where something stands between x and z."""
     options = {"residual_dtype": torch.float32, "memory_efficient": memory_efficient}
-    leaves = random_leaves(Shape("", (9, columns)), names, dtype, "cpu", generator, {"residual": torch.float32})
-    check(Call("add_layer_norm", options=options), leaves, generator)
+    options |= {"dropout_p": dropout_p, "seed": 3}
+    leaves = random_leaves(Shape("", (9, columns)), names, dtype, "cpu", generator, {"residual": residual or dtype})
+    call = Call("add_layer_norm", options=options)
+    check(call, leaves, generator)
+    check(call, leaves, generator, used=(True, False))
+
+
+@pytest.mark.parametrize("width", [257, 513], ids=["four_vectors", "cluster"])
+def test_cuda_norm_of_wide_rows_into_a_float32_stream(width, generator):
+    emulate("clusters_of_small_blocks")
+    leaves = random_leaves(Shape("", (3, width * 8)), inputs("add_rms_norm"), torch.bfloat16, "cpu", generator)
+    options = {"residual_dtype": torch.float32, "dropout_p": 0.2, "seed": 5}
+    check(Call("add_rms_norm", options=options), leaves, generator)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +277,9 @@ REFUSED = {
     "x: strides (4, 24, 96, 1)": lambda: fusednorm.layer_norm(torch.ones(2, 4, 6, 4).transpose(0, 2), 4),
     "dtypes": lambda: fusednorm.add_layer_norm(torch.ones(4, 8), torch.ones(4, 8).bfloat16(), 8),
     "dtypes ": lambda: fusednorm.add_layer_norm(torch.ones(4, 8).half(), torch.ones(4, 8).bfloat16(), 8),
+    "dtypes  ": lambda: fusednorm.add_layer_norm(
+        torch.ones(4, 8).half(), torch.ones(4, 8), 8, residual_dtype=torch.float16
+    ),
     "several dimensions": lambda: fusednorm.add_layer_norm(torch.ones(2, 3, 4), None, (3, 4), dropout_p=0.1),
 }
 

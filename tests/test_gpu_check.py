@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from conftest import EMULATED
 
 from benchmarks import gpu_check, gpu_stages, gpu_tests
 from benchmarks.gpu_stages import Stage
@@ -296,6 +297,25 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
     assert reached | {"dropout", "strided"} == set(gpu_sanitize.FORMS)
     # nothing was computed, so the results are not right, and it says so
     assert "is off by" in gpu_sanitize.fault(gpu_sanitize.WORKS[1], "cpu")
+
+
+@pytest.mark.skipif(not EMULATED, reason="no g++ to build the kernels for the host")
+def test_sanitized_calls_reach_every_form_of_the_native_kernels():
+    pytest.importorskip("triton")
+    from benchmarks import gpu_sanitize, gpu_sanitize_cuda
+    from fusednorm import providers
+
+    assert providers.unavailable_reason("cuda") is None
+    reached: set[str] = set()
+    try:
+        torch.ops.fusednorm_cuda.emulate(128, 512, 8, 132, 1)  # a GPU with clusters
+        for work in gpu_sanitize.CUDA_WORKS:
+            reached |= gpu_sanitize.native_forms(work, "cpu")
+            if work.rows * work.columns < 8192:
+                assert not gpu_sanitize.fault(work, "cpu"), work
+    finally:
+        torch.ops.fusednorm_cuda.emulate(128, 512, 1, 1, 1)
+    assert reached == set(gpu_sanitize_cuda.FORMS)
 
 
 def test_an_interrupted_benchmark_writes_what_it_has(monkeypatch, tmp_path):

@@ -90,6 +90,9 @@ class Shared {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
 
 namespace fusednorm_cuda {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../epilogue.h"
+#include "norm_args.h"
 #include "philox.cuh"
 #include "values.cuh"
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "norm_table.h"
+#include "forms.h"
 
 namespace fusednorm_cuda {
 

@@ -1,7 +1,7 @@
 // What the ops ask of the machine: a GPU, or the emulation, which defines FN_EMULATED.
 #pragma once
 
-#include "norm_table.h"
+#include "forms.h"
 
 #if defined(FN_EMULATED)
 

@@ -8,13 +8,13 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "partials.cuh"
 #include "reduce.cuh"
 
 namespace fusednorm_cuda {
 
 constexpr int kBackwardThreads = 512;  // 128 registers each
 constexpr int kSumsThreads = 256;
-constexpr int kFinalizeColumns = 32, kFinalizeRows = 16;
 
 template <class C>
 struct RowStatistics {
@@ -27,38 +27,9 @@ FN_DEVICE RowStatistics<C> row_statistics(const Backward& a, int64_t row) {
   return {a.rms ? C(0) : stats[row], stats[(a.rms ? 0 : a.n_rows) + row]};
 }
 
-// A vector of what was saved: z, or normed, which has the dtype of x.
-template <class T, class S, int V>
-struct Saved {
-  Raw<S, V> raw;
-
-  template <bool ALIGNED>
-  FN_DEVICE void load(const Backward& a, const char* row, int column, int width) {
-    if constexpr (sizeof(T) != sizeof(S)) {
-      if (a.saved_is_normed) {
-        const auto narrow = Raw<T, V>::template load<ALIGNED>(row, column, width);
-#pragma unroll
-        for (int w = 0; w < Raw<T, V>::kWords; ++w) raw.words[w] = narrow.words[w];
-        return;
-      }
-    }
-    raw = Raw<S, V>::template load<ALIGNED>(row, column, width);
-  }
-
-  FN_DEVICE Numbers<Compute<T>, V> numbers(const Backward& a) const {
-    if constexpr (sizeof(T) != sizeof(S)) {
-      Raw<T, V> narrow;
-#pragma unroll
-      for (int w = 0; w < Raw<T, V>::kWords; ++w) narrow.words[w] = raw.words[w];
-      if (a.saved_is_normed) return narrow.numbers();
-    }
-    return raw.numbers();
-  }
-};
-
 // The normalized row and g; both are zero past the row's end.
 template <class T, class S, int V, bool ALIGNED>
-FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Saved<T, S, V>& saved,
+FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Either<T, S, V>& saved,
                           const RowStatistics<Compute<T>>& stats, int column, int width, Numbers<Compute<T>, V>& xhat,
                           Numbers<Compute<T>, V>& g) {
   using C = Compute<T>;
@@ -70,7 +41,7 @@ FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Sav
     if (a.zero_centered) weight = weight + N(1);
     g = g * weight;
   }
-  xhat = saved.numbers(a);
+  xhat = saved.numbers(a.saved_is_normed);
   if (a.saved_is_normed) {
     if (a.bias.data) xhat = xhat - load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns);
     if (a.weight.data) xhat = xhat / weight;
@@ -100,8 +71,8 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
 #pragma unroll 1
   for (int column = int(threadIdx.x) * V; column < n; column += int(blockDim.x) * V) {
     const auto dnormed = Raw<T, V>::template load<ALIGNED>(dnormed_row, column, n);
-    Saved<T, S, V> saved;
-    saved.template load<ALIGNED>(a, saved_row, column, n);
+    Either<T, S, V> saved;
+    saved.template load<ALIGNED>(a.saved_is_normed, saved_row, column, n);
     Numbers<C, V> xhat, g;
     xhat_and_g<T, S, V, ALIGNED>(a, dnormed, saved, stats, column, n, xhat, g);
 #pragma unroll
@@ -119,34 +90,6 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
 template <bool EPILOGUE>
 constexpr bool kPrefetch = !EPILOGUE;
 
-// One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`. Rows that share a warp
-// are added by shuffles, then warps through shared memory.
-template <int V, bool ALIGNED, class C>
-FN_DEVICE void write_partials(const Backward& a, int plane, int column, Numbers<C, V>& sums) {
-  if (plane < 0) return;
-  const int n = a.n_columns, threads = int(blockDim.x);
-  C* const out = static_cast<C*>(a.partials) + (int64_t(plane) * gridDim.y + blockIdx.y) * n;
-  if (blockDim.y == 1) return Raw<C, V>::of(sums).template store<ALIGNED>(out, column, n);
-  for (int offset = threads; offset < kWarp; offset *= 2) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) sums[i] += shuffle_xor(sums[i], offset);
-  }
-  const int thread = int(threadIdx.y) * threads + int(threadIdx.x), all = threads * int(blockDim.y);
-  const int warp = thread / kWarp, warps = all / kWarp, columns = threads * V;
-  const Shared<C> shared(RowGroup<C>::kSharedBytes);
-  sync_threads();  // who reads the plane before is done
-  if (thread % kWarp < threads) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) shared.set(warp * columns + int(threadIdx.x) * V + i, sums[i]);
-  }
-  sync_threads();
-  for (int c = thread; c < columns && c < n; c += all) {
-    C total = 0;
-    for (int w = 0; w < warps; ++w) total += shared.get(w * columns + c);
-    out[c] = total;
-  }
-}
-
 // Grid (slabs, or ranks of a cluster; programs), block (threads of a row, rows).
 template <class T, class S, bool EPILOGUE, bool ALIGNED>
 FN_KERNEL(kBackwardThreads, 1)
@@ -163,13 +106,13 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   const int64_t rounds = (a.n_rows + step - 1) / step;  // the same for every thread: they meet at barriers
   int64_t next_row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y;
   Raw<T, V> dnormed;
-  Saved<T, S, V> saved;
+  Either<T, S, V> saved;
   RowStatistics<C> stats{};
   const auto load_next = [&] {
     const int width = next_row < a.n_rows ? n : 0;
     stats = width ? row_statistics<C>(a, next_row) : RowStatistics<C>{0, 0};
     dnormed = Raw<T, V>::template load<ALIGNED>(width ? row_at(a.dnormed, next_row) : nullptr, column, width);
-    saved.template load<ALIGNED>(a, width ? row_at(a.saved, next_row) : nullptr, column, width);
+    saved.template load<ALIGNED>(a.saved_is_normed, width ? row_at(a.saved, next_row) : nullptr, column, width);
     next_row += step;
   };
   if (kPrefetch<EPILOGUE>) load_next();
@@ -210,7 +153,7 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     if (a.rms) means[1] = 0;
     N d = (g - xhat * N(means[0]) - N(means[1])) * N(rstd);
     if (a.dresidual_out.data) d = d + dresidual_out.numbers();
-    if (a.dresidual) Raw<S, V>::of(d).template store<ALIGNED>(static_cast<S*>(a.dresidual) + row * n, column, width);
+    if (a.dresidual) Either<T, S, V>::template store<ALIGNED>(d, a.residual_is_narrow, a.dresidual, row * n, column, width);
     if constexpr (EPILOGUE) {
       const auto x = [&] {
         return Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width).numbers();
@@ -220,42 +163,14 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     }
     if (a.dx) Raw<T, V>::of(d).template store<ALIGNED>(static_cast<T*>(a.dx) + row * n, column, width);
   }
-  write_partials<V, ALIGNED>(a, a.dweight, column, dweight);
-  write_partials<V, ALIGNED>(a, a.dbias, column, dbias);
+  const auto write = [&](int plane, N& sums) {
+    write_partials<ALIGNED>(a.partials, plane, column, n, RowGroup<C>::kSharedBytes, sums);
+  };
+  write(a.dweight, dweight);
+  write(a.dbias, dbias);
   if constexpr (EPILOGUE) {
-    write_partials<V, ALIGNED>(a, a.dx_bias, column, dx_bias);
-    write_partials<V, ALIGNED>(a, a.dlayer_scale, column, dlayer_scale);
-  }
-}
-
-template <class C>
-FN_DEVICE void store_as(Dtype dtype, void* out, int column, C value) {
-  switch (dtype) {
-    case kFloat64: static_cast<double*>(out)[column] = double(value); break;
-    case kFloat32: static_cast<float*>(out)[column] = float(value); break;
-    case kBFloat16: static_cast<BFloat16*>(out)[column].bits = uint16_t(pack(float(value), 0.0f, BFloat16{})); break;
-    case kFloat16: static_cast<Float16*>(out)[column].bits = uint16_t(pack(float(value), 0.0f, Float16{})); break;
-  }
-}
-
-// Adds the programs' partial sums of each column, always in the same order. Grid (columns, sums), block (columns, rows).
-template <class C>
-FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
-add_layer_norm_bwd_finalize_kernel(FN_ARGUMENT Finalize a) {
-  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
-  const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
-  C total = 0;
-  if (column < a.n_columns) {
-#pragma unroll 4
-    for (int p = int(threadIdx.y); p < a.programs; p += kFinalizeRows) total += partials[int64_t(p) * a.n_columns + column];
-  }
-  const Shared<C> shared(0);
-  shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);
-  sync_threads();
-  if (threadIdx.y == 0 && column < a.n_columns) {
-    total = 0;
-    for (int r = 0; r < kFinalizeRows; ++r) total += shared.get(r * kFinalizeColumns + int(threadIdx.x));
-    store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
+    write(a.dx_bias, dx_bias);
+    write(a.dlayer_scale, dlayer_scale);
   }
 }
 

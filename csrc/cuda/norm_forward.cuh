@@ -17,10 +17,10 @@ struct ForwardBounds {
 
 // z of one vector, rounded to S.
 template <class T, class S, int V, bool ALIGNED>
-FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Raw<S, V>& residual, uint64_t seed, Path path,
+FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Either<T, S, V>& residual, uint64_t seed, Path path,
                             int64_t row, int column) {
   const auto z = branch(At<T, V, ALIGNED>{a, seed, path, row, column, a.n_columns}, x.numbers());
-  return Raw<S, V>::of(a.residual.data ? residual.numbers() + z : z);
+  return Raw<S, V>::of(a.residual.data ? residual.numbers(a.residual_is_narrow) + z : z);
 }
 
 template <class T, int V, bool ALIGNED>
@@ -61,13 +61,13 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   for (int tile = 0; tile < a.tiles; ++tile) {
     const int first = (tile * ranks + rank) * span + int(threadIdx.x) * V;
     Raw<T, V> x[CHUNKS];
-    Raw<S, V> residual[CHUNKS];
+    Either<T, S, V> residual[CHUNKS];
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) x[c] = Raw<T, V>::template load<ALIGNED>(x_row, first + c * threads * V, width);
     if (a.residual.data) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c)
-        residual[c] = Raw<S, V>::template load<ALIGNED>(residual_row, first + c * threads * V, width);
+        residual[c].template load<ALIGNED>(a.residual_is_narrow, residual_row, first + c * threads * V, width);
     }
     C total[1] = {0};
 #pragma unroll

@@ -9,7 +9,6 @@ namespace fusednorm_cuda {
 struct Launchers {
   void (*forward)(const Forward&, const Form&, void* stream);
   void (*backward)(const Backward&, const Form&, bool epilogue, int programs, void* stream);
-  void (*finalize)(const Finalize&, int n_sums, void* stream);
 };
 
 // Of rows x, normed and the residual stream of one dtype, or 16-bit rows beside a float32 stream.

@@ -7,16 +7,17 @@
 #include "norm_launch.h"
 #include "norm_table.h"
 #include "operands.h"
+#include "partials.h"
 
 namespace fusednorm_cuda {
 
 namespace {
 
-Launchers launchers(const Options& o) {
-  const bool wide = o.residual_dtype != o.dtype;
-  STD_TORCH_CHECK(!wide || (o.residual_dtype == kFloat32 && kItemSize[o.dtype] == 2),
-                  "rows of these dtypes together have no kernel");
-  switch (o.dtype) {
+// Of rows of x and normed of one dtype, beside a stream of another.
+Launchers launchers(Dtype dtype, Dtype stream) {
+  const bool wide = stream != dtype;
+  STD_TORCH_CHECK(!wide || (stream == kFloat32 && kItemSize[dtype] == 2), "rows of these dtypes together have no kernel");
+  switch (dtype) {
     case kFloat64: return float64_launchers();
     case kFloat32: return float32_launchers();
     case kBFloat16: return bfloat16_launchers(wide);
@@ -51,20 +52,20 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
 
 template <class... Operands>
 bool all_aligned(const Common& a, int vector, const Operands&... operands) {
-  const Parameter parameters[] = {a.weight, a.bias, a.x_bias, a.layer_scale};
-  return a.n_columns % vector == 0 && (aligned(operands) && ...) &&
-         std::all_of(std::begin(parameters), std::end(parameters), [](const Parameter& p) { return aligned(p.data); });
+  return a.n_columns % vector == 0 && (aligned(operands) && ...) && aligned(a.weight) && aligned(a.bias) &&
+         aligned(a.x_bias) && aligned(a.layer_scale);
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const auto [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = take_forward(stack);
-  const Launchers kernels = launchers(o);
+  const Launchers kernels = launchers(o.dtype, o.residual_dtype);
   const Sizes s = sizes_of(x);
   Forward a{};
   const int64_t lead =
       describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
   a.x = rows_of("x", x, s, lead, o.dtype);
-  a.residual = rows_of("residual", residual, s, lead, o.residual_dtype);
+  a.residual_is_narrow = residual && o.residual_dtype != o.dtype && dtype_of(residual) == o.dtype;
+  a.residual = rows_of("residual", residual, s, lead, a.residual_is_narrow ? o.dtype : o.residual_dtype);
   a.eps = eps;
   STD_TORCH_CHECK(o.store_residual || !(residual || x_bias || layer_scale || a.element.on || a.path.on),
                   "what is not x itself must be stored");
@@ -90,7 +91,8 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const auto [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
       take_backward(stack);
-  const Launchers kernels = launchers(o);
+  const Dtype stream = !o.saved_is_normed ? dtype_of(saved) : dresidual_out ? dtype_of(dresidual_out) : o.residual_dtype;
+  const Launchers kernels = launchers(o.dtype, stream);
   const Sizes s = sizes_of(saved);
   Backward a{};
   const int64_t lead =
@@ -98,8 +100,11 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
   a.saved_is_normed = o.saved_is_normed;
   a.dnormed = rows_of("dnormed", dnormed, s, lead, o.dtype);
-  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, o.residual_dtype);
-  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : o.residual_dtype);
+  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, stream);
+  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : stream);
+  a.residual_is_narrow = o.residual_dtype == o.dtype && stream != o.dtype;
+  STD_TORCH_CHECK(a.residual_is_narrow || o.residual_dtype == stream,
+                  "the residual's gradient has neither the stream's dtype nor x's");
   const Handle* const parameters[4] = {&weight, &bias, &x_bias, &layer_scale};
   const auto wanted = [&, mask = o.output_mask](int k) { return (mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
   STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
@@ -137,11 +142,11 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
   a.partials = partials ? data_of(partials) : nullptr;
   a.sums = sums ? data_of(sums) : nullptr;
-  void* const stream = current_stream(device);
-  kernels.backward(a, form, epilogue, programs, stream);
+  void* const queue = current_stream(device);
+  kernels.backward(a, form, epilogue, programs, queue);
   if (n_sums) {
     finalize.partials = a.partials, finalize.programs = programs, finalize.n_columns = a.n_columns;
-    kernels.finalize(finalize, n_sums, stream);
+    sum_partials(finalize, n_sums, compute == kFloat64, queue);
   }
   for (int k = 0; k < 6; ++k) stack[k] = torch::stable::detail::from(gradients[k].release());
 }

@@ -1,54 +1,12 @@
-// Which form a kernel takes for rows of n columns: how many threads, blocks and tiles share a row.
+// Which form a norm takes for rows of n columns.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-
-#include "norm_args.h"
+#include "forms.h"
 
 namespace fusednorm_cuda {
 
-// What the choice depends on besides the row. Tests shrink the thread counts, so that small rows reach every form.
-struct Limits {
-  int forward_threads = 128;   // of a block, for each vector a thread holds
-  int backward_threads = 512;  // of a block
-  int clusters = 1;            // most blocks of a cluster; 1 where there are none
-  int processors = 1;
-};
-
-constexpr int64_t kMostColumns = int64_t(1) << 30;  // a column and a tile past it fit in an int
-constexpr int kWarpLanes = 32;
 constexpr int kBackwardBlock = 256;      // threads of a block of narrow rows
 constexpr int kBackwardRegisters = 128;  // a thread: what the launch bounds of 512 threads come to
-constexpr int kProgramsPerProcessor = 8;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t power_of_two(int64_t n) {
-  int64_t p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
-// Threads that hold `vectors` vectors, one each: a power of two within a warp, else whole warps.
-inline int64_t threads_for(int64_t vectors) {
-  return vectors <= kWarpLanes ? power_of_two(std::max<int64_t>(vectors, 1)) : ceil_div(vectors, kWarpLanes) * kWarpLanes;
-}
-
-// A row over as few blocks as hold it, else over as many as there may be, in tiles (or, backward, in slabs).
-inline Form spread(int64_t n, int vector, int chunks, int most_threads, int most_ranks) {
-  const int64_t vectors = ceil_div(n, int64_t(vector) * chunks);
-  int64_t ranks = 1;
-  while (ranks < most_ranks && threads_for(ceil_div(vectors, ranks)) > most_threads) ranks *= 2;
-  const int64_t threads = std::min<int64_t>(threads_for(ceil_div(vectors, ranks)), most_threads);
-  Form form{};
-  form.chunks = chunks;
-  form.threads = int(ranks == 1 ? threads : std::max<int64_t>(threads, kWarpLanes));
-  form.rows = 1;
-  form.ranks = int(ranks);
-  form.tiles = int(ceil_div(n, ranks * form.threads * int64_t(vector) * chunks));
-  return form;
-}
 
 // `vector`: elements of the row dtype in 16 bytes. Rows that are not aligned have one kernel, of two vectors a thread.
 inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
@@ -74,12 +32,8 @@ inline Form backward_form(int64_t n, int vector, bool aligned, const Limits& lim
   return form;
 }
 
-// Blocks that visit the rows in turns: the multiprocessors filled, but no more than there are groups of rows.
 inline int backward_programs(int64_t n_rows, const Form& form, const Limits& limits) {
-  const int fitting = 65536 / (kBackwardRegisters * form.threads * form.rows);
-  const int64_t blocks = int64_t(limits.processors) * std::max(1, std::min(fitting, kProgramsPerProcessor));
-  const int64_t programs = blocks / (int64_t(form.ranks) * form.tiles);
-  return int(std::max<int64_t>(1, std::min<int64_t>({programs, ceil_div(n_rows, form.rows), 65535})));
+  return programs_for(n_rows, form, kBackwardRegisters, limits);
 }
 
 }  // namespace fusednorm_cuda

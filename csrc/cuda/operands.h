@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../handles.h"
-#include "norm_args.h"
+#include "args.h"
 
 namespace fusednorm_cuda {
 
@@ -20,5 +20,6 @@ Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns
 // Whether 16-byte accesses reach every row.
 bool aligned(const Rows& rows);
 bool aligned(const void* data);
+inline bool aligned(const Parameter& parameter) { return aligned(parameter.data); }
 
 }  // namespace fusednorm_cuda

@@ -3,7 +3,6 @@
 
 #include "../philox.h"
 #include "device.cuh"
-#include "norm_args.h"
 
 namespace fusednorm_cuda {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../inline.h"
+#include "args.h"
 #include "device.cuh"
-#include "norm_args.h"
 
 namespace fusednorm_cuda {
 
@@ -136,7 +136,15 @@ struct Raw {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) raw.words[w] = 0;
     if constexpr (ALIGNED) {
-      if (column < n) {
+      if (column < n && sizeof(E) == 8) {  // as two numbers: of four words nvcc makes two loads for sm_100
+        const auto* p = reinterpret_cast<const ulonglong2*>(static_cast<const E*>(row) + column);
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i) {
+          const ulonglong2 v = p[i];
+          raw.words[4 * i] = uint32_t(v.x), raw.words[4 * i + 1] = uint32_t(v.x >> 32);
+          raw.words[4 * i + 2] = uint32_t(v.y), raw.words[4 * i + 3] = uint32_t(v.y >> 32);
+        }
+      } else if (column < n) {
         const auto* p = reinterpret_cast<const uint4*>(static_cast<const E*>(row) + column);
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i) {
@@ -196,6 +204,43 @@ FN_DEVICE Numbers<Compute<T>, V> load_parameter(const Parameter& parameter, int 
   if (sizeof(T) == sizeof(C) || parameter.wide) return Raw<C, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
   return Raw<T, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
 }
+
+// A vector of S, or where `narrow` of T: of what may have the dtype of x beside a wider stream.
+template <class T, class S, int V>
+struct Either {
+  Raw<S, V> raw;
+
+  template <bool ALIGNED>
+  FN_DEVICE void load(bool narrow, const char* row, int column, int width) {
+    if constexpr (sizeof(T) != sizeof(S)) {
+      if (narrow) {
+        const auto few = Raw<T, V>::template load<ALIGNED>(row, column, width);
+#pragma unroll
+        for (int w = 0; w < Raw<T, V>::kWords; ++w) raw.words[w] = few.words[w];
+        return;
+      }
+    }
+    raw = Raw<S, V>::template load<ALIGNED>(row, column, width);
+  }
+
+  FN_DEVICE Numbers<Compute<T>, V> numbers(bool narrow) const {
+    if constexpr (sizeof(T) != sizeof(S)) {
+      Raw<T, V> few;
+#pragma unroll
+      for (int w = 0; w < Raw<T, V>::kWords; ++w) few.words[w] = raw.words[w];
+      if (narrow) return few.numbers();
+    }
+    return raw.numbers();
+  }
+
+  template <bool ALIGNED>
+  FN_DEVICE static void store(const Numbers<Compute<T>, V>& v, bool narrow, void* rows, int64_t offset, int column, int width) {
+    if constexpr (sizeof(T) != sizeof(S)) {
+      if (narrow) return Raw<T, V>::of(v).template store<ALIGNED>(static_cast<T*>(rows) + offset, column, width);
+    }
+    Raw<S, V>::of(v).template store<ALIGNED>(static_cast<S*>(rows) + offset, column, width);
+  }
+};
 
 FN_DEVICE const char* row_at(const Rows& rows, int64_t row) {
   if (rows.inner == 0) return rows.data + row * rows.stride;

@@ -1,0 +1,30 @@
+// What the bindings of bias_act_dropout hand to the kernels: plain data.
+#pragma once
+
+#include "args.h"
+
+namespace fusednorm_cuda {
+
+enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
+
+struct ActivationCommon {
+  int64_t n_rows;
+  int n_columns;
+  Activation activation;
+  Dropout element;
+  const int64_t* seed;
+  Parameter bias;
+  Rows x;
+};
+
+// Outputs are contiguous, and absent ones are null.
+struct ActivationForward : ActivationCommon {
+  void* y;
+};
+
+struct ActivationBackward : ActivationCommon {
+  Rows dy;
+  void *dx, *partials;
+};
+
+}  // namespace fusednorm_cuda

@@ -1,0 +1,26 @@
+#include "partials.h"
+
+#include "launch.cuh"
+#include "partials.cuh"
+
+namespace fusednorm_cuda {
+
+namespace {
+
+template <class C>
+void launch_sum(const Finalize& a, int n_sums, void* stream) {
+  const int64_t blocks = (int64_t(a.n_columns) + kFinalizeColumns - 1) / kFinalizeColumns;
+  launch<const Finalize>(sum_partials_kernel<C>, a, blocks, n_sums, kFinalizeColumns, kFinalizeRows, 1,
+                         kFinalizeColumns * kFinalizeRows * int(sizeof(C)), stream);
+}
+
+}  // namespace
+
+void sum_partials(const Finalize& a, int n_sums, bool wide, void* stream) {
+  if (wide)
+    launch_sum<double>(a, n_sums, stream);
+  else
+    launch_sum<float>(a, n_sums, stream);
+}
+
+}  // namespace fusednorm_cuda

@@ -1,0 +1,197 @@
+"""The CUDA kernels of ``bias_act_dropout``, emulated on the CPU: every form, dtype, layout and switch against float64.
+
+`test_csrc_host.py` runs this file once more on a library built with sanitizers. A machine with small blocks lets small
+rows take several warps and several slabs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EMULATED
+from oracle import check
+from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
+from shapes import Shape, random_leaves
+
+import fusednorm
+from fusednorm import _ops, bias_act_dropout, dropout_mask
+from fusednorm.providers import cuda_activation
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
+BOTH = ("x", "bias")
+SMALL, LARGE = (32, 32, 1, 3), (128, 512, 8, 2)  # threads of a block, blocks of a cluster, multiprocessors
+
+
+@pytest.fixture(autouse=True)
+def on_the_emulation():
+    torch.ops.fusednorm_cuda.emulate(*LARGE, 1)
+    with fusednorm.use_provider("cuda"):
+        yield
+    torch.ops.fusednorm_cuda.emulate(*LARGE, 1)
+
+
+# Vectors of 16 bytes in a row, and a tail of elements: a block of the small machine holds 32.
+FORMS = {
+    "one_column": (0, 1, SMALL),
+    "lanes_of_a_warp": (2, 0, SMALL),
+    "lanes_with_a_tail": (5, 1, SMALL),
+    "whole_warp": (32, 0, SMALL),
+    "two_slabs": (33, 0, SMALL),
+    "slabs_with_a_tail": (70, 1, SMALL),
+    "several_warps": (40, 0, LARGE),
+    "several_warps_with_a_tail": (40, 1, LARGE),
+    "slabs_of_several_warps": (257, 0, LARGE),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 67], ids=["row", "rows"])
+@DROPOUT
+def test_cuda_activation_in_every_form(options, rows, dtype, form, generator):
+    vectors, tail, machine = FORMS[form]
+    torch.ops.fusednorm_cuda.emulate(*machine, rows)
+    shape = Shape("", (min(rows, 9) if vectors > 30 else rows, vectors * 16 // dtype.itemsize + tail))
+    check(ActivationCall("silu", options=options), random_leaves(shape, BOTH, dtype, "cpu", generator), generator)
+
+
+@DTYPE
+@DROPOUT
+@pytest.mark.parametrize("names", [BOTH, ("x",)], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_activation_with_every_switch(activation, columns, names, options, dtype, generator):
+    leaves = random_leaves(Shape("", (3, 5, columns)), names, dtype, "cpu", generator)
+    check(ActivationCall(activation, options=options), leaves, generator)
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+@DTYPE
+@pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
+def test_cuda_activation_with_a_bias_of_another_dtype(columns, dtype, bias_dtype, generator):
+    leaves = random_leaves(Shape("", (9, columns)), BOTH, dtype, "cpu", generator, {"bias": bias_dtype})
+    check(ActivationCall("gelu_tanh"), leaves, generator)
+
+
+LAYOUTS = [
+    Shape("no_lead_dimension", (24,)),
+    Shape("two_row_strides", (3, 4, 16), lambda leaf: leaf.transpose(0, 1)),
+    Shape("two_row_strides_unaligned", (3, 4, 17), lambda leaf: leaf.transpose(0, 1)),
+    Shape("rows_step_2", (10, 24), lambda leaf: leaf[::2]),
+    Shape("slice_of_fused_projection", (5, 3 * 24), lambda leaf: leaf[:, 24:48]),
+    Shape("rows_off_the_boundary", (5, 3 * 24), lambda leaf: leaf[:, 25:49]),
+    Shape("expanded_rows", (1, 24), lambda leaf: leaf.expand(6, 24)),
+    Shape("expanded_middle", (3, 1, 24), lambda leaf: leaf.expand(3, 4, 24)),
+    Shape("one_column_of_many", (5, 3), lambda leaf: leaf[:, 1:2]),
+    Shape("no_rows", (0, 16)),
+    Shape("no_columns", (3, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LAYOUTS, ids=str)
+def test_cuda_activation_at_every_layout(shape, dtype, generator):
+    leaves = random_leaves(shape, BOTH, dtype, "cpu", generator)
+    options = {"dropout_p": 0.2, "seed": 3}
+    check(ActivationCall("gelu", shape.view, options), leaves, generator)
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda c: c.mT.contiguous().mT,
+        lambda c: c.sum().expand(c.shape),
+        lambda c: torch.stack((c, c), 1)[:, 0],
+        lambda c: torch.complex(torch.zeros_like(c), -c).conj().imag,
+    ],
+    ids=["transposed", "one_value", "slice", "negative_bit"],
+)
+def test_cuda_activation_with_cotangents_of_any_layout(lay, generator):
+    leaves = random_leaves(Shape("", (6, 24)), BOTH, torch.float32, "cpu", generator)
+    check(ActivationCall("silu"), leaves, generator, lay=lay)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
+@DTYPE
+def test_cuda_activation_drops_what_dropout_mask_drops(dtype, columns):
+    x = torch.ones(9, columns, dtype=dtype, requires_grad=True)
+    y = bias_act_dropout(x, None, "relu", 0.4, seed=-3)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    mask = dropout_mask((9, columns), 0.4, -3)
+    assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_activation_of_huge_values_and_nan(activation):
+    """Finite where torch's is, and NaN stays."""
+    huge = [3e38, 1e20, 3e4, 100.0, 20.0]
+    given = torch.tensor([*huge, *(-value for value in huge), float("nan")])
+    found = []
+    for function in (lambda t: bias_act_dropout(t, None, activation), TORCHS[activation]):
+        x = given.clone().requires_grad_()
+        y = function(x)
+        found.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for got, torchs in zip(*found):
+        finite = torchs.isfinite()
+        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for float32
+        assert got[-1].isnan() == torchs[-1].isnan()
+
+
+@pytest.mark.parametrize("columns", [4, 5], ids=["aligned", "unaligned"])
+def test_cuda_activation_of_a_column_dropped_whole(columns):
+    """A NaN in its bias comes neither into the result nor into its gradient."""
+    seed = next(s for s in range(100) if not dropout_mask((3, columns), 0.5, s)[:, 1].any())
+    bias = torch.zeros(columns).index_fill_(0, torch.tensor(1), float("nan")).requires_grad_()
+    y = bias_act_dropout(torch.ones(3, columns), bias, "gelu", 0.5, seed=seed)
+    (dbias,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert y.isfinite().all() and dbias.isfinite().all() and dbias[1] == 0
+
+
+@pytest.mark.parametrize("machine", [SMALL, LARGE], ids=["small_blocks", "large_blocks"])
+@pytest.mark.parametrize("columns", [24, 137])
+def test_cuda_activation_repeats_bit_for_bit_in_any_order_of_threads(columns, machine):
+    x, bias = torch.randn(131, columns, requires_grad=True), torch.randn(columns, requires_grad=True)
+    dy = torch.randn(131, columns)
+    runs = []
+    for seed in (1, 2, 3):
+        torch.ops.fusednorm_cuda.emulate(*machine, seed)
+        runs.append(torch.autograd.grad(bias_act_dropout(x, bias, "silu"), (x, bias), dy))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other))
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("bias",)], ids=str)
+def test_cuda_activation_gives_each_gradient_alone(wanted):
+    leaves = {"x": torch.randn(9, 40), "bias": torch.randn(40)}
+    results = []
+    for needed in (tuple(leaves), wanted):
+        fresh = {n: leaf.clone().requires_grad_(n in needed) for n, leaf in leaves.items()}
+        y = bias_act_dropout(**fresh, activation="gelu", dropout_p=0.2, seed=1)
+        gradients = torch.autograd.grad(y, [fresh[n] for n in needed], torch.ones_like(y).cumsum(1))
+        results.append(dict(zip(needed, gradients))[wanted[0]])
+    assert torch.equal(*results)
+
+
+def test_cuda_activation_refuses_strides_its_kernels_do_not_read():
+    for x in (torch.ones(8, 4).t(), torch.ones(4, 16)[:, ::2], torch.ones(4, 1).expand(4, 8)):
+        with pytest.raises(ValueError, match=r"'cuda' cannot run.*x: strides"):
+            bias_act_dropout(x, None)
+
+
+def test_automatic_choice_never_emulates_the_activation():
+    reluctance = cuda_activation.reluctance("bias_act_dropout_fwd", torch.ones(2, 8))
+    assert reluctance is not None and "emulation" in reluctance
+
+
+@pytest.mark.parametrize("mask", [[True, True], [True, False], [False, True]], ids=str)
+def test_cuda_activation_op_gives_what_the_reference_gives(mask):
+    """Shapes and dtypes of all outputs, those not asked for too."""
+    x, bias = torch.randn(5, 24).bfloat16(), torch.randn(24)
+    results = [
+        _ops.bias_act_dropout_bwd(x, x, bias, None, "relu", 0.0, mask, provider=p) for p in ("cuda", "reference")
+    ]
+    assert len({tuple((t.shape, t.dtype) for t, wanted in zip(r, mask) if wanted) for r in results}) == 1
+    assert all(bool(t.numel()) == wanted for r in results for t, wanted in zip(r, mask))
