@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._dtypes import compute_dtype
 from .layout import contiguous, folded
-from .native import options
+from .native import options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cuda.so"
 EMULATED = os.environ.get("FUSEDNORM_EMULATE")
@@ -84,6 +84,9 @@ def refusal(op: str, *args: Any) -> str | None:
         return f"x is on {x.device}, its kernels run on {device} tensors here"
     if device == "cuda" and _capability(x.device.index) < _MIN_CAPABILITY:
         return f"{x.device} is older than compute capability 8.0"
+    many = too_many_dimensions(x)
+    if many is not None:
+        return many
     if math.prod(x.shape[x.ndim - normalized_ndim :]) >= _MOST_COLUMNS:
         return "a row has 2**30 elements or more"
     if dropout_p and normalized_ndim > 1:
