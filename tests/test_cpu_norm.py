@@ -62,8 +62,9 @@ def threads():
 
 @pytest.fixture
 def instruction_sets():
-    yield torch.ops.fusednorm_cpu.instruction_sets().split()
-    torch.ops.fusednorm_cpu.use_instruction_set("")
+    names = torch.ops.fusednorm_cpu.instruction_sets().split()
+    yield names
+    torch.ops.fusednorm_cpu.use_instruction_set(names[0])
 
 
 @needs_library
