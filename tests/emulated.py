@@ -76,14 +76,18 @@ def build_provider(sanitized: bool) -> Path:
     return build("libfusednorm_cuda.so", sorted(sources), flags, link_torch(torch))
 
 
-def build_cpu(flags: Sequence[str], csrc: Path = CSRC) -> Path:
-    """The CPU library by the commands of setup.py, with more flags: these come last and so prevail."""
+def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, csrc: Path = CSRC) -> Path:
+    """The CPU library by the commands of setup.py, with more flags: these come last and so prevail.
+
+    The kernels for more than the baseline take `vector_flags`, if given.
+    """
     torch = torch_directory()
     commands, _ = setup_script().cpu_commands(Path(), torch, [str(compiler())])
-    jobs = {
-        made.stem: [*(part.replace(str(CSRC), str(csrc)) for part in command), *flags]
-        for made, command in commands.items()
-    }
+    jobs = {}
+    for made, command in commands.items():
+        vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
+        last = vector_flags if vector and vector_flags is not None else flags
+        jobs[made.stem] = [*(part.replace(str(CSRC), str(csrc)) for part in command), *last]
     return build_from("libfusednorm_cpu.so", jobs, [*flags, *link_torch(torch)], csrc=csrc)
 
 
