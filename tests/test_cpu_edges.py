@@ -10,7 +10,7 @@ import torch
 
 import fusednorm
 from fusednorm import providers
-from fusednorm.providers import cpu
+from fusednorm.providers import cpu, native
 
 REASON = providers.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
@@ -27,9 +27,12 @@ def assert_as_reference(*args, **options) -> None:
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def bare(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32,) * 2):
+OPTIONS = native.options(1, torch.float32, torch.float32, False, False, True)
+
+
+def bare(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None):
     """The library's operator itself, before which nothing is checked."""
-    return cpu._bare(*tensors, None, cpu._options(1, *dtypes, False, False, True), 1e-5)
+    return cpu._bare(x, residual, weight, None, OPTIONS, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,10 +70,10 @@ def test_freed_memory_is_not_taken_for_an_absent_tensor():
         return tensor
 
     x, weight = torch.randn(3, 64), torch.randn(64)
-    calls = {"x": (freed(3, 64), x, weight), "residual": (x, freed(3, 64), weight), "weight": (x, x, freed(64))}
+    calls = [(freed(3, 64), x, weight), (x, freed(3, 64), weight), (x, x, freed(64))]
     with fusednorm.use_provider("cpu"):
-        for name, (first, residual, scale) in calls.items():
-            with pytest.raises(RuntimeError, match=f"{name}: its memory has been freed"):
+        for first, residual, scale in calls:
+            with pytest.raises(RuntimeError, match=r"the memory of a tensor of (192|64) elements has been freed"):
                 fusednorm.add_layer_norm(first, residual, 64, scale)
 
 
@@ -83,15 +86,14 @@ def test_the_operators_check_what_they_are_given():
     ]:
         with pytest.raises(RuntimeError, match=said):
             bare(x, residual, weight)
-    options = cpu._options(1, torch.float32, torch.float32, False, False, True)
     for seed, p, said in [(torch.zeros(1), 0.5, "seed"), (torch.tensor([1, 2]), 0.5, "seed"), (None, 0.5, "seed")] + [
         (torch.tensor([1]), p, "probability") for p in (1.0, -0.5, math.nan, 1e30)
     ]:
         with pytest.raises(RuntimeError, match=said):
-            cpu._forward(x, None, None, None, None, None, seed, options, 1e-5, p, 0.0)
+            cpu._forward(x, None, None, None, None, None, seed, OPTIONS, 1e-5, p, 0.0)
     for stats in (torch.ones(2, 2).bfloat16(), torch.ones(2, 3), torch.ones(2, 4)[:, ::2]):
         with pytest.raises(RuntimeError, match="stats"):
-            cpu._backward(x, None, x, stats, *[None] * 6, options, 0.0, 0.0)
+            cpu._backward(x, None, x, stats, *[None] * 6, OPTIONS, 0.0, 0.0)
 
 
 def test_a_saved_tensor_may_come_back_in_another_layout(generator):

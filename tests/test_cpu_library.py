@@ -167,7 +167,7 @@ for use in (lambda: torch.ops.fusednorm_cpu.use_instruction_set("abacus"),
         assert "usable are" in str(fault) or "its shape" in str(fault), fault
     else:
         raise AssertionError("nothing was raised")
-torch.save([torch.__version__, *[result.detach() for result in results]], sys.argv[2])
+torch.save([str(torch.__version__), *[result.detach() for result in results]], sys.argv[2])
 """
     generator = torch.Generator().manual_seed(3)
     cases = []

@@ -36,15 +36,19 @@ PLANTED = {
 
 
 def run_tests(library: Path, instruction_set: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # the sanitizer looks for what throws exceptions when it is loaded, which is before Python loads any C++
+    names = ("libasan.so", "libstdc++.so.6")
+    commands = [["g++", f"-print-file-name={name}"] for name in names]
+    found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
     environment = os.environ | {
         "FUSEDNORM_TEST_LIBRARY": str(library),
         "FUSEDNORM_TEST_INSTRUCTION_SET": instruction_set,
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["--capture=no", *arguments]  # what is written before a process is ended would be lost
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
 
 

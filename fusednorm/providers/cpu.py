@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import options, too_many_dimensions
+from .native import check_whole, options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
 BUILD = (
@@ -41,6 +41,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
+        check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it

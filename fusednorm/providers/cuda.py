@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._dtypes import compute_dtype
 from .layout import contiguous, folded
-from .native import options, too_many_dimensions
+from .native import check_whole, options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cuda.so"
 EMULATED = os.environ.get("FUSEDNORM_EMULATE")
@@ -51,6 +51,7 @@ def _load() -> str | None:
     if not library.exists():
         return f"its library is not built; type: {BUILD}" if EMULATED is None else f"there is no {library}"
     try:
+        check_whole(library)
         if EMULATED is None:  # the library is linked to no torch: it takes these symbols from the process
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import struct
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,3 +33,26 @@ def options(
 def too_many_dimensions(x: Tensor) -> str | None:
     """Why a native library does not take x, if it has more dimensions than fit."""
     return f"x has {x.ndim} dimensions, its kernels take {MOST_DIMENSIONS}" if x.ndim > MOST_DIMENSIONS else None
+
+
+def check_whole(library: Path) -> None:
+    """Raise OSError for a library of which the end is missing.
+
+    The loader maps such a file, and the process dies of a bus error where it touches what is not there. Its program
+    headers say how long an ELF file is at least.
+    """
+    with library.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\x02":  # of 64 bits; the loader says what is wrong with others
+            return
+        order = ">" if head[5] == 2 else "<"
+        (table,) = struct.unpack_from(f"{order}Q", head, 32)
+        entry_size, count = struct.unpack_from(f"{order}HH", head, 54)
+        file.seek(table)
+        entries = file.read(entry_size * count)
+        if entry_size < 40 or len(entries) < entry_size * count:
+            raise OSError("the file is cut off")
+        for start in range(0, len(entries), entry_size):
+            offset, length = (struct.unpack_from(f"{order}Q", entries, start + at)[0] for at in (8, 32))
+            if offset + length > library.stat().st_size:
+                raise OSError("the file is cut off")
