@@ -163,14 +163,24 @@ class BuildNative(build_ext):
         def compile_one(job: tuple[Path, list[str]]) -> None:
             out, command = job
             if self.force or outdated(out):
-                run([*command, "-MMD", "-o", str(out)])
+                listing, unfinished = out.with_suffix(".d"), out.with_suffix(f".{os.getpid()}")
+                run([*command, "-MMD", "-MF", f"{listing}.{os.getpid()}", "-MT", str(out), "-o", str(unfinished)])
+                os.replace(f"{listing}.{os.getpid()}", listing)
+                unfinished.replace(out)  # whole or not at all, also with several processes building
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs.items()))
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", *libraries]
-        new = library.with_suffix(".new")  # renamed, so that a process that has the old one loaded keeps it
+        new = library.with_suffix(f".{os.getpid()}")  # renamed, so that a process that has the old one loaded keeps it
         run([*compiler, "-shared", "-o", str(new), *map(str, jobs), *link])
         new.replace(library)
+
+    def copy_file(self, infile: str, outfile: str, *rest: object, **options: object) -> tuple[str, bool]:
+        """Into a source checkout, where a process may be loading the old one, or another building."""
+        unfinished = f"{outfile}.{os.getpid()}"
+        shutil.copy2(infile, unfinished)
+        os.replace(unfinished, outfile)
+        return outfile, True
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -216,4 +226,5 @@ def extensions() -> list[Extension]:
     return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})
+if __name__ == "__main__":  # tests/emulated.py takes the commands
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

@@ -12,7 +12,7 @@ enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t kItemSize[] = {8, 4, 2, 2};
 
-constexpr int kMaxDims = 64;  // torch's own limit
+constexpr int kMaxDims = 64;  // torch itself has no limit
 
 // A dimension after folding; the fewest that address the elements in order.
 struct Dim {

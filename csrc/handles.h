@@ -56,19 +56,22 @@ inline Sizes sizes_of(const Handle& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &s.ndim));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &s.sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &s.strides));
+  STD_TORCH_CHECK(s.ndim <= kMaxDims, "expected at most ", kMaxDims, " dimensions, got ", s.ndim);
   return s;
-}
-
-inline char* data_of(const Handle& tensor) {
-  void* data;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
-  return static_cast<char*>(data);
 }
 
 inline int64_t numel_of(const Handle& tensor) {
   int64_t numel;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor.get(), &numel));
   return numel;
+}
+
+// Null for a tensor without elements only: one whose storage was freed would pass for one that was not given.
+inline char* data_of(const Handle& tensor) {
+  void* data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
+  STD_TORCH_CHECK(data || numel_of(tensor) == 0, "the memory of a tensor of ", numel_of(tensor), " elements has been freed");
+  return static_cast<char*>(data);
 }
 
 Dtype dtype_of(const Handle& tensor);

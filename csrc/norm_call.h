@@ -82,6 +82,9 @@ inline int64_t rows_per_sample(const Sizes& s, int64_t lead) {
   return lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
 }
 
-inline Dropout dropout(double p) { return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f}; }
+inline Dropout dropout(double p) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, "expected a probability in [0, 1), got ", p);
+  return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f};
+}
 
 }  // namespace fusednorm

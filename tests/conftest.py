@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import emulated
 import pytest
@@ -21,6 +22,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fusednorm
 from fusednorm import providers
+from fusednorm.providers import cpu
+
+if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # test_csrc_cpu.py: another build, one of its instruction sets
+    cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
+    assert providers.unavailable_reason("cpu") is None, providers.unavailable_reason("cpu")
+    torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
 
 AUTOMATIC = "automatic"
 EMULATED = "FUSEDNORM_EMULATE" in os.environ

@@ -1,4 +1,7 @@
-"""Builds the CUDA sources for the host, once for each version of them: what runs the kernels without a GPU."""
+"""Builds native sources for tests, once for each version of them.
+
+The CUDA sources for the host, which runs their kernels without a GPU, and the CPU library under sanitizers.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZED = ("-g1", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
@@ -24,28 +29,36 @@ def compiler() -> str | None:
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str] = ()) -> Path:
-    """The compiled `name`, from the cache where nothing that it is made of has changed."""
+    """`name` of sources that are all compiled alike."""
+    common = [str(compiler()), "-std=c++17", "-x", "c++", *WARNINGS, *flags]
+    jobs = {source.name: [*common, "-c", str(source)] for source in sources}
+    return build_from(name, jobs, [*flags, *link], sources)
+
+
+def build_from(
+    name: str, jobs: Mapping[str, Sequence[str]], link: Sequence[str], sources: Sequence[Path] = (), csrc: Path = CSRC
+) -> Path:
+    """`name`, linked of what the jobs' commands make, from the cache where nothing that it is made of has changed."""
     gxx = compiler()
     assert gxx is not None
-    digest = hashlib.sha256(repr((flags, link)).encode())
-    for path in sorted({*sources, *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())}):
+    digest = hashlib.sha256(repr((jobs, link)).encode())
+    for path in sorted({*sources, *(p for p in csrc.rglob("*") if p.is_file())}):
         digest.update(path.read_bytes())
     folder = CACHE / digest.hexdigest()[:16]
     target = folder / name
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    common = [gxx, "-std=c++17", "-x", "c++", *WARNINGS, *flags]
 
-    def compile_one(source: Path) -> Path:
-        made = folder / f"{source.name}.{os.getpid()}.o"
-        run([*common, "-c", str(source), "-o", str(made)])
+    def compile_one(job: tuple[str, Sequence[str]]) -> Path:
+        made = folder / f"{job[0]}.{os.getpid()}.o"
+        run([*job[1], "-o", str(made)])
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        objects = list(pool.map(compile_one, jobs.items()))
     unfinished = target.with_suffix(f".{os.getpid()}")
-    run([gxx, *flags, *map(str, objects), *link, "-o", str(unfinished)])
+    run([gxx, *map(str, objects), *link, "-o", str(unfinished)])
     unfinished.replace(target)  # whole or not at all, also with several processes building
     for made in objects:
         made.unlink()
@@ -54,14 +67,44 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequen
 
 def build_provider(sanitized: bool) -> Path:
     """The provider's library with its kernels on the CPU."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
-    csrc = ROOT / "csrc"
-    sources = [*(csrc / "cuda").glob("*.cu"), *csrc.glob("*.cpp"), *(csrc / "cuda").glob("*.cpp")]
-    sources = [*filter(lambda path: path.name != "machine.cu", sources), csrc / "emulation" / "limits.cpp"]
+    torch = torch_directory()
+    cuda = CSRC / "cuda"
+    sources = [*cuda.glob("*.cu"), *CSRC.glob("*.cpp"), *cuda.glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
+    sources = [source for source in sources if source.name != "machine.cu"]
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
     flags += SANITIZED if sanitized else PLAIN
-    link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    return build("libfusednorm_cuda.so", sorted(sources), flags, link)
+    return build("libfusednorm_cuda.so", sorted(sources), flags, link_torch(torch))
+
+
+def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, csrc: Path = CSRC) -> Path:
+    """The CPU library by the commands of setup.py, with more flags: these come last and so prevail.
+
+    The kernels for more than the baseline take `vector_flags`, if given.
+    """
+    torch = torch_directory()
+    commands, _ = setup_script().cpu_commands(Path(), torch, [str(compiler())])
+    jobs = {}
+    for made, command in commands.items():
+        vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
+        last = vector_flags if vector and vector_flags is not None else flags
+        jobs[made.stem] = [*(part.replace(str(CSRC), str(csrc)) for part in command), *last]
+    return build_from("libfusednorm_cpu.so", jobs, [*flags, *link_torch(torch)], csrc=csrc)
+
+
+def torch_directory() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+
+
+def link_torch(torch: Path) -> list[str]:
+    return ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+
+
+def setup_script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def run(command: Sequence[str]) -> None:

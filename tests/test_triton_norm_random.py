@@ -1,25 +1,18 @@
-"""Drawn calls of the norm functions on the Triton kernels: layouts, dtypes and arguments nobody thought of.
+"""Drawn calls of the norm functions on the Triton kernels.
 
 Sizes stay small because the interpreter runs the kernels where there is no GPU; they straddle every tile's edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
-from oracle import Call, check
-from shapes import FUSED, PLAIN, Shape, random_leaves
-from torch import Tensor
 
-import fusednorm
 from fusednorm import providers
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, note, settings
+from drawn import CHECKS, NARROW, WIDE, calls, hold_to_budget
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = [
@@ -29,160 +22,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # eager torch's own
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NARROW = st.integers(1, 40) | st.sampled_from([63, 64, 65, 127, 128, 130, 255, 256, 257, 1023, 1024, 1032])
-WIDE = st.sampled_from([2049, 4096, 5120, 8200, 16392, 33000])  # several tiles, slabs, past the registers
-LEAD = st.lists(st.integers(0, 5) | st.just(1), max_size=3)
-
-
-COTANGENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda c: c,
-    "one for a row": lambda c: c[..., :1].expand_as(c),
-    "one for a column": lambda c: c[:1].expand_as(c) if c.ndim > 1 else c,
-    "every second column": lambda c: c.repeat_interleave(2, -1)[..., ::2],
-    "past an aligned address": lambda c: shifted(c, 1),
-}
-
-
-def shifted(tensor: Tensor, by: int) -> Tensor:
-    """A contiguous copy `by` elements past an aligned address."""
-    return tensor.new_zeros(by + tensor.numel())[by:].view(tensor.shape).copy_(tensor)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """How a tensor of a given shape lies in memory: made from a larger leaf, read through a view of it."""
-
-    permutation: tuple[int, ...]  # of the leading dimensions
-    lead_step: int
-    column_step: int
-    margin: int  # columns on either side that belong to something else
-    expand: int  # a leading dimension of stride 0, or -1
-
-    def leaf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        lead = [1 if i == self.expand else size for i, size in enumerate(shape[:-1])]
-        stored = [lead[i] for i in self.permutation]
-        if stored:
-            stored[0] *= self.lead_step
-        return (*stored, shape[-1] * self.column_step + 2 * self.margin)
-
-    def columns(self, leaf: Tensor) -> Tensor:
-        """The column of the view that each column of a leaf belongs to."""
-        return (torch.arange(leaf.shape[-1]) - self.margin) // self.column_step
-
-    def view(self, leaf: Tensor, shape: tuple[int, ...]) -> Tensor:
-        stop = leaf.shape[-1] - self.margin
-        seen = leaf[..., self.margin : stop : self.column_step]
-        if len(shape) > 1:
-            seen = seen[:: self.lead_step]
-        inverse = [self.permutation.index(i) for i in range(len(shape) - 1)]
-        return seen.permute(*inverse, len(shape) - 1).expand(shape)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One call."""
-
-    function: str
-    shape: tuple[int, ...]
-    normalized_ndim: int
-    memory: dict[str, Memory]
-    shifts: dict[str, int]  # of the parameters, in elements
-    dtypes: dict[str, torch.dtype]
-    options: dict[str, Any]
-    seed_in_a_tensor: bool
-    used: tuple[bool, bool]
-    cotangent: str
-    generator_seed: int
-
-
-@st.composite
-def memories(draw: st.DrawFn, lead: int) -> Memory:
-    return Memory(
-        permutation=tuple(draw(st.permutations(range(lead)))),
-        lead_step=draw(st.sampled_from([1, 1, 2])),
-        column_step=draw(st.sampled_from([1, 1, 1, 2, 3])),
-        margin=draw(st.sampled_from([0, 0, 0, 1, 8])),
-        expand=draw(st.integers(-1, lead - 1)) if draw(st.booleans()) else -1,
-    )
-
-
-@st.composite
-def calls(draw: st.DrawFn, columns: st.SearchStrategy[int]) -> Drawn:
-    function = draw(st.sampled_from(PLAIN + FUSED))
-    shape = (*draw(LEAD), draw(columns))
-    while len(shape) > 1 and torch.Size(shape).numel() > 6000:  # the interpreter's patience
-        shape = shape[1:]
-    rms, fused = "rms" in function, function in FUSED
-    optional = ["weight"] + ([] if rms else ["bias"]) + (["residual", "x_bias", "layer_scale"] if fused else [])
-    names = ["x", *(name for name in optional if draw(st.booleans()))]
-    one = draw(st.sampled_from(DTYPES))
-    mixed = draw(st.booleans())
-    dtypes = {name: draw(st.sampled_from(DTYPES)) if mixed else one for name in names}
-    memory = {name: draw(memories(len(shape) - 1)) for name in names if name in ("x", "residual")}
-    options: dict[str, Any] = {"eps": draw(st.sampled_from([1e-5, 1e-6, 1e-3]))}
-    if fused:
-        options |= {
-            "dropout_p": draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])),
-            "drop_path_p": draw(st.sampled_from([0.0, 0.0, 0.3])),
-            "seed": draw(st.integers(-(2**63), 2**64 - 1)),
-            "residual_dtype": draw(st.sampled_from([None, None, *DTYPES])),
-            "zero_centered_weight": draw(st.booleans()),
-            "memory_efficient": draw(st.booleans()),
-        }
-    return Drawn(
-        function,
-        shape,
-        normalized_ndim=2 if len(shape) > 1 and not options.get("dropout_p") and draw(st.booleans()) else 1,
-        memory=memory,
-        shifts={name: draw(st.sampled_from([0, 0, 1, 8])) for name in names if name not in memory},
-        dtypes=dtypes,
-        options=options,
-        seed_in_a_tensor=draw(st.booleans()),
-        used=draw(st.sampled_from([(True, True), (True, False), (False, True)])) if fused else (True, True),
-        cotangent=draw(st.sampled_from(["contiguous", *COTANGENTS])),
-        generator_seed=draw(st.integers(0, 2**31)),
-    )
-
-
-def hold_to_budget(drawn: Drawn) -> None:
-    """Few columns are drawn apart from one another: a nearly constant row magnifies every rounding, and the largest of
-    such errors is that of one row, which says nothing of who computes it better.
-    """
-    note(str(drawn))
-    generator = torch.Generator().manual_seed(drawn.generator_seed)
-    names, shape = tuple(drawn.dtypes), Shape("drawn", drawn.shape, normalized_ndim=drawn.normalized_ndim)
-    options = drawn.options
-    if drawn.seed_in_a_tensor and "seed" in options:  # read where it lies
-        signed = (options["seed"] + 2**63) % 2**64 - 2**63
-        options = options | {"seed": torch.tensor([0, signed], device=DEVICE)[1:]}
-
-    def draw() -> dict[str, Tensor]:
-        leaves = random_leaves(shape, names, torch.float32, DEVICE, generator, drawn.dtypes)
-        for name, memory in drawn.memory.items():
-            leaf = torch.randn(memory.leaf_shape(drawn.shape), generator=generator, dtype=torch.float64) * 1.5 + 0.25
-            if drawn.shape[-1] < 8:
-                leaf += 4 * memory.columns(leaf).remainder(2) - 2
-            leaves[name] = leaf.to(DEVICE, drawn.dtypes[name])
-        return leaves | {name: shifted(leaves[name], by) for name, by in drawn.shifts.items()}
-
-    views = {name: lambda leaf, m=memory: m.view(leaf, drawn.shape) for name, memory in drawn.memory.items()}
-    call = Call(drawn.function, drawn.normalized_ndim, views["x"], views.get("residual"), options=options)
-    with fusednorm.use_provider("triton"):
-        check(call, draw(), generator, drawn.used, draw, COTANGENTS[drawn.cotangent])
-
-
-CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True, "database": None}
 
 
 @settings(max_examples=30, derandomize=True, **CHECKS)
 @given(calls(NARROW))
 def test_thirty_drawn_calls_on_triton(drawn):
-    hold_to_budget(drawn)
+    hold_to_budget(drawn, "triton", DEVICE)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, **CHECKS)
 @given(calls(st.one_of(NARROW, NARROW, NARROW, WIDE)))
 def test_three_hundred_fresh_calls_on_triton(drawn):
-    hold_to_budget(drawn)
+    hold_to_budget(drawn, "triton", DEVICE)

@@ -38,7 +38,7 @@ FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
     if (a.weight) g = g * extent.template load<C>((const C*)a.weight + j);
     products.part[k] = products.part[k] + g * normalized(a, extent, b, r, j);
     shifts.part[k] = shifts.part[k] + g;
-  });
+  }, [&]() __attribute__((always_inline)) { products.fold(), shifts.fold(); });
   b.product[r] = products.total() / C(a.n_columns);
   b.shift[r] = a.rms ? C(0) : shifts.total() / C(a.n_columns);
 }

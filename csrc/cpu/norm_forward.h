@@ -36,8 +36,12 @@ struct At {
 
 template <class C>
 struct Sums {
-  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))};
-  FN_INLINE C total() const { return sum((part[0] + part[1]) + (part[2] + part[3])); }
+  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))}, blocks = part[0];
+  FN_INLINE void fold() {
+    blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
+    for (auto& p : part) p = Vec<C>(C(0));
+  }
+  FN_INLINE C total() const { return sum(blocks + ((part[0] + part[1]) + (part[2] + part[3]))); }
 };
 
 // z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S: stored to z_out, kept in z where given.
@@ -56,7 +60,7 @@ FN_INLINE C combine(const Forward& a, const S* x, const S* residual, const Int<C
     v = stored.value();
     if (z) v.store(z + j);
     sums.part[k] = sums.part[k] + (rms ? v * v : v * Vec<C>(scale));
-  });
+  }, [&]() __attribute__((always_inline)) { sums.fold(); });
   return sums.total();
 }
 
@@ -67,7 +71,7 @@ FN_INLINE C centred_squares(const C* z, int64_t n, C mean) {
   sum_over_columns<C>(n, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
     const Vec<C> c = extent.only(extent.template load<C>(z + j) - centre);
     sums.part[k] = sums.part[k] + c * c;
-  });
+  }, [&]() __attribute__((always_inline)) { sums.fold(); });
   return sums.total();
 }
 

@@ -23,7 +23,7 @@ constexpr int64_t kMostChunks = 64, kLeastRows = 8, kMostRows = 256;  // of the 
 int64_t room(int64_t n) { return (n + 95) / 64 * 64; }
 
 // Sizes, compute type and masks, from the tensor that has the call's shape.
-void describe_call(Common& a, const Sizes& s, const Options& o, Dtype x_dtype, const Handle& seed, double dropout_p,
+void describe_call(Common& a, const Sizes& s, const Options& o, bool wide, const Handle& seed, double dropout_p,
                    double drop_path_p) {
   STD_TORCH_CHECK(o.normalized_ndim <= s.ndim, "normalized_ndim exceeds the number of dimensions");
   const int64_t lead = s.ndim - o.normalized_ndim;
@@ -31,13 +31,15 @@ void describe_call(Common& a, const Sizes& s, const Options& o, Dtype x_dtype, c
   a.n_columns = product(s.sizes + lead, o.normalized_ndim);
   a.rows_per_sample = rows_per_sample(s, lead);
   a.mask_columns = s.ndim ? s.sizes[s.ndim - 1] : 1;
-  a.wide = x_dtype == kFloat64 || o.residual_dtype == kFloat64;
+  a.wide = wide;
   a.rms = o.rms;
   a.element = dropout(a.n_columns ? dropout_p : 0.0);
   a.path = dropout(drop_path_p);
   a.seed = 0;
   if (a.element.on || a.path.on) {
-    STD_TORCH_CHECK(seed && numel_of(seed) == 1, "seed: expected a tensor of one element");
+    int32_t dtype = -1;
+    if (seed) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(seed.get(), &dtype));
+    STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && numel_of(seed) == 1, "seed: expected one int64 in a tensor");
     std::memcpy(&a.seed, data_of(seed), sizeof a.seed);
   }
 }
@@ -98,7 +100,7 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Sizes s = sizes_of(t.x);
   Forward a;
   const Dtype x_dtype = dtype_of(t.x);
-  describe_call(a, s, o, x_dtype, t.seed, t.dropout_p, t.drop_path_p);
+  describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
   const int64_t lead = s.ndim - o.normalized_ndim;
   check_shape("residual", t.residual, s.sizes, s.ndim);
   describe(t.x, lead, a.x);
@@ -152,10 +154,15 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
       take_backward(stack);
   const Sizes s = sizes_of(saved);
   Backward a;
-  describe_call(a, s, o, dtype_of(stats), seed, dropout_p, drop_path_p);
+  const Dtype wide = dtype_of(stats);  // the dtypes of what is differentiated do not say what it was computed in
+  STD_TORCH_CHECK(wide == kFloat64 || wide == kFloat32, "stats: expected float32 or float64");
+  describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
   const int64_t lead = s.ndim - o.normalized_ndim;
   const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
   check_shape("stats", stats, stats_sizes, 2);
+  const Sizes laid = sizes_of(stats);
+  const bool contiguous = (a.n_rows == 1 || laid.strides[1] == 1) && (o.rms || laid.strides[0] == a.n_rows);
+  STD_TORCH_CHECK(contiguous || a.n_rows == 0, "stats: expected a contiguous tensor");
   check_shape("dnormed", dnormed, s.sizes, s.ndim);
   check_shape("dresidual_out", dresidual_out, s.sizes, s.ndim);
   check_shape("x", x, s.sizes, s.ndim);

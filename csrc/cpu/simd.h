@@ -361,16 +361,21 @@ FN_INLINE void over_columns(int64_t n, F&& step) {
   if (j < n) step(Part{int(n - j)}, j);
 }
 
-// The same with k, which numbers four independent sums, so that one addition need not wait for the one before.
-template <class C, class F>
-FN_INLINE void sum_over_columns(int64_t n, F&& step) {
+constexpr int kSumSteps = 32;
+
+// The same with k, which numbers four independent sums, so that one addition need not wait for the one before; fold()
+// is to add them to a total. One chain of additions along a row of 133,120 put the normalized values 5 times as far off
+// as torch's, which sums by blocks too.
+template <class C, class F, class G>
+FN_INLINE void sum_over_columns(int64_t n, F&& step, G&& fold) {
   constexpr int L = Vec<C>::kLanes;
   int64_t j = 0;
-  for (; j + 4 * L <= n; j += 4 * L) {
+  for (int steps = 0; j + 4 * L <= n; j += 4 * L) {
     step(Whole{}, j, 0);
     step(Whole{}, j + L, 1);
     step(Whole{}, j + 2 * L, 2);
     step(Whole{}, j + 3 * L, 3);
+    if (++steps % kSumSteps == 0) fold();
   }
   for (; j + L <= n; j += L) step(Whole{}, j, 0);
   if (j < n) step(Part{int(n - j)}, j, 1);

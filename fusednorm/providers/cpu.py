@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import options
+from .native import check_whole, options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
 BUILD = (
@@ -41,6 +41,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
+        check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
@@ -59,7 +60,9 @@ def build() -> str:
 
 def refusal(op: str, *args: Any) -> str | None:
     x = args[0]
-    return None if x.is_cpu or x.is_meta else f"x is on {x.device}, its kernels run on the CPU"
+    if not (x.is_cpu or x.is_meta):
+        return f"x is on {x.device}, its kernels run on the CPU"
+    return too_many_dimensions(x)
 
 
 def reluctance(op: str, *args: Any) -> str | None:
@@ -140,6 +143,7 @@ def add_layer_norm_bwd(
         tuple(output_mask),
     )
     return _backward(
-        *(dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed),
+        # hooks on saved tensors may bring the statistics back in another layout
+        *(dnormed, dresidual_out, saved, stats.contiguous(), weight, bias, x, x_bias, layer_scale, seed),
         *(switches, dropout_p, drop_path_p),
     )

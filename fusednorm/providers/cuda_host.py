@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import contiguous, folded
+from .native import check_whole, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cuda.so"
 EMULATED = os.environ.get("FUSEDNORM_EMULATE")
@@ -45,6 +46,7 @@ def _load() -> str | None:
     if not library.exists():
         return f"its library is not built; type: {BUILD}" if EMULATED is None else f"there is no {library}"
     try:
+        check_whole(library)
         if EMULATED is None:  # the library is linked to no torch: it takes these symbols from the process
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
@@ -79,7 +81,7 @@ def refusal(x: Tensor, columns: int) -> str | None:
         return f"{x.device} is older than compute capability 8.0"
     if columns >= _MOST_COLUMNS:
         return "a row has 2**30 elements or more"
-    return None
+    return too_many_dimensions(x)
 
 
 def strides_refusal(name: str, tensor: Tensor, normalized_ndim: int) -> str | None:

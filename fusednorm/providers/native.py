@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import struct
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -24,3 +28,31 @@ def options(
     bits = normalized_ndim | _DTYPES[dtype] << 7 | _DTYPES[residual_dtype] << 9
     switches = (rms, zero_centered_weight, store_residual, saved_is_normed, *output_mask)
     return bits | sum(bool(switch) << 11 + i for i, switch in enumerate(switches))
+
+
+def too_many_dimensions(x: Tensor) -> str | None:
+    """Why a native library does not take x, if it has more dimensions than fit."""
+    return f"x has {x.ndim} dimensions, its kernels take {MOST_DIMENSIONS}" if x.ndim > MOST_DIMENSIONS else None
+
+
+def check_whole(library: Path) -> None:
+    """Raise OSError for a library of which the end is missing.
+
+    The loader maps such a file, and the process dies of a bus error where it touches what is not there. Its program
+    headers say how long an ELF file is at least.
+    """
+    with library.open("rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\x02":  # of 64 bits; the loader says what is wrong with others
+            return
+        order = ">" if head[5] == 2 else "<"
+        (table,) = struct.unpack_from(f"{order}Q", head, 32)
+        entry_size, count = struct.unpack_from(f"{order}HH", head, 54)
+        file.seek(table)
+        entries = file.read(entry_size * count)
+        if entry_size < 40 or len(entries) < entry_size * count:
+            raise OSError("the file is cut off")
+        for start in range(0, len(entries), entry_size):
+            offset, length = (struct.unpack_from(f"{order}Q", entries, start + at)[0] for at in (8, 32))
+            if offset + length > library.stat().st_size:
+                raise OSError("the file is cut off")

@@ -1,0 +1,203 @@
+"""The native CPU library as a file: missing, broken, foreign, built twice at once, beside another torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusednorm
+from fusednorm import __main__, providers
+from fusednorm.providers import cpu
+
+ROOT = Path(fusednorm.__file__).parents[1]
+REASON = providers.unavailable_reason("cpu")
+needs_library = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+import fusednorm
+from fusednorm import __main__, providers
+from fusednorm.providers import cpu
+for path in sys.argv[1:]:
+    cpu.LIBRARY = Path(path)
+    cpu._load.cache_clear()
+    providers._reasons.clear()
+    assert "cpu" not in fusednorm.available_providers(), path
+    normed, z = fusednorm.add_layer_norm(torch.ones(2, 8), torch.ones(2, 8), 8)
+    assert z.eq(2).all()
+    print(path, __main__.info(), sep="\\n", end="\\n\\n")
+"""
+
+
+def info_with(*libraries: Path) -> list[str]:
+    """What ``python -m fusednorm info`` says of each file in the library's place; all in one process, which lives."""
+    command = [sys.executable, "-c", PROGRAM, *map(str, libraries)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = run.stdout.strip().split("\n\n")
+    assert len(said) == len(libraries)
+    return said
+
+
+def test_a_missing_library_breaks_nothing(tmp_path):
+    (said,) = info_with(tmp_path / "missing.so")
+    assert "setup.py build_ext --inplace" in said
+
+
+def test_a_library_that_does_not_load_breaks_nothing(tmp_path):
+    """Nothing in it, text, a header alone, a folder, and a library that has none of our operators."""
+    contents = {"empty": b"", "text": b"not a library", "header": b"\x7fELF\x02\x01" + bytes(200)}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    foreign = next((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*"))
+    for said in info_with(*sorted(tmp_path.iterdir()), foreign):
+        assert "does not load into torch" in said, said
+
+
+@needs_library
+def test_a_broken_copy_of_the_library_breaks_nothing(tmp_path):
+    """The beginning of it, as a full disk leaves it, and the same for another machine."""
+    content = cpu.LIBRARY.read_bytes()
+    for percent in (1, 20, 50, 90):
+        (tmp_path / f"{percent} percent").write_bytes(content[: len(content) * percent // 100])
+    for machine, number in {"aarch64": 183, "riscv": 243}.items():
+        (tmp_path / machine).write_bytes(content[:18] + number.to_bytes(2, "little") + content[20:])  # e_machine
+    for said in info_with(*sorted(tmp_path.iterdir())):
+        assert "does not load into torch" in said, said
+        assert ("the file is cut off" in said) == ("percent" in said), said
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_a_library_that_may_not_be_read_breaks_nothing(tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(cpu.LIBRARY.read_bytes())
+    path.chmod(0)
+    (said,) = info_with(path)
+    assert "does not load into torch" in said
+
+
+@needs_library
+def test_a_read_only_installation_works(tmp_path):
+    """Nothing is written beside the package, whose files and folders nobody may write."""
+    package = tmp_path / "site" / "fusednorm"
+    shutil.copytree(Path(fusednorm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(package.rglob("*"))
+    for path in [package, *before]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        said = info(package.parent, PYTHONDONTWRITEBYTECODE="1")
+        assert "ready, instruction sets" in said
+        assert sorted(package.rglob("*")) == before
+    finally:
+        for path in [package, *before]:
+            path.chmod(path.stat().st_mode | 0o200)
+
+
+def info(root: Path, **variables: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "fusednorm", "info"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)} | variables,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@needs_library
+@pytest.mark.slow
+def test_two_processes_may_build_at_once(tmp_path):
+    """Both succeed, and the library is one of the two, whole."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tmp_path)
+    for name in ("csrc", "fusednorm"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    assert "its library is not built" in info(tmp_path)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    variables = os.environ | {"FUSEDNORM_NATIVE": "1", "FUSEDNORM_CUDA": "0"}
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    builds = [subprocess.Popen(command, cwd=tmp_path, env=variables, **options) for _ in range(2)]
+    for build in builds:
+        _, said = build.communicate(timeout=1500)
+        assert build.returncode == 0, said
+    assert "ready, instruction sets" in info(tmp_path)
+    assert [path.name for path in (tmp_path / "fusednorm").glob("libfusednorm*")] == ["libfusednorm_cpu.so"]
+
+
+OTHER = os.environ.get("FUSEDNORM_OTHER_PYTHON")
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.skipif(OTHER is None, reason="FUSEDNORM_OTHER_PYTHON names no interpreter with another torch")
+def test_one_build_serves_another_torch(tmp_path):
+    """The same file, loaded into another version of torch, gives the same bits."""
+    assert OTHER is not None
+    program = """
+import sys, torch, fusednorm
+from fusednorm.providers import cpu
+with fusednorm.use_provider("cpu"):
+    results = []
+    for case in torch.load(sys.argv[1]):
+        leaves = {name: leaf.requires_grad_() for name, leaf in case["leaves"].items()}
+        outputs = fusednorm.add_layer_norm(normalized_shape=(case["columns"],), **leaves, **case["options"])
+        results += [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), case["cotangents"])]
+    _, z = fusednorm.add_layer_norm(torch.ones(7, 31), None, 31, dropout_p=0.37, seed=5)
+    assert torch.equal(z > 0, fusednorm.dropout_mask((7, 31), 0.37, 5))
+for use in (lambda: torch.ops.fusednorm_cpu.use_instruction_set("abacus"),
+            lambda: cpu._forward(torch.ones(2, 3), torch.ones(3, 2), *[None] * 5, 1 | 1 << 7 | 1 << 9, 1e-5, 0.0, 0.0)):
+    try:
+        use()
+    except RuntimeError as fault:
+        assert "usable are" in str(fault) or "its shape" in str(fault), fault
+    else:
+        raise AssertionError("nothing was raised")
+torch.save([str(torch.__version__), *[result.detach() for result in results]], sys.argv[2])
+"""
+    generator = torch.Generator().manual_seed(3)
+    cases = []
+    for dtype, stream in [
+        (torch.float32,) * 2,
+        (torch.float64,) * 2,
+        (torch.float16,) * 2,
+        (torch.bfloat16, torch.float32),
+    ]:
+        draw = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+        leaves = {"x": draw(130, 385), "residual": draw(130, 385, dtype=stream)}
+        leaves |= {name: draw(385) for name in ("weight", "bias", "x_bias", "layer_scale")}
+        cotangents = [draw(130, 385), draw(130, 385, dtype=stream)]
+        options = {"dropout_p": 0.3, "drop_path_p": 0.1, "seed": 3}
+        cases.append({"leaves": leaves, "cotangents": cotangents, "columns": 385, "options": options})
+    torch.save(cases, tmp_path / "cases.pt")
+    results = []
+    for python in (sys.executable, OTHER):
+        out = tmp_path / f"{len(results)}.pt"
+        command = [python, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
+        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert run.returncode == 0, run.stderr
+        results.append(torch.load(out))
+    (here, *ours), (there, *theirs) = results
+    assert here != there, "the other interpreter has the same torch"
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_importing_the_package_does_not_load_the_library():
+    program = "import fusednorm, torch; assert not torch.ops.loaded_libraries"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@needs_library
+def test_info_says_what_is_built():
+    assert "instruction sets" in __main__.info()

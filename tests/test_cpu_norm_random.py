@@ -1,0 +1,46 @@
+"""Drawn calls of the norm functions on the native CPU kernels, on one to three threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusednorm import providers
+
+pytest.importorskip("hypothesis")
+from drawn import CHECKS, LEAD, NARROW, WIDE, calls, hold_to_budget
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+REASON = providers.unavailable_reason("cpu")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # eager torch's own
+]
+THREADS = st.integers(1, 3)
+# rows beyond a chunk of the partial sums and beyond what one thread is given; columns past 64 KB a row
+ROWS = LEAD | LEAD | st.sampled_from([67, 130, 515])
+COLUMNS = st.one_of(NARROW, NARROW, NARROW, WIDE)
+
+
+def hold_on_threads(drawn, threads: int) -> None:
+    note(f"{threads} threads")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hold_to_budget(drawn, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=150, derandomize=True, **CHECKS)
+@given(calls(NARROW, ROWS, most=40_000, dropout_over_several=True), THREADS)
+def test_a_hundred_and_fifty_drawn_calls_on_the_cpu(drawn, threads):
+    hold_on_threads(drawn, threads)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **CHECKS)
+@given(calls(COLUMNS, ROWS, most=150_000, dropout_over_several=True), THREADS)
+def test_two_thousand_fresh_calls_on_the_cpu(drawn, threads):
+    hold_on_threads(drawn, threads)

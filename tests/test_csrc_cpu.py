@@ -1,0 +1,112 @@
+"""The native CPU library under AddressSanitizer, UBSan and ThreadSanitizer; and that these see planted faults."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from fusednorm import providers
+
+REASON = providers.unavailable_reason("cpu")
+# All of it is slow: the library under sanitizers takes a minute and more to build.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated.compiler() is None, reason="no g++ to build the library with sanitizers"),
+    pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}"),
+]
+HERE = Path(__file__).parent
+INSTRUCTION_SETS = [] if REASON else torch.ops.fusednorm_cpu.instruction_sets().split()
+FILES = ("test_norm.py", "test_edges.py", "test_cpu_norm.py", "test_cpu_edges.py", "test_cpu_norm_random.py")
+CHOSEN = "(cpu-cpu or test_cpu_) and not best_instruction_set"
+LAYOUTS = f"{CHOSEN} and (every_shape or empty or strided or mixed or test_cpu_)"
+# Without UBSan the compiler does not see that what throws does not return.
+ADDRESS, THREAD = (("-g1", "-O0", f"-fsanitize={name}", "-Wno-return-type") for name in ("address", "thread"))
+UNWATCHED = ("-O0",)  # instruction sets that are not asked for: in less time
+PLANTED = {
+    "write": ("simd.h", "i < n; ++i) p[i] = lanes[i]", "i <= n; ++i) p[i] = lanes[i]"),
+    "read": ("simd.h", "i < n; ++i) lanes[i] = p[i]", "i <= n; ++i) lanes[i] = p[i]"),
+    "race": ("norm_backward.h", "(C*)a.partials + chunk * a.n_sums * a.partial_stride", "(C*)a.partials"),
+}
+
+
+def run_tests(
+    library: Path, instruction_set: str, runtimes: Sequence[str], arguments: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
+    # the sanitizers look for what throws exceptions when they are loaded, which is before Python loads any C++
+    commands = [["g++", f"-print-file-name={name}"] for name in (*runtimes, "libstdc++.so.6")]
+    found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
+    environment = os.environ | {
+        "FUSEDNORM_TEST_LIBRARY": str(library),
+        "FUSEDNORM_TEST_INSTRUCTION_SET": instruction_set,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["--capture=no", *arguments]  # what is written before a process is ended would be lost
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
+
+
+def plant(fault: str) -> Path:
+    """A copy of the sources with one fault, at a place of its own, so that it is compiled once."""
+    file, before, after = PLANTED[fault]
+    csrc = emulated.CACHE / "planted" / fault / "csrc"
+    shutil.rmtree(csrc, ignore_errors=True)
+    shutil.copytree(emulated.CSRC, csrc)
+    source = csrc / "cpu" / file
+    text = source.read_text()
+    assert text.count(before) == 1
+    source.write_text(text.replace(before, after))
+    return csrc
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_every_layout_under_sanitizers(name):
+    """The tests of the norms on this provider once more: all on the baseline, those of layouts on the other sets.
+
+    The source of all of them is one, so UBSan, with which it takes three times as long to compile, sees the baseline.
+    """
+    library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
+    chosen, least = (CHOSEN, 900) if name == "baseline" else (LAYOUTS, 600)
+    done = run_tests(library, name, ["libasan.so"], [*(str(HERE / file) for file in FILES), "-k", chosen])
+    assert done.returncode == 0, said(done)
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)
+
+
+@pytest.mark.parametrize("fault", ["write", "read"])
+def test_address_sanitizer_sees_a_planted_fault(fault):
+    library = emulated.build_cpu(ADDRESS, UNWATCHED, plant(fault))
+    chosen = [str(HERE / "test_norm.py"), "-k", "cpu-cpu and every_shape and odd_width"]
+    done = run_tests(library, "baseline", ["libasan.so"], chosen)
+    assert done.returncode != 0, said(done)
+    assert re.search(rf"AddressSanitizer: heap-buffer-overflow[\s\S]*\n{fault.upper()} of size", done.stderr), said(
+        done
+    )
+
+
+@pytest.mark.parametrize("fault", [None, "race"], ids=["sound", "race"])
+def test_threads_under_thread_sanitizer(fault):
+    """Nothing is found in the library as it is, a race where all chunks of rows share one partial sum."""
+    library = emulated.build_cpu(THREAD, UNWATCHED, emulated.CSRC if fault is None else plant(fault))
+    threads = emulated.build("threads.so", [HERE / "csrc" / "threads.cpp"], [*THREAD, "-fPIC", "-shared"])
+    chosen = [str(HERE / "test_cpu_norm.py"), "-k", "number_of_threads"]
+    done = run_tests(library, "baseline", ["libtsan.so", str(threads)], chosen)
+    assert (done.returncode == 0) == (fault is None), said(done)
+    if fault is None:
+        assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 12, said(done)
+    else:
+        assert re.search(r"ThreadSanitizer: data race[\s\S]*norm_backward\.h", done.stderr), said(done)
