@@ -39,7 +39,7 @@ struct Sums {
   Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))}, blocks = part[0];
   FN_INLINE void fold() {
     blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
-    for (auto& p : part) p = Vec<C>(C(0));
+    part[0] = part[1] = part[2] = part[3] = Vec<C>(C(0));
   }
   FN_INLINE C total() const { return sum(blocks + ((part[0] + part[1]) + (part[2] + part[3]))); }
 };
