@@ -29,7 +29,8 @@ def refusals(result: Record) -> list[str]:
     reasons = [busy_text(result) or ""]
     reasons += [f"{r['name']}: {r['status'].upper()}" for r in result["cases"] if r["status"] in ("wrong", "failed")]
     reasons += [] if measured(result) else ["no case was measured"]
-    if only := result["method"]["only"]:
+    # a grid serves the table of automatic choice, in which each shape stands for itself
+    if (only := result["method"]["only"]) and result["method"]["level"] != "grid":
         reasons.append(f"only the cases that match {only!r} were measured: figures of some say nothing of all")
     return list(filter(None, reasons))
 

@@ -56,6 +56,16 @@ def test_each_direction_has_its_own_winner():
     }
 
 
+def test_a_stumble_of_the_machine_decides_nothing():
+    lucky = record("layer_norm", (1, 1024), "both", "triton", 70, 10)
+    lucky["variants"]["eager"]["inclusive"][3] = 8e-6  # what eager takes when every thread has its core
+    assert winners(result(lucky)) == {("layer_norm/2/both", 1, 1024): ("triton", 1.0)}
+    lucky["variants"]["fused"]["inclusive"][5] = 9e-6
+    unlucky = record("layer_norm", (4, 64), "both", "triton", 10, 70)
+    unlucky["variants"]["fused"]["inclusive"][3] = 11e-6
+    assert winners(result(unlucky)) == {("layer_norm/2/both", 4, 64): ("reference", 1.1)}
+
+
 def test_equal_times_leave_a_call_with_the_kernel():
     assert winners(result(record("layer_norm", (64, 64), "forward", "triton", 10, 10.1))) == {
         ("layer_norm/2/forward", 64, 64): ("triton", 0.99)
