@@ -20,6 +20,12 @@ constexpr char kAddLayerNormBwd[] =
     "float drop_path_p) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dx_bias, "
     "Tensor dlayer_scale)";
 
+constexpr char kBiasActDropoutFwd[] =
+    "bias_act_dropout_fwd(Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) -> Tensor";
+constexpr char kBiasActDropoutBwd[] =
+    "bias_act_dropout_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) "
+    "-> (Tensor dx, Tensor dbias)";
+
 struct Options {
   explicit Options(int64_t bits)
       : normalized_ndim(bits & 127),

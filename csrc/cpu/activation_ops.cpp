@@ -155,11 +155,9 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
-  m.def("bias_act_dropout_fwd(Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) -> Tensor");
+  m.def(kBiasActDropoutFwd);
   m.def("bias_act_bare(Tensor x, Tensor bias, int options) -> Tensor");
-  m.def(
-      "bias_act_dropout_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) "
-      "-> (Tensor dx, Tensor dbias)");
+  m.def(kBiasActDropoutBwd);
   m.def("dropout_mask(Tensor seed, int rows, int columns, float p) -> Tensor");
 }
 

@@ -79,10 +79,8 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cuda, m) {
-  m.def("bias_act_dropout_fwd(Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) -> Tensor");
-  m.def(
-      "bias_act_dropout_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, int options, float dropout_p) "
-      "-> (Tensor dx, Tensor dbias)");
+  m.def(kBiasActDropoutFwd);
+  m.def(kBiasActDropoutBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, FN_DISPATCH_KEY, m) {

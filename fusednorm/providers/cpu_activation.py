@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import cpu
 from .cpu import refusal as refusal
-
-_ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+from .native import ACTIVATIONS, activation_options
 
 
 def reluctance(op: str, *args: Any) -> str | None:
@@ -30,12 +29,12 @@ def reluctance(op: str, *args: Any) -> str | None:
 def bias_act_dropout_fwd(
     x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
 ) -> Tensor:
-    return cpu.activation_fwd(x, bias, seed, _ACTIVATIONS[activation], dropout_p)
+    return cpu.activation_fwd(x, bias, seed, ACTIVATIONS[activation], dropout_p)
 
 
 def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     """act(x + bias) of which nobody will ask for a gradient."""
-    return cpu.activation_bare(x, bias, _ACTIVATIONS[activation])
+    return cpu.activation_bare(x, bias, ACTIVATIONS[activation])
 
 
 def bias_act_dropout_bwd(
@@ -48,5 +47,4 @@ def bias_act_dropout_bwd(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (x, bias), undefined where not wanted."""
-    options = _ACTIVATIONS[activation] | bool(output_mask[0]) << 2 | bool(output_mask[1]) << 3
-    return cpu.activation_bwd(dy, x, bias, seed, options, dropout_p)
+    return cpu.activation_bwd(dy, x, bias, seed, activation_options(activation, output_mask), dropout_p)

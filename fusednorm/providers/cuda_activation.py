@@ -10,8 +10,7 @@ from torch import Tensor
 from .._dtypes import compute_dtype
 from . import cuda_host as host
 from .cuda_host import reluctance as reluctance
-
-_ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+from .native import ACTIVATIONS, activation_options
 
 
 def refusal(op: str, *args: Any) -> str | None:
@@ -27,7 +26,7 @@ def bias_act_dropout_fwd(
         return x.new_empty(x.shape)
     bias = host.parameter(bias, x.dtype, compute_dtype(x.dtype))
     return host.ops.bias_act_dropout_fwd.default(
-        host.rows(x, x.dtype, 1), bias, seed, _ACTIVATIONS[activation], dropout_p
+        host.rows(x, x.dtype, 1), bias, seed, ACTIVATIONS[activation], dropout_p
     )
 
 
@@ -50,7 +49,7 @@ def bias_act_dropout_bwd(
         host.rows(x, x.dtype, 1),
         host.parameter(bias, x.dtype, compute_dtype(x.dtype)),
         seed,
-        _ACTIVATIONS[activation] | bool(wants_dx) << 2 | bool(wants_dbias) << 3,
+        activation_options(activation, output_mask),
         dropout_p,
     )
     # of a bias that was converted on its way in

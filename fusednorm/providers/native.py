@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
+ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -56,3 +58,8 @@ def check_whole(library: Path) -> None:
             offset, length = (struct.unpack_from(f"{order}Q", entries, start + at)[0] for at in (8, 32))
             if offset + length > library.stat().st_size:
                 raise OSError("the file is cut off")
+
+
+def activation_options(activation: str, output_mask: Sequence[bool]) -> int:
+    """Of the backward of bias_act_dropout; the forward takes the activation alone."""
+    return ACTIVATIONS[activation] | bool(output_mask[0]) << 2 | bool(output_mask[1]) << 3
