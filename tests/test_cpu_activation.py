@@ -14,6 +14,7 @@ from test_cpu_norm import ROOT, assert_same_bits, instruction_sets, needs_librar
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
+from fusednorm.providers import choice
 
 __all__ = ["instruction_sets", "threads"]  # fixtures
 
@@ -193,8 +194,11 @@ def test_only_the_gradients_asked_for(dtype):
 
 @needs_library
 @pytest.mark.parametrize("activation", TORCHS)
-def test_the_short_way_is_the_provider(activation):
-    """Automatic choice at a size that the library serves, with and without gradients."""
+def test_the_short_way_is_the_provider(activation, monkeypatch, tmp_path, request):
+    """Automatic choice where nothing was measured, and so the order of the providers decides; batch_invariant."""
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    choice.forget()
+    request.addfinalizer(choice.forget)
     x, bias = draw(4, 128).float(), draw(128, seed=4).float()
     with fusednorm.use_provider("cpu"):
         expected = bias_act_dropout(x, bias, activation)
