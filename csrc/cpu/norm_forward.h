@@ -36,12 +36,17 @@ struct At {
 
 template <class C>
 struct Sums {
-  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))}, blocks = part[0];
+  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))}, blocks = part[0], whole = part[0];
+  int folds = 0;
   FN_INLINE void fold() {
     blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
     part[0] = part[1] = part[2] = part[3] = Vec<C>(C(0));
+    if (++folds % kSumSteps == 0) whole = whole + blocks, blocks = Vec<C>(C(0));
   }
-  FN_INLINE C total() const { return sum(blocks + ((part[0] + part[1]) + (part[2] + part[3]))); }
+  FN_INLINE C total() const {
+    const Vec<C> rest = (part[0] + part[1]) + (part[2] + part[3]);
+    return sum(folds ? whole + (blocks + rest) : rest);
+  }
 };
 
 // z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S: stored to z_out, kept in z where given.
