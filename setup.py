@@ -5,8 +5,9 @@ latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names oth
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
 torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
-The library targets torch's stable ABI and has no Python symbols: one build serves every Python, and every torch from
-the targeted one on.
+The libraries target torch's stable ABI and have no Python symbols: one build serves every Python, and every torch from
+the targeted one on. The shortcut, a Python module over torch's own C++ interface, serves the torch and the Python that
+it is built with; its file name says which.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,7 +34,9 @@ ROOT = Path(__file__).parent
 COMMON = ROOT / "csrc"
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
+SHORTCUT = ROOT / "csrc" / "shortcut"
 TARGET = (2, 11)
+MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
 CUDA_ARCHITECTURES = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
@@ -103,7 +109,8 @@ def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
         for source in sorted([*COMMON.glob("*.cpp"), *CPU.glob("*.cpp")])
         if source not in kernels
     }
-    return jobs, []
+    # the name that the shortcut finds it by, which is linked to it
+    return jobs, ["-Wl,-install_name,@rpath/libfusednorm_cpu.so" if MACOS else "-Wl,-soname,libfusednorm_cpu.so"]
 
 
 def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
@@ -129,6 +136,33 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
+def shortcut_name() -> str:
+    """Of the file; fusednorm/_shortcut.py looks for the one of its own torch and Python."""
+    found = re.search(r"__version__ = '([^']+)'", (torch_directory() / "version.py").read_text(encoding="utf-8"))
+    if found is None:
+        raise RuntimeError("torch/version.py does not say which version it is")
+    return f"_shortcut.torch-{found[1]}{EXTENSION_SUFFIXES[0]}"
+
+
+def shortcut_commands(objects: Path, torch: Path, compiler: list[str], cpu_library: Path) -> Commands:
+    if not cpu_library.exists():
+        raise RuntimeError(f"the shortcut needs {cpu_library.name}, which was not built")
+    headers = [
+        torch / "include",
+        torch / "include" / "torch" / "csrc" / "api" / "include",
+        sysconfig.get_path("include"),
+    ]
+    if not (Path(headers[-1]) / "Python.h").exists():
+        raise RuntimeError(f"Python.h is not in {headers[-1]} (on Debian: apt install python3-dev)")
+    flags = ["-std=c++20", *FLAGS[1:], *(word for path in headers for word in ("-isystem", str(path)))]
+    jobs = {
+        objects / f"{source.stem}.o": [*compiler, *flags, "-c", str(source)]
+        for source in sorted(SHORTCUT.glob("*.cpp"))
+    }
+    origin = "@loader_path" if MACOS else "$ORIGIN"
+    return jobs, ["-ltorch_python", str(cpu_library), f"-Wl,-rpath,{origin}"]
+
+
 def cuda_is_wanted() -> bool:
     if CUDA_WANTED in ("0", "1"):
         return CUDA_WANTED == "1"
@@ -148,8 +182,8 @@ class BuildNative(build_ext):
         except (RuntimeError, OSError, subprocess.CalledProcessError) as fault:
             said = getattr(fault, "stderr", None) or ""
             if WANTED == "1":
-                raise SystemExit(f"{said}\nfusednorm: the native library could not be built: {fault}") from fault
-            print(f"{said}\nfusednorm: installing without the native library: {fault}", file=sys.stderr)
+                raise SystemExit(f"{said}\nfusednorm: {extension.name} could not be built: {fault}") from fault
+            print(f"{said}\nfusednorm: installing without {extension.name}: {fault}", file=sys.stderr)
 
     def _build(self, objects: Path, library: Path) -> None:
         torch, compiler = torch_directory(), cxx_compiler()
@@ -157,8 +191,12 @@ class BuildNative(build_ext):
             raise RuntimeError(f"the native library is for Linux and macOS, this is {sys.platform}")
         objects.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        make = cuda_commands if library.stem == "libfusednorm_cuda" else cpu_commands
-        jobs, libraries = make(objects, torch, compiler)
+        if library.stem == "libfusednorm_cpu":
+            jobs, libraries = cpu_commands(objects, torch, compiler)
+        elif library.stem == "libfusednorm_cuda":
+            jobs, libraries = cuda_commands(objects, torch, compiler)
+        else:
+            jobs, libraries = shortcut_commands(objects, torch, compiler, library.with_name("libfusednorm_cpu.so"))
 
         def compile_one(job: tuple[Path, list[str]]) -> None:
             out, command = job
@@ -183,7 +221,8 @@ class BuildNative(build_ext):
         return outfile, True
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        *folders, name = fullname.split(".")
+        return os.path.join(*folders, shortcut_name() if name == "_shortcut" else f"{name}.so")
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -222,7 +261,7 @@ def extensions() -> list[Extension]:
             raise SystemExit(f"fusednorm: the native library cannot be built: {fault}") from fault
         print(f"fusednorm: pure Python, without the native library: {fault}", file=sys.stderr)
         return []
-    names = ["libfusednorm_cpu", *(["libfusednorm_cuda"] if cuda_is_wanted() else [])]
+    names = ["libfusednorm_cpu", "_shortcut", *(["libfusednorm_cuda"] if cuda_is_wanted() else [])]
     return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 

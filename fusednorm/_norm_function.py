@@ -222,6 +222,32 @@ class AddLayerNormFunction(torch.autograd.Function):
         return (*results, *[None] * 12)
 
 
+def shortcut_backward(
+    dnormed: Tensor,
+    dresidual_out: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    rms: bool,
+    *wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
+    create_graph = torch.is_grad_enabled() or batched(dnormed, dresidual_out)
+    if create_graph:
+        stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
+    output_mask = [wanted[0], False, *wanted[1:], False, False]
+    args: Args = (
+        *(dnormed, dresidual_out, saved, stats, weight, bias, None, None, None, None),
+        *(normalized_ndim, 0.0, 0.0, saved.dtype, saved.dtype, rms, False, False, output_mask),
+    )
+    found = reference.add_layer_norm_bwd(*args) if create_graph else _ops.add_layer_norm_bwd(*args, provider="cpu")
+    dx, _, dweight, dbias = found[:4]
+    return tuple(g if want else None for g, want in zip((dx, dweight, dbias), wanted, strict=True))
+
+
 # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
 _apply = super(torch.autograd.Function, AddLayerNormFunction).apply
 

@@ -88,6 +88,10 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
+    if providers.shortcut is not None and not _is_compiling():
+        shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_by_shape)
+        if shortcut is not None:
+            return shortcut
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
@@ -152,6 +156,18 @@ def add_layer_norm(
         TypeError: an argument is no dense floating-point tensor.
         ValueError: a shape, device or probability does not fit.
     """
+    if (
+        x_bias is None is layer_scale
+        and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
+        and residual_dtype is None
+        and providers.shortcut is not None
+        and not _is_compiling()
+    ):
+        outputs = providers.shortcut.add_norm(
+            x, residual, normalized_shape, weight, bias, eps, False, providers.shortcut_by_shape
+        )
+        if outputs is not None:
+            return outputs
     if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
         return handle_torch_function(
             add_layer_norm,
@@ -215,6 +231,18 @@ def add_rms_norm(
     Arguments, results and errors are those of :func:`add_layer_norm`, without `bias`; `eps` None takes the machine
     epsilon of the dtype computed in.
     """
+    if (
+        x_bias is None is layer_scale
+        and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
+        and residual_dtype is None
+        and providers.shortcut is not None
+        and not _is_compiling()
+    ):
+        outputs = providers.shortcut.add_norm(
+            x, residual, normalized_shape, weight, None, eps, True, providers.shortcut_by_shape
+        )
+        if outputs is not None:
+            return outputs
     if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):
         return handle_torch_function(
             add_rms_norm,

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../norm_call.h"
+#include "norm.h"
 #include "operands.h"
 #include "pages.h"
 #include "workspace.h"
@@ -90,11 +90,8 @@ bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
   return ((!operands.data || (operands.unit && operands.dtype == dtype)) && ...);
 }
 
-struct Outputs {
-  Handle normed, z, stats;
-};
+}  // namespace
 
-// With `keep_statistics` false nobody will ask for a gradient, and the statistics go to a buffer.
 Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Options& o = t.options;
   const Sizes s = sizes_of(t.x);
@@ -136,22 +133,9 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   return out;
 }
 
-void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward(take_forward(stack), true);
-  give(stack, out.normed, out.z, out.stats);
-}
-
-// Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
-void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward({take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
-                             {}, {}, {}, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
-                            false);
-  give(stack, out.normed, out.z);
-}
-
-void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const auto [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
-      take_backward(stack);
+Gradients run_backward(const BackwardCall& call) {
+  const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
+      call;
   const Sizes s = sizes_of(saved);
   Backward a;
   const Dtype wide = dtype_of(stats);  // the dtypes of what is differentiated do not say what it was computed in
@@ -182,7 +166,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.row_dtype = a.saved.dtype;
   a.dx_dtype = o.dtype, a.dresidual_dtype = o.residual_dtype;
 
-  Handle outputs[6];
+  Gradients outputs;
   const Handle* const like[6] = {&saved, &saved, &weight, &bias, &x_bias, &layer_scale};
   Dtype dtypes[6];
   void* written[6];
@@ -191,8 +175,8 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
     const bool wanted = (o.output_mask >> i & 1) && *like[i];
     dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(*like[i]);
     const Sizes shape = wanted ? sizes_of(*like[i]) : Sizes{};
-    outputs[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : undefined();
-    written[i] = wanted ? data_of(outputs[i]) : nullptr;
+    outputs.of[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : undefined();
+    written[i] = wanted ? data_of(outputs.of[i]) : nullptr;
     if (i < 2 && wanted) ask_for_huge_pages(written[i], elements * kItemSize[dtypes[i]]);
   }
   a.dx = written[0], a.dresidual = written[1];
@@ -229,7 +213,27 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
                  k.reduce({sums, chunks, a.n_sums * a.partial_stride, a.wide}, dtypes[i + 2], written[i + 2], begin * 64,
                           last);
                });
-  for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(outputs[i].release());
+  return outputs;
+}
+
+namespace {
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Outputs out = run_forward(take_forward(stack), true);
+  give(stack, out.normed, out.z, out.stats);
+}
+
+// Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Outputs out = run_forward({take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
+                             {}, {}, {}, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
+                            false);
+  give(stack, out.normed, out.z);
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Gradients gradients = run_backward(take_backward(stack));
+  for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
 }
 
 void instruction_sets_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(instruction_sets()); }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _shortcut
 from . import choice
 
 _log = logging.getLogger("fusednorm")
@@ -39,6 +40,8 @@ _logged: set[tuple[str, str]] = set()
 by_shape = True  # False inside batch_invariant()
 automatic = True  # False while a provider is requested or decisions are recorded
 short_cuts = True  # False while decisions are recorded, or a provider other than the one short cuts lead to requested
+shortcut: Any = None  # the module of fusednorm/_shortcut.py while short cuts are taken, once the CPU library is loaded
+shortcut_by_shape = True  # whether the shortcut is to ask what was measured
 
 
 class Route(NamedTuple):
@@ -89,6 +92,8 @@ def unavailable_reason(name: str) -> str | None:
     """Why provider `name` cannot be used here and now, or None if it can."""
     if name not in _reasons:
         _reasons[name] = get(name)[0].unavailable_reason()
+        if name == "cpu":
+            _renew()
     return _reasons[name]
 
 
@@ -179,10 +184,12 @@ def recording() -> Iterator[list[Route]]:
 
 def _renew() -> None:
     """What calls look at, after a block was entered or left."""
-    global _requested, automatic, short_cuts
+    global _requested, automatic, short_cuts, shortcut, shortcut_by_shape
     _requested = _active[-1].name if _active else None
     automatic = not _active and not _records
     short_cuts = not _records and _requested in (None, "cpu")
+    shortcut = _shortcut.load()[0] if short_cuts and _reasons.get("cpu", "not asked yet") is None else None
+    shortcut_by_shape = automatic and by_shape
 
 
 class use_provider(contextlib.ContextDecorator):
@@ -251,11 +258,13 @@ class batch_invariant(contextlib.ContextDecorator):
         global by_shape
         self._before.append(by_shape)
         by_shape = not self.enabled
+        _renew()
         return self
 
     def __exit__(self, *exception: object) -> None:
         global by_shape
         by_shape = self._before.pop()
+        _renew()
 
 
 # Now, because torch.compile cannot trace an import. None loads anything optional; the others are imported by

@@ -1,0 +1,139 @@
+// The Python module: arguments taken from the call as they are, or None for a call that goes the long way.
+#include <Python.h>
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <limits>
+
+#include "norm_node.h"
+
+namespace fusednorm_shortcut {
+
+namespace {
+
+bool floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
+// A tensor of torch's own class, or undefined for None; false for anything else.
+bool take_tensor(PyObject* object, at::Tensor& tensor) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return plain(tensor) && floating(tensor.scalar_type()) && tensor.dim() <= fusednorm::kMaxDims;
+}
+
+// Whether normalized_shape, an int or a sequence of them, is how x's sizes end; then their number.
+bool take_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
+  const auto is_size = [](PyObject* number, int64_t size) {
+    int overflow = 0;
+    return PyLong_CheckExact(number) && PyLong_AsLongLongAndOverflow(number, &overflow) == size && !overflow;
+  };
+  const bool sequence = PyTuple_Check(object) || PyList_CheckExact(object);
+  count = sequence ? PySequence_Fast_GET_SIZE(object) : 1;
+  if (count < 1 || count > int64_t(sizes.size())) return false;
+  if (!sequence) return is_size(object, sizes.back());
+  for (int64_t i = 0; i < count; ++i)
+    if (!is_size(PySequence_Fast_GET_ITEM(object, i), sizes[sizes.size() - count + i])) return false;
+  return true;
+}
+
+bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
+  if (object == Py_None && rms)
+    eps = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  else if (PyFloat_CheckExact(object))
+    eps = PyFloat_AS_DOUBLE(object);
+  else
+    return false;
+  return true;
+}
+
+// choice.torch_on_cpu(...): whether torch's own operators were measured to be faster.
+bool prefers_torch(const char* operation, const NormCall& call, int64_t columns) {
+  static PyObject* const choice = PyImport_ImportModule("fusednorm.providers.choice");
+  if (!choice) throw python_error();
+  THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
+                                         (PyObject*)torch::getTHPDtype(call.x.scalar_type()), (long long)call.x.numel(),
+                                         (long long)columns, call.needs_grad ? Py_True : Py_False));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
+// False where the call is not for the shortcut.
+bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps,
+               const char* operation, bool by_shape, NormCall& call) {
+  if (x == Py_None || !plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (!take_tensor(x, call.x) || !take_tensor(residual, call.residual) || !take_tensor(weight, call.weight) ||
+      !take_tensor(bias, call.bias))
+    return false;
+  const at::IntArrayRef sizes = call.x.sizes();
+  if (!take_shape(shape, sizes, call.normalized_ndim)) return false;
+  const at::IntArrayRef normalized = sizes.slice(sizes.size() - call.normalized_ndim);
+  const bool wide = call.x.scalar_type() == at::kDouble;
+  if (!take_eps(eps, call.rms, wide, call.eps)) return false;
+  if (call.residual.defined() && (call.residual.scalar_type() != call.x.scalar_type() || call.residual.sizes() != sizes))
+    return false;
+  for (const at::Tensor* parameter : {&call.weight, &call.bias})
+    if (parameter->defined() && parameter->sizes() != normalized) return false;
+  call.needs_grad = false;
+  if (at::GradMode::is_enabled())
+    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias})
+      call.needs_grad |= tensor->defined() && tensor->requires_grad();
+  return !by_shape || !prefers_torch(operation, call, c10::multiply_integers(normalized));
+}
+
+NormResult run(const NormCall& call) {
+  pybind11::gil_scoped_release no_gil;
+  return norm(call);
+}
+
+PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  NormCall call;
+  call.rms = true;
+  if (!take_call(args[0], Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4] == Py_True, call))
+    Py_RETURN_NONE;
+  return THPVariable_Wrap(run(call).normed);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  NormCall call;
+  call.rms = args[6] == Py_True;
+  const char* const operations[] = {"layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"};
+  const char* operation = operations[2 * (args[1] != Py_None) + call.rms];
+  if (!take_call(args[0], args[1], args[2], args[3], args[4], args[5], operation, args[7] == Py_True, call)) Py_RETURN_NONE;
+  NormResult result = run(call);
+  THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
+  if (!normed || !pair) throw python_error();
+  PyTuple_SET_ITEM(pair.get(), 0, normed.release());
+  PyTuple_SET_ITEM(pair.get(), 1, result.z.defined() ? THPVariable_Wrap(result.z) : Py_NewRef(args[0]));
+  return pair.release();
+  END_HANDLE_TH_ERRORS
+}
+
+template <Py_ssize_t count, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
+  if (given == count) return function(self, args, given);
+  return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+}
+
+PyMethodDef methods[] = {
+    {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
+     "rms_norm(input, normalized_shape, weight, eps, by_shape) -> Tensor, or None: not a call for the shortcut"},
+    {"add_norm", (PyCFunction)(void*)counted<8, add_norm>, METH_FASTCALL,
+     "add_norm(x, residual, normalized_shape, weight, bias, eps, rms, by_shape) -> (normed, residual_out), or None"},
+    {}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+}  // namespace fusednorm_shortcut
+
+PyMODINIT_FUNC PyInit__shortcut() { return PyModule_Create(&fusednorm_shortcut::definition); }

@@ -1,0 +1,28 @@
+// The norms' node of the autograd graph, and the call that makes it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../cpu/norm.h"
+
+namespace fusednorm_shortcut {
+
+struct NormCall {
+  at::Tensor x, residual, weight, bias;  // undefined where not given
+  int64_t normalized_ndim;
+  double eps;
+  bool rms, needs_grad;
+};
+
+struct NormResult {
+  at::Tensor normed, z;  // z is undefined without a residual
+};
+
+NormResult norm(const NormCall& call);
+
+// Whether nothing but the CPU's kernel and autograd would see an operator on these tensors: no subclass of Tensor, no
+// transform, mode, autocast or tracing, in the tensors or in the thread.
+bool plain(const at::Tensor& tensor);
+bool plain_thread();
+
+}  // namespace fusednorm_shortcut

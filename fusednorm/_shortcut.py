@@ -1,0 +1,40 @@
+"""The shortcut: the bare norms on the CPU in one C++ call each, an autograd node of C++ included.
+
+It leaves out the layers between, which cost more than a small call itself, and takes only what needs none of them:
+plain dense CPU tensors of one dtype, no mode, transform, autocast or tracing. For everything else it returns None, and
+the call goes the long way. It is built over torch's own C++ interface, which is not stable: it serves the torch and the
+Python that it was built with, and is left out where these differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .providers.native import check_whole
+
+FILE = Path(__file__).with_name(f"_shortcut.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """(the module, "") or (None, why it cannot be had); after the CPU library, which it calls."""
+    if not FILE.exists():
+        others = sorted(path.name for path in FILE.parent.glob("_shortcut.torch-*"))
+        built = f"it was built for others ({', '.join(others)})" if others else "it is not built"
+        return None, f"{built}, and this torch and Python need {FILE.name}"
+    try:
+        check_whole(FILE)
+        loader = importlib.machinery.ExtensionFileLoader("_shortcut", str(FILE))
+        spec = importlib.util.spec_from_loader("_shortcut", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except Exception as fault:  # half a file, one for another machine: whatever it is, not usable
+        return None, f"{FILE} does not load: {fault}"
+    return module, ""
