@@ -100,7 +100,20 @@ FN_INLINE T sum_of(const typename NativeOf<T, BYTES>::type& v) {
   if constexpr (BYTES == 16 && sizeof(T) == 8) return v[0] + v[1];
   if constexpr (BYTES == 16 && sizeof(T) == 4) return (v[0] + v[2]) + (v[1] + v[3]);
   if constexpr (BYTES > 16) {
-    typename NativeOf<T, BYTES / 2>::type low, high;
+    typedef typename NativeOf<T, BYTES / 2>::type Half;
+    Half low, high;
+#if defined(__AVX512F__)  // the compiler takes copies through memory, whose time two sums a row show on narrow rows
+    if constexpr (BYTES == 64) {
+      low = (Half)_mm512_castpd512_pd256((__m512d)v), high = (Half)_mm512_extractf64x4_pd((__m512d)v, 1);
+      return sum_of<T, BYTES / 2>(low + high);
+    }
+#endif
+#if defined(__AVX__)
+    if constexpr (BYTES == 32) {
+      low = (Half)_mm256_castpd256_pd128((__m256d)v), high = (Half)_mm256_extractf128_pd((__m256d)v, 1);
+      return sum_of<T, BYTES / 2>(low + high);
+    }
+#endif
     __builtin_memcpy(&low, &v, BYTES / 2);
     __builtin_memcpy(&high, (const char*)&v + BYTES / 2, BYTES / 2);
     return sum_of<T, BYTES / 2>(low + high);
