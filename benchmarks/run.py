@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 import fusednorm
+from fusednorm import _shortcut
 from benchmarks import cases, measure, measure_load, report
 from benchmarks.baselines import BASELINES, BaselineError
 from benchmarks.cases import Case
@@ -206,6 +207,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "fusednorm": fusednorm.__version__,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "providers": fusednorm.available_providers(),
+        "shortcut": _shortcut.load()[0] is not None,
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":

@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .providers import cpu
 from .providers.native import check_whole
 
 FILE = Path(__file__).with_name(f"_shortcut.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
@@ -23,7 +25,12 @@ FILE = Path(__file__).with_name(f"_shortcut.torch-{torch.__version__}{importlib.
 
 @functools.cache
 def load() -> tuple[Any, str]:
-    """(the module, "") or (None, why it cannot be had); after the CPU library, which it calls."""
+    """(the module, "") or (None, why it cannot be had). It calls the CPU library, which is loaded first."""
+    if os.environ.get("FUSEDNORM_SHORTCUT") == "0":
+        return None, "FUSEDNORM_SHORTCUT=0 leaves it out"
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        return None, reason
     if not FILE.exists():
         others = sorted(path.name for path in FILE.parent.glob("_shortcut.torch-*"))
         built = f"it was built for others ({', '.join(others)})" if others else "it is not built"

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import _shortcut, providers
+from fusednorm.providers import choice
 
-_missing = providers.unavailable_reason("cpu") or _shortcut.load()[1]
+_missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -407,6 +408,14 @@ def test_shortcut_of_another_torch_is_left_out(tmp_path, monkeypatch):
         module, reason = _shortcut.load()
         assert module is None
         assert "it was built for others (_shortcut.torch-2.99.0.cpython-311" in reason and _shortcut.FILE.name in reason
+
+
+def test_shortcut_can_be_left_out(monkeypatch):
+    monkeypatch.setenv("FUSEDNORM_SHORTCUT", "0")
+    with _file(_shortcut.FILE, monkeypatch):
+        assert _shortcut.load() == (None, "FUSEDNORM_SHORTCUT=0 leaves it out")
+        assert choice.device_key(torch.device("cpu")) == "cpu_without_shortcut"
+    assert choice.device_key(torch.device("cpu")) == "cpu"
 
 
 @pytest.mark.parametrize("content", ["nothing", "half", "text"])

@@ -17,8 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _shortcut
+
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
+
+
+_CPU = torch.device("cpu")
 
 
 class Measured(NamedTuple):
@@ -42,7 +47,9 @@ class Preference(NamedTuple):
 
 
 def device_key(device: torch.device) -> str:
-    """`cpu`, or the architecture of a GPU: `sm_90`."""
+    """The architecture of a GPU, `sm_90`; `cpu`, or where small calls go another way, `cpu_without_shortcut`."""
+    if device.type == "cpu" and _shortcut.load()[0] is None:
+        return "cpu_without_shortcut"
     if device.type != "cuda":
         return device.type
     return _architecture(device.index or 0)
@@ -95,7 +102,7 @@ def torch_on_cpu(operation: str, dtype: torch.dtype, elements: int, columns: int
     """Whether torch's own operators are what `preference` finds for a shape on the CPU, in one look-up of a cache."""
     if not columns or not elements:
         return False
-    found = _nearest("cpu", operation, dtype.itemsize, needs_grad, elements // columns, columns)
+    found = _nearest(device_key(_CPU), operation, dtype.itemsize, needs_grad, elements // columns, columns)
     return found is not None and found.provider == "reference"
 
 
