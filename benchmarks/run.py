@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 import fusednorm
-from fusednorm import _shortcut
 from benchmarks import cases, measure, measure_load, report
 from benchmarks.baselines import BASELINES, BaselineError
 from benchmarks.cases import Case
 from benchmarks.report_stats import AUTOMATIC
+from fusednorm import _shortcut
 
 PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
