@@ -82,13 +82,13 @@ def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, c
     The kernels for more than the baseline take `vector_flags`, if given.
     """
     torch = torch_directory()
-    commands, _ = setup_script().cpu_commands(Path(), torch, [str(compiler())])
+    commands, link = setup_script().cpu_commands(Path(), torch, [str(compiler())])
     jobs = {}
     for made, command in commands.items():
         vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
         last = vector_flags if vector and vector_flags is not None else flags
         jobs[made.stem] = [*(part.replace(str(CSRC), str(csrc)) for part in command), *last]
-    return build_from("libfusednorm_cpu.so", jobs, [*flags, *link_torch(torch)], csrc=csrc)
+    return build_from("libfusednorm_cpu.so", jobs, [*flags, *link, *link_torch(torch)], csrc=csrc)
 
 
 def torch_directory() -> Path:

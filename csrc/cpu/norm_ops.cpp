@@ -93,6 +93,8 @@ bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
 
 }  // namespace
 
+int64_t layout() { return kLayout; }
+
 Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Options& o = t.options;
   const Sizes s = sizes_of(t.x);

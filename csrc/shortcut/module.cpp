@@ -52,10 +52,10 @@ bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
   return true;
 }
 
-// choice.torch_on_cpu(...): whether torch's own operators were measured to be faster.
+PyObject* choice = nullptr;  // fusednorm.providers.choice
+
+// Whether torch's own operators were measured to be faster.
 bool prefers_torch(const char* operation, const NormCall& call, int64_t columns) {
-  static PyObject* const choice = PyImport_ImportModule("fusednorm.providers.choice");
-  if (!choice) throw python_error();
   THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
                                          (PyObject*)torch::getTHPDtype(call.x.scalar_type()), (long long)call.x.numel(),
                                          (long long)columns, call.needs_grad ? Py_True : Py_False));
@@ -136,4 +136,12 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, metho
 
 }  // namespace fusednorm_shortcut
 
-PyMODINIT_FUNC PyInit__shortcut() { return PyModule_Create(&fusednorm_shortcut::definition); }
+PyMODINIT_FUNC PyInit__shortcut() {
+  using namespace fusednorm_shortcut;
+  if (fusednorm_cpu::layout() != fusednorm_cpu::kLayout) {
+    PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
+    return nullptr;
+  }
+  choice = PyImport_ImportModule("fusednorm.providers.choice");
+  return choice ? PyModule_Create(&definition) : nullptr;
+}
