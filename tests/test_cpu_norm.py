@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import fusednorm
 from fusednorm import providers
+from fusednorm.providers import choice
 
 ROOT = Path(fusednorm.__file__).parents[1]
 REASON = providers.unavailable_reason("cpu")
@@ -104,8 +106,14 @@ def test_the_best_instruction_set_is_in_use(instruction_sets):
 
 @needs_library
 @pytest.mark.parametrize("rows", [4, 4096])
-def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows):
-    """Otherwise few rows go to torch, whose sums are in another order."""
+def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows, tmp_path, monkeypatch, request):
+    """Otherwise few rows go to torch, whose sums are in another order, by the table planted here."""
+    measured = {"add_layer_norm/4/both": [[4, 128, "reference", 2.0], [4096, 128, "cpu", 2.0]]}
+    table = {"device": "a CPU", "source": "raw.json", "shapes": measured}
+    (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(json.dumps(table))
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    choice.forget()
+    request.addfinalizer(choice.forget)
 
     def served() -> str:
         x = torch.randn(rows, 128, requires_grad=True)
