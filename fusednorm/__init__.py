@@ -2,6 +2,7 @@
 
 from ._explain import explain
 from .activation import bias_act_dropout
+from .attention import scaled_dot_product_attention, varlen_attention
 from .dropout import dropout_mask
 from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -23,5 +24,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "rms_norm",
+    "scaled_dot_product_attention",
     "use_provider",
+    "varlen_attention",
 ]

@@ -1,6 +1,6 @@
 """The operators: schemas, fake kernels, and dispatch to the provider named in the call.
 
-One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``, another ``bias_act_dropout``.
+One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``, another ``bias_act_dropout``, a third attention.
 Every op has fixed arity, mutates nothing and returns no alias; an output not asked for has no elements. The provider's
 name is an argument because the backward runs outside any ``use_provider`` block, on CUDA in another thread.
 """
@@ -18,6 +18,14 @@ from . import providers
 from ._dtypes import compute_dtype
 
 _LIBRARY = library.Library("fusednorm", "DEF")
+
+# Attention's q is (B, Hq, Sq, D), k and v (B, Hk, Sk, D) with Hq a multiple of Hk, or, where cu_seqlens are given, packed:
+# (total, H, D). attn_mask broadcasts to (B, Hq, Sq, Sk); a window of -1 is unbounded. lse is (B, Hq, Sq) or (Hq, total).
+_ATTENTION = (
+    "Tensor? attn_mask, Tensor? key_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float dropout_p, bool causal, bool lower_right, "
+    "int window_left, int window_right, float softcap, "
+)
 
 SCHEMAS = {
     "add_layer_norm_fwd": (
@@ -39,6 +47,11 @@ SCHEMAS = {
     "bias_act_dropout_bwd": (
         "(Tensor dy, Tensor x, Tensor? bias, Tensor? seed, str activation, float dropout_p, bool[] output_mask, "
         "str provider) -> (Tensor dx, Tensor dbias)"
+    ),
+    "attention_fwd": f"(Tensor q, Tensor k, Tensor v, {_ATTENTION}str provider) -> (Tensor out, Tensor lse)",
+    "attention_bwd": (
+        f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ATTENTION}"
+        "bool[] output_mask, str provider) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
     ),
 }
 
@@ -138,6 +151,39 @@ def _(
     return dx, dbias if bias is None or not output_mask[1] else bias.new_empty(bias.shape)
 
 
+@library.register_fake("fusednorm::attention_fwd")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    same = v.shape[-1] == q.shape[-1]
+    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+    return out, q.new_empty(lse, dtype=compute_dtype(q.dtype))
+
+
+@library.register_fake("fusednorm::attention_bwd")
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    wanted = zip((q, k, v, attn_mask), rest[-2], strict=True)
+    return tuple(torch.empty_like(t) if w and t is not None else q.new_empty(0) for t, w in wanted)
+
+
 _MOST_TENSORS = 10  # the tensors of an op come first
 # of arguments that nobody watches: no subclass that the dispatcher would have to show the op to
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, str, list})
@@ -169,3 +215,11 @@ def bias_act_dropout_fwd(*args: Any, provider: str) -> Tensor:
 
 def bias_act_dropout_bwd(*args: Any, provider: str) -> tuple[Tensor, Tensor]:
     return _call("bias_act_dropout_bwd", args, provider)
+
+
+def attention_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor]:
+    return _call("attention_fwd", args, provider)
+
+
+def attention_bwd(*args: Any, provider: str) -> tuple[Tensor, ...]:
+    return _call("attention_bwd", args, provider)

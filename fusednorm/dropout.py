@@ -90,6 +90,12 @@ def element_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     return (philox_words(rows, n_columns, seed, ELEMENT_STREAM) >= threshold(p)).reshape(tuple(shape))
 
 
+def rows_mask(rows: Tensor, n_columns: int, p: float, seed: Tensor) -> Tensor:
+    """Some rows of a mask, by their numbers: shape ``(*rows.shape, n_columns)``."""
+    words = philox_words(rows.flatten(), n_columns, seed, ELEMENT_STREAM)
+    return (words >= threshold(p)).reshape(*rows.shape, n_columns)
+
+
 def _native_serves(seed: Tensor) -> bool:
     """Whether the native library makes the mask: 20 times as fast, but to be seen by no transform, mode or tracer."""
     return (

@@ -26,7 +26,11 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     "triton": ("fusednorm.providers.triton_norm", "fusednorm.providers.triton_activation"),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
     "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation"),
-    "reference": ("fusednorm.providers.reference", "fusednorm.providers.reference_activation"),
+    "reference": (
+        "fusednorm.providers.reference",
+        "fusednorm.providers.reference_activation",
+        "fusednorm.providers.reference_attention",
+    ),
 }
 
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it

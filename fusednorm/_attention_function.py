@@ -1,0 +1,172 @@
+"""The way down from the attention functions: choice of provider, torch's own operators, the autograd Function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from . import _ops, providers
+from ._transforms import batched, distinct, transform_active
+from .providers import reference_attention as reference
+
+Args = tuple[Any, ...]  # the arguments of fusednorm::attention_fwd without the provider, in order
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_is_compiling = torch.compiler.is_compiling
+
+
+def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Choose the way down once, and take it: (out, lse)."""
+    if transform_active():
+        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
+        providers.record(providers.Route(call, "reference", how))
+        return reference.attention(*args)
+    provider, refusals = providers.choose("attention_fwd", args)
+    differs = "" if provider != "reference" or providers.requested() is not None else _torch_differs(args, return_lse)
+    torchs = provider == "reference" and providers.requested() is None and not differs
+    if not providers.automatic:
+        how = "torch's own operator: no kernel of ours serves this call" if torchs else "one fused op each way"
+        if differs:
+            refusals += (("torch's own operator", differs),)
+        providers.record(providers.Route(call, provider, how, refusals))
+    if torchs:
+        return _run_torch(args), None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        if _is_compiling():
+            return AttentionFunction.apply(*distinct(args[:4]), *args[4:], provider)
+        if is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
+            return AttentionFunction.apply(*args, provider)
+        return _apply(*args, provider)
+    return _ops.attention_fwd(*args, provider=provider)
+
+
+class AttentionFunction(torch.autograd.Function):
+    """One op forward, one op backward. What is kept: the inputs, the output, and one number a query (lse).
+
+    Under ``create_graph=True`` the backward is the reference's differentiable one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, attn_mask, key_mask, seed, cu_seqlens_q, cu_seqlens_k = args[:8]
+        out, lse = _ops.attention_fwd(*args[:-1], provider=args[-1])
+        ctx.save_for_backward(q, k, v, out, lse, attn_mask, key_mask, seed, cu_seqlens_q, cu_seqlens_k)
+        ctx.options, ctx.provider = args[8:-1], args[-1]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 18
+        q, k, v, out, lse, *masks = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        need = list(ctx.needs_input_grad[:4])
+        rest = (*masks, *ctx.options, need)
+        gradients: tuple[Tensor | None, ...]
+        if not _is_compiling() and (torch.is_grad_enabled() or batched(dout, dlse)):
+            gradients = reference.attention_gradients(dout, dlse, q, k, v, *rest)
+        else:
+            gradients = _ops.attention_bwd(dout, dlse, q, k, v, out, lse, *rest, provider=ctx.provider)
+        return (*[g if wanted else None for g, wanted in zip(gradients, need, strict=True)], *[None] * 14)
+
+
+# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
+_apply = super(torch.autograd.Function, AttentionFunction).apply
+
+
+# --- torch's own operator ---
+
+
+def _torch_differs(args: Args, return_lse: bool) -> str:
+    """Why torch's operator would not be the function that is documented, or nothing."""
+    q, k, v, attn_mask, key_mask, _, cu_seqlens_q, _, _, _, _, dropout_p, causal, lower_right, left, right, cap = args
+    if cu_seqlens_q is not None or key_mask is not None or left >= 0 or right >= 0 or cap or return_lse:
+        return "packed sequences, key_mask, window, softcap and the log-sum-exp are none of its arguments"
+    if dropout_p:
+        return "its dropout mask is not `dropout_mask`"
+    if causal and lower_right and q.shape[-2] != k.shape[-2]:
+        return "its causal mask is aligned upper-left"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        if attn_mask is not None and attn_mask.requires_grad:
+            return "it holds the gradient of attn_mask, which is never summed, in full"
+        if not (q.is_cpu and flash_takes(q, k, v)):
+            return "it has no derivatives of second order, or keeps every probability"
+    if causal or attn_mask is not None:
+        if _is_compiling() or not q.is_cpu:
+            return "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
+        if not all(map(finite, (q, k, v))):
+            return "NaN or Inf of masked keys and values would reach its results"
+    return ""
+
+
+def finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    smallest, largest = tensor.detach().aminmax()  # both are NaN if an element is
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
+
+
+def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's flash attention for the CPU takes these 4-D tensors: as many heads each, nothing empty."""
+    return (
+        not _is_compiling()
+        and q.ndim == 4
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[3] == v.shape[3]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _run_torch(args: Args) -> Tensor:
+    q, k, v, attn_mask, _, _, _, _, _, _, scale, _, causal = args[:13]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return torch_apply(q, k, v, attn_mask, causal, scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class TorchAttentionFunction(torch.autograd.Function):
+    """Torch's flash attention for the CPU, with what its own backward lacks: derivatives of second order, and the
+    zeros of what is masked beside cotangents that are not finite."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, causal: bool, scale: float
+    ) -> Tensor:
+        mask = attn_mask
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -math.inf)
+        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        masked = mask is not None or ctx.causal
+        gradients: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled() or batched(dout) or (masked and not finite(dout)):
+            options = (q.shape[2], k.shape[2], ctx.scale, 0.0, ctx.causal, False, -1, -1, 0.0)
+            gradients = reference.attention_gradients(
+                *(dout, None, q, k, v, mask, None, None, None, None, *options, [True, True, True, False])
+            )
+        else:
+            gradients = _flash_backward(dout, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        need = ctx.needs_input_grad[:3]
+        return (*[g if wanted else None for g, wanted in zip(gradients[:3], need, strict=True)], None, None, None)
+
+
+torch_apply = super(torch.autograd.Function, TorchAttentionFunction).apply

@@ -1,0 +1,297 @@
+"""``scaled_dot_product_attention`` and ``varlen_attention``: the contract, and the forms that the ops take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _attention_checks as checks
+from . import _attention_function, dropout, providers
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    r"""Attention, as :func:`torch.nn.functional.scaled_dot_product_attention`, with every mask in one call.
+
+    .. math::
+        S = c \tanh(\mathrm{scale}\, Q K^T / c) + \mathrm{attn\_mask}, \qquad
+        O = \mathrm{dropout}(\mathrm{softmax}(S))\, V, \qquad \mathrm{lse} = \log \sum_j e^{S_{ij}}
+
+    (without the tanh where the soft cap *c* is 0). `attn_mask`, `is_causal`, `key_mask` and `window` combine as AND. What
+    they mask reaches neither results nor gradients, NaN and Inf included; a query that sees no key has a zero output,
+    zero gradients and an lse of -inf.
+
+    Args:
+        query: (\*, Hq, Sq, D), key: (\*, H, Sk, D), value: (\*, H, Sk, Dv); float32, bfloat16, float16 or float64, of
+            one dtype, any strides, leading dimensions that broadcast; the heads may be absent. D and Dv up to 256.
+        attn_mask: broadcasts to (\*, Hq, Sq, Sk), at least 2-dimensional; bool (True: attend), or float32 or query's
+            dtype, added to the logits.
+        dropout_p: probability that an attention weight is dropped, in [0, 1); applied whenever it is > 0. The mask is
+            ``dropout_mask((*, Hq, Sq, Sk), dropout_p, seed)``.
+        is_causal: query i sees the keys j <= i + off.
+        scale: of the logits, any sign; :math:`1 / \sqrt D` if not given.
+        enable_gqa: key and value may have fewer heads than query, a divisor of its number; several query heads in
+            sequence share one. Dimension -3 is the heads'.
+        key_mask: bool (\*batch, Sk), True: attend; never expanded. The batch is all before the heads, in three
+            dimensions without `enable_gqa` the first.
+        window: (left, right), None in it is unbounded: query i sees keys from i + off - left to i + off + right.
+        softcap: bounds the scaled logits to (-softcap, softcap), before masks; 0.0 is no cap.
+        causal_align: "upper_left": off = 0; "lower_right": off = Sk - Sq.
+        seed: int or one-element int64 tensor that fixes the dropout mask; drawn from torch's generator if not given.
+        return_lse: return (out, lse).
+
+    Returns:
+        out (\*, Hq, Sq, Dv) of query's dtype (of autocast's where torch's own function gives that), and with
+        `return_lse` lse (\*, Hq, Sq), the natural logarithm, differentiable, in float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument is of another type or dtype than said above.
+        ValueError: a shape, device or number does not fit.
+
+    Source: A. Vaswani et al., "Attention is all you need", arXiv:1706.03762.
+    """
+    if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):
+        return handle_torch_function(
+            scaled_dot_product_attention,
+            (query, key, value, attn_mask, key_mask, seed),
+            *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
+            key_mask=key_mask,
+            window=window,
+            softcap=softcap,
+            causal_align=causal_align,
+            seed=seed,
+            return_lse=return_lse,
+        )
+    try:
+        # Torch's own operator at once: no mask, so nothing that it does otherwise, and a check costs more than the
+        # two microseconds that a call may cost over torch's. What torch refuses goes the way below.
+        if (
+            providers.automatic
+            and attn_mask is None is key_mask
+            and window is None is seed
+            and dropout_p == 0.0 == softcap
+            and not is_causal
+            and not return_lse
+            and causal_align == "upper_left"
+            and query.is_cpu
+            and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
+            and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
+        ):
+            if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
+                return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+            if (
+                _attention_function.flash_takes(query, key, value)
+                and not _autocast_active()
+                and not torch._C._len_torch_dispatch_stack()
+            ):
+                factor = query.shape[-1] ** -0.5 if scale is None else scale
+                return _attention_function.torch_apply(query, key, value, None, False, factor)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        pass
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    checks.check_operands(query, key, value, False)
+    checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    query, key, value, lead = _broadcast(query, key, value, bool(enable_gqa))
+    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    if attn_mask is not None:
+        checks.check_attn_mask(attn_mask, query, (*lead, n_queries, n_keys))
+    # 4-D: the last leading dimension is the heads', but the only one the batch's unless heads are grouped
+    batch, heads = (lead[:-1], lead[-1:]) if len(lead) > 1 or enable_gqa else (lead, ())
+    if key_mask is not None:
+        checks.check_key_mask(key_mask, query, (*batch, n_keys))
+        key_mask = key_mask.reshape(math.prod(batch), n_keys)
+    if attn_mask is not None:
+        attn_mask = _four_dimensional_mask(attn_mask, batch, heads)
+    q, k, v = (_four_dimensional(t, batch, heads) for t in (query, key, value))
+    out, lse = _attention_function.run(
+        "scaled_dot_product_attention",
+        (
+            *(q, k, v, attn_mask, key_mask, dropout.seed_tensor(seed, q.device) if dropout_p else None, None, None),
+            *(n_queries, n_keys, _scale(scale, q), float(dropout_p), bool(is_causal), causal_align == "lower_right"),
+            *(*_window(window), float(softcap)),
+        ),
+        bool(return_lse),
+    )
+    out = out.reshape(*lead, n_queries, v.shape[-1])
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse.reshape(*lead, n_queries)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
+    r"""Attention within each of several sequences that are packed one after another, without padding.
+
+    .. math:: O_b = \mathrm{attention}(Q_b, K_b, V_b), \qquad
+              Q_b = Q[\mathrm{cu\_seqlens\_q}_b : \mathrm{cu\_seqlens\_q}_{b+1}]
+
+    Queries and keys are split on their own, so sequences of cross attention fit, and either may be empty.
+
+    Args:
+        query: (total_q, Hq, D), key: (total_k, H, D), value: (total_k, H, Dv); Hq a multiple of H. dtypes as in
+            :func:`scaled_dot_product_attention`, as are the arguments not named here.
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,): 0 and the cumulative sums of the lengths, on query's device.
+            Their values are checked on the CPU only.
+        max_seqlen_q, max_seqlen_k: the longest lengths.
+        dropout_p: as there; the mask is ``dropout_mask((Hq, total_q, max_seqlen_k), dropout_p, seed)``: a row for each
+            head and packed query, the column is the key's position in its own sequence.
+        causal_align: "lower_right" takes each sequence's own off.
+
+    Returns:
+        out (total_q, Hq, Dv), and with `return_lse` lse (Hq, total_q).
+
+    Raises:
+        TypeError: an argument is of another type or dtype than said above.
+        ValueError: a shape, device or number does not fit, or boundaries are none.
+    """
+    if has_torch_function_variadic(query, key, value, cu_seqlens_q, cu_seqlens_k, seed):
+        return handle_torch_function(
+            varlen_attention,
+            (query, key, value, cu_seqlens_q, cu_seqlens_k, seed),
+            *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, scale),
+            window=window,
+            softcap=softcap,
+            causal_align=causal_align,
+            seed=seed,
+            return_lse=return_lse,
+        )
+    query, key, value, _ = _autocast(query, key, value, None)
+    checks.check_operands(query, key, value, True)
+    checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    checks.check_heads("key", key.shape[1], query.shape[1])
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value: has {value.shape[1]} heads, key {key.shape[1]}; give both as many")
+    checks.check_cu_seqlens("q", cu_seqlens_q, query.shape[0], max_seqlen_q, "query", query)
+    checks.check_cu_seqlens("k", cu_seqlens_k, key.shape[0], max_seqlen_k, "key", key)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: {cu_seqlens_k.shape[0] - 1} sequences, cu_seqlens_q has {cu_seqlens_q.shape[0] - 1}; pass "
+            "the boundaries of one batch"
+        )
+    q, k, v = query, key, value
+    out, lse = _attention_function.run(
+        "varlen_attention",
+        (
+            *(q, k, v, None, None, dropout.seed_tensor(seed, q.device) if dropout_p else None),
+            *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q), float(dropout_p)),
+            *(bool(is_causal), causal_align == "lower_right", *_window(window), float(softcap)),
+        ),
+        bool(return_lse),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, grouped: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Operands whose leading dimensions are alike but for the heads of groups, and query's leading dimensions."""
+    leads = [tuple(t.shape[:-2]) for t in (query, key, value)]
+    if grouped:
+        if min(map(len, leads)) == 0:
+            raise ValueError(
+                "enable_gqa: expected a dimension of heads, (..., heads, sequence, head_dim); unsqueeze(0)"
+            )
+        n_heads = query.shape[-3]
+        checks.check_heads("key", key.shape[-3], n_heads)
+        checks.check_heads("value", value.shape[-3], n_heads)
+        if key.shape[-3] != value.shape[-3]:  # no kernel takes that
+            key, value = (t.repeat_interleave(n_heads // t.shape[-3], -3) for t in (key, value))
+        leads = [(*lead[:-1], n_heads) for lead in leads]
+    if leads[0] == leads[1] == leads[2]:
+        return query, key, value, leads[0]
+    try:
+        lead = tuple(torch.broadcast_shapes(*leads))
+    except RuntimeError:
+        name, other = ("key", leads[1]) if leads[1] != leads[0] else ("value", leads[2])
+        raise ValueError(
+            f"{name}: leading dimensions {other} do not broadcast with query's {leads[0]}; for fewer heads than query's "
+            "pass enable_gqa=True"
+        ) from None
+    operands = []
+    for tensor in (query, key, value):
+        wanted = (*lead[:-1], tensor.shape[-3]) if grouped else lead
+        operands.append(tensor.expand(*wanted, *tensor.shape[-2:]))
+    return operands[0], operands[1], operands[2], lead
+
+
+def _four_dimensional(tensor: Tensor, batch: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+    if len(batch) == len(heads) == 1:
+        return tensor
+    n_heads = tensor.shape[-3] if heads else 1
+    return tensor.reshape(math.prod(batch), n_heads, *tensor.shape[-2:])
+
+
+def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
+    """Dimensions along which it is broadcast stay of size 1, but where only some of a batch's several do."""
+    missing = len(batch) + len(heads) + 2 - mask.ndim
+    shape = (1,) * missing + tuple(mask.shape)
+    own, rest = shape[: len(batch)], shape[len(batch) :]
+    mask = mask.reshape(shape)
+    if own != batch and math.prod(own) != 1:
+        mask, own = mask.expand(*batch, *rest), batch
+    return mask.reshape(math.prod(own), *((1,) if not heads else ()), *rest)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    return float(scale)
+
+
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    left, right = (None, None) if window is None else window
+    return -1 if left is None else int(left), -1 if right is None else int(right)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """As torch's own function: to autocast's dtype, but for float64 and bool. Whatever else is given is left to checks."""
+    query = tensors[0]
+    if not _autocast_active() or not isinstance(query, Tensor):
+        return list(tensors)
+    kind = query.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    low, own = torch.get_autocast_dtype(kind), (torch.float32, torch.bfloat16, torch.float16)
+    return [t.to(low) if isinstance(t, Tensor) and t.dtype in own else t for t in tensors]

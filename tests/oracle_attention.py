@@ -1,0 +1,115 @@
+"""float64 oracle and eager twin of attention, in explicit softmax; nothing here uses the package's arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracle import assert_within_budget, keep_mask, keep_scale
+from torch import Tensor
+
+
+def visible(shape: torch.Size, options: Mapping[str, Any], attn_mask: Tensor | None, device: Any) -> Tensor:
+    """True where query i sees key j, of the logits' shape (..., Sq, Sk), written element by element."""
+    n_queries, n_keys = shape[-2:]
+    offset = n_keys - n_queries if options.get("causal_align") == "lower_right" else 0
+    left, right = options.get("window") or (None, None)
+    seen = torch.ones(n_queries, n_keys, dtype=torch.bool)
+    for i in range(n_queries):
+        for j in range(n_keys):
+            distance = j - (i + offset)
+            seen[i, j] = (
+                not (options.get("is_causal") and distance > 0)
+                and (left is None or distance >= -left)
+                and (right is None or distance <= right)
+            )
+    seen = seen.to(device).expand(shape)
+    if attn_mask is not None:
+        seen = seen & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
+    key_mask = options.get("key_mask")
+    if key_mask is not None:
+        batch = key_mask.shape[:-1]
+        seen = seen & key_mask.reshape(*batch, *[1] * (len(shape) - len(batch) - 1), n_keys)
+    return seen
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of ``scaled_dot_product_attention``. Leaves: q, k, v and, if it is to have a gradient, mask."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    bool_mask: Tensor | None = None
+
+    def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        import fusednorm
+
+        mask = leaves.get("mask", self.bool_mask)
+        arguments = (leaves["q"], leaves["k"], leaves["v"], mask)
+        return fusednorm.scaled_dot_product_attention(*arguments, **self.options, return_lse=True)
+
+    def explicit(
+        self, leaves: Mapping[str, Tensor], computed_in: torch.dtype, twin: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Out in the dtype of the leaves, and the log-sum-exp; each intermediate in `computed_in`.
+
+        The twin adds in reverse order, so that its error against the oracle is a rounding error in float64 too.
+        """
+        o = self.options
+        q, k, v = (leaves[name].to(computed_in) for name in "qkv")
+        mask = leaves.get("mask", self.bool_mask)
+        if q.shape[-3:-2] != k.shape[-3:-2] and q.ndim > 2 and o.get("enable_gqa"):
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scale = o.get("scale")
+        logits = (q.flip(-1) @ k.flip(-1).mT if twin else q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if o.get("softcap"):
+            logits = o["softcap"] * torch.tanh(logits / o["softcap"])
+        seen = visible(logits.shape, o, mask, q.device)
+        if mask is not None and mask.dtype != torch.bool:
+            logits = logits + torch.where(seen, mask.to(computed_in), 0)
+        alive = seen.any(-1)
+        logits = logits.masked_fill(~seen, -math.inf).masked_fill(~alive[..., None], 0)
+        lse = torch.logsumexp(logits, -1).masked_fill(~alive, -math.inf)
+        weights = torch.softmax(logits, -1).masked_fill(~alive[..., None], 0)
+        if o.get("dropout_p"):
+            p = o["dropout_p"]
+            kept = keep_mask(weights.shape[:-1].numel(), weights.shape[-1], p, int(o["seed"]))
+            weights = weights * kept.reshape(weights.shape).to(weights.device) * keep_scale(p)
+        out = weights.flip(-1) @ v.flip(-2) if twin else weights @ v
+        return out.to(leaves["q"].dtype), lse
+
+
+def evaluate(run: Any, leaves: Mapping[str, Tensor], cotangents: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """(out, lse) and the gradients; leaves keep their strides. A row that sees nothing has an lse of -inf, here 0."""
+    given = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    out, lse = run(given)
+    alive = lse.detach() > -math.inf
+    lse = torch.where(alive, lse, 0.0)
+    gradients = torch.autograd.grad(
+        [out, lse], list(given.values()), [cotangents[0].to(out.dtype), cotangents[1].to(lse.dtype)]
+    )
+    named = {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), "alive": alive.to(out.dtype), **named}
+
+
+def check(call: AttentionCall, leaves: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    """The errors of out, lse and every gradient for random cotangents, within the budget.
+
+    The twin computes as torch's own attention does at these dtypes: in float32 for 16-bit ones, rounding its results.
+    """
+    dtype = leaves["q"].dtype
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        out, lse = call.explicit(leaves, computed_in)
+    cotangents = tuple(
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in (out, lse)
+    )
+    wide = {name: leaf.double() for name, leaf in leaves.items()}
+    ours = evaluate(call.ours, leaves, cotangents)
+    eager = evaluate(lambda t: call.explicit(t, computed_in, True), leaves, cotangents)
+    exact = evaluate(lambda t: call.explicit(t, torch.float64), wide, tuple(c.double() for c in cotangents))
+    assert torch.equal(ours.pop("alive"), eager.pop("alive"))
+    del exact["alive"]
+    assert_within_budget(ours, eager, exact, computed_in=computed_in)
