@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
@@ -141,7 +142,7 @@ def check_cu_seqlens(name: str, bounds: Any, total: int, longest: Any, packed_na
     ):
         return
     values = bounds.tolist()
-    lengths = [after - before for before, after in zip(values, values[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(values)]
     if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
         raise ValueError(
             f"cu_seqlens_{name}: expected boundaries that begin with 0, never decrease, and end with {packed_name}'s "

@@ -114,12 +114,19 @@ def finite(tensor: Tensor) -> bool:
 
 
 def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's flash attention for the CPU takes these 4-D tensors: as many heads each, nothing empty."""
+    """Whether torch's flash attention for the CPU takes these tensors: as many heads each, nothing empty.
+
+    It is asked in full: values shorter than the keys are read out of bounds.
+    """
     return (
         not _is_compiling()
         and q.ndim == 4
-        and q.shape[:2] == k.shape[:2] == v.shape[:2]
-        and q.shape[3] == v.shape[3]
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype
+        and k.is_cpu
+        and v.is_cpu
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and q.numel() > 0
         and k.numel() > 0

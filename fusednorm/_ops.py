@@ -1,6 +1,7 @@
 """The operators: schemas, fake kernels, and dispatch to the provider named in the call.
 
-One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``, another ``bias_act_dropout``, a third attention.
+One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_norm``, another ``bias_act_dropout``, a
+third attention.
 Every op has fixed arity, mutates nothing and returns no alias; an output not asked for has no elements. The provider's
 name is an argument because the backward runs outside any ``use_provider`` block, on CUDA in another thread.
 """
@@ -19,8 +20,9 @@ from ._dtypes import compute_dtype
 
 _LIBRARY = library.Library("fusednorm", "DEF")
 
-# Attention's q is (B, Hq, Sq, D), k and v (B, Hk, Sk, D) with Hq a multiple of Hk, or, where cu_seqlens are given, packed:
-# (total, H, D). attn_mask broadcasts to (B, Hq, Sq, Sk); a window of -1 is unbounded. lse is (B, Hq, Sq) or (Hq, total).
+# Attention's q is (B, Hq, Sq, D), k and v (B, Hk, Sk, D) with Hq a multiple of Hk, or, where cu_seqlens are given,
+# packed: (total, H, D). attn_mask broadcasts to (B, Hq, Sq, Sk); a window of -1 is unbounded. lse is (B, Hq, Sq) or
+# (Hq, total). out, dq, dk, dv lie in memory as q, k, v do (out contiguous where v's head dim is another).
 _ATTENTION = (
     "Tensor? attn_mask, Tensor? key_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float dropout_p, bool causal, bool lower_right, "

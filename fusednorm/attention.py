@@ -42,9 +42,9 @@ def scaled_dot_product_attention(
         S = c \tanh(\mathrm{scale}\, Q K^T / c) + \mathrm{attn\_mask}, \qquad
         O = \mathrm{dropout}(\mathrm{softmax}(S))\, V, \qquad \mathrm{lse} = \log \sum_j e^{S_{ij}}
 
-    (without the tanh where the soft cap *c* is 0). `attn_mask`, `is_causal`, `key_mask` and `window` combine as AND. What
-    they mask reaches neither results nor gradients, NaN and Inf included; a query that sees no key has a zero output,
-    zero gradients and an lse of -inf.
+    (without the tanh where the soft cap *c* is 0). `attn_mask`, `is_causal`, `key_mask` and `window` combine as AND.
+    What they mask reaches neither results nor gradients, NaN and Inf included; a query that sees no key has a zero
+    output, zero gradients and an lse of -inf.
 
     Args:
         query: (\*, Hq, Sq, D), key: (\*, H, Sk, D), value: (\*, H, Sk, Dv); float32, bfloat16, float16 or float64, of
@@ -99,6 +99,7 @@ def scaled_dot_product_attention(
             and not return_lse
             and causal_align == "upper_left"
             and query.is_cpu
+            and key.shape[-2] == value.shape[-2]  # torch reads missing values out of bounds
             and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
             and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
         ):
@@ -246,8 +247,8 @@ def _broadcast(
     except RuntimeError:
         name, other = ("key", leads[1]) if leads[1] != leads[0] else ("value", leads[2])
         raise ValueError(
-            f"{name}: leading dimensions {other} do not broadcast with query's {leads[0]}; for fewer heads than query's "
-            "pass enable_gqa=True"
+            f"{name}: leading dimensions {other} do not broadcast with query's {leads[0]}; for fewer heads than "
+            "query's pass enable_gqa=True"
         ) from None
     operands = []
     for tensor in (query, key, value):
@@ -286,7 +287,7 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """As torch's own function: to autocast's dtype, but for float64 and bool. Whatever else is given is left to checks."""
+    """As torch's own function: 16-bit and float32 to autocast's dtype. Whatever else is given is left to the checks."""
     query = tensors[0]
     if not _autocast_active() or not isinstance(query, Tensor):
         return list(tensors)

