@@ -39,7 +39,7 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
         return _run_torch(args), None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         if _is_compiling():
-            return AttentionFunction.apply(*distinct(args[:4]), *args[4:], provider)
+            return AttentionFunction.apply(*distinct(args[:8]), *args[8:], provider)
         if is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
             return AttentionFunction.apply(*args, provider)
         return _apply(*args, provider)

@@ -1,0 +1,320 @@
+"""Attention's derivatives of every order and kind, and PyTorch's other machinery."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle_attention import AttentionCall
+from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fusednorm
+from fusednorm import scaled_dot_product_attention, varlen_attention
+
+OP = "attention_fwd"
+
+OPTIONS = {
+    "bare": {},
+    "causal": {"is_causal": True},
+    "window_softcap": {"window": (2, 1), "softcap": 2.0, "causal_align": "lower_right"},
+    "dropout": {"dropout_p": 0.3, "seed": 2**63 + 5},
+    "key_mask": {"key_mask": torch.tensor([[True, False, True, True, False]])},
+}
+EVERY = pytest.mark.parametrize("name", OPTIONS)
+# float64 rounds at 1e-16; a derivative adds tens of terms of order one
+FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def options_of(name: str, device: str) -> dict:
+    return {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in OPTIONS[name].items()}
+
+
+def operands(generator, device, dtype=torch.float64, masked=False) -> dict[str, torch.Tensor]:
+    shapes = {"q": (1, 2, 4, 3), "k": (1, 2, 5, 3), "v": (1, 2, 5, 3)} | ({"mask": (2, 1, 5)} if masked else {})
+    return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@EVERY
+def test_gradcheck_and_gradgradcheck(name, masked, using, device, generator):
+    leaves = operands(generator, device, masked=masked)
+    call = AttentionCall(options_of(name, device))
+    given = tuple(leaf.requires_grad_() for leaf in leaves.values())
+
+    def run(*tensors):
+        out, lse = call.ours(dict(zip(leaves, tensors, strict=True)))
+        return out, lse.where(lse > -torch.inf, 0.0)
+
+    def out_alone(*tensors):
+        *operands, mask = tensors if masked else (*tensors, None)
+        return scaled_dot_product_attention(*operands, mask, **call.options)
+
+    with using:
+        for function in (run, out_alone):
+            assert torch.autograd.gradcheck(function, given)
+            assert torch.autograd.gradgradcheck(function, given)
+
+
+@EVERY
+def test_torch_func(name, using, device, generator):
+    """grad, jvp, the Hessian by forward over reverse, gradients of each sample by vmap."""
+    leaves = operands(generator, device, masked=True)
+    call = AttentionCall(options_of(name, device))
+    weights, tangent = (torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    batch = torch.stack([leaves["q"] + i for i in range(3)])
+
+    def derivatives(run):
+        def value(t):
+            return (torch.sin(run(t)[0]) * weights).sum()
+
+        return (
+            torch.func.grad(value)(leaves),
+            torch.func.jvp(lambda q: run(leaves | {"q": q})[0], (leaves["q"],), (tangent,)),
+            torch.func.hessian(lambda k: value(leaves | {"k": k}))(leaves["k"]),
+            torch.vmap(lambda q: torch.func.grad(value)(leaves | {"q": q}))(batch),
+        )
+
+    with using:
+        ours = derivatives(call.ours)
+    torch.testing.assert_close(ours, derivatives(lambda t: call.explicit(t, torch.float64)), **FLOAT64)
+
+
+def test_vmap_over_any_operand(using, device, generator):
+    q, k, v = (torch.randn(3, 2, 5, 4, generator=generator).to(device) for _ in range(3))
+    mask = torch.rand(3, 5, 5, generator=generator).to(device) > 0.3
+    with using:
+        for bits in itertools.product([None, 0], repeat=4):
+            if bits == (None,) * 4:
+                continue
+            given = [t if bit == 0 else t[0] for t, bit in zip((q, k, v, mask), bits, strict=True)]
+            got = torch.vmap(scaled_dot_product_attention, in_dims=bits)(*given)
+            for n in range(3):
+                one = [t[n] if bit == 0 else t for t, bit in zip(given, bits, strict=True)]
+                torch.testing.assert_close(got[n], scaled_dot_product_attention(*one))
+
+
+def test_is_grads_batched(using, device, generator):
+    leaves = [t.requires_grad_() for t in operands(generator, device).values()]
+    cotangents = torch.randn(3, 1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device)
+    with using:
+        out = scaled_dot_product_attention(*leaves, is_causal=True)
+        batched = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+        for n in range(3):
+            single = torch.autograd.grad(out, leaves, cotangents[n], retain_graph=True)
+            torch.testing.assert_close([g[n] for g in batched], list(single), **FLOAT64)
+
+
+@EVERY
+def test_each_subset_of_gradients(name, using, device, generator):
+    leaves = operands(generator, device, masked=True)
+    dy = torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device)
+
+    def gradients(*wanted: str) -> dict[str, torch.Tensor]:
+        fresh = {n: leaf.clone().requires_grad_(n in wanted) for n, leaf in leaves.items()}
+        out = scaled_dot_product_attention(*fresh.values(), **options_of(name, device))
+        found = torch.autograd.grad(out, [fresh[n] for n in wanted], dy)
+        assert all(leaf.grad is None for leaf in fresh.values())
+        return dict(zip(wanted, found, strict=True))
+
+    with using:
+        every = gradients(*leaves)
+        for n in range(1, 4):
+            for wanted in itertools.combinations(leaves, n):
+                for one, gradient in gradients(*wanted).items():
+                    torch.testing.assert_close(gradient, every[one], **FLOAT64)
+
+
+def test_nothing_is_recorded_without_a_gradient(using, device):
+    x = torch.ones(1, 2, 3, 8, device=device, requires_grad=True)
+    with using:
+        with torch.no_grad():
+            outputs = [scaled_dot_product_attention(x, x, x), scaled_dot_product_attention(x, x, x, is_causal=True)]
+        with torch.inference_mode():
+            outputs += [scaled_dot_product_attention(x, x, x, softcap=1.0)]
+    assert not any(out.requires_grad for out in outputs)
+
+
+def test_one_tensor_in_every_role(using, device, generator):
+    x = torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64).to(device)
+    one, three = x.clone().requires_grad_(), [x.clone().requires_grad_() for _ in range(3)]
+    dy = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device)
+    with using:
+        for options in ({}, {"softcap": 1.0}):
+            (got,) = torch.autograd.grad(scaled_dot_product_attention(one, one, one, **options), one, dy)
+            expected = torch.autograd.grad(scaled_dot_product_attention(*three, **options), three, dy)
+            torch.testing.assert_close(got, sum(expected), **FLOAT64)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"is_causal": True}, {}], ids=str)
+def test_checkpoint_recomputes_the_same(options, use_reentrant, using, device, generator):
+    leaves = [torch.randn(2, 2, 9, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    dy = torch.randn(2, 2, 9, 8, generator=generator).to(device)
+
+    def run(wrap):
+        torch.manual_seed(3)
+        out = wrap(lambda *args: scaled_dot_product_attention(*args, **options))
+        torch.rand(5, device=device)  # the generator moves on between forward and backward
+        for leaf in leaves:
+            leaf.grad = None
+        out.backward(dy)
+        return out.detach(), *[leaf.grad for leaf in leaves]
+
+    with using:
+        plain = run(lambda function: function(*leaves))
+        again = run(lambda function: checkpoint(function, *leaves, use_reentrant=use_reentrant))
+    for expected, got in zip(plain, again, strict=True):
+        assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"dropout_p": 0.5}, {"window": (2, 2), "softcap": 1.0, "return_lse": True}],
+    ids=str,
+)
+def test_compiles_whole_for_every_length(options, using, device, fresh_dynamo):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def run(q, k, v, mask, seed):
+        out = scaled_dot_product_attention(q, k, v, mask, **options, seed=seed if "dropout_p" in options else None)
+        return out[0] + out[1][..., None] if "return_lse" in options else out
+
+    def results(function, length, masked):
+        generator = torch.Generator().manual_seed(length)
+        leaves = [torch.randn(2, 2, length, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
+        mask = torch.zeros(length, length, device=device) if masked else None
+        out = function(*leaves, mask, torch.tensor([length], device=device))
+        dy = torch.randn(out.shape, generator=generator).to(device)
+        return out.detach(), torch.autograd.grad(out, leaves, dy)
+
+    with using:
+        for masked in (False, True):
+            torch._dynamo.reset()
+            compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+            results(compiled, 10, masked)
+            first = counter.frame_count
+            for length in (33, 12, 7):
+                torch.testing.assert_close(results(compiled, length, masked), results(run, length, masked))
+            assert counter.frame_count == first
+
+
+def test_varlen_compiles_whole(using, device, fresh_dynamo, generator):
+    leaves = [torch.randn(9, 2, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+
+    def run(q, k, v):
+        return varlen_attention(q, k, v, bounds, bounds, 5, 5, is_causal=True)
+
+    with using:
+        results = []
+        for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            out = function(*leaves)
+            results.append((out.detach(), torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    torch.testing.assert_close(*results)
+
+
+def op_args(case: str, generator, device) -> tuple:
+    q, k, v = (torch.randn(2, 4, n, 8, generator=generator).to(device) for n in (5, 7, 7))
+    seed = torch.tensor([5], device=device)
+    if case == "packed":
+        bounds = (torch.tensor([0, 2, 4], dtype=torch.int32, device=device) for _ in range(2))
+        q, k, v = (torch.randn(4, heads, 8, generator=generator).to(device) for heads in (4, 2, 2))
+        return q, k, v, None, None, seed, *bounds, 2, 2, 0.3, 0.2, True, True, 1, -1, 0.0
+    if case == "bare":
+        return (
+            q.transpose(1, 2).contiguous().transpose(1, 2),
+            k,
+            v,
+            *[None] * 5,
+            5,
+            7,
+            0.3,
+            0.0,
+            False,
+            False,
+            -1,
+            -1,
+            0.0,
+        )
+    mask = torch.randn(4, 5, 1, generator=generator).to(device)
+    key_mask = torch.rand(2, 7, generator=generator).to(device) > 0.3
+    return q, k[:, :2], v[:, :2], mask, key_mask, seed, None, None, 5, 7, 0.3, 0.2, True, True, 3, 1, 2.0
+
+
+@pytest.mark.parametrize("case", ["bare", "everything", "packed"])
+def test_opcheck(case, provider, using, device, generator):
+    name = "reference" if provider == "automatic" else provider
+    args = op_args(case, generator, device)
+    library.opcheck(torch.ops.fusednorm.attention_fwd.default, (*args, name))
+    out, lse = torch.ops.fusednorm.attention_fwd(*args, name)
+    masked = args[3] is not None
+    for wanted in ([True, True, True, masked], [False, True, False, False], [True, False, False, False]):
+        given = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:], wanted, name)
+        library.opcheck(torch.ops.fusednorm.attention_bwd.default, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"is_causal": True}], ids=str)
+def test_autocast_gives_torchs_dtype(options, dtype, using, device):
+    x = torch.ones(1, 2, 4, 8, device=device, dtype=dtype, requires_grad=True)
+    mask = torch.zeros(4, 4, device=device, dtype=dtype)
+    with using, torch.autocast(device, dtype=torch.bfloat16):
+        ours = scaled_dot_product_attention(x, x, x, mask, **options)
+        assert ours.dtype == F.scaled_dot_product_attention(x, x, x, mask).dtype
+        assert torch.autograd.grad(ours, x, torch.ones_like(ours))[0].dtype == dtype
+
+
+def test_autocast_takes_mixed_dtypes_as_torch_does(using, device):
+    x = torch.ones(1, 2, 4, 8, device=device)
+    with using, torch.autocast(device, dtype=torch.bfloat16):
+        assert scaled_dot_product_attention(x, x.bfloat16(), x.half(), softcap=1.0).dtype == torch.bfloat16
+
+
+# --- who serves a call ---
+
+
+def test_explain(provider, using, device, generator):
+    x = torch.randn(1, 2, 4, 8, generator=generator).to(device)
+    with using:
+        plain, capped = (fusednorm.explain(scaled_dot_product_attention, x, x, x, **o) for o in ({}, {"softcap": 1.0}))
+    if provider != "automatic":
+        assert all(
+            said.startswith(f"scaled_dot_product_attention: {provider}, one fused op") for said in (plain, capped)
+        )
+    elif device == "cpu":
+        assert "torch's own operator: no kernel" in plain
+        assert "one fused op" in capped and "torch's own operator is not used: " in capped and "softcap" in capped
+
+
+def test_explain_says_that_nan_was_seen(generator):
+    q, k = torch.randn(1, 2, 4, 8, generator=generator), torch.randn(1, 2, 4, 8, generator=generator)
+    assert "torch's own operator:" in fusednorm.explain(scaled_dot_product_attention, q, k, k, is_causal=True)
+    k[:, :, 3] = torch.nan
+    said = fusednorm.explain(scaled_dot_product_attention, q, k, k, is_causal=True)
+    assert "torch's own operator is not used: NaN or Inf" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.2}], ids=str)
+def test_automatic_choice_is_torchs_result_to_the_last_bit(options, dtype, generator):
+    q, k, v = (torch.randn(2, 2, 9, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3))
+    dy = torch.randn(2, 2, 9, 16, generator=generator).to(dtype)
+    results = []
+    for function in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        out = function(q, k, v, **options)
+        with torch.no_grad():
+            assert torch.equal(function(q, k, v, **options), out)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), dy)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
