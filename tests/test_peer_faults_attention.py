@@ -1,0 +1,182 @@
+"""Faults that users reported against other attention functions, as properties this one has. Each names the report.
+
+Reported faults that other files test: a crash of masks that must be expanded (flash-attention#352, #840, #1179, #1898;
+every mask of test_attention), double backward refused (pytorch#116350; gradgradcheck in test_attention_autograd).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle_attention import AttentionCall, check
+
+import fusednorm
+from fusednorm import dropout_mask, scaled_dot_product_attention, varlen_attention
+
+OP = "attention_fwd"
+
+
+def operands(generator, device, *shapes, dtype=torch.float32):
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+# pytorch#41508, #103963, #118628: NaN where a query or a whole sequence sees nothing
+@pytest.mark.parametrize("kind", ["attn_mask", "additive", "key_mask", "window"])
+def test_fully_masked_rows_are_zero_and_so_are_their_gradients(kind, using, device, generator):
+    q, k, v, dout = operands(generator, device, *[(2, 2, 5, 8)] * 4)
+    nothing = torch.zeros(5, 5, dtype=torch.bool, device=device)
+    options = {
+        "attn_mask": {"attn_mask": nothing},
+        "additive": {"attn_mask": torch.full((5, 5), -torch.inf, device=device)},
+        "key_mask": {"key_mask": nothing[:2]},
+        "window": {"window": (0, 0), "attn_mask": ~torch.eye(5, dtype=torch.bool, device=device)},
+    }[kind]
+    with using:
+        out, lse = scaled_dot_product_attention(q, k, v, **options, return_lse=True)
+        plain = scaled_dot_product_attention(q, k, v, **options)
+        gradients = torch.autograd.grad((out, plain), (q, k, v), (dout, dout))
+    assert not out.any() and not plain.any() and (lse == -torch.inf).all()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+# pytorch#101967: NaN of padding reaches every result
+def test_nan_in_padding_reaches_nothing(using, device, generator):
+    q, k, v, dout = operands(generator, device, *[(2, 2, 6, 8)] * 4)
+    key_mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
+    with torch.no_grad():
+        for t in (k, v):
+            t[0, :, 4:] = torch.nan
+    with using:
+        for options in ({"key_mask": key_mask}, {"attn_mask": key_mask[:, None, None]}):
+            out = scaled_dot_product_attention(q, k, v, **options)
+            gradients = torch.autograd.grad(out, (q, k, v), dout)
+            assert out.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+            assert not gradients[1][0, :, 4:].any() and not gradients[2][0, :, 4:].any()
+
+
+# pytorch#131254: beside is_causal a mask of a wrong shape was ignored; and so was every mask on some paths
+def test_a_mask_beside_is_causal_is_heeded_and_checked(using, device, generator):
+    leaves = dict(zip("qkv", operands(generator, device, *[(1, 2, 6, 8)] * 3), strict=True))
+    mask = torch.rand(6, 6, generator=generator).to(device) > 0.5
+    with using:
+        check(AttentionCall({"is_causal": True}, mask), leaves, generator)
+        with pytest.raises(ValueError, match=r"attn_mask.*\(5, 6\)"):
+            scaled_dot_product_attention(*leaves.values(), mask[:5], is_causal=True)
+
+
+# pytorch#108108: which corner is_causal starts from
+def test_causal_alignment_is_said_and_kept(using, device):
+    q, k = torch.zeros(1, 1, 2, 8, device=device), torch.zeros(1, 1, 4, 8, device=device)
+    v = torch.eye(4, device=device)[None, None]
+    with using:
+        upper = scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0] > 0
+        lower = scaled_dot_product_attention(q, k, v, is_causal=True, causal_align="lower_right")[0, 0] > 0
+    assert upper.tolist() == [[True, False, False, False], [True, True, False, False]]
+    assert lower.tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+# pytorch#124464, #99293: the functional form drops whenever it is told to, as it says
+def test_dropout_goes_by_its_argument_alone(using, device, generator):
+    q, k, v = operands(generator, device, *[(1, 2, 6, 8)] * 3)
+    with using, torch.no_grad():
+        kept = scaled_dot_product_attention(q, k, v, dropout_p=0.0, seed=1)
+        dropped = scaled_dot_product_attention(q, k, v, dropout_p=0.5, seed=1)
+        bare = scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(kept, bare)
+    assert not torch.equal(dropped, bare)
+
+
+# pytorch#149726: another mask from each backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n_keys", [7, 64, 1030])
+def test_the_dropout_mask_is_the_same_from_every_provider(n_keys, dtype, using, device):
+    heads, dim = 2, 256
+    q, k = (torch.zeros(1, heads, n, 8, device=device, dtype=dtype) for n in (5, n_keys))
+    mask = dropout_mask((1, heads, 5, n_keys), 0.5, 77, device)
+    with using:
+        for start in range(0, n_keys, dim):
+            v = torch.eye(n_keys, device=device, dtype=dtype)[:, start : start + dim].expand(1, heads, n_keys, -1)
+            out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, seed=77)
+            assert torch.equal(out != 0, mask[..., start : start + dim])
+
+
+# pytorch#116350
+def test_double_backward_of_every_way(using, device, generator):
+    q, k, v = operands(generator, device, *[(1, 2, 6, 8)] * 3)
+    with using:
+        for options in ({}, {"is_causal": True}, {"softcap": 1.0}, {"dropout_p": 0.5, "seed": 1}):
+            out = scaled_dot_product_attention(q, k, v, **options)
+            first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+            assert all(gradient.isfinite().all() and gradient.any() for gradient in second)
+
+
+# pytorch#187227, #147585: masks of more than 2**31 or 2**32 elements, long sequences; a mask that is broadcast is small
+def test_a_broadcast_mask_is_not_expanded(using, device, interpreted, generator):
+    n = 64 if interpreted else 2048
+    q, k, v = operands(generator, device, *[(1, 1, n, 8)] * 3)
+    mask = torch.zeros(1, n, device=device, requires_grad=True)
+    with using:
+        out = scaled_dot_product_attention(q, k, v, mask)
+        (dmask,) = torch.autograd.grad(out, mask, torch.ones_like(out))
+    assert dmask.shape == (1, n) and dmask.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_logits_past_2_to_the_32_elements():
+    n = 66_000
+    q, k, v = (torch.randn(1, 1, n, 8, device="cuda") for _ in range(3))
+    with fusednorm.use_provider("reference"):
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.25, seed=3)
+        tail = scaled_dot_product_attention(q[:, :, -4:], k, v, is_causal=True, causal_align="lower_right")
+    kept = dropout_mask((1, 1, n, 1), 0.25, 3, "cuda")
+    assert out.isfinite().all() and torch.equal(out[0, 0, 0] == 0, (~kept[0, 0, 0]).expand(8))
+    assert tail.isfinite().all()
+
+
+# pytorch#188302
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 6), (2, 1, 6), (1, 1, 1, 6)], ids=str)
+def test_only_the_mask_requires_grad(shape, options, using, device, generator):
+    leaves = operands(generator, device, *[(1, 2, 6, 8)] * 3, shape)
+    dout = torch.randn(1, 2, 6, 8, generator=generator).to(device)
+    with using:
+        every = torch.autograd.grad(scaled_dot_product_attention(*leaves, **options), leaves, dout)
+        alone = [t.detach() for t in leaves[:3]] + leaves[3:]
+        (dmask,) = torch.autograd.grad(scaled_dot_product_attention(*alone, **options), leaves[3], dout)
+    assert dmask.shape == shape and dmask.any()
+    torch.testing.assert_close(dmask, every[3])
+
+
+# flash-attention#332, #342, pytorch#152593, #145208, #157677
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 9), (1, 2, 1, 9), (3, 2, 6, 9)], ids=str)
+def test_a_learned_bias_has_its_gradient(shape, dtype, using, device, generator):
+    q, k, v = operands(generator, device, (3, 2, 6, 8), (3, 2, 9, 8), (3, 2, 9, 8), dtype=dtype)
+    (mask,) = operands(generator, device, shape, dtype=dtype)
+    leaves = {"q": q, "k": k, "v": v, "mask": mask}
+    key_mask = torch.arange(9, device=device) < torch.tensor([[9], [4], [0]], device=device)
+    with using:
+        check(AttentionCall({"key_mask": key_mask}), {n: t.detach() for n, t in leaves.items()}, generator)
+
+
+# transformers#35032
+def test_packed_cross_attention_has_lengths_of_its_own_on_either_side(using, device, generator):
+    lengths_q, lengths_k = torch.tensor([2, 5]), torch.tensor([4, 3])
+    q, k, v = operands(generator, device, (2, 5, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8))
+    key_mask = (torch.arange(4) < lengths_k[:, None]).to(device)
+    query_mask = (torch.arange(5) < lengths_q[:, None]).to(device)
+    bounds = [torch.cat((torch.tensor([0]), n.cumsum(0))).to(device, torch.int32) for n in (lengths_q, lengths_k)]
+    with using:
+        padded = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), key_mask=key_mask)
+        packed = varlen_attention(q[query_mask], k[key_mask], v[key_mask], *bounds, 5, 4)
+    torch.testing.assert_close(packed, padded.transpose(1, 2)[query_mask])
+
+
+# flash-attention#1556, triton#1975: a head dim that is not served
+@pytest.mark.parametrize("dim", [1, 3, 8, 96, 128, 160, 256])
+def test_no_head_dim_is_left_out(dim, using, device, generator):
+    leaves = operands(generator, device, *[(1, 2, 5, dim)] * 3, dtype=torch.bfloat16)
+    with using:
+        check(AttentionCall({"is_causal": True}), dict(zip("qkv", leaves, strict=True)), generator)
