@@ -2,7 +2,7 @@
 
 Logits, softmax and every sum are in float32 (float64 for float64); the probabilities are not rounded; one rounding at
 the end. A key is *visible* to a query if causal, window, key mask and attention mask (its -inf too) all let it be;
-what is not visible contributes to nothing, NaN and Inf included. Two products (`_select_matmul`, `_masked_product`)
+what is not visible contributes to nothing, NaN and Inf included. Two products (`select_matmul`, `masked_product`)
 see to that; they are each other's derivatives, so that derivatives of any order and kind hold to it as well.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dropout
 from .._dtypes import compute_dtype
-from .._transforms import batched
+from .selected import masked_product, select_matmul
 
 _MOST_ROWS = 1024  # of a block of queries
 _MOST_LOGITS = 2**20  # of a block, for each head: no square of a longer sequence is ever held
@@ -51,93 +51,11 @@ def refusal(op: str, *args: Any) -> str | None:
     return None
 
 
-# --- products that leave out what is not visible ---
-
-
-def _known_finite(tensor: Tensor) -> bool:
-    """Whether all of it is seen to be finite. Not looked at where a look would wait, or see no values."""
-    return (
-        tensor.is_cpu
-        and type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not batched(tensor)
-        and not torch._C._len_torch_dispatch_stack()
-        and bool(tensor.isfinite().all())
-    )
-
-
-class _SelectMatmul(torch.autograd.Function):
-    """``sum_k a[i, k] b[k, d]`` over the k that i sees; `a` is 0 elsewhere, but 0 * NaN would be NaN."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
-        if _known_finite(b):
-            return a @ b
-        finite = b.isfinite()
-        total = a @ torch.where(finite, b, 0.0)
-        # what is seen of the rest: infinities of one sign give it, all else gives NaN
-        count = visible.to(a.dtype) @ (~finite).to(a.dtype)
-        signed = a.sign() @ torch.where(b.isinf(), b.sign(), 0.0)
-        rest = torch.where(signed.abs() == count, signed * math.inf, math.nan)
-        return total + torch.where(count == 0, 0.0, rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        a, b, visible = ctx.saved_tensors
-        da = _masked_product(dy, b, visible) if ctx.needs_input_grad[0] else None
-        db = _select_matmul(a.mT, dy, visible.mT) if ctx.needs_input_grad[1] else None
-        return da, db, None
-
-    @staticmethod
-    def jvp(ctx: Any, a_tangent: Tensor | None, b_tangent: Tensor | None, _: None) -> Tensor:
-        a, b, visible = ctx.saved_tensors
-        terms = [_select_matmul(a_tangent, b, visible)] if a_tangent is not None else []
-        terms += [_select_matmul(a, b_tangent, visible)] if b_tangent is not None else []
-        return sum(terms[1:], terms[0])
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """``sum_d x[i, d] y[k, d]`` where i sees k, else 0."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor, visible: Tensor) -> Tensor:
-        return torch.where(visible, x @ y.mT, 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, y, visible = ctx.saved_tensors
-        ds = torch.where(visible, ds, 0.0)
-        dx = _select_matmul(ds, y, visible) if ctx.needs_input_grad[0] else None
-        dy = _select_matmul(ds.mT, x, visible.mT) if ctx.needs_input_grad[1] else None
-        return dx, dy, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor | None, y_tangent: Tensor | None, _: None) -> Tensor:
-        x, y, visible = ctx.saved_tensors
-        terms = [_masked_product(x_tangent, y, visible)] if x_tangent is not None else []
-        terms += [_masked_product(x, y_tangent, visible)] if y_tangent is not None else []
-        return sum(terms[1:], terms[0])
-
-
-_select_matmul = _SelectMatmul.apply
-_masked_product = _MaskedProduct.apply
-
-
 # --- one block of queries ---
+
+
+def _rows(tensor: Tensor, block: slice) -> Tensor:
+    return tensor.narrow(-2, block.start, block.stop - block.start)
 
 
 class _Sequences(NamedTuple):
@@ -161,7 +79,7 @@ class _Sequences(NamedTuple):
 
     def mask_of(self, block: slice) -> Tensor | None:
         mask = self.attn_mask
-        return mask if mask is None or mask.shape[-2] == 1 else mask[..., block, :]
+        return mask if mask is None or mask.shape[-2] == 1 else _rows(mask, block)
 
     def visible(self, block: slice) -> Tensor:
         n_keys, o = self.k.shape[-2], self.options
@@ -193,7 +111,7 @@ class _Sequences(NamedTuple):
 
     def softmax(self, block: slice) -> _Softmax:
         visible, slope, cap = self.visible(block), None, self.options.softcap
-        logits = _masked_product(self.q[..., block, :], self.k, visible)
+        logits = masked_product(_rows(self.q, block), self.k, visible)
         if cap:
             capped = torch.tanh(logits / cap)
             logits, slope = cap * capped, 1.0 - capped * capped
@@ -226,7 +144,7 @@ def _forward(s: _Sequences) -> tuple[Tensor, Tensor]:
     for block in s.blocks():
         soft = s.softmax(block)
         weights, visible = _dropped(soft.probabilities, soft.visible, soft.keep, s.options.dropout_p)
-        out.append(_select_matmul(weights, s.v, visible))
+        out.append(select_matmul(weights, s.v, visible))
         lse.append(soft.lse)
     return torch.cat(out, -2), torch.cat(lse, -1)
 
@@ -238,23 +156,23 @@ def _backward(
     dq, dk, dv = [s.q.new_empty((*s.q.shape[:2], 0, s.q.shape[-1]))], torch.zeros_like(s.k), torch.zeros_like(s.v)
     dmask: list[Tensor] = []
     for block in s.blocks():
-        soft, dy = s.softmax(block), dout[..., block, :]
+        soft, dy = s.softmax(block), _rows(dout, block)
         weights, visible = _dropped(soft.probabilities, soft.visible, soft.keep, s.options.dropout_p)
-        dv = dv + _select_matmul(weights.mT, dy, visible.mT)
-        dp = _masked_product(dy, s.v, visible)
+        dv = dv + select_matmul(weights.mT, dy, visible.mT)
+        dp = masked_product(dy, s.v, visible)
         if soft.keep is not None:
             dp = dp * dropout.keep_scale(s.options.dropout_p)
         dp = dp - (soft.probabilities * dp).sum(-1, keepdim=True)  # first: with few keys they cancel exactly
         if dlse is not None:
-            dp = dp + torch.where(soft.lse == -math.inf, 0.0, dlse[..., block])[..., None]
+            dp = dp + torch.where(soft.lse[..., None] == -math.inf, 0.0, _rows(dlse.unsqueeze(-1), block))
         ds = torch.where(soft.visible, soft.probabilities * dp, 0.0)
         if mask_wanted:
             assert s.attn_mask is not None
             dmask.append(_summed_to(ds, s.attn_mask.shape))
         if soft.slope is not None:
             ds = ds * soft.slope
-        dq.append(_select_matmul(ds, s.k, soft.visible))
-        dk = dk + _select_matmul(ds.mT, s.q[..., block, :], soft.visible.mT)
+        dq.append(select_matmul(ds, s.k, soft.visible))
+        dk = dk + select_matmul(ds.mT, _rows(s.q, block), soft.visible.mT)
     if not mask_wanted:
         return torch.cat(dq, -2), dk, dv, None
     assert s.attn_mask is not None
@@ -365,7 +283,7 @@ def attention_gradients(
     parts = [[t.new_empty((0, *t.shape[1:]))] for t in (q, k, v)]
     for sequence, queries, _ in _packed(q, k, v, seed, cu_seqlens_q, cu_seqlens_k, options):
         dy = dout[queries].transpose(0, 1)[None].to(acc)
-        dlse_part = None if dlse is None else dlse[None, :, queries]
+        dlse_part = None if dlse is None else dlse[:, queries].unsqueeze(0)
         dq, dk, dv, _ = _backward(sequence, dy, dlse_part, False)
         gradients = (dq * scale, _grouped(dk, k.shape[1]), _grouped(dv, v.shape[1]))
         for part, gradient in zip(parts, gradients, strict=True):
