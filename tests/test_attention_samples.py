@@ -1,0 +1,128 @@
+"""PyTorch's own samples of scaled_dot_product_attention, and random mixtures of every argument."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from oracle import DTYPES, assert_within_budget
+from oracle_attention import AttentionCall, check
+
+import fusednorm
+
+pytest.importorskip("numpy", reason="torch's samples need it")
+pytest.importorskip("expecttest", reason="torch's samples need it")
+pytest.importorskip("hypothesis")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages as they are imported
+    from torch.testing._internal.common_methods_invocations import op_db
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+OP = "attention_fwd"
+INFO = next(info for info in op_db if info.name == "nn.functional.scaled_dot_product_attention")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opinfo_samples_give_torchs_results_and_gradients(dtype, using, device):
+    """The errors over all samples within the budget, torch's own function being the twin.
+
+    What is dropped is drawn otherwise than torch's, so of these samples only shapes and dtypes are compared.
+    """
+
+    def run(function, sample, dy):
+        leaves = [t for t in (sample.input, *sample.args, *sample.kwargs.values()) if torch.is_tensor(t)]
+        out = function(sample.input, *sample.args, **sample.kwargs)
+        return (out.detach(), *torch.autograd.grad(out, leaves, dy.to(out)))
+
+    pooled: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+    for sample in INFO.sample_inputs("cpu", dtype, requires_grad=True):
+        sample = sample.transform(lambda t: t.detach().to(device).requires_grad_() if torch.is_tensor(t) else t)
+        wide = sample.transform(lambda t: t.detach().double().requires_grad_() if torch.is_tensor(t) else t)
+        dy = torch.randn_like(INFO.op(sample.input, *sample.args, **sample.kwargs))
+        with using:
+            ours = run(fusednorm.scaled_dot_product_attention, sample, dy)
+        torchs, exact = run(INFO.op, sample, dy), run(INFO.op, wide, dy)
+        for n, triple in enumerate(zip(ours, torchs, exact, strict=True)):
+            assert (triple[0].shape, triple[0].dtype) == (triple[1].shape, triple[1].dtype)
+            if not sample.kwargs.get("dropout_p"):
+                pooled.setdefault(n, []).append(triple)
+    assert min(map(len, pooled.values())) >= 1 and len(pooled[0]) >= 12
+    for n, triples in pooled.items():
+        flat = [torch.cat([t.flatten() for t in column]) for column in zip(*triples, strict=True)]
+        if dtype == torch.float64:
+            # torch's own rounding is not known here; logits near 100 magnify one of 1e-16, over tens of terms near 10
+            torch.testing.assert_close(flat[0], flat[2], rtol=1e-11, atol=1e-11)
+        else:
+            assert_within_budget(*flat, dtype, ("out", "dq", "dk", "dv", "dmask")[n])
+
+
+@st.composite
+def problems(draw):
+    """Options, operands' shapes and strides, masks: anything that may be asked for at once."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))
+    n_queries, n_keys = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    side = st.one_of(st.none(), st.integers(0, 20))
+    options = {
+        "is_causal": draw(st.booleans()),
+        "causal_align": draw(st.sampled_from(["upper_left", "lower_right"])),
+        "window": draw(st.one_of(st.none(), st.tuples(side, side))),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 0.5, 4.0])),
+        "scale": draw(st.sampled_from([None, None, 0.3, -0.2, 0.0])),
+        "enable_gqa": True,
+    }
+    if draw(st.booleans()):
+        options |= {"dropout_p": draw(st.sampled_from([0.1, 0.5])), "seed": draw(st.integers(-(2**63), 2**64 - 1))}
+    sizes = (batch, heads, n_queries, n_keys)
+    mask = [size if draw(st.booleans()) else 1 for size in sizes][draw(st.integers(0, 2)) :]
+    return {
+        "sizes": sizes,
+        "key_heads": draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])),
+        "dim": draw(st.sampled_from([8, 40, 64, 80, 96, 128, 256])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "layout": draw(st.sampled_from(["contiguous", "transposed", "dim_first", "step_2"])),
+        "mask": draw(st.sampled_from([None, "bool", "additive"])) and (mask, draw(st.booleans())),
+        "key_mask": draw(st.booleans()),
+        "options": options,
+        "values": draw(st.integers(0, 2**31)),
+    }
+
+
+def laid(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "transposed":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "dim_first":
+        return tensor.mT.contiguous().mT
+    return tensor.repeat_interleave(2, -1)[..., ::2] if layout == "step_2" else tensor
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=problems())
+def test_random_mixtures(problem, using, device):
+    generator = torch.Generator().manual_seed(problem["values"])
+    batch, heads, n_queries, n_keys = problem["sizes"]
+    shapes = {
+        "q": (batch, heads, n_queries, problem["dim"]),
+        **dict.fromkeys("kv", (batch, problem["key_heads"], n_keys, problem["dim"])),
+    }
+    leaves = {
+        name: laid(torch.randn(shape, generator=generator, dtype=torch.float64), problem["layout"]).to(
+            device, problem["dtype"]
+        )
+        for name, shape in shapes.items()
+    }
+    options, bool_mask = dict(problem["options"]), None
+    if problem["mask"]:
+        shape, additive = problem["mask"]
+        seen = torch.rand(shape, generator=generator).to(device) > 0.3
+        if additive:
+            bias = torch.randn(shape, generator=generator).to(device, problem["dtype"])
+            leaves["mask"] = torch.where(seen, bias, -torch.inf)
+        else:
+            bool_mask = seen
+    if problem["key_mask"]:
+        options["key_mask"] = torch.rand(batch, n_keys, generator=generator).to(device) > 0.3
+    with using:
+        check(AttentionCall(options, bool_mask), leaves, generator)
