@@ -12,6 +12,10 @@ from oracle import DRAWS, assert_within_budget, keep_mask, keep_scale
 from torch import Tensor
 
 
+def draw(generator: torch.Generator, device: Any, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+
 def visible(shape: torch.Size, options: Mapping[str, Any], attn_mask: Tensor | None, device: Any) -> Tensor:
     """True where query i sees key j, of the logits' shape (..., Sq, Sk), written element by element."""
     n_queries, n_keys = shape[-2:]

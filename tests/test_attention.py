@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import DTYPES, keep_scale
-from oracle_attention import AttentionCall, check
+from oracle_attention import AttentionCall, check, draw
 
 from fusednorm import dropout_mask, scaled_dot_product_attention, varlen_attention
 
 OP = "attention_fwd"
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def draw(generator, device, dtype, *shapes):
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
 
 def leaves_of(generator, device, dtype, batch=2, heads=4, n_queries=17, n_keys=23, dim=40, key_heads=None):
@@ -336,109 +332,3 @@ def test_large_logits_do_not_overflow(dtype, using, device, generator):
         gradients = torch.autograd.grad(out, (q, k, v), dout[None, None])
     assert torch.equal(out, v) and lse.isfinite().all()
     assert not gradients[0].any() and not gradients[1].any() and torch.equal(gradients[2][0, 0], dout)
-
-
-# --- what is masked reaches nothing ---
-
-
-BAD = pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
-N = 12
-POSITION = torch.arange(N)
-ONE_DOCUMENT = (POSITION < 9) == (POSITION[:, None] < 9)
-HIDING = {  # options; bad positions of (keys and values), of (queries and cotangents); positions of (q, k) not reached
-    "bool_documents": ({"attn_mask": ONE_DOCUMENT}, slice(9, N), slice(9, N), slice(0, 9), slice(0, 9)),
-    "additive_documents": (
-        {"attn_mask": torch.where(ONE_DOCUMENT, 0.5, -torch.inf)},
-        *(slice(9, N), slice(9, N), slice(0, 9), slice(0, 9)),
-    ),
-    "key_mask": ({"key_mask": (POSITION < 9).expand(2, N)}, slice(9, N), slice(0), slice(0, N), slice(0, N)),
-    "keys_after_causal": ({"is_causal": True}, slice(9, N), slice(0), slice(0, 9), slice(0)),
-    "queries_before_causal": ({"is_causal": True}, slice(0), slice(0, 3), slice(3, N), slice(3, N)),
-    "keys_outside_window": ({"window": (None, 1)}, slice(9, N), slice(0), slice(0, 8), slice(0)),
-    "queries_outside_window": ({"window": (None, 1)}, slice(0), slice(0, 3), slice(3, N), slice(4, N)),
-    "queries_that_see_nothing": (
-        {"attn_mask": (POSITION >= 3)[:, None].expand(N, N)},
-        *(slice(0), slice(0, 3), slice(0, N), slice(0, N)),
-    ),
-}
-
-
-@BAD
-@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "create_graph"])
-@pytest.mark.parametrize("hiding", HIDING)
-def test_what_is_masked_reaches_nothing(hiding, create_graph, bad, using, device, generator):
-    """Results and gradients are what they are with zeros there, to a rounding of float32."""
-    options, bad_keys, bad_queries, *clean = HIDING[hiding]
-    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
-    tensors = draw(generator, device, torch.float32, *[(2, 3, N, 8)] * 4)
-    results = []
-    with using:
-        for value in (bad, 0.0):
-            q, k, v, dout = (t.clone() for t in tensors)
-            for tensor, where in ((q, bad_queries), (dout, bad_queries), (k, bad_keys), (v, bad_keys)):
-                tensor[:, :, where] = value
-            leaves = [t.requires_grad_() for t in (q, k, v)]
-            for lse_too in (False, True):
-                out, *lse = outputs = scaled_dot_product_attention(*leaves, **options, return_lse=True)
-                if not lse_too:
-                    out = scaled_dot_product_attention(*leaves, **options)
-                    outputs = (out,)
-                cotangents = (dout, torch.where(lse[0] > -torch.inf, dout[..., 0], value))[: len(outputs)]
-                dq, dk, dv = torch.autograd.grad(outputs, leaves, cotangents, create_graph=create_graph)
-                results.append([t[:, :, clean[0]] for t in (out, dq)] + [t[:, :, clean[1]] for t in (dk, dv)])
-                results[-1].append(torch.where(lse[0] > -torch.inf, lse[0], 0.0)[:, :, clean[0]])
-    for got, expected in zip(results[0] + results[1], results[2] + results[3], strict=True):
-        assert got.isfinite().all()
-        torch.testing.assert_close(got, expected)
-
-
-@BAD
-@pytest.mark.parametrize("hiding", HIDING)
-def test_what_is_masked_reaches_no_transform(hiding, bad, using, device, generator):
-    """Gradients by torch.func, and tangents."""
-    options, bad_keys, bad_queries, *clean = HIDING[hiding]
-    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
-    q, k, v, dout = draw(generator, device, torch.float32, *[(2, 3, N, 8)] * 4)
-    for tensor, where in ((q, bad_queries), (dout, bad_queries), (k, bad_keys), (v, bad_keys)):
-        tensor[:, :, where] = bad
-
-    def run(*leaves):
-        return scaled_dot_product_attention(*leaves, **options)
-
-    with using:
-        out, pull = torch.func.vjp(run, q, k, v)
-        dq, dk, dv = pull(dout)
-        _, tangent = torch.func.jvp(run, (q, k, v), (torch.ones_like(q), k, v))
-    for got in (out, dq, tangent):
-        assert got[:, :, clean[0]].isfinite().all()
-    for got in (dk, dv):
-        assert got[:, :, clean[1]].isfinite().all()
-
-
-@BAD
-def test_what_is_dropped_reaches_nothing(bad, using, device, generator):
-    mask = dropout_mask((1, 1, 6, 10), 0.5, 4, device)[0, 0]
-    dropped = ~mask[2]
-    q, k, v = draw(generator, device, torch.float32, *[(1, 1, n, 8) for n in (6, 10, 10)])
-    results = []
-    with using:
-        for value in (bad, 0.0):
-            values = torch.where(dropped[:, None], value, v).requires_grad_()
-            out = scaled_dot_product_attention(q, k, values, dropout_p=0.5, seed=4)
-            results.append(out[:, :, 2])
-    assert torch.equal(*results)
-
-
-def test_infinite_values_that_are_seen_are_passed_on(using, device):
-    q, k = torch.zeros(1, 1, 3, 8, device=device), torch.zeros(1, 1, 3, 8, device=device)
-    v = torch.zeros(1, 1, 3, 8, device=device)
-    v[..., 0, 0], v[..., 1, 1], v[..., 2, 2], v[..., 0, 3], v[..., 1, 3] = (
-        *(torch.inf, -torch.inf, torch.nan),
-        *(torch.inf, -torch.inf),
-    )
-    with using:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True)[0, 0]
-    expected = torch.zeros(3, 8)
-    expected[:, 0], expected[1:, 1], expected[2, 2], expected[:, 3] = torch.inf, -torch.inf, torch.nan, torch.nan
-    expected[0, 3] = torch.inf
-    torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
