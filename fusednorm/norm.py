@@ -88,7 +88,7 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if providers.shortcut is not None and not _is_compiling():
+    if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
         shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_by_shape)
         if shortcut is not None:
             return shortcut
@@ -157,11 +157,11 @@ def add_layer_norm(
         ValueError: a shape, device or probability does not fit.
     """
     if (
-        x_bias is None is layer_scale
+        not _is_compiling()
+        and x_bias is None is layer_scale
         and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
         and residual_dtype is None
         and providers.shortcut is not None
-        and not _is_compiling()
     ):
         outputs = providers.shortcut.add_norm(
             x, residual, normalized_shape, weight, bias, eps, False, providers.shortcut_by_shape
@@ -232,11 +232,11 @@ def add_rms_norm(
     epsilon of the dtype computed in.
     """
     if (
-        x_bias is None is layer_scale
+        not _is_compiling()
+        and x_bias is None is layer_scale
         and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
         and residual_dtype is None
         and providers.shortcut is not None
-        and not _is_compiling()
     ):
         outputs = providers.shortcut.add_norm(
             x, residual, normalized_shape, weight, None, eps, True, providers.shortcut_by_shape

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -435,3 +436,21 @@ def test_info_says_whether_there_is_a_shortcut(monkeypatch, tmp_path):
     assert "shortcut   ready" in info()
     with _file(tmp_path / _shortcut.FILE.name, monkeypatch):
         assert "shortcut   not here: it is not built" in info()
+
+
+def test_shortcut_is_no_part_of_a_compiled_graph(monkeypatch):
+    """It comes with the first call that is not compiled; what was compiled before stays."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x: fusednorm.add_layer_norm(x, x, 8)[0] + fusednorm.add_rms_norm(x, x, 8)[0] + fusednorm.rms_norm(x, 8),
+        backend=counter,
+        fullgraph=True,
+    )
+    x = torch.randn(4, 8)
+    with monkeypatch.context() as before:
+        before.setattr(providers, "shortcut", None)
+        run(x)
+    assert providers.shortcut is not None
+    run(x)
+    assert counter.frame_count == 1
