@@ -71,7 +71,9 @@ def plant(fault: str) -> Path:
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
-    return done.stdout[-3000:] + done.stderr[-6000:]
+    report = re.search(r"ERROR: \w+Sanitizer|runtime error:|WARNING: ThreadSanitizer", done.stderr)
+    start = max(0, report.start() - 200) if report else -6000  # what lies below the fault in the stack is of no use
+    return done.stdout[-3000:] + done.stderr[start:][:6000]
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

@@ -147,7 +147,8 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
   bool* const out = (bool*)data_of(mask);
   ask_for_huge_pages(out, g.n_rows * g.n_columns);
   const ActivationKernels& k = *kernels().activation;
-  parallel(g.n_rows * g.row_tiles, grain(std::min(g.n_columns, kTile)), 0,
+  const int64_t tiles = g.n_columns ? g.n_rows * g.row_tiles : 0;  // rows of no columns have no memory to write to
+  parallel(tiles, grain(std::min(g.n_columns, kTile)), 0,
            [&](void*, int64_t begin, int64_t end) { k.mask(g, out, begin, end); });
   give(stack, mask);
 }
