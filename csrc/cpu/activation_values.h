@@ -5,40 +5,10 @@
 #pragma once
 
 #include "activation_args.h"
-#include "simd.h"
+#include "exponential.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
-
-typedef Native<float> Floats;
-
-FN_INLINE Floats magnitude(Floats v) { return (Floats)((Native<int32_t>)v & 0x7fffffff); }
-
-// Polynomials are evaluated by halves (Estrin's scheme): a chain of additions and products one after another would be
-// longer than what processors look ahead.
-
-// 2^n p for integers n from -150 to 0 and p near 1, rounded once.
-FN_INLINE Floats scaled(Floats p, Floats n) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else  // in two factors, each of which is a normal number
-  const Native<int32_t> exponent = (Native<int32_t>)(n + 12582912.0f) - 0x4b400000, half = exponent >> 1;
-  return p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
-#endif
-}
-
-// e^(high + low) for high <= 0 and |low| < 0.1: 1 ulp, to the last subnormal number. n ln 2 is taken off in two parts, of
-// which the first has nine bits, so that its product with n is exact. The polynomial is that of Cephes' expf.
-FN_INLINE Floats exponential(Floats high, Floats low) {
-  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it and taking it off rounds to an integer
-  const Floats x = high < -104.0f ? Floats{} - 104.0f : high;  // NaN stays
-  const Floats n = (x * 1.44269504f + kRound) - kRound;
-  const Floats r = (x - n * 0.693359375f) + (n * 2.12194440e-4f + low), r2 = r * r;
-  const Floats p01 = r * 1.6666665459e-1f + 5.0000001201e-1f, p23 = r * 8.3334519073e-3f + 4.1665795894e-2f;
-  const Floats p45 = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  const Floats p = (p01 + p23 * r2) + p45 * (r2 * r2);
-  return scaled((p * r2 + r) + 1.0f, n);
-}
 
 // sigmoid(|w|) and sigmoid(-|w|).
 struct Sigmoid {
