@@ -28,12 +28,16 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
         providers.record(providers.Route(call, "reference", how))
         return reference.attention(*args)
     provider, refusals = providers.choose("attention_fwd", args)
-    differs = "" if provider != "reference" or providers.requested() is not None else _torch_differs(args, return_lse)
-    torchs = provider == "reference" and providers.requested() is None and not differs
+    torchs = providers.requested() is None and provider in ("cpu", "reference")
+    differs = _torch_differs(args, return_lse) if torchs else ""
+    torchs = torchs and not differs
     if not providers.automatic:
-        how = "torch's own operator: no kernel of ours serves this call" if torchs else "one fused op each way"
+        how = "one fused op each way"
         if differs:
             refusals += (("torch's own operator", differs),)
+        elif torchs:
+            refusals += (("cpu", "torch's own operator means the same here"),) if provider == "cpu" else ()
+            provider, how = "reference", "torch's own operator: it means the same here"
         providers.record(providers.Route(call, provider, how, refusals))
     if torchs:
         return _run_torch(args), None

@@ -64,6 +64,7 @@ struct Partials {
 };
 
 struct ActivationKernels;
+struct AttentionKernels;
 
 // One instruction set's kernels. A workspace of *_workspace() bytes belongs to one thread at a time.
 struct Kernels {
@@ -75,6 +76,7 @@ struct Kernels {
   void (*reduce)(const Partials&, Dtype dtype, void* out, int64_t begin, int64_t end);
   void (*parameter)(const Operand&, int64_t n, bool wide, double shift, void* out);
   const ActivationKernels* activation;
+  const AttentionKernels* attention;
 };
 
 }  // namespace fusednorm_cpu

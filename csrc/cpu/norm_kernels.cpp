@@ -8,11 +8,12 @@ namespace fusednorm_cpu {
 namespace FN_ISA {
 
 extern const ActivationKernels activation_kernels;  // activation_kernels.cpp
+extern const AttentionKernels attention_kernels;    // attention_kernels.cpp
 
 extern const Kernels kernels;
 const Kernels kernels = {
     FN_TEXT(FN_ISA), forward_workspace, forward, backward_workspace, backward, reduce, parameter,
-    &activation_kernels,
+    &activation_kernels, &attention_kernels,
 };
 
 }  // namespace FN_ISA

@@ -25,7 +25,7 @@ _log = logging.getLogger("fusednorm")
 PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     "triton": ("fusednorm.providers.triton_norm", "fusednorm.providers.triton_activation"),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
-    "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation"),
+    "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation", "fusednorm.providers.cpu_attention"),
     "reference": (
         "fusednorm.providers.reference",
         "fusednorm.providers.reference_activation",

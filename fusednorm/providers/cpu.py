@@ -20,6 +20,7 @@ BUILD = (
 _OPERATORS = (
     *("add_layer_norm_fwd", "add_norm_bare", "add_layer_norm_bwd"),
     *("bias_act_dropout_fwd", "bias_act_bare", "bias_act_dropout_bwd", "dropout_mask"),
+    *("attention_fwd", "attention_bwd"),
 )
 _forward: Any = None  # the operators' overloads, once the library is loaded
 _bare: Any = None
@@ -28,6 +29,8 @@ activation_fwd: Any = None  # for cpu_activation.py
 activation_bare: Any = None
 activation_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
+attention_forward: Any = None  # for cpu_attention.py
+attention_backward: Any = None
 
 
 def unavailable_reason() -> str | None:
@@ -38,6 +41,7 @@ def unavailable_reason() -> str | None:
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
     global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask
+    global attention_forward, attention_backward
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
@@ -45,9 +49,9 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
-        _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = (
-            getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS
-        )
+        found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]
+        _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = found[:-2]
+        attention_forward, attention_backward = found[-2:]
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
     return None

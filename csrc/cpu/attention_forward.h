@@ -1,0 +1,93 @@
+// Attention of a block of queries, which goes over the keys once, tile by tile.
+//
+// Source: T. Dao et al., "FlashAttention: fast and memory-efficient exact attention with IO-awareness", arXiv:2205.14135;
+// the softmax: M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
+#pragma once
+
+#include "attention_values.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+FN_INLINE int64_t blocks_of(int64_t n) { return (n + kBlockSize - 1) / kBlockSize; }
+
+// Item `item` of those numbered along the blocks first: from both ends in turn, because causality makes the later ones
+// longer, and a thread takes neighbours.
+FN_INLINE int64_t block_of(int64_t item, int64_t blocks) {
+  const int64_t n = item % blocks;
+  return n % 2 ? blocks - 1 - n / 2 : n / 2;
+}
+
+// work(head, first query, how many) for blocks of queries.
+template <class F>
+FN_INLINE void over_query_blocks(const AttentionCall& a, int64_t begin, int64_t end, F&& work) {
+  const int64_t blocks = blocks_of(a.n_queries);
+  for (int64_t item = begin; item < end; ++item) {
+    const Head h = head_of(a, item / blocks / a.n_heads, item / blocks % a.n_heads);
+    const int64_t first = block_of(item, blocks) * kBlockSize;
+    if (first < h.n_queries) work(h, first, least(kBlockSize, h.n_queries - first));
+  }
+}
+
+// The tiles of these queries that causality and window do not hide.
+template <class F>
+FN_INLINE void over_key_blocks(const AttentionCall& a, const Head& h, int64_t first, int64_t n, F&& work) {
+  const int64_t end = keys_of(a, h, first + n - 1).end;
+  for (int64_t key = keys_of(a, h, first).begin / kBlockSize * kBlockSize; key < end; key += kBlockSize)
+    work(Tile{first, key, n, least(kBlockSize, h.n_keys - key)});
+}
+
+template <class C>
+void attend(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+  stage_lanes(a.q, a.dtype, offset_of(a.q, h.batch, h.head, h.first_query + first), n, a.dim, m.rows, m.ld, m.lanes);
+  for (int64_t i = 0; i < kBlockSize; ++i) m.lse[i] = -C(__builtin_inf()), m.delta[i] = 0;
+  __builtin_memset(m.value_sums, 0, n * m.value_ld * sizeof(C));
+  over_key_blocks(a, h, first, n, [&](const Tile& t) {
+    const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
+    if (seen == kNothing) return;
+    const C* const hidden = seen == kSomething ? m.hidden : nullptr;
+    Int<C>* const keep = a.element.on ? m.keep : nullptr;
+    stage_rows(a.k, a.dtype, offset_of(a.k, h.batch, h.key_head, h.first_key + t.key), t.n_keys, a.dim, m.rows, m.ld);
+    product<C, false>(t.n_keys, n, a.dim, m.rows, m.ld, 1, m.lanes, kBlockSize, m.logits, kBlockSize);
+    if (keep) keep_tile<C, false>(a, h, t, keep);
+    if (softmax_step(a, m, n, t.n_keys, hidden, keep))
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t d = 0; d < m.value_ld; ++d) m.value_sums[i * m.value_ld + d] *= m.factors[i];
+    stage_rows(a.v, a.dtype, offset_of(a.v, h.batch, h.key_head, h.first_key + t.key), t.n_keys, a.value_dim,
+               m.value_rows, m.value_ld);
+    add_product(n, a.value_dim, t.n_keys, m.logits, 1, kBlockSize, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
+  });
+  C* const lse = (C*)a.lse + h.row + first;
+  for (int64_t i = 0; i < n; ++i) {
+    const C total = m.delta[i];
+    const bool dead = total == C(0);
+    for (int64_t d = 0; d < a.value_dim; ++d) {
+      C& sum = m.value_sums[i * m.value_ld + d];
+      sum = dead ? C(0) : sum / total;
+    }
+    const C log = sizeof(C) == 8 ? C(__builtin_log(total)) : C(__builtin_logf(total));
+    lse[i] = dead ? -C(__builtin_inf()) : m.lse[i] + log;
+  }
+  unstage_rows(m.value_sums, m.value_ld, n, a.value_dim, a.dtype, a.out,
+               offset_of(a.out, h.batch, h.head, h.first_query + first));
+}
+
+template <class F>
+FN_INLINE void with_compute_type(const AttentionCall& a, F&& f) {
+  if (a.wide) return f(double{});
+  f(float{});
+}
+
+inline int64_t attention_workspace(const AttentionCall& a) {
+  return a.wide ? Memory<double>::bytes(a) : Memory<float>::bytes(a);
+}
+
+inline void attention_forward(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
+  with_compute_type(a, [&](auto c) {
+    const Memory<decltype(c)> m(a, workspace);
+    over_query_blocks(a, begin, end, [&](const Head& h, int64_t first, int64_t n) { attend(a, m, h, first, n); });
+  });
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

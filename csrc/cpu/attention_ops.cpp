@@ -1,0 +1,225 @@
+// fusednorm_cpu::attention_fwd and _bwd: arguments checked, blocks given to the kernels. Outputs are the caller's, who
+// lays them out.
+#include <algorithm>
+#include <cstring>
+
+#include "../norm_call.h"
+#include "attention_args.h"
+#include "operands.h"
+#include "workspace.h"
+
+namespace fusednorm_cpu {
+
+namespace {
+
+using torch::stable::detail::to;
+
+constexpr int64_t kGrain = 1 << 18;  // multiplications that are worth another thread
+
+bool has_dtype(const Handle& tensor, int32_t wanted) {
+  int32_t dtype = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype == wanted;
+}
+
+// A tensor (batch, heads, positions, features), or packed (positions, heads, features), of the sizes said.
+Strided describe(const char* name, const Handle& tensor, Dtype dtype, bool packed, int64_t batches, int64_t heads,
+                 int64_t positions, int64_t features) {
+  if (!tensor) return {};
+  const Sizes s = sizes_of(tensor);
+  const int64_t four[] = {batches, heads, positions, features}, three[] = {positions, heads, features};
+  const bool fits = packed ? s.ndim == 3 && std::equal(three, three + 3, s.sizes)
+                           : s.ndim == 4 && std::equal(four, four + 4, s.sizes);
+  STD_TORCH_CHECK(fits && dtype_of(tensor) == dtype, name, ": its shape or dtype does not fit");
+  if (packed) return {data_of(tensor), 0, s.strides[1], s.strides[0], s.strides[2]};
+  return {data_of(tensor), s.strides[0], s.strides[1], s.strides[2], s.strides[3]};
+}
+
+// The boundaries of packed sequences, and the longest of these.
+const int32_t* boundaries(const char* name, const Handle& tensor, int64_t batches, int64_t total, int64_t& longest) {
+  const Sizes s = sizes_of(tensor);
+  STD_TORCH_CHECK(has_dtype(tensor, aoti_torch_dtype_int32()) && s.ndim == 1 && s.sizes[0] == batches + 1 &&
+                      (batches == 0 || s.strides[0] == 1),
+                  name, ": expected contiguous int32 boundaries, one more than sequences");
+  const auto* const bounds = (const int32_t*)data_of(tensor);
+  longest = 0;
+  bool sound = bounds[0] == 0 && bounds[batches] == total;
+  for (int64_t b = 0; b < batches; ++b) {
+    sound &= bounds[b] <= bounds[b + 1];
+    longest = std::max<int64_t>(longest, int64_t(bounds[b + 1]) - bounds[b]);
+  }
+  STD_TORCH_CHECK(sound, name, ": expected boundaries from 0 to ", total, " that never decrease");
+  return bounds;
+}
+
+// Its own sizes go to `own`, 1 where it is broadcast.
+Mask describe_mask(const char* name, const Handle& tensor, const int64_t (&sizes)[4], int64_t (&own)[4]) {
+  std::fill(own, own + 4, 1);
+  if (!tensor) return {};
+  const Sizes s = sizes_of(tensor);
+  STD_TORCH_CHECK(s.ndim <= 4, name, ": expected at most 4 dimensions");
+  int64_t strides[4] = {};
+  for (int64_t d = 4 - s.ndim; d < 4; ++d) {
+    own[d] = s.sizes[d - (4 - s.ndim)];
+    STD_TORCH_CHECK(own[d] == 1 || own[d] == sizes[d], name, ": its shape does not fit");
+    strides[d] = own[d] == 1 ? 0 : s.strides[d - (4 - s.ndim)];
+  }
+  const MaskDtype dtype = has_dtype(tensor, aoti_torch_dtype_bool()) ? kMaskBool : MaskDtype(dtype_of(tensor));
+  return {data_of(tensor), dtype, strides[0], strides[1], strides[2], strides[3]};
+}
+
+constexpr char kArguments[] =
+    "Tensor? attn_mask, Tensor? key_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, "
+    "float dropout_p, bool lower_right, int window_left, int window_right, float softcap, ";
+
+// What both ops take, from the stack of either; handles live as long as the call.
+struct Arguments {
+  Handle q, k, v, attn_mask, key_mask, seed, cu_queries, cu_keys;
+  AttentionCall call = {};
+
+  Arguments(StableIValue* operands, StableIValue* rest)
+      : q(take_tensor(operands[0])), k(take_tensor(operands[1])), v(take_tensor(operands[2])),
+        attn_mask(take_optional(rest[0])), key_mask(take_optional(rest[1])), seed(take_optional(rest[2])),
+        cu_queries(take_optional(rest[3])), cu_keys(take_optional(rest[4])) {
+    AttentionCall& a = call;
+    const bool packed = bool(cu_queries);
+    STD_TORCH_CHECK(packed == bool(cu_keys), "cu_seqlens_k: give both boundaries or none");
+    const Sizes qs = sizes_of(q), ks = sizes_of(k), vs = sizes_of(v);
+    const int64_t ndim = packed ? 3 : 4;
+    STD_TORCH_CHECK(qs.ndim == ndim && ks.ndim == ndim && vs.ndim == ndim, "query: expected ", ndim, " dimensions");
+    a.dtype = dtype_of(q);
+    a.wide = a.dtype == kFloat64;
+    a.n_heads = qs.sizes[1], a.n_key_heads = ks.sizes[1];
+    a.dim = qs.sizes[ndim - 1], a.value_dim = vs.sizes[ndim - 1];
+    STD_TORCH_CHECK(a.n_heads == 0 || (a.n_key_heads > 0 && a.n_heads % a.n_key_heads == 0),
+                    "key: its number of heads does not divide query's");
+    const int64_t queries = qs.sizes[ndim == 4 ? 2 : 0], keys = ks.sizes[ndim == 4 ? 2 : 0];
+    a.n_batches = packed ? numel_of(cu_queries) - 1 : qs.sizes[0];
+    STD_TORCH_CHECK(a.n_batches >= 0, "cu_seqlens_q: expected one boundary at least");
+    a.q = describe("query", q, a.dtype, packed, a.n_batches, a.n_heads, queries, a.dim);
+    a.k = describe("key", k, a.dtype, packed, a.n_batches, a.n_key_heads, keys, a.dim);
+    a.v = describe("value", v, a.dtype, packed, a.n_batches, a.n_key_heads, keys, a.value_dim);
+    a.n_queries = a.total_queries = queries, a.n_keys = keys;
+    if (packed) {
+      a.first_queries = boundaries("cu_seqlens_q", cu_queries, a.n_batches, queries, a.n_queries);
+      a.first_keys = boundaries("cu_seqlens_k", cu_keys, a.n_batches, keys, a.n_keys);
+      STD_TORCH_CHECK(!attn_mask && !key_mask, "attn_mask: packed sequences take no mask");
+    }
+    const int64_t sizes[4] = {a.n_batches, a.n_heads, a.n_queries, a.n_keys};
+    int64_t own[4], key_own[4];
+    a.attn_mask = describe_mask("attn_mask", attn_mask, sizes, own);
+    a.mask_batches = own[0], a.mask_heads = own[1], a.mask_queries = own[2], a.mask_keys = own[3];
+    if (key_mask) {
+      const int64_t key_sizes[4] = {1, 1, a.n_batches, a.n_keys};
+      const Mask mask = describe_mask("key_mask", key_mask, key_sizes, key_own);
+      STD_TORCH_CHECK(mask.dtype == kMaskBool, "key_mask: expected bool");
+      a.key_mask = {mask.data, kMaskBool, mask.query, 0, 0, mask.key};
+    }
+    a.scale = to<double>(rest[5]);
+    a.element = dropout(to<double>(rest[6]));
+    a.lower_right = to<bool>(rest[7]);
+    constexpr int64_t kFar = int64_t(1) << 60;  // past any position, and far from where sums of positions overflow
+    a.window_left = std::min(to<int64_t>(rest[8]), kFar), a.window_right = std::min(to<int64_t>(rest[9]), kFar);
+    a.softcap = to<double>(rest[10]);
+    if (a.element.on) {
+      STD_TORCH_CHECK(seed && has_dtype(seed, aoti_torch_dtype_int64()) && numel_of(seed) == 1,
+                      "seed: expected one int64 in a tensor");
+      std::memcpy(&a.seed, data_of(seed), sizeof a.seed);
+    }
+  }
+
+  Strided like_queries(const char* name, const Handle& tensor, int64_t features) const {
+    return describe(name, tensor, call.dtype, bool(cu_queries), call.n_batches, call.n_heads, call.total_queries, features);
+  }
+  Strided like_keys(const char* name, const Handle& tensor, int64_t features) const {
+    const int64_t keys = sizes_of(k).sizes[cu_keys ? 0 : 2];
+    return describe(name, tensor, call.dtype, bool(cu_keys), call.n_batches, call.n_key_heads, keys, features);
+  }
+  // A number for each head and query, one after another.
+  void* statistics(const char* name, const Handle& tensor) const {
+    if (!tensor) return nullptr;
+    const Sizes s = sizes_of(tensor);
+    int64_t step = 1;
+    bool fits = dtype_of(tensor) == (call.wide ? kFloat64 : kFloat32) && numel_of(tensor) == rows();
+    for (int64_t d = s.ndim - 1; d >= 0; --d) {
+      fits &= s.sizes[d] == 1 || s.strides[d] == step || rows() == 0;
+      step *= s.sizes[d];
+    }
+    STD_TORCH_CHECK(fits, name, ": expected a contiguous number of the compute type for each head and query");
+    return data_of(tensor);
+  }
+  int64_t rows() const { return (cu_queries ? 1 : call.n_batches) * call.n_heads * call.total_queries; }
+};
+
+int64_t blocks(int64_t n) { return (n + kBlockSize - 1) / kBlockSize; }
+
+// `kernel` over `count` items of `positions` each, against all `others`.
+void run(void (*kernel)(const AttentionCall&, void*, int64_t, int64_t), const AttentionCall& a, int64_t count,
+         int64_t positions, int64_t others) {
+  if (!count) return;
+  const int64_t cost = std::min(positions, kBlockSize) * std::max<int64_t>(others * (a.dim + a.value_dim), 1);
+  parallel(count, std::max<int64_t>(kGrain / std::max<int64_t>(cost, 1), 1), kernels().attention->workspace(a),
+           [&](void* memory, int64_t begin, int64_t end) { kernel(a, memory, begin, end); });
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments given(stack, stack + 3);
+  const Handle out = take_tensor(stack[14]), lse = take_tensor(stack[15]);
+  AttentionCall& a = given.call;
+  a.out = given.like_queries("out", out, a.value_dim);
+  a.lse = given.statistics("lse", lse);
+  run(kernels().attention->forward, a, a.n_batches * a.n_heads * blocks(a.n_queries), a.n_queries, a.n_keys);
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle dout = take_tensor(stack[0]), dlse = take_optional(stack[1]);
+  Arguments given(stack + 2, stack + 7);
+  const Handle out = take_tensor(stack[5]), lse = take_tensor(stack[6]);
+  const Handle dq = take_optional(stack[18]), dk = take_optional(stack[19]), dv = take_optional(stack[20]),
+               dmask = take_optional(stack[21]);
+  AttentionCall& a = given.call;
+  a.dout = given.like_queries("dout", dout, a.value_dim);
+  a.out = given.like_queries("out", out, a.value_dim);
+  a.dq = given.like_queries("dq", dq, a.dim);
+  a.dk = given.like_keys("dk", dk, a.dim);
+  a.dv = given.like_keys("dv", dv, a.value_dim);
+  a.lse = given.statistics("lse", lse);
+  a.dlse = given.statistics("dlse", dlse);
+  const int64_t bytes = given.rows() * (a.wide ? 8 : 4), query_blocks = a.n_batches * a.n_heads * blocks(a.n_queries);
+  const Buffer delta = allocate(std::max<int64_t>(bytes, 1));
+  STD_TORCH_CHECK(delta, "out of memory: ", bytes, " bytes for a number a query");
+  a.delta = delta.get();
+  const AttentionKernels& k = *kernels().attention;
+  if (dmask)
+    run(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
+  else
+    run(k.delta, a, query_blocks, a.n_queries, 1);
+  if (a.dq.data) run(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
+  if (a.dk.data || a.dv.data)
+    run(k.key_gradients, a, a.n_batches * a.n_key_heads * blocks(a.n_keys), a.n_keys, a.n_queries);
+  if (!dmask || !numel_of(dmask)) return;
+  int64_t own[4];
+  const int64_t sizes[4] = {a.mask_batches, a.mask_heads, a.mask_queries, a.mask_keys};
+  const Mask m = describe_mask("dmask", dmask, sizes, own);
+  STD_TORCH_CHECK(std::equal(own, own + 4, sizes) && m.dtype == a.attn_mask.dtype && m.dtype != kMaskBool,
+                  "dmask: its shape or dtype is not attn_mask's");
+  a.dmask = {const_cast<char*>(m.data), m.batch, m.head, m.query, m.key};
+  const int64_t tiles = a.mask_batches * a.mask_heads * blocks(a.mask_queries) * blocks(a.mask_keys);
+  run(k.mask_gradient, a, tiles, a.n_queries, a.n_batches * a.n_heads * a.n_keys / tiles);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
+  m.def((std::string("attention_fwd(Tensor q, Tensor k, Tensor v, ") + kArguments +
+         "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
+  m.def((std::string("attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, ") +
+         kArguments + "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dmask) -> ()").c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
+  m.impl("attention_fwd", forward_op);
+  m.impl("attention_bwd", backward_op);
+}
+
+}  // namespace fusednorm_cpu

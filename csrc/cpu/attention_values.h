@@ -1,0 +1,138 @@
+// Logits of tiles, and their softmax, a native register at a time.
+#pragma once
+
+#include "attention_tile.h"
+#include "exponential.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+// tanh: an odd polynomial (that of Cephes' tanhf) near 0, where a quotient of exponentials would cancel.
+FN_INLINE Floats tangent(Floats x) {
+  const Floats t = magnitude(x), e = exponential(t * -2.0f), square = x * x;
+  const Native<uint32_t> sign = (Native<uint32_t>)x & 0x80000000u;
+  const Floats far = (Floats)((Native<uint32_t>)((1.0f - e) / (1.0f + e)) | sign);
+  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  return t < 0.625f ? x + x * (square * p) : far;
+}
+
+FN_INLINE Doubles tangent(Doubles x) {
+  for (int i = 0; i < kBytes / 8; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+template <class C>
+struct Logits {
+  Native<C> scale, cap;
+  bool capped;
+  FN_INLINE explicit Logits(const AttentionCall& a)
+      : scale(splat(C(a.scale))), cap(splat(C(a.softcap))), capped(a.softcap != 0) {}
+
+  // Of products of queries and keys; `slope` is the derivative of capped logits by uncapped ones.
+  FN_INLINE Native<C> of(Native<C> products, Native<C>& slope) const {
+    const Native<C> x = products * scale;
+    if (!capped) return x;
+    const Native<C> t = tangent(x / cap);
+    slope = splat(C(1)) - t * t;
+    return cap * t;
+  }
+};
+
+template <class C>
+FN_INLINE Native<Int<C>> seen_lanes(Native<C> added) {
+  return (Native<Int<C>>)(added != splat(-C(__builtin_inf())));
+}
+
+template <class C>
+FN_INLINE Native<C> only(Native<C> value, Native<Int<C>> lanes) {
+  return (Native<C>)((Native<Int<C>>)value & lanes);
+}
+
+// One step of a softmax that sees its keys tile by tile: m.logits become weights e^(logit - largest), dropped and scaled
+// where `keep` says so; m.lse is the largest logit so far, m.delta the sum of weights, m.factors what to scale sums
+// from before by. Rows are keys, lanes queries. Whether any factor is not 1.
+//
+// A NaN is never the largest: it makes NaN of its own queries' sums, as an infinite logit does.
+template <class C>
+__attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory<C>& m, int64_t n_queries, int64_t n_keys,
+                                            const C* hidden, const Int<C>* keep) {
+  const Logits<C> logits(a);
+  const Native<C> none = splat(-C(__builtin_inf())), zero = Native<C>{}, kept_scale = splat(C(a.element.scale));
+  bool rescales = false;
+  for (int64_t l = 0; l < n_queries; l += kNativeLanes<C>) {
+    const Native<C> before = native_load(m.lse + l);
+    Native<C> largest = before, slope;
+    for (int64_t j = 0; j < n_keys; ++j) {
+      C* const at = m.logits + j * kBlockSize + l;
+      Native<C> x = logits.of(native_load(at), slope);
+      if (hidden) {
+        const Native<C> added = native_load(hidden + j * kBlockSize + l);
+        x = seen_lanes<C>(added) ? x + added : none;
+      }
+      native_store(x, at);
+      largest = x > largest ? x : largest;
+    }
+    const Native<C> finite = largest == none ? zero : largest;  // -inf - -inf would be NaN
+    const Native<C> factor = exponential(before - finite);
+    Native<C> total = zero;
+    for (int64_t j = 0; j < n_keys; ++j) {
+      C* const at = m.logits + j * kBlockSize + l;
+      Native<C> weight = exponential(native_load(at) - finite);
+      total = total + weight;
+      if (keep) {
+        Native<Int<C>> kept;
+        __builtin_memcpy(&kept, keep + j * kBlockSize + l, kBytes);
+        weight = only<C>(weight * kept_scale, kept);
+      }
+      native_store(weight, at);
+    }
+    native_store(largest, m.lse + l);
+    native_store(factor, m.factors + l);
+    native_store(native_load(m.delta + l) * factor + total, m.delta + l);
+    for (int i = 0; i < kNativeLanes<C>; ++i) rescales |= factor[i] != C(1);
+  }
+  return rescales;
+}
+
+// m.logits become dropped probabilities, m.slopes, which hold the products of dout and values, the gradients of the
+// logits: uncapped and unscaled ones, or where `of_mask` of what a mask is added to. Statistics are in m.lse, m.delta and
+// m.factors, which has dlse.
+template <class C, bool LANES_ARE_KEYS>
+__attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memory<C>& m, int64_t rows, int64_t lanes,
+                                             const C* hidden, const Int<C>* keep, bool of_mask) {
+  const Logits<C> logits(a);
+  const Native<C> none = splat(-C(__builtin_inf())), kept_scale = splat(C(a.element.scale));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t l = 0; l < lanes; l += kNativeLanes<C>) {
+      const int64_t at = r * kBlockSize + l;
+      const Native<C> lse = LANES_ARE_KEYS ? splat(m.lse[r]) : native_load(m.lse + l);
+      const Native<C> delta = LANES_ARE_KEYS ? splat(m.delta[r]) : native_load(m.delta + l);
+      const Native<C> dlse = LANES_ARE_KEYS ? splat(m.factors[r]) : native_load(m.factors + l);
+      Native<C> slope = splat(C(1));
+      Native<C> x = logits.of(native_load(m.logits + at), slope), d = native_load(m.slopes + at), added = Native<C>{};
+      if (hidden) {
+        added = native_load(hidden + at);
+        x = seen_lanes<C>(added) ? x + added : none;
+      }
+      Native<C> p = exponential(x - lse);
+      if (hidden) p = only<C>(p, seen_lanes<C>(added));  // an lse of NaN
+      Native<C> weight = p;
+      if (keep) {
+        Native<Int<C>> kept;
+        __builtin_memcpy(&kept, keep + at, kBytes);
+        weight = only<C>(p * kept_scale, kept);
+        d = only<C>(d * kept_scale, kept);
+      }
+      d = p * ((d - delta) + dlse);  // d and delta may cancel exactly
+      if (hidden) d = only<C>(d, seen_lanes<C>(added));
+      if (logits.capped && !of_mask) d = d * slope;
+      native_store(weight, m.logits + at);
+      native_store(d, m.slopes + at);
+    }
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu
