@@ -12,6 +12,12 @@ from fusednorm import dropout_mask, scaled_dot_product_attention, varlen_attenti
 OP = "attention_fwd"
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+SLOW_DTYPES = (torch.float64, torch.float16)  # of what differs from another dtype in its values alone
+FEW_DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, marks=pytest.mark.slow if dtype in SLOW_DTYPES else ()) for dtype in DTYPES],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 
 
 def leaves_of(generator, device, dtype, batch=2, heads=4, n_queries=17, n_keys=23, dim=40, key_heads=None):
@@ -84,7 +90,7 @@ def test_sequences_longer_than_a_block_of_queries(using, device, interpreted, ge
     torch.testing.assert_close(ours["whole"][1][..., alive].double(), lse[..., alive], rtol=1e-5, atol=1e-5)
 
 
-@DTYPE
+@FEW_DTYPES
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2, "seed": 3}, {"softcap": 2.0, "is_causal": True}], ids=str)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_grouped_queries(key_heads, options, dtype, using, device, generator):
@@ -106,7 +112,7 @@ MASKS = {
 }
 
 
-@DTYPE
+@FEW_DTYPES
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_bool_masks(shape, causal, dtype, using, device, generator):
@@ -116,7 +122,7 @@ def test_bool_masks(shape, causal, dtype, using, device, generator):
         check(AttentionCall({"is_causal": causal}, mask), leaves_of(generator, device, dtype), generator)
 
 
-@DTYPE
+@FEW_DTYPES
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "softcap": 1.0, "scale": -0.4}], ids=["bare", "options"])
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_additive_masks_and_their_gradients(shape, options, dtype, using, device, generator):
@@ -219,7 +225,7 @@ def test_no_features(using, device):
 # --- packed sequences ---
 
 
-@DTYPE
+@FEW_DTYPES
 @pytest.mark.parametrize(
     "options",
     [

@@ -98,9 +98,7 @@ def laid(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor.repeat_interleave(2, -1)[..., ::2] if layout == "step_2" else tensor
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(problem=problems())
-def test_random_mixtures(problem, using, device):
+def check_problem(problem, using, device):
     generator = torch.Generator().manual_seed(problem["values"])
     batch, heads, n_queries, n_keys = problem["sizes"]
     shapes = {
@@ -126,3 +124,19 @@ def test_random_mixtures(problem, using, device):
         options["key_mask"] = torch.rand(batch, n_keys, generator=generator).to(device) > 0.3
     with using:
         check(AttentionCall(options, bool_mask), leaves, generator)
+
+
+DRAWN = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=25, **DRAWN)
+@given(problem=problems())
+def test_random_mixtures(problem, using, device):
+    check_problem(problem, using, device)
+
+
+@pytest.mark.slow
+@settings(max_examples=250, **DRAWN)
+@given(problem=problems())
+def test_many_random_mixtures(problem, using, device):
+    check_problem(problem, using, device)
