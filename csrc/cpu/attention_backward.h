@@ -35,6 +35,7 @@ FN_INLINE void stage_statistics(const AttentionCall& a, const Memory<C>& m, cons
     m.lse[i] = lse == -C(__builtin_inf()) ? -lse : lse;
     m.delta[i] = i < n ? ((const C*)a.delta)[row + i] : C(0);
     m.factors[i] = i < n && a.dlse ? ((const C*)a.dlse)[row + i] : C(0);
+    m.norms[i] = i < n && a.norms ? ((const C*)a.norms)[row + i] : C(1);
   }
 }
 
@@ -63,37 +64,37 @@ template <class C, bool LANES_ARE_KEYS>
 FN_INLINE void differentiate(const AttentionCall& a, const Memory<C>& m, const Head& h, const Tile& t, const C* hidden,
                              const Int<C>* keep, bool of_mask) {
   const int64_t rows = LANES_ARE_KEYS ? t.n_queries : t.n_keys, lanes = LANES_ARE_KEYS ? t.n_keys : t.n_queries;
-  product<C, false>(rows, lanes, a.dim, m.rows, m.ld, 1, m.lanes, kBlockSize, m.logits, kBlockSize);
-  product<C, false>(rows, lanes, a.value_dim, m.value_rows, m.value_ld, 1, m.value_lanes, kBlockSize, m.slopes, kBlockSize);
+  product<C, false>(rows, lanes, a.dim, m.rows, m.ld, 1, m.lanes, kStride, m.logits, kStride);
+  product<C, false>(rows, lanes, a.value_dim, m.value_rows, m.value_ld, 1, m.value_lanes, kStride, m.slopes, kStride);
   if (keep) keep_tile<C, LANES_ARE_KEYS>(a, h, t, m.keep);
   gradient_step<C, LANES_ARE_KEYS>(a, m, rows, lanes, hidden, keep, of_mask);
 }
 
-// The same without an out that was rounded to 16 bits: gradients of a mask that is broadcast, or of more bits, are sums
-// in which the terms nearly cancel.
+// The same as the sum of probabilities times their gradients, without an out that was rounded, and norms: of few keys, or
+// in a sum that is the gradient of a broadcast mask, the terms nearly cancel.
 template <class C>
 void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
-  C* const delta = (C*)a.delta + h.row + first;
-  __builtin_memset(delta, 0, n * sizeof(C));
   stage_queries(a, m, h, first, n);
   rows_to_lanes(a, m, n);
   stage_statistics(a, m, h, first, n);
-  for (int64_t i = 0; i < kBlockSize; ++i) m.factors[i] = 0;
+  C totals[kBlockSize] = {}, products[kBlockSize] = {};
+  for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0, m.norms[i] = 1;
   over_key_blocks(a, h, first, n, [&](const Tile& t) {
     const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
     if (seen == kNothing) return;
     stage_keys(a, m, h, t.key, t.n_keys);
     differentiate<C, false>(a, m, h, t, seen == kSomething ? m.hidden : nullptr, a.element.on ? m.keep : nullptr, true);
-    C totals[kBlockSize] = {};
-    for (int64_t j = 0; j < t.n_keys; ++j)
-      for (int64_t i = 0; i < kBlockSize; ++i) totals[i] += m.slopes[j * kBlockSize + i];
-    for (int64_t i = 0; i < n; ++i) delta[i] += totals[i];
+    for (int64_t i = 0; i < n; ++i) {
+      C total = 0, product = 0;
+      for (int64_t j = 0; j < t.n_keys; ++j) total += m.logits[j * kStride + i], product += m.slopes[j * kStride + i];
+      totals[i] += total, products[i] += product;
+    }
   });
-}
-
-template <class C>
-void scale_rows(C* sums, int64_t n, double scale) {
-  for (int64_t i = 0; i < n; ++i) sums[i] *= C(scale);
+  for (int64_t i = 0; i < n; ++i) {
+    const C total = totals[i] == C(0) ? C(1) : totals[i];  // of what sees nothing
+    ((C*)a.norms)[h.row + first + i] = C(1) / total;
+    ((C*)a.delta)[h.row + first + i] = products[i] / total;
+  }
 }
 
 template <class C>
@@ -108,9 +109,9 @@ void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head
     const C* const hidden = seen == kSomething ? m.hidden : nullptr;
     stage_keys(a, m, h, t.key, t.n_keys);
     differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, false);
-    add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kBlockSize, hidden, nullptr, m.rows, m.ld, m.sums);
+    add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
   });
-  scale_rows(m.sums, n * m.ld, a.scale);
+  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t) { return sum * Vec<C>(C(a.scale)); });
   unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dq, offset_of(a.dq, h.batch, h.head, h.first_query + first));
 }
 
@@ -141,12 +142,12 @@ void key_block_gradients(const AttentionCall& a, const Memory<C>& m, const Head&
     stage_statistics(a, m, own, t.query, t.n_queries);
     differentiate<C, true>(a, m, own, t, hidden, keep, false);
     if (a.dv.data)
-      add_product(n, a.value_dim, t.n_queries, m.logits, 1, kBlockSize, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
+      add_product(n, a.value_dim, t.n_queries, m.logits, 1, kStride, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
     if (a.dk.data)
-      add_product<C>(n, a.dim, t.n_queries, m.slopes, 1, kBlockSize, hidden, nullptr, m.rows, m.ld, m.sums);
+      add_product<C>(n, a.dim, t.n_queries, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
   });
   const int64_t position = h.first_key + first;
-  scale_rows(m.sums, n * m.ld, a.scale);
+  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t) { return sum * Vec<C>(C(a.scale)); });
   if (a.dk.data)
     unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dk, offset_of(a.dk, h.batch, h.key_head, position));
   if (a.dv.data)
@@ -166,7 +167,7 @@ void mask_tile_gradient(const AttentionCall& a, const Memory<C>& m, int64_t item
   };
   const Range batches = range(batch, a.mask_batches, a.n_batches), heads = range(head, a.mask_heads, a.n_heads);
   const Range queries = blocks(query_tile, a.mask_queries, a.n_queries), keys = blocks(key_tile, a.mask_keys, a.n_keys);
-  __builtin_memset(m.total, 0, kBlockSize * kBlockSize * sizeof(C));
+  __builtin_memset(m.total, 0, kBlockSize * kStride * sizeof(C));
   for (int64_t b = batches.begin; b < batches.end; ++b)
     for (int64_t hq = heads.begin; hq < heads.end; ++hq)
       for (int64_t key = keys.begin; key < keys.end; key += kBlockSize) {
@@ -186,18 +187,18 @@ void mask_tile_gradient(const AttentionCall& a, const Memory<C>& m, int64_t item
           stage_statistics(a, m, h, query, t.n_queries);
           differentiate<C, true>(a, m, h, t, seen == kSomething ? m.hidden : nullptr, a.element.on ? m.keep : nullptr, true);
           for (int64_t i = 0; i < t.n_queries; ++i)
-            for (int64_t j = 0; j < n_keys; ++j) m.total[i * kBlockSize + j] += m.slopes[i * kBlockSize + j];
+            for (int64_t j = 0; j < n_keys; ++j) m.total[i * kStride + j] += m.slopes[i * kStride + j];
         }
       }
   C* const total = m.total;
   if (a.mask_queries == 1)
     for (int64_t i = 1; i < kBlockSize; ++i)
-      for (int64_t j = 0; j < kBlockSize; ++j) total[j] += total[i * kBlockSize + j];
+      for (int64_t j = 0; j < kBlockSize; ++j) total[j] += total[i * kStride + j];
   if (a.mask_keys == 1)
     for (int64_t i = 0; i < kBlockSize; ++i)
-      for (int64_t j = 1; j < kBlockSize; ++j) total[i * kBlockSize] += total[i * kBlockSize + j];
+      for (int64_t j = 1; j < kBlockSize; ++j) total[i * kStride] += total[i * kStride + j];
   const int64_t first_query = query_tile * kBlockSize, first_key = key_tile * kBlockSize;
-  unstage_rows(total, kBlockSize, least(kBlockSize, a.mask_queries - first_query),
+  unstage_rows(total, kStride, least(kBlockSize, a.mask_queries - first_query),
                least(kBlockSize, a.mask_keys - first_key), Dtype(a.attn_mask.dtype), a.dmask,
                offset_of(a.dmask, batch, head, first_query) + first_key * a.dmask.feature);
 }

@@ -48,26 +48,21 @@ void attend(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t f
     const C* const hidden = seen == kSomething ? m.hidden : nullptr;
     Int<C>* const keep = a.element.on ? m.keep : nullptr;
     stage_rows(a.k, a.dtype, offset_of(a.k, h.batch, h.key_head, h.first_key + t.key), t.n_keys, a.dim, m.rows, m.ld);
-    product<C, false>(t.n_keys, n, a.dim, m.rows, m.ld, 1, m.lanes, kBlockSize, m.logits, kBlockSize);
+    product<C, false>(t.n_keys, n, a.dim, m.rows, m.ld, 1, m.lanes, kStride, m.logits, kStride);
     if (keep) keep_tile<C, false>(a, h, t, keep);
     if (softmax_step(a, m, n, t.n_keys, hidden, keep))
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t d = 0; d < m.value_ld; ++d) m.value_sums[i * m.value_ld + d] *= m.factors[i];
+      over_rows(m.value_sums, n, a.value_dim, m.value_ld, [&](Vec<C> sum, int64_t i) { return sum * Vec<C>(m.factors[i]); });
     stage_rows(a.v, a.dtype, offset_of(a.v, h.batch, h.key_head, h.first_key + t.key), t.n_keys, a.value_dim,
                m.value_rows, m.value_ld);
-    add_product(n, a.value_dim, t.n_keys, m.logits, 1, kBlockSize, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
+    add_product(n, a.value_dim, t.n_keys, m.logits, 1, kStride, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
   });
   C* const lse = (C*)a.lse + h.row + first;
   for (int64_t i = 0; i < n; ++i) {
-    const C total = m.delta[i];
-    const bool dead = total == C(0);
-    for (int64_t d = 0; d < a.value_dim; ++d) {
-      C& sum = m.value_sums[i * m.value_ld + d];
-      sum = dead ? C(0) : sum / total;
-    }
-    const C log = sizeof(C) == 8 ? C(__builtin_log(total)) : C(__builtin_logf(total));
-    lse[i] = dead ? -C(__builtin_inf()) : m.lse[i] + log;
+    const C total = m.delta[i], log = sizeof(C) == 8 ? C(__builtin_log(total)) : C(__builtin_logf(total));
+    lse[i] = total == C(0) ? -C(__builtin_inf()) : m.lse[i] + log;
+    if (total == C(0)) m.delta[i] = 1;  // sees nothing: all sums are zeros
   }
+  over_rows(m.value_sums, n, a.value_dim, m.value_ld, [&](Vec<C> sum, int64_t i) { return sum / Vec<C>(m.delta[i]); });
   unstage_rows(m.value_sums, m.value_ld, n, a.value_dim, a.dtype, a.out,
                offset_of(a.out, h.batch, h.head, h.first_query + first));
 }

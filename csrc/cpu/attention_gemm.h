@@ -147,7 +147,8 @@ FN_INLINE bool all_finite(const C* p, int64_t rows, int64_t columns, int64_t ld)
   return total == C(0);
 }
 
-FN_INLINE int64_t padded_dim(int64_t dim) { return (dim + kBlock - 1) / kBlock * kBlock; }
+// An odd number of kBlocks: see kStride.
+FN_INLINE int64_t padded_dim(int64_t dim) { return ((dim + kBlock - 1) / kBlock | 1) * kBlock; }
 
 // Rows of a tensor, widened; columns up to a multiple of kBlock are zeros.
 template <class C>
@@ -158,6 +159,13 @@ __attribute__((noinline)) void stage_rows(const Strided& t, Dtype dtype, int64_t
     for (int64_t r = 0; r < rows; ++r)
       run_in<C, S>((const S*)t.data + offset + r * t.position, t.feature, columns, out + r * ld);
   });
+}
+
+// p[r][n] = step(p[r][n], r) for whole vectors.
+template <class C, class F>
+FN_INLINE void over_rows(C* p, int64_t rows, int64_t columns, int64_t ld, F&& step) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < columns; n += Vec<C>::kLanes) step(Vec<C>::load(p + r * ld + n), r).store(p + r * ld + n);
 }
 
 // Rows of C to rows of a tensor.
@@ -181,7 +189,7 @@ __attribute__((noinline)) void unstage_rows(const C* in, int64_t ld, int64_t row
   });
 }
 
-// out[column][row] = in[row][column], with zeros in place of rows up to a multiple of kBlock; ld_out is kBlockSize.
+// out[column][row] = in[row][column], with zeros in place of rows up to a multiple of kBlock; rows of out are kStride apart.
 template <class C>
 __attribute__((noinline)) void transpose(const C* in, int64_t ld_in, int64_t rows, int64_t columns, C* out) {
   for (int64_t first = 0; first < rows; first += kBlock) {
@@ -189,7 +197,7 @@ __attribute__((noinline)) void transpose(const C* in, int64_t ld_in, int64_t row
     for (int64_t column = 0; column < columns; ++column) {
       C lanes[kBlock];
       for (int64_t i = 0; i < kBlock; ++i) lanes[i] = i < n ? in[(first + i) * ld_in + column] : C(0);
-      __builtin_memcpy(out + column * kBlockSize + first, lanes, sizeof lanes);
+      __builtin_memcpy(out + column * kStride + first, lanes, sizeof lanes);
     }
   }
 }

@@ -186,11 +186,13 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.lse = given.statistics("lse", lse);
   a.dlse = given.statistics("dlse", dlse);
   const int64_t bytes = given.rows() * (a.wide ? 8 : 4), query_blocks = a.n_batches * a.n_heads * blocks(a.n_queries);
-  const Buffer delta = allocate(std::max<int64_t>(bytes, 1));
-  STD_TORCH_CHECK(delta, "out of memory: ", bytes, " bytes for a number a query");
-  a.delta = delta.get();
+  const bool precise = dmask || a.n_keys <= kBlockSize;
+  const Buffer statistics = allocate(std::max<int64_t>(precise ? 2 * bytes : bytes, 1));
+  STD_TORCH_CHECK(statistics, "out of memory: ", bytes, " bytes for a number a query");
+  a.delta = statistics.get();
+  if (precise) a.norms = (char*)a.delta + bytes;
   const AttentionKernels& k = *kernels().attention;
-  if (dmask)
+  if (precise)
     run(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
   else
     run(k.delta, a, query_blocks, a.n_queries, 1);

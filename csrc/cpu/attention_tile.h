@@ -1,4 +1,4 @@
-// What of a tile of logits is seen, and what is added to it. Tiles are [row][lane] with kBlockSize lanes a row: where
+// What of a tile of logits is seen, and what is added to it. Tiles are [row][lane] with up to kBlockSize lanes a row: where
 // LANES_ARE_KEYS rows are queries, otherwise rows are keys and lanes queries.
 #pragma once
 
@@ -74,11 +74,11 @@ void mask_values(const Mask& m, const Head& h, const Tile& t, C* out, C* scratch
   const int64_t row = LANES_ARE_KEYS ? m.query : m.key, lane = LANES_ARE_KEYS ? m.key : m.query;
   const int64_t first = h.batch * m.batch + h.head * m.head + t.query * m.query + t.key * m.key;
   if (lane != 0 && lane != 1 && row == 1) {
-    for (int64_t l = 0; l < lanes; ++l) mask_run_in(m, first + l * lane, 1, rows, scratch + l * kBlockSize);
-    return transpose(scratch, kBlockSize, lanes, rows, out);
+    for (int64_t l = 0; l < lanes; ++l) mask_run_in(m, first + l * lane, 1, rows, scratch + l * kStride);
+    return transpose(scratch, kStride, lanes, rows, out);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    C* const values = out + r * kBlockSize;
+    C* const values = out + r * kStride;
     if (row == 0 && r > 0) {
       __builtin_memcpy(values, out, lanes * sizeof(C));
     } else if (lane == 0) {
@@ -108,10 +108,10 @@ __attribute__((noinline)) Seen mask_tile(const AttentionCall& a, const Head& h, 
   if (a.attn_mask.data)
     mask_values<C, LANES_ARE_KEYS>(a.attn_mask, h, t, out, scratch);
   else
-    __builtin_memset(out, 0, rows * kBlockSize * sizeof(C));
+    __builtin_memset(out, 0, rows * kStride * sizeof(C));
   bool any = false;
   for (int64_t r = 0; r < rows; ++r) {
-    C* const values = out + r * kBlockSize;
+    C* const values = out + r * kStride;
     Range seen = {0, lanes};
     if (cut) {
       const Range whole = LANES_ARE_KEYS ? keys_of(a, h, t.query + r) : queries_of(a, h, t.key + r);
@@ -142,7 +142,7 @@ void keep_rows_of_keys(const AttentionCall& a, const Head& h, const Tile& t, I* 
       philox<Word>(c, a.seed);
       for (int w = 0; w < 4; ++w) {
         const Wide kept = (Wide)(c[w] & 0xffffffffu) >= (Wide{} + int64_t(a.element.threshold));
-        I* const at = out + (j + w) * kBlockSize + l;
+        I* const at = out + (j + w) * kStride + l;
         if constexpr (sizeof(I) == 8) {
           __builtin_memcpy(at, &kept, kBytes);
         } else {
@@ -158,7 +158,7 @@ template <class C, bool LANES_ARE_KEYS>
 __attribute__((noinline)) void keep_tile(const AttentionCall& a, const Head& h, const Tile& t, Int<C>* out) {
   if (!LANES_ARE_KEYS) return keep_rows_of_keys(a, h, t, out);
   for (int64_t r = 0; r < t.n_queries; ++r)
-    mask_columns(a.seed, uint64_t(h.row + t.query + r), a.element.threshold, t.key, t.n_keys, out + r * kBlockSize);
+    mask_columns(a.seed, uint64_t(h.row + t.query + r), a.element.threshold, t.key, t.n_keys, out + r * kStride);
 }
 
 // --- a thread's memory ---
@@ -169,12 +169,12 @@ struct Memory {
   C *lanes, *value_lanes, *rows, *value_rows, *sums, *value_sums;
   C *logits, *slopes, *hidden, *scratch, *total;
   Int<C>* keep;
-  C *lse, *delta, *factors;
+  C *lse, *delta, *factors, *norms;
   int64_t ld, value_ld;
 
   static FN_INLINE int64_t bytes(const AttentionCall& a) {
     const int64_t features = padded_dim(a.dim) + padded_dim(a.value_dim);
-    return (3 * features * kBlockSize + 6 * kBlockSize * kBlockSize + 3 * kBlockSize + 2 * kBlock) * sizeof(C);
+    return (3 * features * kStride + 6 * kBlockSize * kStride + 4 * kBlockSize) * sizeof(C);
   }
   FN_INLINE Memory(const AttentionCall& a, void* workspace) : ld(padded_dim(a.dim)), value_ld(padded_dim(a.value_dim)) {
     C* next = (C*)workspace;
@@ -183,13 +183,13 @@ struct Memory {
       next += n;
       return taken;
     };
-    lanes = take(kBlockSize * ld), rows = take(kBlockSize * ld), sums = take(kBlockSize * ld);
-    value_lanes = take(kBlockSize * value_ld), value_rows = take(kBlockSize * value_ld);
+    lanes = take(kStride * ld), rows = take(kBlockSize * ld), sums = take(kBlockSize * ld);
+    value_lanes = take(kStride * value_ld), value_rows = take(kBlockSize * value_ld);
     value_sums = take(kBlockSize * value_ld);
     C** const tiles[] = {&logits, &slopes, &hidden, &scratch, &total};
-    for (C** tile : tiles) *tile = take(kBlockSize * kBlockSize);
-    keep = (Int<C>*)take(kBlockSize * kBlockSize);
-    lse = take(kBlockSize), delta = take(kBlockSize), factors = take(kBlockSize);
+    for (C** tile : tiles) *tile = take(kBlockSize * kStride);
+    keep = (Int<C>*)take(kBlockSize * kStride);
+    lse = take(kBlockSize), delta = take(kBlockSize), factors = take(kBlockSize), norms = take(kBlockSize);
   }
 };
 

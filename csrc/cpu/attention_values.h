@@ -66,10 +66,10 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
     const Native<C> before = native_load(m.lse + l);
     Native<C> largest = before, slope;
     for (int64_t j = 0; j < n_keys; ++j) {
-      C* const at = m.logits + j * kBlockSize + l;
+      C* const at = m.logits + j * kStride + l;
       Native<C> x = logits.of(native_load(at), slope);
       if (hidden) {
-        const Native<C> added = native_load(hidden + j * kBlockSize + l);
+        const Native<C> added = native_load(hidden + j * kStride + l);
         x = seen_lanes<C>(added) ? x + added : none;
       }
       native_store(x, at);
@@ -79,12 +79,12 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
     const Native<C> factor = exponential(before - finite);
     Native<C> total = zero;
     for (int64_t j = 0; j < n_keys; ++j) {
-      C* const at = m.logits + j * kBlockSize + l;
+      C* const at = m.logits + j * kStride + l;
       Native<C> weight = exponential(native_load(at) - finite);
       total = total + weight;
       if (keep) {
         Native<Int<C>> kept;
-        __builtin_memcpy(&kept, keep + j * kBlockSize + l, kBytes);
+        __builtin_memcpy(&kept, keep + j * kStride + l, kBytes);
         weight = only<C>(weight * kept_scale, kept);
       }
       native_store(weight, at);
@@ -98,8 +98,8 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
 }
 
 // m.logits become dropped probabilities, m.slopes, which hold the products of dout and values, the gradients of the
-// logits: uncapped and unscaled ones, or where `of_mask` of what a mask is added to. Statistics are in m.lse, m.delta and
-// m.factors, which has dlse.
+// logits, uncapped and unscaled ones. Or where `of_mask` the probabilities before dropout, and the gradients of what a mask
+// is added to. Statistics are in m.lse, m.norms, m.delta and m.factors, which has dlse.
 template <class C, bool LANES_ARE_KEYS>
 __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memory<C>& m, int64_t rows, int64_t lanes,
                                              const C* hidden, const Int<C>* keep, bool of_mask) {
@@ -107,17 +107,18 @@ __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memor
   const Native<C> none = splat(-C(__builtin_inf())), kept_scale = splat(C(a.element.scale));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t l = 0; l < lanes; l += kNativeLanes<C>) {
-      const int64_t at = r * kBlockSize + l;
+      const int64_t at = r * kStride + l;
       const Native<C> lse = LANES_ARE_KEYS ? splat(m.lse[r]) : native_load(m.lse + l);
       const Native<C> delta = LANES_ARE_KEYS ? splat(m.delta[r]) : native_load(m.delta + l);
       const Native<C> dlse = LANES_ARE_KEYS ? splat(m.factors[r]) : native_load(m.factors + l);
+      const Native<C> norm = LANES_ARE_KEYS ? splat(m.norms[r]) : native_load(m.norms + l);
       Native<C> slope = splat(C(1));
       Native<C> x = logits.of(native_load(m.logits + at), slope), d = native_load(m.slopes + at), added = Native<C>{};
       if (hidden) {
         added = native_load(hidden + at);
         x = seen_lanes<C>(added) ? x + added : none;
       }
-      Native<C> p = exponential(x - lse);
+      Native<C> p = exponential(x - lse) * norm;
       if (hidden) p = only<C>(p, seen_lanes<C>(added));  // an lse of NaN
       Native<C> weight = p;
       if (keep) {
@@ -129,7 +130,7 @@ __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memor
       d = p * ((d - delta) + dlse);  // d and delta may cancel exactly
       if (hidden) d = only<C>(d, seen_lanes<C>(added));
       if (logits.capped && !of_mask) d = d * slope;
-      native_store(weight, m.logits + at);
+      native_store(of_mask ? p : weight, m.logits + at);
       native_store(d, m.slopes + at);
     }
 }
