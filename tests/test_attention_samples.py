@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import DTYPES, assert_within_budget
+from oracle import DRAWS, DTYPES, assert_within_budget
 from oracle_attention import AttentionCall, check
 
 import fusednorm
@@ -37,26 +37,47 @@ def test_opinfo_samples_give_torchs_results_and_gradients(dtype, using, device):
         out = function(sample.input, *sample.args, **sample.kwargs)
         return (out.detach(), *torch.autograd.grad(out, leaves, dy.to(out)))
 
-    pooled: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-    for sample in INFO.sample_inputs("cpu", dtype, requires_grad=True):
-        sample = sample.transform(lambda t: t.detach().to(device).requires_grad_() if torch.is_tensor(t) else t)
-        wide = sample.transform(lambda t: t.detach().double().requires_grad_() if torch.is_tensor(t) else t)
-        dy = torch.randn_like(INFO.op(sample.input, *sample.args, **sample.kwargs))
-        with using:
-            ours = run(fusednorm.scaled_dot_product_attention, sample, dy)
-        torchs, exact = run(INFO.op, sample, dy), run(INFO.op, wide, dy)
-        for n, triple in enumerate(zip(ours, torchs, exact, strict=True)):
-            assert (triple[0].shape, triple[0].dtype) == (triple[1].shape, triple[1].dtype)
-            if not sample.kwargs.get("dropout_p"):
-                pooled.setdefault(n, []).append(triple)
-    assert min(map(len, pooled.values())) >= 1 and len(pooled[0]) >= 12
-    for n, triples in pooled.items():
-        flat = [torch.cat([t.flatten() for t in column]) for column in zip(*triples, strict=True)]
-        if dtype == torch.float64:
+    def laid_out(t, draw):
+        """The sample's values, in another order for each draw but the first."""
+        values = t.detach().to(device)
+        if draw and values.dtype.is_floating_point:
+            values = values.flatten()[torch.randperm(values.numel(), device=device)].reshape(values.shape)
+        return values.requires_grad_()
+
+    def errors(draw):
+        """For out and each gradient: ours, torch's and exact ones of all samples."""
+        pooled: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+        for original in INFO.sample_inputs("cpu", dtype, requires_grad=True):
+            sample = original.transform(lambda t: laid_out(t, draw) if torch.is_tensor(t) else t)
+            wide = sample.transform(lambda t: t.detach().double().requires_grad_() if torch.is_tensor(t) else t)
+            dy = torch.randn_like(INFO.op(sample.input, *sample.args, **sample.kwargs))
+            with using:
+                ours = run(fusednorm.scaled_dot_product_attention, sample, dy)
+            torchs, exact = run(INFO.op, sample, dy), run(INFO.op, wide, dy)
+            for n, triple in enumerate(zip(ours, torchs, exact, strict=True)):
+                assert (triple[0].shape, triple[0].dtype) == (triple[1].shape, triple[1].dtype)
+                if not sample.kwargs.get("dropout_p"):
+                    pooled.setdefault(n, []).append(triple)
+        assert min(map(len, pooled.values())) >= 1 and len(pooled[0]) >= 12
+        return {
+            name: [torch.cat([t.flatten() for t in column]) for column in zip(*pooled[n], strict=True)]
+            for n, name in enumerate(("out", "dq", "dk", "dv", "dmask"))
+        }
+
+    first = errors(0)
+    if dtype == torch.float64:
+        for ours, _, exact in first.values():
             # torch's own rounding is not known here; logits near 100 magnify one of 1e-16, over tens of terms near 10
-            torch.testing.assert_close(flat[0], flat[2], rtol=1e-11, atol=1e-11)
-        else:
-            assert_within_budget(*flat, dtype, ("out", "dq", "dk", "dv", "dmask")[n])
+            torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11)
+        return
+    try:
+        for name, triple in first.items():
+            assert_within_budget(*triple, dtype, name)
+    except AssertionError:  # one sample alone has a mask with a gradient: as in `check`, the largest errors of several
+        draws = [first, *map(errors, range(1, DRAWS))]
+        for name in first:
+            columns = zip(*(draw[name] for draw in draws), strict=True)
+            assert_within_budget(*[torch.cat(column) for column in columns], dtype, name)
 
 
 @st.composite

@@ -31,13 +31,13 @@ struct Logits {
   FN_INLINE explicit Logits(const AttentionCall& a)
       : scale(splat(C(a.scale))), cap(splat(C(a.softcap))), capped(a.softcap != 0) {}
 
-  // Of products of queries and keys; `slope` is the derivative of capped logits by uncapped ones.
-  FN_INLINE Native<C> of(Native<C> products, Native<C>& slope) const {
-    const Native<C> x = products * scale;
-    if (!capped) return x;
-    const Native<C> t = tangent(x / cap);
+  // Of products of queries and keys, with what is added to them; `slope` is the derivative of capped logits by uncapped
+  // ones. Rounded once where the processor can: rounding a logit of 100 moves its weight by 4e-6 of it.
+  FN_INLINE Native<C> of(Native<C> products, Native<C> added, Native<C>& slope) const {
+    if (!capped) return multiply_add(products, scale, added);
+    const Native<C> t = tangent(products * scale / cap);
     slope = splat(C(1)) - t * t;
-    return cap * t;
+    return multiply_add(cap, t, added);
   }
 };
 
@@ -67,11 +67,9 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
     Native<C> largest = before, slope;
     for (int64_t j = 0; j < n_keys; ++j) {
       C* const at = m.logits + j * kStride + l;
-      Native<C> x = logits.of(native_load(at), slope);
-      if (hidden) {
-        const Native<C> added = native_load(hidden + j * kStride + l);
-        x = seen_lanes<C>(added) ? x + added : none;
-      }
+      const Native<C> added = hidden ? native_load(hidden + j * kStride + l) : zero;
+      Native<C> x = logits.of(native_load(at), added, slope);
+      if (hidden) x = seen_lanes<C>(added) ? x : none;
       native_store(x, at);
       largest = x > largest ? x : largest;
     }
@@ -113,11 +111,9 @@ __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memor
       const Native<C> dlse = LANES_ARE_KEYS ? splat(m.factors[r]) : native_load(m.factors + l);
       const Native<C> norm = LANES_ARE_KEYS ? splat(m.norms[r]) : native_load(m.norms + l);
       Native<C> slope = splat(C(1));
-      Native<C> x = logits.of(native_load(m.logits + at), slope), d = native_load(m.slopes + at), added = Native<C>{};
-      if (hidden) {
-        added = native_load(hidden + at);
-        x = seen_lanes<C>(added) ? x + added : none;
-      }
+      const Native<C> added = hidden ? native_load(hidden + at) : Native<C>{};
+      Native<C> x = logits.of(native_load(m.logits + at), added, slope), d = native_load(m.slopes + at);
+      if (hidden) x = seen_lanes<C>(added) ? x : none;
       Native<C> p = exponential(x - lse) * norm;
       if (hidden) p = only<C>(p, seen_lanes<C>(added));  // an lse of NaN
       Native<C> weight = p;
