@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
-from . import _attention_function, dropout, providers
+from . import _attention_function, _autocast, dropout, providers
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -114,7 +114,7 @@ def scaled_dot_product_attention(
                 return _attention_function.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = _autocast.lowered(query, key, value, attn_mask)
     checks.check_operands(query, key, value, False)
     checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
     query, key, value, lead = _broadcast(query, key, value, bool(enable_gqa))
@@ -198,7 +198,7 @@ def varlen_attention(
             seed=seed,
             return_lse=return_lse,
         )
-    query, key, value, _ = _autocast(query, key, value, None)
+    query, key, value, _ = _autocast.lowered(query, key, value, None)
     checks.check_operands(query, key, value, True)
     checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
     checks.check_heads("key", key.shape[1], query.shape[1])
@@ -284,15 +284,3 @@ def _scale(scale: float | None, q: Tensor) -> float:
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     left, right = (None, None) if window is None else window
     return -1 if left is None else int(left), -1 if right is None else int(right)
-
-
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """As torch's own function: 16-bit and float32 to autocast's dtype. Whatever else is given is left to the checks."""
-    query = tensors[0]
-    if not _autocast_active() or not isinstance(query, Tensor):
-        return list(tensors)
-    kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    low, own = torch.get_autocast_dtype(kind), (torch.float32, torch.bfloat16, torch.float16)
-    return [t.to(low) if isinstance(t, Tensor) and t.dtype in own else t for t in tensors]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _checks, _norm_function, dropout, providers
+from . import _autocast, _checks, _norm_function, dropout, providers
 from ._dtypes import compute_dtype
 from ._norm_function import Args
 
@@ -295,7 +294,7 @@ def _plain_norm(
     _checks.check_parameter("bias", bias, shape, name, x)
     args: Args = (
         *(x, None, weight, bias, None, None, None, len(shape), _eps(eps, rms, x.dtype), 0.0, 0.0),
-        *(_autocast_norm_dtype(x, rms), x.dtype, rms, False, False),
+        *(_autocast.norm_dtype(x, rms), x.dtype, rms, False, False),
     )
     return _norm_function.run("rms_norm" if rms else "layer_norm", args, False)[0]
 
@@ -349,7 +348,7 @@ def _add_norm(
     store_residual = not unchanged or residual_dtype != x.dtype
     args: Args = (
         *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, rms, x.dtype, residual_dtype)),
-        *(float(dropout_p), float(drop_path_p), _autocast_dtype(x), residual_dtype, rms),
+        *(float(dropout_p), float(drop_path_p), _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(bool(zero_centered_weight), store_residual),
     )
     return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
@@ -379,29 +378,3 @@ def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:
     if not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
     return float(eps)
-
-
-def _autocast_enabled(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of `normed` in the residual forms: autocast's where it is enabled (float64 is left alone)."""
-    if not _autocast_active() or x.dtype == torch.float64 or not _autocast_enabled(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
-
-
-@functools.cache
-def _autocast_probe(device: torch.device, dtype: torch.dtype, low: torch.dtype, rms: bool) -> torch.dtype:
-    probe = torch.zeros(1, 1, device=device, dtype=dtype)
-    with torch.autocast(device.type, dtype=low):
-        return (torch.rms_norm(probe, (1,)) if rms else torch.layer_norm(probe, (1,))).dtype
-
-
-def _autocast_norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
-    """The dtype of the plain norms' output: under autocast, whatever torch's own function gives."""
-    if not _autocast_active() or not _autocast_enabled(x.device.type):
-        return x.dtype
-    kind = x.device.type
-    return _autocast_probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)

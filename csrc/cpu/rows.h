@@ -2,7 +2,7 @@
 #pragma once
 
 #include "norm_args.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
