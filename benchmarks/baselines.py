@@ -1,4 +1,4 @@
-"""What the package is compared with: torch's own ways, and other libraries' norms."""
+"""What the package is compared with: torch's own ways, each backend of its attention, and other libraries' norms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DROPOUT_P, EPS, Call, Leaves, Norm, Operation
+from benchmarks.cases_attention import BACKENDS
 
 
 class BaselineError(Exception):
@@ -33,16 +34,6 @@ def _attribute(path: str) -> Any:
         raise BaselineError(f"{path} cannot be imported: {error}") from error
 
 
-def _of_norms(build: Callable[[Norm, Leaves], Call]) -> Callable[[Any, Leaves], Call]:
-    def checked(op: Any, t: Leaves) -> Call:
-        if not isinstance(op, Norm):
-            raise BaselineError("is compared on norms only")
-        return build(op, t)
-
-    return checked
-
-
-@_of_norms
 def _liger(op: Norm, t: Leaves) -> Call:
     if op.epilogue:
         raise BaselineError("has no dropout")
@@ -60,7 +51,6 @@ def _liger(op: Norm, t: Leaves) -> Call:
     return lambda: (norm(x, w, t["bias"], EPS),)
 
 
-@_of_norms
 def _quack(op: Norm, t: Leaves) -> Call:
     if op.epilogue or not op.rms:
         raise BaselineError("has rms_norm and add_rms_norm only")
@@ -70,7 +60,6 @@ def _quack(op: Norm, t: Leaves) -> Call:
     return lambda: (rms(x, w, eps=EPS),)
 
 
-@_of_norms
 def _fla(op: Norm, t: Leaves) -> Call:
     if op.epilogue:
         raise BaselineError("has no dropout")
@@ -81,7 +70,6 @@ def _fla(op: Norm, t: Leaves) -> Call:
     return lambda: (norm(x, w, b, eps=EPS),)
 
 
-@_of_norms
 def _flash_attn(op: Norm, t: Leaves) -> Call:
     norm = _attribute("flash_attn.ops.triton.layer_norm.layer_norm_fn")
     x, w, b, residual, x_bias = t["x"], t["weight"], t.get("bias"), t.get("residual"), t.get("x_bias")
@@ -93,14 +81,29 @@ def _flash_attn(op: Norm, t: Leaves) -> Call:
     return lambda: (norm(x, w, b, **options),)
 
 
+def _forced(name: str) -> Callable[[Any, Leaves], Call]:
+    return lambda op, t: op.eager(t, BACKENDS[name])
+
+
+ATTENTION = {f"sdpa-{name}": name for name in BACKENDS}  # torch's function with one of its backends and no other
+
+
 # name -> (module to import, or None for torch's own; function (op, leaves) -> Call)
 BASELINES: dict[str, tuple[str | None, Callable[[Any, Leaves], Call]]] = {
     "eager": (None, lambda op, t: op.eager(t)),
     "compile": (None, _compiled(None)),
     # without CUDA graphs: those copy every input of this isolated call first, as no real model would
     "compile-max-autotune": (None, _compiled("max-autotune-no-cudagraphs")),
+    **{name: (None, _forced(backend)) for name, backend in ATTENTION.items()},
     "liger_kernel": ("liger_kernel", _liger),
     "quack": ("quack", _quack),
     "fla": ("fla", _fla),
     "flash_attn": ("flash_attn", _flash_attn),
 }
+
+
+def applies(name: str, op: Operation) -> bool:
+    """Whether the baseline is one of such operations at all."""
+    if name in ATTENTION:
+        return op.family == "attention"
+    return op.family == "norm" or BASELINES[name][0] is None

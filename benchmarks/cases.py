@@ -1,7 +1,7 @@
 """What is measured: operations with their inputs, byte and FLOP models, and the sweeps over shapes.
 
-An operation is an object with the methods of `Norm`; another family (`Activation`; attention, a layer step) is another
-class with the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+An operation is an object with the methods of `Norm`; another family (`Activation`, `Attention`) is another class with
+the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fusednorm
 from benchmarks.cases_activation import Activation
+from benchmarks.cases_attention import Attention
 from fusednorm import providers
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -27,6 +28,7 @@ EPS = 1e-5
 DIRECTIONS = ("forward", "backward", "both")
 DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 TINY = (4, 64)  # too small for any device: what is measured is the time of the host
+TINY_ATTENTION = (1, 4, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Norm:
     rms: bool = False
     add: bool = False
     epilogue: bool = False
-    feed_forward = False  # measured at a sweep's `shapes`, not at its `ffn_shapes`
+    family = "norm"  # which of a sweep's shapes it is measured at
 
     @property
     def draws_mask(self) -> bool:
@@ -158,7 +160,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 # measured for the table of automatic choice alone
 _GRID_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
-Operation = Norm | Activation
+Operation = Norm | Activation | Attention
 OPS: dict[str, Operation] = {
     op.name: op
     for op in (
@@ -171,6 +173,12 @@ OPS: dict[str, Operation] = {
         Activation("bias_relu", "relu"),
         *(Activation(f"bias_{name}", name) for name in _GRID_ACTIVATIONS),
         Activation("bias_gelu_dropout", "gelu", DROPOUT_P),
+        Attention("attention"),
+        Attention("attention_causal", causal=True),
+        Attention("attention_grouped", causal=True, group=4),
+        Attention("attention_padded", padded=True),
+        Attention("attention_window", causal=True, window=128),
+        Attention("attention_dropout", causal=True, dropout_p=DROPOUT_P),
     )
 }
 
@@ -221,11 +229,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Sweep:
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, int], ...]  # of the norms
     dtypes: tuple[str, ...]
     directions: tuple[str, ...] = ("forward", "both")
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
     ffn_shapes: tuple[tuple[int, int], ...] = (TINY,)  # of the operations inside a feed-forward block
+    attention_shapes: tuple[tuple[int, int, int, int], ...] = ()  # batch, heads, length, head dim
     every_activation: bool = False
 
     def operations(self) -> dict[str, Operation]:
@@ -241,12 +250,16 @@ class Sweep:
         reasons = {op: f"over {most:,} elements, where {_SLOW_MASK}" for op, most in self.limits.items()}
         return {c.name: reasons[c.op] for c in self._every() if c.elements > self.limits.get(c.op, c.elements)}
 
+    def shapes_of(self, op: Operation) -> tuple[tuple[int, ...], ...]:
+        return {"norm": self.shapes, "feed_forward": self.ffn_shapes, "attention": self.attention_shapes}[op.family]
+
     def _every(self) -> list[Case]:
+        every = dict.fromkeys(shape for op in self.operations().values() for shape in self.shapes_of(op))
         return [
             Case(name, shape, dtype, direction)
-            for shape in dict.fromkeys(self.shapes + self.ffn_shapes)
+            for shape in every
             for name, op in self.operations().items()
-            if shape in (self.ffn_shapes if op.feed_forward else self.shapes)
+            if shape in self.shapes_of(op)
             for dtype in self.dtypes
             for direction in self.directions  # innermost: neighbours share their float64 results
         ]
@@ -256,24 +269,34 @@ _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 _GRID_WIDTHS = (16, 64, 256, 1024, 4096, 16384)
 _SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
 _NATIVE = providers.unavailable_reason("cpu") is None
-_CPU_LIMITS = {op.name: 1 << 18 for op in OPS.values() if op.draws_mask and not _NATIVE}
+# an operation's limit is of its input, beside which attention's mask is as many times larger as sequences are longer
+_CPU_LIMITS = {
+    op.name: 1 << (14 if op.family == "attention" else 18) for op in OPS.values() if op.draws_mask and not _NATIVE
+}
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
+_ATTENTION = (TINY_ATTENTION, (8, 16, 512, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 8192, 128))
 SWEEPS = {
     ("cpu", "quick"): Sweep(
-        (TINY, (64, 1024), (1024, 1024)), ("float32", "bfloat16"), limits=_CPU_LIMITS, ffn_shapes=(TINY, (64, 4096))
+        (TINY, (64, 1024), (1024, 1024)),
+        ("float32", "bfloat16"),
+        limits=_CPU_LIMITS,
+        ffn_shapes=(TINY, (64, 4096)),
+        attention_shapes=(TINY_ATTENTION,),
     ),
     ("cpu", "default"): Sweep(
         (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
         ("float32", "bfloat16"),
         limits=_CPU_LIMITS,
         ffn_shapes=(TINY, (64, 4096), (1024, 3072)),
+        attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64)),
     ),
     ("cpu", "full"): Sweep(
         (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)),
         ("float32", "bfloat16", "float16"),
         DIRECTIONS,
         ffn_shapes=(TINY, (1, 4096), (64, 4096), (1024, 3072), (4096, 4096)),
+        attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64), (2, 8, 512, 128), (2, 4, 512, 256), (1, 8, 2048, 64)),
     ),
     # what the table of automatic choice is made from
     ("cpu", "grid"): Sweep(
@@ -290,7 +313,10 @@ SWEEPS = {
         every_activation=True,
     ),
     ("cuda", "quick"): Sweep(
-        (TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)), ("bfloat16",), ffn_shapes=(TINY, (8192, 4096))
+        (TINY, (64, 4096), (4096, 1024), (4096, 8192), (4096, 32768)),
+        ("bfloat16",),
+        ffn_shapes=(TINY, (8192, 4096)),
+        attention_shapes=(TINY_ATTENTION, (4, 16, 2048, 64), (4, 16, 2048, 128)),
     ),
     ("cuda", "default"): Sweep(
         (
@@ -300,12 +326,14 @@ SWEEPS = {
         ),
         ("bfloat16", "float16", "float32"),
         ffn_shapes=_FFN,
+        attention_shapes=_ATTENTION,
     ),
     ("cuda", "full"): Sweep(
         (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
         ("bfloat16", "float16", "float32"),
         DIRECTIONS,
         ffn_shapes=_FFN,
+        attention_shapes=(*_ATTENTION, (8, 16, 1024, 40), (2, 16, 1024, 256), (1, 8, 16384, 128)),
     ),
 }
 

@@ -23,7 +23,7 @@ class Activation:
     name: str
     activation: str
     dropout_p: float = 0.0
-    feed_forward = True
+    family = "feed_forward"
 
     @property
     def draws_mask(self) -> bool:

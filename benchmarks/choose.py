@@ -46,6 +46,8 @@ def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
     found: dict[Key, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         for record in measured(result):
+            if OPS[record["op"]].family == "attention":  # chosen by what a call means
+                continue
             rows, columns = record["shape"]
             itemsize, direction = getattr(torch, record["dtype"]).itemsize, record["direction"]
             value = ratio(record, key="inclusive") or ratio(record)

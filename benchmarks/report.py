@@ -66,10 +66,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], bar: str = "|") ->
 
 def _families(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
     """The operations there are, by kind: each kind has shapes of its own."""
-    families: dict[type, list[str]] = {}
+    families: dict[str, list[str]] = {}
     for name, op in OPS.items():
         if any(name in cells for cells in rows.values()):
-            families.setdefault(type(op), []).append(name)
+            families.setdefault(op.family, []).append(name)
     return list(families.values())
 
 
@@ -89,11 +89,12 @@ def pivots(result: Record) -> str:
         for op, *group, size in (name.split("/") for name in result["left_out"]):
             if group == [direction, dtype]:
                 rows.setdefault(size, {})[op] = "left out"
-        title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it, by rows x width"
+        title = f"{DIRECTION_TITLES[direction]}, {dtype}: time of fusednorm, and eager's time over it, by "
         for ops in _families(rows):
-            head = ["size", *(op.replace("bias_dropout_add_", "epilogue_") for op in ops)]
+            head = ["size", *(op.replace("bias_dropout_add_", "epilogue_").removeprefix("attention_") for op in ops)]
             body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items() if cells.keys() & ops]
-            parts.append(f"{title}\n\n{table(head, body)}")
+            sizes = "batch x heads x length x head dim" if OPS[ops[0]].family == "attention" else "rows x width"
+            parts.append(f"{title}{sizes}\n\n{table(head, body)}")
     return "\n\n".join(parts)
 
 

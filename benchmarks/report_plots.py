@@ -161,7 +161,7 @@ def _panels(
         axis.set_title(op, fontsize=10)
         axis.grid(alpha=0.25)
         axis.tick_params(labelbottom=True)
-        axis.set_xlabel("size of x", fontsize=9)
+        axis.set_xlabel("size of query" if OPS[op].family == "attention" else "size of x", fontsize=9)
     for axis in axes.flat[len(ops) :]:
         axis.set_visible(False)
     first = axes.flat[0]

@@ -33,12 +33,12 @@ import torch
 
 import fusednorm
 from benchmarks import cases, measure, measure_load, report
-from benchmarks.baselines import BASELINES, BaselineError
+from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
 from benchmarks.cases import Case
 from benchmarks.report_stats import AUTOMATIC
 from fusednorm import _shortcut
 
-PEERS = tuple(name for name, (module, _) in BASELINES.items() if module is not None)
+PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
 
 
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAMES",
         default="peers",
         help=f"comma-separated, besides eager: {', '.join(n for n in BASELINES if n != 'eager')}; "
-        "peers (default): those importable on a GPU; all; none",
+        "peers (default): the sdpa-* and, on a GPU, other libraries that are importable; all; none",
     )
     parser.add_argument(
         "--provider", metavar="NAME", help="force one of fusednorm's providers (default: its own choice)"
@@ -154,7 +154,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
             return cases.runner(call, leaves.values(), problem.cotangents, case.direction)
 
         calls = {"fused": bind(build)}
-        for name in baselines:
+        for name in (name for name in baselines if applies(name, op)):
             try:
                 calls[name] = bind(BASELINES[name][1](op, leaves))
                 _vet(name, case, device, calls[name], record["notes"])
@@ -181,7 +181,7 @@ def _vet(name: str, case: Case, device: torch.device, call: Any, notes: dict[str
     if name == "eager":  # what the budget is measured by
         return
     op, make = case.operation, BASELINES[name][1]
-    if op.mask_of((1, 1), 0, device) is not None:
+    if op.draws_mask:
         notes[name] = "draws its own mask: unchecked"
         return
     verdict = measure.check(case, device, lambda t, seed: make(op, t))

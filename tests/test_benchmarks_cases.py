@@ -13,7 +13,9 @@ def test_every_sweep_has_the_tiny_case_and_unique_names():
     for (device, level), sweep in cases.SWEEPS.items():
         names = [case.name for case in cases.sweep(device, level)]
         assert len(set(names)) == len(names)
-        assert all(any(n.startswith(f"{op}/") and n.endswith("/4x64") for n in names) for op in sweep.operations())
+        for op, operation in sweep.operations().items():
+            sizes = [n.rsplit("/", 1)[1] for n in names if n.startswith(f"{op}/")]
+            assert ("1x4x16x16" if operation.family == "attention" else "4x64") in sizes or level == "grid"
     assert set(cases.SWEEPS["cpu", "grid"].operations()) == set(OPS) > set(cases.SWEEPS["cpu", "full"].operations())
     shapes = cases.SWEEPS["cpu", "default"].shapes + cases.SWEEPS["cuda", "default"].shapes
     assert [(min(sizes), max(sizes)) for sizes in zip(*shapes)] == [(1, 65536), (64, 262144)]
@@ -26,9 +28,35 @@ def test_operations_of_a_feed_forward_block_have_shapes_of_their_own():
     assert (1, 4096) not in {case.shape for case in cases.sweep("cpu", "default") if case.op == "bias_relu"}
 
 
-@pytest.mark.parametrize("name", ["liger_kernel", "quack", "fla", "flash_attn"])
-def test_libraries_of_norms_say_that_they_have_no_activation(name):
-    op = OPS["bias_relu"]
-    leaves = {key: torch.ones(size) for key, size in op.inputs((2, 4)).items()}
-    with pytest.raises(baselines.BaselineError, match="norms only"):
-        baselines.BASELINES[name][1](op, leaves)
+def test_baselines_apply_to_operations_of_their_kind():
+    applied = {op.family: {n for n in baselines.BASELINES if baselines.applies(n, op)} for op in OPS.values()}
+    torchs = {"eager", "compile", "compile-max-autotune"}
+    assert applied["feed_forward"] == torchs
+    assert applied["norm"] == torchs | {"liger_kernel", "quack", "fla", "flash_attn"}
+    assert applied["attention"] == torchs | {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math"}
+
+
+def test_a_forced_backend_of_attention_is_that_one_or_refuses():
+    """On the CPU torch has two of them; none serves in another's name."""
+    op = OPS["attention_causal"]
+    leaves = {key: torch.randn(size, requires_grad=True) for key, size in op.inputs((1, 2, 8, 16)).items()}
+    nodes = {name: baselines.BASELINES[name][1](op, leaves) for name in baselines.ATTENTION}
+    assert "FlashAttention" in nodes["sdpa-flash"]()[0].grad_fn.name()
+    assert "FlashAttention" not in nodes["sdpa-math"]()[0].grad_fn.name()
+    for absent in ("sdpa-cudnn", "sdpa-efficient"):
+        with pytest.raises(RuntimeError, match="No viable backend"):
+            nodes[absent]()
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPS.values() if op.family == "attention"])
+def test_attention_sees_the_pairs_that_its_model_counts(name):
+    op, shape = OPS[name], (3, 4, 150, 8)
+    query = torch.randn(shape)
+    seen = torch.ones(3, 150, 150, dtype=torch.bool)
+    if op.causal:
+        seen = seen.tril()
+    mask = op.attn_mask(query)
+    if mask is not None:
+        seen = seen & mask.reshape(-1, mask.shape[-2], 150)
+    assert op.pairs(shape) == seen.sum()
+    assert op.flops(shape, "both") == 14 * 8 * 4 * seen.sum()

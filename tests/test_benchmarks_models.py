@@ -11,6 +11,9 @@ from benchmarks.cases import OPS, Case
 # Counted by hand for 4 rows of 64, in elements of the tensor T = 4 * 64 and the parameter P = 64.
 T, P = 4 * 64, 64
 ACTIVATIONS = ("bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu", "bias_gelu_dropout")
+ATTENTIONS = ("attention", "attention_causal", "attention_padded", "attention_window", "attention_dropout")
+# of as many elements; 16 queries, of which each has one log-sum-exp
+ATTENTION_SHAPE = (1, 4, 4, 16)
 HAND_COUNTED = [
     # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
     ("layer_norm", "forward", 2 * T + 2 * P, 0),
@@ -39,6 +42,14 @@ HAND_COUNTED = [
     *((op, "forward", 2 * T + P, 0) for op in ACTIVATIONS),
     *((op, "backward", 3 * T + 2 * P, 0) for op in ACTIVATIONS),
     *((op, "both", 5 * T + 3 * P, 0) for op in ACTIVATIONS),
+    # q, k, v read, out written; with gradients also a number a query; those and dout read, three gradients written
+    *((op, "forward", 4 * T, 0) for op in ATTENTIONS),
+    *((op, "backward", 8 * T, 16) for op in ATTENTIONS),
+    *((op, "both", 12 * T, 32) for op in ATTENTIONS),
+    # keys, values and their gradients are of a quarter of the heads
+    ("attention_grouped", "forward", 2 * T + 2 * T // 4, 0),
+    ("attention_grouped", "backward", 4 * T + 4 * T // 4, 16),
+    ("attention_grouped", "both", 6 * T + 6 * T // 4, 32),
 ]
 
 
@@ -46,7 +57,8 @@ HAND_COUNTED = [
 @pytest.mark.parametrize(("op", "direction", "elements", "statistics"), HAND_COUNTED)
 def test_byte_model(op, direction, elements, statistics, dtype):
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    assert Case(op, (4, 64), dtype, direction).bytes_moved == elements * itemsize + 4 * statistics
+    shape = ATTENTION_SHAPE if OPS[op].family == "attention" else (4, 64)
+    assert Case(op, shape, dtype, direction).bytes_moved == elements * itemsize + 4 * statistics
 
 
 def test_every_operation_and_direction_is_counted_by_hand():
@@ -57,7 +69,7 @@ def test_every_operation_and_direction_is_counted_by_hand():
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_byte_model_counts_each_tensor_once(op):
     """The model of every direction against the tensors themselves, at a shape where nothing cancels."""
-    shape = (6, 40)
+    shape = (2, 8, 3, 5) if op.family == "attention" else (6, 40)
     leaves = {name: torch.randn(size, requires_grad=True) for name, size in op.inputs(shape).items()}
     outputs = op.eager(leaves)()
     gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.randn(shape) for _ in outputs])
@@ -72,13 +84,20 @@ def test_byte_model_counts_each_tensor_once(op):
         shared = 4 * 240 if op.add and not op.epilogue else 0
         statistics = 6 * 4 * (1 if op.rms else 2)
     kept = 4 * 240 + 4 * 40  # the stream and the weight, or x and the bias
+    if op.family == "attention":
+        statistics = 48 * 4
+        kept = forward  # the operands and the output
     expected = size(outputs) + kept + statistics + size(gradients) - shared
     assert op.bytes_moved(shape, 4, "backward") == expected
     assert op.bytes_moved(shape, 4, "both") == forward + statistics + expected
 
 
 def test_flop_model():
-    counted = {op: [Case(op, (2, 8), "float32", d).flops // 16 for d in cases.DIRECTIONS] for op in OPS}
+    counted = {
+        op: [Case(op, (2, 8), "float32", d).flops // 16 for d in cases.DIRECTIONS]
+        for op in OPS
+        if OPS[op].family != "attention"
+    }
     assert counted["layer_norm"] == [7, 13, 20]
     assert counted["rms_norm"] == [4, 9, 13]
     assert counted["add_layer_norm"] == [8, 14, 22]
@@ -88,6 +107,10 @@ def test_flop_model():
     assert counted["bias_gelu_dropout"] == [7, 14, 21]
     assert counted["bias_gelu_tanh"] == [10, 20, 30]
     assert counted["bias_silu"] == [4, 10, 14]
+    # two products forward and five backward, of 2 * 16 for each of 2 * 4 * 8 * 8 pairs; causal ones are 36 of 64
+    counted = {op: [Case(op, (2, 4, 8, 16), "float32", d).flops for d in cases.DIRECTIONS] for op in ATTENTIONS}
+    assert counted["attention"] == [32 * 512 * n for n in (2, 5, 7)]
+    assert counted["attention_causal"] == counted["attention_dropout"] == [32 * 8 * 36 * n for n in (2, 5, 7)]
 
 
 def test_median_interval_covers_the_median():

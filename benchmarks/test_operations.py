@@ -1,6 +1,6 @@
 """Eager beside fused in pytest-benchmark's tables: every operation at two sizes, forward, and with backward.
 
-    PYTHONPATH=. python3 -m pytest benchmarks/test_norms.py --benchmark-columns=min,median,iqr
+    PYTHONPATH=. python3 -m pytest benchmarks/test_operations.py --benchmark-columns=min,median,iqr
 
 For a quick look while a kernel is being changed; figures that are kept come from run.py, which interleaves the
 variants and flushes the GPU's cache. Here too nothing is timed that is wrong.
@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.cases import TINY, Case, Sweep
+from benchmarks.cases import TINY, TINY_ATTENTION, Case, Sweep
 
 DEVICE = measure.best_device()
 MEDIUM = (4096, 4096) if DEVICE.type == "cuda" else (64, 1024)
-CASES = Sweep((TINY, MEDIUM), ("float32", "bfloat16"), ffn_shapes=(TINY, MEDIUM)).cases()
+ATTENTION = (4, 16, 2048, 64) if DEVICE.type == "cuda" else (1, 8, 256, 64)
+CASES = Sweep(
+    (TINY, MEDIUM), ("float32", "bfloat16"), ffn_shapes=(TINY, MEDIUM), attention_shapes=(TINY_ATTENTION, ATTENTION)
+).cases()
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,7 @@ def timed(call: Callable[[], Any]) -> Callable[[], Any]:
 @pytest.mark.benchmark(max_time=0.05, min_rounds=5, warmup=False)
 @pytest.mark.parametrize("who", ["eager", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_norm(benchmark, case: Case, who: str):
+def test_operation(benchmark, case: Case, who: str):
     if who == "fused":
         verdict = measure.check(case, DEVICE)
         assert verdict.ok, verdict.detail

@@ -20,7 +20,7 @@ def test_the_suite_collects_every_case_and_runs_one():
     chosen = f"bias_dropout_add_rms_norm and both and bfloat16 and {'x'.join(map(str, TINY))}"
     options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", chosen]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/test_norms.py", *options],
+        [sys.executable, "-m", "pytest", "benchmarks/test_operations.py", *options],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": "."},
         capture_output=True,
