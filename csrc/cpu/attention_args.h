@@ -49,7 +49,8 @@ struct AttentionCall {
   Strided dout, dq, dk, dv;
   const void* dlse;  // as lse, or null
   void* delta;       // as lse: sum(dout * out), in exact arithmetic the sum of probabilities * their gradients
-  void* norms;       // as lse: 1 over the sum of probabilities, which lse's rounding makes another number than 1; or null
+  void* norms;       // as lse: 1 over the sum of probabilities, which lse's rounding makes another number than 1
+  bool precise;      // whether precise_delta finds norms, and not query_gradient
   Strided dmask;     // of the sizes that attn_mask has, 1 where it is broadcast
   int64_t mask_batches, mask_heads, mask_queries, mask_keys;
 };
@@ -61,7 +62,7 @@ struct AttentionKernels {
   void (*forward)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);         // blocks of queries
   void (*delta)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);           // blocks of queries
   void (*precise_delta)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of queries; norms too
-  void (*query_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);  // blocks of queries
+  void (*query_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);  // blocks of queries; norms
   void (*key_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of keys
   void (*mask_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // tiles of the mask
 };

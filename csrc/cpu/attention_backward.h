@@ -28,14 +28,15 @@ void deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t f
 
 // Statistics of a block of queries; an lse of -inf, of a query that sees nothing, is one that makes all weights zero.
 template <class C>
-FN_INLINE void stage_statistics(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+FN_INLINE void stage_statistics(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n,
+                                bool with_norms = true) {
   const int64_t row = h.row + first;
   for (int64_t i = 0; i < kBlockSize; ++i) {
     const C lse = i < n ? ((const C*)a.lse)[row + i] : C(0);
     m.lse[i] = lse == -C(__builtin_inf()) ? -lse : lse;
     m.delta[i] = i < n ? ((const C*)a.delta)[row + i] : C(0);
     m.factors[i] = i < n && a.dlse ? ((const C*)a.dlse)[row + i] : C(0);
-    m.norms[i] = i < n && a.norms ? ((const C*)a.norms)[row + i] : C(1);
+    m.norms[i] = i < n && with_norms ? ((const C*)a.norms)[row + i] : C(1);
   }
 }
 
@@ -76,18 +77,18 @@ template <class C>
 void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
   stage_queries(a, m, h, first, n);
   rows_to_lanes(a, m, n);
-  stage_statistics(a, m, h, first, n);
+  stage_statistics(a, m, h, first, n, false);
   C totals[kBlockSize] = {}, products[kBlockSize] = {};
-  for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0, m.norms[i] = 1;
+  for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0;
   over_key_blocks(a, h, first, n, [&](const Tile& t) {
     const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
     if (seen == kNothing) return;
     stage_keys(a, m, h, t.key, t.n_keys);
     differentiate<C, false>(a, m, h, t, seen == kSomething ? m.hidden : nullptr, a.element.on ? m.keep : nullptr, true);
     for (int64_t i = 0; i < n; ++i) {
-      C total = 0, product = 0;
-      for (int64_t j = 0; j < t.n_keys; ++j) total += m.logits[j * kStride + i], product += m.slopes[j * kStride + i];
-      totals[i] += total, products[i] += product;
+      C product = 0;
+      for (int64_t j = 0; j < t.n_keys; ++j) product += m.slopes[j * kStride + i];
+      totals[i] += m.totals[i], products[i] += product;
     }
   });
   for (int64_t i = 0; i < n; ++i) {
@@ -97,11 +98,13 @@ void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, i
   }
 }
 
+// The query's gradient, and norms where they are not there yet: lse's rounding errs alike for all keys of a query.
 template <class C>
 void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
   stage_queries(a, m, h, first, n);
   rows_to_lanes(a, m, n);
-  stage_statistics(a, m, h, first, n);
+  stage_statistics(a, m, h, first, n, a.precise);
+  C totals[kBlockSize] = {}, factors[kBlockSize];
   __builtin_memset(m.sums, 0, n * m.ld * sizeof(C));
   over_key_blocks(a, h, first, n, [&](const Tile& t) {
     const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
@@ -109,9 +112,19 @@ void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head
     const C* const hidden = seen == kSomething ? m.hidden : nullptr;
     stage_keys(a, m, h, t.key, t.n_keys);
     differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, false);
-    add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
+    for (int64_t i = 0; i < n; ++i) totals[i] += m.totals[i];
+    if (a.dq.data)
+      add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
   });
-  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t) { return sum * Vec<C>(C(a.scale)); });
+  for (int64_t i = 0; i < n; ++i) {
+    factors[i] = C(a.scale);
+    if (a.precise) continue;
+    const C norm = C(1) / (totals[i] == C(0) ? C(1) : totals[i]);  // none where a query sees nothing
+    ((C*)a.norms)[h.row + first + i] = norm;
+    factors[i] *= norm;
+  }
+  if (!a.dq.data) return;
+  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t i) { return sum * Vec<C>(factors[i]); });
   unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dq, offset_of(a.dq, h.batch, h.head, h.first_query + first));
 }
 

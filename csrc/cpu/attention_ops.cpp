@@ -186,17 +186,17 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.lse = given.statistics("lse", lse);
   a.dlse = given.statistics("dlse", dlse);
   const int64_t bytes = given.rows() * (a.wide ? 8 : 4), query_blocks = a.n_batches * a.n_heads * blocks(a.n_queries);
-  const bool precise = dmask || a.n_keys <= kBlockSize;
-  const Buffer statistics = allocate(std::max<int64_t>(precise ? 2 * bytes : bytes, 1));
-  STD_TORCH_CHECK(statistics, "out of memory: ", bytes, " bytes for a number a query");
+  a.precise = dmask || a.n_keys <= kBlockSize;
+  const Buffer statistics = allocate(std::max<int64_t>(2 * bytes, 1));
+  STD_TORCH_CHECK(statistics, "out of memory: ", 2 * bytes, " bytes for two numbers a query");
   a.delta = statistics.get();
-  if (precise) a.norms = (char*)a.delta + bytes;
+  a.norms = (char*)a.delta + bytes;
   const AttentionKernels& k = *kernels().attention;
-  if (precise)
+  if (a.precise)
     run(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
   else
     run(k.delta, a, query_blocks, a.n_queries, 1);
-  if (a.dq.data) run(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
+  if (a.dq.data || !a.precise) run(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
   if (a.dk.data || a.dv.data)
     run(k.key_gradients, a, a.n_batches * a.n_key_heads * blocks(a.n_keys), a.n_keys, a.n_queries);
   if (!dmask || !numel_of(dmask)) return;

@@ -170,11 +170,12 @@ struct Memory {
   C *logits, *slopes, *hidden, *scratch, *total;
   Int<C>* keep;
   C *lse, *delta, *factors, *norms;
+  C* totals;  // and behind them the excess of each
   int64_t ld, value_ld;
 
   static FN_INLINE int64_t bytes(const AttentionCall& a) {
     const int64_t features = padded_dim(a.dim) + padded_dim(a.value_dim);
-    return (3 * features * kStride + 6 * kBlockSize * kStride + 4 * kBlockSize) * sizeof(C);
+    return (3 * features * kStride + 6 * kBlockSize * kStride + 6 * kBlockSize) * sizeof(C);
   }
   FN_INLINE Memory(const AttentionCall& a, void* workspace) : ld(padded_dim(a.dim)), value_ld(padded_dim(a.value_dim)) {
     C* next = (C*)workspace;
@@ -190,6 +191,7 @@ struct Memory {
     for (C** tile : tiles) *tile = take(kBlockSize * kStride);
     keep = (Int<C>*)take(kBlockSize * kStride);
     lse = take(kBlockSize), delta = take(kBlockSize), factors = take(kBlockSize), norms = take(kBlockSize);
+    totals = take(2 * kBlockSize);
   }
 };
 

@@ -95,14 +95,25 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
   return rescales;
 }
 
+// W. Kahan's sum, "Further remarks on reducing truncation errors", CACM 8(1), 1965: of equal terms, as the probabilities
+// of few keys often are, a plain one errs the same way at each.
+template <class C>
+FN_INLINE void add_compensated(Native<C> term, C* total, C* excess) {
+  const Native<C> before = native_load(total), corrected = term - native_load(excess), after = before + corrected;
+  native_store((after - before) - corrected, excess);
+  native_store(after, total);
+}
+
 // m.logits become dropped probabilities, m.slopes, which hold the products of dout and values, the gradients of the
 // logits, uncapped and unscaled ones. Or where `of_mask` the probabilities before dropout, and the gradients of what a mask
-// is added to. Statistics are in m.lse, m.norms, m.delta and m.factors, which has dlse.
+// is added to. Statistics are in m.lse, m.norms, m.delta and m.factors, which has dlse. Where rows are keys, m.totals
+// becomes each query's sum of the tile's probabilities.
 template <class C, bool LANES_ARE_KEYS>
 __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memory<C>& m, int64_t rows, int64_t lanes,
                                              const C* hidden, const Int<C>* keep, bool of_mask) {
   const Logits<C> logits(a);
   const Native<C> none = splat(-C(__builtin_inf())), kept_scale = splat(C(a.element.scale));
+  if (!LANES_ARE_KEYS) __builtin_memset(m.totals, 0, 2 * kBlockSize * sizeof(C));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t l = 0; l < lanes; l += kNativeLanes<C>) {
       const int64_t at = r * kStride + l;
@@ -116,6 +127,7 @@ __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memor
       if (hidden) x = seen_lanes<C>(added) ? x : none;
       Native<C> p = exponential(x - lse) * norm;
       if (hidden) p = only<C>(p, seen_lanes<C>(added));  // an lse of NaN
+      if (!LANES_ARE_KEYS) add_compensated(p, m.totals + l, m.totals + kBlockSize + l);
       Native<C> weight = p;
       if (keep) {
         Native<Int<C>> kept;
