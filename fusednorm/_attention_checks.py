@@ -52,6 +52,9 @@ def check_heads(name: str, heads: int, query_heads: int) -> None:
 
 
 def check_options(dropout_p: Any, scale: Any, window: Any, softcap: Any, causal_align: Any, seed: Any) -> None:
+    if type(dropout_p) is type(softcap) is float and dropout_p == softcap == 0.0 and scale is window is seed is None:
+        check_choice("causal_align", causal_align, ALIGNS)
+        return
     check_probability("dropout_p", dropout_p)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat))):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")

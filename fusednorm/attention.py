@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
 from . import _attention_function, _autocast, dropout, providers
+from ._checks import FLOAT_DTYPES
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -106,7 +107,8 @@ def scaled_dot_product_attention(
             if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
                 return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
             if (
-                _attention_function.flash_takes(query, key, value)
+                not _attention_function.torch_is_slower(query)
+                and _attention_function.flash_takes(query, key, value)
                 and not _autocast_active()
                 and not torch._C._len_torch_dispatch_stack()
             ):
@@ -115,9 +117,13 @@ def scaled_dot_product_attention(
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
     query, key, value, attn_mask = _autocast.lowered(query, key, value, attn_mask)
-    checks.check_operands(query, key, value, False)
+    plain = _plain(query, key, value, enable_gqa)
+    if not plain:
+        checks.check_operands(query, key, value, False)
     checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
-    query, key, value, lead = _broadcast(query, key, value, bool(enable_gqa))
+    lead: tuple[int, ...] = query.shape[:2]
+    if not plain:
+        query, key, value, lead = _broadcast(query, key, value, bool(enable_gqa))
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*lead, n_queries, n_keys))
@@ -125,10 +131,10 @@ def scaled_dot_product_attention(
     batch, heads = (lead[:-1], lead[-1:]) if len(lead) > 1 or enable_gqa else (lead, ())
     if key_mask is not None:
         checks.check_key_mask(key_mask, query, (*batch, n_keys))
-        key_mask = key_mask.reshape(math.prod(batch), n_keys)
+        key_mask = key_mask if len(batch) == 1 else key_mask.reshape(math.prod(batch), n_keys)
     if attn_mask is not None:
         attn_mask = _four_dimensional_mask(attn_mask, batch, heads)
-    q, k, v = (_four_dimensional(t, batch, heads) for t in (query, key, value))
+    q, k, v = (query, key, value) if plain else [_four_dimensional(t, batch, heads) for t in (query, key, value)]
     out, lse = _attention_function.run(
         "scaled_dot_product_attention",
         (
@@ -138,7 +144,8 @@ def scaled_dot_product_attention(
         ),
         bool(return_lse),
     )
-    out = out.reshape(*lead, n_queries, v.shape[-1])
+    if not plain:
+        out = out.reshape(*lead, n_queries, v.shape[-1])
     if not return_lse:
         return out
     assert lse is not None
@@ -222,6 +229,24 @@ def varlen_attention(
         bool(return_lse),
     )
     return (out, lse) if return_lse else out
+
+
+def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
+    """Whether these are what the checks and the broadcasting below would let through as they are: the usual call."""
+    if not type(query) is type(key) is type(value) is Tensor or query.ndim != 4 or query.dtype not in FLOAT_DTYPES:
+        return False
+    shape, keys, values = query.shape, key.shape, value.shape
+    return bool(
+        len(keys) == len(values) == 4
+        and shape[0] == keys[0]
+        and (shape[1] == keys[1] or (grouped and keys[1] and shape[1] % keys[1] == 0))
+        and shape[3] == keys[3] <= checks.MOST_HEAD_DIM >= values[3]
+        and keys[:3] == values[:3]
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+        and not (query.is_nested or key.is_nested or value.is_nested)
+        and query.layout == key.layout == value.layout == torch.strided
+    )
 
 
 def _broadcast(

@@ -1,0 +1,117 @@
+"""What the native CPU provider of attention has of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusednorm import providers
+from fusednorm.providers import cpu
+
+_missing = providers.unavailable_reason("cpu")
+pytestmark = pytest.mark.skipif(_missing is not None, reason=f"provider cpu: {_missing}")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(1, 2),
+    "packed": lambda t: t[..., 8:24],
+    "step 2": lambda t: t[..., ::2],
+    "offset": lambda t: t.flatten()[1:],
+    "expanded": lambda t: t[:, :1].expand(-1, 5, -1, -1),
+    "0-d": lambda t: t[0, 0, 0, 0],
+    "reversed dims": lambda t: t.permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_finite_sees_each_element_and_no_other(layout, dtype):
+    whole = torch.full((2, 3, 7, 32), torch.finfo(dtype).max, dtype=dtype)
+    view = LAYOUTS[layout](whole)
+    assert cpu.all_finite(view, None, None)
+    for bad, at in itertools.product((torch.nan, torch.inf, -torch.inf), (0, -1)):
+        kept = whole.clone()
+        LAYOUTS[layout](kept).reshape(-1)  # the same elements
+        index = torch.arange(whole.numel()).view(whole.shape)
+        seen = LAYOUTS[layout](index).reshape(-1)
+        kept.view(-1)[seen[at]] = bad
+        assert not cpu.all_finite(LAYOUTS[layout](kept), None, None)
+        assert not cpu.all_finite(torch.ones(3), LAYOUTS[layout](kept), None)
+        assert not cpu.all_finite(torch.ones(3), None, LAYOUTS[layout](kept))
+        others = torch.full_like(whole, bad)
+        others.view(-1)[seen] = 1.0
+        assert cpu.all_finite(LAYOUTS[layout](others), None, None)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
+def test_all_finite_of_nothing(shape):
+    assert cpu.all_finite(torch.empty(shape), torch.empty(shape), None)
+
+
+def test_all_finite_over_several_threads():
+    x = torch.zeros(1 << 20)
+    assert cpu.all_finite(x, None, None)
+    for at in (0, 1 << 19, (1 << 20) - 1):
+        y = x.clone()
+        y[at] = torch.inf
+        assert not cpu.all_finite(y, x, x)
+
+
+# --- memory ---
+
+LENGTH, HEADS, DIM = 6144, 2, 16
+OPTIONS = {
+    "bare": "{}",
+    "causal": "{'is_causal': True}",
+    "window": "{'window': (1000, 1000)}",
+    "softcap": "{'softcap': 5.0}",
+    "dropout": "{'dropout_p': 0.1, 'seed': 3}",
+    "key_mask": "{'key_mask': torch.rand(1, LENGTH) < 0.7}",
+    "bool": "{'attn_mask': torch.rand(LENGTH, 1) < 0.7}",
+    "additive": "{'attn_mask': torch.zeros(1, LENGTH, requires_grad=True)}",
+}
+# prints by how many KB a forward and a backward raise what the process holds at most, case by case
+SCRIPT = f"""
+import torch, fusednorm
+LENGTH, HEADS, DIM = {LENGTH}, {HEADS}, {DIM}
+
+def resident(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name + ":"))
+
+def call(length, options, provider):
+    q, k, v = (torch.randn(1, HEADS, length, DIM, requires_grad=True) for _ in range(3))
+    leaves = [q, k, v, *(t for t in options.values() if isinstance(t, torch.Tensor) and t.requires_grad)]
+    with fusednorm.use_provider(provider):
+        out = fusednorm.scaled_dot_product_attention(q, k, v, **options)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+for options, provider in [*((text, "cpu") for text in {list(OPTIONS.values())}), ("{{}}", "reference")]:
+    call(64, {{}}, provider)  # what loads with the first call
+    options = eval(options)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    call(LENGTH, options, provider)
+    print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to see a process's largest memory"
+)
+def test_memory_is_of_the_operands_size():
+    """302 MB of float32 logits would not fit in: three operands, their gradients, output and cotangent are 6.3 MB."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *ours, reference = (1024 * int(line) for line in done.stdout.split())
+    most = 8 * 4 * HEADS * LENGTH * DIM + (16 << 20)
+    assert len(ours) == len(OPTIONS)
+    assert {name: grown for name, grown in zip(OPTIONS, ours, strict=True) if grown >= most} == {}
+    assert reference > 4 * LENGTH**2  # which holds the logits of a head: they would be seen
