@@ -33,10 +33,11 @@ AUTOMATIC = "automatic"
 EMULATED = "FUSEDNORM_EMULATE" in os.environ
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "numpy")))
 if INTERPRETED:
-    from interpreter import round_bfloat16_to_nearest, sum_pairs_with_numpy
+    from interpreter import patch_the_language_once, round_bfloat16_to_nearest, sum_pairs_with_numpy
 
     round_bfloat16_to_nearest()
     sum_pairs_with_numpy()
+    patch_the_language_once()
 
 
 def _places() -> list:
