@@ -16,6 +16,11 @@ class Config(NamedTuple):
     per_sm: int  # programs that fit on a multiprocessor: how many registers the compiler may use follows
 
     @property
+    def stages(self) -> int:
+        """Tiles on their way at once: these kernels have no inner loop."""
+        return 1
+
+    @property
     def registers(self) -> int:
         """The most registers a thread may have. Stated, because ptxas left to itself spills to reach an occupancy."""
         return min(255, REGISTERS // (32 * self.warps * self.per_sm) // 8 * 8)

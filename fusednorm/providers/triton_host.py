@@ -14,6 +14,7 @@ from .. import dropout
 from .triton_config import PARTIALS, Config
 
 if TYPE_CHECKING:
+    from .triton_attention_table import Tile
     from .triton_launch import Variant
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
@@ -57,13 +58,13 @@ def reluctance(op: str, *args: Any) -> str | None:
 _capabilities: dict[int, tuple[int, int]] = {}
 
 
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
     if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     return _capabilities[index]
 
 
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
 
 
 def refusal(x: Tensor, columns: int) -> str | None:
@@ -73,7 +74,7 @@ def refusal(x: Tensor, columns: int) -> str | None:
     device = "cpu" if INTERPRETING else "cuda"
     if x.device.type != device:
         return f"x is on {x.device}, its kernels run on {device} tensors here"
-    if device == "cuda" and _capability(x.device.index) < _MIN_CAPABILITY:
+    if device == "cuda" and capability(x.device.index) < _MIN_CAPABILITY:
         return f"{x.device} is older than compute capability 8.0"
     if columns > 2**31 - 2**14:  # columns are 32-bit numbers, those of the last tile too
         return "a row has more than 2**31 - 2**14 elements"
@@ -98,10 +99,17 @@ def ceil(a: int, b: int) -> int:
 
 
 @functools.lru_cache(None)  # never let go: a captured CUDA graph goes on using what was compiled
-def variant(kernel: Any, constants: tuple[Any, ...], config: Config, aligned: bool) -> Variant:
+def variant(kernel: Any, constants: tuple[Any, ...], config: Config | Tile, aligned: bool) -> Variant:
     from .triton_launch import Variant
 
-    return Variant(kernel, constants, warps=config.warps, registers=config.registers, aligned=aligned)
+    return Variant(
+        kernel,
+        constants,
+        warps=config.warps,
+        registers=config.registers,
+        aligned=aligned,
+        stages=config.stages,
+    )
 
 
 def sum_partials(partials: Tensor, gradients: tuple[Tensor | None, ...]) -> None:

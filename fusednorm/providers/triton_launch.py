@@ -27,6 +27,8 @@ POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
 }
 TYPES = {
     torch.float32: tl.float32,
@@ -34,7 +36,11 @@ TYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-UNALIGNED = ("seed_ptr", "stats_ptr", "sums_ptr")  # may be views of anything; read one at a time
+# may be views of anything, or are not padded to a multiple: read as they lie
+UNALIGNED = (
+    *("seed_ptr", "stats_ptr", "sums_ptr", "mask_ptr", "key_mask_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"),
+    *("lse_ptr", "dlse_ptr", "inverse_ptr", "delta_ptr", "dmask_ptr"),
+)
 NUMBER_TYPES = {  # every other number is an i64
     "n_units": "i32",
     "eps": "fp32",
@@ -43,6 +49,11 @@ NUMBER_TYPES = {  # every other number is an i64
     "threshold": "u32",
     "path_threshold": "u32",
     "P": "i32",
+    "factor": "fp32",
+    "softcap": "fp32",
+    "keep_scale": "fp32",
+    **dict.fromkeys(("n_tiles", "n_heads", "group", "n_queries", "n_keys", "window_left", "window_right"), "i32"),
+    **dict.fromkeys(("n_batches", "n_splits", "mask_b", "mask_h", "mask_q", "mask_k"), "i32"),
 }
 
 
@@ -55,6 +66,7 @@ def compile_kernel(
     registers: int,
     aligned: bool,
     target: GPUTarget,
+    stages: int = 1,
 ) -> Any:
     """Compile one variant ahead of time. A pointer of dtype None is absent.
 
@@ -76,18 +88,27 @@ def compile_kernel(
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in promised}
     source = ASTSource(function, signature, values, attributes)
     # floating-point fusion by name: its default differs between versions of Triton
-    options = {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
 
 class Variant:
     """A kernel with its constants, compiled at its first launch on each device with each set of dtypes."""
 
-    __slots__ = ("_handles", "aligned", "constants", "function", "registers", "warps")
+    __slots__ = ("_handles", "aligned", "constants", "function", "registers", "stages", "warps")
 
-    def __init__(self, function: Any, constants: tuple[Any, ...], *, warps: int, registers: int, aligned: bool) -> None:
+    def __init__(
+        self,
+        function: Any,
+        constants: tuple[Any, ...],
+        *,
+        warps: int,
+        registers: int,
+        aligned: bool,
+        stages: int = 1,
+    ) -> None:
         self.function, self.constants = function, constants
-        self.warps, self.registers, self.aligned = warps, registers, aligned
+        self.warps, self.registers, self.aligned, self.stages = warps, registers, aligned, stages
         self._handles: dict[tuple[Any, ...], _Handle] = {}
 
     def launch(
@@ -124,6 +145,7 @@ class Variant:
             warps=self.warps,
             registers=self.registers,
             aligned=self.aligned,
+            stages=self.stages,
             target=driver.get_current_target(),
         )
         return _Handle(kernel, kernel.run, driver.get_current_stream, triton.knobs.runtime.launch_enter_hook)
