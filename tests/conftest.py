@@ -89,17 +89,20 @@ def device(place: tuple[str, str]) -> str:
 
 
 class _WithinLimits(fusednorm.use_provider):
-    """Skips a test of what the cuda provider says it does not take; tests/test_cuda_norm.py holds it to no more."""
+    """Skips a test of what a provider says it does not take; each provider's own tests hold it to no more."""
 
     def __exit__(self, kind, value, traceback) -> None:
         super().__exit__(kind, value, traceback)
-        if value is not None and re.search(_CUDA_LIMITS, str(value)):  # also as torch.compile passes it on
+        if value is not None and re.search(_LIMITS[self.name], str(value)):  # also as torch.compile passes it on
             pytest.skip(str(value))
 
 
 # no limit is a float32 stream beside 16-bit x and normed
 _SERVED = r".*these are (?P<x>torch\.b?float16), ((?P=x)|torch\.float32), (?P=x) and torch\.float32"
-_CUDA_LIMITS = rf"provider 'cuda' cannot run .*: ((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions)"
+_LIMITS = {
+    "cuda": rf"provider 'cuda' cannot run .*: ((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions)",
+    "triton": r"provider 'triton' cannot run attention_fwd: dtype torch\.float64",
+}
 
 
 @pytest.fixture
@@ -107,7 +110,7 @@ def using(provider: str) -> AbstractContextManager:
     """The context in which the provider under test is chosen."""
     if provider == AUTOMATIC:
         return nullcontext()
-    return _WithinLimits(provider) if provider == "cuda" else fusednorm.use_provider(provider)
+    return _WithinLimits(provider) if provider in _LIMITS else fusednorm.use_provider(provider)
 
 
 @pytest.fixture

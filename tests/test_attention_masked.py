@@ -95,7 +95,7 @@ def test_what_is_dropped_reaches_nothing(bad, using, device, generator):
             values = torch.where(dropped[:, None], value, v).requires_grad_()
             out = scaled_dot_product_attention(q, k, values, dropout_p=0.5, seed=4)
             results.append(out[:, :, 2])
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)  # the sum may be made in another order then
 
 
 def test_infinite_values_that_are_seen_are_passed_on(using, device):

@@ -23,7 +23,11 @@ from . import choice
 _log = logging.getLogger("fusednorm")
 
 PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
-    "triton": ("fusednorm.providers.triton_norm", "fusednorm.providers.triton_activation"),
+    "triton": (
+        "fusednorm.providers.triton_norm",
+        "fusednorm.providers.triton_activation",
+        "fusednorm.providers.triton_attention",
+    ),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
     "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation", "fusednorm.providers.cpu_attention"),
     "reference": (

@@ -1,0 +1,330 @@
+"""The Triton kernels of attention in the interpreter: every path, against float64.
+
+The interpreter runs a program at a time in Python, so each shape here is the smallest that reaches its code path, and
+most tests take tiles of 16 x 16, for a short sequence to have tiles seen in full, in part, and not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import test_attention as general
+import test_attention_masked as masked
+import torch
+from conftest import INTERPRETED
+from oracle_attention import AttentionCall, check
+
+import fusednorm
+from fusednorm import dropout_mask, scaled_dot_product_attention
+from fusednorm.providers import triton_attention
+from fusednorm.providers import triton_attention_table as table
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
+
+
+def quick(values, *chosen):
+    """Parameters of which only the chosen ones are tested in every run."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+CHOICES = ("forward", "backward_keys", "backward_queries", "backward_mask")
+using = contextlib.nullcontext  # what the general tests enter; the provider is chosen already
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    with fusednorm.use_provider("triton"):
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    for name in CHOICES:
+        monkeypatch.setattr(table, name, lambda need: table.Tile(16, 16, 4, 1))
+    triton_attention.forget_variants()
+    yield
+    triton_attention.forget_variants()
+
+
+def leaves_of(generator, dtype, n_queries, n_keys, dim=16, dim_v=None, heads=1, key_heads=None, batch=1):
+    shapes = {
+        "q": (batch, heads, n_queries, dim),
+        "k": (batch, key_heads or heads, n_keys, dim),
+        "v": (batch, key_heads or heads, n_keys, dim_v or dim),
+    }
+    return {n: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for n, shape in shapes.items()}
+
+
+# --- tiles seen in full, in part and not at all ---
+
+SEEN = {
+    "all": ((40, 45), {}),
+    "whole_tiles": ((32, 48), {}),
+    "causal": ((45, 40), {"is_causal": True}),
+    "causal_more_keys": ((20, 70), {"is_causal": True}),
+    "causal_lower_right": ((20, 70), {"is_causal": True, "causal_align": "lower_right"}),
+    "causal_lower_right_queries_that_see_nothing": ((70, 20), {"is_causal": True, "causal_align": "lower_right"}),
+    "window_of_several_tiles": ((70, 70), {"window": (40, 36)}),
+    "window_within_a_tile": ((40, 70), {"window": (3, 2), "causal_align": "lower_right"}),
+    "window_left": ((50, 40), {"window": (20, None)}),
+    "window_past_both_ends": ((20, 33), {"window": (2**40, 2**62)}),
+    "causal_window": ((50, 50), {"window": (17, 9), "is_causal": True}),
+    "softcap_causal": ((33, 40), {"softcap": 1.5, "is_causal": True}),
+    "negative_scale": ((33, 40), {"scale": -0.4, "is_causal": True}),
+    "zero_scale": ((17, 33), {"scale": 0.0}),
+    "dropout_causal": ((33, 41), {"dropout_p": 0.3, "seed": 2**63 + 5, "is_causal": True}),
+}
+
+
+@DTYPE
+@pytest.mark.parametrize(
+    "name",
+    quick(SEEN, *(name for name in SEEN if name not in ("window_left", "causal_window", "window_of_several_tiles"))),
+)
+def test_triton_attention_of_tiles_seen_in_full_in_part_and_not_at_all(name, dtype, small_tiles, generator):
+    lengths, options = SEEN[name]
+    check(AttentionCall(options), leaves_of(generator, dtype, *lengths), generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("key_heads", quick([1, 2], 2))
+def test_triton_attention_of_grouped_queries(key_heads, dtype, small_tiles, generator):
+    leaves = leaves_of(generator, dtype, 20, 33, heads=4, key_heads=key_heads, batch=2)
+    check(AttentionCall({"enable_gqa": True, "dropout_p": 0.2, "seed": 3}), leaves, generator)
+
+
+@pytest.mark.parametrize("dim", [1, 8, 40, 64, 80, 96, 128, 256])
+def test_triton_attention_of_every_head_dim(dim, generator):
+    """With the tiles of the table; dtypes in turn."""
+    dtype = DTYPES[dim // 8 % 3]
+    check(AttentionCall({"is_causal": True}), leaves_of(generator, dtype, 20, 35, dim), generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("dims", [(16, 40), (40, 8), (24, 33)], ids=str)
+def test_triton_attention_of_values_of_another_size(dims, dtype, small_tiles, generator):
+    check(AttentionCall({"window": (20, 5)}), leaves_of(generator, dtype, 20, 35, *dims), generator)
+
+
+@pytest.mark.parametrize("dtype", quick(DTYPES, torch.bfloat16), ids=str)
+def test_triton_attention_at_257(dtype, generator):
+    """With the tiles of the table; several of each kind."""
+    leaves = leaves_of(generator, dtype, 257, 257, 64)
+    check(AttentionCall({"is_causal": True}), leaves, generator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True, "dropout_p": 0.1, "seed": 1}, {"window": (64, 64)}], ids=str
+)
+@pytest.mark.parametrize("dim", [8, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_attention_of_every_head_dim_at_257(dtype, dim, options, generator):
+    check(AttentionCall(options), leaves_of(generator, dtype, 257, 200, dim), generator)
+
+
+def test_triton_attention_at_1025(generator):
+    leaves = leaves_of(generator, torch.bfloat16, 1025, 1025, 16)
+    out = scaled_dot_product_attention(*leaves.values(), is_causal=True)
+    q, k, v = (t.double() for t in leaves.values())
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+# --- masks ---
+
+MASKS = [(20, 35), (1, 35), (20, 1), (1, 1), (2, 20, 35), (2, 1, 20, 35), (2, 1, 1, 35), (2, 2, 20, 35), (1, 2, 1, 35)]
+
+
+@pytest.mark.parametrize("shape", quick(MASKS, (20, 35), (1, 35), (2, 20, 35), (2, 1, 20, 35), (2, 2, 20, 35)), ids=str)
+def test_triton_attention_with_additive_masks_and_their_gradients(shape, small_tiles, generator):
+    dtype = DTYPES[len(shape) % 2]
+    leaves = leaves_of(generator, dtype, 20, 35, heads=2, batch=2)
+    leaves["mask"] = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if len(shape) % 2 == 0:
+        leaves["mask"].view(-1)[1::5] = -torch.inf
+    check(AttentionCall({"is_causal": len(shape) == 3, "window": (30, None)}), leaves, generator)
+
+
+@pytest.mark.parametrize("shape", [MASKS[0], MASKS[7]], ids=str)
+@pytest.mark.parametrize("lay", quick(["transposed", "expanded", "step_2"], "transposed"))
+def test_triton_attention_with_masks_of_any_strides(lay, shape, small_tiles, generator):
+    mask = torch.randn(*shape[:-2], shape[-1], 2 * shape[-2], generator=generator)
+    mask = mask[..., : shape[-2]].mT if lay == "transposed" else mask[..., ::2].mT
+    if lay == "expanded":
+        mask = mask[..., :1].expand(shape)
+    leaves = leaves_of(generator, torch.float32, 20, 35, heads=2, batch=2) | {"mask": mask}
+    check(AttentionCall({"softcap": 2.0, "dropout_p": 0.1, "seed": 3}), leaves, generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("shape", [MASKS[0], MASKS[6]], ids=str)
+def test_triton_attention_with_bool_masks(shape, dtype, small_tiles, generator):
+    mask = torch.rand(shape, generator=generator) > 0.4
+    mask[..., :1, :] &= torch.rand(shape[-1], generator=generator) > 2  # a query that sees nothing
+    check(AttentionCall({}, mask), leaves_of(generator, dtype, 20, 35, heads=2, batch=2), generator)
+
+
+@DTYPE
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2, "seed": 4}], ids=["bare", "options"])
+def test_triton_attention_with_key_masks(options, dtype, small_tiles, generator):
+    """Padding at the end, at the beginning, in the middle, and everywhere."""
+    keys = torch.arange(70)
+    key_mask = torch.stack((keys < 33, keys >= 40, (keys < 5) | (keys > 60), keys < 0))
+    leaves = leaves_of(generator, dtype, 17, 70, batch=4)
+    check(AttentionCall({"key_mask": key_mask, **options}), leaves, generator)
+
+
+def test_triton_attention_with_only_the_gradients_that_are_wanted(small_tiles):
+    tensors = [torch.randn(1, 2, 20, 16) for _ in range(3)] + [torch.randn(20, 20)]
+    dout = torch.randn(1, 2, 20, 16)
+    every = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(scaled_dot_product_attention(*every), every, dout)
+    for n in range(4):
+        leaves = [t.clone().requires_grad_(n == m) for m, t in enumerate(tensors)]
+        (found,) = torch.autograd.grad(scaled_dot_product_attention(*leaves), leaves[n], dout)
+        assert torch.equal(found, expected[n])
+
+
+# --- what the general tests choose, here at the smallest ---
+
+
+@pytest.mark.parametrize("bad", quick([float("nan"), float("inf")], float("inf")), ids=str)
+@pytest.mark.parametrize(
+    "hiding", quick(["bool_documents", "key_mask", "keys_after_causal", "queries_outside_window"], "key_mask")
+)
+def test_triton_attention_of_what_is_masked(hiding, bad, small_tiles, generator):
+    masked.test_what_is_masked_reaches_nothing(hiding, False, bad, using(), "cpu", generator)
+
+
+def test_triton_attention_of_what_is_dropped(small_tiles, generator):
+    masked.test_what_is_dropped_reaches_nothing(float("nan"), using(), "cpu", generator)
+
+
+def test_triton_attention_of_infinite_values(small_tiles):
+    masked.test_infinite_values_that_are_seen_are_passed_on(using(), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_attention_of_large_logits(dtype, small_tiles, generator):
+    general.test_large_logits_do_not_overflow(dtype, using(), "cpu", generator)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 0, 5), (2, 3, 4, 0), (0, 3, 4, 5)], ids=str)
+def test_triton_attention_of_nothing(sizes):
+    general.test_empty(sizes, {}, using(), "cpu")
+
+
+@pytest.mark.parametrize("name", general.LAYOUTS)
+def test_triton_attention_at_every_layout(name, small_tiles, generator):
+    general.test_every_layout(name, {"is_causal": True}, using(), "cpu", generator)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True, "window": (3, None)}, {"dropout_p": 0.3, "seed": 8}], ids=str
+)
+def test_triton_attention_of_packed_sequences(options, small_tiles, generator):
+    general.test_varlen_is_attention_of_each_sequence(1, options, torch.float32, using(), "cpu", generator)
+
+
+@pytest.mark.parametrize("n_keys", [3, 33, 66])
+def test_triton_attention_drops_what_dropout_mask_drops(n_keys, small_tiles):
+    """Equal logits; the values and the cotangent are rows of the identity, so results and gradients show the mask."""
+    mask = dropout_mask((1, 2, 18, n_keys), 0.4, -3)
+    q, k = torch.zeros(1, 2, 18, 8), torch.zeros(1, 2, n_keys, 8)
+    v = torch.eye(n_keys).expand(1, 2, -1, -1).clone().requires_grad_()
+    out = scaled_dot_product_attention(q, k, v, dropout_p=0.4, seed=-3)
+    (dv,) = torch.autograd.grad(out, v, torch.eye(18, n_keys).expand(1, 2, -1, -1))
+    assert torch.equal(out != 0, mask)
+    seen = min(18, n_keys)
+    assert torch.equal(dv[..., :seen] != 0, mask.mT[..., :seen])
+
+
+def test_triton_attention_past_2_to_the_31_elements(generator):
+    """A head, and a position, that far away; nothing between is touched."""
+    far = 2**31
+    storage = torch.from_numpy(np.empty(2 * far + 64, dtype=np.float16))
+    views = [storage.as_strided((1, 2, 2, 8), (0, far, 16, 1)), storage.as_strided((1, 2, 2, 8), (0, 32, far + 32, 1))]
+    for view in views:
+        view.copy_(torch.randn(view.shape, generator=generator))
+        near = view.clone()
+        for tensors in ((view, near, near), (near, view, near), (near, near, view)):
+            found = scaled_dot_product_attention(*tensors)
+            assert torch.equal(found, scaled_dot_product_attention(near, near, near))
+
+
+# --- launches ---
+
+
+def test_triton_attention_backward_repeats_bit_for_bit(small_tiles):
+    leaves = [torch.randn(1, 2, 33, 16, requires_grad=True) for _ in range(3)]
+    mask, dout = torch.randn(33, 33, requires_grad=True), torch.randn(1, 2, 33, 16)
+    runs = [torch.autograd.grad(scaled_dot_product_attention(*leaves, mask), (*leaves, mask), dout) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be launched: nothing is."""
+    from fusednorm.providers import triton_launch
+
+    noted = []
+
+    def note(self, grid, pointers, numbers):
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        options = (self.constants, self.warps, self.stages, self.registers, self.aligned)
+        noted.append((self.function.__name__, dtypes, *options))
+
+    monkeypatch.setattr(triton_launch.Variant, "launch", note)
+    return noted
+
+
+def test_triton_attention_variants_do_not_depend_on_any_length(launches):
+    for batch, heads, n_queries, n_keys in ((1, 1, 1, 1), (2, 3, 16, 48), (3, 1, 17, 1), (1, 2, 512, 64)):
+        leaves = leaves_of(None, torch.bfloat16, n_queries, n_keys, 64, heads=heads, batch=batch)
+        leaves = [leaf.requires_grad_() for leaf in leaves.values()]
+        key_mask = torch.ones(batch, n_keys, dtype=torch.bool)
+        options = {"key_mask": key_mask, "is_causal": True, "dropout_p": 0.1, "window": (n_keys, None)}
+        out = scaled_dot_product_attention(*leaves, scale=0.1 * n_keys, **options)
+        torch.autograd.grad(out, leaves, torch.zeros_like(out))
+    assert len(set(launches)) == 4  # forward, delta, keys and values, queries
+
+
+def test_triton_attention_reads_what_is_packed_in_place(launches):
+    """No copy of a slice of a fused projection, and rows of 16 bytes are known as such."""
+    q, k, v = torch.zeros(2, 9, 3, 4, 64, dtype=torch.float16).permute(2, 0, 3, 1, 4).unbind(0)
+    out = scaled_dot_product_attention(q, k, v)
+    assert out.stride() == (9 * 4 * 64, 64, 4 * 64, 1)
+    assert launches[0][-1]
+
+
+def test_triton_attention_follows_torchs_setting_of_tf32(launches):
+    q, before = torch.zeros(1, 1, 4, 16), torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            scaled_dot_product_attention(q, q, q)
+            assert precision in launches[-1][2]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_triton_attention_says_what_it_does_not_take():
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"float64"):
+        scaled_dot_product_attention(q, q, q)
+    long = torch.zeros(1, 1, 1, 16).expand(1, 1, 2**29 + 1, 16)
+    with pytest.raises(ValueError, match=r"positions"):
+        scaled_dot_product_attention(q.float(), long, long)
+
+
+def test_automatic_choice_never_interprets_attention():
+    reluctance = triton_attention.reluctance("attention_fwd", torch.ones(2, 8))
+    assert reluctance is not None and "interpreter" in reluctance
