@@ -283,8 +283,8 @@ def figures(variant: Variant, arch: int) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", file.name)
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
     opcodes.pop("NOP", None)
     wide, narrow = Counter[str](), Counter[str]()
@@ -303,8 +303,8 @@ def figures(variant: Variant, arch: int) -> Figures:
         tile=tile(config),
         warps=variant.warps,
         per_sm=config.per_sm,
-        registers=_number("REG", usage),
-        stack=_number("STACK", usage),
+        registers=number("REG", usage),
+        stack=number("STACK", usage),
         local=sum(count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL"))),
         shared=compiled.metadata.shared,
         instructions=instructions,
@@ -317,14 +317,14 @@ def figures(variant: Variant, arch: int) -> Figures:
     )
 
 
-def _number(name: str, usage: str) -> int:
+def number(name: str, usage: str) -> int:
     match = re.search(rf"\b{name}:(\d+)", usage)
     if match is None:
         raise RuntimeError(f"cuobjdump printed no {name}: {usage}")
     return int(match[1])
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
