@@ -144,7 +144,8 @@ class _Problem(NamedTuple):
     @property
     def need(self) -> table.Need:
         columns = max(table.columns(self.d), table.columns(self.dv))
-        return table.Need(columns, self.dtype.itemsize, self.dropout, self.mask != "none", self.capability)
+        bounded = self.lower or self.upper
+        return table.Need(columns, self.dtype.itemsize, self.dropout, self.mask != "none", bounded, self.capability)
 
 
 def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:

@@ -30,7 +30,13 @@ class Need(NamedTuple):
     itemsize: int
     dropout: bool
     mask: bool  # an attn_mask
+    bounded: bool  # causality or a window
     capability: tuple[int, int]
+
+    @property
+    def registers_hold_operands(self) -> bool:
+        """The matrix units of sm_80 read both operands from registers, later ones from shared memory."""
+        return self.capability < (9, 0)
 
 
 def columns(d: int) -> int:
@@ -48,7 +54,9 @@ def forward(n: Need) -> Tile:
         return _float32(n)
     if n.columns <= 64:
         return Tile(128, 64, 8, 3)
-    return Tile(128, 64, 8, 2) if n.columns <= 128 else Tile(64, 32, 4, 2)
+    if n.columns <= 128:
+        return Tile(64 if n.registers_hold_operands else 128, 64, 8, 2)
+    return Tile(64, 32, 4, 2)
 
 
 def delta(n: Need) -> Tile:
@@ -57,23 +65,35 @@ def delta(n: Need) -> Tile:
 
 def splits(n: Need) -> bool:
     """Whether the gradients of keys and of values take a launch each: their accumulators are half of all registers."""
-    return n.columns > 128 or (n.columns > 64 and (n.dropout or n.mask))
+    if n.itemsize == 4 or n.columns > 128:
+        return n.columns > 64 and (n.columns > 128 or n.dropout or n.mask)
+    if n.registers_hold_operands:
+        return n.dropout or n.mask
+    return n.columns > 64 and (n.dropout or n.mask or n.bounded or n.capability >= (10, 0))
 
 
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
-    if n.columns <= 64:
-        return Tile(32 if n.dropout or n.mask else 64, 128, 8, 2)
-    return Tile(32, 128, 8, 2) if n.columns <= 128 else Tile(16, 64, 4, 2)
+    if n.columns > 128:
+        return Tile(16, 64, 4, 2)
+    if n.registers_hold_operands:
+        return Tile(32, 64, 8, 2)
+    if n.capability >= (10, 0) and n.columns > 64 and n.dropout:
+        return Tile(16, 64, 8, 2)
+    if n.dropout or n.mask or (n.capability >= (10, 0) and n.columns > 64):
+        return Tile(16, 128, 8, 2)
+    return Tile(32 if n.columns > 64 or n.bounded or n.capability >= (10, 0) else 64, 128, 8, 2)
 
 
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
-    if n.columns <= 128:
-        return Tile(128, 32 if n.columns > 64 and (n.dropout or n.mask) else 64, 8, 2)
-    return Tile(64, 32, 4, 2)
+    if n.columns > 128:
+        return Tile(64, 32, 4, 2)
+    if n.registers_hold_operands:
+        return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
+    return Tile(128, 32 if n.columns > 64 and (n.dropout or n.mask) else 64, 8, 2)
 
 
 def backward_mask(n: Need) -> Tile:
