@@ -11,8 +11,10 @@ import torch
 import fusednorm
 from fusednorm import _checks, _shortcut, providers
 
-FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout")
+ATTENTION = "scaled_dot_product_attention"
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION)
 _WITHOUT_DROPOUT = FUNCTIONS[:2]
+_SHAPE, _ATTENTION_SHAPE = [4096, 1024], [2, 8, 512, 64]
 
 
 def info() -> str:
@@ -48,6 +50,8 @@ def explain(options: argparse.Namespace) -> str:
     """Make the call that the options describe, and say how it is served."""
     x = torch.randn(options.shape, device=options.device).to(options.dtype).requires_grad_(options.grad)
     function = getattr(fusednorm, options.function)
+    if options.function == ATTENTION:
+        return fusednorm.explain(function, x, x, x, is_causal=options.causal, dropout_p=options.dropout_p)
     args = (x, x) if options.function.startswith("add_") else (x,)
     keywords = {"dropout_p": options.dropout_p} if options.dropout_p else {}
     # what normalizes takes the last size, bias_act_dropout a bias of that size
@@ -75,12 +79,17 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("info", help="versions, devices, providers")
     command = commands.add_parser("explain", help="which provider serves a call, and why")
     command.add_argument("function", choices=FUNCTIONS)
-    command.add_argument("--shape", type=_shape, default="4096x1024", help="sizes joined by x (default: %(default)s)")
+    command.add_argument("--shape", type=_shape, help="sizes joined by x (default: 4096x1024; of attention 2x8x512x64)")
     command.add_argument("--dtype", type=_dtype, default="float32", help="%(default)s by default")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dropout-p", type=float, default=0.0, help="for the functions that have dropout")
+    command.add_argument("--causal", action="store_true", help="for attention")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     options = parser.parse_args(arguments)
+    if options.command == "explain" and options.shape is None:
+        options.shape = _ATTENTION_SHAPE if options.function == ATTENTION else _SHAPE
+    if options.command == "explain" and options.causal and options.function != ATTENTION:
+        parser.error(f"--causal: {options.function} has no mask; {ATTENTION} has")
     if options.command == "explain" and options.dropout_p and options.function in _WITHOUT_DROPOUT:
         parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
     if options.command == "info":
