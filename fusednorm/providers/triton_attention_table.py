@@ -68,7 +68,7 @@ def splits(n: Need) -> bool:
     if n.itemsize == 4 or n.columns > 128:
         return n.columns > 64 and (n.columns > 128 or n.dropout or n.mask)
     if n.registers_hold_operands:
-        return n.dropout or n.mask
+        return n.columns > 64 or n.dropout or n.mask
     return n.columns > 64 and (n.dropout or n.mask or n.bounded or n.capability >= (10, 0))
 
 
@@ -78,10 +78,10 @@ def backward_keys(n: Need) -> Tile:
     if n.columns > 128:
         return Tile(16, 64, 4, 2)
     if n.registers_hold_operands:
-        return Tile(32, 64, 8, 2)
-    if n.capability >= (10, 0) and n.columns > 64 and n.dropout:
+        return Tile(16 if n.dropout or n.mask else 32, 64, 8, 2)
+    if n.capability >= (10, 0) and n.columns > 64:
         return Tile(16, 64, 8, 2)
-    if n.dropout or n.mask or (n.capability >= (10, 0) and n.columns > 64):
+    if n.dropout or n.mask:
         return Tile(16, 128, 8, 2)
     return Tile(32 if n.columns > 64 or n.bounded or n.capability >= (10, 0) else 64, 128, 8, 2)
 
