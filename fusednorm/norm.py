@@ -96,6 +96,9 @@ def rms_norm(
     try:
         if _unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+            torchs = providers.automatic and providers.unavailable_reason("cpu") is not None
+            if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
+                return torch.rms_norm(input, shape, weight, eps)
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:
                 return outputs[0]
