@@ -4,7 +4,16 @@ from ._explain import explain
 from .activation import bias_act_dropout
 from .attention import scaled_dot_product_attention, varlen_attention
 from .dropout import dropout_mask
-from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .modules import (
+    AddLayerNorm,
+    AddRMSNorm,
+    LayerNorm,
+    MultiheadAttention,
+    RMSNorm,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    attention_weights,
+)
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .providers import available_providers, batch_invariant, use_provider
 
@@ -14,9 +23,13 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "LayerNorm",
+    "MultiheadAttention",
     "RMSNorm",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_weights",
     "available_providers",
     "batch_invariant",
     "bias_act_dropout",

@@ -1,0 +1,149 @@
+"""What the encoder's and the decoder's layer share: the residual stream, the feed-forward block, the obstacles."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import dropout, norm
+from ..activation import bias_act_dropout
+from . import _recompute
+from ._attend import Projections, attend
+from ._fusible import WholeLoading, first_obstacle, obstacle
+from ._masks import Masks
+from .attention import LINEARS, MultiheadAttention
+from .norm import LayerNorm
+
+NORMS = (nn.LayerNorm, LayerNorm)
+
+
+class Stream(NamedTuple):
+    """What travels between layers: residual + dropout(branch + bias), not yet added where the next norm will add it."""
+
+    branch: Tensor
+    residual: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+def close(stream: Stream) -> Tensor:
+    """The sum, where no norm follows."""
+    branch, residual, bias, dropout_p = stream
+    if bias is not None:
+        branch = branch + bias
+    if dropout_p:
+        branch = F.dropout(branch, dropout_p)
+    return branch if residual is None else residual + branch
+
+
+def add_norm(module: nn.LayerNorm, stream: Stream, memory_efficient: bool) -> tuple[Tensor, Tensor]:
+    """The pending sum and the norm after it, fused: (normed, sum)."""
+    branch, residual, bias, dropout_p = stream
+    return norm.add_layer_norm(
+        *(branch, residual, module.normalized_shape, module.weight, module.bias, module.eps),
+        x_bias=bias,
+        dropout_p=dropout_p,
+        memory_efficient=memory_efficient,
+    )
+
+
+def activation_name(activation: Any) -> str | None:
+    """What ``bias_act_dropout`` calls it, or None if it does not know it."""
+    for function, name in ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu")):
+        if activation is function:
+            return name
+    if not isinstance(activation, nn.Module) or obstacle("activation", activation, (nn.ReLU, nn.GELU, nn.SiLU)):
+        return None
+    if isinstance(activation, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    return "relu" if isinstance(activation, nn.ReLU) else "silu"
+
+
+def rate(module: nn.Dropout) -> float:
+    """Of the module's own mode: it may differ from the layer's."""
+    return float(module.p) if module.training else 0.0
+
+
+def adopt(layer: nn.Module) -> None:
+    """Attention and norms of a layer that torch's constructor has just made become ours, parameters as they are."""
+    for module in layer.children():
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = MultiheadAttention
+        elif type(module) is nn.LayerNorm:
+            module.__class__ = LayerNorm
+
+
+class FusedLayer(WholeLoading):
+    """The blocks of a layer, each as the branch that the next ``add_layer_norm`` adds."""
+
+    recompute: tuple[str, ...] = ()
+    linear1: nn.Linear
+    linear2: nn.Linear
+    dropout: nn.Dropout
+    activation: Any
+    _attentions: tuple[str, ...]
+    _norms: tuple[str, ...]
+    _dropouts: tuple[str, ...]  # of the branches
+
+    def _obstacle(self) -> str:
+        """Why the submodules have to be called one by one, or nothing."""
+        parts: list[tuple[str, Any, tuple[type, ...]]] = []
+        for name in self._attentions:
+            attention = getattr(self, name)
+            parts += [(name, attention, (MultiheadAttention,))]
+            parts += [(f"{name}.out_proj", getattr(attention, "out_proj", None), LINEARS)]
+        parts += [(name, getattr(self, name), (nn.Linear,)) for name in ("linear1", "linear2")]
+        parts += [(name, getattr(self, name), NORMS) for name in self._norms]
+        dropouts = ("dropout", *self._dropouts)
+        parts += [(name, getattr(self, name), (nn.Dropout,)) for name in dropouts]
+        reason = first_obstacle(parts)
+        if not reason:
+            full = [name for name in dropouts if rate(getattr(self, name)) >= 1.0]
+            reason = f"{full[0]} drops everything" if full else ""
+        return reason
+
+    def _attention_branch(
+        self, name: str, inputs: tuple[Tensor, ...], masks: Masks, residual: Tensor, dropout_name: str
+    ) -> Stream:
+        attention = getattr(self, name)
+        projection, sources = attention.out_proj, "self" if len(inputs) == 1 else "cross"
+        if "attention" in self.recompute and attention._kept_weights is None:
+            form = attention._form(sources)
+            tensors = (*inputs, *attention._projections(), masks.attn_mask, masks.key_mask, attention._seed(inputs[0]))
+            n = len(inputs)
+
+            def attended(*given: Any) -> Tensor:
+                parameters, (attn_mask, key_mask, seed) = Projections(*given[n:-3]), given[-3:]
+                return attend(given[:n], parameters, Masks(attn_mask, key_mask, masks.is_causal), seed, form)[0]
+
+            product = _recompute.linear_of(attended, projection.weight, tensors)
+        else:
+            product = F.linear(attention._attend(inputs, masks, sources)[0], projection.weight)
+        return Stream(product, residual, projection.bias, rate(getattr(self, dropout_name)))
+
+    def _feed_forward_branch(self, x: Tensor, residual: Tensor, dropout_name: str) -> Stream:
+        name, p = activation_name(self.activation), rate(self.dropout)
+        second = self.linear2
+        if name is None:
+            product = F.linear(self.dropout(self.activation(self.linear1(x))), second.weight)
+        else:
+            hidden, bias = F.linear(x, self.linear1.weight), self.linear1.bias
+            seed = dropout.default_seed(x.device) if p else None
+            if "activation" in self.recompute:
+
+                def activated(u: Tensor, b: Tensor | None, s: Tensor | None) -> Tensor:
+                    return bias_act_dropout(u, b, name, p, seed=s)
+
+                product = _recompute.linear_of(activated, second.weight, (hidden, bias, seed))
+            else:
+                product = F.linear(bias_act_dropout(hidden, bias, name, p, seed=seed), second.weight)
+        return Stream(product, residual, second.bias, rate(getattr(self, dropout_name)))
+
+    def _how(self) -> str:
+        how = "residual steps with the norms after them, q, k and v in one product"
+        if activation_name(self.activation) is None:
+            how += "; the activation is a function of the caller's and runs by itself"
+        return how + (f"; recomputed: {', '.join(self.recompute)}" if self.recompute else "")

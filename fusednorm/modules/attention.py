@@ -1,0 +1,147 @@
+"""``MultiheadAttention`` for torch's, and the attention weights of a whole model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import _checks, dropout
+from ._attend import Form, Projections, attend, presented
+from ._fusible import WholeLoading, obstacle
+from ._masks import Masks, Sizes, prepare
+
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
+    r""":class:`torch.nn.MultiheadAttention` through :func:`fusednorm.scaled_dot_product_attention`.
+
+    .. math:: \mathrm{head}_i = \mathrm{attention}(Q W_i^Q, K W_i^K, V W_i^V), \qquad
+              \mathrm{out} = [\mathrm{head}_1, \dots, \mathrm{head}_h]\, W^O
+
+    Same constructor, forward, state_dict and results. Self-attention takes one product for q, k and v, whose slices
+    attention reads as they lie; a padding mask stays (N, S). Attention is fused whether the weights are asked for or
+    not, and one seed of torch's generator gives one dropout mask in both cases.
+
+    Where torch's has NaN, for a query that may attend to nothing, the output is what the output projection makes of
+    zeros, and gradients are zero. Nested tensors go to torch's own module.
+
+    Raises:
+        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+    """
+
+    _kept_weights: list[Tensor] | None = None  # where attention_weights() collects
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        sizes = self._sizes(query, key, value)
+        masks = prepare(attn_mask, key_padding_mask, is_causal, query, sizes)
+        sources = "apart" if key is not value else "cross" if query is not key else "self"
+        inputs = {"self": (query,), "cross": (query, key), "apart": (query, key, value)}[sources]
+        if not sizes.batched:
+            inputs = tuple(t.unsqueeze(0 if self.batch_first else 1) for t in inputs)
+        merged, weights = self._attend(inputs, masks, sources, need_weights)
+        reason = obstacle("out_proj", self.out_proj, LINEARS)
+        if reason:
+            out = self.out_proj(merged)
+        else:
+            out = torch.nn.functional.linear(merged, self.out_proj.weight, self.out_proj.bias)
+        if not sizes.batched:
+            out = out.squeeze(0 if self.batch_first else 1)
+        return out, None if weights is None else presented(weights, average_attn_weights, sizes.batched)
+
+    def _attend(
+        self, inputs: tuple[Tensor, ...], masks: Masks, sources: str, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Batched inputs in, what the output projection takes out, and the weights of every head."""
+        kept = self._kept_weights
+        seed, form = self._seed(inputs[0]), self._form(sources)
+        merged, weights = attend(inputs, self._projections(), masks, seed, form, need_weights or kept is not None)
+        if kept is not None and weights is not None:
+            kept.append(weights.detach())
+        return merged, weights
+
+    def _projections(self) -> Projections:
+        return Projections(*(getattr(self, name) for name in Projections._fields))
+
+    def _form(self, sources: str) -> Form:
+        p = float(self.dropout) if self.training else 0.0
+        return Form(self.num_heads, self.batch_first, sources, self.add_zero_attn, p)
+
+    def _seed(self, query: Tensor) -> Tensor | None:
+        return dropout.default_seed(query.device) if self.training and 0.0 < self.dropout < 1.0 else None
+
+    def _sizes(self, query: Any, key: Any, value: Any, names: tuple[str, ...] = ("query", "key", "value")) -> Sizes:
+        """Batch, heads and lengths, checked; `names` are the caller's for the three."""
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        for name, tensor, width in zip(names, (query, key, value), widths, strict=True):
+            _checks.check_tensor(name, tensor)
+            if tensor.ndim not in (2, 3):
+                form = "(N, L, E)" if self.batch_first else "(L, N, E)"
+                raise ValueError(f"{name}: expected {form}, or (L, E) without a batch, got shape {tuple(tensor.shape)}")
+            if tensor.ndim != query.ndim:
+                raise ValueError(
+                    f"{name}: has {tensor.ndim} dimensions, {names[0]} {query.ndim}; give both a batch or none"
+                )
+            if tensor.shape[-1] != width:
+                raise ValueError(f"{name}: expected {width} features (its last size), got {tuple(tensor.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"{names[2]}: shape {tuple(value.shape)} does not fit {names[1]}'s {tuple(key.shape)}; "
+                "pass one value for each key"
+            )
+        if query.ndim == 2:
+            return Sizes(1, self.num_heads, query.shape[0], key.shape[0], False)
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        if query.shape[batch] != key.shape[batch]:
+            raise ValueError(
+                f"{names[1]}: a batch of {key.shape[batch]}, {names[0]}'s is {query.shape[batch]}; batch_first is "
+                f"{self.batch_first}"
+            )
+        return Sizes(query.shape[batch], self.num_heads, query.shape[length], key.shape[length])
+
+
+@contextlib.contextmanager
+def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the attention weights of every :class:`MultiheadAttention` in a model, as a context manager.
+
+    The layers around them ask for no weights, so torch's hooks have none to show.
+
+    Yields:
+        For the name of each such module, a list with the weights (N, heads, L, S) of each of its calls, detached; with
+        dropout they are those that were used.
+
+    Raises:
+        ValueError: the model has no such module.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, MultiheadAttention)}
+    if not found:
+        raise ValueError(
+            f"model: no fusednorm.MultiheadAttention in {type(model).__name__}, so there are no weights to collect"
+        )
+    kept: dict[str, list[Tensor]] = {name: [] for name in found}
+    for name, module in found.items():
+        module._kept_weights = kept[name]
+    try:
+        yield kept
+    finally:
+        for module in found.values():
+            del module._kept_weights
