@@ -3,6 +3,7 @@
 from .attention import MultiheadAttention, attention_weights
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 
 __all__ = [
     "AddLayerNorm",
@@ -10,7 +11,10 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
     "TransformerDecoderLayer",
+    "TransformerEncoder",
     "TransformerEncoderLayer",
     "attention_weights",
 ]

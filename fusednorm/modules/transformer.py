@@ -1,0 +1,229 @@
+"""``TransformerEncoder``, ``TransformerDecoder`` and ``Transformer`` for torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._fusible import WholeLoading, obstacle, record
+from ._layer import NORMS, FusedLayer, Stream, add_norm, close
+from ._masks import Names, prepare
+from .layers import MEMORY, TGT, TransformerDecoderLayer, TransformerEncoderLayer
+from .norm import LayerNorm
+
+SRC = Names("mask", "src_key_padding_mask", "is_causal")
+
+
+class _Stack(WholeLoading):
+    """What the two stacks share: whether the residual may travel, the hint, and the last norm."""
+
+    layers: Any
+    norm: Any
+
+    def _obstacle(self, kind: type[FusedLayer]) -> str:
+        """Why each layer has to be called by itself, or nothing."""
+        if not self.layers:
+            return "there are no layers"
+        first = self.layers[0]
+        for i, layer in enumerate(self.layers):
+            reason = obstacle(f"layers.{i}", layer, (kind,)) or layer._obstacle()
+            if reason:
+                return reason
+            if layer._compiled_call_impl is not None:
+                return f"layers.{i} is compiled by itself"
+            attention, firsts = layer.self_attn, first.self_attn
+            if attention.num_heads != firsts.num_heads or attention.batch_first != firsts.batch_first:
+                return f"layers.{i} has other heads or another layout than the first"
+        return ""
+
+    def _record(self, reason: str) -> None:
+        travels = self.layers and getattr(self.layers[0], "norm_first", False)
+        how = f"{len(self.layers)} layers" + (", each residual step with the next layer's norm" if travels else "")
+        record(self, how, reason)
+
+    def _finish(self, stream: Stream) -> Tensor:
+        if self.norm is None:
+            return close(stream)
+        if stream.residual is None or obstacle("norm", self.norm, NORMS):
+            return self.norm(close(stream))
+        return add_norm(self.norm, stream, "norms" in self.layers[-1].recompute)[0]
+
+
+def _causal(mask: Tensor | None, hint: bool | None) -> tuple[bool, bool]:
+    """(whether the mask is causal, whether it was looked at). A graph cannot depend on what a mask holds."""
+    if hint is not None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        return bool(hint), False
+    if torch.compiler.is_compiling() or mask.requires_grad:
+        return False, False
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False, False
+    future = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype == torch.bool:
+        same = torch.equal(mask, future)
+    else:
+        same = torch.equal(mask, torch.zeros_like(mask).masked_fill(future, -torch.inf))
+    return same, same
+
+
+class TransformerEncoder(_Stack, nn.TransformerEncoder):
+    r""":class:`torch.nn.TransformerEncoder`: same constructor, forward and state_dict.
+
+    Between layers of this package with `norm_first`, the branch and the residual stream travel apart, so that each sum
+    is fused with the norm that follows, be it the next layer's or the last. A causal `mask` is looked for as torch
+    does, but not under ``torch.compile``.
+
+    Nested tensors are never made of a padding mask: a padded position has the same output in training and in eval mode,
+    where torch's has zeros in eval mode without gradients. `enable_nested_tensor` and `mask_check` are kept as they
+    are given.
+
+    Raises:
+        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+    ) -> None:
+        nn.TransformerEncoder.__init__(self, encoder_layer, num_layers, norm, False, mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        reason = "src is a nested tensor" if src.is_nested else self._obstacle(TransformerEncoderLayer)
+        self._record(reason)
+        causal, verified = _causal(mask, is_causal)
+        if reason:
+            out = src
+            for layer in self.layers:
+                out = layer(out, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+            return out if self.norm is None else self.norm(out)
+        attention = self.layers[0].self_attn
+        sizes = attention._sizes(src, src, src, ("src",) * 3)
+        masks = prepare(mask, src_key_padding_mask, causal, src, sizes, SRC, verified=verified)
+        batch = 0 if attention.batch_first else 1
+        stream = Stream(src if sizes.batched else src.unsqueeze(batch))
+        for layer in self.layers:
+            stream = layer._fused(stream, masks)
+        out = self._finish(stream)
+        return out if sizes.batched else out.squeeze(batch)
+
+
+class TransformerDecoder(_Stack, nn.TransformerDecoder):
+    r""":class:`torch.nn.TransformerDecoder`: same constructor, forward, state_dict and results.
+
+    The residual stream and the causal mask are as in :class:`TransformerEncoder`.
+
+    Raises:
+        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+    """
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        reason = self._obstacle(TransformerDecoderLayer)
+        self._record(reason)
+        causal, verified = _causal(tgt_mask, tgt_is_causal)
+        if reason:
+            out = tgt
+            for layer in self.layers:
+                out = layer(
+                    out,
+                    memory,
+                    tgt_mask=tgt_mask,
+                    memory_mask=memory_mask,
+                    tgt_key_padding_mask=tgt_key_padding_mask,
+                    memory_key_padding_mask=memory_key_padding_mask,
+                    tgt_is_causal=causal,
+                    memory_is_causal=memory_is_causal,
+                )
+            return out if self.norm is None else self.norm(out)
+        first = self.layers[0]
+        sizes, across = first._sizes(tgt, memory)
+        own = prepare(tgt_mask, tgt_key_padding_mask, causal, tgt, sizes, TGT, verified=verified)
+        cross = prepare(memory_mask, memory_key_padding_mask, memory_is_causal, tgt, across, MEMORY)
+        batch = 0 if first.self_attn.batch_first else 1
+        if not sizes.batched:
+            tgt, memory = tgt.unsqueeze(batch), memory.unsqueeze(batch)
+        stream = Stream(tgt)
+        for layer in self.layers:
+            stream = layer._fused(stream, memory, own, cross)
+        out = self._finish(stream)
+        return out if sizes.batched else out.squeeze(batch)
+
+
+class Transformer(WholeLoading, nn.Transformer):
+    r""":class:`torch.nn.Transformer` of this package's layers: same constructor, forward, state_dict and results.
+
+    A custom encoder or decoder is used as it is given.
+
+    Args:
+        recompute: as in :class:`TransformerEncoderLayer`, for every layer made here.
+
+    Raises:
+        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        RuntimeError: batch or features of src and tgt differ, as torch has it.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: Iterable[str] = (),
+    ) -> None:
+        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        recompute = tuple(recompute) if not isinstance(recompute, str) else recompute
+
+        def norm() -> LayerNorm:
+            return LayerNorm(d_model, layer_norm_eps, bias=bias, **options)
+
+        # in torch's order, so that a seed gives the same parameters
+        if custom_encoder is None:
+            encoder_layer = TransformerEncoderLayer(*sizes, **options, recompute=recompute)
+            custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norm())
+        if custom_decoder is None:
+            decoder_layer = TransformerDecoderLayer(*sizes, **options, recompute=recompute)
+            custom_decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norm())
+        nn.Transformer.__init__(
+            self,
+            d_model,
+            nhead,
+            custom_encoder=custom_encoder,
+            custom_decoder=custom_decoder,
+            batch_first=batch_first,
+        )
