@@ -15,6 +15,7 @@ from .modules import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    activation_bytes,
     attention_weights,
 )
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "activation_bytes",
     "add_layer_norm",
     "add_rms_norm",
     "attention_weights",

@@ -2,6 +2,7 @@
 
 from .attention import MultiheadAttention, attention_weights
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
+from .memory import activation_bytes
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .transformer import Transformer, TransformerDecoder, TransformerEncoder
 
@@ -16,5 +17,6 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "activation_bytes",
     "attention_weights",
 ]
