@@ -60,7 +60,7 @@ def test_every_module_has_samples():
 
 
 def check(name: str, dtype: torch.dtype, training: bool, using, first: int = 0, step: int = 1) -> None:
-    """Errors over the samples at most twice torch's own, one rounding aside."""
+    """Errors over the samples at most twice torch's own, and a rounding for each of the dozen steps of a layer."""
     worst = {"theirs": 0.0, "ours": 0.0}
     for theirs, ours, args, kwargs in samples(name, dtype, training, first, step):
         found = exact = results(theirs, args, kwargs)
@@ -69,7 +69,7 @@ def check(name: str, dtype: torch.dtype, training: bool, using, first: int = 0, 
         worst["theirs"] = max(worst["theirs"], error(found, exact))
         with using:
             worst["ours"] = max(worst["ours"], error(results(ours, args, kwargs), exact))
-    bound = 2.0 * worst["theirs"] + torch.finfo(dtype).eps
+    bound = 2.0 * worst["theirs"] + 12 * torch.finfo(dtype).eps
     if dtype == torch.float64:  # torch is its own reference: two orders of summation, over the few hundred terms here
         bound = 100 * torch.finfo(dtype).eps
     assert worst["ours"] <= bound, (worst, bound)
