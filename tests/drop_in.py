@@ -95,6 +95,7 @@ def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     worst = 0.0
     for a, b in zip(found, exact, strict=True):
         assert a.shape == b.shape
+        a, b = a.detach(), b.detach()
         if b.numel():
             worst = max(worst, float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1.0)))
             assert not a.isnan().any()
