@@ -65,7 +65,10 @@ class WholeLoading(nn.Module):
         Raises:
             RuntimeError: keys are missing or unexpected, or sizes differ; each is named, and nothing was loaded.
         """
-        translated = any(m._load_state_dict_pre_hooks for m in self.modules())  # these may rename what is given
+        translated = any(  # may take other keys than its own
+            m._load_state_dict_pre_hooks or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
+            for m in self.modules()
+        )
         if isinstance(state_dict, Mapping) and not translated:
             problems = _problems(self.state_dict(keep_vars=True), state_dict, strict)
             if problems:

@@ -1,0 +1,225 @@
+"""The layers under autocast, torch.compile, activation checkpointing, torch.func and data parallelism."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drop_in import error, results, twins
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fusednorm
+from fusednorm import Transformer, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+
+OP = "attention_fwd"
+B, S, T, E, H = 4, 6, 5, 16, 4
+PARTS = ("norms", "activation", "attention")
+NORM_FIRST = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+
+
+# --- autocast ---
+
+
+@NORM_FIRST
+@pytest.mark.parametrize("recompute", [(), PARTS], ids=["keep", "recompute"])
+def test_autocast_errors_are_those_of_torch(norm_first, recompute):
+    """Bound: twice torch's distance from float64, plus a rounding of bfloat16 for each normalized tensor, which stays
+    in bfloat16 here."""
+    theirs, ours = twins("TransformerEncoderLayer", E, H, 32, 0.0, batch_first=True, norm_first=norm_first)
+    ours.recompute = recompute
+    x = torch.randn(B, S, E, requires_grad=True)
+    kwargs = {"src_mask": nn.Transformer.generate_square_subsequent_mask(S)}
+    exact = results(theirs.double(), (x.detach().double().requires_grad_(),), {"src_mask": kwargs["src_mask"].double()})
+    theirs.float()
+    found = []
+    for module in (theirs, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x, **kwargs)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        gradients = torch.autograd.grad(out, (x, *module.parameters()), cotangent.to(out.dtype))
+        assert all(g.dtype == torch.float32 for g in gradients)
+        found.append(error([out, *gradients], exact))
+    assert found[1] <= 2.0 * found[0] + 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_autocast_keeps_the_stream_of_pre_norm_layers_in_float32():
+    ours = TransformerEncoder(TransformerEncoderLayer(E, H, norm_first=True), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(torch.randn(S, B, E)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_modules(dtype, using):
+    model = Transformer(E, H, 1, 1, 32, 0.1, dtype=dtype)
+    src, tgt = (torch.randn(n, B, E, dtype=dtype, requires_grad=True) for n in (S, T))
+    with using:
+        found = results(model, (src, tgt), {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(T, dtype=dtype)})
+    assert all(t.isfinite().all() and t.dtype == dtype for t in found)
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.parametrize(
+    ("norm_first", "recompute"),
+    [
+        (False, ()),
+        (True, PARTS),
+        pytest.param(False, PARTS, marks=pytest.mark.slow),
+        pytest.param(True, (), marks=pytest.mark.slow),
+    ],
+)
+def test_a_transformer_compiles_in_one_graph(norm_first, recompute):
+    torch._dynamo.reset()
+    sizes = {"norm_first": norm_first, "batch_first": True, "dtype": torch.float64, "recompute": recompute}
+    ours = Transformer(E, H, 1, 1, 32, 0.0, **sizes)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    src, tgt = (torch.randn(B, n, E, dtype=torch.float64, requires_grad=True) for n in (S, T))
+    padding = torch.arange(S) >= torch.tensor([S, 2, 3, 4])[:, None]
+    kwargs = {"tgt_mask": torch.ones(T, T).triu(1).bool(), "src_key_padding_mask": padding}
+    assert error(results(compiled, (src, tgt), kwargs), results(ours, (src, tgt), kwargs)) < 1e-12
+
+
+def test_compiled_dropout_is_random_and_drops_as_much():
+    torch._dynamo.reset()
+    ours = TransformerEncoderLayer(E, H, 32, 0.5, batch_first=True)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, S, E, requires_grad=True)
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    ours.eval()
+    torch.testing.assert_close(compiled(x), ours(x))
+
+
+# --- activation checkpointing ---
+
+
+@NORM_FIRST
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("recompute", [(), PARTS], ids=["keep", "recompute"])
+def test_checkpointing_replays_the_same_dropout(norm_first, reentrant, recompute, using):
+    layer = TransformerDecoderLayer(E, H, 32, 0.3, norm_first=norm_first, recompute=recompute, dtype=torch.float64)
+    args = tuple(torch.randn(n, B, E, dtype=torch.float64, requires_grad=True) for n in (T, S))
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args):
+            return checkpoint(self.layer, *args, use_reentrant=reentrant)
+
+    if reentrant:  # takes no torch.autograd.grad
+
+        def run(module):
+            for parameter in layer.parameters():
+                parameter.grad = None
+            leaves = [a.detach().requires_grad_() for a in args]
+            out = module(*leaves)
+            out.backward(torch.ones_like(out))
+            return [out, *[leaf.grad for leaf in leaves], *[p.grad for p in layer.parameters()]]
+    else:
+
+        def run(module):
+            return results(module, args)
+
+    found = []
+    for module in (layer, Checkpointed()):
+        torch.manual_seed(9)
+        with using:
+            found.append(run(module))
+    assert error(found[1], found[0]) < 1e-12
+
+
+# --- torch.func ---
+
+
+def test_per_sample_gradients_by_vmap():
+    for recompute in ((), PARTS):
+        layer = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64, recompute=recompute)
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        x = torch.randn(3, S, E, dtype=torch.float64)
+
+        def loss(p, row, layer=layer):
+            return functional_call(layer, p, (row[None],)).pow(2).sum()
+
+        found = vmap(grad(loss), (None, 0))(parameters, x)
+        for i, row in enumerate(x):
+            layer.zero_grad()
+            layer(row[None]).pow(2).sum().backward()
+            alone = {name: p.grad for name, p in layer.named_parameters()}
+            assert error([found[name][i] for name in alone], list(alone.values())) < 1e-12
+
+
+# --- data parallelism ---
+
+WORKER = """
+import os, torch, fusednorm
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = fusednorm.Transformer(16, 4, 1, 1, 32, 0.0, batch_first=True, norm_first=True, dtype=torch.float64,
+                              recompute=os.environ["RECOMPUTE"].split())
+parallel = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+for step in range(3):
+    generator = torch.Generator().manual_seed(step)
+    src, tgt = (torch.randn(4, n, 16, generator=generator, dtype=torch.float64) for n in (6, 5))
+    optimizer.zero_grad()
+    parallel(src[2 * rank : 2 * rank + 2], tgt[2 * rank : 2 * rank + 2]).square().mean().backward()
+    optimizer.step()
+torch.save([p.detach() for p in model.parameters()], os.environ["RESULT"] + str(rank))
+dist.destroy_process_group()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.parametrize(
+    "recompute", ["", pytest.param(" ".join(PARTS), marks=pytest.mark.slow)], ids=["keep", "recompute"]
+)
+def test_two_processes_train_as_one(tmp_path, recompute):
+    """DistributedDataParallel over gloo: three steps of two halves of a batch are those of the whole batch."""
+    root = str(Path(fusednorm.__file__).parents[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": root, "RESULT": str(tmp_path / "rank"), "RECOMPUTE": recompute}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=os.environ | shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, told = worker.communicate(timeout=300)
+        assert worker.returncode == 0, told
+    torch.manual_seed(0)
+    model = Transformer(16, 4, 1, 1, 32, 0.0, batch_first=True, norm_first=True, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        src, tgt = (torch.randn(4, n, 16, generator=generator, dtype=torch.float64) for n in (6, 5))
+        optimizer.zero_grad()
+        model(src, tgt).square().mean().backward()
+        optimizer.step()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"rank{rank}")
+        assert error(found, [p.detach() for p in model.parameters()]) < 1e-12
