@@ -90,19 +90,20 @@ class FusedLayer(WholeLoading):
 
     def _obstacle(self) -> str:
         """Why the submodules have to be called one by one, or nothing."""
+        modules = self._modules  # looked up in every call
         parts: list[tuple[str, Any, tuple[type, ...]]] = []
         for name in self._attentions:
-            attention = getattr(self, name)
+            attention = modules.get(name)
             parts += [(name, attention, (MultiheadAttention,))]
             parts += [(f"{name}.out_proj", getattr(attention, "out_proj", None), LINEARS)]
-        parts += [(name, getattr(self, name), (nn.Linear,)) for name in ("linear1", "linear2")]
-        parts += [(name, getattr(self, name), NORMS) for name in self._norms]
+        parts += [(name, modules.get(name), (nn.Linear,)) for name in ("linear1", "linear2")]
+        parts += [(name, modules.get(name), NORMS) for name in self._norms]
         dropouts = ("dropout", *self._dropouts)
-        parts += [(name, getattr(self, name), (nn.Dropout,)) for name in dropouts]
+        parts += [(name, modules.get(name), (nn.Dropout,)) for name in dropouts]
         reason = first_obstacle(parts)
-        if not reason:
-            full = [name for name in dropouts if rate(getattr(self, name)) >= 1.0]
-            reason = f"{full[0]} drops everything" if full else ""
+        for name in () if reason else dropouts:
+            if rate(modules[name]) >= 1.0:  # type: ignore[arg-type]
+                return f"{name} drops everything"
         return reason
 
     def _attention_branch(
