@@ -29,7 +29,7 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
         providers.record(providers.Route(call, "reference", how))
         return reference.attention(*args)
     provider, refusals = providers.choose("attention_fwd", args)
-    torchs = providers.requested() is None and provider in ("cpu", "reference")
+    torchs = providers.requested() is None
     differs = _torch_differs(args, return_lse, provider) if torchs else ""
     torchs = torchs and not differs
     if not providers.automatic:
@@ -37,7 +37,7 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
         if differs:
             refusals += (("torch's own operator", differs),)
         elif torchs:
-            refusals += (("cpu", "torch's own operator means the same here"),) if provider == "cpu" else ()
+            refusals += ((provider, "torch's own operator means the same here"),) if provider != "reference" else ()
             provider, how = "reference", "torch's own operator: it means the same here"
         providers.record(providers.Route(call, provider, how, refusals))
     if torchs:
@@ -108,9 +108,11 @@ def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
         if attn_mask is not None and attn_mask.requires_grad:
             return "it holds the gradient of attn_mask, which is never summed, in full"
         if not (q.is_cpu and flash_takes(q, k, v)):
-            return "it has no derivatives of second order, or keeps every probability"
+            return "it has no derivatives of second order, keeps every probability, or differs from run to run"
         if provider == "cpu" and torch_is_slower(q):
             return "its backward of 16-bit operands takes twice as long"
+    if provider == "triton" and not providers.by_shape:
+        return "how it splits a sum depends on the batch, and this is a block of `batch_invariant`"
     if causal or attn_mask is not None:
         if _is_compiling() or not q.is_cpu or torch._C._len_torch_dispatch_stack():
             return "NaN and Inf of masked keys and values reach its results, and they are not looked for here"

@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
             and not is_causal
             and not return_lse
             and causal_align == "upper_left"
-            and query.is_cpu
+            and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
             and key.shape[-2] == value.shape[-2]  # torch reads missing values out of bounds
             and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
             and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())

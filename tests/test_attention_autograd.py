@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRETED
 from oracle_attention import AttentionCall
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import scaled_dot_product_attention, varlen_attention
+from fusednorm.providers import triton_attention
 
 OP = "attention_fwd"
 
@@ -299,10 +301,11 @@ def test_explain(provider, using, device, generator):
         assert all(
             said.startswith(f"scaled_dot_product_attention: {provider}, one fused op") for said in (plain, capped)
         )
-    elif device == "cpu":
+    else:
         assert "torch's own operator: it means the same" in plain
-        native = "cpu" in fusednorm.available_providers()
-        assert capped.startswith(f"scaled_dot_product_attention: {'cpu' if native else 'reference'}, ")
+        native = {"cpu": "cpu", "cuda": "triton"}[device]
+        served = native if native in fusednorm.available_providers() else "reference"
+        assert capped.startswith(f"scaled_dot_product_attention: {served}, ")
         assert "one fused op" in capped and "torch's own operator is not used: " in capped and "softcap" in capped
 
 
@@ -338,3 +341,26 @@ def test_automatic_choice_differentiates_16_bit_operands_by_the_native_kernels()
     said = fusednorm.explain(scaled_dot_product_attention, q, q, q)
     assert said.startswith("scaled_dot_product_attention: cpu, one fused op each way")
     assert "torch's own operator is not used: its backward of 16-bit operands takes twice as long" in said
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="without a GPU, where Triton's kernels take tensors of the CPU")
+def test_automatic_choice_of_the_triton_kernels(monkeypatch):
+    """As on a GPU: torch's operator where it is the same function and nothing was measured, else these kernels."""
+    monkeypatch.setattr(triton_attention, "reluctance", lambda op, *args: None)
+    x = torch.randn(1, 1, 4, 16)
+
+    def said(**options):
+        return fusednorm.explain(scaled_dot_product_attention, x, x, x, **options)
+
+    assert said().startswith("scaled_dot_product_attention: reference, torch's own operator: it means the same")
+    assert "triton is not used: torch's own operator means the same here" in said()
+    for options, why in (
+        ({"softcap": 2.0}, "softcap"),
+        ({"key_mask": torch.ones(1, 4, dtype=torch.bool)}, "key_mask"),
+        ({"dropout_p": 0.5, "seed": 1}, "its dropout mask is not"),
+    ):
+        assert said(**options).startswith("scaled_dot_product_attention: triton, one fused op each way")
+        assert "torch's own operator is not used: " in said(**options) and why in said(**options)
+    with fusednorm.batch_invariant():
+        assert said().startswith("scaled_dot_product_attention: triton, ") and "depends on the batch" in said()
+    assert torch.equal(scaled_dot_product_attention(x, x, x), F.scaled_dot_product_attention(x, x, x))
