@@ -161,7 +161,7 @@ def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:
 
 
 @functools.lru_cache(4096)
-def _plan(kernel: str, problem: _Problem, vec: int, sums: tuple[bool, ...] = ()) -> tuple[Variant, table.Tile]:
+def _plan(kernel: str, problem: _Problem, vec: int, sum_q: bool = False) -> tuple[Variant, table.Tile]:
     """A kernel of the name, compiled for these constants, and its tile."""
     from . import triton_attention_bwd, triton_attention_bwd_dq, triton_attention_fwd
 
@@ -178,7 +178,7 @@ def _plan(kernel: str, problem: _Problem, vec: int, sums: tuple[bool, ...] = ())
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)
     elif kernel == "dmask":
-        constants = (*constants[:6], problem.softcap, *switches[3:], *sums, tile.block_m, tile.block_n)
+        constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, tile.block_m, tile.block_n)
     else:
         constants += (tile.block_m, tile.block_n)
     return host.variant(function, constants, tile, vec > 0), tile
@@ -268,7 +268,9 @@ def attention_bwd(
                     (dout, q, k, v, *masks, *rows, *pair),
                     (n_tiles, k.shape[1], *lengths, *strides, *mask_strides, *lse_strides, *call.numbers),
                 )
-    if dmask is not None and not direct:
+    if dmask is not None and dmask.shape[-1] == 1 != call.max_seqlen_k:
+        _gradient_of_shifts(dmask, dlse, lse)
+    elif dmask is not None and not direct:
         _mask_gradient(dmask, problem, (dout, q, k, v), masks[:3], rows, call)
     return gradients
 
@@ -288,6 +290,13 @@ def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, packed: 
     return delta
 
 
+def _gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None:
+    """Of a mask that is broadcast along the keys: it moves all logits of a query, which the lse alone is told by."""
+    if dlse is not None:
+        seen = torch.where(lse > -math.inf, dlse, 0.0)
+        dmask.copy_(seen[..., None].sum_to_size(*[1] * (4 - dmask.ndim), *dmask.shape).view(dmask.shape))
+
+
 def _mask_gradient(
     dmask: Tensor,
     problem: _Problem,
@@ -304,9 +313,8 @@ def _mask_gradient(
     logits = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     lse_strides = (logits[1] * logits[2], logits[2])
     shape = (*[1] * (4 - dmask.ndim), *dmask.shape)
-    sums = (shape[2] == 1 != logits[2], shape[3] == 1 != logits[3])
     vec, strides = _addressed(operands, False)
-    variant, tile = _plan("dmask", problem, vec, sums)
+    variant, tile = _plan("dmask", problem, vec, shape[2] == 1 != logits[2])
     blocks = (1, 1, tile.block_m, tile.block_n)
     tiles = [host.ceil(size, block) for size, block in zip(shape, blocks)]
     work = [host.ceil(size, block) for size, block in zip(logits, blocks)]
@@ -318,7 +326,7 @@ def _mask_gradient(
         (programs * splits, 1),
         (*operands, *masks, *rows, partials),
         (
-            *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape, splits, *strides),
+            *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape[:3], splits, *strides),
             *(*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask), *lse_strides, *call.numbers),
         ),
     )

@@ -207,7 +207,7 @@ def _attention_bwd_dq_kernel(
 def _attention_bwd_dmask_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, lse_ptr, delta_ptr, dlse_ptr,
     inverse_ptr, partials_ptr,
-    n_batches, n_heads, group, n_queries, n_keys, mask_b, mask_h, mask_q, mask_k, n_splits,
+    n_batches, n_heads, group, n_queries, n_keys, mask_b, mask_h, mask_q, n_splits,
     stride_dout_b, stride_dout_h, stride_dout_s, stride_dout_d, stride_q_b, stride_q_h, stride_q_s, stride_q_d,
     stride_k_b, stride_k_h, stride_k_s, stride_k_d, stride_v_b, stride_v_h, stride_v_s, stride_v_d,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
@@ -215,10 +215,10 @@ def _attention_bwd_dmask_kernel(
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, SUM_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Split s of a tile of the mask (mask_b, mask_h, mask_q, mask_k): row s of partials (n_splits, mask's elements).
+    """Split s of a tile of the mask (mask_b, mask_h, mask_q, n_keys): row s of partials (n_splits, mask's elements).
 
     A split goes over its share of all tiles of logits that the tile of the mask was added to.
     """
@@ -226,9 +226,9 @@ def _attention_bwd_dmask_kernel(
     split = pid % n_splits
     rest = pid // n_splits
     key_tiles, row_tiles = tl.cdiv(n_keys, BLOCK_N), tl.cdiv(n_queries, BLOCK_M)
-    own_key_tiles, own_row_tiles = tl.cdiv(mask_k, BLOCK_N), tl.cdiv(mask_q, BLOCK_M)
-    own_key_tile = rest % own_key_tiles
-    rest = rest // own_key_tiles
+    own_row_tiles = tl.cdiv(mask_q, BLOCK_M)
+    key_tile = rest % key_tiles
+    rest = rest // key_tiles
     own_row_tile = rest % own_row_tiles
     rest = rest // own_row_tiles
     own_head, own_batch = rest % mask_h, rest // mask_h
@@ -236,15 +236,12 @@ def _attention_bwd_dmask_kernel(
     lanes = tl.arange(0, BLOCK_M)
 
     # how many tiles along each dimension, and all of them shared out
-    along_k = key_tiles if SUM_K else 1
     along_q = row_tiles if SUM_Q else 1
     along_h = n_heads // mask_h
-    work = along_k * along_q * (n_batches // mask_b).to(tl.int64) * along_h
+    work = along_q * (n_batches // mask_b).to(tl.int64) * along_h
     begin, end = work * split // n_splits, work * (split + 1) // n_splits
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for item in tl.range(begin, end, num_stages=1):
-        key_tile = own_key_tile + (item % along_k).to(tl.int32)
-        item = item // along_k
         row_tile = own_row_tile + (item % along_q).to(tl.int32)
         item = item // along_q
         h, b = own_head + item % along_h, own_batch + item // along_h
@@ -283,12 +280,10 @@ def _attention_bwd_dmask_kernel(
             ds = ds * tl.load(inverse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)[:, None]
         total += ds
 
-    size = mask_k.to(tl.int64) * mask_q
+    size = n_keys.to(tl.int64) * mask_q
     partials_ptr += (split.to(tl.int64) * mask_b * mask_h + own_batch * mask_h + own_head) * size
     if SUM_Q:
         total = tl.broadcast_to(tl.sum(total, 0)[None, :], [BLOCK_M, BLOCK_N])
-    if SUM_K:
-        total = tl.broadcast_to(tl.sum(total, 1)[:, None], [BLOCK_M, BLOCK_N])
-    own_rows, own_keys = own_row_tile * BLOCK_M + lanes, own_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = own_rows.to(tl.int64)[:, None] * mask_k + own_keys[None, :]
-    tl.store(partials_ptr + at, total, mask=(own_rows < mask_q)[:, None] & (own_keys < mask_k)[None, :])
+    own_rows, keys = own_row_tile * BLOCK_M + lanes, key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = own_rows.to(tl.int64)[:, None] * n_keys + keys[None, :]
+    tl.store(partials_ptr + at, total, mask=(own_rows < mask_q)[:, None] & (keys < n_keys)[None, :])

@@ -53,7 +53,7 @@ NUMBER_TYPES = {  # every other number is an i64
     "softcap": "fp32",
     "keep_scale": "fp32",
     **dict.fromkeys(("n_tiles", "n_heads", "group", "n_queries", "n_keys", "window_left", "window_right"), "i32"),
-    **dict.fromkeys(("n_batches", "n_splits", "mask_b", "mask_h", "mask_q", "mask_k"), "i32"),
+    **dict.fromkeys(("n_batches", "n_splits", "mask_b", "mask_h", "mask_q"), "i32"),
 }
 
 
