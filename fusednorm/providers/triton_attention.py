@@ -218,14 +218,17 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (q, k, v, attn_mask): delta, then a launch over queries and one or two over keys."""
+    """Gradients of (q, k, v, attn_mask): delta, then a launch over queries and one or two over keys.
+
+    Beside the rounding of 16-bit results it is no matter in which order dlse is added, nor how out and lse were
+    rounded. For `exact` results the launch over queries makes delta and the inverse of the weights' sum itself.
+    """
     call, (wants_q, wants_k, wants_v, wants_mask) = _Call(_near(args[0]), *args[1:-1]), args[-1]
     packed, mask = args[3] is not None, args[0]
     wants_mask = wants_mask and mask is not None and mask.is_floating_point()
     logits = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
-    # beside the rounding of 16-bit results it is no matter in which order dlse is added, nor how the lse was rounded
-    low = q.element_size() == 2
-    direct = low and wants_mask and mask is not None and mask.shape == logits
+    exact = q.element_size() == 4 or (wants_mask and mask is not None and mask.element_size() == 4)
+    direct = wants_mask and mask is not None and mask.shape == logits
     dq = torch.empty_like(q) if wants_q else None
     dk, dv = torch.empty_like(k) if wants_k else None, torch.empty_like(v) if wants_v else None
     dmask = torch.zeros_like(mask) if wants_mask and mask is not None else None
@@ -238,14 +241,16 @@ def attention_bwd(
     if not _aligned(dout, vec) and all(_aligned(t, vec) for t in (q, k, v)):
         dout = dout.contiguous()  # (the cotangent of `.sum()`): else all would be read an element at a time
     lse_strides, problem = _lse_strides(lse), _problem(q, v, call)
-    dlse, inverse = contiguous(dlse), None if low else torch.empty_like(lse)
-    delta = _delta(dout, out, dlse if low else None, lse, packed, problem)
-    rows = (lse, delta, None if low else dlse, inverse)
+    dlse, inverse = contiguous(dlse), torch.empty_like(lse) if exact else None
+    delta = torch.empty_like(lse)
+    if not exact:
+        _delta(delta, dout, out, dlse, packed, problem)
+    rows = (lse, delta, dlse if exact else None, inverse)
     masks = (call.attn_mask, call.key_mask, call.seed, contiguous(call.cu_seqlens_q), contiguous(call.cu_seqlens_k))
     mask_strides = (*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask))
     group = q.shape[1] // k.shape[1]
     lengths = (group, call.max_seqlen_q, call.max_seqlen_k)
-    if dq is not None or direct or inverse is not None:
+    if dq is not None or direct or exact:
         vec, strides = _addressed((dout, q, k, v) if dq is None else (dout, q, k, v, dq), packed)
         strides += (0,) * (20 - len(strides))
         variant, tile = _plan("dq", problem, vec)
@@ -275,19 +280,17 @@ def attention_bwd(
     return gradients
 
 
-def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, packed: bool, problem: _Problem) -> Tensor:
+def _delta(delta: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | None, packed: bool, problem: _Problem) -> None:
     """rowsum(dout out) - dlse; packed sequences are one to it."""
-    delta = torch.empty_like(lse)
     vec, strides = _addressed((dout, out), packed)
     variant, tile = _plan("delta", problem, vec)
-    n_heads, n_queries = lse.shape[-2:]
+    n_heads, n_queries = delta.shape[-2:]
     n_tiles = host.ceil(n_queries, tile.block_m)
     variant.launch(
-        (n_tiles * n_heads * (1 if packed else lse.shape[0]), 1),
+        (n_tiles * n_heads * (1 if packed else delta.shape[0]), 1),
         (dout, out, dlse, delta),
-        (n_tiles, n_heads, n_queries, *strides, *_lse_strides(lse)),
+        (n_tiles, n_heads, n_queries, *strides, *_lse_strides(delta)),
     )
-    return delta
 
 
 def _gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None:

@@ -96,8 +96,9 @@ def _attention_bwd_dq_kernel(
 ):
     """`dmask` begins as zeros: tiles of keys that no query sees are not visited.
 
-    The weights of a query come from its rounded lse, and all err by that; for float32 that is more than all else.
-    So there the inverse of their sum is made on the way, for dQ and for the kernels that follow.
+    The weights of a query come from its rounded lse, and all err by that; for float32 that is more than all else, and
+    where terms nearly cancel so is what delta, of rounded results, errs. With inverse_ptr, a first pass over the keys
+    makes the inverse of the weights' sum and delta from these weights, here and for the kernels that follow.
     """
     tile, head, batch = program(n_tiles, n_heads, UPPER)
     start_q, n_queries = sequence(cu_seqlens_q_ptr, batch, n_queries)
@@ -129,18 +130,38 @@ def _attention_bwd_dq_kernel(
     dout_tile = row_pointers(dout_ptr, stride_dout_s, stride_dout_d, BLOCK_M, DV_COLS, VEC)
     dout = load_rows(dout_tile, rows_ok, DV, DV_COLS, True)
     lse = tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
-    delta = tl.load(delta_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
     dlse = None
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
     k_tile = row_pointers(k_ptr, stride_k_s, stride_k_d, BLOCK_N, D_COLS, VEC)
     v_tile = row_pointers(v_ptr, stride_v_s, stride_v_d, BLOCK_N, DV_COLS, VEC)
     dq = tl.zeros([BLOCK_M, D_COLS], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
     low, full_low, full_high, high = key_range(
         first_row, n_queries, n_keys, lower, upper, key_mask_ptr, stride_key_mask_k,
         BLOCK_M, BLOCK_N, LOWER, UPPER, MASK != "none",
     )
+    factors = scale
+    if inverse_ptr is None:
+        delta = tl.load(delta_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
+    else:
+        total = tl.zeros([BLOCK_M], tl.float32)
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for n in range(high - low):
+            _, p, pdp, _, _ = _tile(
+                q, dout, k_tile, v_tile, lse, tl.zeros([BLOCK_M], tl.float32), None, rows, (low + n) * BLOCK_N,
+                n_queries, n_keys, lower, upper, mask_ptr, stride_mask_q, stride_mask_k,
+                key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
+                stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
+                PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
+                D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
+            )
+            total += tl.sum(p, 1)
+            delta += tl.sum(pdp, 1)
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        delta = delta * inverse
+        tl.store(inverse_ptr + lse_row + lanes, inverse, mask=rows_ok)
+        tl.store(delta_ptr + lse_row + lanes, delta, mask=rows_ok)
+        factors = (scale * inverse)[:, None]
     for MASKED in tl.static_range(2):
         if MASKED:
             count = full_low - low + high - full_high
@@ -153,29 +174,25 @@ def _attention_bwd_dq_kernel(
                 else:
                     key_tile = full_low + n
                 first_key = key_tile * BLOCK_N
-                k, p, ds, slope, visible = _tile(
+                k, _, ds, slope, visible = _tile(
                     q, dout, k_tile, v_tile, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                     stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
                     PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER,
                     D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
                 )
-                if inverse_ptr is not None:
-                    total += tl.sum(p, 1)
                 if dmask_ptr is not None:
                     keys = first_key + tl.arange(0, BLOCK_N)
                     at = rows.to(tl.int64)[:, None] * stride_dmask_q + keys.to(tl.int64)[None, :] * stride_dmask_k
                     ok = rows_ok[:, None] & (keys < n_keys)[None, :]
-                    tl.store(dmask_ptr + at, ds.to(dmask_ptr.dtype.element_ty), mask=ok)
+                    dmask = ds
+                    if inverse_ptr is not None:
+                        dmask = ds * inverse[:, None]
+                    tl.store(dmask_ptr + at, dmask.to(dmask_ptr.dtype.element_ty), mask=ok)
                 if dq_ptr is not None:
                     if SOFTCAP:
                         ds = tl.where(visible, ds * slope, 0.0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    factors = scale
-    if inverse_ptr is not None:
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-        tl.store(inverse_ptr + lse_row + lanes, inverse, mask=rows_ok)
-        factors = (scale * inverse)[:, None]
     if dq_ptr is not None:
         dq_ptr += (b * stride_dq_b + h * stride_dq_h + first * stride_dq_s) * step(1, VEC)
         dq_pointers = row_pointers(dq_ptr, stride_dq_s, stride_dq_d, BLOCK_M, D_COLS, VEC)
@@ -186,7 +203,7 @@ def _attention_bwd_dq_kernel(
                 begin, end = low * BLOCK_N, tl.minimum(high * BLOCK_N, n_keys)
                 for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
                     first_key = begin + n * RARE
-                    k, p, ds, slope, visible = _tile(
+                    k, _, ds, slope, visible = _tile(
                         q, dout, row_pointers(k_ptr, stride_k_s, stride_k_d, RARE, D_COLS, VEC),
                         row_pointers(v_ptr, stride_v_s, stride_v_d, RARE, DV_COLS, VEC),
                         lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
