@@ -93,10 +93,10 @@ def backward_queries(n: Need) -> Tile:
         return Tile(64, 32, 4, 2)
     if n.registers_hold_operands:
         return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
-    return Tile(128, 32 if n.columns > 64 and (n.dropout or n.mask) else 64, 8, 2)
+    return Tile(128, 32 if n.mask or (n.columns > 64 and n.dropout) else 64, 8, 2)
 
 
 def backward_mask(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
-    return Tile(64, 64, 4, 1) if n.columns <= 128 else Tile(64, 32, 4, 1)
+    return Tile(64, 64 if n.columns <= 64 else 32, 8, 1) if n.columns <= 128 else Tile(64, 32, 4, 1)
