@@ -21,6 +21,7 @@ _LONGEST = 2**29  # positions, and sums of a few, are 32-bit numbers
 _FAR = 2**23  # a stride at which a tile may span 2**31 elements
 _FOLDED = (1e-30, 1e30)  # scales that may be folded into an exponent
 INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
+_BLACKWELL = (3, 9)  # 3.6 stops in its own TritonNvidiaGPUOptimizeTMemLayoutsPass; what is between was not tried
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,7 +31,10 @@ def refusal(op: str, *args: Any) -> str | None:
         return f"dtype {q.dtype}: the matrix units' are float32, bfloat16 and float16"
     if longest_q > _LONGEST or longest_k > _LONGEST:
         return f"a sequence has more than {_LONGEST} positions"
-    return host.refusal(q, q.shape[-1])
+    reason = host.refusal(q, q.shape[-1])
+    if reason is None and q.is_cuda and host.capability(q.get_device()) >= (10, 0) and host.version() < _BLACKWELL:
+        return "this Triton's compiler fails on it for compute capability 10.0; update Triton to 3.9"
+    return reason
 
 
 class _Call(NamedTuple):

@@ -67,6 +67,18 @@ def capability(index: int) -> tuple[int, int]:
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Triton's, (major, minor)."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+version._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refusal(x: Tensor, columns: int) -> str | None:
     """Why no kernel takes rows of so many columns of x, or None."""
     if x.is_meta:  # the op's fake kernel serves it
