@@ -1,25 +1,29 @@
-"""Fused kernels for the Transformer's residual path."""
+"""Fused kernels for the Transformer's residual path and attention."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import modules
 from ._explain import explain
 from .activation import bias_act_dropout
 from .attention import scaled_dot_product_attention, varlen_attention
 from .dropout import dropout_mask
-from .modules import (
-    AddLayerNorm,
-    AddRMSNorm,
-    LayerNorm,
-    MultiheadAttention,
-    RMSNorm,
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-    activation_bytes,
-    attention_weights,
-)
+from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .providers import available_providers, batch_invariant, use_provider
+
+if TYPE_CHECKING:
+    from .modules import (
+        MultiheadAttention,
+        Transformer,
+        TransformerDecoder,
+        TransformerDecoderLayer,
+        TransformerEncoder,
+        TransformerEncoderLayer,
+        activation_bytes,
+        attention_weights,
+    )
 
 __version__ = "0.1.0"
 
@@ -49,3 +53,16 @@ __all__ = [
     "use_provider",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Transformer layers, which are imported when they are first asked for."""
+    if name not in modules.LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(modules, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
