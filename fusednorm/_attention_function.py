@@ -14,6 +14,7 @@ from . import _ops, providers
 from ._transforms import batched, distinct, transform_active
 from .providers import cpu
 from .providers import reference_attention as reference
+from .providers.choice_attention import ours_is_faster
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::attention_fwd without the provider, in order
 
@@ -89,10 +90,9 @@ _apply = super(torch.autograd.Function, AttentionFunction).apply
 # --- torch's own operator ---
 
 
-def torch_is_slower(q: Tensor) -> bool:
-    """Whether a call with gradients goes to the native kernels though torch's mean the same: on AVX-512 forward
-    and backward of bfloat16 took 1.8 to 2.9 times as long from 2 x 8 x 128 x 64 on, of float32 0.45 to 1.06 times."""
-    return q.element_size() == 2 and providers.unavailable_reason("cpu") is None
+def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
+    """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
+    return not _is_compiling() and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
 
 
 def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
@@ -104,13 +104,14 @@ def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
         return "its dropout mask is not `dropout_mask`"
     if causal and lower_right and q.shape[-2] != k.shape[-2]:
         return "its causal mask is aligned upper-left"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    if needs_grad:
         if attn_mask is not None and attn_mask.requires_grad:
             return "it holds the gradient of attn_mask, which is never summed, in full"
         if not (q.is_cpu and flash_takes(q, k, v)):
             return "it has no derivatives of second order, keeps every probability, or differs from run to run"
-        if provider == "cpu" and torch_is_slower(q):
-            return "its backward of 16-bit operands takes twice as long"
+    if provider == "cpu" and torch_is_slower(q, k, needs_grad):
+        return "it was measured to be slower than ours for these lengths on such a processor"
     if provider == "triton" and not providers.by_shape:
         return "how it splits a sum depends on the batch, and this is a block of `batch_invariant`"
     if causal or attn_mask is not None:
@@ -182,17 +183,56 @@ class TorchAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask = ctx.saved_tensors
-        masked = mask is not None or ctx.causal
-        gradients: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled() or batched(dout) or (masked and not finite(dout)):
-            options = (q.shape[2], k.shape[2], ctx.scale, 0.0, ctx.causal, False, -1, -1, 0.0)
-            gradients = reference.attention_gradients(
-                *(dout, None, q, k, v, mask, None, None, None, None, *options, [True, True, True, False])
-            )
-        else:
-            gradients = _flash_backward(dout, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        gradients = torch_gradients(dout, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
         need = ctx.needs_input_grad[:3]
-        return (*[g if wanted else None for g, wanted in zip(gradients[:3], need, strict=True)], None, None, None)
+        return (*[g if wanted else None for g, wanted in zip(gradients, need, strict=True)], None, None, None)
 
 
 torch_apply = super(torch.autograd.Function, TorchAttentionFunction).apply
+
+
+def torch_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of (q, k, v)."""
+    masked = mask is not None or causal
+    if torch.is_grad_enabled() or batched(dout) or (masked and not finite(dout)):
+        options = (q.shape[2], k.shape[2], scale, 0.0, causal, False, -1, -1, 0.0)
+        found = reference.attention_gradients(
+            *(dout, None, q, k, v, mask, None, None, None, None, *options, [True, True, True, False])
+        )
+        return tuple(gradient for gradient in found[:3] if gradient is not None)
+    return tuple(_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale))
+
+
+def shortcut_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    native: bool,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    *wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
+    if not native:
+        return torch_gradients(dout, q, k, v, out, lse, None, causal, scale)
+    options = (q.shape[2], k.shape[2], scale, 0.0, causal, False, window_left, window_right, 0.0, [*wanted, False])
+    if torch.is_grad_enabled() or batched(dout):
+        return reference.attention_gradients(dout, None, q, k, v, None, key_mask, None, None, None, *options)[:3]
+    masks = (None, key_mask, None, None, None)
+    return _ops.attention_bwd(dout, None, q, k, v, out, lse, *masks, *options, provider="cpu")[:3]

@@ -76,6 +76,17 @@ def scaled_dot_product_attention(
 
     Source: A. Vaswani et al., "Attention is all you need", arXiv:1706.03762.
     """
+    if (
+        not _is_compiling()
+        and attn_mask is None is seed
+        and not (dropout_p or softcap or return_lse)
+        and causal_align == "upper_left"
+        and providers.shortcut is not None
+        and providers.automatic
+    ):
+        shortcut = providers.shortcut.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        if shortcut is not None:
+            return shortcut
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):
         return handle_torch_function(
             scaled_dot_product_attention,
@@ -104,16 +115,17 @@ def scaled_dot_product_attention(
             and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
             and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
         ):
-            if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
-                return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
-            if (
-                not _attention_function.torch_is_slower(query)
-                and _attention_function.flash_takes(query, key, value)
-                and not _autocast_active()
-                and not torch._C._len_torch_dispatch_stack()
-            ):
-                factor = query.shape[-1] ** -0.5 if scale is None else scale
-                return _attention_function.torch_apply(query, key, value, None, False, factor)
+            needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            if not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
+                if not needs_grad:
+                    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+                if (
+                    _attention_function.flash_takes(query, key, value)
+                    and not _autocast_active()
+                    and not torch._C._len_torch_dispatch_stack()
+                ):
+                    factor = query.shape[-1] ** -0.5 if scale is None else scale
+                    return _attention_function.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
     query, key, value, attn_mask = _autocast.lowered(query, key, value, attn_mask)

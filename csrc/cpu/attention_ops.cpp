@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../norm_call.h"
+#include "attention.h"
 #include "attention_args.h"
 #include "operands.h"
 #include "workspace.h"
@@ -72,15 +73,14 @@ constexpr char kArguments[] =
     "Tensor? attn_mask, Tensor? key_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, "
     "float dropout_p, bool lower_right, int window_left, int window_right, float softcap, ";
 
-// What both ops take, from the stack of either; handles live as long as the call.
+// What both ops take, as the kernels want it; the handles live as long as the call.
 struct Arguments {
-  Handle q, k, v, attn_mask, key_mask, seed, cu_queries, cu_keys;
+  const AttentionTensors& tensors;
   AttentionCall call = {};
 
-  Arguments(StableIValue* operands, StableIValue* rest)
-      : q(take_tensor(operands[0])), k(take_tensor(operands[1])), v(take_tensor(operands[2])),
-        attn_mask(take_optional(rest[0])), key_mask(take_optional(rest[1])), seed(take_optional(rest[2])),
-        cu_queries(take_optional(rest[3])), cu_keys(take_optional(rest[4])) {
+  Arguments(const AttentionTensors& given, const AttentionOptions& options) : tensors(given) {
+    const Handle &q = given.q, &k = given.k, &v = given.v, &attn_mask = given.attn_mask, &key_mask = given.key_mask,
+                 &seed = given.seed, &cu_queries = given.cu_queries, &cu_keys = given.cu_keys;
     AttentionCall& a = call;
     const bool packed = bool(cu_queries);
     STD_TORCH_CHECK(packed == bool(cu_keys), "cu_seqlens_k: give both boundaries or none");
@@ -115,12 +115,12 @@ struct Arguments {
       STD_TORCH_CHECK(mask.dtype == kMaskBool, "key_mask: expected bool");
       a.key_mask = {mask.data, kMaskBool, mask.query, 0, 0, mask.key};
     }
-    a.scale = to<double>(rest[5]);
-    a.element = dropout(to<double>(rest[6]));
-    a.lower_right = to<bool>(rest[7]);
+    a.scale = options.scale;
+    a.element = dropout(options.dropout_p);
+    a.lower_right = options.lower_right;
     constexpr int64_t kFar = int64_t(1) << 60;  // past any position, and far from where sums of positions overflow
-    a.window_left = std::min(to<int64_t>(rest[8]), kFar), a.window_right = std::min(to<int64_t>(rest[9]), kFar);
-    a.softcap = to<double>(rest[10]);
+    a.window_left = std::min(options.window_left, kFar), a.window_right = std::min(options.window_right, kFar);
+    a.softcap = options.softcap;
     if (a.element.on) {
       STD_TORCH_CHECK(seed && has_dtype(seed, aoti_torch_dtype_int64()) && numel_of(seed) == 1,
                       "seed: expected one int64 in a tensor");
@@ -129,11 +129,12 @@ struct Arguments {
   }
 
   Strided like_queries(const char* name, const Handle& tensor, int64_t features) const {
-    return describe(name, tensor, call.dtype, bool(cu_queries), call.n_batches, call.n_heads, call.total_queries, features);
+    return describe(name, tensor, call.dtype, bool(tensors.cu_queries), call.n_batches, call.n_heads, call.total_queries, features);
   }
   Strided like_keys(const char* name, const Handle& tensor, int64_t features) const {
-    const int64_t keys = sizes_of(k).sizes[cu_keys ? 0 : 2];
-    return describe(name, tensor, call.dtype, bool(cu_keys), call.n_batches, call.n_key_heads, keys, features);
+    const bool packed = bool(tensors.cu_keys);
+    const int64_t keys = sizes_of(tensors.k).sizes[packed ? 0 : 2];
+    return describe(name, tensor, call.dtype, packed, call.n_batches, call.n_key_heads, keys, features);
   }
   // A number for each head and query, one after another.
   void* statistics(const char* name, const Handle& tensor) const {
@@ -148,7 +149,7 @@ struct Arguments {
     STD_TORCH_CHECK(fits, name, ": expected a contiguous number of the compute type for each head and query");
     return data_of(tensor);
   }
-  int64_t rows() const { return (cu_queries ? 1 : call.n_batches) * call.n_heads * call.total_queries; }
+  int64_t rows() const { return (tensors.cu_queries ? 1 : call.n_batches) * call.n_heads * call.total_queries; }
 };
 
 int64_t blocks(int64_t n) { return (n + kBlockSize - 1) / kBlockSize; }
@@ -162,29 +163,55 @@ void run(void (*kernel)(const AttentionCall&, void*, int64_t, int64_t), const At
            [&](void* memory, int64_t begin, int64_t end) { kernel(a, memory, begin, end); });
 }
 
+AttentionTensors take_tensors(StableIValue* operands, StableIValue* rest) {
+  return {take_tensor(operands[0]), take_tensor(operands[1]),  take_tensor(operands[2]),  take_optional(rest[0]),
+          take_optional(rest[1]),   take_optional(rest[2]),    take_optional(rest[3]),    take_optional(rest[4])};
+}
+
+AttentionOptions take_options(StableIValue* rest) {
+  return {to<double>(rest[5]),  to<double>(rest[6]),  to<bool>(rest[7]),
+          to<int64_t>(rest[8]), to<int64_t>(rest[9]), to<double>(rest[10])};
+}
+
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments given(stack, stack + 3);
-  const Handle out = take_tensor(stack[14]), lse = take_tensor(stack[15]);
+  StableIValue* rest = stack + 3;
+  const AttentionTensors tensors = take_tensors(stack, rest);
+  run_attention_forward(tensors, take_options(rest), take_tensor(stack[14]), take_tensor(stack[15]));
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  StableIValue* rest = stack + 7;
+  const AttentionTensors tensors = take_tensors(stack + 2, rest);
+  const AttentionKept kept{take_tensor(stack[5]), take_tensor(stack[6])};
+  const AttentionCotangents cotangents{take_tensor(stack[0]), take_optional(stack[1])};
+  const AttentionGradients wanted{take_optional(stack[18]), take_optional(stack[19]), take_optional(stack[20]),
+                                  take_optional(stack[21])};
+  run_attention_backward(tensors, take_options(rest), kept, cotangents, wanted);
+}
+
+}  // namespace
+
+void run_attention_forward(const AttentionTensors& tensors, const AttentionOptions& options, const Handle& out,
+                           const Handle& lse) {
+  Arguments given(tensors, options);
   AttentionCall& a = given.call;
   a.out = given.like_queries("out", out, a.value_dim);
   a.lse = given.statistics("lse", lse);
   run(kernels().attention->forward, a, a.n_batches * a.n_heads * blocks(a.n_queries), a.n_queries, a.n_keys);
 }
 
-void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dout = take_tensor(stack[0]), dlse = take_optional(stack[1]);
-  Arguments given(stack + 2, stack + 7);
-  const Handle out = take_tensor(stack[5]), lse = take_tensor(stack[6]);
-  const Handle dq = take_optional(stack[18]), dk = take_optional(stack[19]), dv = take_optional(stack[20]),
-               dmask = take_optional(stack[21]);
+void run_attention_backward(const AttentionTensors& tensors, const AttentionOptions& options, const AttentionKept& kept,
+                            const AttentionCotangents& cotangents, const AttentionGradients& wanted) {
+  Arguments given(tensors, options);
+  const auto& [dq, dk, dv, dmask] = wanted;
   AttentionCall& a = given.call;
-  a.dout = given.like_queries("dout", dout, a.value_dim);
-  a.out = given.like_queries("out", out, a.value_dim);
+  a.dout = given.like_queries("dout", cotangents.dout, a.value_dim);
+  a.out = given.like_queries("out", kept.out, a.value_dim);
   a.dq = given.like_queries("dq", dq, a.dim);
   a.dk = given.like_keys("dk", dk, a.dim);
   a.dv = given.like_keys("dv", dv, a.value_dim);
-  a.lse = given.statistics("lse", lse);
-  a.dlse = given.statistics("dlse", dlse);
+  a.lse = given.statistics("lse", kept.lse);
+  a.dlse = given.statistics("dlse", cotangents.dlse);
   const int64_t bytes = given.rows() * (a.wide ? 8 : 4), query_blocks = a.n_batches * a.n_heads * blocks(a.n_queries);
   a.precise = dmask || a.n_keys <= kBlockSize;
   const Buffer statistics = allocate(std::max<int64_t>(2 * bytes, 1));
@@ -209,8 +236,6 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t tiles = a.mask_batches * a.mask_heads * blocks(a.mask_queries) * blocks(a.mask_keys);
   run(k.mask_gradient, a, tiles, a.n_queries, a.n_batches * a.n_heads * a.n_keys / tiles);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
   m.def((std::string("attention_fwd(Tensor q, Tensor k, Tensor v, ") + kArguments +

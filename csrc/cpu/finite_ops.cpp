@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "attention.h"
 #include "attention_args.h"
 #include "operands.h"
 #include "workspace.h"
@@ -11,6 +12,8 @@ namespace fusednorm_cpu {
 namespace {
 
 constexpr int64_t kChunk = 1 << 14, kGrain = 1 << 18;  // elements
+
+}  // namespace
 
 // The elements in the order of their addresses, those that are repeated once.
 bool all_finite(const Handle& tensor) {
@@ -47,6 +50,8 @@ bool all_finite(const Handle& tensor) {
   });
   return !found;
 }
+
+namespace {
 
 void all_finite_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle a = take_tensor(stack[0]), b = take_optional(stack[1]), c = take_optional(stack[2]);

@@ -2,8 +2,7 @@
 #pragma once
 
 #include "../norm_call.h"
-
-#define FUSEDNORM_EXPORT __attribute__((visibility("default")))
+#include "export.h"
 
 namespace fusednorm_cpu {
 
@@ -19,10 +18,5 @@ struct Gradients {
 };
 
 FUSEDNORM_EXPORT Gradients run_backward(const fusednorm::BackwardCall& call);
-
-// What both sides of these calls must have compiled alike: a file left from another build may not.
-constexpr int64_t kLayout = ((int64_t(sizeof(fusednorm::ForwardCall)) * 4096 + sizeof(fusednorm::BackwardCall)) * 4096 +
-                             sizeof(Outputs)) * 4096 + sizeof(Gradients);
-FUSEDNORM_EXPORT int64_t layout();
 
 }  // namespace fusednorm_cpu

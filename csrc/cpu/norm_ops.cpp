@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "norm.h"
+#include "layout.h"
 #include "operands.h"
 #include "pages.h"
 #include "workspace.h"
@@ -239,6 +239,8 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
 }
 
+void vendor_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(vendor()); }
+
 void instruction_sets_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(instruction_sets()); }
 
 void use_instruction_set_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -254,6 +256,7 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
       "-> (Tensor normed, Tensor residual_out)");
   m.def(kAddLayerNormBwd);
   m.def("instruction_sets() -> str");
+  m.def("vendor() -> str");
   m.def("use_instruction_set(str name) -> ()");
 }
 
@@ -267,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", instruction_sets_op);
+  m.impl("vendor", vendor_op);
   m.impl("use_instruction_set", use_instruction_set_op);
 }
 

@@ -48,6 +48,15 @@ std::string instruction_sets() {
   return names;
 }
 
+std::string vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") ? "amd" : __builtin_cpu_is("intel") ? "intel" : "";
+#else
+  return "";
+#endif
+}
+
 void use_instruction_set(const std::string& name) {
   for (const Kernels* k : usable())
     if (name.empty() || name == k->name) {

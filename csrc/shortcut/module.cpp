@@ -1,15 +1,20 @@
 // The Python module: arguments taken from the call as they are, or None for a call that goes the long way.
 #include <Python.h>
 
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <cmath>
 #include <limits>
 
+#include "../cpu/layout.h"
+#include "attention_node.h"
 #include "norm_node.h"
+#include "plain.h"
 
 namespace fusednorm_shortcut {
 
@@ -117,6 +122,93 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+constexpr int64_t kMostHeadDim = 256;
+
+// Four dimensions, one dtype, as many positions of keys as of values, heads that divide query's; nothing empty.
+bool kernels_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool grouped) {
+  return q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.scalar_type() == k.scalar_type() &&
+         q.scalar_type() == v.scalar_type() && q.size(0) == k.size(0) && k.size(0) == v.size(0) && k.size(1) == v.size(1) &&
+         k.size(2) == v.size(2) && q.size(3) == k.size(3) && q.size(3) <= kMostHeadDim && v.size(3) <= kMostHeadDim &&
+         q.numel() > 0 && v.numel() > 0 && (q.size(1) == k.size(1) || (grouped && q.size(1) % k.size(1) == 0));
+}
+
+// And whether torch's kernels do: as many heads each, features one after another.
+bool torchs_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return q.size(1) == k.size(1) && q.size(3) == v.size(3) && q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1 &&
+         at::globalContext().userEnabledFlashSDP();
+}
+
+PyObject* ours_is_faster = nullptr;  // of fusednorm.providers.choice_attention
+
+// Whether the library's kernels were measured to be faster than torch's.
+bool prefers_ours(const AttentionCall& call) {
+  THPObjectPtr found(PyObject_CallFunction(ours_is_faster, "LLLO", (long long)call.query.element_size(),
+                                           (long long)call.query.size(2), (long long)call.key.size(2),
+                                           call.needs_grad ? Py_True : Py_False));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
+// A side of the window: -1 for None, unbounded.
+bool take_side(PyObject* object, int64_t& side) {
+  side = -1;
+  if (object == Py_None) return true;
+  int overflow = 0;
+  if (!PyLong_CheckExact(object)) return false;
+  side = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return !overflow && side >= 0;
+}
+
+bool take_window(PyObject* object, AttentionCall& call) {
+  call.window_left = call.window_right = -1;
+  if (object == Py_None) return true;
+  return PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
+         take_side(PyTuple_GET_ITEM(object, 0), call.window_left) && take_side(PyTuple_GET_ITEM(object, 1), call.window_right);
+}
+
+bool take_key_mask(PyObject* object, AttentionCall& call) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  call.key_mask = THPVariable_Unpack(object);
+  return plain(call.key_mask) && call.key_mask.scalar_type() == at::kBool && call.key_mask.dim() == 2 &&
+         call.key_mask.size(0) == call.query.size(0) && call.key_mask.size(1) == call.key.size(2);
+}
+
+// False where the call is not for the shortcut.
+bool take_attention(PyObject* const* args, AttentionCall& call) {
+  for (int i = 0; i < 3; ++i)
+    if (args[i] == Py_None) return false;
+  if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (!take_tensor(args[0], call.query) || !take_tensor(args[1], call.key) || !take_tensor(args[2], call.value)) return false;
+  PyObject *key_mask = args[3], *causal = args[4], *window = args[5], *scale = args[6], *grouped = args[7];
+  if (!PyBool_Check(causal) || !PyBool_Check(grouped) || !(scale == Py_None || PyFloat_CheckExact(scale))) return false;
+  if (!kernels_take(call.query, call.key, call.value, grouped == Py_True)) return false;
+  if (!take_key_mask(key_mask, call) || !take_window(window, call)) return false;
+  call.scale = scale == Py_None ? std::pow(double(call.query.size(3)), -0.5) : PyFloat_AS_DOUBLE(scale);
+  call.causal = causal == Py_True;
+  call.needs_grad = at::GradMode::is_enabled() &&
+                    (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
+  call.native = call.key_mask.defined() || call.window_left >= 0 || call.window_right >= 0;
+  if (call.native) return true;
+  // what causality masks must be finite for torch's kernels, since it reaches their results
+  call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
+                (call.causal && !(finite(call.query) && finite(call.key) && finite(call.value)));
+  return true;
+}
+
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  AttentionCall call;
+  if (!take_attention(args, call)) Py_RETURN_NONE;
+  at::Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    out = attention(call);
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
 template <Py_ssize_t count, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
   if (given == count) return function(self, args, given);
@@ -128,6 +220,8 @@ PyMethodDef methods[] = {
      "rms_norm(input, normalized_shape, weight, eps, by_shape) -> Tensor, or None: not a call for the shortcut"},
     {"add_norm", (PyCFunction)(void*)counted<8, add_norm>, METH_FASTCALL,
      "add_norm(x, residual, normalized_shape, weight, bias, eps, rms, by_shape) -> (normed, residual_out), or None"},
+    {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
+     "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
     {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
@@ -143,5 +237,7 @@ PyMODINIT_FUNC PyInit__shortcut() {
     return nullptr;
   }
   choice = PyImport_ImportModule("fusednorm.providers.choice");
-  return choice ? PyModule_Create(&definition) : nullptr;
+  THPObjectPtr of_attention(PyImport_ImportModule("fusednorm.providers.choice_attention"));
+  if (of_attention) ours_is_faster = PyObject_GetAttrString(of_attention.get(), "ours_is_faster");
+  return choice && ours_is_faster ? PyModule_Create(&definition) : nullptr;
 }

@@ -1,7 +1,6 @@
 #include "norm_node.h"
 
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -9,45 +8,18 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
-#include <memory>
 #include <mutex>
-#include <type_traits>
+
+#include "node.h"
+#include "plain.h"
 
 namespace fusednorm_shortcut {
 
 namespace {
 
-using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-using NodePointer = decltype(Edge::function);  // shared or intrusive, by the release of torch
-
-template <class Pointer, class Type>
-Pointer make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-    return Pointer(new Type(), [](auto* node) { deleteNode(node); });  // torch's own, found by its argument
-  else
-    return c10::make_intrusive<Type>();
-}
-
-template <class Pointer, class Type>
-Pointer pointer_to(Type* node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-    return node->getptr();
-  else
-    return Pointer::reclaim_copy(node);
-}
-
-fusednorm::Handle handle(const at::Tensor& tensor) {
-  if (!tensor.defined()) return fusednorm::Handle();
-  return fusednorm::Handle(reinterpret_cast<AtenTensorHandle>(new at::Tensor(tensor)));
-}
-
-at::Tensor take(fusednorm::Handle& handle) {
-  std::unique_ptr<at::Tensor> tensor(reinterpret_cast<at::Tensor*>(handle.release()));
-  return tensor ? std::move(*tensor) : at::Tensor();
-}
 
 int64_t dtype_bits(at::ScalarType type) {
   switch (type) {
@@ -140,7 +112,7 @@ struct NormBackward : public Node {
   }
 
   Kept kept() {
-    const NodePointer self = pointer_to<NodePointer>(this);
+    const NodePointer self = pointer_to(this);
     return {facts.residual ? saved.unpack(self) : saved.unpack(), stats.unpack(),
             facts.weight ? weight.unpack() : at::Tensor(), facts.bias ? bias.unpack() : at::Tensor()};
   }
@@ -196,22 +168,6 @@ struct NormBackward : public Node {
 
 }  // namespace
 
-bool plain(const at::Tensor& tensor) {
-  if (!tensor.defined()) return true;
-  const c10::DispatchKeySet usual = c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset |
-                                    c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
-  return tensor.key_set() - usual == c10::DispatchKeySet(c10::DispatchKey::CPU) && !tensor._fw_grad(0).defined();
-}
-
-bool plain_thread() {
-  const auto keys = c10::impl::tls_local_dispatch_key_set();
-  // inference mode takes away the one and leaves out the others; it has no gradients
-  const c10::DispatchKeySet views(c10::DispatchKey::ADInplaceOrView);
-  c10::DispatchKeySet excluded = keys.excluded_;
-  if (!at::GradMode::is_enabled()) excluded = excluded - c10::autograd_dispatch_keyset - views;
-  return (keys.included_ | views) == c10::default_included_set && excluded == c10::default_excluded_set;
-}
-
 NormResult norm(const NormCall& call) {
   const Facts facts{call.normalized_ndim,   call.eps,
                     call.rms,               call.residual.defined(),
@@ -227,7 +183,7 @@ NormResult norm(const NormCall& call) {
   result.normed = take(out.normed);
   if (facts.residual) result.z = take(out.z);
   if (!call.needs_grad) return result;
-  const NodePointer pointer = make_node<NodePointer, NormBackward>();
+  const NodePointer pointer = make_node<NormBackward>();
   auto& node = static_cast<NormBackward&>(*pointer);
   node.set_next_edges(torch::autograd::collect_next_edges(call.x, call.residual, call.weight, call.bias));
   torch::autograd::set_history(result.normed, pointer);

@@ -20,9 +20,4 @@ struct NormResult {
 
 NormResult norm(const NormCall& call);
 
-// Whether nothing but the CPU's kernel and autograd would see an operator on these tensors: no subclass of Tensor, no
-// transform, mode, autocast or tracing, in the tensors or in the thread.
-bool plain(const at::Tensor& tensor);
-bool plain_thread();
-
 }  // namespace fusednorm_shortcut

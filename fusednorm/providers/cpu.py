@@ -63,6 +63,12 @@ def build() -> str:
     return f"instruction sets {', '.join(torch.ops.fusednorm_cpu.instruction_sets().split())}"
 
 
+@functools.cache
+def vendor() -> str:
+    """Who made the processor: "amd", "intel", or "" for others."""
+    return str(torch.ops.fusednorm_cpu.vendor())
+
+
 def refusal(op: str, *args: Any) -> str | None:
     x = args[0]
     if not (x.is_cpu or x.is_meta):

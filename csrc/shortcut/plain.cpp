@@ -1,0 +1,35 @@
+#include "plain.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include <memory>
+
+namespace fusednorm_shortcut {
+
+bool plain(const at::Tensor& tensor) {
+  if (!tensor.defined()) return true;
+  const c10::DispatchKeySet usual = c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset |
+                                    c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
+  return tensor.key_set() - usual == c10::DispatchKeySet(c10::DispatchKey::CPU) && !tensor._fw_grad(0).defined();
+}
+
+bool plain_thread() {
+  const auto keys = c10::impl::tls_local_dispatch_key_set();
+  // inference mode takes away the one and leaves out the others; it has no gradients
+  const c10::DispatchKeySet views(c10::DispatchKey::ADInplaceOrView);
+  c10::DispatchKeySet excluded = keys.excluded_;
+  if (!at::GradMode::is_enabled()) excluded = excluded - c10::autograd_dispatch_keyset - views;
+  return (keys.included_ | views) == c10::default_included_set && excluded == c10::default_excluded_set;
+}
+
+fusednorm::Handle handle(const at::Tensor& tensor) {
+  if (!tensor.defined()) return fusednorm::Handle();
+  return fusednorm::Handle(reinterpret_cast<AtenTensorHandle>(new at::Tensor(tensor)));
+}
+
+at::Tensor take(fusednorm::Handle& handle) {
+  std::unique_ptr<at::Tensor> tensor(reinterpret_cast<at::Tensor*>(handle.release()));
+  return tensor ? std::move(*tensor) : at::Tensor();
+}
+
+}  // namespace fusednorm_shortcut
