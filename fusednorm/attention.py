@@ -79,7 +79,9 @@ def scaled_dot_product_attention(
     if (
         not _is_compiling()
         and attn_mask is None is seed
-        and not (dropout_p or softcap or return_lse)
+        and type(dropout_p) is type(softcap) is float
+        and dropout_p == softcap == 0.0
+        and not return_lse
         and causal_align == "upper_left"
         and providers.shortcut is not None
         and providers.automatic
@@ -124,7 +126,7 @@ def scaled_dot_product_attention(
                     and not _autocast_active()
                     and not torch._C._len_torch_dispatch_stack()
                 ):
-                    factor = query.shape[-1] ** -0.5 if scale is None else scale
+                    factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
                     return _attention_function.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
@@ -314,7 +316,7 @@ def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[in
 
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
-        return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+        return 1.0 / q.shape[-1] ** 0.5 if q.shape[-1] else 1.0  # as torch computes it, to the last bit
     return float(scale)
 
 

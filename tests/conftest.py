@@ -138,3 +138,17 @@ def fixed_seed() -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def as_on(monkeypatch):
+    """Call it with "amd", "intel" or "": what is chosen as measured on a processor of theirs."""
+    from fusednorm.providers import choice_attention
+
+    def pretend(vendor):
+        monkeypatch.setattr(choice_attention.cpu, "vendor", lambda: vendor)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        choice_attention.ours_is_faster.cache_clear()
+
+    yield pretend
+    choice_attention.ours_is_faster.cache_clear()

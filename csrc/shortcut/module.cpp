@@ -184,7 +184,7 @@ bool take_attention(PyObject* const* args, AttentionCall& call) {
   if (!PyBool_Check(causal) || !PyBool_Check(grouped) || !(scale == Py_None || PyFloat_CheckExact(scale))) return false;
   if (!kernels_take(call.query, call.key, call.value, grouped == Py_True)) return false;
   if (!take_key_mask(key_mask, call) || !take_window(window, call)) return false;
-  call.scale = scale == Py_None ? std::pow(double(call.query.size(3)), -0.5) : PyFloat_AS_DOUBLE(scale);
+  call.scale = scale == Py_None ? 1.0 / std::sqrt(double(call.query.size(3))) : PyFloat_AS_DOUBLE(scale);
   call.causal = causal == Py_True;
   call.needs_grad = at::GradMode::is_enabled() &&
                     (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
