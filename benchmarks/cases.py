@@ -1,7 +1,7 @@
 """What is measured: operations with their inputs, byte and FLOP models, and the sweeps over shapes.
 
-An operation is an object with the methods of `Norm`; another family (`Activation`, `Attention`) is another class with
-the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+An operation is an object with the methods of `Norm`; another family (`Activation`, `Attention`, `Layer`) is another
+class with the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 import fusednorm
 from benchmarks.cases_activation import Activation
 from benchmarks.cases_attention import Attention
+from benchmarks.cases_layers import Layer
 from fusednorm import providers
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -29,6 +30,7 @@ DIRECTIONS = ("forward", "backward", "both")
 DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 TINY = (4, 64)  # too small for any device: what is measured is the time of the host
 TINY_ATTENTION = (1, 4, 16, 16)
+TINY_LAYER = (2, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Norm:
         if self.epilogue:
             sizes["x_bias"] = shape[-1:]
         return sizes
+
+    def values(self, name: str, normal: Tensor) -> Tensor:
+        """A leaf from normal numbers: weights around 1."""
+        return 1 + 0.2 * normal if name == "weight" else 1.5 * normal + 0.25
 
     def outputs(self) -> tuple[str, ...]:
         return ("normed", "residual_out") if self.add else ("normed",)
@@ -160,7 +166,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 # measured for the table of automatic choice alone
 _GRID_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
-Operation = Norm | Activation | Attention
+Operation = Norm | Activation | Attention | Layer
 OPS: dict[str, Operation] = {
     op.name: op
     for op in (
@@ -179,6 +185,9 @@ OPS: dict[str, Operation] = {
         Attention("attention_padded", padded=True),
         Attention("attention_window", causal=True, window=128),
         Attention("attention_dropout", causal=True, dropout_p=DROPOUT_P),
+        Layer("encoder_layer", dropout_p=DROPOUT_P),
+        Layer("encoder_layer_pre_norm", norm_first=True, activation="gelu", dropout_p=DROPOUT_P),
+        Layer("decoder_layer", decoder=True, dropout_p=DROPOUT_P),
     )
 }
 
@@ -235,6 +244,8 @@ class Sweep:
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
     ffn_shapes: tuple[tuple[int, int], ...] = (TINY,)  # of the operations inside a feed-forward block
     attention_shapes: tuple[tuple[int, int, int, int], ...] = ()  # batch, heads, length, head dim
+    layer_shapes: tuple[tuple[int, int, int], ...] = ()  # batch, length, width
+    layer_dtypes: tuple[str, ...] = ("float32",)
     every_activation: bool = False
 
     def operations(self) -> dict[str, Operation]:
@@ -251,7 +262,8 @@ class Sweep:
         return {c.name: reasons[c.op] for c in self._every() if c.elements > self.limits.get(c.op, c.elements)}
 
     def shapes_of(self, op: Operation) -> tuple[tuple[int, ...], ...]:
-        return {"norm": self.shapes, "feed_forward": self.ffn_shapes, "attention": self.attention_shapes}[op.family]
+        families = {"norm": self.shapes, "feed_forward": self.ffn_shapes, "attention": self.attention_shapes}
+        return (families | {"layer": self.layer_shapes})[op.family]
 
     def _every(self) -> list[Case]:
         every = dict.fromkeys(shape for op in self.operations().values() for shape in self.shapes_of(op))
@@ -260,8 +272,10 @@ class Sweep:
             for shape in every
             for name, op in self.operations().items()
             if shape in self.shapes_of(op)
-            for dtype in self.dtypes
-            for direction in self.directions  # innermost: neighbours share their float64 results
+            for dtype in (self.layer_dtypes if op.family == "layer" else self.dtypes)
+            for direction in (
+                ("both",) if op.family == "layer" else self.directions
+            )  # innermost: they share float64 results
         ]
 
 
@@ -276,6 +290,7 @@ _CPU_LIMITS = {
 _FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 _ATTENTION = (TINY_ATTENTION, (8, 16, 512, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 8192, 128))
+_LAYERS = (TINY_LAYER, (4, 2048, 1024), (32, 256, 512))
 SWEEPS = {
     ("cpu", "quick"): Sweep(
         (TINY, (64, 1024), (1024, 1024)),
@@ -283,6 +298,7 @@ SWEEPS = {
         limits=_CPU_LIMITS,
         ffn_shapes=(TINY, (64, 4096)),
         attention_shapes=(TINY_ATTENTION,),
+        layer_shapes=(TINY_LAYER,),
     ),
     ("cpu", "default"): Sweep(
         (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
@@ -290,6 +306,7 @@ SWEEPS = {
         limits=_CPU_LIMITS,
         ffn_shapes=(TINY, (64, 4096), (1024, 3072)),
         attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64)),
+        layer_shapes=(TINY_LAYER, (8, 256, 512)),
     ),
     ("cpu", "full"): Sweep(
         (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)),
@@ -297,6 +314,8 @@ SWEEPS = {
         DIRECTIONS,
         ffn_shapes=(TINY, (1, 4096), (64, 4096), (1024, 3072), (4096, 4096)),
         attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64), (2, 8, 512, 128), (2, 4, 512, 256), (1, 8, 2048, 64)),
+        layer_shapes=(TINY_LAYER, (4, 64, 256), (8, 256, 512)),
+        layer_dtypes=("float32", "bfloat16"),
     ),
     # what the table of automatic choice is made from
     ("cpu", "grid"): Sweep(
@@ -317,6 +336,8 @@ SWEEPS = {
         ("bfloat16",),
         ffn_shapes=(TINY, (8192, 4096)),
         attention_shapes=(TINY_ATTENTION, (4, 16, 2048, 64), (4, 16, 2048, 128)),
+        layer_shapes=(TINY_LAYER, (4, 2048, 1024)),
+        layer_dtypes=("bfloat16",),
     ),
     ("cuda", "default"): Sweep(
         (
@@ -327,6 +348,8 @@ SWEEPS = {
         ("bfloat16", "float16", "float32"),
         ffn_shapes=_FFN,
         attention_shapes=_ATTENTION,
+        layer_shapes=_LAYERS,
+        layer_dtypes=("bfloat16",),
     ),
     ("cuda", "full"): Sweep(
         (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
@@ -334,6 +357,8 @@ SWEEPS = {
         DIRECTIONS,
         ffn_shapes=_FFN,
         attention_shapes=(*_ATTENTION, (8, 16, 1024, 40), (2, 16, 1024, 256), (1, 8, 16384, 128)),
+        layer_shapes=(*_LAYERS, (1, 8192, 1024), (8, 512, 4096)),
+        layer_dtypes=("bfloat16", "float16", "float32"),
     ),
 }
 

@@ -33,6 +33,10 @@ class Activation:
         """Shape of every tensor that receives a gradient."""
         return {"x": shape, "bias": shape[-1:]}
 
+    def values(self, name: str, normal: Tensor) -> Tensor:
+        """A leaf from normal numbers."""
+        return 1.5 * normal + 0.25
+
     def outputs(self) -> tuple[str, ...]:
         return ("y",)
 

@@ -115,8 +115,7 @@ def _problem(op_name: str, shape: tuple[int, ...], dtype: torch.dtype, device: t
     leaves = {}
     for name, size in op.inputs(shape).items():
         values = torch.randn(size, generator=generator, device=device)
-        values = 1 + 0.2 * values if name == "weight" else 1.5 * values + 0.25
-        leaves[name] = values.to(dtype)
+        leaves[name] = op.values(name, values).to(dtype)
     cotangents = tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for _ in op.outputs())
     mask = op.mask_of(shape, seed=draw, device=device)
     wide = {name: leaf.double() for name, leaf in leaves.items()}

@@ -46,6 +46,7 @@ CHANGE = 1.10  # addresses and clocks differ between two processes: smaller chan
 
 
 PAGE_BAR = "\\|"  # in a page that is rendered, a bar would end the cell
+SIZES = {"attention": "batch x heads x length x head dim", "layer": "batch x length x width"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], bar: str = "|") -> str:
@@ -93,9 +94,19 @@ def pivots(result: Record) -> str:
         for ops in _families(rows):
             head = ["size", *(op.replace("bias_dropout_add_", "epilogue_").removeprefix("attention_") for op in ops)]
             body = [[size, *(cells.get(op, "") for op in ops)] for size, cells in rows.items() if cells.keys() & ops]
-            sizes = "batch x heads x length x head dim" if OPS[ops[0]].family == "attention" else "rows x width"
+            sizes = SIZES.get(OPS[ops[0]].family, "rows x width")
             parts.append(f"{title}{sizes}\n\n{table(head, body)}")
     return "\n\n".join(parts)
+
+
+def kept_text(result: Record) -> str:
+    """What a layer's forward keeps for its backward, inputs and parameters left out; empty without layers."""
+    rows = []
+    for record in measured(result):
+        if kept := record.get("kept_bytes"):
+            ours, theirs = kept["fused"], kept["eager"]
+            rows.append([record["name"], bytes_text(theirs), bytes_text(ours), f"{ours / max(theirs, 1):.2f}"])
+    return table(["case", "eager keeps", "fusednorm keeps", "ours / eager's"], rows) if rows else ""
 
 
 def left_out_text(result: Record) -> str:
@@ -242,6 +253,7 @@ def markdown(result: Record, pictures: Sequence[str]) -> str:
         pivots(result),
     ]
     text += [left_out] if (left_out := left_out_text(result)) else []
+    text += ["## Kept for the backward", kept] if (kept := kept_text(result)) else []
     text += ["## Who served the cases", providers_text(result)]
     text += ["## Pictures", *(f"![{name}]({name})" for name in pictures)] if pictures else []
     text += ["## Method", *(f"- {key}: {value}" for key, value in m.items())]

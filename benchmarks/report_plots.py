@@ -51,6 +51,10 @@ def plots(result: Record, folder: Path) -> list[str] | None:
             pick = {"": _memory}
             label = "peak of fusednorm / peak of eager (below 1: fusednorm takes less)"
             names.append(_panels(result, records, pick, title, label, f"memory-{direction}.png", folder))
+        if any("kept_bytes" in r for r in records):
+            title = f"Kept by a layer's forward for its backward, {DIRECTION_TITLES[direction]}"
+            label = "bytes kept by fusednorm / by eager (below 1: fusednorm keeps less)"
+            names.append(_panels(result, records, {"": _kept}, title, label, f"kept-{direction}.png", folder))
     return [name for name in names if name]
 
 
@@ -65,6 +69,11 @@ def _memory(record: Record) -> Point | None:
         return None
     ours, theirs = (record["variants"][name]["peak"] for name in ("fused", "eager"))
     return (ours / max(theirs, 1),) * 3
+
+
+def _kept(record: Record) -> Point | None:
+    kept = record.get("kept_bytes")
+    return (kept["fused"] / max(kept["eager"], 1),) * 3 if kept else None
 
 
 def _markers(records: Iterable[Record]) -> dict[tuple[str, str], str]:

@@ -166,6 +166,11 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
                 record["notes"][name] = str(what).replace("\n", " ")[:200]
         flop_dtype = op.flop_dtype(case.torch_dtype)
         record["roofline_seconds"] = roofline.seconds(case.bytes_moved, case.flops, flop_dtype)
+        if op.family == "layer" and needs_grad:
+            record["kept_bytes"] = {
+                "fused": op.kept_bytes(leaves, build),
+                "eager": op.kept_bytes(leaves, op.eager(leaves)),
+            }
         record["variants"] = timer.measure(calls, seconds)
         record["status"] = "measured"
     except torch.OutOfMemoryError as error:
@@ -358,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = [report.headline(result), report.pivots(result), report.left_out_text(result)]
     parts += ["Summary\n\n" + report.summary(result)]
     parts += ["Who served the cases\n\n" + report.providers_text(result)]
+    parts += ["Kept for the backward\n\n" + kept] if (kept := report.kept_text(result)) else []
     parts += ["Where we lose\n\n" + report.losses_text(result)]
     parts += ["No figures\n\n" + wrong] if wrong else []
     slower = 0

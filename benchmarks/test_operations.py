@@ -15,13 +15,18 @@ import pytest
 import torch
 
 from benchmarks import cases, measure
-from benchmarks.cases import TINY, TINY_ATTENTION, Case, Sweep
+from benchmarks.cases import TINY, TINY_ATTENTION, TINY_LAYER, Case, Sweep
 
 DEVICE = measure.best_device()
 MEDIUM = (4096, 4096) if DEVICE.type == "cuda" else (64, 1024)
 ATTENTION = (4, 16, 2048, 64) if DEVICE.type == "cuda" else (1, 8, 256, 64)
+LAYER = (4, 2048, 1024) if DEVICE.type == "cuda" else (2, 64, 128)
 CASES = Sweep(
-    (TINY, MEDIUM), ("float32", "bfloat16"), ffn_shapes=(TINY, MEDIUM), attention_shapes=(TINY_ATTENTION, ATTENTION)
+    (TINY, MEDIUM),
+    ("float32", "bfloat16"),
+    ffn_shapes=(TINY, MEDIUM),
+    attention_shapes=(TINY_ATTENTION, ATTENTION),
+    layer_shapes=(TINY_LAYER, LAYER),
 ).cases()
 
 

@@ -34,7 +34,10 @@ def info() -> str:
         ready = "ready" if built is None or reason is not None else f"ready, {built()}"
         lines.append(f"  {name:<10} " + (ready if reason is None else f"not here: {reason}"))
     reason = _shortcut.load()[1]
-    lines.append("shortcut   " + (f"not here: {reason}" if reason else "ready: bare norms and attention on the CPU in one C++ call"))
+    lines.append(
+        "shortcut   "
+        + (f"not here: {reason}" if reason else "ready: bare norms and attention on the CPU in one C++ call")
+    )
     return "\n".join(lines)
 
 

@@ -193,9 +193,53 @@ def test_wrong_dropout_mask_is_noticed(monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_check_accepts_the_hand_written_reference(op):
     with fusednorm.use_provider("reference"):
-        shape = cases.TINY_ATTENTION if OPS[op].family == "attention" else cases.TINY
+        shape = {"attention": cases.TINY_ATTENTION, "layer": cases.TINY_LAYER}.get(OPS[op].family, cases.TINY)
         verdict = measure.check(Case(op, shape, "bfloat16", "both"), CPU)
     assert verdict.ok, verdict.detail
+
+
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.family == "layer"])
+def test_wrong_layer_is_noticed(op, monkeypatch):
+    """One that leaves out a bias, deep inside."""
+    real = fusednorm.TransformerEncoderLayer.forward, fusednorm.TransformerDecoderLayer.forward
+
+    def without(forward):
+        def call(self, *args, **kwargs):
+            kept = self.linear1.bias
+            self.linear1._parameters["bias"] = torch.zeros_like(kept) + 0 * kept
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self.linear1._parameters["bias"] = kept
+
+        return call
+
+    case = Case(op, cases.TINY_LAYER, "float32", "both")
+    assert measure.check(case, CPU).ok
+    monkeypatch.setattr(fusednorm.TransformerEncoderLayer, "forward", without(real[0]))
+    monkeypatch.setattr(fusednorm.TransformerDecoderLayer, "forward", without(real[1]))
+    assert not measure.check(case, CPU).ok
+
+
+def test_a_layer_drops_elements_when_it_is_timed_and_not_when_it_is_checked():
+    op = OPS["encoder_layer"]
+    leaves = measure.problem(Case(op.name, cases.TINY_LAYER, "float32", "both"), CPU).leaves
+    checked = [op.fused(leaves, seed=0)()[0] for _ in range(2)]
+    timed = [op.fused(leaves)()[0] for _ in range(2)]
+    assert torch.equal(*checked) and not torch.equal(*timed)
+    assert not torch.equal(op.eager(leaves)()[0], op.eager(leaves)()[0])
+
+
+def test_kept_bytes_of_a_layer_count_each_storage_once():
+    op = OPS["encoder_layer"]
+    leaves = {
+        name: leaf.requires_grad_()
+        for name, leaf in measure.problem(Case(op.name, cases.TINY_LAYER, "float32", "both"), CPU).leaves.items()
+    }
+    x = torch.randn(3, 5)
+    assert op.kept_bytes(leaves, lambda: ((leaves["x"] * 2).exp().exp(),)) == 2 * 4 * leaves["x"].numel()
+    assert op.kept_bytes({**leaves, "y": x}, lambda: (leaves["linear1.bias"].sum() * x,)) == 0  # an input's own
+    assert 0 < op.kept_bytes(leaves, op.fused(leaves)) < op.kept_bytes(leaves, op.eager(leaves))
 
 
 def test_cpu_timer_interleaves_and_orders_what_differs():

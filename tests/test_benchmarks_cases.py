@@ -15,7 +15,8 @@ def test_every_sweep_has_the_tiny_case_and_unique_names():
         assert len(set(names)) == len(names)
         for op, operation in sweep.operations().items():
             sizes = [n.rsplit("/", 1)[1] for n in names if n.startswith(f"{op}/")]
-            assert ("1x4x16x16" if operation.family == "attention" else "4x64") in sizes or level == "grid"
+            tiny = {"attention": "1x4x16x16", "layer": "2x8x64"}.get(operation.family, "4x64")
+            assert tiny in sizes or level == "grid"
     assert set(cases.SWEEPS["cpu", "grid"].operations()) == set(OPS) > set(cases.SWEEPS["cpu", "full"].operations())
     shapes = cases.SWEEPS["cpu", "default"].shapes + cases.SWEEPS["cuda", "default"].shapes
     assert [(min(sizes), max(sizes)) for sizes in zip(*shapes)] == [(1, 65536), (64, 262144)]
@@ -31,7 +32,7 @@ def test_operations_of_a_feed_forward_block_have_shapes_of_their_own():
 def test_baselines_apply_to_operations_of_their_kind():
     applied = {op.family: {n for n in baselines.BASELINES if baselines.applies(n, op)} for op in OPS.values()}
     torchs = {"eager", "compile", "compile-max-autotune"}
-    assert applied["feed_forward"] == torchs
+    assert applied["feed_forward"] == applied["layer"] == torchs
     assert applied["norm"] == torchs | {"liger_kernel", "quack", "fla", "flash_attn"}
     assert applied["attention"] == torchs | {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math"}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases, measure
 from benchmarks.cases import OPS, Case
@@ -14,6 +16,8 @@ ACTIVATIONS = ("bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu", "bias_ge
 ATTENTIONS = ("attention", "attention_causal", "attention_padded", "attention_window", "attention_dropout")
 # of as many elements; 16 queries, of which each has one log-sum-exp
 ATTENTION_SHAPE = (1, 4, 4, 16)
+LAYER_SHAPE = (1, 4, 64)  # of as many elements again; a matrix is 64 P
+SHAPES = {"attention": ATTENTION_SHAPE, "layer": LAYER_SHAPE}
 HAND_COUNTED = [
     # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
     ("layer_norm", "forward", 2 * T + 2 * P, 0),
@@ -50,6 +54,18 @@ HAND_COUNTED = [
     ("attention_grouped", "forward", 2 * T + 2 * T // 4, 0),
     ("attention_grouped", "backward", 4 * T + 4 * T // 4, 16),
     ("attention_grouped", "both", 6 * T + 6 * T // 4, 32),
+    # what stands between two matrix products is one kernel; q, k, v and the projection are 4 matrices, the block 8
+    ("encoder_layer", "forward", (4 + 4 + 2 + 3 + 5 + 8 + 5 + 3) * T + 12 * 64 * P, 0),
+    ("encoder_layer", "backward", (8 + 8 + 4 + 4 + 10 + 12 + 10 + 4) * T + 24 * 64 * P, 0),
+    ("encoder_layer", "both", 94 * T + 36 * 64 * P, 0),
+    # three norms and adds of 2, 4 and 3 tensors instead of two of 3; their gradients 4, 5 and 2 instead of 4 and 4
+    ("encoder_layer_pre_norm", "forward", (4 + 4 + 2 + 5 + 8 + 5 + 9) * T + 12 * 64 * P, 0),
+    ("encoder_layer_pre_norm", "backward", (8 + 8 + 4 + 10 + 12 + 10 + 11) * T + 24 * 64 * P, 0),
+    ("encoder_layer_pre_norm", "both", 100 * T + 36 * 64 * P, 0),
+    # a second attention: queries, keys and values, attention, projection, norm
+    ("decoder_layer", "forward", (34 + 2 + 3 + 4 + 2 + 3) * T + 16 * 64 * P, 0),
+    ("decoder_layer", "backward", (60 + 4 + 6 + 8 + 4 + 4) * T + 32 * 64 * P, 0),
+    ("decoder_layer", "both", 134 * T + 48 * 64 * P, 0),
 ]
 
 
@@ -57,7 +73,7 @@ HAND_COUNTED = [
 @pytest.mark.parametrize(("op", "direction", "elements", "statistics"), HAND_COUNTED)
 def test_byte_model(op, direction, elements, statistics, dtype):
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    shape = ATTENTION_SHAPE if OPS[op].family == "attention" else (4, 64)
+    shape = SHAPES.get(OPS[op].family, (4, 64))
     assert Case(op, shape, dtype, direction).bytes_moved == elements * itemsize + 4 * statistics
 
 
@@ -66,7 +82,7 @@ def test_every_operation_and_direction_is_counted_by_hand():
     assert sorted(counted) == sorted((op, direction) for op in OPS for direction in cases.DIRECTIONS)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.family != "layer"], ids=lambda op: op.name)
 def test_byte_model_counts_each_tensor_once(op):
     """The model of every direction against the tensors themselves, at a shape where nothing cancels."""
     shape = (2, 8, 3, 5) if op.family == "attention" else (6, 40)
@@ -96,7 +112,7 @@ def test_flop_model():
     counted = {
         op: [Case(op, (2, 8), "float32", d).flops // 16 for d in cases.DIRECTIONS]
         for op in OPS
-        if OPS[op].family != "attention"
+        if OPS[op].family not in SHAPES
     }
     assert counted["layer_norm"] == [7, 13, 20]
     assert counted["rms_norm"] == [4, 9, 13]
@@ -111,6 +127,24 @@ def test_flop_model():
     counted = {op: [Case(op, (2, 4, 8, 16), "float32", d).flops for d in cases.DIRECTIONS] for op in ATTENTIONS}
     assert counted["attention"] == [32 * 512 * n for n in (2, 5, 7)]
     assert counted["attention_causal"] == counted["attention_dropout"] == [32 * 8 * 36 * n for n in (2, 5, 7)]
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.family == "layer"], ids=lambda op: op.name)
+def test_flop_model_of_a_layer_is_what_torch_counts(op):
+    """But for two differences: torch computes the pairs that causality masks, and keeps the logits."""
+    shape = batch, length, width = 2, 6, 128
+    leaves = {name: torch.randn(size, requires_grad=True) for name, size in op.inputs(shape).items()}
+    call = op.eager(leaves)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            (out,) = call()
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(out, list(leaves.values()), torch.randn(shape))
+    masked = batch * length * (length - 1) // 2 * width if op.decoder else 0
+    pairs = batch * length**2 * width * (2 if op.decoder else 1)
+    assert op.flops(shape, "forward") == forward.get_total_flops() - 4 * masked
+    assert op.flops(shape, "backward") == backward.get_total_flops() + 2 * pairs - 10 * masked
+    assert op.flops(shape, "both") == op.flops(shape, "forward") + op.flops(shape, "backward")
 
 
 def test_median_interval_covers_the_median():
