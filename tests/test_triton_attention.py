@@ -7,7 +7,6 @@ most tests take tiles of 16 x 16, for a short sequence to have tiles seen in ful
 from __future__ import annotations
 
 import contextlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,18 +323,6 @@ def test_triton_attention_says_what_it_does_not_take():
     long = torch.zeros(1, 1, 1, 16).expand(1, 1, 2**29 + 1, 16)
     with pytest.raises(ValueError, match=r"positions"):
         scaled_dot_product_attention(q.float(), long, long)
-
-
-@pytest.mark.parametrize(
-    ("capability", "version", "refused"), [((10, 0), (3, 6), True), ((10, 0), (3, 9), False), ((9, 0), (3, 6), False)]
-)
-def test_triton_attention_is_refused_where_the_compiler_fails(capability, version, refused, monkeypatch):
-    q = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, shape=(1, 1, 4, 16), get_device=lambda: 0)
-    monkeypatch.setattr(triton_attention.host, "refusal", lambda *args: None)
-    monkeypatch.setattr(triton_attention.host, "capability", lambda index: capability)
-    monkeypatch.setattr(triton_attention.host, "version", lambda: version)
-    reason = triton_attention.refusal("attention_fwd", q, *[None] * 7, 4, 4)
-    assert (reason is not None and "update Triton" in reason) == refused
 
 
 def test_automatic_choice_never_interprets_attention():

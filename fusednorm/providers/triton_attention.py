@@ -21,7 +21,6 @@ _LONGEST = 2**29  # positions, and sums of a few, are 32-bit numbers
 _FAR = 2**23  # a stride at which a tile may span 2**31 elements
 _FOLDED = (1e-30, 1e30)  # scales that may be folded into an exponent
 INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
-_BLACKWELL = (3, 9)  # 3.6 stops in its own TritonNvidiaGPUOptimizeTMemLayoutsPass; what is between was not tried
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,10 +30,7 @@ def refusal(op: str, *args: Any) -> str | None:
         return f"dtype {q.dtype}: the matrix units' are float32, bfloat16 and float16"
     if longest_q > _LONGEST or longest_k > _LONGEST:
         return f"a sequence has more than {_LONGEST} positions"
-    reason = host.refusal(q, q.shape[-1])
-    if reason is None and q.is_cuda and host.capability(q.get_device()) >= (10, 0) and host.version() < _BLACKWELL:
-        return "this Triton's compiler fails on it for compute capability 10.0; update Triton to 3.9"
-    return reason
+    return host.refusal(q, q.shape[-1])
 
 
 class _Call(NamedTuple):
@@ -149,7 +145,8 @@ class _Problem(NamedTuple):
     def need(self) -> table.Need:
         columns = max(table.columns(self.d), table.columns(self.dv))
         bounded = self.lower or self.upper
-        return table.Need(columns, self.dtype.itemsize, self.dropout, self.mask != "none", bounded, self.capability)
+        mask = self.mask != "none"
+        return table.Need(columns, self.dtype.itemsize, self.dropout, mask, bounded, self.capability, host.version())
 
 
 def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:

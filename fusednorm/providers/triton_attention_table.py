@@ -32,11 +32,19 @@ class Need(NamedTuple):
     mask: bool  # an attn_mask
     bounded: bool  # causality or a window
     capability: tuple[int, int]
+    triton: tuple[int, int]  # its version
 
     @property
     def registers_hold_operands(self) -> bool:
         """The matrix units of sm_80 read both operands from registers, later ones from shared memory."""
         return self.capability < (9, 0)
+
+    @property
+    def avoids_tensor_memory(self) -> bool:
+        """Triton 3.6 fails in its own pass over tensor memory (TritonNvidiaGPUOptimizeTMemLayoutsPass) where a loop has
+        bounds of its own; what is between 3.6 and 3.9 was not tried. Below 64 rows it takes the matrix instructions of
+        before sm_100, which need none."""
+        return self.capability >= (10, 0) and self.triton < (3, 9)
 
 
 def columns(d: int) -> int:
@@ -52,8 +60,10 @@ def _float32(n: Need) -> Tile:
 def forward(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    if n.avoids_tensor_memory:
+        return Tile(32, 64 if n.columns <= 128 else 32, 4, 2)
     if n.columns <= 64:
-        return Tile(128, 64, 8, 3)
+        return Tile(64, 64, 4, 3) if n.registers_hold_operands else Tile(128, 64, 8, 3)
     if n.columns <= 128:
         return Tile(64 if n.registers_hold_operands else 128, 64, 8, 2)
     return Tile(64, 32, 4, 2)
@@ -75,10 +85,14 @@ def splits(n: Need) -> bool:
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    if n.avoids_tensor_memory:
+        return Tile(16 if n.columns > 64 or n.dropout or n.mask else 32, 32, 4, 2)
     if n.columns > 128:
         return Tile(16, 64, 4, 2)
     if n.registers_hold_operands:
-        return Tile(16 if n.dropout or n.mask else 32, 64, 8, 2)
+        if n.dropout or n.mask:
+            return Tile(16, 64, 8, 2)
+        return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
     if n.capability >= (10, 0) and n.columns > 64:
         return Tile(16, 64, 8, 2)
     if n.dropout or n.mask:
@@ -89,6 +103,8 @@ def backward_keys(n: Need) -> Tile:
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    if n.avoids_tensor_memory:
+        return Tile(32, 32 if n.columns > 64 or n.mask else 64, 4, 2)
     if n.columns > 128:
         return Tile(64, 32, 4, 2)
     if n.registers_hold_operands:
@@ -99,4 +115,6 @@ def backward_queries(n: Need) -> Tile:
 def backward_mask(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    if n.avoids_tensor_memory:
+        return Tile(32, 32, 4, 1)
     return Tile(64, 64 if n.columns <= 64 else 32, 8, 1) if n.columns <= 128 else Tile(64, 32, 4, 1)
