@@ -2,7 +2,10 @@
 
 Its own float32 -> bfloat16 conversion truncates (no rounding mode reaches `cast_impl`), and float64 -> bfloat16 stores
 integers; a GPU rounds to nearest even in both. Measured against float64, truncation is an error of up to one unit in
-the last place that no kernel of ours makes. Its products of matrices take the bits of bfloat16 for integers.
+the last place that no kernel of ours makes. Its products of matrices take the bits of bfloat16 for integers, and those
+of float32 are a BLAS's, whose rounding depends on the tile's shape and on which operand is transposed (on some
+processors); a GPU adds the products of one element in the order of the inner dimension, each by one fused
+multiply-add, whatever the tile. Attention's backward makes logits again that must be the forward's to the last bit.
 """
 
 from __future__ import annotations
@@ -20,6 +23,17 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 def _from_bfloat16(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(dtype)
+
+
+def _add_products(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
+    """a @ b + accumulator in float32, for each element a chain of fused multiply-adds."""
+    total = accumulator.copy()
+    wide = np.empty(total.shape, np.float64)  # holds a product of two float32 exactly
+    for column, row in zip(a.T[:, :, None].astype(np.float64), b.astype(np.float64), strict=True):
+        np.multiply(column, row, out=wide)
+        np.add(wide, total, out=wide)
+        total[...] = wide
+    return total
 
 
 def round_bfloat16_to_nearest() -> None:
@@ -43,6 +57,8 @@ def round_bfloat16_to_nearest() -> None:
     create_dot = builder.create_dot
 
     def dot(self, a, b, accumulator, *options):
+        if {a.dtype.scalar, b.dtype.scalar, accumulator.dtype.scalar} == {tl.float32}:
+            return interpreter.TensorHandle(_add_products(a.data, b.data, accumulator.data), tl.float32)
         widened = [
             interpreter.TensorHandle(_from_bfloat16(t.data, np.dtype(np.float32)), tl.float32)
             if t.dtype.scalar == tl.bfloat16
