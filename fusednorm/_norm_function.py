@@ -223,29 +223,42 @@ class AddLayerNormFunction(torch.autograd.Function):
 
 
 def shortcut_backward(
-    dnormed: Tensor,
+    dnormed: Tensor | None,
     dresidual_out: Tensor | None,
     saved: Tensor,
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x_bias: Tensor | None,
+    seed: Tensor | None,
     normalized_ndim: int,
     eps: float,
+    dropout_p: float,
     rms: bool,
-    *wanted: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
-    create_graph = torch.is_grad_enabled() or batched(dnormed, dresidual_out)
-    if create_graph:
-        stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
-    output_mask = [wanted[0], False, *wanted[1:], False, False]
-    args: Args = (
-        *(dnormed, dresidual_out, saved, stats, weight, bias, None, None, None, None),
-        *(normalized_ndim, 0.0, 0.0, saved.dtype, saved.dtype, rms, False, False, output_mask),
-    )
-    found = reference.add_layer_norm_bwd(*args) if create_graph else _ops.add_layer_norm_bwd(*args, provider="cpu")
-    dx, _, dweight, dbias = found[:4]
-    return tuple(g if want else None for g, want in zip((dx, dweight, dbias), wanted, strict=True))
+    """What the shortcut's node leaves to Python: derivatives of its gradients, tensors that are not plain, no `normed`.
+
+    `wanted`: of x, residual, weight, bias, x_bias.
+    """
+    if dnormed is None:
+        if dresidual_out is None:
+            return (None,) * 5
+        dx, dresidual, dx_bias, _ = reference.stream_bwd(
+            *(dresidual_out.to(stats.dtype), None, x_bias, None, seed, normalized_ndim, dropout_p, 0.0),
+            *(saved.dtype, saved.dtype, [*wanted[:2], wanted[4], False]),
+        )
+        found: tuple[Tensor | None, ...] = (dx, dresidual, None, None, dx_bias)
+    else:
+        create_graph = torch.is_grad_enabled() or batched(dnormed, dresidual_out)
+        if create_graph:
+            stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
+        args: Args = (
+            *(dnormed, dresidual_out, saved, stats, weight, bias, None, x_bias, None, seed, normalized_ndim),
+            *(dropout_p, 0.0, saved.dtype, saved.dtype, rms, False, False, [*wanted, False]),
+        )
+        found = reference.add_layer_norm_bwd(*args) if create_graph else _ops.add_layer_norm_bwd(*args, provider="cpu")
+    return tuple(g if want else None for g, want in zip(found[:5], wanted, strict=True))
 
 
 # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here

@@ -1,4 +1,4 @@
-"""The shortcut: bare norms and attention on the CPU in one C++ call each, an autograd node of C++ included.
+"""The shortcut: norms with bias and dropout, and bare attention, in one C++ call each on the CPU, autograd node included.
 
 It leaves out the layers between, which cost more than a small call itself, and takes only what needs none of them:
 plain dense CPU tensors of one dtype, no mode, transform, autocast or tracing. For everything else it returns None, and

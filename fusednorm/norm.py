@@ -160,13 +160,13 @@ def add_layer_norm(
     """
     if (
         not _is_compiling()
-        and x_bias is None is layer_scale
-        and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
-        and residual_dtype is None
+        and not (drop_path_p or zero_centered_weight or memory_efficient)
+        and layer_scale is residual_dtype is None
         and providers.shortcut is not None
     ):
+        epilogue = x_bias, dropout_p, seed
         outputs = providers.shortcut.add_norm(
-            x, residual, normalized_shape, weight, bias, eps, False, providers.shortcut_by_shape
+            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_by_shape
         )
         if outputs is not None:
             return outputs
@@ -235,13 +235,13 @@ def add_rms_norm(
     """
     if (
         not _is_compiling()
-        and x_bias is None is layer_scale
-        and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
-        and residual_dtype is None
+        and not (drop_path_p or zero_centered_weight or memory_efficient)
+        and layer_scale is residual_dtype is None
         and providers.shortcut is not None
     ):
+        epilogue = x_bias, dropout_p, seed
         outputs = providers.shortcut.add_norm(
-            x, residual, normalized_shape, weight, None, eps, True, providers.shortcut_by_shape
+            x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_by_shape
         )
         if outputs is not None:
             return outputs

@@ -68,10 +68,29 @@ bool prefers_torch(const char* operation, const NormCall& call, int64_t columns)
   return found.get() == Py_True;
 }
 
-// False where the call is not for the shortcut.
+// Dropout's probability, and its seed; undefined for None: to be drawn.
+bool take_dropout(PyObject* probability, PyObject* seed, NormCall& call) {
+  if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
+  call.dropout_p = PyFloat_AsDouble(probability);
+  PyErr_Clear();  // of an int past what a double holds; it is -1 then
+  if (!(call.dropout_p >= 0.0 && call.dropout_p < 1.0)) return false;
+  if (seed == Py_None) return true;
+  if (PyLong_CheckExact(seed)) {
+    call.seed = at::empty({1}, at::kLong);
+    *call.seed.mutable_data_ptr<int64_t>() = int64_t(PyLong_AsUnsignedLongLongMask(seed));
+    return true;
+  }
+  if (!THPVariable_CheckExact(seed)) return false;
+  const at::Tensor& given = THPVariable_Unpack(seed);
+  if (!plain(given) || given.scalar_type() != at::kLong || given.numel() != 1) return false;
+  call.seed = given.detach().reshape({1});
+  return true;
+}
+
+// False where the call is not for the shortcut. What it has beyond the operands of a bare norm is in `call` already.
 bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps,
                const char* operation, bool by_shape, NormCall& call) {
-  if (x == Py_None || !plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (x == Py_None || at::impl::torch_function_mode_enabled()) return false;
   if (!take_tensor(x, call.x) || !take_tensor(residual, call.residual) || !take_tensor(weight, call.weight) ||
       !take_tensor(bias, call.bias))
     return false;
@@ -82,23 +101,28 @@ bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weigh
   if (!take_eps(eps, call.rms, wide, call.eps)) return false;
   if (call.residual.defined() && (call.residual.scalar_type() != call.x.scalar_type() || call.residual.sizes() != sizes))
     return false;
-  for (const at::Tensor* parameter : {&call.weight, &call.bias})
+  for (const at::Tensor* parameter : {&call.weight, &call.bias, &call.x_bias})
     if (parameter->defined() && parameter->sizes() != normalized) return false;
   call.needs_grad = false;
   if (at::GradMode::is_enabled())
-    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias})
+    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias})
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   return !by_shape || !prefers_torch(operation, call, c10::multiply_integers(normalized));
 }
 
-NormResult run(const NormCall& call) {
+NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
+  if (!(call.dropout_p > 0))
+    call.seed = at::Tensor();
+  else if (!call.seed.defined())  // as fusednorm.dropout.default_seed
+    call.seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1}, at::kLong);
   return norm(call);
 }
 
 PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  NormCall call;
+  if (!plain_thread()) Py_RETURN_NONE;
+  NormCall call{};
   call.rms = true;
   if (!take_call(args[0], Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4] == Py_True, call))
     Py_RETURN_NONE;
@@ -108,11 +132,15 @@ PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
 
 PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  NormCall call;
-  call.rms = args[6] == Py_True;
-  const char* const operations[] = {"layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"};
-  const char* operation = operations[2 * (args[1] != Py_None) + call.rms];
-  if (!take_call(args[0], args[1], args[2], args[3], args[4], args[5], operation, args[7] == Py_True, call)) Py_RETURN_NONE;
+  if (!plain_thread()) Py_RETURN_NONE;
+  NormCall call{};
+  call.rms = args[9] == Py_True;
+  if (!take_tensor(args[6], call.x_bias) || !take_dropout(args[7], args[8], call)) Py_RETURN_NONE;
+  const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
+                                    "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
+  const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
+  const char* operation = operations[2 * (epilogue ? 2 : args[1] != Py_None) + call.rms];
+  if (!take_call(args[0], args[1], args[2], args[3], args[4], args[5], operation, args[10] == Py_True, call)) Py_RETURN_NONE;
   NormResult result = run(call);
   THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
   if (!normed || !pair) throw python_error();
@@ -218,8 +246,9 @@ PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
 PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
      "rms_norm(input, normalized_shape, weight, eps, by_shape) -> Tensor, or None: not a call for the shortcut"},
-    {"add_norm", (PyCFunction)(void*)counted<8, add_norm>, METH_FASTCALL,
-     "add_norm(x, residual, normalized_shape, weight, bias, eps, rms, by_shape) -> (normed, residual_out), or None"},
+    {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
+     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, by_shape) -> "
+     "(normed, residual_out), or None"},
     {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
      "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
     {}};
