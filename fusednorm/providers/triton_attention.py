@@ -222,13 +222,14 @@ def attention_bwd(
     """Gradients of (q, k, v, attn_mask): delta, then a launch over queries and one or two over keys.
 
     Beside the rounding of 16-bit results it is no matter in which order dlse is added, nor how out and lse were
-    rounded. For `exact` results the launch over queries makes delta and the inverse of the weights' sum itself.
+    rounded. For `exact` results, and for a mask's gradient, in which such errors add up, the launch over queries makes
+    delta and the inverse of the weights' sum itself.
     """
     call, (wants_q, wants_k, wants_v, wants_mask) = _Call(_near(args[0]), *args[1:-1]), args[-1]
     packed, mask = args[3] is not None, args[0]
     wants_mask = wants_mask and mask is not None and mask.is_floating_point()
     logits = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
-    exact = q.element_size() == 4 or (wants_mask and mask is not None and mask.element_size() == 4)
+    exact = q.element_size() == 4 or wants_mask
     direct = wants_mask and mask is not None and mask.shape == logits
     dq = torch.empty_like(q) if wants_q else None
     dk, dv = torch.empty_like(k) if wants_k else None, torch.empty_like(v) if wants_v else None
