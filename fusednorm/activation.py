@@ -70,6 +70,12 @@ def bias_act_dropout(
     Source: D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; S. Elfwing et al.,
     "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
     """
+    if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
+        shortcut = providers.shortcut.bias_act_dropout(
+            x, bias, activation, dropout_p, seed, providers.shortcut_by_shape
+        )
+        if shortcut is not None:
+            return shortcut
     if has_torch_function_variadic(x, bias, seed):
         return handle_torch_function(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
@@ -196,6 +202,24 @@ class BiasActDropoutFunction(torch.autograd.Function):
         else:
             gradients = _ops.bias_act_dropout_bwd(*args, provider=ctx.provider)
         return (*[g if wanted else None for g, wanted in zip(gradients, need, strict=True)], None, None, None, None)
+
+
+def shortcut_backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
+    args = (dy, x, bias, seed, tuple(_TORCHS)[activation], dropout_p, wanted)
+    if torch.is_grad_enabled() or batched(dy):
+        gradients = reference.bias_act_dropout_bwd(*args)
+    else:
+        gradients = _ops.bias_act_dropout_bwd(*args, provider="cpu")
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
 # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here

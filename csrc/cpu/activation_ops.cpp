@@ -5,6 +5,7 @@
 
 #include "../norm_call.h"
 #include "activation_args.h"
+#include "bias_act.h"
 #include "operands.h"
 #include "pages.h"
 #include "workspace.h"
@@ -74,10 +75,12 @@ Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, int64_
 
 int64_t grain(int64_t elements_of_a_tile) { return std::max<int64_t>(kGrain / std::max<int64_t>(elements_of_a_tile, 1), 1); }
 
-Handle run_forward(const Handle& x, const Handle& bias, const Handle& seed, int64_t options, double p) {
+}  // namespace
+
+Handle run_activation_forward(const BiasActTensors& t, int64_t options, double p) {
   ActivationCall a;
-  const Sizes s = describe_call(a, x, Handle(), options, p, seed);
-  const Bias biases(a, bias);
+  const Sizes s = describe_call(a, t.x, Handle(), options, p, t.seed);
+  const Bias biases(a, t.bias);
   Handle y = empty(s.ndim, s.sizes, a.x.dtype);
   a.out = data_of(y);
   ask_for_huge_pages(a.out, a.n_rows * a.n_columns * kItemSize[a.x.dtype]);
@@ -87,25 +90,10 @@ Handle run_forward(const Handle& x, const Handle& bias, const Handle& seed, int6
   return y;
 }
 
-void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
-  Handle y = run_forward(x, bias, seed, to<int64_t>(stack[3]), to<double>(stack[4]));
-  give(stack, y);
-}
-
-// Three arguments instead of five: for calls so small that this is what they cost.
-void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), bias = take_tensor(stack[1]);
-  Handle y = run_forward(x, bias, Handle(), to<int64_t>(stack[2]), 0.0);
-  give(stack, y);
-}
-
-void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dy = take_tensor(stack[0]), x = take_tensor(stack[1]), bias = take_optional(stack[2]),
-               seed = take_optional(stack[3]);
-  const int64_t options = to<int64_t>(stack[4]);
+BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors& t, int64_t options, double p) {
+  const Handle& bias = t.bias;
   ActivationCall a;
-  const Sizes s = describe_call(a, x, dy, options, to<double>(stack[5]), seed);
+  const Sizes s = describe_call(a, t.x, dy, options, p, t.seed);
   const Sizes given = sizes_of(dy);
   STD_TORCH_CHECK(given.ndim == s.ndim && std::equal(s.sizes, s.sizes + s.ndim, given.sizes), "dy: its shape does not fit");
   const Bias biases(a, bias);
@@ -132,7 +120,28 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
       const int64_t last = std::min(end * 64, a.n_columns);
       kernels().reduce({a.partials, chunks, a.partial_stride, a.wide}, dtype_of(bias), data_of(dbias), begin * 64, last);
     });
-  give(stack, dx, dbias);
+  return {std::move(dx), std::move(dbias)};
+}
+
+namespace {
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const BiasActTensors tensors{take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2])};
+  Handle y = run_activation_forward(tensors, to<int64_t>(stack[3]), to<double>(stack[4]));
+  give(stack, y);
+}
+
+// Three arguments instead of five: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Handle y = run_activation_forward({take_tensor(stack[0]), take_tensor(stack[1]), {}}, to<int64_t>(stack[2]), 0.0);
+  give(stack, y);
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle dy = take_tensor(stack[0]);
+  const BiasActTensors tensors{take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3])};
+  BiasActGradients found = run_activation_backward(dy, tensors, to<int64_t>(stack[4]), to<double>(stack[5]));
+  give(stack, found.dx, found.dbias);
 }
 
 void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {

@@ -11,7 +11,9 @@
 #include <cmath>
 #include <limits>
 
+#include "../cpu/activation_args.h"
 #include "../cpu/layout.h"
+#include "activation_node.h"
 #include "attention_node.h"
 #include "norm_node.h"
 #include "plain.h"
@@ -60,31 +62,38 @@ bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
 PyObject* choice = nullptr;  // fusednorm.providers.choice
 
 // Whether torch's own operators were measured to be faster.
-bool prefers_torch(const char* operation, const NormCall& call, int64_t columns) {
+bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
   THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
-                                         (PyObject*)torch::getTHPDtype(call.x.scalar_type()), (long long)call.x.numel(),
-                                         (long long)columns, call.needs_grad ? Py_True : Py_False));
+                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
+                                         (long long)columns, needs_grad ? Py_True : Py_False));
   if (!found) throw python_error();
   return found.get() == Py_True;
 }
 
 // Dropout's probability, and its seed; undefined for None: to be drawn.
-bool take_dropout(PyObject* probability, PyObject* seed, NormCall& call) {
+bool take_dropout(PyObject* probability, PyObject* given_seed, double& p, at::Tensor& seed) {
   if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
-  call.dropout_p = PyFloat_AsDouble(probability);
+  p = PyFloat_AsDouble(probability);
   PyErr_Clear();  // of an int past what a double holds; it is -1 then
-  if (!(call.dropout_p >= 0.0 && call.dropout_p < 1.0)) return false;
-  if (seed == Py_None) return true;
-  if (PyLong_CheckExact(seed)) {
-    call.seed = at::empty({1}, at::kLong);
-    *call.seed.mutable_data_ptr<int64_t>() = int64_t(PyLong_AsUnsignedLongLongMask(seed));
+  if (!(p >= 0.0 && p < 1.0)) return false;
+  if (given_seed == Py_None) return true;
+  if (PyLong_CheckExact(given_seed)) {
+    if (!(p > 0.0)) return true;
+    seed = at::empty({1}, at::kLong);
+    *seed.mutable_data_ptr<int64_t>() = int64_t(PyLong_AsUnsignedLongLongMask(given_seed));
     return true;
   }
-  if (!THPVariable_CheckExact(seed)) return false;
-  const at::Tensor& given = THPVariable_Unpack(seed);
+  if (!THPVariable_CheckExact(given_seed)) return false;
+  const at::Tensor& given = THPVariable_Unpack(given_seed);
   if (!plain(given) || given.scalar_type() != at::kLong || given.numel() != 1) return false;
-  call.seed = given.detach().reshape({1});
+  if (p > 0.0) seed = given.detach().reshape({1});
   return true;
+}
+
+// As fusednorm.dropout.default_seed.
+void draw_where_none(double p, at::Tensor& seed) {
+  if (p > 0.0 && !seed.defined())
+    seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1}, at::kLong);
 }
 
 // False where the call is not for the shortcut. What it has beyond the operands of a bare norm is in `call` already.
@@ -107,15 +116,12 @@ bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weigh
   if (at::GradMode::is_enabled())
     for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias})
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
-  return !by_shape || !prefers_torch(operation, call, c10::multiply_integers(normalized));
+  return !by_shape || !prefers_torch(operation, call.x, c10::multiply_integers(normalized), call.needs_grad);
 }
 
 NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
-  if (!(call.dropout_p > 0))
-    call.seed = at::Tensor();
-  else if (!call.seed.defined())  // as fusednorm.dropout.default_seed
-    call.seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1}, at::kLong);
+  draw_where_none(call.dropout_p, call.seed);
   return norm(call);
 }
 
@@ -135,7 +141,7 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   if (!plain_thread()) Py_RETURN_NONE;
   NormCall call{};
   call.rms = args[9] == Py_True;
-  if (!take_tensor(args[6], call.x_bias) || !take_dropout(args[7], args[8], call)) Py_RETURN_NONE;
+  if (!take_tensor(args[6], call.x_bias) || !take_dropout(args[7], args[8], call.dropout_p, call.seed)) Py_RETURN_NONE;
   const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
                                     "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
   const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
@@ -147,6 +153,48 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   PyTuple_SET_ITEM(pair.get(), 0, normed.release());
   PyTuple_SET_ITEM(pair.get(), 1, result.z.defined() ? THPVariable_Wrap(result.z) : Py_NewRef(args[0]));
   return pair.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// The place of an activation's name in ../cpu/activation_args.h, -1 of no name.
+int64_t activation_of(PyObject* name) {
+  const char* const names[] = {"relu", "gelu", "gelu_tanh", "silu"};
+  if (PyUnicode_CheckExact(name))
+    for (int64_t i = 0; i < 4; ++i)
+      if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0) return i;
+  return -1;
+}
+
+// False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
+bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
+  if (args[0] == Py_None || !plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (!take_tensor(args[0], call.x) || !take_tensor(args[1], call.bias) || call.x.dim() < 1) return false;
+  call.activation = activation_of(args[2]);
+  if (call.activation < 0 || !take_dropout(args[3], args[4], call.dropout_p, call.seed)) return false;
+  const bool with_bias = call.bias.defined(), dropped = call.dropout_p > 0.0, by_shape = args[5] == Py_True;
+  const int64_t columns = call.x.sizes().back();
+  if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
+  call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
+  const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
+  const char* const operations[] = {"bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu"};
+  if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, call.needs_grad);
+  const bool slow = call.activation != fusednorm_cpu::kRelu && call.x.scalar_type() == at::kDouble;
+  by_torch = !with_bias || (by_shape && (slow || prefers_torch(operations[call.activation], call.x, columns, call.needs_grad)));
+  return !by_torch || (by_shape && (one_dtype || !with_bias));
+}
+
+PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  BiasActCall call{};
+  bool by_torch = false;
+  if (!take_activation(args, call, by_torch)) Py_RETURN_NONE;
+  at::Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    draw_where_none(call.dropout_p, call.seed);
+    y = by_torch ? bias_act_by_torch(call) : bias_act_dropout(call);
+  }
+  return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
 
@@ -249,6 +297,8 @@ PyMethodDef methods[] = {
     {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
      "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, by_shape) -> "
      "(normed, residual_out), or None"},
+    {"bias_act_dropout", (PyCFunction)(void*)counted<6, bias_act_dropout>, METH_FASTCALL,
+     "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
     {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
      "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
     {}};

@@ -1,0 +1,177 @@
+#include "activation_node.h"
+
+#include <ATen/ops/add.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <mutex>
+
+#include "../cpu/activation_args.h"
+#include "node.h"
+#include "plain.h"
+
+namespace fusednorm_shortcut {
+
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+struct Facts {
+  int64_t activation;
+  double dropout_p;
+  bool bias;  // whether it was given
+};
+
+struct Kept {
+  at::Tensor x, bias, seed;
+};
+
+using Wanted = std::array<bool, 2>;  // gradients: of x, bias
+
+fusednorm_cpu::BiasActTensors tensors(const Kept& kept) { return {handle(kept.x), handle(kept.bias), handle(kept.seed)}; }
+
+// Second derivatives, batched cotangents, tensors of other kinds: by activation.py.
+variable_list gradients_in_python(const Facts& facts, const Wanted& wanted, const at::Tensor& dy, const Kept& kept) {
+  pybind11::gil_scoped_acquire gil;
+  const auto optional = [](const at::Tensor& t) {
+    return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
+  };
+  const pybind11::object backward = pybind11::module_::import("fusednorm.activation").attr("shortcut_backward");
+  const pybind11::tuple found =
+      backward(dy, kept.x, optional(kept.bias), optional(kept.seed), facts.activation, facts.dropout_p, wanted);
+  variable_list gradients(2);
+  for (size_t i = 0; i < 2; ++i)
+    if (!pybind11::object(found[i]).is_none()) gradients[i] = pybind11::cast<at::Tensor>(found[i]);
+  return gradients;
+}
+
+variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dy, const Kept& kept) {
+  RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_bwd", c10::ArrayRef<const c10::IValue>{});
+  const int64_t options = facts.activation | int64_t(wanted[0]) << 2 | int64_t(wanted[1]) << 3;
+  auto found = fusednorm_cpu::run_activation_backward(handle(dy), tensors(kept), options, facts.dropout_p);
+  return {take(found.dx), take(found.dbias)};
+}
+
+variable_list gradients(const Facts& facts, const Wanted& wanted, const at::Tensor& dy, const Kept& kept) {
+  if (!dy.defined()) return variable_list(2);
+  const bool native = !at::GradMode::is_enabled() && plain_thread() && plain(dy) && plain(kept.x) && plain(kept.bias) &&
+                      plain(kept.seed);
+  return (native ? gradients_natively : gradients_in_python)(facts, wanted, dy, kept);
+}
+
+// What is kept is what BiasActDropoutFunction keeps.
+struct BiasActBackward : public Node {
+  SavedVariable x, bias, seed;
+  Facts facts;
+
+  std::string name() const override { return "FusedBiasActBackward"; }
+
+  std::array<SavedVariable*, 3> all() { return {&x, &bias, &seed}; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* variable : all()) variable->reset_data();
+  }
+
+  variable_list apply(variable_list&& cotangents) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return gradients(facts, wanted(), cotangents[0], kept());
+  }
+
+  Wanted wanted() const { return {task_should_compute_output(0), task_should_compute_output(1)}; }
+
+  Kept kept() {
+    return {x.unpack(), facts.bias ? bias.unpack() : at::Tensor(), facts.dropout_p > 0 ? seed.unpack() : at::Tensor()};
+  }
+
+  // --- compiled autograd: what the node depends on, and the same computation as a function that it can trace ---
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(name());
+    for (const SavedVariable* variable : {&x, &bias, &seed}) args.collect(*variable, false);
+    args.collect(facts.activation);
+    args.collect(facts.dropout_p);
+    args.collect(facts.bias);
+  }
+
+  variable_list apply_with_saved(const variable_list& cotangents,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    using namespace torch::dynamo::autograd;
+    for (SavedVariable* variable : all()) swap.before(*variable);
+    const Kept k = kept();
+    variable_list found_tensors;
+    for (const at::Tensor& tensor : {k.x, k.bias, k.seed})
+      if (tensor.defined()) found_tensors.push_back(tensor);
+    PackedArgs packed;
+    packed.pack(found_tensors);
+    packed.pack(wanted());
+    packed.pack(facts.activation);
+    packed.pack(facts.dropout_p);
+    packed.pack(facts.bias);
+    std::vector<c10::IValue> args = packed.vec();
+    std::vector<c10::TypePtr> schema;
+    for (const c10::IValue& arg : args) schema.push_back(arg.type());
+    const auto metadata = get_input_metadata(next_edges());
+    const auto& python = getPyCompilerInterface();
+    const std::string function = python->bind_function(swap.get_py_compiler(), name(), traced, schema, true, true);
+    variable_list found = python->call_function(swap.get_py_compiler(), "apply_functional", function, cotangents, args,
+                                                IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
+    for (SavedVariable* variable : all()) swap.after(*variable);
+    return found;
+  }
+
+  static variable_list traced(const variable_list& cotangents, const std::vector<c10::IValue>& args) {
+    torch::dynamo::autograd::PackedArgs packed(args);
+    const auto given = packed.unpack<variable_list>();
+    const auto wanted = packed.unpack<Wanted>();
+    const auto activation = packed.unpack<int64_t>();
+    const auto dropout_p = packed.unpack<double>();
+    const Facts facts{activation, dropout_p, packed.unpack<bool>()};
+    Kept kept{given[0], facts.bias ? given[1] : at::Tensor(), facts.dropout_p > 0 ? given.back() : at::Tensor()};
+    return gradients(facts, wanted, cotangents[0], kept);
+  }
+};
+
+}  // namespace
+
+at::Tensor bias_act_dropout(const BiasActCall& call) {
+  at::Tensor y;
+  {
+    RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_fwd", c10::ArrayRef<const c10::IValue>{});
+    fusednorm::Handle found =
+        fusednorm_cpu::run_activation_forward(tensors({call.x, call.bias, call.seed}), call.activation, call.dropout_p);
+    y = take(found);
+  }
+  if (!call.needs_grad) return y;
+  const NodePointer pointer = make_node<BiasActBackward>();
+  auto& node = static_cast<BiasActBackward&>(*pointer);
+  node.set_next_edges(torch::autograd::collect_next_edges(call.x, call.bias));
+  torch::autograd::set_history(y, pointer);
+  node.facts = {call.activation, call.dropout_p, call.bias.defined()};
+  node.x = SavedVariable(call.x, false);
+  if (node.facts.bias) node.bias = SavedVariable(call.bias, false);
+  if (node.facts.dropout_p > 0) node.seed = SavedVariable(call.seed, false);
+  return y;
+}
+
+at::Tensor bias_act_by_torch(const BiasActCall& call) {
+  const at::Tensor u = call.bias.defined() ? at::add(call.x, call.bias) : call.x;
+  switch (call.activation) {
+    case fusednorm_cpu::kRelu: return at::relu(u);
+    case fusednorm_cpu::kGelu: return at::gelu(u, "none");
+    case fusednorm_cpu::kGeluTanh: return at::gelu(u, "tanh");
+    default: return at::silu(u);
+  }
+}
+
+}  // namespace fusednorm_shortcut
