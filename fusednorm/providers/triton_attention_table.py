@@ -53,8 +53,8 @@ def columns(d: int) -> int:
 
 
 def _float32(n: Need) -> Tile:
-    """Outside the matrix units; a thread has an eighth of a row."""
-    return Tile(32, 32, 4, 1) if n.columns <= 128 else Tile(16, 32, 4, 1)
+    """Outside the matrix units, where a thread has in registers all that its elements are products of."""
+    return Tile(16, 16, 8, 1)
 
 
 def forward(n: Need) -> Tile:
@@ -66,7 +66,7 @@ def forward(n: Need) -> Tile:
         return Tile(64, 64, 4, 3) if n.registers_hold_operands else Tile(128, 64, 8, 3)
     if n.columns <= 128:
         return Tile(64 if n.registers_hold_operands else 128, 64, 8, 2)
-    return Tile(64, 32, 4, 2)
+    return Tile(64, 32, 8, 2)
 
 
 def delta(n: Need) -> Tile:
@@ -76,7 +76,7 @@ def delta(n: Need) -> Tile:
 def splits(n: Need) -> bool:
     """Whether the gradients of keys and of values take a launch each: their accumulators are half of all registers."""
     if n.itemsize == 4 or n.columns > 128:
-        return n.columns > 64 and (n.columns > 128 or n.dropout or n.mask)
+        return True
     if n.registers_hold_operands:
         return n.columns > 64 or n.dropout or n.mask
     return n.columns > 64 and (n.dropout or n.mask or n.bounded or n.capability >= (10, 0))
@@ -88,7 +88,9 @@ def backward_keys(n: Need) -> Tile:
     if n.avoids_tensor_memory:
         return Tile(16 if n.columns > 64 or n.dropout or n.mask else 32, 32, 4, 2)
     if n.columns > 128:
-        return Tile(16, 64, 4, 2)
+        if n.capability[0] != 9:
+            return Tile(16, 32, 8, 2)
+        return Tile(16, 64 if n.dropout or n.mask else 128, 8, 2)
     if n.registers_hold_operands:
         if n.dropout or n.mask:
             return Tile(16, 64, 8, 2)
@@ -106,7 +108,7 @@ def backward_queries(n: Need) -> Tile:
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.mask else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 32, 4, 2)
+        return Tile(64, 16, 8, 2)
     if n.registers_hold_operands:
         return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
     return Tile(128, 32 if n.mask or (n.columns > 64 and n.dropout) else 64, 8, 2)
