@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ._checks import check_choice, check_probability, check_same_device, check_seed, check_tensor
 
 MOST_HEAD_DIM = 256
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels compute in float32
 ALIGNS = ("upper_left", "lower_right")
 
 
@@ -60,8 +60,8 @@ def check_options(dropout_p: Any, scale: Any, window: Any, softcap: Any, causal_
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if isinstance(softcap, bool) or not isinstance(softcap, Real):
         raise TypeError(f"softcap: expected a number, got {type(softcap).__name__}; 0.0 is no cap")
-    if not 0.0 <= float(softcap) < math.inf:
-        raise ValueError(f"softcap: expected a finite number >= 0 (0.0: no cap), got {softcap}")
+    if softcap != 0.0 and not _TINY <= float(softcap) <= _HUGE:
+        raise ValueError(f"softcap: expected 0.0 (no cap) or a number from {_TINY:g} to {_HUGE:g}, got {softcap}")
     check_choice("causal_align", causal_align, ALIGNS)
     check_window(window)
     if seed is not None:
@@ -88,8 +88,7 @@ def check_attn_mask(mask: Any, query: Tensor, logits: tuple[int, ...]) -> None:
     """Bool or additive, broadcasting to the logits' shape."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
-    if mask.layout != torch.strided or mask.is_nested:
-        raise TypeError(f"attn_mask: expected a dense (strided) tensor, got layout {mask.layout}; call to_dense()")
+    check_layout("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(
             f"attn_mask: expected bool (True: attend), float32 or query's {query.dtype} (added to the logits), got "
@@ -113,12 +112,18 @@ def check_key_mask(mask: Any, query: Tensor, expected: tuple[int, ...]) -> None:
         raise TypeError(f"key_mask: expected a bool torch.Tensor or None, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"key_mask: expected bool (True: attend), got {mask.dtype}; compare it with `!= 0` first")
+    check_layout("key_mask", mask)
     check_same_device("key_mask", mask, "query", query)
     if mask.shape != expected:
         raise ValueError(
             f"key_mask: expected shape {tuple(expected)}, (*batch, key positions), got {tuple(mask.shape)}; expand or "
             "slice it"
         )
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}; call to_dense()")
 
 
 def check_cu_seqlens(name: str, bounds: Any, total: int, longest: Any, packed_name: str, packed: Tensor) -> None:
@@ -132,6 +137,7 @@ def check_cu_seqlens(name: str, bounds: Any, total: int, longest: Any, packed_na
             f"cu_seqlens_{name}: expected shape (batch + 1,), got {tuple(bounds.shape)}; it begins with 0 and ends "
             f"with {packed_name}'s length"
         )
+    check_layout(f"cu_seqlens_{name}", bounds)
     check_same_device(f"cu_seqlens_{name}", bounds, packed_name, packed)
     if isinstance(longest, bool) or not isinstance(longest, (Integral, torch.SymInt)):
         raise TypeError(f"max_seqlen_{name}: expected an int, got {type(longest).__name__}")

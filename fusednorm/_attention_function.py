@@ -97,13 +97,18 @@ def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
 
 def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
     """Why torch's operator would not be the function that is documented, or not the faster one, or nothing."""
-    q, k, v, attn_mask, key_mask, _, cu_seqlens_q, _, _, _, _, dropout_p, causal, lower_right, left, right, cap = args
+    q, k, v, attn_mask, key_mask, _, cu_seqlens_q, _, _, _, scale, dropout_p, causal, lower_right, *rest = args
+    left, right, cap = rest
     if cu_seqlens_q is not None or key_mask is not None or left >= 0 or right >= 0 or cap or return_lse:
         return "packed sequences, key_mask, window, softcap and the log-sum-exp are none of its arguments"
     if dropout_p:
         return "its dropout mask is not `dropout_mask`"
     if causal and lower_right and q.shape[-2] != k.shape[-2]:
         return "its causal mask is aligned upper-left"
+    if causal and attn_mask is not None:
+        return "it refuses attn_mask beside is_causal, unless its flash attention serves the call"
+    if causal and not _scales(scale):
+        return "it scales the -inf that it adds to what causality masks"
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
     if needs_grad:
         if attn_mask is not None and attn_mask.requires_grad:
@@ -115,20 +120,27 @@ def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
     if provider == "triton" and not providers.by_shape:
         return "how it splits a sum depends on the batch, and this is a block of `batch_invariant`"
     if causal or attn_mask is not None:
-        if _is_compiling() or not q.is_cpu or torch._C._len_torch_dispatch_stack():
+        values_are_here = q.is_cpu and _ops.PLAIN.issuperset((type(q), type(k), type(v)))
+        if _is_compiling() or not values_are_here or torch._C._len_torch_dispatch_stack():
             return "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
-        if not finite(q, k, v):
-            return "NaN or Inf of masked keys and values would reach its results"
+        if not (_scales(scale) and moderate(q, k, v)):
+            return "NaN, Inf or huge numbers of masked keys and values would reach its results"
     return ""
 
 
-def finite(*tensors: Tensor) -> bool:
-    """Whether up to three tensors have no NaN and no infinity."""
+def _scales(scale: float) -> bool:
+    """Whether the scale turns no product of moderate numbers, and no -inf, into something else."""
+    return 0.0 < scale <= 128.0
+
+
+def moderate(*tensors: Tensor) -> bool:
+    """Whether up to three tensors have no NaN, and nothing so large that a sum of 256 products of two overflows."""
     if providers.unavailable_reason("cpu") is None:
-        return cpu.all_finite(*tensors, *[None] * (3 - len(tensors)))
+        return cpu.all_moderate(*tensors, *[None] * (3 - len(tensors)))
     for tensor in filter(Tensor.numel, tensors):
+        bound = {torch.float64: 2.0**500, torch.float16: math.inf}.get(tensor.dtype, 2.0**56)
         smallest, largest = tensor.detach().aminmax()  # both are NaN if an element is
-        if not (math.isfinite(smallest.item()) and math.isfinite(largest.item())):
+        if not (-bound < smallest.item() and largest.item() < bound):
             return False
     return True
 
@@ -157,9 +169,10 @@ def _run_torch(args: Args) -> Tensor:
     q, k, v, attn_mask, _, _, _, _, _, _, scale, _, causal = args[:13]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return torch_apply(q, k, v, attn_mask, causal, scale)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # a branch, since torch takes no symbolic truth value
+        grouped = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 class TorchAttentionFunction(torch.autograd.Function):
@@ -203,8 +216,10 @@ def torch_gradients(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of (q, k, v)."""
+    # hooks on saved tensors may bring them back in another layout, which the kernel does not look at
+    q, k, v, out = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out)]
     masked = mask is not None or causal
-    if torch.is_grad_enabled() or batched(dout) or (masked and not finite(dout)):
+    if torch.is_grad_enabled() or batched(dout) or (masked and not moderate(dout)):
         options = (q.shape[2], k.shape[2], scale, 0.0, causal, False, -1, -1, 0.0)
         found = reference.attention_gradients(
             *(dout, None, q, k, v, mask, None, None, None, None, *options, [True, True, True, False])

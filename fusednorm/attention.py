@@ -15,6 +15,8 @@ from . import _attention_checks as checks
 from . import _attention_function, _autocast, dropout, providers
 from ._checks import FLOAT_DTYPES
 
+_FAR = 2**62  # past any position, and a 64-bit number
+
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -113,6 +115,9 @@ def scaled_dot_product_attention(
             and not return_lse
             and causal_align == "upper_left"
             and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
+            and (scale is None or type(scale) is float)
+            and query.layout == key.layout == value.layout == torch.strided
+            and not (key.is_nested or value.is_nested)
             and key.shape[-2] == value.shape[-2]  # torch reads missing values out of bounds
             and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
             and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
@@ -249,6 +254,8 @@ def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
     """Whether these are what the checks and the broadcasting below would let through as they are: the usual call."""
     if not type(query) is type(key) is type(value) is Tensor or query.ndim != 4 or query.dtype not in FLOAT_DTYPES:
         return False
+    if query.is_nested or key.is_nested or value.is_nested:  # they have no shape
+        return False
     shape, keys, values = query.shape, key.shape, value.shape
     return bool(
         len(keys) == len(values) == 4
@@ -258,7 +265,6 @@ def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
         and keys[:3] == values[:3]
         and query.dtype == key.dtype == value.dtype
         and query.device == key.device == value.device
-        and not (query.is_nested or key.is_nested or value.is_nested)
         and query.layout == key.layout == value.layout == torch.strided
     )
 
@@ -322,4 +328,4 @@ def _scale(scale: float | None, q: Tensor) -> float:
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     left, right = (None, None) if window is None else window
-    return -1 if left is None else int(left), -1 if right is None else int(right)
+    return -1 if left is None else min(int(left), _FAR), -1 if right is None else min(int(right), _FAR)

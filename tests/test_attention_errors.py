@@ -64,7 +64,7 @@ SDPA = {
     "window_length": (ValueError, (Q, K, K), {"window": (1, 2, 3)}, r"window.*3 entries"),
     "window_negative": (ValueError, (Q, K, K), {"window": (-1, 0)}, r"window.*>= 0.*\(-1, 0\).*None is unbounded"),
     "window_float": (TypeError, (Q, K, K), {"window": (1.5, 0)}, r"window.*ints.*1\.5"),
-    "softcap": (ValueError, (Q, K, K), {"softcap": -1.0}, r"softcap.*>= 0.*-1\.0"),
+    "softcap": (ValueError, (Q, K, K), {"softcap": -1.0}, r"softcap.*0\.0 \(no cap\).*-1\.0"),
     "softcap_nan": (ValueError, (Q, K, K), {"softcap": float("nan")}, r"softcap.*nan"),
     "softcap_type": (TypeError, (Q, K, K), {"softcap": None}, r"softcap.*NoneType.*0\.0 is no cap"),
     "align": (ValueError, (Q, K, K), {"causal_align": "bottom"}, r"causal_align.*'lower_right'.*'bottom'"),

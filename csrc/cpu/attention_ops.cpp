@@ -205,6 +205,7 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
   Arguments given(tensors, options);
   const auto& [dq, dk, dv, dmask] = wanted;
   AttentionCall& a = given.call;
+  STD_TORCH_CHECK(a.n_heads > 0, "query: has no heads, and keys no group");
   a.dout = given.like_queries("dout", cotangents.dout, a.value_dim);
   a.out = given.like_queries("out", kept.out, a.value_dim);
   a.dq = given.like_queries("dq", dq, a.dim);

@@ -136,8 +136,8 @@ __attribute__((noinline)) void gradient_step(const AttentionCall& a, const Memor
         d = only<C>(d * kept_scale, kept);
       }
       d = p * ((d - delta) + dlse);  // d and delta may cancel exactly
-      if (hidden) d = only<C>(d, seen_lanes<C>(added));
       if (logits.capped && !of_mask) d = d * slope;
+      if (hidden) d = only<C>(d, seen_lanes<C>(added));  // after the slope, which may be NaN too
       native_store(of_mask ? p : weight, m.logits + at);
       native_store(d, m.slopes + at);
     }

@@ -66,8 +66,10 @@ fusednorm_cpu::AttentionOptions options(const Facts& facts) {
 variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
   at::AutoDispatchBelowADInplaceOrView below;
   if (!facts.native) {
+    // hooks on saved tensors may bring them back in another layout, which the kernel does not look at
+    const auto rows = [](const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); };
     auto [dquery, dkey, dvalue] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, kept.query, kept.key, kept.value, kept.out, kept.lse, 0.0, facts.causal, std::nullopt, facts.scale);
+        dout, rows(kept.query), rows(kept.key), rows(kept.value), rows(kept.out), kept.lse, 0.0, facts.causal, std::nullopt, facts.scale);
     return {dquery, dkey, dvalue};
   }
   RECORD_FUNCTION("fusednorm_cpu::attention_bwd", c10::ArrayRef<const c10::IValue>{});
@@ -88,7 +90,7 @@ variable_list gradients(const Facts& facts, const Wanted& wanted, const at::Tens
   bool native = !at::GradMode::is_enabled() && plain_thread() && plain(dout);
   for (const at::Tensor* tensor : {&kept.query, &kept.key, &kept.value, &kept.out, &kept.lse, &kept.key_mask})
     native = native && plain(*tensor);
-  native = native && (facts.native || !facts.causal || finite(dout));
+  native = native && (facts.native || !facts.causal || moderate(dout));
   variable_list found = (native ? gradients_natively : gradients_in_python)(facts, wanted, dout, kept);
   for (size_t i = 0; i < 3; ++i)
     if (!wanted[i]) found[i].reset();
@@ -199,7 +201,7 @@ Results forward(const AttentionCall& call, const Facts& facts) {
 
 }  // namespace
 
-bool finite(const at::Tensor& tensor) { return fusednorm_cpu::all_finite(handle(tensor)); }
+bool moderate(const at::Tensor& tensor) { return fusednorm_cpu::all_moderate(handle(tensor)); }
 
 at::Tensor attention(const AttentionCall& call) {
   const Facts facts{call.scale, call.native, call.causal, call.window_left, call.window_right};

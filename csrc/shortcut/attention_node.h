@@ -15,6 +15,6 @@ struct AttentionCall {
 
 at::Tensor attention(const AttentionCall& call);
 
-bool finite(const at::Tensor& tensor);
+bool moderate(const at::Tensor& tensor);
 
 }  // namespace fusednorm_shortcut

@@ -208,6 +208,9 @@ bool kernels_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
          q.numel() > 0 && v.numel() > 0 && (q.size(1) == k.size(1) || (grouped && q.size(1) % k.size(1) == 0));
 }
 
+// As _attention_function.py has it.
+bool torchs_scale(double scale) { return scale > 0.0 && scale <= 128.0; }
+
 // And whether torch's kernels do: as many heads each, features one after another.
 bool torchs_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   return q.size(1) == k.size(1) && q.size(3) == v.size(3) && q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1 &&
@@ -266,9 +269,9 @@ bool take_attention(PyObject* const* args, AttentionCall& call) {
                     (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
   call.native = call.key_mask.defined() || call.window_left >= 0 || call.window_right >= 0;
   if (call.native) return true;
-  // what causality masks must be finite for torch's kernels, since it reaches their results
+  // torch's kernels add -inf to what causality masks, and scale it: what is masked must be moderate, the scale positive
   call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
-                (call.causal && !(finite(call.query) && finite(call.key) && finite(call.value)));
+                (call.causal && !(torchs_scale(call.scale) && moderate(call.query) && moderate(call.key) && moderate(call.value)));
   return true;
 }
 

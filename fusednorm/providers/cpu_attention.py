@@ -12,6 +12,10 @@ from . import cpu
 from .cpu import refusal as refusal
 
 
+def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def _window(causal: bool, left: int, right: int) -> tuple[int, int]:
     """Causality is a window that ends at the query itself."""
     return left, 0 if causal else right
@@ -42,7 +46,19 @@ def attention_fwd(
     statistics = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     lse = q.new_empty(statistics, dtype=compute_dtype(q.dtype))
     cpu.attention_forward(
-        *(q, k, v, attn_mask, key_mask, seed, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, lower_right),
+        *(
+            q,
+            k,
+            v,
+            attn_mask,
+            key_mask,
+            seed,
+            _bounds(cu_seqlens_q),
+            _bounds(cu_seqlens_k),
+            scale,
+            dropout_p,
+            lower_right,
+        ),
         *(*_window(causal, window_left, window_right), softcap, out, lse),
     )
     return out, lse
@@ -73,14 +89,17 @@ def attention_bwd(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, attn_mask); None where not wanted."""
+    make = torch.empty_like if lse.numel() else torch.zeros_like
     gradients = tuple(
-        torch.empty_like(t) if wanted and t is not None else None
+        make(t) if wanted and t is not None else None
         for t, wanted in zip((q, k, v, attn_mask), output_mask, strict=True)
     )
+    if not lse.numel():  # nothing asks
+        return gradients
     cpu.attention_backward(
         # autograd and hooks on saved tensors may bring the statistics in another layout
         *(dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()),
-        *(attn_mask, key_mask, seed, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, lower_right),
+        *(attn_mask, key_mask, seed, _bounds(cu_seqlens_q), _bounds(cu_seqlens_k), scale, dropout_p, lower_right),
         *(*_window(causal, window_left, window_right), softcap, *gradients),
     )
     return gradients

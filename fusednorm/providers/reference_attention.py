@@ -203,7 +203,7 @@ def _sequences(
     """`rows` is None for a batch, whose dropout rows are all of the mask's in order."""
     acc, group = compute_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
     k, v = k.to(acc), v.to(acc)
-    if group > 1:
+    if group != 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if attn_mask is not None:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
@@ -296,7 +296,7 @@ def _grouped(gradient: Tensor, heads: int) -> Tensor:
     """The heads of a group share a key: their gradients add up."""
     if gradient.shape[1] == heads:
         return gradient
-    return gradient.unflatten(1, (heads, -1)).sum(2)
+    return gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)
 
 
 # --- the ops ---

@@ -1,4 +1,4 @@
-// fusednorm_cpu::all_finite: whether up to three tensors have no NaN and no infinity, in one pass over each.
+// fusednorm_cpu::all_moderate: whether all elements of up to three tensors are (moderate.h), in one pass over each.
 #include <algorithm>
 #include <atomic>
 
@@ -16,7 +16,7 @@ constexpr int64_t kChunk = 1 << 14, kGrain = 1 << 18;  // elements
 }  // namespace
 
 // The elements in the order of their addresses, those that are repeated once.
-bool all_finite(const Handle& tensor) {
+bool all_moderate(const Handle& tensor) {
   const Sizes s = sizes_of(tensor);
   const Dtype dtype = dtype_of(tensor);
   Dim dims[kMaxDims];
@@ -45,7 +45,7 @@ bool all_finite(const Handle& tensor) {
       int64_t offset = first * inner.stride, run = item / chunks;
       for (int64_t d = folded - 1; d >= 0; run /= dims[d].size, --d) offset += run % dims[d].size * dims[d].stride;
       const int64_t n = std::min(kChunk, inner.size - first);
-      if (!kernels().attention->finite(data + offset * kItemSize[dtype], dtype, n, inner.stride)) found = true;
+      if (!kernels().attention->moderate(data + offset * kItemSize[dtype], dtype, n, inner.stride)) found = true;
     }
   });
   return !found;
@@ -53,16 +53,16 @@ bool all_finite(const Handle& tensor) {
 
 namespace {
 
-void all_finite_op(StableIValue* stack, uint64_t, uint64_t) {
+void all_moderate_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle a = take_tensor(stack[0]), b = take_optional(stack[1]), c = take_optional(stack[2]);
-  const bool finite = all_finite(a) && (!b || all_finite(b)) && (!c || all_finite(c));
-  stack[0] = torch::stable::detail::from(finite);
+  const bool moderate = all_moderate(a) && (!b || all_moderate(b)) && (!c || all_moderate(c));
+  stack[0] = torch::stable::detail::from(moderate);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) { m.def("all_finite(Tensor a, Tensor? b, Tensor? c) -> bool"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) { m.def("all_moderate(Tensor a, Tensor? b, Tensor? c) -> bool"); }
 
-STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) { m.impl("all_finite", all_finite_op); }
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) { m.impl("all_moderate", all_moderate_op); }
 
 }  // namespace fusednorm_cpu
