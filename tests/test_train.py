@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import lm_data, lm_loop, lm_report, train
+from benchmarks import lm_data, lm_job, lm_loop, lm_report, train, train_report, train_shared
 from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
 
 pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
@@ -128,7 +128,7 @@ def test_twins_start_with_equal_loss_and_gradients(provider, dropout):
     rows = rows_of(4)
     gradients, losses = {}, {}
     for variant, model in twins.items():
-        with train.provider_context(provider):
+        with train_shared.provider_context(provider):
             loss = loss_of(model.train(), rows, seed=123)
         loss.backward()
         losses[variant] = loss.item()
@@ -163,8 +163,8 @@ def test_checkpoint_reloads_to_the_same_loss(tmp_path, split):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     rows = rows_of(6)
-    train.save_checkpoint(tmp_path / "folder" / "c.pt", model, tokenizer)
-    reloaded, reloaded_tokenizer = train.load_checkpoint(tmp_path / "folder" / "c.pt", CPU)
+    lm_job.save_checkpoint(tmp_path / "folder" / "c.pt", model, tokenizer)
+    reloaded, reloaded_tokenizer = lm_job.load_checkpoint(tmp_path / "folder" / "c.pt", CPU)
     assert lm_loop.evaluate(reloaded, rows, 4, "float32") == lm_loop.evaluate(model, rows, 4, "float32")
     assert reloaded_tokenizer.to_str() == tokenizer.to_str()
     fresh = LanguageModel("fused", model.config)
@@ -175,7 +175,7 @@ def test_training_repeats_bit_for_bit():
     rows = rows_of(10)
     runs = []
     for _ in range(2):
-        with lm_loop.deterministic():
+        with train_shared.deterministic():
             twins = make_twins(replace(CONFIG, dropout=0.2), 5, CPU)
             runs.append(lm_loop.train_twins(twins, rows, rows[:3], SETTINGS, say=lambda line: None))
     assert runs[0] == runs[1]
@@ -189,7 +189,7 @@ def test_deterministic_restores_what_it_found(before):
     try:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        with pytest.raises(KeyError), lm_loop.deterministic():
+        with pytest.raises(KeyError), train_shared.deterministic():
             assert torch.are_deterministic_algorithms_enabled()
             assert not torch.utils.deterministic.fill_uninitialized_memory
             raise KeyError
@@ -205,18 +205,18 @@ def curve(*train_losses: float) -> dict[str, list[float]]:
 
 
 def test_check_curves_accepts_what_is_within_the_bound():
-    assert lm_report.check_curves(curve(4.0, 3.0), curve(4.009, 2.991), 0.01) == []
+    assert train_report.check_curves(curve(4.0, 3.0), curve(4.009, 2.991), 0.01) == []
 
 
 @pytest.mark.parametrize("planted", [3.02, 2.98, float("nan"), float("inf")])
 def test_check_curves_names_a_planted_divergence(planted):
-    faults = lm_report.check_curves(curve(4.0, planted), curve(4.0, 3.0), 0.01)
+    faults = train_report.check_curves(curve(4.0, planted), curve(4.0, 3.0), 0.01)
     assert len(faults) == 2 and all("epoch 2" in fault for fault in faults)
 
 
 def test_check_curves_refuses_curves_of_unequal_length():
-    assert lm_report.check_curves(curve(4.0), curve(4.0, 3.0), 0.01)
-    assert lm_report.check_curves(curve(), curve(), 0.01)
+    assert train_report.check_curves(curve(4.0), curve(4.0, 3.0), 0.01)
+    assert train_report.check_curves(curve(), curve(), 0.01)
 
 
 def test_memory_is_measured_and_repeats():
@@ -270,13 +270,13 @@ def test_run_from_text_to_report(finished_run):
 @pytest.mark.parametrize(("factor", "message"), [(0.5, "exceeds"), (float("nan"), "not finite")])
 def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch, factor, message):
     """A fused norm that spoils the residual stream: the job must say so and end with status 1."""
-    correct = train.fusednorm.AddLayerNorm.forward
+    correct = lm_job.fusednorm.AddLayerNorm.forward
 
     def wrong(self, x, residual=None, *, seed=None):
         normed, stream = correct(self, x, residual, seed=seed)
         return normed, stream - factor * x
 
-    monkeypatch.setattr(train.fusednorm.AddLayerNorm, "forward", wrong)
+    monkeypatch.setattr(lm_job.fusednorm.AddLayerNorm, "forward", wrong)
     status = train.main([*TINY, "--rate", "1e-2", "--text", str(tiny_text), "--report", str(tmp_path / "report")])
     assert status == 1
     error = capsys.readouterr().err
@@ -309,11 +309,24 @@ def test_bad_arguments_are_refused_before_anything_is_trained(
         raise AssertionError("the tokenizer was trained first")
 
     monkeypatch.setattr(lm_data, "train_tokenizer", trained)
-    monkeypatch.setattr(train.fusednorm, "available_providers", lambda: ["reference"])
+    monkeypatch.setattr(lm_job.fusednorm, "available_providers", lambda: ["reference"])
     arguments = [word.format(file=tiny_text) for word in arguments]
     given = [*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report"), *arguments]
     assert train.main(given) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [[], ["--task", "lm"], ["--task=lm"]])
+def test_dispatcher_hands_the_command_line_to_the_task(task, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([*task, "--help"])
+    assert ended.value.code == 0 and "--context" in capsys.readouterr().out
+
+
+def test_unknown_task_is_refused_with_the_names_of_those_there_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--task", "paint"])
+    assert ended.value.code == 2 and all(name in capsys.readouterr().err for name in train.TASKS)
 
 
 def test_missing_tokenizers_is_named_with_its_remedy(monkeypatch, capsys, tiny_text):
@@ -369,7 +382,7 @@ def test_report_of_a_busy_machine_says_so(finished):
     assert "BUSY" not in lm_report.summary(finished)
     assert "THE MACHINE WAS BUSY" in lm_report.summary(changed(finished, others=0.4))
     assert "BUSY" not in lm_report.summary(changed(finished, others=0.4, device_type="cuda"))
-    assert "not known here" in lm_report.summary(changed(finished, others=None))
+    assert "not known here" in " ".join(lm_report.summary(changed(finished, others=None)).split())
 
 
 @pytest.mark.parametrize("differences", [(0.0, 0.0, 0.0, 0.0), (0.0, 1e-6, 0.0, 2e-6)])
