@@ -107,22 +107,26 @@ def require_tokenizers() -> Any:
         raise MissingPackage("the training job needs the package tokenizers: pip install tokenizers") from error
 
 
-def check_vocab(vocab: int) -> None:
-    """Refuse a vocabulary that cannot hold every byte and END."""
-    if vocab < 257:
-        raise ValueError(f"vocab is {vocab}; a byte-level vocabulary has at least 257 entries")
+def check_vocab(vocab: int, special: tuple[str, ...] = (END,)) -> None:
+    """Refuse a vocabulary that cannot hold every byte and the special tokens."""
+    least = 256 + len(special)
+    if vocab < least:
+        raise ValueError(f"vocab is {vocab}; a byte-level vocabulary has at least {least} entries")
 
 
-def train_tokenizer(texts: list[str], vocab: int) -> Any:
-    """Train a byte-level BPE tokenizer of at most `vocab` entries; it can encode any text without loss."""
+def train_tokenizer(texts: list[str], vocab: int, special: tuple[str, ...] = (END,)) -> Any:
+    """Train a byte-level BPE tokenizer of at most `vocab` entries; it can encode any text without loss.
+
+    The special tokens, which no text is cut into, have the first ids, in their order.
+    """
     tokenizers = require_tokenizers()
-    check_vocab(vocab)
+    check_vocab(vocab, special)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[END],
+        special_tokens=list(special),
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
