@@ -3,9 +3,10 @@
     PYTHONPATH=. python3 benchmarks/train.py --small              # a CPU with two cores: about three minutes
     PYTHONPATH=. python3 benchmarks/train.py                      # a GPU: 4 layers, width 512
     PYTHONPATH=. python3 benchmarks/train.py --text book.txt
-    PYTHONPATH=. python3 benchmarks/train.py --task lm --help     # the options of a task
+    PYTHONPATH=. python3 benchmarks/train.py --task translate --small
+    PYTHONPATH=. python3 benchmarks/train.py --task translate --help    # the options of a task
 
-Tasks: `lm`, a language model (lm_job.py; the default).
+Tasks: `lm`, a language model (lm_job.py; the default), and `translate`, from English to Chinese (translate_job.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-TASKS = ("lm",)
+TASKS = ("lm", "translate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

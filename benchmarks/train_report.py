@@ -34,14 +34,20 @@ def largest_difference(fused: dict[str, list[float]], eager: dict[str, list[floa
     return max(abs(a - b) for side in ("train", "test") for a, b in zip(fused[side], eager[side]))
 
 
+def routes_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """How each call is served of which that is known: one stands for all, or all are listed."""
+    route = report["environment"]["route"]
+    return route if isinstance(route, list) else [route]
+
+
 def served_text(report: dict[str, Any]) -> str:
-    return report_stats.served([report["environment"]["route"]])
+    return report_stats.served(routes_of(report))
 
 
 def notices(report: dict[str, Any]) -> list[str]:
     """What a reader must know before any figure."""
     environment, found = report["environment"], []
-    if report_stats.no_kernel([environment["route"]]):
+    if report_stats.no_kernel(routes_of(report)):
         found.append(report_stats.NO_KERNEL)
         found += ["This command trains through the fused op here:", f"    PYTHONPATH=. {environment['fused_command']}"]
     return [*found, *filter(None, [busy_text(report)])]

@@ -1,0 +1,221 @@
+"""Judge the two runs of the task translate and write them down: JSON, Markdown, PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure_load, report_plots
+from benchmarks.train_report import (
+    busy_text,
+    check_curves,
+    draw_differences,
+    draw_losses,
+    epoch_table,
+    largest_difference,
+    notices,
+    result_rows,
+    routes_of,
+    table,
+    wrapped,
+)
+
+# Largest allowed difference of the two variants' losses, nats a token, at any epoch, without dropout.
+BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1}
+# With dropout.
+DRAWN = 0.1
+
+NAMES = {
+    "untrained": "model before training",
+    "nearest": "nearest training source",
+    "eager": "eager, trained",
+    "fused": "fused, trained",
+}
+
+
+def verdict(curves: dict[str, dict[str, list[float]]], dtype: str, dropout: float) -> dict[str, Any]:
+    """What is wrong with the pair of runs, in words, and the bounds that say so."""
+    fused, eager, bound = curves["fused"], curves["eager"], BOUNDS[dtype]
+    if dropout == 0.0:
+        faults = check_curves(fused, eager, bound)
+        return {"bound": bound, "faults": faults, "largest_difference": largest_difference(fused, eager)}
+    # Each variant draws masks of its own, so that their curves differ as two seeds do. What does not hang on masks is
+    # held to the bound, the loss before training; what training comes to, to a share of it.
+    start, end = ((c["test"][0], c["test"][-1]) for c in (fused, eager))
+    (fused_start, fused_end), (eager_start, eager_end) = start, end
+    faults = []
+    if not abs(fused_start - eager_start) <= bound:  # true of NaN too
+        faults.append(
+            f"test loss before training: fused {fused_start:.5f}, eager {eager_start:.5f}, difference exceeds {bound:g} "
+            "nats/token"
+        )
+    if not abs(fused_end - eager_end) <= DRAWN * eager_end or not math.isfinite(eager_end):
+        faults.append(
+            f"test loss after training: fused {fused_end:.5f}, eager {eager_end:.5f}, difference exceeds {DRAWN:.0%} of it"
+        )
+    return {
+        "bound": bound,
+        "drawn_bound": DRAWN,
+        "faults": faults,
+        "largest_difference": abs(fused_start - eager_start),
+        "end_difference": abs(fused_end - eager_end) / eager_end if eager_end else math.nan,
+    }
+
+
+def plot_curves(report: dict[str, Any], path: Path) -> bool:
+    """Draw both curves and their difference; return False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, report["curves"])
+    left.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
+    left.legend()
+    draw_differences(right, report["curves"], report["checks"]["bound"])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    report_plots.set_title(figure, report["title"], subtitles(report))
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def plot_scores(report: dict[str, Any], path: Path) -> bool:
+    """Draw chrF over all held-out pairs and over those of each package; return False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    scores = report["scores"]
+    origins = scores["fused"]["by_origin"]
+    groups = [f"all ({report['data']['test_pairs']} pairs)"]
+    groups += [f"{origin} ({entry['pairs']} pairs)" for origin, entry in origins.items()]
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(NAMES)
+    for place, (name, label) in enumerate(NAMES.items()):
+        values = [scores[name]["chrf"], *(scores[name]["by_origin"][origin]["chrf"] for origin in origins)]
+        left = [group + (place - (len(NAMES) - 1) / 2) * width for group in range(len(groups))]
+        colour = {"untrained": "0.7", "nearest": "tab:gray", "eager": "tab:blue", "fused": "tab:orange"}[name]
+        bars = axes.bar(left, values, width * 0.95, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(xlabel="where the held-out pairs come from", ylabel="chrF (0 to 100, higher is better)")
+    axes.margins(y=0.15)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=2)
+    title = "English to Chinese: chrF of greedy translations of held-out sentences"
+    report_plots.set_title(figure, title, subtitles(report)[:2])
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def subtitles(report: dict[str, Any]) -> list[str | None]:
+    return [f"fused here: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
+
+
+def calls_text(report: dict[str, Any]) -> str:
+    """Who serves each function of the fused model, in a few words."""
+    parts: dict[str, list[str]] = {}
+    for route in routes_of(report):
+        count = f"{route['calls']} by {route['provider']}"
+        parts.setdefault(route["function"], []).append(count)
+    return "; ".join(f"{function} {', '.join(counts)}" for function, counts in parts.items())
+
+
+def score_table(report: dict[str, Any]) -> str:
+    origins = list(report["scores"]["fused"]["by_origin"])
+    rows = [
+        (
+            label,
+            f"{entry['chrf']:.1f}",
+            *(f"{entry['by_origin'][origin]['chrf']:.1f}" for origin in origins),
+            f"{entry['exact']:.0%}",
+        )
+        for label, entry in ((label, report["scores"][name]) for name, label in NAMES.items())
+    ]
+    return table(("translation by", "chrF", *(f"chrF, {origin}" for origin in origins), "equal to reference"), rows)
+
+
+def example_table(report: dict[str, Any]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|") or "(nothing)"
+
+    rows = [
+        tuple(cell(example[name]) for name in ("source", "reference", "fused", "nearest"))
+        for example in report["examples"]
+    ]
+    return table(("source", "reference", "model (fused)", "nearest training source's"), rows)
+
+
+def agreement(report: dict[str, Any]) -> str:
+    checks = report["checks"]
+    said = "yes" if not checks["faults"] else "NO: " + "; ".join(checks["faults"])
+    if "drawn_bound" not in checks:
+        largest = f"{checks['largest_difference']:.2g}"
+        return (
+            f"- Curves agree within {checks['bound']:g} nats/token: {said}; largest difference of an epoch {largest}."
+        )
+    return (
+        f"- Runs agree: {said}. Before training the test losses differ by {checks['largest_difference']:.2g} nats/token "
+        f"(bound {checks['bound']:g}), after it by {checks['end_difference']:.2%} (bound {checks['drawn_bound']:.0%}): each "
+        "variant draws its own dropout masks."
+    )
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The Markdown report, which is also what the terminal shows."""
+    data, checks, environment = report["data"], report["checks"], report["environment"]
+    refusals = dict.fromkeys(line for route in routes_of(report) for line in route["refusals"])
+    reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
+    gain = report["scores"]["fused"]["chrf"] - report["scores"]["nearest"]["chrf"]
+    sources = ", ".join(f"{origin} {count:,}" for origin, count in data["by_origin"].items())
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in data["left_out"].items())
+    lines = [
+        f"# {report['title']}",
+        "",
+        *(part for text in notices(report) for part in (text, "")),
+        f"Pairs: {data['train_pairs']:,} to train on ({data['train_tokens']:,} target tokens), {data['test_pairs']:,} held "
+        f"out; by package: {sources}. Left out: {left_out}; at most {data['length']} characters a side.",
+        f"Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
+        f"Training: {json.dumps(report['settings'])}.",
+        f"Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while the "
+        f"models trained, CPU time of other processes: {measure_load.share_text(environment['others'])}.",
+        f"Calls of one forward of the fused model: {calls_text(report)}.",
+        *(f"Provider {refusal}." for refusal in refusals),
+        "",
+        table(("", "eager", "fused", "fused / eager"), result_rows(report)),
+        "",
+        epoch_table(report["curves"]),
+        "",
+        score_table(report),
+        "",
+        agreement(report),
+        f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
+        f"- chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest training "
+        "source's translation.",
+        "- Speed: target tokens over the time of all training steps, the two variants alternating in one process.",
+        "",
+        "Held-out sentences, taken at equal distances:",
+        "",
+        example_table(report),
+    ]
+    return "\n".join([*map(wrapped, lines), ""])
+
+
+def write(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write translate.json, translate.md and, where matplotlib is there, translate_curves.png and translate_chrf.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    curves, scores = folder / "translate_curves.png", folder / "translate_chrf.png"
+    drawn = [path for path, draw in ((curves, plot_curves), (scores, plot_scores)) if draw(report, path)]
+    captions = {curves: "Loss curves", scores: "chrF"}
+    text = summary(report) + "".join(f"\n![{captions[path]}]({path.name})\n" for path in drawn)
+    (folder / "translate.md").write_text(text, encoding="utf-8")
+    content = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "translate.json").write_text(content, encoding="utf-8")
+    return [folder / "translate.json", folder / "translate.md", *drawn]
