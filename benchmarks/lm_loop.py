@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import lm_data
-from benchmarks.lm_model import LanguageModel, ModelConfig, loss_of, make_twins, use_torch_dropout
+from benchmarks.lm_model import LanguageModel, ModelConfig, loss_of, make_twins
 from benchmarks.train_shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, time_steps
 
 
@@ -62,11 +62,13 @@ class Trainer:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
 
     def step(self, rows: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+        """`seed` fixes what dropout draws, whichever variant draws first."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(seed)
         self.model.train()
         with autocast(rows.device, self.settings.dtype):
-            loss = loss_of(self.model, rows, seed)
+            loss = loss_of(self.model, rows)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -81,7 +83,7 @@ def train_twins(
     settings: Settings,
     say: Callable[[str], None] = print,
 ) -> dict[str, Curve]:
-    """Train every variant on the same batches in the same order with the same dropout seeds."""
+    """Train every variant on the same batches in the same order."""
     trainers = {variant: Trainer(model, settings) for variant, model in twins.items()}
     curves = {variant: Curve() for variant in twins}
     for variant, model in twins.items():
@@ -114,13 +116,8 @@ def train_twins(
 def measure_speed(
     twins: dict[str, LanguageModel], rows: torch.Tensor, settings: Settings, pairs: int = 15, warm_up: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Time whole training steps of copies of the twins, in turn.
-
-    The eager copy draws dropout as torch's users do, not through the masks that make the curves comparable.
-    """
+    """Time whole training steps of copies of the twins, in turn."""
     trainers = {variant: Trainer(copy.deepcopy(model), settings) for variant, model in twins.items()}
-    for trainer in trainers.values():
-        use_torch_dropout(trainer.model)
     steps = {v: partial(t.step, rows, settings.learning_rate / 10) for v, t in trainers.items()}
     return time_steps(steps, rows.shape[0] * (rows.shape[1] - 1), rows.device, pairs, warm_up)
 
@@ -131,19 +128,15 @@ def measure_memory(variant: str, config: ModelConfig, settings: Settings, device
     rows = torch.randint(config.vocab, (settings.batch, config.context + 1), generator=generator).to(device)
 
     def train() -> None:
-        model = make_twins(config, settings.seed, device, (variant,))[variant]
-        use_torch_dropout(model)
-        trainer = Trainer(model, settings)
+        trainer = Trainer(make_twins(config, settings.seed, device, (variant,))[variant], settings)
         for step in range(3):
             trainer.step(rows, settings.learning_rate, step)
 
     peak = allocated_peak(train, device)
-    model = make_twins(config, settings.seed, device, (variant,))[variant]
-    use_torch_dropout(model)
-    model.train()
+    model = make_twins(config, settings.seed, device, (variant,))[variant].train()
 
     def forward() -> torch.Tensor:
         with autocast(device, settings.dtype):
-            return loss_of(model, rows, 0)
+            return loss_of(model, rows)
 
     return {"peak_bytes": peak, "saved_bytes": saved_bytes(model, forward)}

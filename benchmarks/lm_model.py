@@ -1,8 +1,7 @@
-"""A small pre-norm decoder-only Transformer in two variants that differ in one module.
+"""A small pre-norm decoder-only Transformer in two variants: the layers of fusednorm, and those of `torch.nn`.
 
-`fused` does residual add, dropout and LayerNorm in one `fusednorm.AddLayerNorm`; `eager` does the same with
-`nn.LayerNorm` and explicit operators. Both have the same parameters under the same names, so one `state_dict`
-loads strictly into either.
+Both have the same parameters under the same names, so one `state_dict` loads strictly into either. A decoder that
+attends to nothing but itself is what both call an encoder, with a causal mask.
 """
 
 from __future__ import annotations
@@ -38,85 +37,27 @@ class ModelConfig:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
 
-class EagerAddLayerNorm(nn.LayerNorm):
-    """What `fusednorm.AddLayerNorm` replaces: dropout, residual add and `nn.LayerNorm` as separate operators.
-
-    With `same_masks` the dropout takes the mask that the fused operator draws from the seed, so that both variants
-    compute the same function; that is slow (the mask becomes a tensor). Without, it is torch's own dropout.
-    """
-
-    def __init__(self, width: int, dropout_p: float = 0.0) -> None:
-        super().__init__(width)
-        self.dropout_p = dropout_p
-        self.same_masks = True
-
-    def forward(  # type: ignore[override]
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, *, seed: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.training and self.dropout_p > 0.0:
-            if self.same_masks and seed is not None:
-                mask = fusednorm.dropout_mask(x.shape, self.dropout_p, seed, x.device)
-                x = torch.where(mask, x * (1.0 / (1.0 - self.dropout_p)), 0.0)
-            else:
-                x = F.dropout(x, self.dropout_p)
-        stream = x if residual is None else residual + x
-        return super().forward(stream), stream
-
-
-def add_norm(variant: str, config: ModelConfig) -> nn.Module:
-    if variant == "fused":
-        return fusednorm.AddLayerNorm(config.width, dropout_p=config.dropout)
-    if variant == "eager":
-        return EagerAddLayerNorm(config.width, config.dropout)
-    raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-
-
-class Block(nn.Module):
-    def __init__(self, variant: str, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm1 = add_norm(variant, config)
-        self.attention = Attention(config)
-        self.norm2 = add_norm(variant, config)
-        self.expand = nn.Linear(config.width, 4 * config.width)
-        self.contract = nn.Linear(4 * config.width, config.width)
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, seeds: tuple[int | None, int | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = self.norm1(x, residual, seed=seeds[0])
-        normed, residual = self.norm2(self.attention(normed), residual, seed=seeds[1])
-        return self.contract(F.gelu(self.expand(normed))), residual
+def make_layers(variant: str, config: ModelConfig) -> nn.TransformerEncoder:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
+    kind = fusednorm if variant == "fused" else nn
+    layer = kind.TransformerEncoderLayer(
+        *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
+    )
+    # a padding mask, of which torch would make nested tensors, is never given
+    return kind.TransformerEncoder(layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False)
 
 
 class LanguageModel(nn.Module):
-    """Tokens (batch, length) int64 to logits (batch, length, vocab).
-
-    `x` is the last sublayer's output, not yet added: each norm adds it to the residual stream, drops elements of it
-    and normalises in one step. The first norm has no stream yet; the last one closes it.
-    """
+    """Tokens (batch, length) int64 to logits (batch, length, vocab). The table of tokens gives the logits too."""
 
     def __init__(self, variant: str, config: ModelConfig) -> None:
         super().__init__()
         self.variant, self.config = variant, config
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(variant, config) for _ in range(config.layers))
-        self.norm = add_norm(variant, config)
+        self.layers = make_layers(variant, config)
+        self.register_buffer("future", torch.ones(config.context, config.context).triu(1).bool(), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,28 +67,16 @@ class LanguageModel(nn.Module):
             if parameter.dim() < 2:
                 nn.init.zeros_(parameter)
                 continue
-            # The two projections of each block that write to the residual stream start smaller, as in GPT-2.
-            last = name.endswith(("attention.out.weight", "contract.weight"))
+            # The two projections of each layer that write to the residual stream start smaller, as in GPT-2.
+            last = name.endswith(("out_proj.weight", "linear2.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if last else 0.02)
 
-    def forward(self, tokens: torch.Tensor, seed: int | None = None) -> torch.Tensor:
-        """`seed` fixes every dropout mask of this call."""
-        norms = 2 * len(self.blocks) + 1
-        seeds = [None if seed is None else seed * norms + i for i in range(norms)]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token(tokens) + self.position(positions)
-        residual = None
-        for i, block in enumerate(self.blocks):
-            x, residual = block(x, residual, (seeds[2 * i], seeds[2 * i + 1]))
-        normed, _ = self.norm(x, residual, seed=seeds[-1])
-        return F.linear(normed, self.token.weight)
-
-
-def use_torch_dropout(model: nn.Module) -> None:
-    """Let an eager model draw dropout as torch users do, for timing it."""
-    for module in model.modules():
-        if isinstance(module, EagerAddLayerNorm):
-            module.same_masks = False
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device)
+        x = F.dropout(self.token(tokens) + self.position(positions), self.config.dropout, self.training)
+        x = self.layers(x, mask=self.future[:length, :length], is_causal=True)
+        return F.linear(x, self.token.weight)
 
 
 def make_twins(
@@ -163,9 +92,9 @@ def make_twins(
     return {variant: model.to(device) for variant, model in twins.items()}
 
 
-def loss_of(model: nn.Module, rows: torch.Tensor, seed: int | None = None) -> torch.Tensor:
+def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy (nats a token) of predicting each row's next token, in float32 at least."""
-    logits = model(rows[:, :-1], seed)
+    logits = model(rows[:, :-1])
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

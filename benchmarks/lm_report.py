@@ -8,13 +8,15 @@ from typing import Any
 
 from benchmarks import measure_load, report_plots
 from benchmarks.train_report import (
+    agreement,
     busy_text,
+    calls_text,
     draw_differences,
     draw_losses,
     epoch_table,
     notices,
     result_rows,
-    served_text,
+    routes_of,
     table,
     wrapped,
 )
@@ -47,7 +49,7 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    below = [f"fused here: {served_text(report)}", report["environment"]["device"], busy_text(report)]
+    below = [f"fused here: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
     report_plots.set_title(figure, report["title"], below)
     figure.savefig(path, dpi=130)
     return True
@@ -57,7 +59,7 @@ def summary(report: dict[str, Any]) -> str:
     """The Markdown report, which is also what the terminal shows."""
     data, checks, quality = report["data"], report["checks"], report["quality"]
     curves = report["curves"]
-    verdict = "yes" if not checks["faults"] else "NO: " + "; ".join(checks["faults"])
+    refusals = dict.fromkeys(line for route in routes_of(report) for line in route["refusals"])
     lines = [
         f"# {report['title']}",
         "",
@@ -69,15 +71,14 @@ def summary(report: dict[str, Any]) -> str:
         f"Machine: {report['environment']['device']}; torch {report['environment']['torch']}, "
         f"threads: {report['environment']['threads']}; while speed was measured, CPU time of other processes: "
         f"{measure_load.share_text(report['environment']['others'])}.",
-        f"Fused norm: add_layer_norm is served by {served_text(report)}.",
-        *(f"Provider {refusal}." for refusal in report["environment"]["route"]["refusals"]),
+        f"Calls of one forward of the fused model: {calls_text(report)}.",
+        *(f"Provider {refusal}." for refusal in refusals),
         "",
         table(("", "eager", "fused", "fused / eager"), result_rows(report)),
         "",
         epoch_table(curves),
         "",
-        f"- Curves agree within {checks['bound']:g} nats/token: {verdict}; largest difference of an epoch "
-        f"{checks['largest_difference']:.2g}.",
+        agreement(report),
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, "
         f"{'bitwise equal' if checks['reload_equal'] else 'NOT EQUAL to ' + repr(curves['fused']['test'][-1])}.",
         f"- Test perplexity {quality['perplexity']:.1f} per token; always predicting the token frequencies gives "

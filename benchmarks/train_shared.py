@@ -6,9 +6,11 @@ import argparse
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -113,6 +115,17 @@ def progress_bar(items: Iterable[Any], total: int, label: str) -> Any:
     except ImportError:
         return items
     return tqdm(items, total=total, desc=label, unit="step", leave=False, disable=not sys.stderr.isatty())
+
+
+def routes(model: nn.Module, *inputs: torch.Tensor) -> list[dict[str, Any]]:
+    """Who serves the calls of one forward, how, how many they are, and why not another."""
+    found = []
+    for decision, calls in Counter(re.split(r"\n(?! )", fusednorm.explain(model.train(), *inputs))).items():
+        first, *refusals = decision.splitlines()
+        if match := re.match(r"([a-z]\w*): (\w+), (.*)", first):
+            names = dict(zip(("function", "provider", "how"), match.groups()))
+            found.append({**names, "calls": calls, "refusals": [line.strip() for line in refusals]})
+    return found
 
 
 def synchronize(device: torch.device) -> None:

@@ -177,8 +177,8 @@ def split_pairs(pairs: Sequence[Pair], length: int) -> Split:
     test = [pair for key, pair in kept.items() if on_test_side(key)]
     if not train or not test:
         raise ValueError(
-            f"{len(kept)} pairs of at most {length} characters remain, {len(train)} to train on and {len(test)} to test on; "
-            "both sides need at least one: allow longer sentences"
+            f"{len(kept)} pairs of at most {length} characters remain, {len(train)} to train on and {len(test)} to "
+            "test on; both sides need at least one: allow longer sentences"
         )
     return Split(train, test, left_out)
 

@@ -18,7 +18,6 @@ once while a fresh copy of one variant trains.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -28,12 +27,10 @@ from typing import Any
 
 import torch
 
-import fusednorm
 from benchmarks import lm_data, measure_load, train_shared, translate_report, translate_score
 from benchmarks.report import make_folder
 from benchmarks.translate_data import (
     SPECIAL,
-    Batch,
     Encoded,
     Pair,
     Split,
@@ -103,18 +100,6 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Translator, Any]:
     return model, lm_data.load_tokenizer(saved["tokenizer"])
 
 
-def routes(model: Translator, batch: Batch) -> list[dict[str, Any]]:
-    """Who serves the calls of one forward, how, how many they are, and why not another."""
-    text = fusednorm.explain(model.train(), batch.source, batch.target[:, :-1])
-    found = []
-    for decision, calls in Counter(re.split(r"\n(?! )", text)).items():
-        first, *refusals = decision.splitlines()
-        if match := re.match(r"([a-z]\w*): (\w+), (.*)", first):
-            names = dict(zip(("function", "provider", "how"), match.groups()))
-            found.append({**names, "calls": calls, "refusals": [line.strip() for line in refusals]})
-    return found
-
-
 def run(arguments: argparse.Namespace, device: torch.device) -> int:
     # Whatever can be refused is refused before anything is trained.
     lm_data.check_vocab(arguments.vocab, SPECIAL)
@@ -135,7 +120,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     twins = make_twins(config, settings.seed, device)
     batches = buckets(train, settings.batch)
     middle = batch_of(train, batches[len(batches) // 2]).to(device)
-    served = routes(twins["fused"], middle)
+    served = train_shared.routes(twins["fused"], middle.source, middle.target[:, :-1])
     parameters = sum(p.numel() for p in twins["fused"].parameters())
     machine = train_shared.device_name(device)
     print(f"{len(train):,} training pairs, {len(test):,} held out, {parameters:,} parameters, {machine}", flush=True)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure_load, report_plots
+from benchmarks import measure_load, report_plots, train_report
 from benchmarks.train_report import (
+    agreement,
     busy_text,
-    check_curves,
+    calls_text,
     draw_differences,
     draw_losses,
     epoch_table,
-    largest_difference,
     notices,
     result_rows,
     routes_of,
@@ -24,8 +23,6 @@ from benchmarks.train_report import (
 
 # Largest allowed difference of the two variants' losses, nats a token, at any epoch, without dropout.
 BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1}
-# With dropout.
-DRAWN = 0.1
 
 NAMES = {
     "untrained": "model before training",
@@ -36,32 +33,7 @@ NAMES = {
 
 
 def verdict(curves: dict[str, dict[str, list[float]]], dtype: str, dropout: float) -> dict[str, Any]:
-    """What is wrong with the pair of runs, in words, and the bounds that say so."""
-    fused, eager, bound = curves["fused"], curves["eager"], BOUNDS[dtype]
-    if dropout == 0.0:
-        faults = check_curves(fused, eager, bound)
-        return {"bound": bound, "faults": faults, "largest_difference": largest_difference(fused, eager)}
-    # Each variant draws masks of its own, so that their curves differ as two seeds do. What does not hang on masks is
-    # held to the bound, the loss before training; what training comes to, to a share of it.
-    start, end = ((c["test"][0], c["test"][-1]) for c in (fused, eager))
-    (fused_start, fused_end), (eager_start, eager_end) = start, end
-    faults = []
-    if not abs(fused_start - eager_start) <= bound:  # true of NaN too
-        faults.append(
-            f"test loss before training: fused {fused_start:.5f}, eager {eager_start:.5f}, difference exceeds {bound:g} "
-            "nats/token"
-        )
-    if not abs(fused_end - eager_end) <= DRAWN * eager_end or not math.isfinite(eager_end):
-        faults.append(
-            f"test loss after training: fused {fused_end:.5f}, eager {eager_end:.5f}, difference exceeds {DRAWN:.0%} of it"
-        )
-    return {
-        "bound": bound,
-        "drawn_bound": DRAWN,
-        "faults": faults,
-        "largest_difference": abs(fused_start - eager_start),
-        "end_difference": abs(fused_end - eager_end) / eager_end if eager_end else math.nan,
-    }
+    return train_report.verdict(curves, BOUNDS[dtype], dropout)
 
 
 def plot_curves(report: dict[str, Any], path: Path) -> bool:
@@ -119,15 +91,6 @@ def subtitles(report: dict[str, Any]) -> list[str | None]:
     return [f"fused here: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
 
 
-def calls_text(report: dict[str, Any]) -> str:
-    """Who serves each function of the fused model, in a few words."""
-    parts: dict[str, list[str]] = {}
-    for route in routes_of(report):
-        count = f"{route['calls']} by {route['provider']}"
-        parts.setdefault(route["function"], []).append(count)
-    return "; ".join(f"{function} {', '.join(counts)}" for function, counts in parts.items())
-
-
 def score_table(report: dict[str, Any]) -> str:
     origins = list(report["scores"]["fused"]["by_origin"])
     rows = [
@@ -153,21 +116,6 @@ def example_table(report: dict[str, Any]) -> str:
     return table(("source", "reference", "model (fused)", "nearest training source's"), rows)
 
 
-def agreement(report: dict[str, Any]) -> str:
-    checks = report["checks"]
-    said = "yes" if not checks["faults"] else "NO: " + "; ".join(checks["faults"])
-    if "drawn_bound" not in checks:
-        largest = f"{checks['largest_difference']:.2g}"
-        return (
-            f"- Curves agree within {checks['bound']:g} nats/token: {said}; largest difference of an epoch {largest}."
-        )
-    return (
-        f"- Runs agree: {said}. Before training the test losses differ by {checks['largest_difference']:.2g} nats/token "
-        f"(bound {checks['bound']:g}), after it by {checks['end_difference']:.2%} (bound {checks['drawn_bound']:.0%}): each "
-        "variant draws its own dropout masks."
-    )
-
-
 def summary(report: dict[str, Any]) -> str:
     """The Markdown report, which is also what the terminal shows."""
     data, checks, environment = report["data"], report["checks"], report["environment"]
@@ -180,8 +128,8 @@ def summary(report: dict[str, Any]) -> str:
         f"# {report['title']}",
         "",
         *(part for text in notices(report) for part in (text, "")),
-        f"Pairs: {data['train_pairs']:,} to train on ({data['train_tokens']:,} target tokens), {data['test_pairs']:,} held "
-        f"out; by package: {sources}. Left out: {left_out}; at most {data['length']} characters a side.",
+        f"Pairs: {data['train_pairs']:,} to train on ({data['train_tokens']:,} target tokens), {data['test_pairs']:,} "
+        f"held out; by package: {sources}. Left out: {left_out}; at most {data['length']} characters a side.",
         f"Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
         f"Training: {json.dumps(report['settings'])}.",
         f"Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while the "
@@ -197,8 +145,8 @@ def summary(report: dict[str, Any]) -> str:
         "",
         agreement(report),
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
-        f"- chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest training "
-        "source's translation.",
+        f"- chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest "
+        "training source's translation.",
         "- Speed: target tokens over the time of all training steps, the two variants alternating in one process.",
         "",
         "Held-out sentences, taken at equal distances:",
@@ -209,7 +157,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write translate.json, translate.md and, where matplotlib is there, translate_curves.png and translate_chrf.png."""
+    """Write translate.json, translate.md and, where matplotlib is there, two pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     curves, scores = folder / "translate_curves.png", folder / "translate_chrf.png"
     drawn = [path for path, draw in ((curves, plot_curves), (scores, plot_scores)) if draw(report, path)]

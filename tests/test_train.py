@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusednorm
 from benchmarks import lm_data, lm_job, lm_loop, lm_report, train, train_report, train_shared
 from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
 
@@ -121,15 +122,16 @@ def test_unigram_loss_is_the_entropy_of_a_known_source():
 
 
 @pytest.mark.parametrize("provider", [None, "reference"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_twins_start_with_equal_loss_and_gradients(provider, dropout):
-    twins = make_twins(replace(CONFIG, dropout=dropout), 5, CPU)
+def test_twins_start_with_equal_loss_and_gradients(provider):
+    twins = make_twins(CONFIG, 5, CPU)
+    assert isinstance(twins["fused"].layers, fusednorm.TransformerEncoder)
+    assert type(twins["eager"].layers) is torch.nn.TransformerEncoder
     assert list(twins["eager"].state_dict()) == list(twins["fused"].state_dict())
     rows = rows_of(4)
     gradients, losses = {}, {}
     for variant, model in twins.items():
         with train_shared.provider_context(provider):
-            loss = loss_of(model.train(), rows, seed=123)
+            loss = loss_of(model.train(), rows)
         loss.backward()
         losses[variant] = loss.item()
         gradients[variant] = {name: p.grad for name, p in model.named_parameters()}
@@ -139,12 +141,13 @@ def test_twins_start_with_equal_loss_and_gradients(provider, dropout):
         torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_dropout_seed_changes_the_loss_and_eval_ignores_it():
-    model = make_twins(replace(CONFIG, dropout=0.3), 5, CPU)["fused"].train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_changes_the_loss_and_eval_ignores_it(variant):
+    model = make_twins(replace(CONFIG, dropout=0.3), 5, CPU)[variant].train()
     rows = rows_of(4)
-    assert loss_of(model, rows, seed=1) != loss_of(model, rows, seed=2)
+    assert loss_of(model, rows) != loss_of(model, rows)
     model.eval()
-    assert loss_of(model, rows, seed=1) == loss_of(model, rows, seed=2)
+    assert loss_of(model, rows) == loss_of(model, rows)
 
 
 def test_model_does_not_look_ahead():
@@ -214,6 +217,17 @@ def test_check_curves_names_a_planted_divergence(planted):
     assert len(faults) == 2 and all("epoch 2" in fault for fault in faults)
 
 
+def test_verdict_with_dropout_compares_where_the_runs_begin_and_end():
+    def judged(fused):
+        return train_report.verdict({"fused": fused, "eager": curve(4.0, 3.0)}, 0.01, 0.1)["faults"]
+
+    assert judged(curve(5.0, 3.2)) == []  # in between the masks decide
+    assert len(judged(curve(4.0, 3.4))) == len(judged(curve(4.0, float("nan")))) == 1
+    early = curve(4.0, 3.0)
+    early["test"][0] = 5.1
+    assert "before training" in judged(early)[0]
+
+
 def test_check_curves_refuses_curves_of_unequal_length():
     assert train_report.check_curves(curve(4.0), curve(4.0, 3.0), 0.01)
     assert train_report.check_curves(curve(), curve(), 0.01)
@@ -229,7 +243,7 @@ def test_memory_is_measured_and_repeats():
     assert all(wider[key] > first[key] for key in first)
 
 
-SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 300, "context": 64, "batch": 16}
+SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 300, "context": 64, "batch": 16, "dropout": 0.0}
 TINY = ["--device", "cpu", *(word for name, size in SIZES.items() for word in (f"--{name}", str(size)))]
 
 
@@ -267,16 +281,23 @@ def test_run_from_text_to_report(finished_run):
     assert "Curves agree" in printed
 
 
+def test_run_with_dropout_says_that_masks_differ(tmp_path, tiny_text):
+    """Torch's masks and ours are drawn apart: the runs are compared where they begin and end."""
+    assert train.main([*TINY, "--dropout", "0.2", "--text", str(tiny_text), "--report", str(tmp_path)]) == 0
+    checks = json.loads((tmp_path / "train.json").read_text())["checks"]
+    assert checks["largest_difference"] < checks["bound"] and 0 < checks["end_difference"] < checks["drawn_bound"]
+    assert "each variant draws its own dropout masks" in " ".join((tmp_path / "train.md").read_text("utf-8").split())
+
+
 @pytest.mark.parametrize(("factor", "message"), [(0.5, "exceeds"), (float("nan"), "not finite")])
-def test_run_fails_on_a_fused_norm_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch, factor, message):
-    """A fused norm that spoils the residual stream: the job must say so and end with status 1."""
-    correct = lm_job.fusednorm.AddLayerNorm.forward
+def test_run_fails_on_a_fused_layer_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch, factor, message):
+    """Fused layers that spoil what they return: the job must say so and end with status 1."""
+    correct = fusednorm.TransformerEncoder.forward
 
-    def wrong(self, x, residual=None, *, seed=None):
-        normed, stream = correct(self, x, residual, seed=seed)
-        return normed, stream - factor * x
+    def wrong(self, src, *args, **kwargs):
+        return correct(self, src, *args, **kwargs) - factor * src
 
-    monkeypatch.setattr(lm_job.fusednorm.AddLayerNorm, "forward", wrong)
+    monkeypatch.setattr(fusednorm.TransformerEncoder, "forward", wrong)
     status = train.main([*TINY, "--rate", "1e-2", "--text", str(tiny_text), "--report", str(tmp_path / "report")])
     assert status == 1
     error = capsys.readouterr().err
@@ -309,7 +330,7 @@ def test_bad_arguments_are_refused_before_anything_is_trained(
         raise AssertionError("the tokenizer was trained first")
 
     monkeypatch.setattr(lm_data, "train_tokenizer", trained)
-    monkeypatch.setattr(lm_job.fusednorm, "available_providers", lambda: ["reference"])
+    monkeypatch.setattr(fusednorm, "available_providers", lambda: ["reference"])
     arguments = [word.format(file=tiny_text) for word in arguments]
     given = [*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report"), *arguments]
     assert train.main(given) == 2
@@ -326,7 +347,8 @@ def test_dispatcher_hands_the_command_line_to_the_task(task, capsys):
 def test_unknown_task_is_refused_with_the_names_of_those_there_are(capsys):
     with pytest.raises(SystemExit) as ended:
         train.main(["--task", "paint"])
-    assert ended.value.code == 2 and all(name in capsys.readouterr().err for name in train.TASKS)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and all(name in error for name in train.TASKS)
 
 
 def test_missing_tokenizers_is_named_with_its_remedy(monkeypatch, capsys, tiny_text):
@@ -348,8 +370,12 @@ def finished(finished_run) -> dict:
     """What one tiny run reports, made plain: torch's own operators served it, on a calm CPU."""
     folder, _ = finished_run
     report = json.loads((folder / "train.json").read_text())
+    assert {route["function"] for route in report["environment"]["route"]} == {
+        *("add_layer_norm", "scaled_dot_product_attention", "bias_act_dropout")
+    }
     route = {"provider": "reference", "how": "torch's own operators: no kernel of ours serves this call"}
-    report["environment"] |= {"route": route | {"refusals": ["triton is not used: no GPU"]}, "others": 0.01}
+    route |= {"function": "add_layer_norm", "calls": 3, "refusals": ["triton is not used: no GPU"]}
+    report["environment"] |= {"route": [route], "others": 0.01}
     assert report["environment"]["fused_command"] == (
         f"python3 benchmarks/train.py {' '.join(TINY)} --text '{folder}/a text.txt' --report {folder} "
         "--provider reference"
@@ -366,16 +392,19 @@ def test_report_says_what_was_trained_and_how_to_train_the_fused_op(finished):
     top, _, rest = text.partition("Text: ")
     assert "No kernel of ours ran" in top and finished["environment"]["fused_command"] in top.splitlines()[-2]
     lines = rest.splitlines()
-    assert (
-        "Fused norm: add_layer_norm is served by reference, torch's own operators (no kernel of ours serves this call)."
-        in lines
-    )
+    assert "Calls of one forward of the fused model: add_layer_norm 3 by reference." in lines
     assert "Provider triton is not used: no GPU." in lines
     prose = [line for line in text.partition("```")[0].splitlines() if "python3" not in line]
     assert max(map(len, prose)) <= 120
-    fused = {"provider": "reference", "how": "one fused op each way", "refusals": []}
-    text = lm_report.summary(changed(finished, route=fused))
-    assert "No kernel" not in text and "served by reference, one fused op each way." in text
+    fused = {
+        "function": "add_layer_norm",
+        "provider": "cpu",
+        "how": "one fused op each way",
+        "calls": 2,
+        "refusals": [],
+    }
+    text = lm_report.summary(changed(finished, route=[fused]))
+    assert "No kernel" not in text and "of the fused model: add_layer_norm 2 by cpu." in text
 
 
 def test_report_of_a_busy_machine_says_so(finished):
@@ -401,4 +430,4 @@ def test_picture_joins_no_steps_and_names_what_it_shows(finished, monkeypatch, t
     assert ("exactly equal at 2 of 4 steps" if any(differences) else "exactly equal at all 4 steps") in said
     assert all(tick == round(tick) for tick in right.get_xticks())
     title = " ".join(kept[0].get_suptitle().split())
-    assert "fused here: reference, torch's own operators" in title and "THE MACHINE WAS BUSY" in title
+    assert "fused here: add_layer_norm 3 by reference" in title and "THE MACHINE WAS BUSY" in title
