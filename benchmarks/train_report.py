@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import unicodedata
 from typing import Any
 
 from benchmarks import measure_load, report_stats
@@ -92,9 +93,17 @@ def calls_text(report: dict[str, Any]) -> str:
     """Who serves each function of the fused model, in a few words."""
     parts: dict[str, list[str]] = {}
     for route in routes_of(report):
-        count = f"{route['calls']} by {route['provider']}"
-        parts.setdefault(route["function"], []).append(count)
-    return "; ".join(f"{function} {', '.join(counts)}" for function, counts in parts.items())
+        parts.setdefault(route["function"], []).append(f"{route['calls']} by {route['provider']}")
+    return ", ".join(f"{function} ({', '.join(counts)})" for function, counts in parts.items())
+
+
+def refusal_lines(report: dict[str, Any]) -> list[str]:
+    """Which other providers do not serve the calls, and why, once for all calls that have the same reason."""
+    functions: dict[str, dict[str, None]] = {}
+    for route in routes_of(report):
+        for line in route["refusals"]:
+            functions.setdefault(line, {})[route["function"]] = None
+    return [f"- For {', '.join(names)}, {line}." for line, names in functions.items()]
 
 
 def notices(report: dict[str, Any]) -> list[str]:
@@ -206,10 +215,18 @@ def epoch_table(curves: dict[str, Any]) -> str:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in [header, *rows]]
+    widths = [max(columns(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell + " " * (w - columns(cell)) for cell, w in zip(row, widths)) + " |"
+        for row in [header, *rows]
+    ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def columns(text: str) -> int:
+    """How wide a text stands on a terminal: a Chinese character takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def wrapped(line: str) -> str:

@@ -85,9 +85,10 @@ class Translator(nn.Module):
         return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PAD_ID)
 
     def decode(self, target: torch.Tensor, memory: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of each position of the target, (batch, target length, width)."""
         length = target.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
-        x = self.transformer.decoder(
+        return self.transformer.decoder(
             self.embed(target),
             memory,
             tgt_mask=future,
@@ -95,10 +96,12 @@ class Translator(nn.Module):
             tgt_key_padding_mask=target == PAD_ID,
             memory_key_padding_mask=source == PAD_ID,
         )
-        return F.linear(x, self.token.weight)
+
+    def logits(self, decoded: torch.Tensor) -> torch.Tensor:
+        return F.linear(decoded, self.token.weight)
 
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.decode(target, self.encode(source), source)
+        return self.logits(self.decode(target, self.encode(source), source))
 
 
 def make_twins(
@@ -128,18 +131,21 @@ def translate(model: Translator, source: torch.Tensor) -> list[list[int]]:
     """Take the likeliest next token until END or the last position; return token ids without BEGIN and END."""
     was_training = model.training
     model.eval()
+    rows: list[list[int]] = [[] for _ in source]
+    going = list(range(len(source)))  # the rows without END so far: only these are decoded further
     memory = model.encode(source)
     target = source.new_full((len(source), 1), BEGIN_ID)
-    ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for _ in range(model.config.positions):
-        logits = model.decode(target, memory, source)[:, -1]
+        logits = model.logits(model.decode(target, memory, source)[:, -1])
         logits[:, [PAD_ID, BEGIN_ID]] = -torch.inf  # neither stands inside a translation
-        # after its end a row goes on with END, not PAD: what it computes there is not looked at
-        chosen = torch.where(ended, END_ID, logits.argmax(-1))
-        target = torch.cat([target, chosen[:, None]], dim=1)
-        ended |= chosen == END_ID
-        if ended.all():
+        chosen = logits.argmax(-1)
+        goes_on = chosen != END_ID
+        target = torch.cat([target, chosen[:, None]], dim=1)[goes_on]
+        memory, source = memory[goes_on], source[goes_on]
+        going = [row for row, on in zip(going, goes_on.tolist()) if on]
+        for row, token in zip(going, chosen[goes_on].tolist()):
+            rows[row].append(token)
+        if not going:
             break
     model.train(was_training)
-    rows = target[:, 1:].tolist()
-    return [row[: row.index(END_ID)] if END_ID in row else row for row in rows]
+    return rows

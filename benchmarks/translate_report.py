@@ -15,8 +15,8 @@ from benchmarks.train_report import (
     draw_losses,
     epoch_table,
     notices,
+    refusal_lines,
     result_rows,
-    routes_of,
     table,
     wrapped,
 )
@@ -48,6 +48,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> bool:
     left.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
     left.legend()
     draw_differences(right, report["curves"], report["checks"]["bound"])
+    right.margins(y=0.3)  # room for the legend
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -66,7 +67,7 @@ def plot_scores(report: dict[str, Any], path: Path) -> bool:
     origins = scores["fused"]["by_origin"]
     groups = [f"all ({report['data']['test_pairs']} pairs)"]
     groups += [f"{origin} ({entry['pairs']} pairs)" for origin, entry in origins.items()]
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(NAMES)
     for place, (name, label) in enumerate(NAMES.items()):
@@ -88,7 +89,7 @@ def plot_scores(report: dict[str, Any], path: Path) -> bool:
 
 
 def subtitles(report: dict[str, Any]) -> list[str | None]:
-    return [f"fused here: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
+    return [f"calls of a fused forward: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
 
 
 def score_table(report: dict[str, Any]) -> str:
@@ -113,13 +114,12 @@ def example_table(report: dict[str, Any]) -> str:
         tuple(cell(example[name]) for name in ("source", "reference", "fused", "nearest"))
         for example in report["examples"]
     ]
-    return table(("source", "reference", "model (fused)", "nearest training source's"), rows)
+    return table(("source", "reference", "fused, trained", "nearest training source"), rows)
 
 
 def summary(report: dict[str, Any]) -> str:
     """The Markdown report, which is also what the terminal shows."""
     data, checks, environment = report["data"], report["checks"], report["environment"]
-    refusals = dict.fromkeys(line for route in routes_of(report) for line in route["refusals"])
     reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
     gain = report["scores"]["fused"]["chrf"] - report["scores"]["nearest"]["chrf"]
     sources = ", ".join(f"{origin} {count:,}" for origin, count in data["by_origin"].items())
@@ -128,14 +128,15 @@ def summary(report: dict[str, Any]) -> str:
         f"# {report['title']}",
         "",
         *(part for text in notices(report) for part in (text, "")),
-        f"Pairs: {data['train_pairs']:,} to train on ({data['train_tokens']:,} target tokens), {data['test_pairs']:,} "
-        f"held out; by package: {sources}. Left out: {left_out}; at most {data['length']} characters a side.",
-        f"Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
-        f"Training: {json.dumps(report['settings'])}.",
-        f"Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while the "
-        f"models trained, CPU time of other processes: {measure_load.share_text(environment['others'])}.",
-        f"Calls of one forward of the fused model: {calls_text(report)}.",
-        *(f"Provider {refusal}." for refusal in refusals),
+        f"- Pairs: {data['train_pairs']:,} to train on ({data['train_tokens']:,} target tokens), "
+        f"{data['test_pairs']:,} held out; by package: {sources}. Left out: {left_out}; at most {data['length']} "
+        "characters a side.",
+        f"- Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
+        f"- Training: {json.dumps(report['settings'])}.",
+        f"- Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while "
+        f"the models trained, CPU time of other processes: {measure_load.share_text(environment['others'])}.",
+        f"- Calls of one forward of the fused model: {calls_text(report)}.",
+        *refusal_lines(report),
         "",
         table(("", "eager", "fused", "fused / eager"), result_rows(report)),
         "",
@@ -147,6 +148,8 @@ def summary(report: dict[str, Any]) -> str:
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
         f"- chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest "
         "training source's translation.",
+        "- chrF counts the n-grams of 1 to 6 characters that translation and reference share, from 0 to 100. The "
+        "nearest training source is the one most like the held-out source; its translation is taken as it stands.",
         "- Speed: target tokens over the time of all training steps, the two variants alternating in one process.",
         "",
         "Held-out sentences, taken at equal distances:",
@@ -157,7 +160,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write translate.json, translate.md and, where matplotlib is there, two pictures."""
+    """Write translate.json, translate.md and, where matplotlib is there, two pictures: translate_{curves,chrf}.png."""
     folder.mkdir(parents=True, exist_ok=True)
     curves, scores = folder / "translate_curves.png", folder / "translate_chrf.png"
     drawn = [path for path, draw in ((curves, plot_curves), (scores, plot_scores)) if draw(report, path)]

@@ -392,8 +392,8 @@ def test_report_says_what_was_trained_and_how_to_train_the_fused_op(finished):
     top, _, rest = text.partition("Text: ")
     assert "No kernel of ours ran" in top and finished["environment"]["fused_command"] in top.splitlines()[-2]
     lines = rest.splitlines()
-    assert "Calls of one forward of the fused model: add_layer_norm 3 by reference." in lines
-    assert "Provider triton is not used: no GPU." in lines
+    assert "Calls of one forward of the fused model: add_layer_norm (3 by reference)." in lines
+    assert "- For add_layer_norm, triton is not used: no GPU." in lines
     prose = [line for line in text.partition("```")[0].splitlines() if "python3" not in line]
     assert max(map(len, prose)) <= 120
     fused = {
@@ -404,7 +404,7 @@ def test_report_says_what_was_trained_and_how_to_train_the_fused_op(finished):
         "refusals": [],
     }
     text = lm_report.summary(changed(finished, route=[fused]))
-    assert "No kernel" not in text and "of the fused model: add_layer_norm 2 by cpu." in text
+    assert "No kernel" not in text and "of the fused model: add_layer_norm (2 by cpu)." in text
 
 
 def test_report_of_a_busy_machine_says_so(finished):
@@ -430,4 +430,4 @@ def test_picture_joins_no_steps_and_names_what_it_shows(finished, monkeypatch, t
     assert ("exactly equal at 2 of 4 steps" if any(differences) else "exactly equal at all 4 steps") in said
     assert all(tick == round(tick) for tick in right.get_xticks())
     title = " ".join(kept[0].get_suptitle().split())
-    assert "fused here: add_layer_norm 3 by reference" in title and "THE MACHINE WAS BUSY" in title
+    assert "calls of a fused forward: add_layer_norm (3 by reference)" in title and "THE MACHINE WAS BUSY" in title
