@@ -61,14 +61,17 @@ class RecomputedLinearFunction(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         create_graph, need = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
         kind, dtype, enabled = ctx.autocast
+        # aliases: one of the tensors may have been made of another, whose gradient is not to count what passes there
         inputs = [
-            t if create_graph or t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, need, strict=True)
+            None if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(n)
+            for t, n in zip(tensors, need, strict=True)
         ]
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
             y = ctx.function(*inputs)
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (dout.flatten(0, -2).mT @ y.flatten(0, -2).to(dout.dtype)).to(weight.dtype)
+            rows, columns = (t.reshape(-1, t.shape[-1]) for t in (dout, y))
+            dweight = (rows.mT @ columns.to(dout.dtype)).to(weight.dtype)
         wanted = [t for t, n in zip(inputs, need, strict=True) if n and t is not None]
         gradients: tuple[Tensor, ...] = ()
         if wanted:
