@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -310,3 +311,36 @@ def test_nested_tensors_go_to_torchs_own():
 def test_explain_reaches_the_attention():
     x = torch.randn(B, S, E)
     assert "scaled_dot_product_attention: " in explain(MultiheadAttention(E, H), x, x, x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_causal_hint_stands_for_the_mask_where_torch_goes_by_it(padded, need_weights, train):
+    """A mask with more than causality in it: torch reads it where weights are asked for, or beside a padding mask."""
+    theirs, ours = twins("MultiheadAttention", E, H, batch_first=True, dtype=torch.float64)
+    ours.train(train), theirs.train(train)
+    x = torch.randn(B, L, E, dtype=torch.float64, requires_grad=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64) - torch.arange(L)
+    hidden = torch.zeros(B, L, dtype=torch.float64)
+    hidden[:, -1] = -torch.inf
+    options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+    found = [m(x, x, x, key_padding_mask=hidden if padded else None, **options) for m in (ours, theirs)]
+    torch.testing.assert_close(found[0][0], found[1][0])
+    if need_weights:
+        torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_nested_collections_of_weights_each_see_their_calls():
+    model = MultiheadAttention(E, H, batch_first=True)
+    x = torch.randn(B, L, E)
+    with fusednorm.attention_weights(model) as outer:
+        model(x, x, x, need_weights=False)
+        with fusednorm.attention_weights(model) as inner:
+            model(x, x, x, need_weights=False)
+        model(x, x, x, need_weights=False)
+        twin = copy.deepcopy(model)
+        twin(x, x, x, need_weights=False)
+    model(x, x, x, need_weights=False)
+    assert len(inner[""]) == 1 and len(outer[""]) == 3
+    assert twin._kept_weights == model._kept_weights == ()

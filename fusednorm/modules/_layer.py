@@ -111,7 +111,7 @@ class FusedLayer(WholeLoading):
     ) -> Stream:
         attention = getattr(self, name)
         projection, sources = attention.out_proj, "self" if len(inputs) == 1 else "cross"
-        if "attention" in self.recompute and attention._kept_weights is None:
+        if "attention" in self.recompute and not attention._kept_weights:
             form = attention._form(sources)
             tensors = (*inputs, *attention._projections(), masks.attn_mask, masks.key_mask, attention._seed(inputs[0]))
             n = len(inputs)

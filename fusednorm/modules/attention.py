@@ -35,7 +35,11 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
     """
 
-    _kept_weights: list[Tensor] | None = None  # where attention_weights() collects
+    _kept_weights: tuple[list[Tensor], ...] = ()  # where each attention_weights() around a call collects
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy too, into which nobody looks for weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept_weights"}
 
     def forward(
         self,
@@ -53,7 +57,7 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         sizes = self._sizes(query, key, value)
-        masks = prepare(attn_mask, key_padding_mask, is_causal, query, sizes)
+        masks = prepare(attn_mask, key_padding_mask, is_causal, query, sizes, by_hint=not need_weights)
         sources = "apart" if key is not value else "cross" if query is not key else "self"
         inputs = {"self": (query,), "cross": (query, key), "apart": (query, key, value)}[sources]
         if not sizes.batched:
@@ -74,9 +78,10 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         """Batched inputs in, what the output projection takes out, and the weights of every head."""
         kept = self._kept_weights
         seed, form = self._seed(inputs[0]), self._form(sources)
-        merged, weights = attend(inputs, self._projections(), masks, seed, form, need_weights or kept is not None)
-        if kept is not None and weights is not None:
-            kept.append(weights.detach())
+        merged, weights = attend(inputs, self._projections(), masks, seed, form, need_weights or bool(kept))
+        if kept and weights is not None:
+            for each in kept:
+                each.append(weights.detach())
         return merged, weights
 
     def _projections(self) -> Projections:
@@ -139,9 +144,9 @@ def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         )
     kept: dict[str, list[Tensor]] = {name: [] for name in found}
     for name, module in found.items():
-        module._kept_weights = kept[name]
+        module._kept_weights = (*module._kept_weights, kept[name])
     try:
         yield kept
     finally:
-        for module in found.values():
-            del module._kept_weights
+        for name, module in found.items():
+            module._kept_weights = tuple(each for each in module._kept_weights if each is not kept[name])
