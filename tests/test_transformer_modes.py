@@ -12,6 +12,7 @@ import pytest
 import torch
 from drop_in import error, results, twins
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -223,3 +224,24 @@ def test_two_processes_train_as_one(tmp_path, recompute):
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}")
         assert error(found, [p.detach() for p in model.parameters()]) < 1e-12
+
+
+@pytest.mark.parametrize("watched", ["vmap", "fake tensors"])
+def test_an_additive_padding_mask_is_not_looked_at_where_it_has_no_values(watched):
+    layer, x = fusednorm.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), torch.randn(2, 5, 16)
+    padding = torch.zeros(3, 2, 5)
+    padding[1, :, -1] = -torch.inf
+    if watched == "vmap":
+        found = torch.vmap(lambda p: layer(x, src_key_padding_mask=p), randomness="different")(padding)
+        for one, p in zip(found, padding, strict=True):
+            torch.testing.assert_close(one, layer(x, src_key_padding_mask=p))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer(x, src_key_padding_mask=torch.zeros(2, 5)).shape == x.shape
+
+
+def test_a_jagged_tensor_is_refused_with_its_remedy():
+    layer = fusednorm.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    jagged = torch.nested.nested_tensor([torch.randn(4, 16), torch.randn(3, 16)], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"src: .*jagged.*src_key_padding_mask"):
+        layer(jagged)

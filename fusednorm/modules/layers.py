@@ -116,6 +116,11 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
         """A nested tensor, which torch's encoder makes of a padding mask in eval mode."""
         if mask is not None or padding is not None:
             raise ValueError("src: is a nested tensor, which stands for its padding mask; pass no mask with it")
+        if src.layout != torch.strided:
+            raise TypeError(
+                f"src: a nested tensor of layout {src.layout} is not accepted, nor is it by torch's layer; pass a "
+                "padded one with src_key_padding_mask"
+            )
         if not self.self_attn.batch_first:
             raise ValueError("src: a nested tensor's first dimension is the batch; construct with batch_first=True")
         lengths = src._nested_tensor_size()[:, 0].to(src.device)
