@@ -15,7 +15,7 @@ PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/py
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-fast test-slow test test-all bench gpu-check clean
+.PHONY: help install lint types test-fast test-slow test test-all bench train gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -60,6 +60,10 @@ bench: $(STAMP) ## the benchmark and the training job on the best device here, i
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python benchmarks/fresh_outputs.py --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
+
+train: $(STAMP) ## a language model and a translator, fused beside torch's, into bench-report/
+	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python benchmarks/train.py --task translate --small --report $(REPORT)
 
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
