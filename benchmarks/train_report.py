@@ -9,8 +9,10 @@ from typing import Any
 
 from benchmarks import measure_load, report_stats
 
-# With dropout each variant draws masks of its own: how far apart two such runs may end, as a share of the loss.
-DRAWN = 0.1
+# With dropout each variant draws masks of its own: what the test loss after training may differ by, as a share of it.
+# Measured with dropout 0.1 (--small otherwise): 0.2 % after 9 epochs, 1.2 % after 4 of another seed, where training is
+# still steep; two runs of eager with other masks 0.3 %.
+DRAWN = 0.05
 
 
 def check_curves(fused: dict[str, list[float]], eager: dict[str, list[float]], bound: float) -> list[str]:

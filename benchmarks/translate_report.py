@@ -22,7 +22,13 @@ from benchmarks.train_report import (
 )
 
 # Largest allowed difference of the two variants' losses, nats a token, at any epoch, without dropout.
-BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1}
+#
+# Where it comes from: the variants compute one function and differ in where and in which order they round, which
+# training amplifies; so it is measured. With --small on a CPU, native kernels against eager: float32 at most 4.6e-7
+# (2 seeds, 9 epochs), and 1.6e-4 in the worst of the settings that were tried (rate 2e-3, a vocabulary of 4000);
+# bfloat16 1.4e-2 (2 epochs). An error like GELU's tanh form in place of erf moves the float32 losses by 1e-3 within
+# four epochs.
+BOUNDS = {"float32": 5e-4, "bfloat16": 1e-1}
 
 NAMES = {
     "untrained": "model before training",
