@@ -196,3 +196,38 @@ def test_layers_with_dropout_take_the_shortcut():
     x = torch.randn(4, 16, requires_grad=True)
     assert layer(x, x)[0].grad_fn.name() == "FusedNormBackward"
     assert layer.eval()(x, x)[0].grad_fn.name() == "FusedNormBackward"
+
+
+def taken(x_bias=None, dropout_p=0.5, seed=None):
+    x = torch.ones(4, 8)
+    return providers.shortcut.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
+
+
+def test_shortcut_takes_every_form_of_a_plain_epilogue():
+    assert taken() is not None and taken(dropout_p=0) is not None and taken(dropout_p=0.0, seed=3) is not None
+    assert taken(seed=torch.tensor([[3]]), x_bias=torch.ones(8)) is not None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"x_bias": torch.randn(4)},
+        {"x_bias": torch.ones(8, dtype=torch.int64)},
+        {"dropout_p": 1.0},
+        {"dropout_p": 1},
+        {"dropout_p": 10**400},
+        {"dropout_p": -0.1},
+        {"dropout_p": float("nan")},
+        {"dropout_p": True},
+        {"dropout_p": "0.1"},
+        {"seed": 1.0},
+        {"seed": True},
+        {"seed": torch.tensor([1, 2])},
+        {"seed": torch.tensor([1.0])},
+        {"seed": torch.tensor([1], dtype=torch.int32)},
+        {"seed": torch.empty(1, dtype=torch.int64, device="meta")},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_shortcut_leaves_other_epilogues_to_the_long_way(arguments):
+    assert taken(**arguments) is None
