@@ -230,6 +230,20 @@ def test_a_layer_drops_elements_when_it_is_timed_and_not_when_it_is_checked():
     assert not torch.equal(op.eager(leaves)()[0], op.eager(leaves)()[0])
 
 
+@pytest.mark.parametrize(
+    "op", [name for name, op in OPS.items() if getattr(op, "activation", "") == "relu" and op.family == "layer"]
+)
+def test_no_relu_of_a_measured_layer_is_near_its_kink(op, monkeypatch):
+    """Where one rounding turns a hidden unit of one token on, gradients differ by more than any budget."""
+    relu, hidden = torch.nn.functional.relu, []
+    op = OPS[op]
+    leaves = measure.problem(Case(op.name, (4, 32, 128), "float32", "both"), CPU).leaves
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda u: relu(hidden.append(u) or u))
+    op.twin(leaves, None)
+    assert len(hidden) == 1 and hidden[0].shape == (4, 32, 512)
+    assert hidden[0].abs().min() > 0.1 and 0.2 < (hidden[0] > 0).double().mean() < 0.8
+
+
 def test_kept_bytes_of_a_layer_count_each_storage_once():
     op = OPS["encoder_layer"]
     leaves = {
