@@ -12,6 +12,17 @@ def transform_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether what a tensor holds may be looked at: not where it holds nothing, or what is done is written down."""
+    return not (
+        torch.compiler.is_compiling()
+        or transform_active()
+        or torch._C._len_torch_dispatch_stack()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+    )
+
+
 def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """A tensor in two roles becomes two: torch.compile refuses the same one twice as input of a Function."""
     seen: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -132,12 +133,27 @@ def test_is_causal_beside_appended_keys_does_not_hide_them():
     assert error(results(ours, (query,) * 3, {"attn_mask": mask, "is_causal": True}), expected) < 1e-13
 
 
-def test_a_hint_beside_a_padding_mask_hides_no_less_than_the_mask():
-    ours = MultiheadAttention(E, H, batch_first=True)
-    x = torch.randn(B, S, E)
-    narrow = ~(torch.ones(S, S).tril().bool() & torch.ones(S, S).triu(-1).bool())  # causal, and a window
-    kwargs = {"key_padding_mask": torch.zeros(B, S, dtype=torch.bool), "attn_mask": narrow, "need_weights": False}
-    torch.testing.assert_close(ours(x, x, x, **kwargs, is_causal=True), ours(x, x, x, **kwargs))
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_hint_that_the_mask_belies_replaces_it_where_torchs_does(need_weights, average, padded):
+    theirs, ours = twins("MultiheadAttention", E, H, batch_first=True, dtype=torch.float64)
+    query, _, _ = inputs(True, same="self")
+    causal = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
+    window = torch.ones(S, S).triu(1).bool() | torch.ones(S, S).tril(-2).bool()
+    future = torch.ones(S, S).tril(-1).bool()
+    hidden = torch.zeros(B, S).bool().index_fill(1, torch.tensor([3]), True)
+    masks = (window, future, causal - torch.arange(S), torch.randn(B * H, S, S, dtype=torch.float64))
+    for mask, training in ((m, t) for m in (*masks, masks[-1].clone().requires_grad_()) for t in (True, False)):
+        kwargs = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights, "average_attn_weights": average}
+        kwargs["key_padding_mask"] = hidden if padded else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Support for mismatched")
+            expected = results(theirs.train(training), (query,) * 3, kwargs)
+        assert not expected[0].isnan().any()
+        assert error(results(ours.train(training), (query,) * 3, kwargs), expected) < 1e-13
+        with torch.no_grad():  # no other path than with gradients
+            assert error([ours(*(query,) * 3, **kwargs)[0]], expected[:1]) < 1e-13
 
 
 def test_a_learned_mask_gets_its_gradient():
@@ -313,34 +329,39 @@ def test_explain_reaches_the_attention():
     assert "scaled_dot_product_attention: " in explain(MultiheadAttention(E, H), x, x, x)
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
-def test_the_causal_hint_stands_for_the_mask_where_torch_goes_by_it(padded, need_weights, train):
-    """A mask with more than causality in it: torch reads it where weights are asked for, or beside a padding mask."""
-    theirs, ours = twins("MultiheadAttention", E, H, batch_first=True, dtype=torch.float64)
-    ours.train(train), theirs.train(train)
-    x = torch.randn(B, L, E, dtype=torch.float64, requires_grad=True)
-    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64) - torch.arange(L)
-    hidden = torch.zeros(B, L, dtype=torch.float64)
-    hidden[:, -1] = -torch.inf
-    options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
-    found = [m(x, x, x, key_padding_mask=hidden if padded else None, **options) for m in (ours, theirs)]
-    torch.testing.assert_close(found[0][0], found[1][0])
-    if need_weights:
-        torch.testing.assert_close(found[0][1], found[1][1])
+def test_nested_blocks_each_collect_the_weights_of_their_calls():
+    layer = fusednorm.TransformerEncoderLayer(E, H, 16, batch_first=True)
+    x = torch.randn(B, S, E)
+    with fusednorm.attention_weights(layer) as outer:
+        layer(x)
+        with pytest.raises(ZeroDivisionError), fusednorm.attention_weights(layer.self_attn) as inner:
+            layer(x)
+            raise ZeroDivisionError
+        layer(x)
+    layer(x)
+    assert (len(outer["self_attn"]), len(inner[""])) == (3, 1)
+    assert torch.equal(outer["self_attn"][1], inner[""][0])
+    first, second = fusednorm.attention_weights(layer), fusednorm.attention_weights(layer)
+    kept = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    layer(x)
+    second.__exit__(None, None, None)
+    layer(x)
+    assert [len(maps["self_attn"]) for maps in kept] == [0, 1]
+    assert "_kept_weights" not in vars(layer.self_attn)
 
 
-def test_nested_collections_of_weights_each_see_their_calls():
-    model = MultiheadAttention(E, H, batch_first=True)
-    x = torch.randn(B, L, E)
-    with fusednorm.attention_weights(model) as outer:
-        model(x, x, x, need_weights=False)
-        with fusednorm.attention_weights(model) as inner:
-            model(x, x, x, need_weights=False)
-        model(x, x, x, need_weights=False)
-        twin = copy.deepcopy(model)
-        twin(x, x, x, need_weights=False)
-    model(x, x, x, need_weights=False)
-    assert len(inner[""]) == 1 and len(outer[""]) == 3
-    assert twin._kept_weights == model._kept_weights == ()
+def test_a_copy_made_while_weights_are_collected_collects_none():
+    layer = fusednorm.TransformerEncoderLayer(E, H, 16, batch_first=True).eval()
+    x = torch.randn(B, S, E)
+    with fusednorm.attention_weights(layer) as maps:
+        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        shallow = copy.copy(layer.self_attn)
+        for other in copies:
+            assert torch.equal(other(x), layer(x))
+        shallow(x, x, x)
+        assert len(maps["self_attn"]) == len(copies)
+    for other in copies:
+        with fusednorm.attention_weights(other) as own:
+            other(x)
+        assert len(own["self_attn"]) == 1

@@ -318,3 +318,22 @@ def test_nested_tensors_are_taken_with_and_without_gradients(norm_first):
         assert error(list(ours.eval()(nested).unbind()), list(theirs.eval()(nested).unbind())) < 1e-13
     with pytest.raises(ValueError, match="batch_first=True"):
         TransformerEncoderLayer(E, H)(nested)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_jagged_tensors_are_refused_and_what_the_message_says_works():
+    theirs, ours = twins("TransformerEncoderLayer", **sizes(""), batch_first=True)
+    rows = [torch.randn(n, E, dtype=torch.float64) for n in (4, 6, 1)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with torch.no_grad(), pytest.raises(AssertionError, match="NestedTensor"):
+        theirs.eval()(jagged)
+    with pytest.raises(TypeError, match=r"src: .*torch.jagged.*as_nested_tensor\(src.unbind\(\)\).*to_padded_tensor"):
+        ours(jagged)
+    expected = [ours(row) for row in rows]
+    jagged.requires_grad_()
+    again = ours(torch.nested.as_nested_tensor(jagged.unbind()))
+    assert error(list(again.unbind()), expected) < 1e-13
+    assert torch.autograd.grad(again.to_padded_tensor(0.0).square().sum(), jagged)[0].values().any()
+    hidden = torch.arange(6) >= torch.tensor([4, 6, 1])[:, None]
+    padded = ours(jagged.to_padded_tensor(0.0), src_key_padding_mask=hidden)
+    assert error([padded[~hidden]], [torch.cat(expected)]) < 1e-13

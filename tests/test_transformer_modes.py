@@ -161,6 +161,54 @@ def test_per_sample_gradients_by_vmap():
             assert error([found[name][i] for name in alone], list(alone.values())) < 1e-12
 
 
+@pytest.mark.parametrize("recompute", [(), *((part,) for part in PARTS), PARTS], ids="+".join)
+def test_batched_gradients_are_those_of_each_cotangent(recompute):
+    layer = TransformerEncoderLayer(E, H, 32, 0.3, "gelu", batch_first=True, dtype=torch.float64, recompute=recompute)
+    x = torch.randn(B, S, E, dtype=torch.float64, requires_grad=True)
+    out, leaves = layer(x), [x, *layer.parameters()]
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    alone = [torch.autograd.grad(out, leaves, c, retain_graph=True) for c in cotangents]
+    expected = [torch.stack(gradients) for gradients in zip(*alone, strict=True)]
+    at_once = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    assert error(at_once, expected) < 1e-12
+    mapped = vmap(lambda c: torch.autograd.grad(out, leaves, c, retain_graph=True))(cotangents)
+    assert error(mapped, expected) < 1e-12
+    layer.eval()
+    rows = [torch.autograd.functional.jacobian(layer, x[:1, :2], vectorize=v) for v in (False, True)]
+    assert error(rows[1:], rows[:1]) < 1e-12
+
+
+def test_additive_masks_under_vmap_are_not_looked_at():
+    layer = TransformerEncoderLayer(E, H, 32, 0.0, batch_first=True, dtype=torch.float64)
+    stack = TransformerEncoder(layer, 2)
+    x = torch.randn(B, S, E, dtype=torch.float64)
+    hidden = torch.zeros(3, B, S, dtype=torch.bool).index_fill(2, torch.tensor([4]), True)
+    padding = torch.zeros(3, B, S, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    causal = torch.zeros(3, S, S, dtype=torch.float64) + nn.Transformer.generate_square_subsequent_mask(S)
+    for module, mask in ((layer, "src_key_padding_mask"), (stack, "src_key_padding_mask"), (stack, "mask")):
+        given = causal if mask == "mask" else padding
+        found = vmap(lambda m, module=module, mask=mask: module(x, **{mask: m}))(given)
+        assert error(list(found), [module(x, **{mask: m}) for m in given]) < 1e-12
+
+
+# --- tensors without values ---
+
+
+@pytest.mark.parametrize("padding_dtype", [torch.bool, torch.float32], ids=str)
+def test_fake_tensors_in_their_mode_and_outside(padding_dtype):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer = TransformerEncoderLayer(E, H, 32, batch_first=True)
+        x, mask, padding = torch.randn(B, S, E), torch.zeros(S, S), torch.zeros(B, S, dtype=padding_dtype)
+        inside = layer(x, src_key_padding_mask=padding), layer(x, mask, padding)
+    real = TransformerEncoder(TransformerEncoderLayer(E, H, 32, batch_first=True), 2)
+    causal, none = nn.Transformer.generate_square_subsequent_mask(S), torch.zeros(B, S, dtype=padding_dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inside += (real(torch.randn(B, S, E), causal, none),)
+    outside = layer(x, src_key_padding_mask=padding), layer(x, mask, padding)
+    meta = real.to("meta")(*(t.to("meta") for t in (torch.randn(B, S, E), causal, none)))
+    assert all(out.shape == (B, S, E) for out in (*inside, *outside, meta))
+
+
 # --- data parallelism ---
 
 WORKER = """
@@ -224,24 +272,3 @@ def test_two_processes_train_as_one(tmp_path, recompute):
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}")
         assert error(found, [p.detach() for p in model.parameters()]) < 1e-12
-
-
-@pytest.mark.parametrize("watched", ["vmap", "fake tensors"])
-def test_an_additive_padding_mask_is_not_looked_at_where_it_has_no_values(watched):
-    layer, x = fusednorm.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), torch.randn(2, 5, 16)
-    padding = torch.zeros(3, 2, 5)
-    padding[1, :, -1] = -torch.inf
-    if watched == "vmap":
-        found = torch.vmap(lambda p: layer(x, src_key_padding_mask=p), randomness="different")(padding)
-        for one, p in zip(found, padding, strict=True):
-            torch.testing.assert_close(one, layer(x, src_key_padding_mask=p))
-    else:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            assert layer(x, src_key_padding_mask=torch.zeros(2, 5)).shape == x.shape
-
-
-def test_a_jagged_tensor_is_refused_with_its_remedy():
-    layer = fusednorm.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    jagged = torch.nested.nested_tensor([torch.randn(4, 16), torch.randn(3, 16)], layout=torch.jagged)
-    with pytest.raises(TypeError, match=r"src: .*jagged.*src_key_padding_mask"):
-        layer(jagged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def adopt(layer: nn.Module) -> None:
 
 
 class FusedLayer(WholeLoading):
-    """The blocks of a layer, each as the branch that the next ``add_layer_norm`` adds."""
+    """The constructor of both layers, and their blocks, each as the branch that the next ``add_layer_norm`` adds."""
 
     recompute: tuple[str, ...] = ()
     linear1: nn.Linear
@@ -87,6 +88,30 @@ class FusedLayer(WholeLoading):
     _attentions: tuple[str, ...]
     _norms: tuple[str, ...]
     _dropouts: tuple[str, ...]  # of the branches
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: Iterable[str] = (),
+    ) -> None:
+        checked = _recompute.check(recompute)
+        super().__init__(  # torch's layer, the other base of each
+            *(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
+            *(bias, device, dtype),
+        )
+        self.recompute = checked
+        adopt(self)
 
     def _obstacle(self) -> str:
         """Why the submodules have to be called one by one, or nothing."""

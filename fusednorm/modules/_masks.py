@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _autocast
 from .._checks import check_same_device
-from .._transforms import transform_active
+from .._transforms import readable
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -79,10 +79,8 @@ def _key_padding_mask(mask: Tensor, name: str, sizes: Sizes) -> Tensor:
 
 def _hides_or_not(mask: Tensor) -> bool:
     """Whether an additive mask holds nothing but 0 and -inf, where a look at it costs nothing."""
-    if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
+    if mask.device.type != "cpu" or mask.requires_grad or not readable(mask):
         return False
-    if type(mask) is not Tensor or transform_active() or torch._C._len_torch_dispatch_stack():
-        return False  # it may have no values
     return bool(((mask == 0) | (mask == -torch.inf)).all())
 
 
@@ -95,14 +93,13 @@ def prepare(
     names: Names = _NAMES,
     *,
     verified: bool = False,
-    by_hint: bool = True,
+    need_weights: bool = False,
 ) -> Masks:
     """The three masks of a torch.nn module as one value.
 
-    `is_causal` is torch's hint that `attn_mask` is the causal mask. Where torch goes by the hint alone, so is done
-    here: the mask is checked but not read. Where weights are asked for torch goes by the mask alone, which the caller
-    says by `by_hint` = False. Beside a padding mask, where torch goes by the mask too, both are applied, so that a mask
-    that hides more than the future is not lost, unless the hint is `verified`.
+    `is_causal` is torch's hint that `attn_mask` is the causal mask. Where torch goes by the hint alone, which is
+    without a padding mask and without weights, so is done here: the mask is checked but not read. Elsewhere the mask
+    alone counts, unless the hint is `verified`.
 
     A padding mask stays (batch, keys); an additive one is a bias of (batch, 1, 1, keys), which is never expanded unless
     there is an `attn_mask` to add it to.
@@ -122,9 +119,8 @@ def prepare(
     if key_padding_mask is not None:
         _check_dtype(names.key_padding_mask, key_padding_mask, query)
         key_padding_mask = _key_padding_mask(key_padding_mask, names.key_padding_mask, sizes)
-    if attn_mask is not None and not by_hint:
-        is_causal = False
-    if is_causal and attn_mask is not None and not attn_mask.requires_grad and (verified or key_padding_mask is None):
+    is_causal = is_causal and (verified or (key_padding_mask is None and not need_weights))
+    if is_causal:
         attn_mask = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = ~attn_mask

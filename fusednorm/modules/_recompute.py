@@ -61,21 +61,23 @@ class RecomputedLinearFunction(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         create_graph, need = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
         kind, dtype, enabled = ctx.autocast
-        # aliases: one of the tensors may have been made of another, whose gradient is not to count what passes there
-        inputs = [
-            None if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(n)
-            for t, n in zip(tensors, need, strict=True)
-        ]
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled):
-            y = ctx.function(*inputs)
+            # Fresh nodes: where one input was made of another, a gradient must stop at the first that it meets.
+            # Views, as no tensor may be made to require a gradient under a vmap of the backward.
+            fresh = [
+                t if t is None else t.view_as(t) if n or create_graph else t.detach()
+                for t, n in zip(tensors, need, strict=True)
+            ]
+            y = ctx.function(*fresh)
         dweight = None
         if ctx.needs_input_grad[1]:
-            rows, columns = (t.reshape(-1, t.shape[-1]) for t in (dout, y))
-            dweight = (rows.mT @ columns.to(dout.dtype)).to(weight.dtype)
-        wanted = [t for t, n in zip(inputs, need, strict=True) if n and t is not None]
+            rows = y.shape[:-1].numel()  # for reshape: is_grads_batched knows no flatten
+            dout_rows, y_rows = dout.reshape(rows, dout.shape[-1]), y.reshape(rows, y.shape[-1])
+            dweight = (dout_rows.mT @ y_rows.to(dout.dtype)).to(weight.dtype)
+        wanted = [t for t, n in zip(fresh, need, strict=True) if n and t is not None]
         gradients: tuple[Tensor, ...] = ()
         if wanted:
             dy = (dout @ weight.to(dout.dtype)).to(y.dtype)
             gradients = torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True)
         found = iter(gradients)
-        return None, dweight, *[next(found) if n and t is not None else None for t, n in zip(inputs, need, strict=True)]
+        return None, dweight, *[next(found) if n and t is not None else None for t, n in zip(fresh, need, strict=True)]

@@ -28,6 +28,10 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
     attention reads as they lie; a padding mask stays (N, S). Attention is fused whether the weights are asked for or
     not, and one seed of torch's generator gives one dropout mask in both cases.
 
+    `is_causal` says that `attn_mask`, which must be given, is the causal mask. As in torch's, it replaces the mask
+    where there is no `key_padding_mask` and `need_weights` is False; elsewhere the mask counts and the hint does not.
+    That holds in training and in eval mode, where torch's goes by a bool mask whenever it takes its fast path.
+
     Where torch's has NaN, for a query that may attend to nothing, the output is what the output projection makes of
     zeros, and gradients are zero. Nested tensors go to torch's own module.
 
@@ -35,10 +39,10 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
     """
 
-    _kept_weights: tuple[list[Tensor], ...] = ()  # where each attention_weights() around a call collects
+    _kept_weights: tuple[list[Tensor], ...] = ()  # where each attention_weights() around the call collects
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy too, into which nobody looks for weights."""
+        """Without what is only being collected: a copy is in no block."""
         return {name: value for name, value in self.__dict__.items() if name != "_kept_weights"}
 
     def forward(
@@ -57,7 +61,7 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         sizes = self._sizes(query, key, value)
-        masks = prepare(attn_mask, key_padding_mask, is_causal, query, sizes, by_hint=not need_weights)
+        masks = prepare(attn_mask, key_padding_mask, is_causal, query, sizes, need_weights=need_weights)
         sources = "apart" if key is not value else "cross" if query is not key else "self"
         inputs = {"self": (query,), "cross": (query, key), "apart": (query, key, value)}[sources]
         if not sizes.batched:
@@ -79,9 +83,9 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         kept = self._kept_weights
         seed, form = self._seed(inputs[0]), self._form(sources)
         merged, weights = attend(inputs, self._projections(), masks, seed, form, need_weights or bool(kept))
-        if kept and weights is not None:
-            for each in kept:
-                each.append(weights.detach())
+        if weights is not None:
+            for collected in kept:
+                collected.append(weights.detach())
         return merged, weights
 
     def _projections(self) -> Projections:
@@ -128,7 +132,8 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
 def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the attention weights of every :class:`MultiheadAttention` in a model, as a context manager.
 
-    The layers around them ask for no weights, so torch's hooks have none to show.
+    The layers around them ask for no weights, so torch's hooks have none to show. In nested blocks each collects; a
+    copy made inside does not.
 
     Yields:
         For the name of each such module, a list with the weights (N, heads, L, S) of each of its calls, detached; with
@@ -149,4 +154,6 @@ def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         yield kept
     finally:
         for name, module in found.items():
-            module._kept_weights = tuple(each for each in module._kept_weights if each is not kept[name])
+            module._kept_weights = tuple(other for other in module._kept_weights if other is not kept[name])
+            if not module._kept_weights:
+                del module._kept_weights

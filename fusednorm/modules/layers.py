@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _recompute
 from ._fusible import overridden, record
-from ._layer import FusedLayer, Stream, add_norm, adopt, close
+from ._layer import FusedLayer, Stream, add_norm, close
 from ._masks import Masks, Names, Sizes, prepare
 from .attention import MultiheadAttention
 
@@ -36,8 +31,9 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
             block's input). :func:`fusednorm.activation_bytes` says what each saves.
 
     A submodule with hooks or a parametrisation, of another class (LoRA, quantised), or an overridden ``_sa_block`` or
-    ``_ff_block`` makes the layer call each submodule by itself; :func:`fusednorm.explain` says so. Nested tensors are
-    padded, and the result is nested again. Under autocast normalized tensors have autocast's dtype.
+    ``_ff_block`` makes the layer call each submodule by itself; :func:`fusednorm.explain` says so. Nested tensors (of
+    layout torch.strided) are padded, and the result is nested again. Under autocast normalized tensors have autocast's
+    dtype.
 
     Raises:
         TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
@@ -45,30 +41,6 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
 
     self_attn: MultiheadAttention
     _attentions, _norms, _dropouts = ("self_attn",), ("norm1", "norm2"), ("dropout1", "dropout2")
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recompute: Iterable[str] = (),
-    ) -> None:
-        checked = _recompute.check(recompute)
-        nn.TransformerEncoderLayer.__init__(
-            *(self, d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
-            *(bias, device, dtype),
-        )
-        self.recompute = checked
-        adopt(self)
 
     def forward(
         self,
@@ -114,13 +86,13 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
 
     def _padded(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
         """A nested tensor, which torch's encoder makes of a padding mask in eval mode."""
+        if src.layout == torch.jagged:
+            raise TypeError(
+                "src: is a nested tensor of layout torch.jagged, which torch's layer does not take either; pass "
+                "torch.nested.as_nested_tensor(src.unbind()), or src.to_padded_tensor(0.0) with src_key_padding_mask"
+            )
         if mask is not None or padding is not None:
             raise ValueError("src: is a nested tensor, which stands for its padding mask; pass no mask with it")
-        if src.layout != torch.strided:
-            raise TypeError(
-                f"src: a nested tensor of layout {src.layout} is not accepted, nor is it by torch's layer; pass a "
-                "padded one with src_key_padding_mask"
-            )
         if not self.self_attn.batch_first:
             raise ValueError("src: a nested tensor's first dimension is the batch; construct with batch_first=True")
         lengths = src._nested_tensor_size()[:, 0].to(src.device)
@@ -141,30 +113,6 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
     multihead_attn: MultiheadAttention
     _attentions = ("self_attn", "multihead_attn")
     _norms, _dropouts = ("norm1", "norm2", "norm3"), ("dropout1", "dropout2", "dropout3")
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: str | Callable[[Tensor], Tensor] = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recompute: Iterable[str] = (),
-    ) -> None:
-        checked = _recompute.check(recompute)
-        nn.TransformerDecoderLayer.__init__(
-            *(self, d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
-            *(bias, device, dtype),
-        )
-        self.recompute = checked
-        adopt(self)
 
     def forward(
         self,

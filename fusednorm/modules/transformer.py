@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._transforms import readable
 from ._fusible import WholeLoading, obstacle, record
 from ._layer import NORMS, FusedLayer, Stream, add_norm, close
 from ._masks import Names, prepare
@@ -57,7 +58,7 @@ def _causal(mask: Tensor | None, hint: bool | None) -> tuple[bool, bool]:
     """(whether the mask is causal, whether it was looked at). A graph cannot depend on what a mask holds."""
     if hint is not None or not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
         return bool(hint), False
-    if torch.compiler.is_compiling() or mask.requires_grad:
+    if mask.requires_grad or not readable(mask):
         return False, False
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return False, False
