@@ -1,27 +1,37 @@
-"""The task translate: its pairs, its twins, decoding, scores, checkpoint, verdict, and one tiny run to the report."""
+"""The task translate: its pairs, its batches, its twins, greedy decoding, training and checkpoint."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import fusednorm
-from benchmarks import train, translate_job, translate_report, translate_score
-from benchmarks import translate_data as data
-from benchmarks.translate_data import BEGIN_ID, END_ID, PAD_ID, Pair
-from benchmarks.translate_loop import Settings, evaluate, train_twins
+from benchmarks import train_shared, translate_data, translate_job, translate_report
+from benchmarks.translate_data import (
+    BEGIN_ID,
+    END_ID,
+    PAD_ID,
+    Batch,
+    Encoded,
+    Pair,
+    batch_of,
+    buckets,
+    clean,
+    normalized,
+    padded,
+    split_pairs,
+)
+from benchmarks.translate_loop import Settings, evaluate, measure_memory, train_twins
 from benchmarks.translate_model import VARIANTS, ModelConfig, Translator, loss_of, make_twins, translate
 
-for package in ("tokenizers", "sacrebleu", "babel", "django", "jupyterlab_language_pack_zh_CN"):
-    pytest.importorskip(package, reason="the task needs the packages of fusednorm[translate]")
-
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab=40, positions=9, layers=1, width=16, heads=2)
+CONFIG = ModelConfig(vocab=61, positions=14, layers=2, width=32, heads=2)
+SETTINGS = Settings(epochs=2, batch=4, learning_rate=5e-3, decay=0.1, seed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -33,242 +43,329 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
-    return data.load_pairs()
+def need(*modules: str) -> None:
+    for module in modules:
+        pytest.importorskip(module, reason=f"{module} is missing; the extra translate brings it: '.[translate]'")
 
 
 @pytest.fixture(scope="module")
-def split(pairs) -> data.Split:
-    return data.split_pairs(pairs, 40)
+def raw() -> list[Pair]:
+    """All pairs of the three packages."""
+    need(*translate_data.PACKAGES)
+    return translate_data.load_pairs()
 
 
-def encoded(count: int = 12) -> data.Encoded:
-    generator = torch.Generator().manual_seed(3)
-    rows = []
-    for _ in range(count):
-        lengths = torch.randint(1, 6, (2,), generator=generator).tolist()
-        source, target = (torch.randint(3, CONFIG.vocab, (n,), generator=generator).tolist() for n in lengths)
-        rows.append(([*source, END_ID], [BEGIN_ID, *target, END_ID]))
-    return rows
+def drawn(count: int, longest: int = 11) -> Encoded:
+    """Pairs of random tokens, sources and targets of 1 to `longest` tokens beside the marks."""
+    generator = torch.Generator().manual_seed(11)
+
+    def tokens() -> list[int]:
+        size = int(torch.randint(1, longest + 1, (), generator=generator))
+        return torch.randint(3, CONFIG.vocab, (size,), generator=generator).tolist()
+
+    return [([*tokens(), END_ID], [BEGIN_ID, *tokens(), END_ID]) for _ in range(count)]
 
 
-# --- data ---
+# pairs
 
 
 @pytest.mark.parametrize(
-    ("raw", "cleaned"),
+    ("text", "wanted"),
     [
-        ("Enter  %(name)s\n or %s", "Enter {} or {}"),
-        ("%1 of {count}", "{} of {}"),
-        ("100%% done", "100% done"),
-        ("ｗｉｄｅ，full", "wide,full"),
-        ("zero\u200bwidth", "zerowidth"),
+        ("Hello, %(name)s!", "Hello, {}!"),
+        ("%s of %d", "{} of {}"),
+        ("Line %1 of %22", "Line {} of {}"),
+        ("{0} ({language})", "{} ({})"),
+        ("100%% sure", "100% sure"),
+        ("两  个\n空格\t", "两 个 空格"),
+        ("（全角）ＡＢ", "(全角)AB"),
+        ("a\u200bb\u200e", "ab"),
+        ("5% off", "5% off"),
     ],
 )
-def test_sentences_are_brought_to_one_form(raw, cleaned):
-    assert data.clean(raw) == cleaned
+def test_clean_gives_placeholders_width_and_spaces_one_form(text, wanted):
+    assert clean(text) == wanted
+    assert clean(wanted) == wanted
 
 
 @pytest.mark.parametrize(
     ("source", "target", "fault"),
     [
-        ("French", "法语", ""),
-        ("French", "French", "untranslated"),
-        ("French", "français", "untranslated"),
-        ("...", "法语", "untranslated"),
-        ("法 language", "法语", "not English"),
-        ("<b>French</b>", "<b>法语</b>", "markup or addresses"),
-        ("{} cells", "单元格", "placeholders differ"),
-        ("French " * 8, "法语", "too long"),
+        ("Save", "保存", ""),
+        ("Save {}", "保存 {}", ""),
+        ("Save", "Save", "untranslated"),
+        ("Save", "Sauver", "untranslated"),
+        ("…", "省略", "untranslated"),
+        ("保存", "保存文件", "not English"),
+        ("<b>Save</b>", "保存", "markup or addresses"),
+        ("Save", "保存 &nbsp; 到", "markup or addresses"),
+        ("see https://a", "见 https://a", "markup or addresses"),
+        ("{a, plural}", "{a, 复数}", "markup or addresses"),
+        ("Save {}", "保存", "placeholders differ"),
+        ("Save it all", "保存", "too long"),
     ],
 )
-def test_pairs_of_no_use_are_left_out_with_a_reason(source, target, fault):
-    assert data.fault_of(Pair(source, target, "x"), 40) == fault
+def test_pairs_of_no_use_are_told_by_their_fault(source, target, fault):
+    assert translate_data.fault_of(Pair(source, target, "here"), 10) == fault
 
 
-def test_no_source_stands_on_both_sides(split):
-    sides = [{data.normalized(pair.source) for pair in side} for side in (split.train, split.test)]
-    assert not sides[0] & sides[1]
-    assert len(sides[0]) == len(split.train) and len(sides[1]) == len(split.test)
-    assert 0.05 < len(split.test) / (len(split.train) + len(split.test)) < 0.15
-    assert {pair.origin for pair in split.test} == {"babel", "django", "jupyterlab"}
-    assert len(split.train) > 3000 and all(split.left_out.values())
+def many(count: int) -> list[Pair]:
+    return [Pair(f"Word {i}", f"词 {i}", "here") for i in range(count)]
 
 
-def test_another_version_of_a_package_moves_no_sentence_across(pairs, split):
-    fewer = data.split_pairs(pairs[::2], 40)
-    assert not {p.source for p in fewer.test} & {p.source for p in split.train}
+def test_split_keeps_one_pair_of_each_source_whatever_its_case_spaces_and_punctuation():
+    pairs = [Pair("Save  file…", "保存文件", "a"), Pair("save file", "存文件", "b"), *many(50), Pair("x", "x", "c")]
+    split = split_pairs(pairs, 40)
+    kept = split.train + split.test
+    assert len(kept) == 51 and split.left_out == {"repeated": 1, "untranslated": 1}
+    assert [p.target for p in kept if normalized(p.source) == "save file"] == ["保存文件"]
 
 
-def test_too_few_pairs_are_refused():
+def test_split_moves_no_pair_across_when_others_come_or_go():
+    whole, half = split_pairs(many(400), 40), split_pairs(many(400)[::2], 40)
+    assert set(half.train) < set(whole.train) and set(half.test) < set(whole.test)
+    assert 0.05 < len(whole.test) / 400 < 0.15
+
+
+def test_split_refuses_pairs_that_leave_a_side_empty():
     with pytest.raises(ValueError, match="allow longer sentences"):
-        data.split_pairs([Pair("French", "法语", "x")], 40)
+        split_pairs(many(400), 3)
 
 
-def test_batches_are_of_like_lengths_and_drawn_by_the_seed():
-    rows = encoded(50)
-    first, again, other = (data.buckets(rows, 8, seed) for seed in (1, 1, 2))
-    assert first == again != other
-    assert sorted(i for batch in first for i in batch) == list(range(50))
-    spread = [max(len(rows[i][1]) for i in batch) - min(len(rows[i][1]) for i in batch) for batch in first]
-    assert max(spread) <= 2
+def test_pairs_of_the_packages_split_without_a_leak(raw):
+    split = split_pairs(raw, 120)
+    sides = [{normalized(p.source) for p in side} for side in (split.train, split.test)]
+    assert not sides[0] & sides[1]
+    assert sum(map(len, sides)) == len(split.train) + len(split.test) > 4000
+    assert {p.origin for p in split.test} == {p.origin for p in split.train} == {"babel", "django", "jupyterlab"}
+    for pair in split.train + split.test:
+        assert pair.source.count("{}") == pair.target.count("{}")
+        assert not translate_data.PLACEHOLDER.search(pair.source.replace("{}", ""))
+        assert translate_data.CHINESE.search(pair.target) and not translate_data.CHINESE.search(pair.source)
+    assert raw == translate_data.load_pairs()
 
 
-def test_batches_are_padded_at_the_end():
-    batch = data.batch_of([([5, END_ID], [BEGIN_ID, 6, 7, END_ID]), ([5, 6, END_ID], [BEGIN_ID, END_ID])], [0, 1])
-    assert batch.source.tolist() == [[5, END_ID, PAD_ID], [5, 6, END_ID]]
-    assert batch.target.tolist() == [[BEGIN_ID, 6, 7, END_ID], [BEGIN_ID, END_ID, PAD_ID, PAD_ID]]
+def test_catalogue_gives_the_plural_and_no_header(tmp_path):
+    need("babel")
+    from babel.messages import Catalog
+    from babel.messages.mofile import write_mo
+
+    catalogue = Catalog(locale="zh_Hans")
+    catalogue.add("Save", "保存")
+    catalogue.add(("%d file", "%d files"), ("%d 个文件",))
+    catalogue.add("Open", "打开", context="menu")
+    with (tmp_path / "x.mo").open("wb") as file:
+        write_mo(file, catalogue)
+    found = set(translate_data.catalogue_pairs(tmp_path / "x.mo", "x"))
+    assert found == {Pair("Save", "保存", "x"), Pair("%d files", "%d 个文件", "x"), Pair("Open", "打开", "x")}
 
 
-# --- model ---
+def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
+    need("tokenizers")
+    split = split_pairs(raw[::20], 40)
+    tokenizer = translate_data.train_tokenizer(split.train, 500)
+    assert [tokenizer.token_to_id(mark) for mark in translate_data.SPECIAL] == [PAD_ID, BEGIN_ID, END_ID]
+    for (source, target), pair in zip(translate_data.encode(tokenizer, split.test), split.test):
+        assert source[-1] == target[-1] == END_ID and target[0] == BEGIN_ID
+        assert tokenizer.decode(source[:-1]) == pair.source and tokenizer.decode(target[1:-1]) == pair.target
 
 
-def test_twins_start_with_equal_loss_and_gradients():
+# batches
+
+
+def test_buckets_take_every_pair_once_and_pad_little():
+    encoded = drawn(103)
+    for seed in (None, 1):
+        batches = buckets(encoded, 8, seed)
+        assert sorted(i for batch in batches for i in batch) == list(range(103))
+        assert sorted(map(len, batches)) == [7] + [8] * 12
+        padding = sum(int((batch_of(encoded, batch).target == PAD_ID).sum()) for batch in batches)
+        assert padding <= 0.1 * sum(len(target) for _, target in encoded)
+
+
+def test_buckets_are_drawn_from_the_seed_alone():
+    encoded = drawn(103)
+    first = buckets(encoded, 8, 1)
+    torch.rand(3)
+    assert first == buckets(encoded, 8, 1) != buckets(encoded, 8, 2)
+    lengths = [len(encoded[i][1]) for batch in buckets(encoded, 8) for i in batch]
+    assert lengths == sorted(lengths)
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in buckets(encoded, 8, 2)}
+
+
+def test_padded_rows_end_in_pad():
+    assert padded([[5], [6, 7, 8]]).tolist() == [[5, PAD_ID, PAD_ID], [6, 7, 8]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_changes_nothing(variant):
+    model = make_twins(CONFIG, 5, CPU)[variant].eval()
+    encoded = drawn(6, longest=6)
+    batch = batch_of(encoded, range(6))
+    wider = Batch(nn.functional.pad(batch.source, (0, 3)), nn.functional.pad(batch.target, (0, 4)))
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model, wider), loss_of(model, batch), rtol=1e-6, atol=0.0)
+        length = batch.target.shape[1]
+        real = (batch.target != PAD_ID)[..., None]
+        ours, theirs = model(wider.source, wider.target)[:, :length] * real, model(batch.source, batch.target) * real
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        alone = batch_of(encoded, [2])
+        row = model(alone.source, alone.target)[0]
+        torch.testing.assert_close(theirs[2, : len(row)], row, rtol=1e-5, atol=1e-5)
+    assert translate(model, wider.source) == translate(model, batch.source)
+
+
+# the models
+
+
+@pytest.mark.parametrize("provider", [None, "reference"])
+def test_twins_have_equal_parameters_losses_and_gradients(provider):
+    twins = make_twins(CONFIG, 5, CPU)
+    batch = batch_of(drawn(6), range(6))
+    losses, gradients = {}, {}
+    for variant, model in twins.items():
+        with train_shared.provider_context(provider):
+            losses[variant] = loss_of(model.train(), batch)
+        losses[variant].backward()
+        gradients[variant] = {name: p.grad for name, p in model.named_parameters()}
+    eager, fused = (twins[v].state_dict() for v in ("eager", "fused"))
+    assert list(eager) == list(fused) and all(torch.equal(eager[name], fused[name]) for name in eager)
+    assert losses["fused"].item() == pytest.approx(losses["eager"].item(), rel=1e-6)
+    for name, gradient in gradients["eager"].items():
+        # float32 gradients of a whole model: sums over every token, in another order
+        torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_only_the_fused_twin_is_ours():
     twins = make_twins(CONFIG, 5, CPU)
     assert type(twins["fused"].transformer) is fusednorm.Transformer
-    assert type(twins["eager"].transformer) is torch.nn.Transformer
-    assert list(twins["eager"].state_dict()) == list(twins["fused"].state_dict())
-    rows = encoded()
-    batch = data.batch_of(rows, range(len(rows)))
-    losses = {variant: loss_of(model.train(), batch) for variant, model in twins.items()}
-    assert losses["fused"].item() == pytest.approx(losses["eager"].item(), rel=1e-6)
-    gradients = [torch.autograd.grad(losses[v], list(twins[v].parameters())) for v in VARIANTS]
-    for a, b in zip(*gradients, strict=True):
-        # float32 gradients of a whole model: sums over every token, in another order
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert type(twins["eager"].transformer) is nn.Transformer
+
+
+def test_decoder_does_not_look_ahead():
+    model = make_twins(CONFIG, 5, CPU)["fused"].eval()
+    batch = batch_of(drawn(1, longest=12), [0])
+    target = torch.arange(3, 13)[None]
+    changed = target.clone()
+    changed[:, 6:] += 1
+    with torch.no_grad():
+        before, after = model(batch.source, target), model(batch.source, changed)
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before[:, 6:], after[:, 6:])
+
+
+class Planned(nn.Module):
+    """A model whose next token hangs on the row and on how many came before: plan[row][place]."""
+
+    def __init__(self, plan: list[list[int]], positions: int) -> None:
+        super().__init__()
+        self.plan, self.config, self.longest = plan, SimpleNamespace(positions=positions), 0
+
+    def encode(self, source: torch.Tensor) -> torch.Tensor:
+        return source
+
+    def decode(self, target: torch.Tensor, memory: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        assert not self.training and torch.equal(memory, source)
+        self.longest = target.shape[1]
+        scores = torch.zeros(*target.shape, 10)
+        scores[..., [PAD_ID, BEGIN_ID]] = 9.0  # likeliest of all, yet never taken
+        for row, first in enumerate(source[:, 0].tolist()):
+            scores[row, -1, self.plan[first][self.longest - 1]] = 5.0
+        return scores
+
+    def logits(self, decoded: torch.Tensor) -> torch.Tensor:
+        return decoded
+
+
+def test_greedy_decoding_ends_a_row_at_its_end_and_the_batch_with_the_last():
+    plan = [[4, 5, END_ID, 9, 9, 9], [END_ID, 9, 9, 9, 9, 9], [7, 7, 7, 7, END_ID, 9]]
+    model = Planned(plan, positions=20).train()
+    assert translate(model, torch.tensor([[2], [0], [1]])) == [[7, 7, 7, 7], [4, 5], []]
+    assert model.longest == 5 and model.training
+
+
+def test_greedy_decoding_stops_at_the_last_position():
+    model = Planned([[4] * 9], positions=6)
+    assert translate(model, torch.tensor([[0]])) == [[4] * 6] and model.longest == 6
+
+
+@torch.no_grad()
+def by_hand(model: Translator, source: list[int]) -> list[int]:
+    """Greedy decoding of one sentence without any bookkeeping."""
+    target = [BEGIN_ID]
+    while len(target) <= model.config.positions:
+        logits = model.eval()(torch.tensor([source]), torch.tensor([target]))[0, -1]
+        logits[[PAD_ID, BEGIN_ID]] = -torch.inf
+        if (token := int(logits.argmax())) == END_ID:
+            break
+        target.append(token)
+    return target[1:]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_changes_no_logits_of_what_is_there(variant):
-    model = make_twins(CONFIG, 5, CPU)[variant].eval()
-    rows = encoded(2)
-    alone = data.batch_of(rows, [0])
-    both = data.Batch(*(torch.nn.functional.pad(t, (0, 2)) for t in (alone.source, alone.target)))
-    length = alone.target.shape[1]
-    torch.testing.assert_close(model(*vars(alone).values()), model(*vars(both).values())[:, :length])
+def test_rows_of_a_batch_are_translated_as_by_hand(variant):
+    model = make_twins(CONFIG, 5, CPU)[variant]
+    settings = replace(SETTINGS, epochs=4)
+    curves, _ = train_twins({variant: model}, drawn(40), drawn(4), settings, CPU, say=lambda line: None)
+    assert curves[variant]["train"][-1] < curves[variant]["train"][0]
+    sources = [source for source, _ in drawn(12)]
+    together = translate(model, padded(sources))
+    assert together == [by_hand(model, source) for source in sources]
+    assert len({len(row) for row in together}) > 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_is_what_taking_the_likeliest_token_by_hand_gives(variant):
-    model = make_twins(CONFIG, 7, CPU)[variant].eval()
-    rows = encoded(5)
-    found = translate(model, data.padded([source for source, _ in rows]))
-    assert all(END_ID not in row and len(row) <= CONFIG.positions for row in found)
-    for (source, _), row in zip(rows, found, strict=True):
-        target = [BEGIN_ID]
-        while len(target) <= CONFIG.positions:
-            logits = model(torch.tensor([source]), torch.tensor([target]))[0, -1]
-            logits[[PAD_ID, BEGIN_ID]] = -torch.inf
-            target.append(int(logits.argmax()))
-            if target[-1] == END_ID:
-                break
-        assert row == [token for token in target[1:] if token != END_ID]
+# training
 
 
-def test_training_repeats_bit_for_bit_and_learns():
-    rows, runs = encoded(), []
+def test_training_repeats_bit_for_bit_with_dropout():
+    encoded, runs = drawn(22), []
     for _ in range(2):
-        settings = Settings(epochs=3, batch=4, learning_rate=1e-2, seed=1)
-        runs.append(train_twins(make_twins(CONFIG, 5, CPU), rows, rows[:4], settings, CPU, say=lambda line: None)[0])
+        with train_shared.deterministic():
+            twins = make_twins(replace(CONFIG, dropout=0.2), 5, CPU)
+            runs.append(train_twins(twins, encoded, encoded[:5], SETTINGS, CPU, say=lambda line: None)[0])
     assert runs[0] == runs[1]
-    assert runs[0]["fused"]["train"][-1] < runs[0]["fused"]["train"][0]
+    fused = runs[0]["fused"]
+    assert len(fused["steps"]) == 12 and len(fused["test"]) == 3 and fused["train"][-1] < fused["train"][0]
 
 
-def test_checkpoint_reloads_to_the_same_loss(tmp_path, split):
-    tokenizer = data.train_tokenizer(split.train[:200], 300)
-    rows = data.encode(tokenizer, split.test[:20])
-    config = ModelConfig(vocab=tokenizer.get_vocab_size(), positions=120, layers=1, width=16, heads=2)
-    model, settings = make_twins(config, 5, CPU)["fused"], Settings(epochs=1, batch=8, learning_rate=1e-3)
-    translate_job.save_checkpoint(tmp_path / "folder" / "c.pt", model, tokenizer)
-    reloaded, again = translate_job.load_checkpoint(tmp_path / "folder" / "c.pt", CPU)
-    assert evaluate(reloaded, rows, settings, CPU) == evaluate(model, rows, settings, CPU)
-    assert again.to_str() == tokenizer.to_str()
-    torch.manual_seed(1)
-    assert evaluate(Translator("fused", config), rows, settings, CPU) != evaluate(model, rows, settings, CPU)
+def test_curves_of_the_twins_agree():
+    encoded = drawn(40)
+    twins = make_twins(CONFIG, 5, CPU)
+    curves, speed = train_twins(twins, encoded, encoded[:5], SETTINGS, CPU, say=lambda line: None)
+    assert translate_report.verdict(curves, "float32", 0.0)["faults"] == []
+    assert all(speed[v]["tokens_per_s"] > 0 and speed[v]["steps"] == 20 for v in VARIANTS)
 
 
-# --- scores and verdict ---
+def test_loss_is_a_mean_over_tokens_whatever_the_batch():
+    model = make_twins(CONFIG, 5, CPU)["fused"]
+    encoded = drawn(23)
+    losses = [evaluate(model, encoded, replace(SETTINGS, batch=size), CPU) for size in (1, 4, 23)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
-def test_chrf_knows_what_is_right_and_what_is_wrong():
-    references = ["法语", "阿根廷时间", "北达科他州"]
-    assert translate_score.chrf(references, references) == pytest.approx(100.0)
-    assert translate_score.chrf(["甲", "乙", "丙"], references) < 1.0
-    half = translate_score.chrf(["法语", "阿根廷", "州"], references)
-    assert 20.0 < half < 90.0
-    pairs = [Pair("a", text, origin) for text, origin in zip(references, "xxy")]
-    scores = translate_score.scores(["法语", "阿根廷", "州"], pairs)
-    assert scores["exact"] == pytest.approx(1 / 3) and scores["chrf"] == pytest.approx(half)
-    assert scores["by_origin"]["x"]["pairs"] == 2 and scores["by_origin"]["y"]["pairs"] == 1
+def test_memory_is_measured_and_repeats():
+    batch = batch_of(drawn(4), range(4))
+    first, second = (measure_memory("fused", CONFIG, SETTINGS, batch, CPU) for _ in range(2))
+    assert first == second
+    parameters = sum(p.numel() for p in Translator("fused", CONFIG).parameters())
+    # Parameters, gradients and two moments of AdamW, four bytes each, are held at once.
+    assert first["peak_bytes"] > 4 * 4 * parameters
+    assert first["saved_bytes"] > 0
 
 
-def test_the_nearest_training_source_is_the_one_most_like_it():
-    known = [Pair("Argentina time", "一", "x"), Pair("Central African time", "二", "x"), Pair("Save all", "三", "x")]
-    found = translate_score.nearest(known, ["Argentina", "Save", "African", "zzz"])
-    assert [pair.target for pair in found] == ["一", "三", "二", "一"]  # of none at all the first
-
-
-def curve(*losses: float) -> dict[str, list[float]]:
-    return {"train": list(losses), "test": [5.0, *losses], "steps": list(losses)}
-
-
-@pytest.mark.parametrize("planted", [3.1, math.nan])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_verdict_names_a_planted_difference(planted, dropout):
-    eager = curve(4.0, 2.5 if dropout else 3.0)
-    assert translate_report.verdict({"fused": eager, "eager": eager}, "float32", dropout)["faults"] == []
-    assert translate_report.verdict({"fused": curve(4.0, planted), "eager": eager}, "float32", dropout)["faults"]
-
-
-# --- the command ---
-
-SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 400, "batch": 32, "length": 12, "dropout": 0.0}
-OPTIONS = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-TINY = ["--task", "translate", "--device", "cpu", *OPTIONS]
-
-
-def test_run_from_catalogues_to_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(translate_job, "load_pairs", lambda: data.load_pairs()[::12])
-    assert train.main([*TINY, "--rate", "1e-2", "--report", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "translate.json").read_text(encoding="utf-8"))
-    assert set(report["scores"]) == {"untrained", "nearest", "eager", "fused"}
-    assert report["checks"]["reload_equal"] is True and report["checks"]["faults"] == []
-    assert report["curves"]["fused"]["test"][-1] < report["curves"]["fused"]["test"][0]
-    text = (tmp_path / "translate.md").read_text(encoding="utf-8")
-    assert "Curves agree" in text and "nearest training source" in text
-    assert report["examples"][0]["reference"] in text
-    if "matplotlib" in sys.modules:
-        for name in ("curves", "chrf"):
-            assert (tmp_path / f"translate_{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "Curves agree" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--dropout", "1.0"], "dropout"),
-        (["--epochs", "0"], "epochs"),
-        (["--layers", "0"], "layers"),
-        (["--vocab", "10"], "vocab"),
-        (["--width", "200"], "6 heads"),
-        (["--rate", "nan"], "rate"),
-        (["--decay", "-1"], "decay"),
-        (["--length", "1"], "allow longer sentences"),
-        (["--threads", "0"], "threads"),
-    ],
-)
-def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, arguments, named):
-    def trained(*_):
-        raise AssertionError("the tokenizer was trained first")
-
-    monkeypatch.setattr(translate_job, "train_tokenizer", trained)
-    assert train.main([*TINY, "--report", str(tmp_path), *arguments]) == 2
-    assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", ["sacrebleu", "django", "tokenizers"])
-def test_missing_packages_are_named_with_their_remedy(monkeypatch, capsys, tmp_path, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert train.main([*TINY, "--report", str(tmp_path)]) == 2
-    assert f"pip install {module}" in capsys.readouterr().err
+def test_checkpoint_reloads_bit_for_bit(tmp_path, raw):
+    need("tokenizers")
+    tokenizer = translate_data.train_tokenizer(split_pairs(raw[::50], 40).train, 300)
+    model = make_twins(replace(CONFIG, vocab=300), 5, CPU)["fused"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    path = tmp_path / "folder" / "c.pt"
+    translate_job.save_checkpoint(path, model, tokenizer)
+    reloaded, reloaded_tokenizer = translate_job.load_checkpoint(path, CPU)
+    saved = model.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in reloaded.state_dict().items())
+    assert reloaded.config == model.config and reloaded_tokenizer.to_str() == tokenizer.to_str()
+    encoded = drawn(9)
+    assert evaluate(reloaded, encoded, SETTINGS, CPU) == evaluate(model, encoded, SETTINGS, CPU)
+    fresh = Translator("fused", model.config)
+    assert evaluate(fresh, encoded, SETTINGS, CPU) != evaluate(model, encoded, SETTINGS, CPU)
