@@ -35,7 +35,8 @@ def info() -> str:
         lines.append(f"  {name:<10} " + (ready if reason is None else f"not here: {reason}"))
     reason = _shortcut.load()[1]
     lines.append(
-        "shortcut   " + (f"not here: {reason}" if reason else "ready: norms and attention on the CPU in one C++ call")
+        "shortcut   "
+        + (f"not here: {reason}" if reason else "ready: norms, activations and attention on the CPU in one C++ call")
     )
     return "\n".join(lines)
 
