@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BOOTSTRAP := .venv-bootstrap
 REPORT := bench-report
+# The oldest torch that loads the native library; `make test-all` tries one build in both.
+OTHER := .venv-other
+OTHER_TORCH := torch==2.11.0
 # Taken only where torch does not bring its own Triton (see constraints.txt).
 TRITON := triton==3.9.0; python_version >= '3.11'
 
@@ -54,7 +57,13 @@ test-slow: $(STAMP) ## the slow tests alone
 
 test: lint types test-fast ## lint, types and the deterministic tests
 
-test-all: test test-slow ## test, then the slow tests
+$(OTHER)/.installed: Makefile $(STAMP)
+	$(BIN)/python -m venv --clear $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check --no-input install -q "$(OTHER_TORCH)" numpy
+	@touch $@
+
+test-all: export FUSEDNORM_OTHER_PYTHON ?= $(CURDIR)/$(OTHER)/bin/python
+test-all: test $(OTHER)/.installed test-slow ## test, then the slow tests, one of them in a second torch (5 GB more)
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
@@ -70,5 +79,5 @@ gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gp
 	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu $(ARGS)
 
 clean: ## remove the environment, caches and reports
-	rm -rf $(VENV) $(BOOTSTRAP) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BOOTSTRAP) $(OTHER) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
