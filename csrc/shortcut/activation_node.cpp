@@ -118,14 +118,7 @@ struct BiasActBackward : public Node {
     packed.pack(facts.activation);
     packed.pack(facts.dropout_p);
     packed.pack(facts.bias);
-    std::vector<c10::IValue> args = packed.vec();
-    std::vector<c10::TypePtr> schema;
-    for (const c10::IValue& arg : args) schema.push_back(arg.type());
-    const auto metadata = get_input_metadata(next_edges());
-    const auto& python = getPyCompilerInterface();
-    const std::string function = python->bind_function(swap.get_py_compiler(), name(), traced, schema, true, true);
-    variable_list found = python->call_function(swap.get_py_compiler(), "apply_functional", function, cotangents, args,
-                                                IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
+    variable_list found = apply_traced(*this, traced, packed, cotangents, swap);
     for (SavedVariable* variable : all()) swap.after(*variable);
     return found;
   }

@@ -151,14 +151,7 @@ struct AttentionBackward : public Node {
     packed.pack(facts.scale);
     packed.pack(facts.window_left);
     packed.pack(facts.window_right);
-    std::vector<c10::IValue> args = packed.vec();
-    std::vector<c10::TypePtr> schema;
-    for (const c10::IValue& arg : args) schema.push_back(arg.type());
-    const auto metadata = get_input_metadata(next_edges());
-    const auto& python = getPyCompilerInterface();
-    const std::string function = python->bind_function(swap.get_py_compiler(), name(), traced, schema, true, true);
-    variable_list found = python->call_function(swap.get_py_compiler(), "apply_functional", function, cotangents, args,
-                                                IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
+    variable_list found = apply_traced(*this, traced, packed, cotangents, swap);
     for (SavedVariable* variable : saved()) swap.after(*variable);
     return found;
   }

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <memory>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 namespace fusednorm_shortcut {
 
@@ -24,6 +27,23 @@ Pointer pointer_to(Type* node) {
     return node->getptr();
   else
     return Pointer::reclaim_copy(node);
+}
+
+// A node's gradients in compiled autograd: `traced`, which unpacks what was packed, becomes a call in the graph.
+template <class Traced>
+torch::autograd::variable_list apply_traced(const torch::autograd::Node& node, Traced traced,
+                                            const torch::dynamo::autograd::PackedArgs& packed,
+                                            const torch::autograd::variable_list& cotangents,
+                                            torch::dynamo::autograd::SwapSavedVariables& swap) {
+  using namespace torch::dynamo::autograd;
+  const std::vector<c10::IValue> args = packed.vec();
+  std::vector<c10::TypePtr> schema;
+  for (const c10::IValue& arg : args) schema.push_back(arg.type());
+  const auto metadata = get_input_metadata(node.next_edges());
+  const auto& python = getPyCompilerInterface();
+  const std::string function = python->bind_function(swap.get_py_compiler(), node.name(), traced, schema, true, true);
+  return python->call_function(swap.get_py_compiler(), "apply_functional", function, cotangents, args,
+                               IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
 }
 
 }  // namespace fusednorm_shortcut
