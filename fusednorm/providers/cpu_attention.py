@@ -45,20 +45,9 @@ def attention_fwd(
     out = torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
     statistics = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     lse = q.new_empty(statistics, dtype=compute_dtype(q.dtype))
+    bounds = _bounds(cu_seqlens_q), _bounds(cu_seqlens_k)
     cpu.attention_forward(
-        *(
-            q,
-            k,
-            v,
-            attn_mask,
-            key_mask,
-            seed,
-            _bounds(cu_seqlens_q),
-            _bounds(cu_seqlens_k),
-            scale,
-            dropout_p,
-            lower_right,
-        ),
+        *(q, k, v, attn_mask, key_mask, seed, *bounds, scale, dropout_p, lower_right),
         *(*_window(causal, window_left, window_right), softcap, out, lse),
     )
     return out, lse
@@ -96,10 +85,11 @@ def attention_bwd(
     )
     if not lse.numel():  # nothing asks
         return gradients
+    bounds = _bounds(cu_seqlens_q), _bounds(cu_seqlens_k)
     cpu.attention_backward(
         # autograd and hooks on saved tensors may bring the statistics in another layout
         *(dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()),
-        *(attn_mask, key_mask, seed, _bounds(cu_seqlens_q), _bounds(cu_seqlens_k), scale, dropout_p, lower_right),
+        *(attn_mask, key_mask, seed, *bounds, scale, dropout_p, lower_right),
         *(*_window(causal, window_left, window_right), softcap, *gradients),
     )
     return gradients
