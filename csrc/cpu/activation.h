@@ -13,6 +13,7 @@ template <class C, class S>
 struct TileRows {
   const S *x[kRowBlock], *dy[kRowBlock];
   S* out[kRowBlock];
+  const S *next_x[kRowBlock], *next_dy[kRowBlock];  // of the next block, to be fetched meanwhile; or null
   const Int<C>* masks[kRowBlock];
 };
 
@@ -36,6 +37,7 @@ FN_INLINE void pull_back_rows(const TileRows<C, S>& t, int rows, int64_t n, cons
     Vec<C> b, total(C(0));
     if (bias) b = extent.template load<C>(bias + j);
     for (int r = 0; r < rows; ++r) {
+      if (t.next_x[r]) __builtin_prefetch(t.next_x[r] + j), __builtin_prefetch(t.next_dy[r] + j);
       Vec<C> u = extent.template load<C>(t.x[r] + j), d = extent.template load<C>(t.dy[r] + j);
       if (bias) u = u + b;
       if (t.masks[r]) {
@@ -104,9 +106,18 @@ void forward_tiles(const ActivationCall& a, C* memory, int64_t first_tile, int64
   }
 }
 
+// Whether a block's rows are fetched while the block before is computed: the processor's own guesses, one of eight rows,
+// end with a short row. Rows that the caches hold already would only lose by it, long ones gain nothing.
+FN_INLINE bool fetches(const ActivationCall& a, int64_t itemsize) {
+  constexpr int64_t kCached = 1 << 20, kLongRow = 32 << 10;
+  const int64_t row = a.n_columns * itemsize;
+  return a.direct && row <= kLongRow && a.n_rows * row > kCached;
+}
+
 template <class C, class S, int ACTIVATION>
 void backward_tiles(const ActivationCall& a, C* memory, int64_t first_tile, int64_t end_tile) {
   const int64_t per_row = tile_memory(a);
+  const bool fetching = fetches(a, sizeof(S));
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int64_t chunk = tile / a.row_tiles, column = tile % a.row_tiles * kTile, n = tile_columns(a, column);
     const C* const bias = a.bias ? (const C*)a.bias + column : nullptr;
@@ -117,7 +128,12 @@ void backward_tiles(const ActivationCall& a, C* memory, int64_t first_tile, int6
     for (int64_t row = begin; row < end; row += kRowBlock) {
       const int rows = end - row < kRowBlock ? int(end - row) : kRowBlock;
       TileRows<C, S> t;
-      for (int r = 0; r < rows; ++r) describe_tile(a, t, r, row + r, column, n, memory + r * per_row);
+      for (int r = 0; r < rows; ++r) {
+        describe_tile(a, t, r, row + r, column, n, memory + r * per_row);
+        const bool ahead = fetching && row + 2 * kRowBlock <= end;
+        t.next_x[r] = ahead ? (const S*)a.x.data + row_offset(a.x, row + kRowBlock + r) + column : nullptr;
+        t.next_dy[r] = ahead ? (const S*)a.dy.data + row_offset(a.dy, row + kRowBlock + r) + column : nullptr;
+      }
       pull_back_rows<C, S, ACTIVATION>(t, rows, n, bias, C(a.element.scale), dbias);
       for (int r = 0; r < rows && a.out && !a.direct; ++r)
         stage_out((const C*)t.out[r], n, a.x.dtype, a.out, (row + r) * a.n_columns + column);

@@ -15,6 +15,7 @@ template <class C, class S>
 struct Block {
   const S *dnormed[kRowBlock], *saved[kRowBlock], *dresidual_out[kRowBlock], *x[kRowBlock];
   S *dx[kRowBlock], *dresidual[kRowBlock];
+  const S *next_dnormed[kRowBlock], *next_saved[kRowBlock];  // of the next block, to be fetched; or null
   const Int<C>* masks[kRowBlock];
   Path path[kRowBlock];
   C mean[kRowBlock], rstd[kRowBlock], product[kRowBlock], shift[kRowBlock];  // the last two: row means of g xhat and g
@@ -30,10 +31,18 @@ FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, i
   return extent.only(u);  // 0 / 0 past the row's end
 }
 
+// What a block reads later, fetched while the processor would wait for none of it: its own guesses end with a row, and of
+// four rows side by side it makes few. Not of rows so wide that a block of them would not stay in its cache meanwhile.
+constexpr int64_t kMostFetched = 256 << 10, kLeastNext = 2 << 10, kMostNext = 64 << 10;
+
 template <class C, class S>
 FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
   Sums<C> products, shifts;
+  const bool stays = a.n_columns * int64_t(sizeof(S)) <= kMostFetched;
+  const S *const dresidual_out = stays ? b.dresidual_out[r] : nullptr, *const x = stays ? b.x[r] : nullptr;
   sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    if (dresidual_out) __builtin_prefetch(dresidual_out + j);
+    if (x) __builtin_prefetch(x + j);
     Vec<C> g = extent.template load<C>(b.dnormed[r] + j);
     if (a.weight) g = g * extent.template load<C>((const C*)a.weight + j);
     products.part[k] = products.part[k] + g * normalized(a, extent, b, r, j);
@@ -55,6 +64,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
     Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
     if (a.weight) w = load((const C*)a.weight);
     for (int r = 0; r < rows; ++r) {
+      if (b.next_dnormed[r]) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
       const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j);
       const Vec<C> g = a.weight ? dy * w : dy;
       Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
@@ -122,7 +132,11 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
     for (int64_t row = begin; row < end;) {
       Block<C, S> b;
       const int rows = end - row >= kRowBlock ? kRowBlock : int(end - row);
+      const int64_t bytes = n * sizeof(S);
+      const bool ahead = sizeof(S) == 2 && bytes >= kLeastNext && bytes <= kMostNext && row + 2 * kRowBlock <= end;
       for (int r = 0; r < rows; ++r) {
+        b.next_dnormed[r] = ahead ? row_of<S>(a.dnormed, row + kRowBlock + r) : nullptr;
+        b.next_saved[r] = ahead ? row_of<S>(a.saved, row + kRowBlock + r) : nullptr;
         C* const staged = (C*)workspace + r * per_row;
         describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
         row_means(a, b, r);
