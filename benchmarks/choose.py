@@ -34,8 +34,10 @@ DIRECTIONS = ("forward", "both")  # what a call is asked for; no call is a backw
 def device_key(result: Record) -> str:
     """As `fusednorm.providers.choice.device_key` names the device."""
     environment = result["environment"]
-    if environment["device_type"] == "cpu" and not environment.get("shortcut"):
-        return "cpu_without_shortcut"
+    if environment["device_type"] == "cpu":
+        if not environment.get("shortcut"):
+            return "cpu_without_shortcut"
+        return "cpu_amd" if environment.get("vendor") == "amd" else "cpu"
     if environment["device_type"] != "cuda":
         return environment["device_type"]
     return "sm_" + environment["capability"].replace(".", "")

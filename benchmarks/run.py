@@ -37,6 +37,7 @@ from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
 from benchmarks.cases import Case
 from benchmarks.report_stats import AUTOMATIC
 from fusednorm import _shortcut
+from fusednorm.providers import cpu
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
@@ -213,6 +214,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "providers": fusednorm.available_providers(),
         "shortcut": _shortcut.load()[0] is not None,
+        "vendor": cpu.vendor() if cpu.unavailable_reason() is None else None,  # of the processor
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":

@@ -13,7 +13,7 @@ from torch._dynamo import testing
 import fusednorm
 from benchmarks import choose
 from fusednorm import _shortcut, providers
-from fusednorm.providers import choice, reference, reference_activation
+from fusednorm.providers import choice, cpu, reference, reference_activation
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
 
@@ -266,5 +266,11 @@ def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
     choice._architecture.cache_clear()
     assert choice.device_key(torch.device("cuda", 3)) == "sm_90" == choose.device_key(result())
     choice._architecture.cache_clear()
+
+
+@pytest.mark.parametrize(("maker", "key"), [("amd", "cpu_amd"), ("intel", "cpu"), ("", "cpu")])
+def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
+    monkeypatch.setattr(cpu, "vendor", lambda: maker)
     here = choice.device_key(torch.device("cpu"))
-    assert here == choose.device_key(result(device_type="cpu", shortcut=_shortcut.load()[0] is not None))
+    there = choose.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
+    assert here == there == (key if _shortcut.load()[0] is not None else "cpu_without_shortcut")

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 
 import fusednorm
 from fusednorm import _shortcut, providers
-from fusednorm.providers import choice
+from fusednorm.providers import choice, cpu
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -40,7 +40,7 @@ def test_shortcut_can_be_left_out(monkeypatch):
     with _file(_shortcut.FILE, monkeypatch):
         assert _shortcut.load() == (None, "FUSEDNORM_SHORTCUT=0 leaves it out")
         assert choice.device_key(torch.device("cpu")) == "cpu_without_shortcut"
-    assert choice.device_key(torch.device("cpu")) == "cpu"
+    assert choice.device_key(torch.device("cpu")) == ("cpu_amd" if cpu.vendor() == "amd" else "cpu")
 
 
 @pytest.mark.parametrize("content", ["nothing", "half", "text"])

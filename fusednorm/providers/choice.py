@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _shortcut
+from . import cpu
 
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
@@ -47,9 +48,12 @@ class Preference(NamedTuple):
 
 
 def device_key(device: torch.device) -> str:
-    """The architecture of a GPU, `sm_90`; `cpu`, or where small calls go another way, `cpu_without_shortcut`."""
-    if device.type == "cpu" and _shortcut.load()[0] is None:
-        return "cpu_without_shortcut"
+    """The architecture of a GPU, `sm_90`; `cpu_amd` or, of all other makers, `cpu`; `cpu_without_shortcut` where small
+    calls go another way."""
+    if device.type == "cpu":
+        if _shortcut.load()[0] is None:
+            return "cpu_without_shortcut"
+        return "cpu_amd" if cpu.vendor() == "amd" else "cpu"
     if device.type != "cuda":
         return device.type
     return _architecture(device.index or 0)
