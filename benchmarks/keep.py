@@ -4,7 +4,7 @@
     PYTHONPATH=. python3 benchmarks/keep.py bench-report/benchmark.json # to benchmarks/results/DEVICE/DATE-COMMIT.json
     PYTHONPATH=. python3 benchmarks/readme.py                           # README.md follows
 
-Every sample stays, as it was measured; only where the file would exceed 2 MB are times rounded to the nanosecond, and
+Every sample stays, as it was measured; only where the file would exceed 2 MB are times rounded to four digits, and
 then its "method" says so. A result that cannot stand as evidence is refused.
 """
 
@@ -62,15 +62,15 @@ def provider_asked_for(result: Record) -> str | None:
 
 
 def rounded(result: Record) -> dict[str, Any]:
-    """The result with times to the nanosecond, and a word on that."""
+    """The result with times to four digits, and a word on that."""
     cases = []
     for record in result["cases"]:
         variants = {
-            name: variant | {key: [round(t, 9) for t in variant[key]] for key in TIMES if key in variant}
+            name: variant | {key: [float(f"{t:.4g}") for t in variant[key]] for key in TIMES if key in variant}
             for name, variant in record["variants"].items()
         }
         cases.append(record | {"variants": variants})
-    method = result["method"] | {"kept": "samples rounded to the nanosecond"}
+    method = result["method"] | {"kept": "samples rounded to four digits"}
     return dict(result) | {"method": method, "cases": cases}
 
 

@@ -109,8 +109,8 @@ def test_times_of_a_large_result_are_rounded_and_that_is_said(monkeypatch, tmp_p
     of["cases"][0]["variants"]["fused"]["samples"][0] = 1.23456789e-5
     monkeypatch.setattr(keep, "LARGEST", len(keep.compact(of)) - 1)
     written = json.loads(keep.keep(of, tmp_path).read_text())
-    assert written["cases"][0]["variants"]["fused"]["samples"][0] == 1.2346e-5
-    assert written["method"].pop("kept") == "samples rounded to the nanosecond"
+    assert written["cases"][0]["variants"]["fused"]["samples"][0] == 1.235e-5
+    assert written["method"].pop("kept") == "samples rounded to four digits"
     assert written["roofline"] == of["roofline"]
     assert len(keep.compact(written)) < len(keep.compact(of))
 
