@@ -54,6 +54,23 @@ struct BackwardCall {
   double dropout_p, drop_path_p;
 };
 
+struct Outputs {
+  Handle normed, z, stats;
+};
+
+struct Gradients {
+  Handle of[6];  // x, residual, weight, bias, x_bias, layer_scale; undefined where not wanted
+};
+
+// What a library that the shortcut is not linked to offers it. Both sides must have compiled `layout` alike.
+struct Norms {
+  int64_t layout;
+  Outputs (*forward)(const ForwardCall& call, bool keep_statistics);
+  Gradients (*backward)(const BackwardCall& call);
+};
+constexpr int64_t kNormsLayout = ((int64_t(sizeof(ForwardCall)) * 4096 + sizeof(BackwardCall)) * 4096 + sizeof(Outputs)) * 4096 +
+                                 sizeof(Gradients);
+
 // In the braces they are taken in this order.
 inline ForwardCall take_forward(StableIValue* stack) {
   using torch::stable::detail::to;

@@ -36,7 +36,11 @@ def info() -> str:
     reason = _shortcut.load()[1]
     lines.append(
         "shortcut   "
-        + (f"not here: {reason}" if reason else "ready: norms, activations and attention on the CPU in one C++ call")
+        + (
+            f"not here: {reason}"
+            if reason
+            else "ready: norms, activations and attention on the CPU, small norms on a GPU, in one C++ call"
+        )
     )
     return "\n".join(lines)
 

@@ -236,6 +236,7 @@ def shortcut_backward(
     dropout_p: float,
     rms: bool,
     wanted: list[bool],
+    provider: str,
 ) -> tuple[Tensor | None, ...]:
     """What the shortcut's node leaves to Python: derivatives of its gradients, tensors that are not plain, no `normed`.
 
@@ -257,7 +258,10 @@ def shortcut_backward(
             *(dnormed, dresidual_out, saved, stats, weight, bias, None, x_bias, None, seed, normalized_ndim),
             *(dropout_p, 0.0, saved.dtype, saved.dtype, rms, False, False, [*wanted, False]),
         )
-        found = reference.add_layer_norm_bwd(*args) if create_graph else _ops.add_layer_norm_bwd(*args, provider="cpu")
+        if create_graph:
+            found = reference.add_layer_norm_bwd(*args)
+        else:
+            found = _ops.add_layer_norm_bwd(*args, provider=provider)
     return tuple(g if want else None for g, want in zip(found[:5], wanted, strict=True))
 
 

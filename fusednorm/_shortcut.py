@@ -8,6 +8,7 @@ Python that it was built with, and is left out where these differ.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.machinery
 import importlib.util
@@ -45,3 +46,11 @@ def load() -> tuple[Any, str]:
     except Exception as fault:  # half a file, one for another machine: whatever it is, not usable
         return None, f"{FILE} does not load: {fault}"
     return module, ""
+
+
+def attach_cuda(library: Path, emulated: bool) -> None:
+    """Let it serve norms by the CUDA library, which is loaded; on CPU tensors where that is `emulated`."""
+    module = load()[0]
+    if module is not None:
+        norms = ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_norms")
+        module.attach_cuda(ctypes.addressof(norms), emulated)

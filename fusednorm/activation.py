@@ -71,9 +71,7 @@ def bias_act_dropout(
     "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
     """
     if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
-        shortcut = providers.shortcut.bias_act_dropout(
-            x, bias, activation, dropout_p, seed, providers.shortcut_by_shape
-        )
+        shortcut = providers.shortcut.bias_act_dropout(x, bias, activation, dropout_p, seed, providers.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(x, bias, seed):

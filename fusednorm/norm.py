@@ -58,6 +58,17 @@ def layer_norm(
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
         pass  # the way below takes what torch does not, or says what is wrong with it
+    if (
+        not _is_compiling()
+        and providers.shortcut is not None
+        and (providers.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
+    ):
+        bare = None, 0.0, None
+        outputs = providers.shortcut.add_norm(
+            input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked
+        )
+        if outputs is not None:
+            return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
 
 
@@ -88,7 +99,7 @@ def rms_norm(
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
-        shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_by_shape)
+        shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
@@ -166,7 +177,7 @@ def add_layer_norm(
     ):
         epilogue = x_bias, dropout_p, seed
         outputs = providers.shortcut.add_norm(
-            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_by_shape
+            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_asked
         )
         if outputs is not None:
             return outputs
@@ -241,7 +252,7 @@ def add_rms_norm(
     ):
         epilogue = x_bias, dropout_p, seed
         outputs = providers.shortcut.add_norm(
-            x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_by_shape
+            x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_asked
         )
         if outputs is not None:
             return outputs

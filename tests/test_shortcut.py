@@ -236,10 +236,10 @@ def test_shortcut_stands_aside_for_other_requests_and_while_decisions_are_record
         assert providers.shortcut is None
     with providers.recording():
         assert providers.shortcut is None
-    assert providers.shortcut is not None and providers.shortcut_by_shape
+    assert providers.shortcut is not None and providers.shortcut_asked
     with fusednorm.batch_invariant():
-        assert not providers.shortcut_by_shape
-    assert providers.shortcut_by_shape
+        assert not providers.shortcut_asked
+    assert providers.shortcut_asked
 
 
 def test_shortcut_goes_by_what_was_measured(monkeypatch):

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../handles.h"
-#include "export.h"
+#include "../export.h"
 
 namespace fusednorm_cpu {
 

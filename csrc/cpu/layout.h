@@ -9,8 +9,7 @@ namespace fusednorm_cpu {
 
 // What both sides of the calls must have compiled alike: a file left from another build may not.
 constexpr int64_t kLayout =
-    (((int64_t(sizeof(fusednorm::ForwardCall)) * 4096 + sizeof(fusednorm::BackwardCall)) * 4096 + sizeof(Outputs)) * 4096 +
-     sizeof(Gradients)) * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) + sizeof(BiasActTensors);
+    fusednorm::kNormsLayout * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) + sizeof(BiasActTensors);
 FUSEDNORM_EXPORT int64_t layout();
 
 }  // namespace fusednorm_cpu

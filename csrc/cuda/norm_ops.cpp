@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "../export.h"
 #include "../norm_call.h"
 #include "machine.h"
 #include "norm_launch.h"
@@ -56,8 +57,9 @@ bool all_aligned(const Common& a, int vector, const Operands&... operands) {
          aligned(a.x_bias) && aligned(a.layer_scale);
 }
 
-void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const auto [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = take_forward(stack);
+// The kernel writes the statistics in any case.
+Outputs run_forward(const ForwardCall& call, bool) {
+  const auto& [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = call;
   const Launchers kernels = launchers(o.dtype, o.residual_dtype);
   const Sizes s = sizes_of(x);
   Forward a{};
@@ -73,10 +75,11 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const int device = device_of(x);
   const OnDevice guard(device);
   const int64_t none[1] = {0}, stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
-  Handle normed = empty(x, s.ndim, s.sizes, o.dtype);
-  Handle z = o.store_residual ? empty(x, s.ndim, s.sizes, o.residual_dtype) : empty(x, 1, none, o.residual_dtype);
-  Handle stats = empty(x, 2, stats_sizes, o.dtype == kFloat64 ? kFloat64 : kFloat32);
-  a.normed = data_of(normed), a.z = o.store_residual ? data_of(z) : nullptr, a.stats = data_of(stats);
+  Outputs out;
+  out.normed = empty(x, s.ndim, s.sizes, o.dtype);
+  out.z = o.store_residual ? empty(x, s.ndim, s.sizes, o.residual_dtype) : empty(x, 1, none, o.residual_dtype);
+  out.stats = empty(x, 2, stats_sizes, o.dtype == kFloat64 ? kFloat64 : kFloat32);
+  a.normed = data_of(out.normed), a.z = o.store_residual ? data_of(out.z) : nullptr, a.stats = data_of(out.stats);
 
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
@@ -85,12 +88,12 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.tiles = form.tiles;
   a.tile_scale = 1.0 / double(power_of_two(std::min<int64_t>(tile, a.n_columns)));
   kernels.forward(a, form, current_stream(device));
-  give(stack, normed, z, stats);
+  return out;
 }
 
-void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const auto [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
-      take_backward(stack);
+Gradients run_backward(const BackwardCall& call) {
+  const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
+      call;
   const Dtype stream = !o.saved_is_normed ? dtype_of(saved) : dresidual_out ? dtype_of(dresidual_out) : o.residual_dtype;
   const Launchers kernels = launchers(o.dtype, stream);
   const Sizes s = sizes_of(saved);
@@ -115,20 +118,19 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
 
   const int device = device_of(saved);
   const OnDevice guard(device);
-  const int64_t none[1] = {0};
-  Handle gradients[6];
+  Gradients gradients;
   int planes[6] = {-1, -1, -1, -1, -1, -1}, n_sums = 0;
   Finalize finalize{};
   for (int k = 0; k < 6; ++k) {
-    const bool parameter = k >= 2 && *parameters[k - 2];
-    const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : parameter ? dtype_of(*parameters[k - 2]) : compute;
-    const Sizes shape = parameter ? sizes_of(*parameters[k - 2]) : s;
-    gradients[k] = wanted(k) ? empty(saved, shape.ndim, shape.sizes, dtype) : empty(saved, 1, none, dtype_of(saved));
-    if (k < 2 || !wanted(k)) continue;
-    finalize.gradient[n_sums] = data_of(gradients[k]), finalize.dtype[n_sums] = dtype;
+    if (!wanted(k)) continue;
+    const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : dtype_of(*parameters[k - 2]);
+    const Sizes shape = k < 2 ? s : sizes_of(*parameters[k - 2]);
+    gradients.of[k] = empty(saved, shape.ndim, shape.sizes, dtype);
+    if (k < 2) continue;
+    finalize.gradient[n_sums] = data_of(gradients.of[k]), finalize.dtype[n_sums] = dtype;
     planes[k] = n_sums++;
   }
-  a.dx = wanted(0) ? data_of(gradients[0]) : nullptr, a.dresidual = wanted(1) ? data_of(gradients[1]) : nullptr;
+  a.dx = wanted(0) ? data_of(gradients.of[0]) : nullptr, a.dresidual = wanted(1) ? data_of(gradients.of[1]) : nullptr;
   a.dweight = planes[2], a.dbias = planes[3], a.dx_bias = planes[4], a.dlayer_scale = planes[5];
 
   const Limits limit = limits(device);
@@ -148,10 +150,32 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
     finalize.partials = a.partials, finalize.programs = programs, finalize.n_columns = a.n_columns;
     sum_partials(finalize, n_sums, compute == kFloat64, queue);
   }
-  for (int k = 0; k < 6; ++k) stack[k] = torch::stable::detail::from(gradients[k].release());
+  return gradients;
+}
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Outputs out = run_forward(take_forward(stack), true);
+  give(stack, out.normed, out.z, out.stats);
+}
+
+// What is not wanted is a tensor without elements: an operator returns no undefined one.
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  const BackwardCall call = take_backward(stack);
+  Gradients gradients = run_backward(call);
+  const int64_t none[1] = {0};
+  for (int k = 0; k < 6; ++k) {
+    Handle& gradient = gradients.of[k];
+    if (!gradient) gradient = empty(call.saved, 1, none, dtype_of(call.saved));
+    stack[k] = torch::stable::detail::from(gradient.release());
+  }
 }
 
 }  // namespace
+
+extern "C" {
+FUSEDNORM_EXPORT extern const Norms fusednorm_cuda_norms;  // fusednorm/_shortcut.py gives its address to the shortcut
+const Norms fusednorm_cuda_norms = {kNormsLayout, run_forward, run_backward};
+}
 
 STABLE_TORCH_LIBRARY(fusednorm_cuda, m) {
   m.def(kAddLayerNormFwd);

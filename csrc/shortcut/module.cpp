@@ -26,12 +26,12 @@ bool floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
-// A tensor of torch's own class, or undefined for None; false for anything else.
-bool take_tensor(PyObject* object, at::Tensor& tensor) {
+// A tensor of torch's own class on the device, or undefined for None; false for anything else.
+bool take_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   tensor = THPVariable_Unpack(object);
-  return plain(tensor) && floating(tensor.scalar_type()) && tensor.dim() <= fusednorm::kMaxDims;
+  return plain(tensor, device) && floating(tensor.scalar_type()) && tensor.dim() <= fusednorm::kMaxDims;
 }
 
 // Whether normalized_shape, an int or a sequence of them, is how x's sizes end; then their number.
@@ -61,6 +61,21 @@ bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
 
 PyObject* choice = nullptr;  // fusednorm.providers.choice
 
+// Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
+// library.
+bool for_cuda(PyObject* x, PyObject* asked) {
+  return PyUnicode_Check(asked) || (asked == Py_True && THPVariable_CheckExact(x) && THPVariable_Unpack(x).is_cuda());
+}
+
+// Whether automatic choice takes the CUDA library for tensors on a GPU.
+bool chooses_cuda(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
+  THPObjectPtr found(PyObject_CallMethod(choice, "cuda_on_gpu", "sOLLOL", operation,
+                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
+                                         (long long)columns, needs_grad ? Py_True : Py_False, (long long)x.get_device()));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
 // Whether torch's own operators were measured to be faster.
 bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
   THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
@@ -70,8 +85,8 @@ bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, 
   return found.get() == Py_True;
 }
 
-// Dropout's probability, and its seed; undefined for None: to be drawn.
-bool take_dropout(PyObject* probability, PyObject* given_seed, double& p, at::Tensor& seed) {
+// Dropout's probability, and its seed on x's device; undefined for None: to be drawn.
+bool take_dropout(PyObject* probability, PyObject* given_seed, const at::Tensor& x, double& p, at::Tensor& seed) {
   if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
   p = PyFloat_AsDouble(probability);
   PyErr_Clear();  // of an int past what a double holds; it is -1 then
@@ -79,29 +94,36 @@ bool take_dropout(PyObject* probability, PyObject* given_seed, double& p, at::Te
   if (given_seed == Py_None) return true;
   if (PyLong_CheckExact(given_seed)) {
     if (!(p > 0.0)) return true;
-    seed = at::empty({1}, at::kLong);
-    *seed.mutable_data_ptr<int64_t>() = int64_t(PyLong_AsUnsignedLongLongMask(given_seed));
+    const auto value = int64_t(PyLong_AsUnsignedLongLongMask(given_seed));
+    seed = at::empty({1}, x.options().dtype(at::kLong));
+    if (x.is_cpu())
+      *seed.mutable_data_ptr<int64_t>() = value;
+    else
+      seed.fill_(value);
     return true;
   }
   if (!THPVariable_CheckExact(given_seed)) return false;
   const at::Tensor& given = THPVariable_Unpack(given_seed);
-  if (!plain(given) || given.scalar_type() != at::kLong || given.numel() != 1) return false;
+  const bool here = plain(given, x.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+  if (!here || given.scalar_type() != at::kLong || given.numel() != 1) return false;
   if (p > 0.0) seed = given.detach().reshape({1});
   return true;
 }
 
 // As fusednorm.dropout.default_seed.
-void draw_where_none(double p, at::Tensor& seed) {
+void draw_where_none(double p, const at::Tensor& x, at::Tensor& seed) {
   if (p > 0.0 && !seed.defined())
-    seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1}, at::kLong);
+    seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1},
+                       x.options().dtype(at::kLong));
 }
 
-// False where the call is not for the shortcut. What it has beyond the operands of a bare norm is in `call` already.
-bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps,
-               const char* operation, bool by_shape, NormCall& call) {
-  if (x == Py_None || at::impl::torch_function_mode_enabled()) return false;
-  if (!take_tensor(x, call.x) || !take_tensor(residual, call.residual) || !take_tensor(weight, call.weight) ||
-      !take_tensor(bias, call.bias))
+// False where the call is not for the shortcut. x, and what is not of a bare norm, is in `call` already.
+bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
+               PyObject* asked, NormCall& call) {
+  if (at::impl::torch_function_mode_enabled()) return false;
+  const c10::DispatchKey device = device_key(call.by_cuda);
+  if (!take_tensor(residual, call.residual, device) || !take_tensor(weight, call.weight, device) ||
+      !take_tensor(bias, call.bias, device))
     return false;
   const at::IntArrayRef sizes = call.x.sizes();
   if (!take_shape(shape, sizes, call.normalized_ndim)) return false;
@@ -116,37 +138,48 @@ bool take_call(PyObject* x, PyObject* residual, PyObject* shape, PyObject* weigh
   if (at::GradMode::is_enabled())
     for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias})
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
-  return !by_shape || !prefers_torch(operation, call.x, c10::multiply_integers(normalized), call.needs_grad);
+  if (call.by_cuda && !cuda_takes(call)) return false;
+  if (asked != Py_True) return true;
+  const int64_t columns = c10::multiply_integers(normalized);
+  return call.by_cuda ? chooses_cuda(operation, call.x, columns, call.needs_grad)
+                      : !prefers_torch(operation, call.x, columns, call.needs_grad);
+}
+
+// The library that is asked for, and x; false where the call is not for the shortcut.
+bool take_first(PyObject* x, PyObject* asked, NormCall& call) {
+  if (x == Py_None || !plain_thread()) return false;
+  call.by_cuda = for_cuda(x, asked);
+  return take_tensor(x, call.x, device_key(call.by_cuda));
 }
 
 NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
-  draw_where_none(call.dropout_p, call.seed);
+  draw_where_none(call.dropout_p, call.x, call.seed);
   return norm(call);
 }
 
 PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  if (!plain_thread()) Py_RETURN_NONE;
   NormCall call{};
   call.rms = true;
-  if (!take_call(args[0], Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4] == Py_True, call))
-    Py_RETURN_NONE;
+  if (!take_first(args[0], args[4], call)) Py_RETURN_NONE;
+  if (!take_call(Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4], call)) Py_RETURN_NONE;
   return THPVariable_Wrap(run(call).normed);
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  if (!plain_thread()) Py_RETURN_NONE;
   NormCall call{};
   call.rms = args[9] == Py_True;
-  if (!take_tensor(args[6], call.x_bias) || !take_dropout(args[7], args[8], call.dropout_p, call.seed)) Py_RETURN_NONE;
+  if (!take_first(args[0], args[10], call)) Py_RETURN_NONE;
+  if (!take_tensor(args[6], call.x_bias, device_key(call.by_cuda))) Py_RETURN_NONE;
+  if (!take_dropout(args[7], args[8], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
   const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
                                     "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
   const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
   const char* operation = operations[2 * (epilogue ? 2 : args[1] != Py_None) + call.rms];
-  if (!take_call(args[0], args[1], args[2], args[3], args[4], args[5], operation, args[10] == Py_True, call)) Py_RETURN_NONE;
+  if (!take_call(args[1], args[2], args[3], args[4], args[5], operation, args[10], call)) Py_RETURN_NONE;
   NormResult result = run(call);
   THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
   if (!normed || !pair) throw python_error();
@@ -167,10 +200,11 @@ int64_t activation_of(PyObject* name) {
 
 // False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
 bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
-  if (args[0] == Py_None || !plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (args[0] == Py_None || PyUnicode_Check(args[5])) return false;
+  if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
   if (!take_tensor(args[0], call.x) || !take_tensor(args[1], call.bias) || call.x.dim() < 1) return false;
   call.activation = activation_of(args[2]);
-  if (call.activation < 0 || !take_dropout(args[3], args[4], call.dropout_p, call.seed)) return false;
+  if (call.activation < 0 || !take_dropout(args[3], args[4], call.x, call.dropout_p, call.seed)) return false;
   const bool with_bias = call.bias.defined(), dropped = call.dropout_p > 0.0, by_shape = args[5] == Py_True;
   const int64_t columns = call.x.sizes().back();
   if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
@@ -191,7 +225,7 @@ PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
   at::Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
-    draw_where_none(call.dropout_p, call.seed);
+    draw_where_none(call.dropout_p, call.x, call.seed);
     y = by_torch ? bias_act_by_torch(call) : bias_act_dropout(call);
   }
   return THPVariable_Wrap(y);
@@ -288,6 +322,15 @@ PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  void* const norms = PyLong_AsVoidPtr(args[0]);
+  if (!norms) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "norms: expected an address");
+  attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 template <Py_ssize_t count, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
   if (given == count) return function(self, args, given);
@@ -296,14 +339,16 @@ PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
 
 PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
-     "rms_norm(input, normalized_shape, weight, eps, by_shape) -> Tensor, or None: not a call for the shortcut"},
+     "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the shortcut"},
     {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
-     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, by_shape) -> "
+     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, asked) -> "
      "(normed, residual_out), or None"},
     {"bias_act_dropout", (PyCFunction)(void*)counted<6, bias_act_dropout>, METH_FASTCALL,
      "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
     {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
      "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
+    {"attach_cuda", (PyCFunction)(void*)counted<2, attach>, METH_FASTCALL,
+     "attach_cuda(norms, emulated): the CUDA library, by the address of what it offers"},
     {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

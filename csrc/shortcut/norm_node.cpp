@@ -30,11 +30,31 @@ int64_t dtype_bits(at::ScalarType type) {
   }
 }
 
+// `stream`: whether it is another tensor than x; weight, bias, x_bias: whether given.
 struct Facts {
   int64_t normalized_ndim;
   double eps, dropout_p;
-  bool rms, stream, weight, bias, x_bias;  // `stream`: whether it is another tensor than x; the others: whether given
+  bool rms, by_cuda, stream, weight, bias, x_bias;
+
+  std::array<bool, 6> switches() const { return {rms, by_cuda, stream, weight, bias, x_bias}; }
 };
+
+const fusednorm::Norms cpu = {fusednorm::kNormsLayout, fusednorm_cpu::run_forward, fusednorm_cpu::run_backward};
+const fusednorm::Norms* cuda = nullptr;
+bool cuda_is_emulated = false;
+
+const fusednorm::Norms& library(bool by_cuda) { return by_cuda ? *cuda : cpu; }
+
+// Rows and parameters as the CUDA library reads them. Of others Python makes copies.
+bool as_cuda_reads(const at::Tensor& rows, const at::Tensor& like) {
+  return !rows.defined() || (rows.is_contiguous() && rows.scalar_type() == like.scalar_type() && rows.device() == like.device());
+}
+bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like) {
+  if (!parameter.defined()) return true;
+  const at::ScalarType compute = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return parameter.is_contiguous() && parameter.device() == like.device() &&
+         (parameter.scalar_type() == like.scalar_type() || parameter.scalar_type() == compute);
+}
 
 // As norm_call.h takes them apart: x and the stream have one dtype here.
 fusednorm::Options options(const Facts& facts, at::ScalarType dtype, unsigned output_mask) {
@@ -60,19 +80,33 @@ Gradients gradients_in_python(const Facts& facts, const Wanted& wanted, const at
   const pybind11::object backward = pybind11::module_::import("fusednorm._norm_function").attr("shortcut_backward");
   const pybind11::tuple found =
       backward(optional(dnormed), optional(dz), kept.z, kept.stats, optional(kept.weight), optional(kept.bias),
-               optional(kept.x_bias), optional(kept.seed), facts.normalized_ndim, facts.eps, facts.dropout_p, facts.rms, wanted);
+               optional(kept.x_bias), optional(kept.seed), facts.normalized_ndim, facts.eps, facts.dropout_p, facts.rms, wanted,
+               facts.by_cuda ? "cuda" : "cpu");
   Gradients gradients;
   for (size_t i = 0; i < gradients.size(); ++i)
     if (!pybind11::object(found[i]).is_none()) gradients[i] = pybind11::cast<at::Tensor>(found[i]);
   return gradients;
 }
 
+bool library_takes(const Facts& facts, const at::Tensor& dnormed, const at::Tensor& dz, const Kept& kept) {
+  const c10::DispatchKey key = device_key(facts.by_cuda);
+  for (const at::Tensor* tensor : {&dnormed, &dz, &kept.z, &kept.stats, &kept.weight, &kept.bias, &kept.x_bias, &kept.seed})
+    if (!plain(*tensor, key)) return false;
+  if (!facts.by_cuda) return true;
+  for (const at::Tensor* rows : {&dnormed, &dz, &kept.z})
+    if (!as_cuda_reads(*rows, kept.z)) return false;
+  for (const at::Tensor* parameter : {&kept.weight, &kept.bias, &kept.x_bias})
+    if (!as_cuda_reads_parameter(*parameter, kept.z)) return false;
+  return true;
+}
+
 Gradients gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dnormed, const at::Tensor& dz,
                              const Kept& kept) {
-  RECORD_FUNCTION("fusednorm_cpu::add_layer_norm_bwd", c10::ArrayRef<const c10::IValue>{});
+  RECORD_FUNCTION(facts.by_cuda ? "fusednorm_cuda::add_layer_norm_bwd" : "fusednorm_cpu::add_layer_norm_bwd",
+                  c10::ArrayRef<const c10::IValue>{});
   unsigned output_mask = 0;
   for (size_t i = 0; i < wanted.size(); ++i) output_mask |= unsigned(wanted[i]) << i;
-  fusednorm_cpu::Gradients found = fusednorm_cpu::run_backward(
+  fusednorm::Gradients found = library(facts.by_cuda).backward(
       // hooks on saved tensors may bring the statistics back in another layout
       {handle(dnormed), handle(dz), handle(kept.z), handle(kept.stats.contiguous()), handle(kept.weight), handle(kept.bias),
        {}, handle(kept.x_bias), {}, handle(kept.seed), options(facts, kept.z.scalar_type(), output_mask), facts.dropout_p, 0.0});
@@ -87,9 +121,8 @@ variable_list gradients(const Facts& facts, const Wanted& wanted, const variable
   const Wanted asked{wanted[0] || (shared && wanted[1]), wanted[1] && !shared, wanted[2], wanted[3], wanted[4]};
   Gradients found{dz};
   if (dnormed.defined() || facts.x_bias || !shared) {
-    const bool native = dnormed.defined() && !at::GradMode::is_enabled() && plain_thread() && plain(dnormed) && plain(dz) &&
-                        plain(kept.z) && plain(kept.stats) && plain(kept.weight) && plain(kept.bias) &&
-                        plain(kept.x_bias) && plain(kept.seed);
+    const bool native = dnormed.defined() && !at::GradMode::is_enabled() && plain_thread() &&
+                        library_takes(facts, dnormed, dz, kept);
     found = (native ? gradients_natively : gradients_in_python)(facts, asked, dnormed, dz, kept);
   }
   if (shared && wanted[1]) found[1] = found[0];
@@ -138,7 +171,7 @@ struct NormBackward : public Node {
     args.collect(facts.normalized_ndim);
     args.collect(facts.eps);
     args.collect(facts.dropout_p);
-    for (const bool fact : {facts.rms, facts.stream, facts.weight, facts.bias, facts.x_bias}) args.collect(fact);
+    for (const bool fact : facts.switches()) args.collect(fact);
   }
 
   variable_list apply_with_saved(const variable_list& cotangents,
@@ -152,7 +185,7 @@ struct NormBackward : public Node {
     PackedArgs packed;
     packed.pack(tensors);
     packed.pack(wanted());
-    packed.pack(std::array<bool, 5>{facts.rms, facts.stream, facts.weight, facts.bias, facts.x_bias});
+    packed.pack(facts.switches());
     packed.pack(facts.normalized_ndim);
     packed.pack(facts.eps);
     packed.pack(facts.dropout_p);
@@ -165,10 +198,10 @@ struct NormBackward : public Node {
     torch::dynamo::autograd::PackedArgs packed(args);
     variable_list tensors = packed.unpack<variable_list>();
     const auto wanted = packed.unpack<Wanted>();
-    const auto given = packed.unpack<std::array<bool, 5>>();
+    const auto on = packed.unpack<std::array<bool, 6>>();
     const auto normalized_ndim = packed.unpack<int64_t>();
     const auto eps = packed.unpack<double>();
-    const Facts facts{normalized_ndim, eps, packed.unpack<double>(), given[0], given[1], given[2], given[3], given[4]};
+    const Facts facts{normalized_ndim, eps, packed.unpack<double>(), on[0], on[1], on[2], on[3], on[4], on[5]};
     size_t next = 2;
     const auto one = [&](bool is_there) { return is_there ? tensors[next++] : at::Tensor(); };
     Kept kept{tensors[0], tensors[1], one(facts.weight), one(facts.bias), one(facts.x_bias), one(facts.dropout_p > 0)};
@@ -178,14 +211,37 @@ struct NormBackward : public Node {
 
 }  // namespace
 
+void attach_cuda(const fusednorm::Norms* norms, bool emulated) {
+  TORCH_CHECK(norms->layout == fusednorm::kNormsLayout, "the shortcut and libfusednorm_cuda.so are of different builds");
+  cuda = norms;
+  cuda_is_emulated = emulated;
+}
+
+c10::DispatchKey device_key(bool by_cuda) {
+  return by_cuda && !cuda_is_emulated ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+}
+
+bool cuda_takes(const NormCall& call) {
+  constexpr int64_t kMostColumns = int64_t(1) << 30;
+  const int64_t columns = c10::multiply_integers(call.x.sizes().slice(call.x.dim() - call.normalized_ndim));
+  if (!cuda || !call.x.numel() || columns >= kMostColumns) return false;
+  if (call.dropout_p > 0 && call.normalized_ndim > 1) return false;
+  if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;
+  if (call.seed.defined() && call.seed.device() != call.x.device()) return false;
+  return as_cuda_reads_parameter(call.weight, call.x) && as_cuda_reads_parameter(call.bias, call.x) &&
+         as_cuda_reads_parameter(call.x_bias, call.x);
+}
+
 NormResult norm(const NormCall& call) {
-  const Facts facts{call.normalized_ndim,  call.eps,           call.dropout_p,       call.rms, call.makes_stream(),
-                    call.weight.defined(), call.bias.defined(), call.x_bias.defined()};
+  const Facts facts{call.normalized_ndim, call.eps,           call.dropout_p,         call.rms,
+                    call.by_cuda,         call.makes_stream(), call.weight.defined(), call.bias.defined(),
+                    call.x_bias.defined()};
   NormResult result;
-  fusednorm_cpu::Outputs out;
+  fusednorm::Outputs out;
   {
-    RECORD_FUNCTION("fusednorm_cpu::add_layer_norm_fwd", c10::ArrayRef<const c10::IValue>{});
-    out = fusednorm_cpu::run_forward(
+    RECORD_FUNCTION(call.by_cuda ? "fusednorm_cuda::add_layer_norm_fwd" : "fusednorm_cpu::add_layer_norm_fwd",
+                    c10::ArrayRef<const c10::IValue>{});
+    out = library(call.by_cuda).forward(
         {handle(call.x), handle(call.residual), handle(call.weight), handle(call.bias), handle(call.x_bias), {},
          handle(call.seed), options(facts, call.x.scalar_type(), 0), call.eps, call.dropout_p, 0.0},
         call.needs_grad);

@@ -1,4 +1,4 @@
-// The norms' node of the autograd graph, and the call that makes it.
+// The norms' node of the autograd graph, and the call that makes it, by the CPU library or by the CUDA library.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@ struct NormCall {
   at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
   int64_t normalized_ndim;
   double eps, dropout_p;
-  bool rms, needs_grad;
+  bool rms, needs_grad, by_cuda;
 
   // Whether the stream is another tensor than x.
   bool makes_stream() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }
@@ -22,5 +22,14 @@ struct NormResult {
 };
 
 NormResult norm(const NormCall& call);
+
+// The CUDA library, which takes tensors on a GPU; or `emulated`, for tests, tensors on the CPU. It stays loaded.
+void attach_cuda(const fusednorm::Norms* norms, bool emulated);
+
+// Whether it is there, and takes the call.
+bool cuda_takes(const NormCall& call);
+
+// Of tensors for the one library or the other.
+c10::DispatchKey device_key(bool by_cuda);
 
 }  // namespace fusednorm_shortcut

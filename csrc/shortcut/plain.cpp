@@ -6,11 +6,11 @@
 
 namespace fusednorm_shortcut {
 
-bool plain(const at::Tensor& tensor) {
+bool plain(const at::Tensor& tensor, c10::DispatchKey device) {
   if (!tensor.defined()) return true;
   const c10::DispatchKeySet usual = c10::autograd_dispatch_keyset | c10::autocast_dispatch_keyset |
                                     c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView);
-  return tensor.key_set() - usual == c10::DispatchKeySet(c10::DispatchKey::CPU) && !tensor._fw_grad(0).defined();
+  return tensor.key_set() - usual == c10::DispatchKeySet(device) && !tensor._fw_grad(0).defined();
 }
 
 bool plain_thread() {

@@ -1,4 +1,4 @@
-// Whether nothing but the CPU's kernel and autograd would see an operator on these tensors: no subclass of Tensor, no
+// Whether nothing but a device's kernel and autograd would see an operator on these tensors: no subclass of Tensor, no
 // transform, mode, autocast or tracing, in the tensors or in the thread.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace fusednorm_shortcut {
 
-bool plain(const at::Tensor& tensor);  // an undefined one is
+bool plain(const at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU);  // an undefined one is
 bool plain_thread();
 
 // For the libraries, which know tensors by the stable ABI.

@@ -47,9 +47,9 @@ _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 by_shape = True  # False inside batch_invariant()
 automatic = True  # False while a provider is requested or decisions are recorded
-short_cuts = True  # False while decisions are recorded, or a provider other than the one short cuts lead to requested
-shortcut: Any = None  # the module of fusednorm/_shortcut.py while short cuts are taken, once the CPU library is loaded
-shortcut_by_shape = True  # whether the shortcut is to ask what was measured
+short_cuts = True  # False while decisions are recorded, or a provider other than the CPU library is requested
+shortcut: Any = None  # the module of fusednorm/_shortcut.py while it may serve, once a library it leads to is loaded
+shortcut_asked: bool | str = True  # for what: a choice by what was measured (True), the CPU library (False), or "cuda"
 
 
 class Route(NamedTuple):
@@ -100,7 +100,7 @@ def unavailable_reason(name: str) -> str | None:
     """Why provider `name` cannot be used here and now, or None if it can."""
     if name not in _reasons:
         _reasons[name] = get(name)[0].unavailable_reason()
-        if name == "cpu":
+        if name in ("cpu", "cuda"):
             _renew()
     return _reasons[name]
 
@@ -192,12 +192,16 @@ def recording() -> Iterator[list[Route]]:
 
 def _renew() -> None:
     """What calls look at, after a block was entered or left."""
-    global _requested, automatic, short_cuts, shortcut, shortcut_by_shape
+    global _requested, automatic, short_cuts, shortcut, shortcut_asked
     _requested = _active[-1].name if _active else None
     automatic = not _active and not _records
     short_cuts = not _records and _requested in (None, "cpu")
-    shortcut = _shortcut.load()[0] if short_cuts and _reasons.get("cpu", "not asked yet") is None else None
-    shortcut_by_shape = automatic and by_shape
+    leads_there = not _records and _requested in (None, "cpu", "cuda")
+    reason = _reasons.get("cuda", "not asked yet")
+    if _requested != "cuda":
+        reason = _reasons.get("cpu", reason)
+    shortcut = _shortcut.load()[0] if leads_there and reason is None else None
+    shortcut_asked = "cuda" if _requested == "cuda" else automatic and by_shape
 
 
 class use_provider(contextlib.ContextDecorator):

@@ -3,7 +3,8 @@
 `choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
 direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
 fastest there. A call goes by the nearest of these shapes. `reference` stands for torch's own operators. Where nothing
-was measured the order of the provider table decides.
+was measured the order of the provider table decides, but for small norms on a GPU, which wait for the host: these take
+the shortcut to the CUDA library, where there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import cpu
 
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
-
+SMALL = 1 << 20  # bytes of x: at 3 TB/s 2 us of a norm; Python's way to a launch takes 30 (benchmarks/NOTES.md)
 
 _CPU = torch.device("cpu")
 
@@ -100,7 +101,27 @@ def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
         return None  # mixtures of dtypes are not measured
     if op == "bias_act_dropout_fwd" and (args[1] is None or args[1].dtype is not x.dtype):
         return None
-    return _nearest(device_key(x.device), operation(op, args), x.element_size(), needs_grad, rows, columns)
+    name = operation(op, args)
+    if x.is_cuda and op == "add_layer_norm_fwd" and args[5] is None and not args[10] and not args[14]:
+        return _of_a_norm_on_a_gpu(x.dtype, name, rows * columns, columns, needs_grad, x.device.index or 0)
+    return _nearest(device_key(x.device), name, x.element_size(), needs_grad, rows, columns)
+
+
+def cuda_on_gpu(name: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool, index: int) -> bool:
+    """Whether `preference` names the CUDA library for a norm, of those that the shortcut takes, on a GPU."""
+    found = _of_a_norm_on_a_gpu(dtype, name, elements, columns, needs_grad, index)
+    return found is not None and found.provider == "cuda"
+
+
+@functools.lru_cache(4096)
+def _of_a_norm_on_a_gpu(
+    dtype: torch.dtype, name: str, elements: int, columns: int, needs_grad: bool, index: int
+) -> Preference | None:
+    rows, key = elements // columns, _architecture(index)
+    found = _nearest(key, name, dtype.itemsize, needs_grad, rows, columns)
+    if found is None and elements * dtype.itemsize <= SMALL and _shortcut.load()[0] is not None:
+        return Preference("cuda", "a norm of up to 1 MiB waits for the host, and the shortcut leads to cuda")
+    return found
 
 
 @functools.lru_cache(4096)
@@ -134,3 +155,4 @@ def forget() -> None:
     table.cache_clear()
     _nearest.cache_clear()
     torch_on_cpu.cache_clear()
+    _of_a_norm_on_a_gpu.cache_clear()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _shortcut
 from .layout import contiguous, folded
 from .native import check_whole, too_many_dimensions
 
@@ -52,6 +53,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(library))
         for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd"):
             getattr(ops, name)  # a library of an older version lacks some
+        if EMULATED is not None or all(_capability(i) >= _MIN_CAPABILITY for i in range(torch.cuda.device_count())):
+            _shortcut.attach_cuda(library, EMULATED is not None)
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{library} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
     return None

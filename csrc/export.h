@@ -1,4 +1,4 @@
-// What the shortcut, which is linked to the CPU library, finds in it.
+// What the shortcut finds in a library.
 #pragma once
 
 #define FUSEDNORM_EXPORT __attribute__((visibility("default")))

@@ -1,0 +1,274 @@
+"""The shortcut to the CUDA library: the bits of the long way, and nothing that the library does not read.
+
+On a GPU, or without one on the emulation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import EMULATED
+from test_shortcut import DTYPES, FORMS, call, differentiate, same
+from test_shortcut import operands as on_the_cpu
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusednorm
+from fusednorm import _shortcut, providers
+from fusednorm.providers import choice
+
+_missing = _shortcut.load()[1]
+pytestmark = [
+    pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}"),
+    *([] if EMULATED else [pytest.mark.gpu]),
+]
+NODE = "FusedNormBackward"
+DEVICE = "cpu" if EMULATED else "cuda"
+
+
+def operands(*arguments, **options):
+    return [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in on_the_cpu(*arguments, **options)]
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.fixture
+def by_cuda():
+    with fusednorm.use_provider("cuda"):
+        yield
+
+
+def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=None, ndim=1):
+    shape = x.shape[x.ndim - ndim :]
+    return providers.shortcut.add_norm(x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda")
+
+
+def both_ways(function, monkeypatch):
+    """What `function` gives by the shortcut, and by the long way."""
+    found = function()
+    with monkeypatch.context() as long_way:
+        long_way.setattr(providers, "shortcut", None)
+        expected = function()
+    assert found[0].grad_fn.name() == NODE and expected[0].grad_fn.name() != NODE
+    return found, expected
+
+
+def all_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["layer_norm", *FORMS])
+@pytest.mark.parametrize(
+    ("shape", "ndim"),
+    [((5, 33), 1), ((3, 2, 4, 6), 2), ((7,), 1), ((1, 1), 1), ((64, 304), 1), ((2, 20000), 1)],
+    ids=["odd", "two-dimensions", "one-row", "one-element", "aligned", "wide"],
+)
+def test_shortcut_to_cuda_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_cuda, monkeypatch):
+    inputs = operands(form, shape, dtype, ndim)
+    cotangents = [randn(*shape, dtype=dtype) for _ in range(2)]
+
+    def run():
+        if form == "layer_norm":
+            return fusednorm.layer_norm(inputs[0], shape[-ndim:], inputs[2], inputs[3]), inputs[0]
+        return call(form, *inputs, ndim)
+
+    outputs, expected = both_ways(run, monkeypatch)
+    all_same(outputs, expected)
+    for used in ([0, 1], [0], [1]):
+        if used != [1] or outputs[1].grad_fn is not None:
+            wanted = [differentiate(o, inputs, used, cotangents) for o in both_ways(run, monkeypatch)]
+            all_same(*wanted)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_shortcut_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda, monkeypatch):
+    base = [*operands("add_layer_norm", (6, 40)), randn(40)]
+    cotangents = [randn(6, 40) for _ in range(2)]
+    for count in range(1, 6):
+        for subset in itertools.combinations(range(5), count):
+            inputs = [t.detach().requires_grad_(i in subset) for i, t in enumerate(base)]
+            x, residual, weight, bias, x_bias = inputs
+            epilogue = {"x_bias": x_bias, "dropout_p": dropout_p, "seed": 11}
+            run = lambda: fusednorm.add_layer_norm(x, residual, 40, weight, bias, **epilogue)  # noqa: B023, E731
+            wanted = [differentiate(o, inputs, [0, 1], cotangents) for o in both_ways(run, monkeypatch)]
+            assert len(wanted[0]) == count
+            all_same(*wanted)
+
+
+def test_shortcut_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cuda):
+    x = torch.ones(8, 64, device=DEVICE)
+    torch.manual_seed(3)
+    seed = fusednorm.dropout.default_seed(x.device)
+    torch.manual_seed(3)
+    _, z = taken(x, p=0.25)
+    assert torch.equal(z != 0, fusednorm.dropout_mask((8, 64), 0.25, seed))
+    assert torch.equal(taken(x, p=0.25, seed=seed)[1], z)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_shortcut_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda, monkeypatch):
+    inputs = operands("add_layer_norm", (6, 40), torch.bfloat16, weight_dtype=parameters)
+    cotangents = [randn(6, 40, dtype=torch.bfloat16) for _ in range(2)]
+    outputs = both_ways(lambda: call("add_layer_norm", *inputs), monkeypatch)
+    all_same(*[differentiate(o, inputs, [0, 1], cotangents) for o in outputs])
+
+
+REFUSED = {
+    "transposed": lambda: (randn(8, 4).t(), {}),
+    "expanded": lambda: (randn(1, 8).expand(4, 8), {}),
+    "no rows": lambda: (randn(0, 8), {}),
+    "no columns": lambda: (randn(4, 0), {}),
+    "residual transposed": lambda: (randn(4, 8), {"residual": randn(8, 4).t()}),
+    "residual of another dtype": lambda: (randn(4, 8), {"residual": randn(4, 8).double()}),
+    "weight of another dtype": lambda: (randn(4, 8), {"weight": randn(8, dtype=torch.bfloat16)}),
+    "weight with gaps": lambda: (randn(4, 8), {"weight": randn(16)[::2]}),
+    "bias expanded": lambda: (randn(4, 8), {"x_bias": randn(1).expand(8)}),
+    "meta": lambda: (torch.randn(4, 8, device="meta"), {}),
+    "weight elsewhere": lambda: (randn(4, 8), {"weight": torch.randn(8, device="meta")}),
+    "dropout over two dimensions": lambda: (randn(2, 2, 8), {"p": 0.5, "ndim": 2}),
+    "seed elsewhere": lambda: (randn(4, 8), {"p": 0.5, "seed": torch.ones(1, dtype=torch.int64, device="meta")}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_shortcut_to_cuda_leaves_what_its_kernels_do_not_read_to_the_long_way(case, by_cuda):
+    x, options = REFUSED[case]()
+    assert taken(x, **options) is None
+    assert taken(randn(4, 8)) is not None
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "kept transposed by a hook"])
+def test_shortcut_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout, by_cuda, monkeypatch):
+    inputs = operands("add_layer_norm", (6, 40))
+    cotangents = [randn(1, 40).expand(6, 40), randn(40, 6).t()]
+    if layout == "transposed":
+        cotangents.reverse()
+
+    def run():
+        if layout != "kept transposed by a hook":
+            return call("add_layer_norm", *inputs)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t()):
+            return call("add_layer_norm", *inputs)
+
+    all_same(*[differentiate(o, inputs, [0, 1], cotangents) for o in both_ways(run, monkeypatch)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shortcut_to_cuda_second_derivatives_and_batched_cotangents(form, by_cuda, monkeypatch):
+    inputs = [None if t is None else t.detach().double().requires_grad_() for t in operands(form, (3, 5))]
+    given = [t for t in inputs if t is not None]
+    assert call(form, *inputs)[0].grad_fn.name() == NODE
+    assert torch.autograd.gradgradcheck(lambda *_: call(form, *inputs)[0], given, check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at z's
+def test_shortcut_to_cuda_under_compiled_autograd(by_cuda):
+    torch._dynamo.reset()
+    inputs = operands("add_layer_norm", (6, 40))
+    cotangents = [randn(6, 40) for _ in range(2)]
+    expected = differentiate(call("add_layer_norm", *inputs), inputs, [0, 1], cotangents)
+    for _ in range(2):
+        outputs = call("add_layer_norm", *inputs)
+        with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+            found = differentiate(outputs, inputs, [0, 1], cotangents)
+        all_same(found, expected)
+
+
+def test_shortcut_to_cuda_shows_in_the_profiler(by_cuda):
+    inputs = operands("add_layer_norm", (6, 40))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call("add_layer_norm", *inputs)[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fusednorm_cuda::add_layer_norm_fwd", "fusednorm_cuda::add_layer_norm_bwd"} <= names
+    assert not any(name.startswith("fusednorm_cpu::add_layer_norm") for name in names)
+
+
+def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
+    assert providers.shortcut_asked == "cuda"
+    x, bias = randn(4, 8).requires_grad_(), randn(8)
+    assert providers.shortcut.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
+    assert fusednorm.bias_act_dropout(x, bias, "relu").grad_fn.name() == "BiasActDropoutFunctionBackward"
+    with pytest.raises(ValueError, match="'cuda' cannot run attention_fwd"):
+        fusednorm.scaled_dot_product_attention(*[randn(1, 1, 4, 8)] * 3)
+
+
+def test_automatic_choice_on_the_cpu_is_not_the_emulation():
+    with fusednorm.use_provider("cuda"):
+        pass
+    assert providers.unavailable_reason("cpu") is None and providers.shortcut_asked is True
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fusednorm.add_layer_norm(x, x, 8)
+    assert "fusednorm_cpu::add_layer_norm_fwd" in {event.key for event in profile.key_averages()}
+
+
+def test_shortcut_refuses_a_library_of_another_build():
+    other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
+    with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
+        providers.shortcut.attach_cuda(other.data_ptr(), True)
+    with pytest.raises(ValueError, match="an address"):
+        providers.shortcut.attach_cuda(0, True)
+    with pytest.raises(TypeError):
+        providers.shortcut.attach_cuda("here", True)
+
+
+# --- which calls on a GPU it is for ---
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_90")
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(on_a_gpu):
+    assert choice.cuda_on_gpu("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
+    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
+    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, (1 << 18) + 1024, 1024, True, 0)
+    measured = {"add_rms_norm/4/both": [[256, 1024, "triton", 2.0], [65536, 1024, "cuda", 2.0]]}
+    (on_a_gpu / "sm_90.json").write_text(json.dumps({"device": "a GPU", "source": "raw.json", "shapes": measured}))
+    choice.forget()
+    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
+    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 26, 1024, True, 0)
+    assert choice.cuda_on_gpu("layer_norm", torch.float32, 4 * 64, 64, False, 0)
+
+
+def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeypatch):
+    with FakeTensorMode():
+        x = torch.empty(4, 64, device="cuda")
+        large = torch.empty(4096, 1024, device="cuda")
+    bare = (None, None, None, None, None, 1, 1e-5, 0.0)
+
+    def preferred(x, residual=None, drop_path_p=0.0):
+        rest = (x.dtype, x.dtype, False, False, True)
+        found = choice.preference("add_layer_norm_fwd", (x, residual, *bare, drop_path_p, *rest))
+        return found and found.provider
+
+    assert preferred(x) == preferred(x, x) == "cuda"
+    assert preferred(large) is None and preferred(x, x, drop_path_p=0.5) is None
+    assert (
+        "waits for the host"
+        in choice.preference("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True)).why
+    )
+    monkeypatch.setattr(_shortcut, "load", lambda: (None, "left out"))
+    choice.forget()
+    assert preferred(x) is None
+
+
+@pytest.mark.gpu
+def test_a_small_norm_on_a_gpu_takes_the_shortcut_once_the_library_is_loaded():
+    assert providers.unavailable_reason("cuda") is None
+    x, weight = torch.randn(4, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
+    for function in (fusednorm.layer_norm, fusednorm.rms_norm):
+        expected = choice.cuda_on_gpu(function.__name__, x.dtype, x.numel(), 64, True, 0)
+        assert (function(x, 64, weight).grad_fn.name() == NODE) == expected
