@@ -233,8 +233,8 @@ def on_a_gpu(monkeypatch, tmp_path):
 
 def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(on_a_gpu):
     assert choice.cuda_on_gpu("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
-    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
-    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, (1 << 18) + 1024, 1024, True, 0)
+    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 21, 1024, True, 0)
+    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, (1 << 21) + 1024, 1024, True, 0)
     measured = {"add_rms_norm/4/both": [[256, 1024, "triton", 2.0], [65536, 1024, "cuda", 2.0]]}
     (on_a_gpu / "sm_90.json").write_text(json.dumps({"device": "a GPU", "source": "raw.json", "shapes": measured}))
     choice.forget()

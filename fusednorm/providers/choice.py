@@ -23,7 +23,7 @@ from . import cpu
 
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
-SMALL = 1 << 20  # bytes of x: at 3 TB/s 2 us of a norm; Python's way to a launch takes 30 (benchmarks/NOTES.md)
+SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
 
 _CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def _of_a_norm_on_a_gpu(
     rows, key = elements // columns, _architecture(index)
     found = _nearest(key, name, dtype.itemsize, needs_grad, rows, columns)
     if found is None and elements * dtype.itemsize <= SMALL and _shortcut.load()[0] is not None:
-        return Preference("cuda", "a norm of up to 1 MiB waits for the host, and the shortcut leads to cuda")
+        return Preference("cuda", "a norm of up to 8 MiB waits for the host, and the shortcut leads to cuda")
     return found
 
 
