@@ -27,8 +27,12 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # without build isolation nobody looks at what pyproject.toml requires
+    raise SystemExit('fusednorm: this setuptools is too old: pip install "setuptools>=77.0.3,<82"') from None
 
 ROOT = Path(__file__).parent
 COMMON = ROOT / "csrc"
