@@ -48,7 +48,7 @@ lint: $(STAMP) ## ruff: rules and formatting
 types: $(STAMP) ## mypy over the package
 	$(BIN)/mypy
 
-test-fast: $(STAMP)
+test-fast: $(STAMP) ## the deterministic tests alone
 	$(OFFLINE) $(PYTEST) -m "not slow"
 
 test-slow: $(STAMP) ## the slow tests alone

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
+from pathlib import Path
 
 import torch
 
 import fusednorm
 from fusednorm import _checks, _shortcut, providers
+from fusednorm.providers.choice import OPERATIONS
 
 ATTENTION = "scaled_dot_product_attention"
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION)
@@ -20,7 +22,7 @@ _SHAPE, _ATTENTION_SHAPE = [4096, 1024], [2, 8, 512, 64]
 def info() -> str:
     """Versions, devices, and each provider with the reason where it cannot run."""
     lines = [
-        f"fusednorm  {fusednorm.__version__}",
+        f"fusednorm  {fusednorm.__version__} in {Path(fusednorm.__file__).parent}",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch      {torch.__version__}",
         f"triton     {_triton_version()}",
@@ -60,7 +62,8 @@ def explain(options: argparse.Namespace) -> str:
     if options.function == ATTENTION:
         return fusednorm.explain(function, x, x, x, is_causal=options.causal, dropout_p=options.dropout_p)
     args = (x, x) if options.function.startswith("add_") else (x,)
-    keywords = {"dropout_p": options.dropout_p} if options.dropout_p else {}
+    given = {"dropout_p": options.dropout_p, "activation": options.activation}
+    keywords = {name: value for name, value in given.items() if value}
     # what normalizes takes the last size, bias_act_dropout a bias of that size
     last = x.new_zeros(options.shape[-1:]) if function is fusednorm.bias_act_dropout else options.shape[-1:]
     return fusednorm.explain(function, *args, last, **keywords)
@@ -90,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--dtype", type=_dtype, default="float32", help="%(default)s by default")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dropout-p", type=float, default=0.0, help="for the functions that have dropout")
+    command.add_argument("--activation", choices=OPERATIONS, help="of bias_act_dropout (default: relu)")
     command.add_argument("--causal", action="store_true", help="for attention")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     options = parser.parse_args(arguments)
@@ -97,6 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.shape = _ATTENTION_SHAPE if options.function == ATTENTION else _SHAPE
     if options.command == "explain" and options.causal and options.function != ATTENTION:
         parser.error(f"--causal: {options.function} has no mask; {ATTENTION} has")
+    if options.command == "explain" and options.activation and options.function != "bias_act_dropout":
+        parser.error(f"--activation: {options.function} has none; bias_act_dropout has")
     if options.command == "explain" and options.dropout_p and options.function in _WITHOUT_DROPOUT:
         parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
     if options.command == "info":

@@ -21,8 +21,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         A line for each decision made during the call, with the refusals indented below it.
 
     Raises:
+        TypeError: `function` cannot be called.
         Whatever the call raises.
     """
+    if not callable(function):
+        raise TypeError(f"function: expected a function or a module, as fusednorm.layer_norm, got {function!r}")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), providers.recording() as routes:
         function(*args, **kwargs)

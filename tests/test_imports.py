@@ -101,7 +101,7 @@ print(fusednorm.available_providers())
 
 def test_command_info():
     said = python("-m", "fusednorm", "info")
-    for word in (fusednorm.__version__, "torch", "triton", "reference"):
+    for word in (fusednorm.__version__, str(Path(fusednorm.__file__).parent), "torch", "triton", "reference"):
         assert word in said
 
 
@@ -113,6 +113,19 @@ def test_command_explain(function, capsys):
     assert any(name in said for name in fusednorm.available_providers())
 
 
+def test_command_explain_asks_about_the_activation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fusednorm, "explain", lambda *args, **keywords: asked.append(keywords) or "")
+    __main__.main(["explain", "bias_act_dropout", "--shape", "4x64", "--activation", "gelu"])
+    __main__.main(["explain", "bias_act_dropout", "--shape", "4x64"])
+    assert asked == [{"activation": "gelu"}, {}]
+
+
+def test_explain_of_a_name_says_what_to_pass():
+    with pytest.raises(TypeError, match=r"function: expected a function or a module, .* got 'layer_norm'"):
+        fusednorm.explain("layer_norm", [4])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -120,8 +133,9 @@ def test_command_explain(function, capsys):
         (["add_layer_norm", "--dropout-p", "1.5"], "dropout_p"),
         (["add_layer_norm", "--device", "nowhere"], "nowhere"),
         (["layer_norm", "--dropout-p", "0.5"], "has no dropout"),
+        (["layer_norm", "--activation", "gelu"], "--activation: layer_norm has none"),
     ],
-    ids=["shape", "probability", "device", "no_dropout"],
+    ids=["shape", "probability", "device", "no_dropout", "no_activation"],
 )
 def test_command_explain_says_what_is_wrong(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -69,7 +69,8 @@ def activation_bytes(
         layers, reason = [module], module._obstacle()
     else:
         raise TypeError(
-            f"module: expected one of this package's Transformer layers or stacks, got {type(module).__name__}"
+            "module: expected one of this package's TransformerEncoderLayer, TransformerDecoderLayer, "
+            f"TransformerEncoder or TransformerDecoder, got {type(module).__module__}.{type(module).__qualname__}"
         )
     if not reason and any(activation_name(layer.activation) is None for layer in layers):
         reason = "the activation is a function whose needs are not known"
