@@ -257,6 +257,18 @@ def test_shortcut_goes_by_what_was_measured(monkeypatch):
     ]
 
 
+def test_automatic_choice_is_the_same_with_the_shortcut_and_without_for_a_norm_with_nothing_to_add(monkeypatch):
+    """What is computed anew, as in a checkpoint, may not take the shortcut, and keeps what was kept the first time."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    names = []
+    for _ in range(2):
+        outputs = fusednorm.add_layer_norm(x, None, 8, weight)[0], fusednorm.layer_norm(x, 8, weight)
+        names.append([output.grad_fn.name() for output in outputs])
+        monkeypatch.setattr(providers, "shortcut", None)
+    assert names == [["NativeLayerNormBackward0"] * 2] * 2
+    assert "torch's own operators" in fusednorm.explain(fusednorm.add_layer_norm, x, None, 8, weight)
+
+
 def test_shortcut_refuses_a_wrong_number_of_arguments():
     with pytest.raises(TypeError, match="expected 5 arguments, got 1"):
         providers.shortcut.rms_norm(torch.randn(3))

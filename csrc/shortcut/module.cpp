@@ -143,6 +143,7 @@ bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* 
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
+  if (!call.by_cuda && !call.rms && !call.makes_stream()) return false;  // torch's own, as providers/cpu.py has it
   const int64_t columns = c10::multiply_integers(normalized);
   return call.by_cuda ? chooses_cuda(operation, call.x, columns, call.needs_grad)
                       : !prefers_torch(operation, call.x, columns, call.needs_grad);
