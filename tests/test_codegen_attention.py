@@ -8,6 +8,7 @@ architectures and under the oldest supported Triton, by `make test-all`.
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,10 @@ def test_attention_gate_fails_on_what_is_planted(kernel, plant, said):
 
 
 def test_committed_table_of_attention_has_every_configuration_of_today():
+    committed = (ROOT / "benchmarks/results/codegen_attention.md").read_text().splitlines()
+    here = ".".join(metadata.version("triton").split(".")[:2])
+    if not committed[2].startswith(f"Triton {here}."):
+        pytest.skip(f"Triton {here} takes other tiles in places, and the table is of another: {committed[2]}")
     program = """
 from benchmarks import codegen_attention as gate
 from benchmarks.codegen import ARCHITECTURES
@@ -100,7 +105,6 @@ for arch in ARCHITECTURES:
 """
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]
-    committed = (ROOT / "benchmarks/results/codegen_attention.md").read_text().splitlines()
     rows, expected = [line for line in committed if line.startswith("| attention_")], run.stdout.splitlines()
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))
