@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import _shortcut, providers
+from fusednorm import _norm_function, _shortcut, providers
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -255,6 +255,15 @@ def test_shortcut_goes_by_what_was_measured(monkeypatch):
         ("bias_dropout_add_layer_norm", torch.float32, 192, 8, True),
         ("rms_norm", torch.bfloat16, 192, 8, False),
     ]
+
+
+def test_shortcut_is_taken_in_a_backward_too(by_shortcut, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the node's gradients were left to Python")
+
+    monkeypatch.setattr(_norm_function, "shortcut_backward", refuse)
+    inputs = operands("add_layer_norm")
+    assert all(g is not None for g in differentiate(call("add_layer_norm", *inputs), inputs, [0], [torch.ones(5, 33)]))
 
 
 def test_automatic_choice_is_the_same_with_the_shortcut_and_without_for_a_norm_with_nothing_to_add(monkeypatch):

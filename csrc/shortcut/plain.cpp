@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <memory>
+#include <type_traits>
 
 namespace fusednorm_shortcut {
 
@@ -13,11 +14,25 @@ bool plain(const at::Tensor& tensor, c10::DispatchKey device) {
   return tensor.key_set() - usual == c10::DispatchKeySet(device) && !tensor._fw_grad(0).defined();
 }
 
+namespace {
+
+// What torch 2.11 leaves out during a backward, and later ones do not know; a tensor whose dimensions have names is not plain.
+template <class Key, class = void>
+struct Names {
+  static c10::DispatchKeySet keys() { return {}; }
+};
+template <class Key>
+struct Names<Key, std::void_t<decltype(Key::Named)>> {
+  static c10::DispatchKeySet keys() { return c10::DispatchKeySet(Key::Named); }
+};
+
+}  // namespace
+
 bool plain_thread() {
   const auto keys = c10::impl::tls_local_dispatch_key_set();
   // inference mode takes away the one and leaves out the others; it has no gradients
   const c10::DispatchKeySet views(c10::DispatchKey::ADInplaceOrView);
-  c10::DispatchKeySet excluded = keys.excluded_;
+  c10::DispatchKeySet excluded = keys.excluded_ - Names<c10::DispatchKey>::keys();
   if (!at::GradMode::is_enabled()) excluded = excluded - c10::autograd_dispatch_keyset - views;
   return (keys.included_ | views) == c10::default_included_set && excluded == c10::default_excluded_set;
 }
