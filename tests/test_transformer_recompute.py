@@ -70,6 +70,9 @@ def test_the_report_in_other_dtypes_and_layouts(dtype):
     assert sum(activation_bytes(layer, B, L, M).values()) == kept(layer, inputs("TransformerDecoderLayer", dtype))
     layer = module("TransformerEncoderLayer", batch_first=False, bias=False, dtype=dtype)
     assert sum(activation_bytes(layer, L, B).values()) == kept(layer, inputs("TransformerEncoderLayer", dtype))
+    for form in grid(norm_first=(False, True), norm=(True, False)):
+        layer = module("TransformerEncoder", dtype=dtype, **form)
+        assert sum(activation_bytes(layer, B, L).values()) == kept(layer, inputs("TransformerEncoder", dtype))
 
 
 def test_what_each_part_saves():

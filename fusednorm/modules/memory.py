@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _norm_function
+from .. import _norm_function, providers
 from .._dtypes import compute_dtype
 from ._layer import FusedLayer, activation_name, rate
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
@@ -127,8 +127,12 @@ def _layer(layer: Any, run: _Run, previous: Any, followed: bool) -> dict[str, in
 
 
 def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds: bool) -> int:
-    statistics = 2 * run.batch * run.length * run.statistic
-    efficient = adds and "norms" in layer.recompute and _invertible(norm.weight, norm.bias, run.dtype)
+    weight = norm.weight
+    # with nothing to add torch's own serves it on a CPU, whose statistics have the parameters' dtype
+    torchs = not adds and not p and providers.requested() is None and (weight is None or weight.is_cpu)
+    statistic = (run.dtype if weight is None else weight.dtype).itemsize if torchs else run.statistic
+    statistics = 2 * run.batch * run.length * statistic
+    efficient = adds and "norms" in layer.recompute and _invertible(weight, norm.bias, run.dtype)
     tensors = (adds and not efficient) + (feeds or efficient)
     return tensors * run.tensor(math.prod(norm.normalized_shape)) + statistics + (_SEED if p else 0)
 
