@@ -6,7 +6,8 @@
 
 Every case is checked against float64 at its own shape before it is timed; a wrong one gets no figure.
 Exit status: 0; 1 when a case was wrong or none was measured; 3 when --compare found a case slower beyond the spread.
-An interrupt (Ctrl-C) ends the measuring, and what was measured is written as ever.
+An interrupt (Ctrl-C) ends the measuring, and what was measured is written as ever. The file of --json is there from the
+first half minute on: a kernel that never returns, or a machine that is taken away, costs only what came after it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benchmarks.report_stats import AUTOMATIC
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
+WRITE_EVERY = 20.0  # seconds; a result of five hundred cases takes a tenth of one
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -231,7 +233,36 @@ def run(
         kept = [case for case in chosen if case.name not in left_out]
         most = max((case.bytes_moved for case in kept), default=0)
         roofline = measure.measure_roofline(device, timer, most, dtypes, seconds / 4)
-        records = []
+        records: list[dict] = []
+        method = {
+            "timer": timer.kind,
+            "correctness": "max|ours - fp64| <= 2 max|eager - fp64| + one rounding, at each shape measured, before "
+            f"timing; up to {measure.DRAWS} draws",
+            "sampling": f"variants interleaved in random order, {seconds} s a case, {measure.SLOW_ROUNDS} to "
+            f"{measure.MAX_ROUNDS} rounds; ratios are paired round by round, [..] is the 95% interval of their median",
+            "roofline": "the fastest device copy, in this run, of as many bytes as the byte model says; or the matmul "
+            "rate",
+            **machine,
+            "provider": arguments.provider or AUTOMATIC,
+            "level": arguments.level,
+            "only": arguments.only.pattern,
+            "clocks before": clocks_before,
+        }
+
+        def known(reason: str) -> dict[str, Any]:
+            """The result as it is now; `reason` is why what is neither measured nor left out is not there."""
+            there = {record["name"] for record in records} | left_out.keys()
+            return {
+                "format": 1,
+                "environment": facts,
+                "method": method | {"others": others.share(), "seconds": round(time.monotonic() - start, 1)},
+                "roofline": asdict(roofline),
+                "baselines": {"used": used, "absent": absent},
+                "left_out": left_out | {case.name: reason for case in kept if case.name not in there},
+                "cases": records,
+            }
+
+        written = time.monotonic()
         try:
             for case in progress(kept):
                 if time.monotonic() - start > limit:
@@ -240,36 +271,24 @@ def run(
                 if any(name.startswith("compile") for name in used):
                     torch._dynamo.reset()  # every case is another specialisation of the same code
                 records.append(run_case(case, device, timer, roofline, used, seconds))
+                if arguments.json and time.monotonic() - written > WRITE_EVERY:
+                    write(arguments.json, known("cut off"))
+                    written = time.monotonic()
         except KeyboardInterrupt:  # what was measured is worth its report
-            finished = {record["name"] for record in records}
-            left_out |= {c.name: "interrupted" for c in kept if c.name not in finished and c.name not in left_out}
+            pass
         measure.forget_problem()
-        taken = others.share()
-    method = {
-        "timer": timer.kind,
-        "correctness": "max|ours - fp64| <= 2 max|eager - fp64| + one rounding, at each shape measured, before timing; "
-        f"up to {measure.DRAWS} draws",
-        "sampling": f"variants interleaved in random order, {seconds} s a case, {measure.SLOW_ROUNDS} to "
-        f"{measure.MAX_ROUNDS} rounds; ratios are paired round by round, [..] is the 95% interval of their median",
-        "roofline": "the fastest device copy, in this run, of as many bytes as the byte model says; or the matmul rate",
-        **machine,
-        "others": taken,
-        "provider": arguments.provider or AUTOMATIC,
-        "level": arguments.level,
-        "only": arguments.only.pattern,
-        "clocks before": clocks_before,
-        "clocks after": clocks(device),
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    return {
-        "format": 1,
-        "environment": facts,
-        "method": method,
-        "roofline": asdict(roofline),
-        "baselines": {"used": used, "absent": absent},
-        "left_out": left_out,
-        "cases": records,
-    }
+        result = known("interrupted")
+    result["method"]["clocks after"] = clocks(device)
+    return result
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Whoever reads, or cuts this off, finds the old file or the new one."""
+    special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: not to be replaced
+    beside = path if special else path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if not special:
+        beside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parts.append("Conclusion\n\n" + report.conclusion(result))
     print("\n\n".join(filter(None, parts)))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write(arguments.json, result)
     if arguments.report:
         print("\nwritten:", *report.write(result, arguments.report), sep="\n  ")
     print(f"{len(result['cases'])} cases in {result['method']['seconds']:.0f} s, {len(result['left_out'])} left out")

@@ -336,3 +336,29 @@ def test_an_interrupted_benchmark_writes_what_it_has(monkeypatch, tmp_path):
     result = json.loads(raw.read_text())
     assert len(result["cases"]) == 1
     assert set(result["left_out"].values()) == {"interrupted"} and len(result["left_out"]) == 2
+
+
+def test_a_benchmark_that_is_killed_leaves_what_it_had(monkeypatch, tmp_path):
+    from benchmarks import run
+
+    class Killed(BaseException):
+        """What no program survives."""
+
+    real, calls = run.run_case, []
+
+    def second_never_returns(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(run, "run_case", second_never_returns)
+    monkeypatch.setattr(run, "WRITE_EVERY", 0.0)
+    raw = tmp_path / "raw.json"
+    options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
+    with pytest.raises(Killed):
+        run.main([*options, "--only", "^layer_norm/forward/float32"])
+    result = json.loads(raw.read_text())
+    assert [r["status"] for r in result["cases"]] == ["measured"] and list(tmp_path.iterdir()) == [raw]
+    assert set(result["left_out"].values()) == {"cut off"} and len(result["left_out"]) == 2
+    assert result["method"]["level"] == "quick"
