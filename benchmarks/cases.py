@@ -287,7 +287,7 @@ _NATIVE = providers.unavailable_reason("cpu") is None
 _CPU_LIMITS = {
     op.name: 1 << (14 if op.family == "attention" else 18) for op in OPS.values() if op.draws_mask and not _NATIVE
 }
-_FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
+FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 _ATTENTION = (TINY_ATTENTION, (8, 16, 512, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 8192, 128))
 _LAYERS = (TINY_LAYER, (4, 2048, 1024), (32, 256, 512))
@@ -309,7 +309,7 @@ SWEEPS = {
         layer_shapes=(TINY_LAYER, (8, 256, 512)),
     ),
     ("cpu", "full"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 26)),
+        (TINY, *(s for s in FULL if s[0] * s[1] <= 1 << 26)),
         ("float32", "bfloat16", "float16"),
         DIRECTIONS,
         ffn_shapes=(TINY, (1, 4096), (64, 4096), (1024, 3072), (4096, 4096)),
@@ -326,7 +326,7 @@ SWEEPS = {
         every_activation=True,
     ),
     ("cuda", "grid"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
+        (TINY, *(s for s in FULL if s[0] * s[1] <= 1 << 30)),
         ("bfloat16", "float32"),
         ffn_shapes=_FFN,
         every_activation=True,
@@ -352,7 +352,7 @@ SWEEPS = {
         layer_dtypes=("bfloat16",),
     ),
     ("cuda", "full"): Sweep(
-        (TINY, *(s for s in _FULL if s[0] * s[1] <= 1 << 30)),
+        (TINY, *(s for s in FULL if s[0] * s[1] <= 1 << 30)),
         ("bfloat16", "float16", "float32"),
         DIRECTIONS,
         ffn_shapes=_FFN,

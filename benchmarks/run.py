@@ -28,14 +28,14 @@ from typing import Any
 import torch
 
 import fusednorm
-from benchmarks import cases, measure, measure_load, report
+from benchmarks import cases, cases_targets, measure, measure_load, report
 from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
 from benchmarks.cases import Case
 from benchmarks.machine import clocks, environment
 from benchmarks.report_stats import AUTOMATIC
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
-SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5}
+SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5, "targets": 0.05}
 WRITE_EVERY = 20.0  # seconds; a result of five hundred cases takes a tenth of one
 
 
@@ -45,14 +45,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", dest="level", action="store_const", const="quick", default="default")
     size.add_argument("--grid", dest="level", action="store_const", const="grid", help="what choose.py asks for")
     size.add_argument("--full", dest="level", action="store_const", const="full", help="all widths, rows, directions")
+    size.add_argument(
+        "--targets",
+        dest="level",
+        action="store_const",
+        const="targets",
+        help="what a GPU's targets are about (see targets.py), most important first; on a CPU the default sweep",
+    )
     parser.add_argument("--only", metavar="REGEX", help="cases whose name contains a match (see --list)")
     parser.add_argument("--list", action="store_true", help="print the cases with their byte and FLOP models, and stop")
     parser.add_argument(
         "--baselines",
         metavar="NAMES",
-        default="peers",
         help=f"comma-separated, besides eager: {', '.join(n for n in BASELINES if n != 'eager')}; "
-        "peers (default): the sdpa-* and, on a GPU, other libraries that are importable; all; none",
+        "peers (default): the sdpa-* and, on a GPU, other libraries that are importable; all; none; of --targets, "
+        "peers,compile is the default, and a case is compared with what its target names",
     )
     parser.add_argument(
         "--provider", metavar="NAME", help="force one of fusednorm's providers (default: its own choice)"
@@ -80,6 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seconds {arguments.seconds}: must be positive")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if arguments.level == "targets" and (arguments.device or measure.best_device().type) == "cpu":
+        arguments.level = "default"
     try:
         cases.require_provider(arguments.provider)
         for folder in filter(None, (arguments.report, arguments.json and arguments.json.parent)):
@@ -93,7 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--compare: {error!r}")
     try:
-        arguments.baselines = _wanted(arguments.baselines)
+        default = "peers,compile" if arguments.level == "targets" else "peers"
+        arguments.baselines = _wanted(default if arguments.baselines is None else arguments.baselines)
     except ValueError as error:
         parser.error(f"--baselines: {error}")
     return arguments
@@ -215,7 +225,7 @@ def run(
     arguments: argparse.Namespace, chosen: list[Case], device: torch.device, excluded: Mapping[str, str]
 ) -> dict[str, Any]:
     """Measure what was chosen; `excluded` says by name why the sweep itself leaves some cases out."""
-    seconds = arguments.seconds or SECONDS[arguments.level]
+    seconds, on_targets = arguments.seconds or SECONDS[arguments.level], arguments.level == "targets"
     limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level not in ("full", "grid") else math.inf)
     start, clocks_before = time.monotonic(), clocks(device)
     facts = environment(device)
@@ -232,7 +242,8 @@ def run(
         dtypes = list(dict.fromkeys(case.operation.flop_dtype(case.torch_dtype) for case in chosen))
         kept = [case for case in chosen if case.name not in left_out]
         most = max((case.bytes_moved for case in kept), default=0)
-        roofline = measure.measure_roofline(device, timer, most, dtypes, seconds / 4)
+        # few samples a case, but what all are held against is the fastest of many
+        roofline = measure.measure_roofline(device, timer, most, dtypes, seconds / (1 if on_targets else 4))
         records: list[dict] = []
         method = {
             "timer": timer.kind,
@@ -268,9 +279,10 @@ def run(
                 if time.monotonic() - start > limit:
                     left_out[case.name] = f"time was up ({limit:g} s)"
                     continue
-                if any(name.startswith("compile") for name in used):
+                here = [name for name in used if not on_targets or cases_targets.compares(case, name)]
+                if any(name.startswith("compile") for name in here):
                     torch._dynamo.reset()  # every case is another specialisation of the same code
-                records.append(run_case(case, device, timer, roofline, used, seconds))
+                records.append(run_case(case, device, timer, roofline, here, seconds))
                 if arguments.json and time.monotonic() - written > WRITE_EVERY:
                     write(arguments.json, known("cut off"))
                     written = time.monotonic()
@@ -296,9 +308,13 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device) if arguments.device else measure.best_device()
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    sweep = cases.sweep_of(device.type, arguments.level)
-    chosen = [case for case in sweep.cases() if arguments.only.search(case.name)]
-    excluded = {name: reason for name, reason in sweep.left_out().items() if arguments.only.search(name)}
+    if arguments.level == "targets":
+        every, limited = cases_targets.every(), {}
+    else:
+        sweep = cases.sweep_of(device.type, arguments.level)
+        every, limited = sweep.cases(), sweep.left_out()
+    chosen = [case for case in every if arguments.only.search(case.name)]
+    excluded = {name: reason for name, reason in limited.items() if arguments.only.search(name)}
     if arguments.list:
         rows = [[c.name, c.bytes_moved, c.flops, f"{c.flops / c.bytes_moved:.2f}"] for c in chosen]
         print(report.table(["case", "bytes", "FLOP", "FLOP/byte"], rows))

@@ -171,6 +171,18 @@ def test_a_wrong_kernel_gets_no_figure(kernel, status, monkeypatch, tmp_path, ca
         assert lines and all(status.upper() in line and " us" not in line for line in lines)
 
 
+def test_a_case_without_memory_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
+    def without(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(fusednorm, "layer_norm", without)
+    raw = tmp_path / "raw.json"
+    assert run.main([*FAST, "--quick", "--only", "^(layer|rms)_norm/.*float32/4x64", "--json", str(raw)]) == 0
+    found = {r["name"].split("/")[0]: (r["status"], len(r["variants"])) for r in json.loads(raw.read_text())["cases"]}
+    assert found == {"layer_norm": ("out of memory", 0), "rms_norm": ("measured", 2)}
+    assert "Tried to allocate 2.00 GiB" in capsys.readouterr().out
+
+
 def test_a_wrong_gradient_gets_no_figure(monkeypatch, capsys):
     real = fusednorm.add_rms_norm
 

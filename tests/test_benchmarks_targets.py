@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import types
+from itertools import pairwise
 
 import pytest
+import torch
 from test_benchmarks_kept import measured
 from test_benchmarks_report import record
 
-from benchmarks import keep, targets
+from benchmarks import cases_targets, keep, measure, run, targets
+from benchmarks.baselines import BASELINES
 
 LARGE = {"shape": (32768, 4096), "dtype": "bfloat16"}
 STEP = {"op": "encoder_layer", "shape": (4, 2048, 1024), "dtype": "bfloat16", "direction": "both"}
@@ -110,3 +115,128 @@ def test_table_of_a_run_is_printed(tmp_path, capsys):
 def test_check_tells_an_old_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(targets, "TABLE", tmp_path / "targets.md")
     assert targets.main(["--check"]) == 1 and targets.main([]) == 0 and targets.main(["--check"]) == 0
+
+
+# --- the sweep that measures what the targets are about ---
+
+
+def stand_in(case, baselines):
+    """A record of the case as it comes from a GPU, with those of the baselines that run.py would compare it with."""
+    made = record(case.op, case.shape, case.dtype, case.direction, input_bytes=case.input_bytes)
+    names = [name for name in ("eager", *baselines) if cases_targets.compares(case, name)]
+    samples = dict(made["variants"]["eager"])
+    made["variants"] = {name: samples | {"inclusive": samples["samples"]} for name in ("fused", *names)}
+    return made | ({"kept_bytes": {"fused": 1, "eager": 2}} if case.op == "encoder_layer" else {})
+
+
+@pytest.mark.parametrize("libraries", [False, True], ids=["torch_alone", "with_peers"])
+def test_every_target_of_a_gpu_is_measured_by_its_sweep(libraries):
+    default = run.parse(["--baselines", "peers,compile", "--device", "cpu"]).baselines
+    there = [name for name in default if libraries or BASELINES[name][0] is None]
+    of = measured(*(stand_in(case, there) for case in cases_targets.every()), device="NVIDIA H200")
+    missing = [row[0] for row in targets.rows(of) if row[-1] == "not measured"]
+    assert missing == [text for text in (t.text for t in targets.GPU) if "quack" in text and not libraries]
+
+
+def test_nothing_is_measured_that_no_target_is_about():
+    """Neither a case nor a baseline of one."""
+
+    def comparisons(made):
+        return sum(len(list(target.figures(made))) for target in targets.GPU)
+
+    for case in cases_targets.every():
+        made = stand_in(case, BASELINES)
+        for name in made["variants"].keys() - {"fused", "eager"}:
+            fewer = copy.copy(made)
+            fewer["variants"] = {key: value for key, value in made["variants"].items() if key != name}
+            assert comparisons(fewer) < comparisons(made), (case.name, name)
+        assert comparisons(made), case.name
+
+
+def test_the_sweep_fits_minutes_and_begins_with_what_matters():
+    chosen, groups = cases_targets.every(), cases_targets.GROUPS
+    assert {name: len(cases) for name, cases in groups.items()} == {
+        "add": 21,
+        "epilogue": 6,
+        "attention": 12,
+        "layer": 1,
+        "plain": 480,
+    }
+    assert len({case.name for case in chosen}) == len(chosen) <= 570
+    assert [case.op for case in chosen[:21]] == ["add_layer_norm"] * 21
+    assert {case.input_bytes for case in groups["add"] + groups["epilogue"]} == {64 << 20, 256 << 20}
+    assert max(case.memory_needed for case in chosen) < 0.8 * (75 << 30)  # run.py leaves out what may not fit
+    dtypes = [case.dtype for case in groups["plain"]]
+    assert dtypes == sorted(dtypes, key=["bfloat16", "float16", "float32"].index)
+    first = [case.shape for case in groups["plain"][4 : 4 + 18 * 4]]  # the tiny shape before them, four cases a shape
+    assert {rows for rows, _ in first} == {1, 64, 1024, 4096, 65536}
+    assert {width for _, width in first} == {1 << n for n in (6, 8, 10, 12, 13, 14, 15, 16, 18)}
+
+
+def test_cases_that_share_inputs_and_float64_results_follow_one_another():
+    keys = [(case.op, case.shape, case.dtype) for case in cases_targets.every()]
+    changes = 1 + sum(a != b for a, b in pairwise(keys))
+    assert changes == len(set(keys)) < len(keys)
+
+
+def test_only_what_its_target_names_runs_beside_a_case(monkeypatch):
+    arguments = run.parse(["--device", "cpu", "--baselines", "peers,compile"])
+    arguments.level = "targets"  # as on a GPU
+    beside, resets = {}, []
+
+    def noted(case, device, timer, roofline, baselines, seconds):
+        beside.setdefault(case.op, set()).add(tuple(baselines))
+        return stand_in(case, baselines)
+
+    monkeypatch.setattr(run, "run_case", noted)
+    monkeypatch.setattr(run, "progress", iter)
+    monkeypatch.setattr(measure, "available_memory", lambda device: None)
+    monkeypatch.setattr(measure, "measure_roofline", lambda *_: measure.Roofline(((1, 1.0),), {}))
+    monkeypatch.setattr(torch, "_dynamo", types.SimpleNamespace(reset=lambda: resets.append(1)))
+    result = run.run(arguments, cases_targets.every(), torch.device("cpu"), {})
+    assert len(result["cases"]) == len(cases_targets.every()) and result["left_out"] == {}
+    attention = {("eager", "sdpa-flash", "sdpa-cudnn")}
+    assert beside == {
+        "add_layer_norm": {("eager",)},
+        "bias_dropout_add_layer_norm": {("eager", "compile")},
+        "attention": attention,
+        "attention_causal": attention,
+        "encoder_layer": {("eager", "compile")},
+        **{name: {("eager",)} for name in targets.NORMS},  # no other library without a GPU
+    }
+    assert len(resets) == 7
+
+
+def test_what_the_time_was_too_short_for_is_named(monkeypatch):
+    arguments = run.parse(["--device", "cpu", "--limit", "50"])
+    arguments.level, clock = "targets", [0.0]
+
+    def ten_seconds(case, *_):
+        clock[0] += 10
+        return stand_in(case, ["eager"])
+
+    monkeypatch.setattr(run, "run_case", ten_seconds)
+    monkeypatch.setattr(run, "progress", iter)
+    monkeypatch.setattr(measure, "available_memory", lambda device: None)
+    monkeypatch.setattr(measure, "measure_roofline", lambda *_: measure.Roofline(((1, 1.0),), {}))
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    result = run.run(arguments, cases_targets.every(), torch.device("cpu"), {})
+    assert [r["op"] for r in result["cases"]] == ["add_layer_norm"] * 6
+    assert set(result["left_out"].values()) == {"time was up (50 s)"} and len(result["left_out"]) == 514
+
+
+def test_a_cpus_targets_are_about_its_default_sweep(capsys):
+    arguments = run.parse(["--targets", "--device", "cpu"])
+    assert (arguments.level, arguments.baselines) == ("default", list(run.PEERS))
+    assert run.main(["--targets", "--device", "cpu", "--list", "--only", "^add_layer_norm"]) == 0
+    listed = {line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert len(listed) == 24 and "add_layer_norm/both/bfloat16/4x262144" in listed
+
+
+@pytest.mark.parametrize("asked", [None, "none", "all"])
+def test_baselines_of_the_targets_on_a_gpu(asked, monkeypatch):
+    monkeypatch.setattr(measure, "best_device", lambda: torch.device("cuda", 0))
+    arguments = run.parse(["--targets", *(["--baselines", asked] if asked else [])])
+    assert arguments.level == "targets"
+    compiled = [name for name in arguments.baselines if name.startswith("compile")]
+    assert compiled == {None: ["compile"], "none": [], "all": ["compile", "compile-max-autotune"]}[asked]
