@@ -52,7 +52,12 @@ def slug(device: str) -> str:
 def place(result: Record, folder: Path) -> Path:
     e = result["environment"]
     asked_for = f"-{forced}" if (forced := provider_asked_for(result)) else ""
+    asked_for += "-targets" if of_targets(result) else ""
     return folder / slug(e["device"]) / f"{e['date'][:10]}-{e['commit'] or 'unknown'}{asked_for}.json"
+
+
+def of_targets(result: Record) -> bool:
+    return result["method"]["level"] == "targets"
 
 
 def provider_asked_for(result: Record) -> str | None:
@@ -104,15 +109,23 @@ def keep(result: Record, folder: Path | None = None, force: bool = False) -> Pat
     return path
 
 
-def newest(folder: Path | None = None) -> list[tuple[Path, Record]]:
-    """The newest kept result of each device, GPUs first; not of a provider asked for, which is no user's choice."""
+def newest(folder: Path | None = None, for_targets: bool = False) -> list[tuple[Path, Record]]:
+    """The newest kept result of each device, GPUs first; not of a provider asked for, which is no user's choice.
+
+    `run.py --targets` makes the table of targets and other sweeps the README's figures, each the other's where there
+    is nothing else of a device.
+    """
     latest: dict[str, tuple[Path, Record]] = {}
+
+    def rank(result: Record) -> tuple[bool, str]:
+        return of_targets(result) == for_targets, result["environment"]["date"]
+
     for path in sorted((folder or RESULTS).glob("*/*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if provider_asked_for(result):
             continue
         device = path.parent.name
-        if device not in latest or result["environment"]["date"] >= latest[device][1]["environment"]["date"]:
+        if device not in latest or rank(result) >= rank(latest[device][1]):
             latest[device] = path, result
     return sorted(latest.values(), key=lambda found: found[1]["environment"]["device_type"] == "cpu")
 

@@ -4,6 +4,8 @@
     PYTHONPATH=. python3 benchmarks/targets.py --check                      # exit status 1 where it is another one
     PYTHONPATH=. python3 benchmarks/targets.py bench-report/benchmark.json  # the table of a run, printed
 
+`run.py --targets` measures what a GPU's targets are about; its kept result is taken before one of another sweep.
+
 A target is missed where its worst case is, beyond the spread of the samples; a case that comes short by less is within
 the spread. What no case of a run stands for was not measured, and is neither met nor missed.
 """
@@ -224,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.result:
         print(text(json.loads(arguments.result.read_text(encoding="utf-8"))))
         return 0
-    new = page(keep.newest())
+    new = page(keep.newest(for_targets=True))
     if arguments.check:
         follows = TABLE.exists() and TABLE.read_text(encoding="utf-8") == new
         print(f"{TABLE.name} {'follows' if follows else 'does not follow'} the data")

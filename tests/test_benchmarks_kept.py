@@ -104,6 +104,22 @@ def test_a_kept_result_has_its_place_and_every_sample(tmp_path):
     assert keep.keep(of, tmp_path, force=True) == path
 
 
+def test_the_sweep_of_the_targets_makes_their_table_and_another_the_figures(tmp_path):
+    def kept(level, day):
+        of = measured(date=f"2030-01-{day}T03:04:05+00:00", device="NVIDIA H200")
+        of["method"]["level"] = level
+        return keep.keep(of, tmp_path)
+
+    old = kept("targets", 11)
+    assert old.name == "2030-01-11-0123456789ab-targets.json"
+    found = [[path for path, _ in keep.newest(tmp_path, of)] for of in (False, True)]
+    assert found == [[old], [old]]  # better than none
+    default, same_day, newer = kept("default", 10), kept("default", 11), kept("targets", 12)
+    assert len({old, default, same_day, newer}) == 4
+    found = [[path for path, _ in keep.newest(tmp_path, of)] for of in (False, True)]
+    assert found == [[same_day], [newer]]
+
+
 def test_times_of_a_large_result_are_rounded_and_that_is_said(monkeypatch, tmp_path):
     of = measured()
     of["cases"][0]["variants"]["fused"]["samples"][0] = 1.23456789e-5
