@@ -18,7 +18,7 @@ PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/py
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-fast test-slow test test-all bench train gpu-check clean
+.PHONY: help install lint types test-fast test-slow test test-all bench train gpu-check gpu-norms clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -77,6 +77,10 @@ train: $(STAMP) ## a language model and a translator, fused beside torch's, into
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
 	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu $(ARGS)
+
+gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into bench-report/gpu-norms; installs nothing
+	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu-norms \
+	  --stages environment,build,tune,targets $(ARGS)
 
 clean: ## remove the environment, caches and reports
 	rm -rf $(VENV) $(BOOTSTRAP) $(OTHER) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

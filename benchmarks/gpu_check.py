@@ -3,12 +3,18 @@
     PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR
     PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --device cpu            # the same stages without a GPU
     PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --stages tests,sanitizer --minutes 5
+    PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --stages environment,build,tune,targets
 
 Needs torch, Triton and pytest, no network, and nothing installed of this repository. Stages: what the machine is; a
 build of native code, if there is any; the tests that a GPU runs; compute-sanitizer over a few calls; a quick benchmark.
+Two more run where --stages names them: the variants of the norms' kernels beside one another (tune), and what the
+targets are about with the table of them (targets).
+
 All of them end inside --minutes, what one leaves goes to the later ones, and each result is on disk as soon as it is
 known: OUTDIR/summary.md and summary.json. Beside them: environment.txt (the machine, and the build), tests.log,
-tests.xml, sanitizer.log, benchmark.log and benchmark.json, of which benchmarks/report.py makes tables and pictures.
+tests.xml, sanitizer.log, benchmark.log and benchmark.json, of which benchmarks/report.py makes tables and pictures;
+tune.log, tune.json, targets.log and targets.json. The stages of a plain call leave eight files at most, and so do the
+four of the last line above, which `make gpu-norms` runs.
 
 Exit status: 0 when every stage passed or had a good reason not to run; 1 otherwise; 2 for bad usage, or no GPU; 130
 when interrupted.
@@ -36,7 +42,9 @@ from benchmarks.gpu_stages import Stage
 ROOT = Path(__file__).resolve().parent.parent
 HERE = "benchmarks"
 STAGES = ("environment", "build", "tests", "sanitizer", "benchmark")
+ASKED_FOR = ("tune", "targets")  # beside the five they would not fit nine minutes
 TOOLS = ("memcheck", "racecheck", "initcheck")
+TABLE_SECONDS = 15.0  # for the table of targets, imports included
 # The machine's own, which every stage must share.
 NOT_FROM_PEERS = ("torch", "triton", "fusednorm")
 _DEVICE_CODE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -113,6 +121,19 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         tool = find_tool("compute-sanitizer") or "compute-sanitizer"
         return [driver, *([tool, "--tool", name, *options, *driver] for name in TOOLS)]
 
+    def in_time(limit: float) -> str:
+        """Of what takes no new case after so long: imports come before, the last case and the report after it."""
+        return f"{max(3.0, 0.95 * limit - 25.0):.0f}"
+
+    def tune(limit: float) -> list[list[str]]:
+        command = [*python, f"{HERE}/tune.py", "--device", device, "--limit", in_time(limit)]
+        return [[*command, "--json", str(outdir / "tune.json")]]
+
+    def targets(limit: float) -> list[list[str]]:
+        raw, seconds = str(outdir / "targets.json"), in_time(limit - TABLE_SECONDS)
+        command = [*python, f"{HERE}/run.py", "--targets", "--device", device, "--limit", seconds]
+        return [[*command, "--json", raw], [*python, f"{HERE}/targets.py", raw]]
+
     def benchmark(limit: float) -> list[list[str]]:
         # imports come before that limit begins to count, the last case and the report after it
         cases_for = max(3.0, 0.8 * limit - 15.0)
@@ -131,20 +152,24 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         Stage("tests", "tests.log", 190, lambda _: [tests], ("tests.xml",), env),
         Stage("sanitizer", "sanitizer.log", 110, sanitize, env=env | uncached, skip=missing_sanitizer(device)),
         Stage("benchmark", "benchmark.log", 110, benchmark, ("benchmark.json",), env | with_peers),
+        Stage("tune", "tune.log", 120, tune, ("tune.json",), env, most=180),
+        Stage("targets", "targets.log", 300, targets, ("targets.json",), env | with_peers, brief=TABLE_SECONDS),
     ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("outdir", type=Path, metavar="OUTDIR", help="made if it is not there; at most eight files")
+    parser.add_argument("outdir", type=Path, metavar="OUTDIR", help="made if it is not there")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=9.0, metavar="M", help="for everything (default: %(default)s)")
-    parser.add_argument("--stages", default=",".join(STAGES), metavar="NAMES", help="of %(default)s")
+    others = ", ".join(ASKED_FOR)
+    parser.add_argument("--stages", default=",".join(STAGES), metavar="NAMES", help=f"%(default)s (default); {others}")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="wheels or packages to be measured against")
     arguments = parser.parse_args(argv)
     arguments.stages = [name for name in re.split(r"[,\s]+", arguments.stages) if name]
-    if unknown := [name for name in arguments.stages if name not in STAGES]:
-        parser.error(f"--stages: unknown {', '.join(unknown)}; known are {', '.join(STAGES)}")
+    known = (*STAGES, *ASKED_FOR)
+    if unknown := [name for name in arguments.stages if name not in known]:
+        parser.error(f"--stages: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     if not arguments.stages:
         parser.error("--stages names none")
     if not 0 < arguments.minutes < 1e4:

@@ -42,6 +42,7 @@ class Stage:
     env: Mapping[str, str] = field(default_factory=dict)
     skip: str = ""  # why it need not run here
     most: float = math.inf  # seconds, whatever is left
+    brief: float | None = None  # seconds kept for each command after the first; None: all commands have equal shares
 
 
 class Ended(NamedTuple):
@@ -199,7 +200,8 @@ class Run:
             commands = stage.commands(limit)
             statuses = []
             for number, command in enumerate(commands):
-                share = (limit - (time.monotonic() - begun)) / (len(commands) - number)
+                later, share = len(commands) - number - 1, limit - (time.monotonic() - begun)
+                share = share / (later + 1) if stage.brief is None else max(share - later * stage.brief, 0.0)
                 ended = run_command(command, log, stage.env, share, tick)
                 statuses.append(ended.status)
                 if ended.status == FAILED:

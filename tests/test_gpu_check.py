@@ -144,14 +144,15 @@ sys.exit(gpu_check.main([{str(tmp_path)!r}, "--device", "cpu", "--minutes", "1"]
         assert process.returncode == 130
 
 
-def test_at_most_eight_files(tmp_path):
-    for device in ("cpu", "cuda"):
-        stages = gpu_check.stages(tmp_path, device, [])
-        assert [s.name for s in stages] == list(gpu_check.STAGES)
-        files = {name for s in stages for name in (s.log, *s.files)} | {"summary.json", "summary.md"}
-        assert len(files) == 8
-        written = " ".join(word for s in stages for command in s.commands(100.0) for word in command)
-        assert {name for name in files if str(tmp_path / name) in written} == {"tests.xml", "benchmark.json"}
+def test_a_brief_last_command_leaves_the_time_to_the_first(tmp_path):
+    commands = ["", "", ""]
+    found = check(tmp_path, 100, stage("equal", *commands, most=30), stage("brief", *commands, most=30, brief=2.0))
+    assert [found[name]["status"] for name in ("equal", "brief")] == ["passed"] * 2
+    for brief, first in ((None, 1.0), (0.2, 2.6)):
+        begun = time.monotonic()
+        (found, _) = check(tmp_path, 100, stage("slow", HANG, "", "", most=3, brief=brief)).values()
+        assert found["status"] == "timed out" and f"its {first:.0f} s were up" in found["reason"]
+        assert time.monotonic() - begun < 5
 
 
 def test_environment_stage_end_to_end(tmp_path, capfd):
@@ -316,49 +317,3 @@ def test_sanitized_calls_reach_every_form_of_the_native_kernels():
     finally:
         torch.ops.fusednorm_cuda.emulate(128, 512, 1, 1, 1)
     assert reached == set(gpu_sanitize_cuda.FORMS)
-
-
-def test_an_interrupted_benchmark_writes_what_it_has(monkeypatch, tmp_path):
-    from benchmarks import run
-
-    real, calls = run.run_case, []
-
-    def second_is_interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(run, "run_case", second_is_interrupted)
-    raw = tmp_path / "raw.json"
-    options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
-    assert run.main([*options, "--only", "^layer_norm/forward/float32"]) == 0
-    result = json.loads(raw.read_text())
-    assert len(result["cases"]) == 1
-    assert set(result["left_out"].values()) == {"interrupted"} and len(result["left_out"]) == 2
-
-
-def test_a_benchmark_that_is_killed_leaves_what_it_had(monkeypatch, tmp_path):
-    from benchmarks import run
-
-    class Killed(BaseException):
-        """What no program survives."""
-
-    real, calls = run.run_case, []
-
-    def second_never_returns(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise Killed
-        return real(*args)
-
-    monkeypatch.setattr(run, "run_case", second_never_returns)
-    monkeypatch.setattr(run, "WRITE_EVERY", 0.0)
-    raw = tmp_path / "raw.json"
-    options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
-    with pytest.raises(Killed):
-        run.main([*options, "--only", "^layer_norm/forward/float32"])
-    result = json.loads(raw.read_text())
-    assert [r["status"] for r in result["cases"]] == ["measured"] and list(tmp_path.iterdir()) == [raw]
-    assert set(result["left_out"].values()) == {"cut off"} and len(result["left_out"]) == 2
-    assert result["method"]["level"] == "quick"
