@@ -1,0 +1,194 @@
+"""The forms that are tried beside the table's own: numbers for the CUDA kernels, configurations for Triton's.
+
+CUDA: every form that holds a row is listed, and the nearest to the table's are kept: those that the fewest halvings and
+doublings of its numbers lead to. In the backward one thing is varied at a time: how threads share a row, or how many
+blocks visit the rows. What the kernels cannot take after all fails when it is called.
+
+Triton: a few steps from the table's configuration, each of which holds the row too. A step keeps the registers that
+one element has, so programs of more elements are assumed to be fewer on a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from fusednorm.providers.triton_config import Config
+
+MOST_CUDA, MOST_TRITON = 8, 5  # beside the table's own
+RANKS = (1, 2, 4, 8)
+_WARP = 32
+_LEAST_BLOCK = 64  # threads; less leaves a multiprocessor's places for warps empty
+_FORWARD_BLOCK = 128  # most threads of a forward block, for each vector a thread holds
+_BACKWARD_BLOCK = 512
+_SLABS = (128, 256, 512)  # threads of a block that sees a slab of the row
+_RESIDENT = (512, 1024, 2048)  # threads on a multiprocessor, in what numbers of programs are tried
+_MOST_ELEMENTS = {"forward": 64, "backward": 40}  # of a Triton program, a thread: registers end there
+_MOST_PER_SM = 16
+_REREAD = (Config(1, 4096, 0, 16, 1), Config(1, 8192, 0, 32, 1))  # the row is read again where it could be held
+
+T = TypeVar("T")
+
+
+class Forward(NamedTuple):
+    """How threads share a row in the CUDA forward."""
+
+    chunks: int  # vectors of 16 bytes a thread
+    threads: int  # of a block for one row
+    rows: int  # a block
+    ranks: int  # blocks of a cluster for one row
+
+    @property
+    def text(self) -> str:
+        return f"c{self.chunks} t{self.threads} r{self.rows} k{self.ranks}"
+
+
+class Backward(NamedTuple):
+    """The same of the backward, where a thread has one vector."""
+
+    threads: int
+    rows: int
+    ranks: int
+    programs: int = 0  # blocks, or clusters, that visit the rows in turns; 0 leaves their number to the table
+
+    @property
+    def text(self) -> str:
+        return f"t{self.threads} r{self.rows} k{self.ranks}" + (f" p{self.programs}" if self.programs else "")
+
+
+class Pinned(NamedTuple):
+    """A Triton configuration whose programs are more or fewer on a multiprocessor with the registers of another one.
+
+    Another tuple than any `Config`: variants are kept by it, and a `Config` states registers that follow from `per_sm`.
+    """
+
+    block_m: int
+    block_n: int
+    chunks: int
+    warps: int
+    per_sm: int
+    registers: int
+
+    @property
+    def stages(self) -> int:
+        return 1
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def distance(a: Sequence[int], b: Sequence[int]) -> float:
+    """Halvings and doublings from one to the other."""
+    return sum(abs(math.log2(x / y)) for x, y in zip(a, b))
+
+
+def nearest(table: tuple[int, ...], found: Iterable[T]) -> list[T]:
+    """Without the table's own, and each once."""
+    others = dict.fromkeys(form for form in found if form != table)
+    return sorted(others, key=lambda form: distance(form, table))  # type: ignore[arg-type]
+
+
+def _threads(vectors: int) -> int:
+    """That hold so many vectors, one each: a power of two within a warp, else whole warps."""
+    return 1 << (vectors - 1).bit_length() if vectors <= _WARP else ceil(vectors, _WARP) * _WARP
+
+
+def _rows(threads: int, ranks: int, most: int) -> Iterator[int]:
+    """How many rows may share a block: several only where one takes no more than a warp, and is no cluster's."""
+    if threads > _WARP or ranks > 1:
+        yield from [1] if _LEAST_BLOCK <= threads <= most else []
+        return
+    block = _LEAST_BLOCK
+    while block <= most:
+        yield block // threads
+        block *= 2
+
+
+def cuda_forward(vectors: int, table: Forward, most_ranks: int = 8) -> list[Forward]:
+    """For rows of so many vectors. In one tile; four vectors a thread also in several, which read the row again."""
+    found = []
+    for chunks in (1, 2, 4):
+        most = _FORWARD_BLOCK * chunks
+        for ranks in (r for r in RANKS if r <= most_ranks):
+            threads = _threads(ceil(vectors, chunks * ranks))
+            if chunks == 4:
+                threads = min(threads, most)
+            found += [Forward(chunks, threads, rows, ranks) for rows in _rows(threads, ranks, most)]
+    return nearest(table, found)[:MOST_CUDA]
+
+
+def cuda_backward(
+    vectors: int, table: Backward, n_rows: int, processors: int, slabs: bool, most_ranks: int = 8
+) -> list[Backward]:
+    """`slabs`: the table has blocks that see a part of the row each, and know nothing of one another."""
+    shape, held, cut = table[:3], [], []
+    for ranks in (r for r in RANKS if r <= most_ranks):
+        threads = _threads(ceil(vectors, ranks))
+        held += [(threads, rows, ranks) for rows in _rows(threads, ranks, _BACKWARD_BLOCK)]
+    if slabs or table.ranks > 1:
+        cut = [(threads, 1, 1) for threads in _SLABS if threads < vectors]
+    shapes = [Backward(*s) for s in [*nearest(shape, held), *nearest(shape, cut)]]
+    blocks = ceil(vectors, table.threads) if slabs else table.ranks  # of a row
+    groups = ceil(n_rows, table.rows)
+    programs = []
+    for resident in _RESIDENT:
+        fitting = max(resident // (table.threads * table.rows), 1)
+        programs.append(Backward(*shape, programs=min(max(processors * fitting // blocks, 1), groups)))
+    return list(dict.fromkeys([*shapes[:3], *programs, *shapes[3:]]))[:MOST_CUDA]
+
+
+# --- Triton ---
+
+
+def triton_text(config: Config | Pinned) -> str:
+    tile = f"[{config.block_m}, {config.block_n}] w{config.warps} p{config.per_sm}"
+    return f"{config.chunks or 'wide'} x {tile}"
+
+
+def elements(config: Config | Pinned) -> int:
+    """That a program holds at a time."""
+    return config.block_m * config.block_n * max(config.chunks, 1)
+
+
+def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
+    """Twice and half the warps, more rows, and what else is near, of at most so many elements a thread."""
+    m, columns, chunks, warps, _ = base
+
+    def step(block_m: int, block_n: int, warps: int) -> list[Config]:
+        """The tile, as often as a row takes; nothing where no such program can be."""
+        new = Config(block_m, block_n, ceil(n, block_n) if chunks else 0, warps, 1)
+        if min(block_m, block_n, warps) < 1 or warps > 32 or elements(new) > most * 32 * warps:
+            return []
+        return [new._replace(per_sm=max(1, base.per_sm * elements(base) // elements(new)))]
+
+    yield from step(2 * m, columns, 2 * warps) if chunks == 1 else step(m, 2 * columns, 2 * warps)
+    yield from step(m // 2, columns, warps // 2) if m > 1 else step(m, columns // 2, warps // 2)
+    if m > 1:
+        yield from step(2 * m, columns, warps)
+    elif chunks:  # more rows on the same threads, each of which then has more of a row
+        yield from step(4, columns // 4, warps) or step(2, columns // 2, warps)
+    yield from step(m, columns, warps // 2)
+    if chunks > 2:
+        yield from step(m, 4 * columns, 4 * warps)
+    if not chunks:
+        yield from step(m, 2 * columns, warps)
+        yield from step(m, columns // 2, warps)
+
+
+def _pruned(base: Config, found: Iterable[Config | Pinned]) -> list[Config | Pinned]:
+    return [config for config in dict.fromkeys(found) if config != base][:MOST_TRITON]
+
+
+def triton_forward(n: int, base: Config) -> list[Config | Pinned]:
+    reread = [config for config in _REREAD if base.chunks and n > config.block_n]
+    return _pruned(base, [*_shapes(n, base, _MOST_ELEMENTS["forward"]), *reread])
+
+
+def triton_backward(n: int, base: Config, slab: Config) -> list[Config | Pinned]:
+    """`slab` is the configuration of rows that are too wide to be held."""
+    others = [p for p in (base.per_sm // 2, 2 * base.per_sm) if 0 < p <= _MOST_PER_SM]
+    programs = [Pinned(*base[:4], per_sm, base.registers) for per_sm in others]
+    slabs = [slab] if base.chunks and n >= 4 * slab.block_n else []
+    return _pruned(base, [*programs, *slabs, *_shapes(n, base, _MOST_ELEMENTS["backward"])])
