@@ -72,7 +72,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   a.partials = partials ? data_of(partials) : nullptr;
   void* const stream = current_stream(device);
   activation_launchers(dtype).backward(a, form, programs, stream);
-  if (wants_dbias) sum_partials({a.partials, programs, a.n_columns, {data_of(dbias)}, {dtype_of(bias)}}, 1, wide, stream);
+  if (wants_dbias) sum_partials({a.partials, programs, a.n_columns, {data_of(dbias)}, {dtype_of(bias)}}, 1, wide, limit.early, stream);
   give(stack, dx, dbias);
 }
 

@@ -28,6 +28,7 @@ struct Form {
   int rows;      // a block
   int ranks;     // blocks of a cluster for one row
   int tiles;     // in a row
+  bool staged;   // the backward's rows come through shared memory
 };
 
 // Partial sums, (sums, programs, columns), and the gradients they add up to.

@@ -17,7 +17,16 @@ namespace fusednorm_cuda {
 
 constexpr unsigned kEveryLane = 0xffffffffu;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kSinceHopper = false;
+#else
+constexpr bool kSinceHopper = true;
+#endif
+
 FN_DEVICE void sync_threads() { __syncthreads(); }
+
+// The compiler moves no access to memory across.
+FN_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // The barrier also orders accesses to the shared memory of the other blocks. Without clusters there is but one block.
 FN_DEVICE void sync_cluster() {
@@ -50,6 +59,66 @@ FN_DEVICE V shuffle_xor(V value, int offset) {
 
 extern __shared__ __align__(16) char shared_memory[];
 
+FN_DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+// What the blocks of a cluster send to this one, counted in bytes by a barrier of 8 bytes in its shared memory. A cluster
+// barrier would do, but orders global memory too: it waits until every store so far has arrived there.
+class Arrivals {
+ public:
+  static constexpr int kBytes = 8;
+
+  FN_DEVICE explicit Arrivals(int offset) : address_(shared_address(shared_memory + offset)) {}
+
+  // By one thread, before the cluster meets for the first time.
+  FN_DEVICE void start() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  // By one thread, once for each round of sending.
+  FN_DEVICE void expect([[maybe_unused]] int bytes) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
+#endif
+  }
+  // Until all is here; `odd` in every other round.
+  FN_DEVICE void wait([[maybe_unused]] bool odd) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(address_), "r"(int(odd)) : "memory");
+#endif
+  }
+  FN_DEVICE unsigned address() const { return address_; }
+
+ private:
+  unsigned address_;
+};
+
+// Of kernels launched one after another: the next may start where this one leaves room, and waits until it has ended.
+FN_DEVICE void launch_next() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+FN_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Copies of this thread begun since the last commit are a group; wait until all but the newest PENDING are there.
+FN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+FN_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // An array in the block's dynamic shared memory, `offset` bytes in.
 template <class V>
 class Shared {
@@ -57,13 +126,29 @@ class Shared {
   FN_DEVICE explicit Shared(int offset) : data_(reinterpret_cast<V*>(shared_memory + offset)) {}
   FN_DEVICE V get(int i) const { return data_[i]; }
   FN_DEVICE void set(int i, V value) const { data_[i] = value; }
-  // In the shared memory of another block of the cluster.
-  FN_DEVICE void set_in([[maybe_unused]] int rank, int i, V value) const {
+  // To the shared memory of a block of the cluster, where `arrivals` counts it.
+  FN_DEVICE void send([[maybe_unused]] int rank, [[maybe_unused]] int i, [[maybe_unused]] V value,
+                      [[maybe_unused]] const Arrivals& arrivals) const {
 #if __CUDA_ARCH__ >= 900
-    *static_cast<V*>(__cluster_map_shared_rank(data_ + i, rank)) = value;
-#else
-    data_[i] = value;
+    unsigned slot, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(slot) : "r"(shared_address(data_ + i)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(arrivals.address()), "r"(rank));
+    if constexpr (sizeof(V) == 8)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(slot),
+                   "l"(__double_as_longlong(value)), "r"(barrier)
+                   : "memory");
+    else
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(slot),
+                   "r"(__float_as_uint(value)), "r"(barrier)
+                   : "memory");
 #endif
+  }
+  // 16 bytes from global memory, not waited for; zeros where not `inside`.
+  FN_DEVICE void copy(int i, const void* from, bool inside) const {
+    static_assert(sizeof(V) == 16);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(data_ + i)),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
   }
 
  private:
@@ -99,6 +184,7 @@ namespace fusednorm_cuda {
 using fusednorm_emulation::Machine;
 
 constexpr unsigned kEveryLane = 0xffffffffu;
+constexpr bool kSinceHopper = true;
 
 inline void sync_threads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   Machine::get().sync_threads({file, line});
@@ -108,6 +194,14 @@ inline void sync_cluster(const char* file = __builtin_FILE(), int line = __built
 }
 inline int cluster_rank() { return int(Machine::get().cluster_rank()); }
 inline int cluster_size() { return int(Machine::get().cluster_size()); }
+inline void keep_order() {}
+inline void launch_next() {}
+inline void wait_for_previous() {}
+inline void commit_copies() { Machine::get().commit_copies(); }
+template <int PENDING>
+void wait_copies(int line = __builtin_LINE()) {
+  Machine::get().wait_copies(PENDING, line);
+}
 
 template <class V>
 V shuffle_xor(V value, int offset, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -118,6 +212,15 @@ V shuffle_xor(V value, int offset, const char* file = __builtin_FILE(), int line
   return value;
 }
 
+// Where the blocks of a cluster wait for what they send one another, all of them meet.
+struct Arrivals {
+  static constexpr int kBytes = 8;
+  explicit Arrivals(int) {}
+  void start() const {}
+  void expect(int) const {}
+  void wait(bool, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const { sync_cluster(file, line); }
+};
+
 template <class V>
 class Shared {
  public:
@@ -125,9 +228,17 @@ class Shared {
   V get(int i, int line = __builtin_LINE()) const {
     return Machine::get().shared_read<V>(unsigned(cluster_rank()), at(i), line);
   }
-  void set(int i, V value, int line = __builtin_LINE()) const { set_in(cluster_rank(), i, value, line); }
-  void set_in(int rank, int i, V value, int line = __builtin_LINE()) const {
+  void set(int i, V value, int line = __builtin_LINE()) const {
+    Machine::get().shared_write(unsigned(cluster_rank()), at(i), value, line);
+  }
+  void send(int rank, int i, V value, const Arrivals&, int line = __builtin_LINE()) const {
     Machine::get().shared_write(unsigned(rank), at(i), value, line);
+  }
+  void copy(int i, const void* from, bool inside, int line = __builtin_LINE()) const {
+    static_assert(sizeof(V) == 16);
+    V value{};
+    if (inside) value = *static_cast<const V*>(from);
+    Machine::get().begin_copy(at(i), &value, line);
   }
 
  private:

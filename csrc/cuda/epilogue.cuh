@@ -16,7 +16,8 @@ FN_DEVICE Path path_of(const Common& a, uint64_t seed, int64_t row) {
   return c[0] >= a.path.threshold ? Path::kKept : Path::kDropped;
 }
 
-template <class T, int V, bool ALIGNED>
+// Without `EVERYTHING` there is neither layer scale nor drop path.
+template <class T, int V, bool ALIGNED, bool EVERYTHING = true>
 struct At {
   using C = Compute<T>;
   using N = Numbers<C, V>;
@@ -27,9 +28,9 @@ struct At {
   int column, width;  // of the row: 0 where there is none
 
   FN_DEVICE bool has_x_bias() const { return a.x_bias.data; }
-  FN_DEVICE bool has_layer_scale() const { return a.layer_scale.data; }
+  FN_DEVICE bool has_layer_scale() const { return EVERYTHING && a.layer_scale.data; }
   FN_DEVICE bool drops() const { return a.element.on; }
-  FN_DEVICE Path path() const { return row_path; }
+  FN_DEVICE Path path() const { return EVERYTHING ? row_path : Path::kNone; }
   FN_DEVICE N x_bias() const { return load_parameter<T, V, ALIGNED>(a.x_bias, column, a.n_columns); }
   FN_DEVICE N layer_scale() const { return load_parameter<T, V, ALIGNED>(a.layer_scale, column, a.n_columns); }
   FN_DEVICE C element_scale() const { return C(a.element.scale); }

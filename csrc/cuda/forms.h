@@ -14,6 +14,7 @@ struct Limits {
   int backward_threads = 512;  // of a block
   int clusters = 1;            // most blocks of a cluster; 1 where there are none
   int processors = 1;
+  bool early = false;  // a kernel may stand ready while the one before it ends
 };
 
 constexpr int64_t kMostColumns = int64_t(1) << 30;  // a column and a tile past it fit in an int

@@ -20,6 +20,7 @@ Limits ask(int device) {
   Limits limits;
   limits.processors = attribute(cudaDevAttrMultiProcessorCount);
   limits.clusters = attribute(cudaDevAttrClusterLaunch) ? 8 : 1;  // 8 is what every such device has
+  limits.early = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   return limits;
 }
 

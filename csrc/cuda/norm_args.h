@@ -21,7 +21,7 @@ struct Forward : Common {
   Rows x, residual;
   void *normed, *z, *stats;
   double eps;
-  double tile_scale;  // a power of two: sums of a tile's columns scaled by it do not overflow
+  float tile_scale;  // a power of two: sums of a tile's columns scaled by it do not overflow
   int tiles;
 };
 
@@ -32,6 +32,8 @@ struct Backward : Common {
   void* sums;  // row means made before, where a block sees only a slab of each row
   void *dx, *dresidual;
   void* partials;  // (sums over rows, programs, columns)
+  int rounds;  // rows that a thread visits, or would if there were as many
+  float share;  // 1 / n_columns
   int dweight, dbias, dx_bias, dlayer_scale;  // which of the sums, or -1
 };
 

@@ -1,6 +1,7 @@
 // The forward of every norm of the family: one body for LayerNorm and RMSNorm, with and without the epilogue.
 //
-// A row lies in the registers of its threads, a tile of it where it is too wide; narrow rows share a block.
+// A row lies in the registers of its threads, a tile of it where it is too wide; narrow rows share a block. Without
+// `EPILOGUE` there is but a residual, and one stride from row to row.
 #pragma once
 
 #include "epilogue.cuh"
@@ -9,17 +10,20 @@
 namespace fusednorm_cuda {
 
 // Most threads of a block, and least blocks of a multiprocessor, by vectors a thread: what registers are held to.
-template <int CHUNKS, bool ALIGNED>
+template <class T, class S, int CHUNKS, bool EPILOGUE, bool ALIGNED>
 struct ForwardBounds {
   static constexpr int kThreads = ALIGNED ? 128 * CHUNKS : 512;
-  static constexpr int kBlocks = !ALIGNED || CHUNKS == 4 ? 1 : CHUNKS == 2 ? 3 : 8;
+  static constexpr bool kNarrow = sizeof(S) == sizeof(T) && sizeof(T) < 8;
+  static constexpr int kPlain = CHUNKS == 1 ? (sizeof(T) < 8 ? 10 : 8) : CHUNKS == 2 ? 4 : kNarrow && kSinceHopper ? 2 : 1;
+  static constexpr int kBlocks = !ALIGNED ? 1 : !EPILOGUE ? kPlain : CHUNKS == 1 ? 8 : CHUNKS == 2 ? 3 : 1;
 };
 
 // z of one vector, rounded to S.
-template <class T, class S, int V, bool ALIGNED>
+template <class T, class S, int V, bool EPILOGUE, bool ALIGNED>
 FN_DEVICE Raw<S, V> combine(const Forward& a, const Raw<T, V>& x, const Either<T, S, V>& residual, uint64_t seed, Path path,
                             int64_t row, int column) {
-  const auto z = branch(At<T, V, ALIGNED>{a, seed, path, row, column, a.n_columns}, x.numbers());
+  auto z = x.numbers();
+  if constexpr (EPILOGUE) z = branch(At<T, V, ALIGNED>{a, seed, path, row, column, a.n_columns}, z);
   return Raw<S, V>::of(a.residual.data ? residual.numbers(a.residual_is_narrow) + z : z);
 }
 
@@ -37,25 +41,26 @@ FN_DEVICE void store_normed(const Forward& a, const Numbers<Compute<T>, V>& z, C
 }
 
 // Grid (groups of rows x ranks), block (threads of a row, rows).
-template <class T, class S, int CHUNKS, bool ALIGNED>
-FN_KERNEL((ForwardBounds<CHUNKS, ALIGNED>::kThreads), (ForwardBounds<CHUNKS, ALIGNED>::kBlocks))
+template <class T, class S, int CHUNKS, bool EPILOGUE, bool ALIGNED>
+FN_KERNEL((ForwardBounds<T, S, CHUNKS, EPILOGUE, ALIGNED>::kThreads), (ForwardBounds<T, S, CHUNKS, EPILOGUE, ALIGNED>::kBlocks))
 add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   using C = Compute<T>;
   constexpr int V = 16 / sizeof(T);
   const int n = a.n_columns, threads = int(blockDim.x);
   const int rank = cluster_rank(), ranks = cluster_size();
-  const int64_t row = int64_t(blockIdx.x) / ranks * blockDim.y + threadIdx.y;
+  const int64_t row = int64_t(blockIdx.x / unsigned(ranks)) * blockDim.y + threadIdx.y;
   const bool active = row < a.n_rows;
   const int width = active ? n : 0;  // a row that is not there has no columns, but its threads meet the others
   const int span = threads * V * CHUNKS;
-  const uint64_t seed = a.seed ? uint64_t(*a.seed) : 0;
-  const Path path = path_of(a, seed, row);
-  const char* const x_row = active ? row_at(a.x, row) : nullptr;
-  const char* const residual_row = active && a.residual.data ? row_at(a.residual, row) : nullptr;
+  const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
+  const Path path = EPILOGUE ? path_of(a, seed, row) : Path::kNone;
+  const auto row_of = [&](const Rows& rows) { return EPILOGUE ? row_at(rows, row) : rows.data + row * rows.stride; };
+  const char* const x_row = active ? row_of(a.x) : nullptr;
+  const char* const residual_row = active && a.residual.data ? row_of(a.residual) : nullptr;
   S* const z_row = static_cast<S*>(a.z) + (a.z && active ? row * n : 0);
   RowGroup<C> group(threads);
 
-  Numbers<C, V> z[CHUNKS];
+  Raw<S, V> z[CHUNKS];  // as it is stored: half the registers where that is in 16 bits
   C mean = 0, squares = 0;
 #pragma unroll 1
   for (int tile = 0; tile < a.tiles; ++tile) {
@@ -73,13 +78,11 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const int column = first + c * threads * V;
-      const Raw<S, V> raw = combine<T, S, V, ALIGNED>(a, x[c], residual[c], seed, path, row, column);
-      if (a.z) raw.template store<ALIGNED>(z_row, column, width);
+      z[c] = combine<T, S, V, EPILOGUE, ALIGNED>(a, x[c], residual[c], seed, path, row, column);
+      if (a.z) z[c].template store<ALIGNED>(z_row, column, width);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        z[c][i] = column + (ALIGNED ? 0 : i) < width ? C(raw.get(i)) : C(0);
-        total[0] += z[c][i] * C(a.tile_scale);
-      }
+      for (int i = 0; i < V; ++i)
+        if (column + (ALIGNED ? 0 : i) < width) total[0] += C(z[c].get(i)) * C(a.tile_scale);
     }
     const int start = tile * ranks * span;
     const C count = C(n - start < ranks * span ? n - start : ranks * span);
@@ -93,7 +96,7 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
     for (int c = 0; c < CHUNKS; ++c) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const C d = z[c][i] - tile_mean;
+        const C d = C(z[c].get(i)) - tile_mean;
         if (first + c * threads * V + (ALIGNED ? 0 : i) < width) centred[0] += d * d;
       }
     }
@@ -119,16 +122,16 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
       for (int c = 0; c < CHUNKS; ++c) {
         const int column = first + c * threads * V;
         if (a.z) {
-          z[c] = Raw<S, V>::template load<ALIGNED>(z_row, column, width).numbers();
+          z[c] = Raw<S, V>::template load<ALIGNED>(z_row, column, width);
         } else {
-          z[c] = Raw<T, V>::template load<ALIGNED>(x_row, column, width).numbers();
+          z[c] = Raw<S, V>::of(Raw<T, V>::template load<ALIGNED>(x_row, column, width).numbers());
         }
       }
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       const int column = first + c * threads * V;
-      if (column < width) store_normed<T, V, ALIGNED>(a, z[c], mean, rstd, row, column);
+      if (column < width) store_normed<T, V, ALIGNED>(a, z[c].numbers(), mean, rstd, row, column);
     }
   }
 }

@@ -1,6 +1,8 @@
 // From a form to a grid: the launches of one pair of row dtypes.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "norm_backward.cuh"
 #include "norm_forward.cuh"
@@ -8,38 +10,64 @@
 
 namespace fusednorm_cuda {
 
-template <class T, class S>
-void launch_forward(const Forward& a, const Form& f, void* stream) {
-  const auto run = [&](void (*kernel)(const Forward)) {
-    const int64_t groups = (a.n_rows + f.rows - 1) / f.rows;
-    launch<const Forward>(kernel, a, groups * f.ranks, 1, f.threads, f.rows, f.ranks, RowGroup<Compute<T>>::kSharedBytes, stream);
-  };
-  if (!f.aligned) return run(add_layer_norm_fwd_kernel<T, S, 2, false>);
-  if (f.chunks == 1) return run(add_layer_norm_fwd_kernel<T, S, 1, true>);
-  if (f.chunks == 2) return run(add_layer_norm_fwd_kernel<T, S, 2, true>);
-  run(add_layer_norm_fwd_kernel<T, S, 4, true>);
+template <class T, class S, bool EPILOGUE>
+auto aligned_forward_kernel(int chunks) {
+  return chunks == 1   ? add_layer_norm_fwd_kernel<T, S, 1, EPILOGUE, true>
+         : chunks == 2 ? add_layer_norm_fwd_kernel<T, S, 2, EPILOGUE, true>
+                       : add_layer_norm_fwd_kernel<T, S, 4, EPILOGUE, true>;
 }
 
 template <class T, class S>
+auto forward_kernel(const Form& f, bool epilogue) {
+  if (!f.aligned) return add_layer_norm_fwd_kernel<T, S, 2, true, false>;
+  return epilogue ? aligned_forward_kernel<T, S, true>(f.chunks) : aligned_forward_kernel<T, S, false>(f.chunks);
+}
+
+template <class T, class S>
+void launch_forward(const Forward& a, const Form& f, bool epilogue, void* stream) {
+  const int64_t groups = (a.n_rows + f.rows - 1) / f.rows;
+  const Grid grid{groups * f.ranks, 1, f.threads, f.rows, f.ranks, RowGroup<Compute<T>>::kSharedBytes};
+  launch<const Forward>(forward_kernel<T, S>(f, epilogue), a, grid, stream);
+}
+
+template <class T, class S>
+struct BackwardLaunch {
+  void (*kernel)(const Backward);
+  Grid grid;
+
+  BackwardLaunch(const Form& f, bool epilogue, int programs) {
+    using C = Compute<T>;
+    constexpr int kVector = 16 / sizeof(T);
+    kernel = !f.aligned  ? add_layer_norm_bwd_kernel<T, S, kElements, true>
+             : !f.staged ? add_layer_norm_bwd_kernel<T, S, kVectors, true>
+             : epilogue  ? add_layer_norm_bwd_kernel<T, S, kStaged, true>
+                         : add_layer_norm_bwd_kernel<T, S, kStaged, false>;
+    const int stages = f.staged ? Stages<T, S, kVector>::kBytes * f.threads * f.rows : 0;
+    const int sums = partial_columns(f, kVector) * int(sizeof(C));  // in the same place, afterwards
+    const int shared_bytes = RowGroup<C>::kSharedBytes + std::max(stages, sums);
+    grid = {int64_t(f.ranks) * f.tiles, programs, f.threads, f.rows, f.ranks, shared_bytes};
+  }
+};
+
+template <class T, class S>
 void launch_backward(const Backward& a, const Form& f, bool epilogue, int programs, void* stream) {
-  using C = Compute<T>;
-  constexpr int kVector = 16 / sizeof(T);
-  const auto run = [&](void (*kernel)(const Backward)) {
-    launch<const Backward>(kernel, a, f.ranks * f.tiles, programs, f.threads, f.rows, f.ranks,
-                           RowGroup<C>::kSharedBytes + partial_columns(f, kVector) * int(sizeof(C)), stream);
-  };
   if (f.tiles > 1) {
     const auto sums = f.aligned ? add_layer_norm_bwd_sums_kernel<T, S, true> : add_layer_norm_bwd_sums_kernel<T, S, false>;
-    launch<const Backward>(sums, a, a.n_rows, 1, kSumsThreads, 1, 1, RowGroup<C>::kSharedBytes, stream);
+    launch<const Backward>(sums, a, {a.n_rows, 1, kSumsThreads, 1, 1, RowGroup<Compute<T>>::kSharedBytes}, stream);
   }
-  if (!f.aligned) return run(add_layer_norm_bwd_kernel<T, S, true, false>);
-  if (epilogue) return run(add_layer_norm_bwd_kernel<T, S, true, true>);
-  run(add_layer_norm_bwd_kernel<T, S, false, true>);
+  const BackwardLaunch<T, S> main(f, epilogue, programs);
+  launch<const Backward>(main.kernel, a, main.grid, stream);
+}
+
+template <class T, class S>
+int resident_backward_clusters(const Form& f, bool epilogue, int device, int processors) {
+  const BackwardLaunch<T, S> main(f, epilogue, 1);
+  return resident_clusters<const Backward>(main.kernel, main.grid, device, processors);
 }
 
 template <class T, class S>
 Launchers launchers_of() {
-  return {launch_forward<T, S>, launch_backward<T, S>};
+  return {launch_forward<T, S>, launch_backward<T, S>, resident_backward_clusters<T, S>};
 }
 
 }  // namespace fusednorm_cuda

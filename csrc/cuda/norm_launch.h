@@ -7,8 +7,9 @@ namespace fusednorm_cuda {
 
 // `stream` is a cudaStream_t; the emulation has none.
 struct Launchers {
-  void (*forward)(const Forward&, const Form&, void* stream);
+  void (*forward)(const Forward&, const Form&, bool epilogue, void* stream);
   void (*backward)(const Backward&, const Form&, bool epilogue, int programs, void* stream);
+  int (*resident_clusters)(const Form&, bool epilogue, int device, int processors);  // of the backward
 };
 
 // Of rows x, normed and the residual stream of one dtype, or 16-bit rows beside a float32 stream.

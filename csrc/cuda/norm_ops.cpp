@@ -4,6 +4,7 @@
 
 #include "../export.h"
 #include "../norm_call.h"
+#include "forced.h"
 #include "machine.h"
 #include "norm_launch.h"
 #include "norm_table.h"
@@ -51,6 +52,12 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
   return lead;
 }
 
+// Whether 32 bits address rows that lie one stride apart.
+template <class... R>
+bool one_short_stride(int64_t n_rows, const R&... rows) {
+  return n_rows < int64_t(1) << 31 && ((rows.inner == 0 && rows.stride < int64_t(1) << 32) && ...);
+}
+
 template <class... Operands>
 bool all_aligned(const Common& a, int vector, const Operands&... operands) {
   return a.n_columns % vector == 0 && (aligned(operands) && ...) && aligned(a.weight) && aligned(a.bias) &&
@@ -83,11 +90,12 @@ Outputs run_forward(const ForwardCall& call, bool) {
 
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
-  const Form form = forward_form(a.n_columns, vector, fits, limits(device));
+  const Form form = forced_forward(forward_form(a.n_columns, vector, fits, limits(device)), a.n_columns, vector);
   const int64_t tile = int64_t(form.ranks) * form.threads * vector * form.chunks;
   a.tiles = form.tiles;
-  a.tile_scale = 1.0 / double(power_of_two(std::min<int64_t>(tile, a.n_columns)));
-  kernels.forward(a, form, current_stream(device));
+  a.tile_scale = 1.0f / float(power_of_two(std::min<int64_t>(tile, a.n_columns)));
+  const bool epilogue = x_bias || layer_scale || a.element.on || a.path.on || a.x.inner || a.residual.inner;
+  kernels.forward(a, form, epilogue, current_stream(device));
   return out;
 }
 
@@ -137,18 +145,27 @@ Gradients run_backward(const BackwardCall& call) {
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
   const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
-  const Form form = backward_form(a.n_columns, vector, fits, limit);
-  const int programs = backward_programs(a.n_rows, form, limit);
+  Form form = forced_backward(backward_form(a.n_columns, vector, fits, limit), a.n_columns, vector);
+  form.staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
+                one_short_stride(a.n_rows, a.dnormed, a.dresidual_out, a.saved);
+  const int registers = backward_registers(form, epilogue, stream != o.dtype);
+  int64_t programs = programs_for(a.n_rows, form, registers, limit);
+  if (form.ranks > 1)
+    programs = std::min<int64_t>(a.n_rows, kernels.resident_clusters(form, epilogue, device, limit.processors));
+  if (forced().programs) programs = std::min<int64_t>(ceil_div(a.n_rows, form.rows), forced().programs);
+  programs = std::max<int64_t>(programs, 1);
+  a.rounds = int(ceil_div(a.n_rows, programs * form.rows));
+  a.share = 1.0f / float(a.n_columns);
   const int64_t partial_sizes[3] = {n_sums, programs, a.n_columns}, sums_sizes[2] = {2, a.n_rows};
   const Handle partials = n_sums ? empty(saved, 3, partial_sizes, compute) : Handle();
   const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
   a.partials = partials ? data_of(partials) : nullptr;
   a.sums = sums ? data_of(sums) : nullptr;
   void* const queue = current_stream(device);
-  kernels.backward(a, form, epilogue, programs, queue);
+  kernels.backward(a, form, epilogue, int(programs), queue);
   if (n_sums) {
-    finalize.partials = a.partials, finalize.programs = programs, finalize.n_columns = a.n_columns;
-    sum_partials(finalize, n_sums, compute == kFloat64, queue);
+    finalize.partials = a.partials, finalize.programs = int(programs), finalize.n_columns = a.n_columns;
+    sum_partials(finalize, n_sums, compute == kFloat64, limit.early && forced().overlap, queue);
   }
   return gradients;
 }

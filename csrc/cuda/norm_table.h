@@ -5,8 +5,7 @@
 
 namespace fusednorm_cuda {
 
-constexpr int kBackwardBlock = 256;      // threads of a block of narrow rows
-constexpr int kBackwardRegisters = 128;  // a thread: what the launch bounds of 512 threads come to
+constexpr int kBackwardBlock = 256;  // threads of a block of narrow rows
 
 // `vector`: elements of the row dtype in 16 bytes. Rows that are not aligned have one kernel, of two vectors a thread.
 inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
@@ -32,8 +31,10 @@ inline Form backward_form(int64_t n, int vector, bool aligned, const Limits& lim
   return form;
 }
 
-inline int backward_programs(int64_t n_rows, const Form& form, const Limits& limits) {
-  return programs_for(n_rows, form, kBackwardRegisters, limits);
+// Registers a thread, as compiled at most: two or one blocks of 512 threads, and more of smaller ones.
+inline int backward_registers(const Form& form, bool epilogue, bool wide_stream) {
+  constexpr int kPlain = 64, kStaged = 96, kEverything = 128;
+  return !form.staged ? kEverything : epilogue || wide_stream ? kStaged : kPlain;
 }
 
 }  // namespace fusednorm_cuda

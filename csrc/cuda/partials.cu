@@ -8,19 +8,20 @@ namespace fusednorm_cuda {
 namespace {
 
 template <class C>
-void launch_sum(const Finalize& a, int n_sums, void* stream) {
+void launch_sum(const Finalize& a, int n_sums, bool early, void* stream) {
   const int64_t blocks = (int64_t(a.n_columns) + kFinalizeColumns - 1) / kFinalizeColumns;
-  launch<const Finalize>(sum_partials_kernel<C>, a, blocks, n_sums, kFinalizeColumns, kFinalizeRows, 1,
-                         kFinalizeColumns * kFinalizeRows * int(sizeof(C)), stream);
+  const int shared_bytes = kFinalizeColumns * kFinalizeRows * int(sizeof(C));
+  launch<const Finalize>(sum_partials_kernel<C>, a, {blocks, n_sums, kFinalizeColumns, kFinalizeRows, 1, shared_bytes, early},
+                         stream);
 }
 
 }  // namespace
 
-void sum_partials(const Finalize& a, int n_sums, bool wide, void* stream) {
+void sum_partials(const Finalize& a, int n_sums, bool wide, bool early, void* stream) {
   if (wide)
-    launch_sum<double>(a, n_sums, stream);
+    launch_sum<double>(a, n_sums, early, stream);
   else
-    launch_sum<float>(a, n_sums, stream);
+    launch_sum<float>(a, n_sums, early, stream);
 }
 
 }  // namespace fusednorm_cuda

@@ -58,6 +58,7 @@ sum_partials_kernel(FN_ARGUMENT Finalize a) {
   const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
   const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
   C total = 0;
+  wait_for_previous();
   if (column < a.n_columns) {
 #pragma unroll 4
     for (int p = int(threadIdx.y); p < a.programs; p += kFinalizeRows) total += partials[int64_t(p) * a.n_columns + column];

@@ -5,6 +5,7 @@
 
 namespace fusednorm_cuda {
 
-void sum_partials(const Finalize& a, int n_sums, bool wide, void* stream);  // wide: of doubles
+// `wide`: of doubles. `early`: its blocks may stand ready while what was launched before ends (from compute capability 9.0).
+void sum_partials(const Finalize& a, int n_sums, bool wide, bool early, void* stream);
 
 }  // namespace fusednorm_cuda

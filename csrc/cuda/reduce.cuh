@@ -5,68 +5,91 @@
 
 namespace fusednorm_cuda {
 
-constexpr int kWarp = 32, kMaxWarps = 16, kMaxRanks = 8;
+constexpr int kWarp = 32, kHalf = kWarp / 2, kMaxWarps = kHalf, kMaxRanks = 8;
 constexpr int kMaxSums = 2;  // taken together: half the barriers
 
 // Every thread of the row gets the same bits, in every run: sums are taken in an order that the form alone decides.
 template <class C>
 class RowGroup {
  public:
-  static constexpr int kWarpSlots = kMaxSums * kMaxWarps, kRankSlots = kMaxSums * kMaxRanks;
-  static constexpr int kSharedBytes = 2 * (kWarpSlots + kRankSlots) * sizeof(C);  // two turns: see below
+  static constexpr int kSlots = kMaxSums * kMaxRanks * kMaxWarps;
+  static constexpr int kArrivals = 2 * kSlots * int(sizeof(C));  // two turns: see below
+  static constexpr int kSharedBytes = kArrivals + 2 * Arrivals::kBytes;
 
-  FN_DEVICE explicit RowGroup(int threads) : lanes_(threads < kWarp ? threads : kWarp), warps_(threads / kWarp) {
-    if (cluster_size() > 1) sync_cluster();  // every block has started: its shared memory may be written
+  FN_DEVICE explicit RowGroup(int threads)
+      : lanes_(threads < kWarp ? threads : kWarp), warps_((threads + kWarp - 1) / kWarp), ranks_(cluster_size()) {
+    if (ranks_ == 1) return;
+    if (threadIdx.x == 0) Arrivals(kArrivals).start(), Arrivals(kArrivals + Arrivals::kBytes).start();
+    sync_cluster();  // every block has started: its shared memory may be written
   }
 
-  // A slot is written again two turns later. Between lies the barrier of the turn between, and who has passed that one
-  // knows that all have read: one barrier a turn is enough.
-  template <int K>
-  FN_DEVICE void sum(C (&values)[K]) {
-    static_assert(K <= kMaxSums);
-    add_lanes(values, lanes_ / 2);
-    if (warps_ > 1) {
-      const Shared<C> slots(turn_ * kWarpSlots * int(sizeof(C)));
-      const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-      if (lane == 0) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) slots.set(k * kMaxWarps + warp, values[k]);
+  FN_DEVICE void sum(C (&values)[1]) {
+    for (int offset = lanes_ / 2; offset > 0; offset /= 2) values[0] += shuffle_xor(values[0], offset);
+    if (warps_ * ranks_ == 1) return;
+    values[0] = gathered(values[0], 0, 1);
+    add_half(values[0]);
+  }
+
+  // Two sums at the price of one: each half of a warp goes on with one of them.
+  FN_DEVICE void sum(C (&values)[2]) {
+    if (lanes_ < kWarp) {  // the block's other rows are in this warp, and no other warp has a part of this row
+#pragma unroll 1
+      for (int offset = lanes_ / 2; offset > 0; offset /= 2) {
+        values[0] += shuffle_xor(values[0], offset);
+        values[1] += shuffle_xor(values[1], offset);
       }
-      sync_threads();
-#pragma unroll
-      for (int k = 0; k < K; ++k) values[k] = lane < warps_ ? slots.get(k * kMaxWarps + lane) : C(0);
-      add_lanes(values, kMaxWarps);
+      return;
     }
-    if (cluster_size() > 1) add_ranks(values);
-    turn_ ^= 1;
+    const bool upper = lane() >= kHalf;
+    const C given = upper ? values[0] : values[1];
+    C mine = (upper ? values[1] : values[0]) + shuffle_xor(given, kHalf);
+    add_half(mine);
+    if (warps_ * ranks_ > 1) {
+      mine = gathered(mine, upper, 2);
+      add_half(mine);
+    }
+    const C other = shuffle_xor(mine, kHalf);
+    values[0] = upper ? other : mine;
+    values[1] = upper ? mine : other;
   }
 
  private:
-  template <int K>
-  FN_DEVICE static void add_lanes(C (&values)[K], int first_offset) {
-    for (int offset = first_offset; offset > 0; offset /= 2) {
+  FN_DEVICE static int lane() { return int(threadIdx.x) % kWarp; }
+
+  FN_DEVICE static void add_half(C& value) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) values[k] += shuffle_xor(values[k], offset);
-    }
+    for (int offset = kHalf / 2; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
   }
 
-  template <int K>
-  FN_DEVICE void add_ranks(C (&values)[K]) {
-    const int rank = cluster_rank(), ranks = cluster_size();
-    const Shared<C> slots((2 * kWarpSlots + turn_ * kRankSlots) * int(sizeof(C)));
-    if (int(threadIdx.x) < ranks) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) slots.set_in(int(threadIdx.x), k * kMaxRanks + rank, values[k]);
+  // What each warp of each block has of sum k of `sums`, added over blocks, a warp a lane of each half. Every lane of a
+  // half has its warp's `value`.
+  //
+  // A slot is written again two rounds later. Between lies the round in which all have heard from all, and who speaks there
+  // has read the round before: one wait a round is enough.
+  FN_DEVICE C gathered(C value, int k, int sums) {
+    const int turn = round_ & 1, self = lane() % kHalf, first = k * kMaxRanks * kMaxWarps;
+    const Shared<C> slots(turn * kSlots * int(sizeof(C)));
+    const int mine = first + cluster_rank() * kMaxWarps + int(threadIdx.x) / kWarp;
+    const bool speaks = lane() < sums * kHalf;
+    C total = 0;
+    if (ranks_ == 1) {
+      if (speaks && self == 0) slots.set(mine, value);
+      sync_threads();
+      if (self < warps_) total = slots.get(first + self);
+    } else {
+      const Arrivals arrivals(kArrivals + turn * Arrivals::kBytes);
+      if (threadIdx.x == 0) arrivals.expect(sums * ranks_ * warps_ * int(sizeof(C)));
+      if (speaks && self < ranks_) slots.send(self, mine, value, arrivals);
+      arrivals.wait(round_ & 2);
+      if (self < warps_)
+#pragma unroll 1
+        for (int rank = 0; rank < ranks_; ++rank) total += slots.get(first + rank * kMaxWarps + self);
     }
-    sync_cluster();
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      values[k] = C(0);
-      for (int r = 0; r < ranks; ++r) values[k] += slots.get(k * kMaxRanks + r);
-    }
+    ++round_;
+    return total;
   }
 
-  int lanes_, warps_, turn_ = 0;
+  int lanes_, warps_, ranks_, round_ = 0;
 };
 
 }  // namespace fusednorm_cuda

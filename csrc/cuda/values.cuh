@@ -149,7 +149,7 @@ struct Raw {
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i) {
           const uint4 v = p[i];
-          raw.words[4 * i] = v.x, raw.words[4 * i + 1] = v.y, raw.words[4 * i + 2] = v.z, raw.words[4 * i + 3] = v.w;
+          raw.set(i, v);
         }
       }
     } else if constexpr (sizeof(E) == 2) {
@@ -172,6 +172,11 @@ struct Raw {
       }
     }
     return raw;
+  }
+
+  // The word i of 16 bytes.
+  FN_DEVICE void set(int i, uint4 v) {
+    words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
   }
 
   template <bool ALIGNED>

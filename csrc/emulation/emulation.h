@@ -4,6 +4,8 @@
 // every thread, at the same place in the source; a shuffle waits for every lane of its mask.
 #pragma once
 
+#include <array>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -37,6 +39,22 @@ struct Barrier {
   std::vector<int> waiting;
   Place place{};
   uint32_t mask = 0;
+};
+
+// A thread's copies to shared memory that nobody waited for yet: there only then, though they may be any time before.
+struct Copies {
+  struct Copy {
+    size_t offset;
+    std::array<char, 16> bytes;
+  };
+  std::vector<Copy> begun;
+  std::deque<std::vector<Copy>> groups;
+
+  bool left() const {
+    for (const auto& group : groups)
+      if (!group.empty()) return true;
+    return !begun.empty();
+  }
 };
 
 class Machine {
@@ -105,6 +123,26 @@ class Machine {
     return value;
   }
 
+  void begin_copy(size_t offset, const void* bytes, int line) {
+    Copies::Copy copy{offset, {}};
+    std::memcpy(copy.bytes.data(), bytes, copy.bytes.size());
+    touch(unsigned(block()), offset, copy.bytes.size(), true, line);
+    shared_[block()].forget(offset, copy.bytes.size());
+    copies_[fibers_.current()].begun.push_back(copy);
+  }
+
+  void commit_copies() {
+    Copies& copies = copies_[fibers_.current()];
+    copies.groups.push_back(std::move(copies.begun));
+    copies.begun.clear();
+  }
+
+  void wait_copies(size_t pending, int line) {
+    auto& groups = copies_[fibers_.current()].groups;
+    for (; groups.size() > pending; groups.pop_front())
+      for (const Copies::Copy& copy : groups.front()) shared_write(unsigned(block()), copy.offset, copy.bytes, line);
+  }
+
   template <class T>
   void shared_write(unsigned rank, size_t offset, const T& value, int line) {
     touch(rank, offset, sizeof(T), true, line);
@@ -122,7 +160,7 @@ class Machine {
     require(l.grid.x && l.grid.y && l.grid.y <= 65535 && l.grid.x < (1u << 31), "grid");
     require(l.block.x && l.block.y && l.block.x * l.block.y <= 1024, "block");
     require(l.cluster >= 1 && l.cluster <= 8 && l.grid.x % l.cluster == 0, "cluster");
-    require(l.shared_bytes <= 48 << 10, "shared memory");
+    require(l.shared_bytes <= 227 << 10, "shared memory");
   }
 
   void run_cluster(unsigned index) {
@@ -135,11 +173,14 @@ class Machine {
     block_intervals_.assign(blocks, 0);
     cluster_interval_ = 0;
     turns_.assign(count, 0);
+    copies_.assign(count, {});
     slots_[0].assign(count, 0);
     slots_[1].assign(count, 0);
     shared_.resize(blocks);
     for (SharedMemory& memory : shared_) memory.start(launch_->shared_bytes);
     if (!fibers_.run(count, seed + index, [](int) { get().launch_->kernel(); })) throw std::runtime_error(stalled());
+    for (const Copies& copies : copies_)
+      if (copies.left()) throw std::runtime_error("a copy to shared memory that its thread did not wait for");
   }
 
   void meet(Barrier& barrier, int expected, Place place, uint32_t mask, const char* what) {
@@ -194,6 +235,7 @@ class Machine {
   uint64_t cluster_interval_ = 0;
   std::vector<int> turns_;
   std::vector<uint64_t> slots_[2];
+  std::vector<Copies> copies_;
   std::vector<SharedMemory> shared_;
 };
 

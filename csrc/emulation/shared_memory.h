@@ -42,6 +42,12 @@ class SharedMemory {
     return "";
   }
 
+  // As if never written: a copy is on its way there.
+  void forget(size_t offset, size_t size) {
+    for (size_t i = offset / kGrain; i <= (offset + size - 1) / kGrain; ++i) marks_[i] = Mark{};
+    std::memset(bytes_.data() + offset, 0xA5, size);
+  }
+
   void read(size_t offset, void* out, size_t size) const { std::memcpy(out, bytes_.data() + offset, size); }
   void write(size_t offset, const void* in, size_t size) { std::memcpy(bytes_.data() + offset, in, size); }
 

@@ -73,7 +73,7 @@ static void misaligned() {
 static void cluster_sound() {
   const Shared<int> shared(0);
   sync_cluster();
-  shared.set_in(1 - cluster_rank(), thread(), 10 + cluster_rank());
+  shared.send(1 - cluster_rank(), thread(), 10 + cluster_rank(), Arrivals(0));
   sync_cluster();
   output[cluster_rank() * kThreads + thread()] = float(shared.get(thread()));
 }
@@ -82,7 +82,50 @@ static void cluster_missing_barrier() {
   const Shared<int> shared(0);
   shared.set(thread(), 1);
   sync_threads();  // orders nothing in the other block
-  shared.set_in(1 - cluster_rank(), thread(), 2);
+  shared.send(1 - cluster_rank(), thread(), 2, Arrivals(0));
+}
+
+// Sixteen bytes a thread on their way to shared memory: its own four numbers.
+static std::vector<float> numbers(4 * kThreads, 3.0f);
+
+static void begin(int slot, bool inside = true) {
+  Shared<uint4>(0).copy(slot, numbers.data() + 4 * thread(), inside);
+  commit_copies();
+}
+
+static void copies_sound() {
+  if (thread() >= 8) return;  // what shared memory there is takes two turns of eight
+  begin(thread());
+  begin(thread() + 8, thread() != 3);
+  wait_copies<1>();
+  const uint32_t first = Shared<uint4>(0).get(thread()).x;
+  wait_copies<0>();
+  output[thread()] = float(first + Shared<uint4>(0).get(thread() + 8).x);
+}
+
+static void copy_read_too_soon() {
+  if (thread() >= 8) return;
+  begin(thread());
+  begin(thread() + 8);
+  wait_copies<1>();
+  output[thread()] = float(Shared<uint4>(0).get(thread() + 8).x);  // the newer one may still be on its way
+}
+
+static void copy_never_waited_for() {
+  if (thread() < 8) begin(thread());
+}
+
+static void copy_over_a_number_in_use() {
+  const Shared<float> shared(0);
+  shared.set(thread(), 1.0f);
+  if (thread() < 8) begin(thread());
+  if (thread() < 8) wait_copies<0>();
+}
+
+static void copy_from_anywhere() {
+  if (thread() < 8) Shared<uint4>(0).copy(thread(), numbers.data() + 1, true);
+  commit_copies();
+  wait_copies<0>();
 }
 
 }  // namespace fusednorm_cuda
@@ -109,6 +152,11 @@ int main(int argc, char** argv) {
       ENTRY(misaligned, 1),
       ENTRY(cluster_sound, 2),
       ENTRY(cluster_missing_barrier, 2),
+      ENTRY(copies_sound, 1),
+      ENTRY(copy_read_too_soon, 1),
+      ENTRY(copy_never_waited_for, 1),
+      ENTRY(copy_over_a_number_in_use, 1),
+      ENTRY(copy_from_anywhere, 1),
   };
   for (const auto& k : kernels) {
     if (name != k.name) continue;
