@@ -69,6 +69,9 @@ CUDA_WORKS = (
     ),
     Work("cluster", "add_layer_norm", 3, 16_384, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
     Work("wider than a cluster", "add_layer_norm", 3, 70_000, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
+    # rows that are fetched while others are computed with: more than all multiprocessors take at once
+    Work("many rounds", "add_layer_norm", 600, 4096, torch.bfloat16, **_NATIVE),
+    Work("many rounds of clusters", "add_rms_norm", 300, 8192, torch.bfloat16, DROPOUT, **_NATIVE),
     Work("wide, odd width", "layer_norm", 3, 33_001, torch.bfloat16, **_NATIVE),
     Work("float64", "add_layer_norm", 9, 100, torch.float64, BOTH, ("layer_scale",), **_NATIVE),
     Work("narrow", "bias_act_dropout", 37, 64, torch.float32, {"activation": "gelu"}, **_NATIVE),
@@ -182,6 +185,7 @@ def native_forms(work: Work, device: str) -> set[str]:
     """What of gpu_sanitize_cuda.FORMS a call reaches."""
     named = {"two row strides"} if work.strided else set()
     named |= {"epilogue"} if work.parameters or "drop_path_p" in work.options else set()
+    named |= {work.name} if work.name.startswith("many rounds") else set()
     named |= {"float32 stream"} if "residual_dtype" in work.options else set()
     x = torch.empty(1, work.columns, dtype=work.dtype, device=device)
     return named | gpu_sanitize_cuda.reached(work.function, x)

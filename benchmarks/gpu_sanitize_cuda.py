@@ -10,7 +10,7 @@ FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "1 vector", "2 vectors", "4 vectors", "tiles", "unaligned")),
     *(f"backward, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
     *(f"activation, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
-    *("epilogue", "float32 stream", "two row strides", *_CLUSTERS),
+    *("epilogue", "float32 stream", "two row strides", "many rounds", "many rounds of clusters", *_CLUSTERS),
 )
 
 

@@ -1,0 +1,135 @@
+"""Forms of the CUDA kernels that are asked for by name, and rows that the backward fetches ahead, on the emulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EMULATED
+from oracle import Call, check
+from shapes import Shape, inputs, random_leaves
+
+import fusednorm
+from fusednorm.providers import cuda, reference
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
+
+
+@pytest.fixture(autouse=True)
+def on_the_emulation():
+    force = torch.ops.fusednorm_cuda.force
+    torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
+    with fusednorm.use_provider("cuda"):
+        yield force
+    for what in ("forward", "backward", "overlap"):
+        force(what, [])
+
+
+# (chunks, threads, rows, ranks) for rows of 64 vectors: more threads than vectors, as many, fewer by tiles
+FORWARD = {
+    "one_vector_a_thread": (1, 64, 1, 1),
+    "idle_threads": (1, 128, 1, 1),
+    "two_vectors_a_thread": (2, 32, 1, 1),
+    "four_vectors_a_thread_and_rows_side_by_side": (4, 16, 4, 1),
+    "cluster_of_two": (1, 32, 1, 2),
+    "cluster_with_idle_blocks": (4, 32, 1, 8),
+    "tiles": (1, 32, 1, 1),
+    "tiles_of_rows_side_by_side": (2, 8, 8, 1),
+    "tiles_of_a_cluster": (4, 32, 1, 2),
+}
+
+
+@pytest.mark.parametrize("form", FORWARD)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["bare", "dropout"])
+def test_cuda_norm_forward_in_a_forced_form(form, dropout_p, on_the_emulation, generator):
+    on_the_emulation("forward", list(FORWARD[form]))
+    vectors = 300 if form == "tiles_of_a_cluster" else 64
+    leaves = random_leaves(Shape("", (5, vectors * 8)), inputs("add_layer_norm"), torch.bfloat16, "cpu", generator)
+    check(Call("add_layer_norm", options={"dropout_p": dropout_p, "seed": 3}), leaves, generator)
+
+
+# (threads, rows, ranks, programs)
+BACKWARD = {
+    "one_program_of_many_rounds": (64, 1, 1, 1),
+    "a_program_a_row": (64, 1, 1, 1000),
+    "idle_threads": (128, 1, 1, 3),
+    "cluster_of_two": (32, 1, 2, 2),
+    "cluster_with_idle_blocks": (32, 1, 8, 1),
+    "slabs": (32, 1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("form", BACKWARD)
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=["stream", "float32_stream"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["bare", "dropout"])
+def test_cuda_norm_backward_in_a_forced_form(form, dropout_p, stream, on_the_emulation, generator):
+    on_the_emulation("backward", list(BACKWARD[form]))
+    names = (*inputs("add_layer_norm"), *(("x_bias",) if dropout_p else ()))
+    leaves = random_leaves(Shape("", (11, 512)), names, torch.bfloat16, "cpu", generator, {"residual": stream})
+    options = {"dropout_p": dropout_p, "seed": 3, "residual_dtype": stream}
+    check(Call("add_layer_norm", options=options), leaves, generator)
+
+
+def test_the_table_decides_again_after_an_empty_list(on_the_emulation):
+    x = torch.randn(3, 512)
+    on_the_emulation("forward", [1, 32, 1, 4])
+    forced, _ = fusednorm.add_layer_norm(x, x, 512)
+    on_the_emulation("forward", [])
+    by_table, _ = fusednorm.add_layer_norm(x, x, 512)
+    torch.testing.assert_close(forced, by_table)
+    fusednorm.layer_norm(torch.randn(3, 33), 33)  # rows that are not aligned have one form
+    assert torch.ops.fusednorm_cuda.forms(x, True).startswith("forward 1 128 1 1 1\nbackward 1 128 1 1 1\n")
+
+
+REFUSED = {
+    "forward: chunks, threads, rows, ranks": ("forward", [1, 32]),
+    "chunks: 1, 2 or 4": ("forward", [3, 32, 1, 1]),
+    "at most 128 threads": ("forward", [1, 256, 1, 1]),
+    "threads: a power of two": ("forward", [1, 24, 1, 1]),
+    "threads: a block of a cluster": ("backward", [16, 1, 2, 0]),
+    "ranks: 1, 2, 4 or 8": ("backward", [32, 1, 3, 0]),
+    "rows: 1": ("backward", [64, 2, 1, 0]),
+    "a block has whole warps": ("backward", [8, 1, 1, 0]),
+    "at most 512 threads": ("backward", [544, 1, 1, 0]),
+    "forward, backward or overlap": ("sideways", []),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_no_form_is_forced_that_no_kernel_is_compiled_for(said, on_the_emulation):
+    with pytest.raises(RuntimeError, match=said):
+        on_the_emulation(*REFUSED[said])
+
+
+@pytest.mark.parametrize("form", [(16, 4, 1, 0), (32, 1, 1, 0), (32, 1, 2, 0)], ids=["rows", "block", "cluster"])
+def test_a_forced_backward_holds_a_row_or_takes_slabs_that_are_blocks(form, on_the_emulation):
+    on_the_emulation("backward", list(form))
+    x = torch.randn(3, 512, requires_grad=True)
+    normed = fusednorm.layer_norm(x, 512)
+    if form == (32, 1, 1, 0):
+        normed.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="does not hold a row"):
+            normed.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 40])
+@pytest.mark.parametrize("columns", [8, 24, 520], ids=["lanes", "idle_lanes", "warps"])
+def test_cuda_norm_backward_fetches_no_row_that_is_not_there(rows, columns, generator):
+    """Fewer rows than are on their way at a time, and more; AddressSanitizer looks on in test_csrc_host."""
+    leaves = random_leaves(Shape("", (rows, columns)), inputs("add_rms_norm"), torch.bfloat16, "cpu", generator)
+    check(Call("add_rms_norm"), leaves, generator)
+
+
+def test_cuda_norm_backward_of_rows_four_gigabytes_apart():
+    """Past what 32 bits address: read where they lie, not fetched ahead."""
+    far = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((2, 16), (2**31, 1))
+    far.copy_(torch.randn(2, 16))
+    z, weight = torch.randn(2, 16).bfloat16(), torch.randn(16).bfloat16()
+    stats = reference.add_layer_norm_fwd(
+        *(z, None, weight, None, None, None, None, 1, 1e-5, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
+    )[2]
+    rest = (None, z, stats, weight, None, None, None, None, None, 1, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
+    mask = [True, False, True, False, False, False]
+    ours, near = (cuda.add_layer_norm_bwd(dnormed, *rest, mask) for dnormed in (far, far.contiguous()))
+    assert torch.equal(ours[2], near[2])
+    torch.testing.assert_close(ours[0], near[0])
