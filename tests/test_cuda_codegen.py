@@ -67,7 +67,10 @@ class Kernel:
     @property
     def plain(self) -> bool:
         """Of rows and a stream of one dtype, with nothing but a residual: what most calls take."""
-        switch = {"add_layer_norm_fwd": self.constants[1:] == (0, 1), "add_layer_norm_bwd": self.constants == (STAGED, 0)}
+        switch = {
+            "add_layer_norm_fwd": self.constants[1:] == (0, 1),
+            "add_layer_norm_bwd": self.constants == (STAGED, 0),
+        }
         return switch.get(self.name, False) and SIZES[self.types[0]] == SIZES[self.types[1]]
 
     @property
@@ -146,9 +149,7 @@ def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     while found := re.match(r"NS_\d+(B?Float16)E|([fd])|(S\d?_)", arguments):
         types.append(found[1] or {"f": "float", "d": "double"}.get(found[2]) or types[0])
         arguments = arguments[found.end() :]
-    return name, tuple(types), tuple(
-        int(n) for n in re.findall(r"L(?:[ib]|NS_\d+AccessE)(\d+)", arguments + "E")
-    )
+    return name, tuple(types), tuple(int(n) for n in re.findall(r"L(?:[ib]|NS_\d+AccessE)(\d+)", arguments + "E"))
 
 
 def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
