@@ -29,7 +29,8 @@ FORWARD = {
     "one_vector_a_thread": (1, 64, 1, 1),
     "idle_threads": (1, 128, 1, 1),
     "two_vectors_a_thread": (2, 32, 1, 1),
-    "four_vectors_a_thread_and_rows_side_by_side": (4, 16, 4, 1),
+    "four_vectors_a_thread": (4, 64, 1, 1),
+    "rows_side_by_side": (2, 32, 4, 1),
     "cluster_of_two": (1, 32, 1, 2),
     "cluster_with_idle_blocks": (4, 32, 1, 8),
     "tiles": (1, 32, 1, 1),
@@ -52,6 +53,9 @@ BACKWARD = {
     "one_program_of_many_rounds": (64, 1, 1, 1),
     "a_program_a_row": (64, 1, 1, 1000),
     "idle_threads": (128, 1, 1, 3),
+    "two_rows_of_two_warps": (64, 2, 1, 2),
+    "eight_rows_of_two_warps": (64, 8, 1, 0),
+    "rows_with_idle_warps": (96, 5, 1, 1),
     "cluster_of_two": (32, 1, 2, 2),
     "cluster_with_idle_blocks": (32, 1, 8, 1),
     "slabs": (32, 1, 1, 2),
@@ -69,6 +73,27 @@ def test_cuda_norm_backward_in_a_forced_form(form, dropout_p, stream, on_the_emu
     check(Call("add_layer_norm", options=options), leaves, generator)
 
 
+def test_cuda_norm_adds_the_sums_of_many_programs(on_the_emulation, generator):
+    on_the_emulation("backward", [8, 4, 1, 1000])
+    leaves = random_leaves(Shape("", (4 * 150, 64)), inputs("add_layer_norm"), torch.bfloat16, "cpu", generator)
+    check(Call("add_layer_norm"), leaves, generator)
+
+
+@pytest.mark.parametrize(("rows", "processors"), [(3, 8), (40, 8), (400, 8)])
+@pytest.mark.parametrize("columns", [32, 2048, 5000], ids=["lanes", "warps", "unaligned"])
+def test_cuda_norm_backward_spreads_few_rows_over_the_multiprocessors(columns, rows, processors, generator):
+    """Rows share a block only where enough blocks are left; what a row gets does not depend on it."""
+    torch.ops.fusednorm_cuda.emulate(128, 512, 8, processors, 1)
+    leaves = random_leaves(Shape("", (rows, columns)), inputs("rms_norm"), torch.bfloat16, "cpu", generator)
+    check(Call("rms_norm"), leaves, generator)
+    x, weight, cotangent = leaves["x"], leaves["weight"], torch.randn(rows, columns).bfloat16()
+    gradients = []
+    for count in (rows, 2):
+        leaf = x.detach()[:count].clone().requires_grad_()
+        gradients.append(torch.autograd.grad(fusednorm.rms_norm(leaf, columns, weight), leaf, cotangent[:count])[0][:2])
+    assert torch.equal(*gradients)
+
+
 def test_the_table_decides_again_after_an_empty_list(on_the_emulation):
     x = torch.randn(3, 512)
     on_the_emulation("forward", [1, 32, 1, 4])
@@ -77,7 +102,7 @@ def test_the_table_decides_again_after_an_empty_list(on_the_emulation):
     by_table, _ = fusednorm.add_layer_norm(x, x, 512)
     torch.testing.assert_close(forced, by_table)
     fusednorm.layer_norm(torch.randn(3, 33), 33)  # rows that are not aligned have one form
-    assert torch.ops.fusednorm_cuda.forms(x, True).startswith("forward 1 128 1 1 1\nbackward 1 128 1 1 1\n")
+    assert torch.ops.fusednorm_cuda.forms(x, True).startswith("forward 1 128 1 1 1\nbackward 1 128 4 1 1\n")
 
 
 REFUSED = {
@@ -87,7 +112,9 @@ REFUSED = {
     "threads: a power of two": ("forward", [1, 24, 1, 1]),
     "threads: a block of a cluster": ("backward", [16, 1, 2, 0]),
     "ranks: 1, 2, 4 or 8": ("backward", [32, 1, 3, 0]),
-    "rows: 1": ("backward", [64, 2, 1, 0]),
+    "rows: 1": ("backward", [64, 2, 2, 0]),
+    "forward: rows share a block": ("forward", [1, 64, 2, 1]),
+    "forward: rows share a block where": ("forward", [4, 16, 2, 1]),
     "a block has whole warps": ("backward", [8, 1, 1, 0]),
     "at most 512 threads": ("backward", [544, 1, 1, 0]),
     "forward, backward or overlap": ("sideways", []),

@@ -40,7 +40,7 @@ Form form_of(int64_t chunks, int64_t threads, int64_t rows, int64_t ranks, int64
   STD_TORCH_CHECK(in_warp || (threads > 0 && threads % kWarpLanes == 0), "threads: a power of two up to 32, or whole warps");
   STD_TORCH_CHECK(ranks == 1 || ranks == 2 || ranks == 4 || ranks == 8, "ranks: 1, 2, 4 or 8");
   STD_TORCH_CHECK(rows >= 1 && threads * rows <= most_threads, "a block has at most ", most_threads, " threads");
-  STD_TORCH_CHECK(rows == 1 || (in_warp && ranks == 1), "rows: 1, but for rows of up to 32 threads of one block");
+  STD_TORCH_CHECK(rows == 1 || ranks == 1, "rows: 1, but for rows of one block");
   STD_TORCH_CHECK(ranks == 1 || threads >= kWarpLanes, "threads: a block of a cluster has whole warps");
   STD_TORCH_CHECK(threads * rows % kWarpLanes == 0, "a block has whole warps");
   Form form{};
@@ -54,6 +54,8 @@ void force(std::string what, std::vector<int64_t> numbers) {
   if (what == "forward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "forward: chunks, threads, rows, ranks; or nothing");
     STD_TORCH_CHECK(!count || numbers[0] == 1 || numbers[0] == 2 || numbers[0] == 4, "chunks: 1, 2 or 4");
+    STD_TORCH_CHECK(!count || numbers[2] == 1 || (numbers[0] < 4 && numbers[1] <= kWarpLanes),
+                    "forward: rows share a block where each has at most a warp, of one or two vectors a thread");
     f.forward = count ? form_of(numbers[0], numbers[1], numbers[2], numbers[3], 128 * numbers[0]) : Form{};
   } else if (what == "backward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "backward: threads, rows, ranks, programs; or nothing");

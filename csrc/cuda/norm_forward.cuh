@@ -4,6 +4,8 @@
 // `EPILOGUE` there is but a residual, and one stride from row to row.
 #pragma once
 
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "reduce.cuh"
 
@@ -48,16 +50,19 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   constexpr int V = 16 / sizeof(T);
   const int n = a.n_columns, threads = int(blockDim.x);
   const int rank = cluster_rank(), ranks = cluster_size();
-  const int64_t row = int64_t(blockIdx.x / unsigned(ranks)) * blockDim.y + threadIdx.y;
+  const unsigned block = blockIdx.x / unsigned(ranks);
+  // Of rows so wide there is one a block, and no more than a grid has: registers are short.
+  using Index = std::conditional_t<CHUNKS == 4, unsigned, int64_t>;
+  const Index row = CHUNKS == 4 ? Index(block) : Index(block) * blockDim.y + threadIdx.y;
   const bool active = row < a.n_rows;
   const int width = active ? n : 0;  // a row that is not there has no columns, but its threads meet the others
   const int span = threads * V * CHUNKS;
   const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
   const Path path = EPILOGUE ? path_of(a, seed, row) : Path::kNone;
-  const auto row_of = [&](const Rows& rows) { return EPILOGUE ? row_at(rows, row) : rows.data + row * rows.stride; };
+  const auto row_of = [&](const Rows& rows) { return EPILOGUE ? row_at(rows, row) : rows.data + int64_t(row) * rows.stride; };
   const char* const x_row = active ? row_of(a.x) : nullptr;
   const char* const residual_row = active && a.residual.data ? row_of(a.residual) : nullptr;
-  S* const z_row = static_cast<S*>(a.z) + (a.z && active ? row * n : 0);
+  S* const z_row = static_cast<S*>(a.z) + (a.z && active ? int64_t(row) * n : 0);
   RowGroup<C> group(threads);
 
   Raw<S, V> z[CHUNKS];  // as it is stored: half the registers where that is in 16 bits
@@ -111,7 +116,7 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   if (threadIdx.x == 0 && rank == 0 && active) {
     C* const stats = static_cast<C*>(a.stats);
     if (!a.rms) stats[row] = mean;
-    stats[(a.rms ? 0 : a.n_rows) + row] = rstd;
+    stats[(a.rms ? 0 : a.n_rows) + int64_t(row)] = rstd;
   }
 
 #pragma unroll 1

@@ -145,7 +145,8 @@ Gradients run_backward(const BackwardCall& call) {
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
   const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
-  Form form = forced_backward(backward_form(a.n_columns, vector, fits, limit), a.n_columns, vector);
+  const Form table = for_few_rows(backward_form(a.n_columns, vector, fits, limit), a.n_rows, limit);
+  Form form = forced_backward(table, a.n_columns, vector);
   form.staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
                 one_short_stride(a.n_rows, a.dnormed, a.dresidual_out, a.saved);
   const int registers = backward_registers(form, epilogue, stream != o.dtype);

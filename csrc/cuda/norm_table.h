@@ -5,7 +5,7 @@
 
 namespace fusednorm_cuda {
 
-constexpr int kBackwardBlock = 256;  // threads of a block of narrow rows
+constexpr int kSlabThreads = 256;
 
 // `vector`: elements of the row dtype in 16 bytes. Rows that are not aligned have one kernel, of two vectors a thread.
 inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
@@ -21,13 +21,20 @@ inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limi
   return form;
 }
 
-// `tiles` counts slabs: blocks beside one another that know nothing of each other.
+// `tiles` counts slabs: blocks beside one another that know nothing of each other. Rows share a block as far as they fit:
+// each block writes a row of partial sums, which another kernel has to read.
 inline Form backward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
   Form form = spread(n, vector, 1, limits.backward_threads, limits.clusters);
-  const int small = std::min(limits.backward_threads, kBackwardBlock);
-  if (form.tiles > 1) form = spread(n, vector, 1, small, 1);
+  if (form.tiles > 1) form = spread(n, vector, 1, std::min(limits.backward_threads, kSlabThreads), 1);
   form.aligned = aligned;
-  if (form.threads <= kWarpLanes && form.tiles * form.ranks == 1) form.rows = std::max(small, kWarpLanes) / form.threads;
+  if (form.tiles * form.ranks == 1) form.rows = std::max(std::max(limits.backward_threads, kWarpLanes) / form.threads, 1);
+  return form;
+}
+
+// Fewer rows a block where these would leave multiprocessors idle; a warp stays whole.
+inline Form for_few_rows(Form form, int64_t n_rows, const Limits& limits) {
+  const int least = std::max(kWarpLanes / form.threads, 1);
+  while (form.rows / 2 >= least && ceil_div(n_rows, form.rows) < limits.processors) form.rows /= 2;
   return form;
 }
 

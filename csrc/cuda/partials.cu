@@ -10,9 +10,9 @@ namespace {
 template <class C>
 void launch_sum(const Finalize& a, int n_sums, bool early, void* stream) {
   const int64_t blocks = (int64_t(a.n_columns) + kFinalizeColumns - 1) / kFinalizeColumns;
-  const int shared_bytes = kFinalizeColumns * kFinalizeRows * int(sizeof(C));
-  launch<const Finalize>(sum_partials_kernel<C>, a, {blocks, n_sums, kFinalizeColumns, kFinalizeRows, 1, shared_bytes, early},
-                         stream);
+  const int rows = a.programs < 4 * kFinalizeRows ? kFinalizeRows / 4 : kFinalizeRows;
+  const int shared_bytes = kFinalizeColumns * rows * int(sizeof(C));
+  launch<const Finalize>(sum_partials_kernel<C>, a, {blocks, n_sums, kFinalizeColumns, rows, 1, shared_bytes, early}, stream);
 }
 
 }  // namespace

@@ -6,15 +6,17 @@
 
 namespace fusednorm_cuda {
 
-constexpr int kFinalizeColumns = 32, kFinalizeRows = 16;
+constexpr int kFinalizeColumns = 32, kFinalizeRows = 32;
 
 // What write_partials takes of shared memory, in numbers.
 inline int partial_columns(const Form& f, int vector) {
-  return f.rows > 1 ? f.threads * f.rows / kWarp * f.threads * vector : 0;
+  const int parts = f.threads < kWarp ? f.threads * f.rows / kWarp : f.rows;
+  return f.rows > 1 ? parts * f.threads * vector : 0;
 }
 
 // One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`. Rows that share a warp
-// are added by shuffles, then warps through shared memory, `partial_columns` of them, `shared_offset` bytes in.
+// are added by shuffles, then warps, or rows of several, through shared memory: `partial_columns` of it, `shared_offset`
+// bytes in.
 template <bool ALIGNED, class C, int V>
 FN_DEVICE void write_partials(void* partials, int plane, int column, int n, int shared_offset, Numbers<C, V>& sums) {
   if (plane < 0) return;
@@ -25,18 +27,19 @@ FN_DEVICE void write_partials(void* partials, int plane, int column, int n, int 
 #pragma unroll
     for (int i = 0; i < V; ++i) sums[i] += shuffle_xor(sums[i], offset);
   }
-  const int thread = int(threadIdx.y) * threads + int(threadIdx.x), all = threads * int(blockDim.y);
-  const int warp = thread / kWarp, warps = all / kWarp, columns = threads * V;
+  const int thread = int(threadIdx.y) * threads + int(threadIdx.x), all = threads * int(blockDim.y), columns = threads * V;
+  const bool in_warp = threads < kWarp;
+  const int part = in_warp ? thread / kWarp : int(threadIdx.y), parts = in_warp ? all / kWarp : int(blockDim.y);
   const Shared<C> shared(shared_offset);
   sync_threads();  // who reads the plane before is done
-  if (thread % kWarp < threads) {
+  if (!in_warp || thread % kWarp < threads) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) shared.set(warp * columns + int(threadIdx.x) * V + i, sums[i]);
+    for (int i = 0; i < V; ++i) shared.set(part * columns + int(threadIdx.x) * V + i, sums[i]);
   }
   sync_threads();
   for (int c = thread; c < columns && c < n; c += all) {
     C total = 0;
-    for (int w = 0; w < warps; ++w) total += shared.get(w * columns + c);
+    for (int p = 0; p < parts; ++p) total += shared.get(p * columns + c);
     out[c] = total;
   }
 }
@@ -52,23 +55,24 @@ FN_DEVICE void store_as(Dtype dtype, void* out, int column, C value) {
 }
 
 // Adds the programs' partial sums of each column, always in the same order. Grid (columns, sums), block (columns, rows).
+// Few blocks with much to read: their loads are what takes the time, so many are on their way at once.
 template <class C>
 FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
 sum_partials_kernel(FN_ARGUMENT Finalize a) {
-  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
+  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y), rows = int(blockDim.y);
   const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
   C total = 0;
   wait_for_previous();
   if (column < a.n_columns) {
-#pragma unroll 4
-    for (int p = int(threadIdx.y); p < a.programs; p += kFinalizeRows) total += partials[int64_t(p) * a.n_columns + column];
+#pragma unroll 8
+    for (int p = int(threadIdx.y); p < a.programs; p += rows) total += partials[int64_t(p) * a.n_columns + column];
   }
   const Shared<C> shared(0);
   shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);
   sync_threads();
   if (threadIdx.y == 0 && column < a.n_columns) {
     total = 0;
-    for (int r = 0; r < kFinalizeRows; ++r) total += shared.get(r * kFinalizeColumns + int(threadIdx.x));
+    for (int r = 0; r < rows; ++r) total += shared.get(r * kFinalizeColumns + int(threadIdx.x));
     store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
   }
 }

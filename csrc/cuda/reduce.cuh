@@ -5,7 +5,8 @@
 
 namespace fusednorm_cuda {
 
-constexpr int kWarp = 32, kHalf = kWarp / 2, kMaxWarps = kHalf, kMaxRanks = 8;
+constexpr int kWarp = 32, kHalf = kWarp / 2, kMaxWarps = kHalf;  // of a block
+constexpr int kMaxRanks = 8;  // of a cluster; and rows of a block, where one takes more than a warp
 constexpr int kMaxSums = 2;  // taken together: half the barriers
 
 // Every thread of the row gets the same bits, in every run: sums are taken in an order that the form alone decides.
@@ -23,16 +24,17 @@ class RowGroup {
     sync_cluster();  // every block has started: its shared memory may be written
   }
 
+  // Where a row takes more than a warp it must be its block's only one.
   FN_DEVICE void sum(C (&values)[1]) {
     for (int offset = lanes_ / 2; offset > 0; offset /= 2) values[0] += shuffle_xor(values[0], offset);
     if (warps_ * ranks_ == 1) return;
-    values[0] = gathered(values[0], 0, 1);
+    values[0] = gathered<1>(values[0], 0);
     add_half(values[0]);
   }
 
   // Two sums at the price of one: each half of a warp goes on with one of them.
   FN_DEVICE void sum(C (&values)[2]) {
-    if (lanes_ < kWarp) {  // the block's other rows are in this warp, and no other warp has a part of this row
+    if (lanes_ < kWarp) {  // other rows are in this warp, and no other warp has a part of this row
 #pragma unroll 1
       for (int offset = lanes_ / 2; offset > 0; offset /= 2) {
         values[0] += shuffle_xor(values[0], offset);
@@ -45,7 +47,7 @@ class RowGroup {
     C mine = (upper ? values[1] : values[0]) + shuffle_xor(given, kHalf);
     add_half(mine);
     if (warps_ * ranks_ > 1) {
-      mine = gathered(mine, upper, 2);
+      mine = gathered<2>(mine, upper);
       add_half(mine);
     }
     const C other = shuffle_xor(mine, kHalf);
@@ -61,24 +63,27 @@ class RowGroup {
     for (int offset = kHalf / 2; offset > 0; offset /= 2) value += shuffle_xor(value, offset);
   }
 
-  // What each warp of each block has of sum k of `sums`, added over blocks, a warp a lane of each half. Every lane of a
+  // What each warp of each block has of sum k of SUMS, added over blocks, a warp a lane of each half. Every lane of a
   // half has its warp's `value`.
   //
   // A slot is written again two rounds later. Between lies the round in which all have heard from all, and who speaks there
   // has read the round before: one wait a round is enough.
-  FN_DEVICE C gathered(C value, int k, int sums) {
+  template <int SUMS>
+  FN_DEVICE C gathered(C value, int k) {
     const int turn = round_ & 1, self = lane() % kHalf, first = k * kMaxRanks * kMaxWarps;
     const Shared<C> slots(turn * kSlots * int(sizeof(C)));
-    const int mine = first + cluster_rank() * kMaxWarps + int(threadIdx.x) / kWarp;
-    const bool speaks = lane() < sums * kHalf;
+    const int warp = int(threadIdx.x) / kWarp;
+    const bool speaks = lane() < SUMS * kHalf;
     C total = 0;
-    if (ranks_ == 1) {
-      if (speaks && self == 0) slots.set(mine, value);
+    if (ranks_ == 1) {  // a row of the block has the slots that a block of a cluster has; single sums are of one row
+      const int row = first + (SUMS == 1 ? 0 : int(threadIdx.y) * kMaxWarps);
+      if (speaks && self == 0) slots.set(row + warp, value);
       sync_threads();
-      if (self < warps_) total = slots.get(first + self);
+      if (self < warps_) total = slots.get(row + self);
     } else {
+      const int mine = first + cluster_rank() * kMaxWarps + warp;
       const Arrivals arrivals(kArrivals + turn * Arrivals::kBytes);
-      if (threadIdx.x == 0) arrivals.expect(sums * ranks_ * warps_ * int(sizeof(C)));
+      if (threadIdx.x == 0) arrivals.expect(SUMS * ranks_ * warps_ * int(sizeof(C)));
       if (speaks && self < ranks_) slots.send(self, mine, value, arrivals);
       arrivals.wait(round_ & 2);
       if (self < warps_)
