@@ -1,7 +1,8 @@
 """Builds the native libraries where torch and a compiler are at hand; everything declarative is in pyproject.toml.
 
 The CPU library takes a C++ compiler; the CUDA library nvcc too, and a torch built for CUDA. FUSEDNORM_CUDA=1 builds the
-latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100".
+latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100", or "native" for
+those of this machine alone, in a third of the time.
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
 torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
@@ -43,7 +44,6 @@ TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
-CUDA_ARCHITECTURES = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -93,6 +93,21 @@ def nvcc() -> list[str]:
     raise RuntimeError("nvcc is not found (CUDACXX names one)")
 
 
+def cuda_architectures() -> list[str]:
+    """What to compile for, the newest last."""
+    named = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
+    if named == ["native"]:
+        question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(question, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as fault:
+            raise RuntimeError(f"FUSEDNORM_CUDA_ARCHITECTURES=native, and nvidia-smi does not answer: {fault}") from fault
+        named = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
+    if not named or not all(re.fullmatch(r"\d+a?", name) for name in named):
+        raise RuntimeError(f'FUSEDNORM_CUDA_ARCHITECTURES: expected "native" or numbers such as "80 90", got {named}')
+    return sorted(set(named), key=lambda name: (int(name.rstrip("a")), name))
+
+
 Commands = tuple[dict[Path, list[str]], list[str]]  # what makes each object, and the libraries to link
 
 
@@ -125,9 +140,10 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     if runtime is None:
         raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))} (CUDA_HOME names another)")
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    for name in CUDA_ARCHITECTURES:
+    architectures = cuda_architectures()
+    for name in architectures:
         flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-    newest = CUDA_ARCHITECTURES[-1]  # for GPUs to come
+    newest = architectures[-1]  # for GPUs to come
     flags += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
     jobs = {
         objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
