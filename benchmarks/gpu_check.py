@@ -150,7 +150,12 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
     return [
         Stage("environment", "environment.txt", 45, lambda _: [environment], env=env, most=90),
         # its output goes where that of the machine's description is: eight files in all
-        Stage("build", "environment.txt", 90, lambda _: [build], env=env | native, skip=missing_native_code(), most=180),
+        Stage(
+            *("build", "environment.txt", 90, lambda _: [build]),
+            env=env | native,
+            skip=missing_native_code(),
+            most=180,
+        ),
         Stage("tests", "tests.log", 190, lambda _: [tests], ("tests.xml",), env),
         Stage("sanitizer", "sanitizer.log", 110, sanitize, env=env | uncached, skip=missing_sanitizer(device)),
         Stage("benchmark", "benchmark.log", 110, benchmark, ("benchmark.json",), env | with_peers),
