@@ -60,7 +60,7 @@ CUDA_WORKS = (
     Work("narrow, several rows a block", "layer_norm", 37, 64, torch.float32, **_NATIVE),
     Work("narrow, odd width", "add_rms_norm", 37, 61, torch.bfloat16, **_NATIVE),
     Work("every epilogue", "add_layer_norm", 9, 384, torch.float32, BOTH, ("x_bias", "layer_scale"), **_NATIVE),
-    Work("two vectors a thread", "add_layer_norm", 9, 2048, torch.bfloat16, DROPOUT, ("x_bias",), **_NATIVE),
+    Work("two vectors a thread", "add_layer_norm", 9, 512, torch.bfloat16, DROPOUT, ("x_bias",), **_NATIVE),
     Work("four vectors a thread", "layer_norm", 5, 4096, torch.float32, **_NATIVE),
     Work("memory efficient", "add_layer_norm", 9, 128, torch.float16, {"memory_efficient": True}, **_NATIVE),
     Work("two row strides", "add_layer_norm", 6, 100, torch.float32, DROPOUT, (), True, **_NATIVE),

@@ -95,12 +95,12 @@ def _threads(vectors: int) -> int:
     return 1 << (vectors - 1).bit_length() if vectors <= _WARP else ceil(vectors, _WARP) * _WARP
 
 
-def _rows(threads: int, ranks: int, most: int) -> Iterator[int]:
-    """How many rows may share a block: several only where one takes no more than a warp, and is no cluster's."""
-    if threads > _WARP or ranks > 1:
+def _rows(threads: int, ranks: int, most: int, several_warps: bool = False) -> Iterator[int]:
+    """How many rows may share a block: no cluster's, and in the forward only where one takes no more than a warp."""
+    if ranks > 1 or (threads > _WARP and not several_warps):
         yield from [1] if _LEAST_BLOCK <= threads <= most else []
         return
-    block = _LEAST_BLOCK
+    block = max(_LEAST_BLOCK, threads)
     while block <= most:
         yield block // threads
         block *= 2
@@ -126,7 +126,7 @@ def cuda_backward(
     shape, held, cut = table[:3], [], []
     for ranks in (r for r in RANKS if r <= most_ranks):
         threads = _threads(ceil(vectors, ranks))
-        held += [(threads, rows, ranks) for rows in _rows(threads, ranks, _BACKWARD_BLOCK)]
+        held += [(threads, rows, ranks) for rows in _rows(threads, ranks, _BACKWARD_BLOCK, True)]
     if slabs or table.ranks > 1:
         cut = [(threads, 1, 1) for threads in _SLABS if threads < vectors]
     shapes = [Backward(*s) for s in [*nearest(shape, held), *nearest(shape, cut)]]

@@ -270,7 +270,7 @@ def test_command_measures_the_emulation(tmp_path, capsys, monkeypatch):
         assert record["rejected"] == {} and record["tried"]["cuda"][0] == "cuda table"
         assert {*record["tried"]["cuda"], "eager", "copy"} == record["variants"].keys() and len(record["variants"]) >= 6
     out = capsys.readouterr().out
-    assert "add_layer_norm, backward, bfloat16" in out and "c1 t128 r1 k1" in out
+    assert "add_layer_norm, backward, bfloat16" in out and "c4 t32 r4 k1" in out
     assert tune_report.main([str(path)]) == 0
     assert capsys.readouterr().out == out
 

@@ -70,7 +70,8 @@ def test_forms_of_cuda_hold_the_row(name, hopper):
         chunks, most = (form.chunks, 128 * form.chunks) if isinstance(form, Forward) else (1, 512)
         assert 64 <= form.threads * form.rows <= most and form.ranks in (1, 2, 4, 8)
         assert form.threads % 32 == 0 or (form.threads < 32 and math.log2(form.threads).is_integer())
-        assert form.rows == 1 or (form.threads <= 32 and form.ranks == 1)
+        assert form.rows == 1 or form.ranks == 1
+        assert form.rows == 1 or form.threads <= 32 or (isinstance(form, Backward) and form.rows <= 8)
         held = chunks * form.threads * form.ranks
         if held < vectors:  # read again, by the widest blocks there are; or slabs
             assert (chunks, form.threads) == (4, 512) if isinstance(form, Forward) else form.ranks == 1
@@ -83,11 +84,13 @@ def test_forms_of_cuda_hold_the_row(name, hopper):
 @emulated
 def test_forms_nearest_to_the_tables_are_kept(hopper):
     base, others, _ = forms(GPU_CASES["add_layer_norm/forward/bfloat16/8192x4096"])
-    assert base == Forward(2, 256, 1, 1)
-    assert others[:2] == [Forward(2, 128, 1, 2), Forward(4, 128, 1, 1)]
+    assert base == Forward(4, 128, 1, 1)
+    assert others[:2] == [Forward(2, 256, 1, 1), Forward(2, 128, 1, 2)]
     distances = [tune_variants.distance(base, form) for form in others]
     assert distances == sorted(distances) and distances[0] == 2
-    assert tune_variants.cuda_forward(512, base, most_ranks=1) == [Forward(4, 128, 1, 1)]
+    assert tune_variants.cuda_forward(512, base, most_ranks=1) == [Forward(2, 256, 1, 1)]
+    narrow = tune_variants.cuda_backward(128, Backward(128, 4, 1), 32768, 132, False)
+    assert narrow[:3] == [Backward(128, 2, 1), Backward(128, 1, 1), Backward(64, 1, 2)]  # rows of several warps too
 
 
 @emulated
@@ -156,7 +159,7 @@ def test_cuda_takes_the_form_that_is_forced(hopper, generator):
             return fusednorm.layer_norm(x, 1024)
 
     own = statistics()
-    with cuda_form("forward", (4, 64, 1, 1)):
+    with cuda_form("forward", (1, 64, 1, 4)):
         forced = statistics()
     assert not torch.equal(own, forced)  # the sums are of other numbers
     assert torch.allclose(own, forced, atol=1e-6)

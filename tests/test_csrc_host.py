@@ -62,7 +62,7 @@ def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
 
 # What reaches every kernel of a pair of dtypes, and every form, at little cost.
 QUICK = (
-    "(every_form and rows and bfloat16 and clusters_of and not two_vectors and not whole_warp)"
+    "(every_form and rows and bfloat16 and clusters_of and not two_vectors_a_lane and not whole_warp)"
     " or (every_form and rms and bfloat16 and without_clusters and both)"
     " or (every_epilogue and add_layer_norm and bfloat16)"
     " or (every_layout and add_rms_norm and bfloat16)"

@@ -31,6 +31,7 @@ FORWARD = {
     "two_vectors_a_thread": (2, 32, 1, 1),
     "four_vectors_a_thread": (4, 64, 1, 1),
     "rows_side_by_side": (2, 32, 4, 1),
+    "four_vectors_a_thread_and_rows_side_by_side": (4, 16, 4, 1),
     "cluster_of_two": (1, 32, 1, 2),
     "cluster_with_idle_blocks": (4, 32, 1, 8),
     "tiles": (1, 32, 1, 1),
@@ -102,7 +103,7 @@ def test_the_table_decides_again_after_an_empty_list(on_the_emulation):
     by_table, _ = fusednorm.add_layer_norm(x, x, 512)
     torch.testing.assert_close(forced, by_table)
     fusednorm.layer_norm(torch.randn(3, 33), 33)  # rows that are not aligned have one form
-    assert torch.ops.fusednorm_cuda.forms(x, True).startswith("forward 1 128 1 1 1\nbackward 1 128 4 1 1\n")
+    assert torch.ops.fusednorm_cuda.forms(x, True).startswith("forward 4 32 4 1 1\nbackward 1 128 4 1 1\n")
 
 
 REFUSED = {
@@ -114,7 +115,6 @@ REFUSED = {
     "ranks: 1, 2, 4 or 8": ("backward", [32, 1, 3, 0]),
     "rows: 1": ("backward", [64, 2, 2, 0]),
     "forward: rows share a block": ("forward", [1, 64, 2, 1]),
-    "forward: rows share a block where": ("forward", [4, 16, 2, 1]),
     "a block has whole warps": ("backward", [8, 1, 1, 0]),
     "at most 512 threads": ("backward", [544, 1, 1, 0]),
     "forward, backward or overlap": ("sideways", []),

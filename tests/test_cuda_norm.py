@@ -40,8 +40,9 @@ def on_the_emulation():
     emulate()
 
 
-# Vectors of 16 bytes in a row, and a tail of elements: with 32 threads a block the forward holds 32, 128 and 512 of
-# them in 1, 2 and 4 a thread (256 where rows are not aligned), the backward 32; clusters 8 times as many.
+# Vectors of 16 bytes in a row, and a tail of elements: a warp of the forward holds 32, 64 and 128 of them in 1, 2 and 4
+# a lane; with 32 threads a block for each vector a thread, a block holds 512 (256 where rows are not aligned), one of
+# the backward 32; clusters 8 times as many.
 WIDTHS = {
     "one_column": (0, 1),
     "lanes_of_a_warp": (2, 0),
@@ -49,8 +50,9 @@ WIDTHS = {
     "whole_warp": (32, 0),
     "cluster_of_two_backward": (33, 0),
     "unaligned_cluster_backward": (40, 1),
-    "two_vectors_a_thread": (127, 0),
-    "four_vectors_a_thread": (260, 0),
+    "two_vectors_a_lane": (63, 0),
+    "four_vectors_a_lane": (127, 0),
+    "several_warps": (260, 0),
     "unaligned_cluster_both": (257, 1),
     "aligned_cluster_both": (513, 0),
 }

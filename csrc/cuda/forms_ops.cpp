@@ -54,8 +54,7 @@ void force(std::string what, std::vector<int64_t> numbers) {
   if (what == "forward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "forward: chunks, threads, rows, ranks; or nothing");
     STD_TORCH_CHECK(!count || numbers[0] == 1 || numbers[0] == 2 || numbers[0] == 4, "chunks: 1, 2 or 4");
-    STD_TORCH_CHECK(!count || numbers[2] == 1 || (numbers[0] < 4 && numbers[1] <= kWarpLanes),
-                    "forward: rows share a block where each has at most a warp, of one or two vectors a thread");
+    STD_TORCH_CHECK(!count || numbers[2] == 1 || numbers[1] <= kWarpLanes, "forward: rows share a block within a warp only");
     f.forward = count ? form_of(numbers[0], numbers[1], numbers[2], numbers[3], 128 * numbers[0]) : Form{};
   } else if (what == "backward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "backward: threads, rows, ranks, programs; or nothing");

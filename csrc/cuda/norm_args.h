@@ -23,6 +23,7 @@ struct Forward : Common {
   double eps;
   float tile_scale;  // a power of two: sums of a tile's columns scaled by it do not overflow
   int tiles;
+  int ranks_log2;  // of the form
 };
 
 struct Backward : Common {

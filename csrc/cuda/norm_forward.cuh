@@ -50,19 +50,18 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
   constexpr int V = 16 / sizeof(T);
   const int n = a.n_columns, threads = int(blockDim.x);
   const int rank = cluster_rank(), ranks = cluster_size();
-  const unsigned block = blockIdx.x / unsigned(ranks);
-  // Of rows so wide there is one a block, and no more than a grid has: registers are short.
+  // No memory holds 2**32 rows of so many columns: registers are short.
   using Index = std::conditional_t<CHUNKS == 4, unsigned, int64_t>;
-  const Index row = CHUNKS == 4 ? Index(block) : Index(block) * blockDim.y + threadIdx.y;
+  const Index row = Index(blockIdx.x >> a.ranks_log2) * blockDim.y + threadIdx.y;
   const bool active = row < a.n_rows;
   const int width = active ? n : 0;  // a row that is not there has no columns, but its threads meet the others
   const int span = threads * V * CHUNKS;
   const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
   const Path path = EPILOGUE ? path_of(a, seed, row) : Path::kNone;
-  const auto row_of = [&](const Rows& rows) { return EPILOGUE ? row_at(rows, row) : rows.data + int64_t(row) * rows.stride; };
-  const char* const x_row = active ? row_of(a.x) : nullptr;
-  const char* const residual_row = active && a.residual.data ? row_of(a.residual) : nullptr;
-  S* const z_row = static_cast<S*>(a.z) + (a.z && active ? int64_t(row) * n : 0);
+  const auto row_of = [&](const Rows& r) { return EPILOGUE ? row_at(r, row) : r.data + int64_t(row) * r.stride; };
+  // Of no use where there is no such row: its width is 0.
+  const char *const x_row = row_of(a.x), *const residual_row = row_of(a.residual);
+  S* const z_row = static_cast<S*>(a.z) + (a.z ? int64_t(row) * n : 0);
   RowGroup<C> group(threads);
 
   Raw<S, V> z[CHUNKS];  // as it is stored: half the registers where that is in 16 bits
@@ -106,9 +105,9 @@ add_layer_norm_fwd_kernel(FN_ARGUMENT Forward a) {
       }
     }
     group.sum(centred);
-    // Merging with nothing, in the first tile, changes no bit. In this order: delta * delta alone may overflow where
-    // its product with start = 0 must not.
-    const C share = count / (C(start) + count), delta = tile_mean - mean;
+    // Merging with nothing, in the first tile, changes no bit. In this order: delta * delta alone may overflow where its
+    // product with start = 0 must not.
+    const C share = tile ? count / (C(start) + count) : C(1), delta = tile_mean - mean;
     mean += delta * share;
     squares += centred[0] + delta * (delta * (C(start) * share));
   }

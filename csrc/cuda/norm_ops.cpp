@@ -93,6 +93,7 @@ Outputs run_forward(const ForwardCall& call, bool) {
   const Form form = forced_forward(forward_form(a.n_columns, vector, fits, limits(device)), a.n_columns, vector);
   const int64_t tile = int64_t(form.ranks) * form.threads * vector * form.chunks;
   a.tiles = form.tiles;
+  while (1 << a.ranks_log2 < form.ranks) ++a.ranks_log2;
   a.tile_scale = 1.0f / float(power_of_two(std::min<int64_t>(tile, a.n_columns)));
   const bool epilogue = x_bias || layer_scale || a.element.on || a.path.on || a.x.inner || a.residual.inner;
   kernels.forward(a, form, epilogue, current_stream(device));

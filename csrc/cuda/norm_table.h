@@ -7,13 +7,18 @@ namespace fusednorm_cuda {
 
 constexpr int kSlabThreads = 256;
 
-// `vector`: elements of the row dtype in 16 bytes. Rows that are not aligned have one kernel, of two vectors a thread.
+// A warp for a row as far as its lanes hold it, in up to four vectors each: it waits for no other warp. Then four vectors
+// and more warps: what a thread does once a row is shared by most elements. `vector`: elements of the row dtype in 16 bytes.
+// Rows that are not aligned have one kernel, of two vectors a thread.
 inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
   const int last = 4 * limits.forward_threads;
   Form form = spread(n, vector, 2, last, limits.clusters);
-  for (int chunks = 1; aligned && chunks <= 4; chunks *= 2) {
-    form = spread(n, vector, chunks, limits.forward_threads * chunks, chunks == 4 ? limits.clusters : 1);
-    if (form.tiles == 1) break;
+  if (aligned) {
+    for (int chunks = 1; chunks <= 4; chunks *= 2) {
+      form = spread(n, vector, chunks, kWarpLanes, 1);
+      if (form.tiles == 1) break;
+    }
+    if (form.tiles > 1) form = spread(n, vector, 4, last, limits.clusters);
   }
   form.aligned = aligned;
   if (form.threads <= kWarpLanes && form.tiles * form.ranks == 1)
