@@ -26,6 +26,8 @@ FAULTS = {
     "shared_never_written": r"never written",
     "misaligned": r"runtime error: .*misaligned",
     "cluster_missing_barrier": r"shared memory race.*block 1",
+    "arrivals_that_never_come": r"4 bytes came, 8 were expected",
+    "arrivals_of_another_round": r"a wait for another round",
     "copy_read_too_soon": r"never written",
     "copy_never_waited_for": r"a copy to shared memory that its thread did not wait for",
     "copy_over_a_number_in_use": r"shared memory race.*wrote it.*writes it",
@@ -51,7 +53,7 @@ def test_emulation_catches_a_planted_fault(name, faults):
     assert re.search(FAULTS[name], done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["sound", "cluster_sound", "copies_sound"])
+@pytest.mark.parametrize("name", ["sound", "cluster_sound", "arrivals_sound", "copies_sound"])
 def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
     done = run(faults, name)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ inline Form activation_form(int64_t n, int vector, bool aligned, const Limits& l
 }
 
 inline int activation_programs(int64_t n_rows, const Form& form, bool wide, const Limits& limits) {
-  return programs_for(n_rows, form, wide ? 128 : 64, limits);
+  return programs_for(n_rows, form, wide ? 128 : 64, 0, limits);
 }
 
 }  // namespace fusednorm_cuda

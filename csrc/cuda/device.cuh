@@ -28,11 +28,16 @@ FN_DEVICE void sync_threads() { __syncthreads(); }
 // The compiler moves no access to memory across.
 FN_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
-// The barrier also orders accesses to the shared memory of the other blocks. Without clusters there is but one block.
-FN_DEVICE void sync_cluster() {
+// Every block of the cluster has started, and its `Arrivals` too: asked for early, for what is loaded meanwhile. It orders
+// no other memory.
+FN_DEVICE void begin_meeting() {
 #if __CUDA_ARCH__ >= 900
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+FN_DEVICE void end_meeting() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
 }
 
@@ -192,6 +197,8 @@ inline void sync_threads(const char* file = __builtin_FILE(), int line = __built
 inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   Machine::get().sync_cluster({file, line});
 }
+inline void begin_meeting() {}
+inline void end_meeting(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { sync_cluster(file, line); }
 inline int cluster_rank() { return int(Machine::get().cluster_rank()); }
 inline int cluster_size() { return int(Machine::get().cluster_size()); }
 inline void keep_order() {}
@@ -212,13 +219,21 @@ V shuffle_xor(V value, int offset, const char* file = __builtin_FILE(), int line
   return value;
 }
 
-// Where the blocks of a cluster wait for what they send one another, all of them meet.
-struct Arrivals {
+// Where the blocks of a cluster wait for what they send one another, all of them meet, and see that it was so much.
+class Arrivals {
+ public:
   static constexpr int kBytes = 8;
-  explicit Arrivals(int) {}
-  void start() const {}
-  void expect(int) const {}
-  void wait(bool, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const { sync_cluster(file, line); }
+  explicit Arrivals(int offset) : offset_(offset) {}
+  void start() const { Machine::get().mail(unsigned(cluster_rank()), offset_) = {true, 0, 0, 0}; }
+  void expect(int bytes) const { Machine::get().expect_mail(offset_, bytes); }
+  void wait(bool odd, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    sync_cluster(file, line);
+    Machine::get().check_mail(offset_, odd);
+  }
+  int offset() const { return offset_; }
+
+ private:
+  int offset_;
 };
 
 template <class V>
@@ -231,8 +246,9 @@ class Shared {
   void set(int i, V value, int line = __builtin_LINE()) const {
     Machine::get().shared_write(unsigned(cluster_rank()), at(i), value, line);
   }
-  void send(int rank, int i, V value, const Arrivals&, int line = __builtin_LINE()) const {
+  void send(int rank, int i, V value, const Arrivals& arrivals, int line = __builtin_LINE()) const {
     Machine::get().shared_write(unsigned(rank), at(i), value, line);
+    Machine::get().mail(unsigned(rank), arrivals.offset()).received += int64_t(sizeof(V));
   }
   void copy(int i, const void* from, bool inside, int line = __builtin_LINE()) const {
     static_assert(sizeof(V) == 16);

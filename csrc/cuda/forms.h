@@ -15,6 +15,7 @@ struct Limits {
   int clusters = 1;            // most blocks of a cluster; 1 where there are none
   int processors = 1;
   bool early = false;  // a kernel may stand ready while the one before it ends
+  int shared_bytes = 228 << 10;  // of a multiprocessor
 };
 
 constexpr int64_t kMostColumns = int64_t(1) << 30;  // a column and a tile past it fit in an int
@@ -50,8 +51,9 @@ inline Form spread(int64_t n, int vector, int chunks, int most_threads, int most
 }
 
 // Blocks that visit the rows in turns: the multiprocessors filled, but no more than there are groups of rows.
-inline int programs_for(int64_t n_rows, const Form& form, int registers, const Limits& limits) {
-  const int fitting = 65536 / (registers * form.threads * form.rows);
+inline int programs_for(int64_t n_rows, const Form& form, int registers, int shared_bytes, const Limits& limits) {
+  constexpr int kReserved = 1024;  // of shared memory, for each block
+  const int fitting = std::min(65536 / (registers * form.threads * form.rows), limits.shared_bytes / (shared_bytes + kReserved));
   const int64_t blocks = int64_t(limits.processors) * std::max(1, std::min(fitting, kProgramsPerProcessor));
   const int64_t programs = blocks / (int64_t(form.ranks) * form.tiles);
   return int(std::max<int64_t>(1, std::min<int64_t>({programs, ceil_div(n_rows, form.rows), 65535})));

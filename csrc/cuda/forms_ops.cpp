@@ -29,7 +29,7 @@ void forms_op(StableIValue* stack, uint64_t, uint64_t) {
   const int vector = int(16 / kItemSize[dtype_of(x)]);
   const Limits limit = limits(device_of(x));
   const std::string forms = text("forward", forward_form(n, vector, aligned, limit)) + "\n" +
-                            text("backward", backward_form(n, vector, aligned, limit)) + "\n" +
+                            text("backward", backward_form(n, vector, aligned, {aligned, false, false}, limit)) + "\n" +
                             text("activation", activation_form(n, vector, aligned, limit));
   stack[0] = torch::stable::detail::from(forms);
 }

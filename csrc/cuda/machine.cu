@@ -10,6 +10,8 @@ namespace fusednorm_cuda {
 
 namespace {
 
+__global__ void any_kernel() {}
+
 Limits ask(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
@@ -17,10 +19,16 @@ Limits ask(int device) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
     return value;
   };
+  // What runs may have been compiled for an older architecture than the device's, and knows nothing of clusters then.
+  cudaFuncAttributes compiled{};
+  const cudaError_t error = cudaFuncGetAttributes(&compiled, any_kernel);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaFuncGetAttributes: ") + cudaGetErrorString(error));
+  const bool since_hopper = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90;
   Limits limits;
   limits.processors = attribute(cudaDevAttrMultiProcessorCount);
-  limits.clusters = attribute(cudaDevAttrClusterLaunch) ? 8 : 1;  // 8 is what every such device has
-  limits.early = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  limits.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  limits.clusters = since_hopper && attribute(cudaDevAttrClusterLaunch) ? 8 : 1;  // 8 is what every such device has
+  limits.early = since_hopper;
   return limits;
 }
 

@@ -45,13 +45,12 @@ FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Sav
                           Numbers<Compute<T>, V>& g) {
   using C = Compute<T>;
   using N = Numbers<C, V>;
-  N weight;
-  g = dnormed.numbers();
+  N weight(1);
   if (a.weight.data) {
     weight = load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns);
     if (a.zero_centered) weight = weight + N(1);
-    g = g * weight;
   }
+  g = dnormed.numbers() * weight;
   const bool from_normed = EVERYTHING && a.saved_is_normed;
   xhat = saved().numbers(from_normed);
   if (from_normed) {

@@ -31,21 +31,25 @@ void launch_forward(const Forward& a, const Form& f, bool epilogue, void* stream
 }
 
 template <class T, class S>
+int backward_shared_bytes(const Form& f) {
+  using C = Compute<T>;
+  constexpr int kVector = 16 / sizeof(T);
+  const int stages = f.staged ? Stages<T, S, kVector>::kBytes * f.threads * f.rows : 0;
+  const int sums = partial_columns(f, kVector) * int(sizeof(C));  // in the same place, afterwards
+  return RowGroup<C>::kSharedBytes + std::max(stages, sums);
+}
+
+template <class T, class S>
 struct BackwardLaunch {
   void (*kernel)(const Backward);
   Grid grid;
 
   BackwardLaunch(const Form& f, bool epilogue, int programs) {
-    using C = Compute<T>;
-    constexpr int kVector = 16 / sizeof(T);
     kernel = !f.aligned  ? add_layer_norm_bwd_kernel<T, S, kElements, true>
              : !f.staged ? add_layer_norm_bwd_kernel<T, S, kVectors, true>
              : epilogue  ? add_layer_norm_bwd_kernel<T, S, kStaged, true>
                          : add_layer_norm_bwd_kernel<T, S, kStaged, false>;
-    const int stages = f.staged ? Stages<T, S, kVector>::kBytes * f.threads * f.rows : 0;
-    const int sums = partial_columns(f, kVector) * int(sizeof(C));  // in the same place, afterwards
-    const int shared_bytes = RowGroup<C>::kSharedBytes + std::max(stages, sums);
-    grid = {int64_t(f.ranks) * f.tiles, programs, f.threads, f.rows, f.ranks, shared_bytes};
+    grid = {int64_t(f.ranks) * f.tiles, programs, f.threads, f.rows, f.ranks, backward_shared_bytes<T, S>(f)};
   }
 };
 
@@ -67,7 +71,7 @@ int resident_backward_clusters(const Form& f, bool epilogue, int device, int pro
 
 template <class T, class S>
 Launchers launchers_of() {
-  return {launch_forward<T, S>, launch_backward<T, S>, resident_backward_clusters<T, S>};
+  return {launch_forward<T, S>, launch_backward<T, S>, backward_shared_bytes<T, S>, resident_backward_clusters<T, S>};
 }
 
 }  // namespace fusednorm_cuda

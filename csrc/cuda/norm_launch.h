@@ -9,6 +9,7 @@ namespace fusednorm_cuda {
 struct Launchers {
   void (*forward)(const Forward&, const Form&, bool epilogue, void* stream);
   void (*backward)(const Backward&, const Form&, bool epilogue, int programs, void* stream);
+  int (*shared_bytes)(const Form&);  // of a block of the backward
   int (*resident_clusters)(const Form&, bool epilogue, int device, int processors);  // of the backward
 };
 

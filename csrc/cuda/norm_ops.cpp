@@ -52,10 +52,11 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
   return lead;
 }
 
-// Whether 32 bits address rows that lie one stride apart.
+// Whether 32 bits address rows that lie one stride apart, and their columns.
 template <class... R>
-bool one_short_stride(int64_t n_rows, const R&... rows) {
-  return n_rows < int64_t(1) << 31 && ((rows.inner == 0 && rows.stride < int64_t(1) << 32) && ...);
+bool in_32_bits(int64_t n_rows, int64_t row_bytes, const R&... rows) {
+  constexpr int64_t kEnd = int64_t(1) << 32;
+  return n_rows < kEnd / 2 && row_bytes < kEnd / 2 && ((rows.inner == 0 && rows.stride < kEnd) && ...);
 }
 
 template <class... Operands>
@@ -146,12 +147,13 @@ Gradients run_backward(const BackwardCall& call) {
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
   const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
-  const Form table = for_few_rows(backward_form(a.n_columns, vector, fits, limit), a.n_rows, limit);
+  const bool staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
+                      in_32_bits(a.n_rows, a.n_columns * kItemSize[stream], a.dnormed, a.dresidual_out, a.saved);
+  const BackwardKind kind{staged, epilogue, stream != o.dtype};
+  const Form table = for_few_rows(backward_form(a.n_columns, vector, fits, kind, limit), a.n_rows, limit);
   Form form = forced_backward(table, a.n_columns, vector);
-  form.staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
-                one_short_stride(a.n_rows, a.dnormed, a.dresidual_out, a.saved);
-  const int registers = backward_registers(form, epilogue, stream != o.dtype);
-  int64_t programs = programs_for(a.n_rows, form, registers, limit);
+  form.staged = staged;
+  int64_t programs = programs_for(a.n_rows, form, kind.registers(), kernels.shared_bytes(form), limit);
   if (form.ranks > 1)
     programs = std::min<int64_t>(a.n_rows, kernels.resident_clusters(form, epilogue, device, limit.processors));
   if (forced().programs) programs = std::min<int64_t>(ceil_div(a.n_rows, form.rows), forced().programs);

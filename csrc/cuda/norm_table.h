@@ -7,6 +7,18 @@ namespace fusednorm_cuda {
 
 constexpr int kSlabThreads = 256;
 
+// What a backward has to hold besides a row decides its registers. Threads of a block that rows share: two blocks a
+// multiprocessor, of which one computes while the other's threads meet.
+struct BackwardKind {
+  bool staged, epilogue, wide_stream;
+  bool plain() const { return staged && !epilogue && !wide_stream; }
+  int block() const { return plain() ? 512 : 256; }
+  int registers() const {  // a thread, as compiled at most
+    constexpr int kPlain = 64, kStaged = 96, kEverything = 128;
+    return plain() ? kPlain : staged ? kStaged : kEverything;
+  }
+};
+
 // A warp for a row as far as its lanes hold it, in up to four vectors each: it waits for no other warp. Then four vectors
 // and more warps: what a thread does once a row is shared by most elements. `vector`: elements of the row dtype in 16 bytes.
 // Rows that are not aligned have one kernel, of two vectors a thread.
@@ -28,11 +40,12 @@ inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limi
 
 // `tiles` counts slabs: blocks beside one another that know nothing of each other. Rows share a block as far as they fit:
 // each block writes a row of partial sums, which another kernel has to read.
-inline Form backward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
+inline Form backward_form(int64_t n, int vector, bool aligned, const BackwardKind& kind, const Limits& limits) {
   Form form = spread(n, vector, 1, limits.backward_threads, limits.clusters);
   if (form.tiles > 1) form = spread(n, vector, 1, std::min(limits.backward_threads, kSlabThreads), 1);
-  form.aligned = aligned;
-  if (form.tiles * form.ranks == 1) form.rows = std::max(std::max(limits.backward_threads, kWarpLanes) / form.threads, 1);
+  form.aligned = aligned, form.staged = kind.staged;
+  const int block = std::max(std::min(limits.backward_threads, kind.block()), kWarpLanes);
+  if (form.tiles * form.ranks == 1) form.rows = std::max(block / form.threads, 1);
   return form;
 }
 
@@ -41,12 +54,6 @@ inline Form for_few_rows(Form form, int64_t n_rows, const Limits& limits) {
   const int least = std::max(kWarpLanes / form.threads, 1);
   while (form.rows / 2 >= least && ceil_div(n_rows, form.rows) < limits.processors) form.rows /= 2;
   return form;
-}
-
-// Registers a thread, as compiled at most: two or one blocks of 512 threads, and more of smaller ones.
-inline int backward_registers(const Form& form, bool epilogue, bool wide_stream) {
-  constexpr int kPlain = 64, kStaged = 96, kEverything = 128;
-  return !form.staged ? kEverything : epilogue || wide_stream ? kStaged : kPlain;
 }
 
 }  // namespace fusednorm_cuda

@@ -64,8 +64,18 @@ sum_partials_kernel(FN_ARGUMENT Finalize a) {
   C total = 0;
   wait_for_previous();
   if (column < a.n_columns) {
-#pragma unroll 8
-    for (int p = int(threadIdx.y); p < a.programs; p += rows) total += partials[int64_t(p) * a.n_columns + column];
+    constexpr int kTogether = 8;
+#pragma unroll 1
+    for (int first = int(threadIdx.y); first < a.programs; first += kTogether * rows) {
+      C parts[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int p = first + i * rows;
+        parts[i] = p < a.programs ? partials[int64_t(p) * a.n_columns + column] : C(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) total += parts[i];
+    }
   }
   const Shared<C> shared(0);
   shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);

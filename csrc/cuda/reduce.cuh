@@ -21,7 +21,7 @@ class RowGroup {
       : lanes_(threads < kWarp ? threads : kWarp), warps_((threads + kWarp - 1) / kWarp), ranks_(cluster_size()) {
     if (ranks_ == 1) return;
     if (threadIdx.x == 0) Arrivals(kArrivals).start(), Arrivals(kArrivals + Arrivals::kBytes).start();
-    sync_cluster();  // every block has started: its shared memory may be written
+    begin_meeting();
   }
 
   // Where a row takes more than a warp it must be its block's only one.
@@ -82,13 +82,17 @@ class RowGroup {
       if (self < warps_) total = slots.get(row + self);
     } else {
       const int mine = first + cluster_rank() * kMaxWarps + warp;
+      if (round_ == 0) end_meeting();
       const Arrivals arrivals(kArrivals + turn * Arrivals::kBytes);
       if (threadIdx.x == 0) arrivals.expect(SUMS * ranks_ * warps_ * int(sizeof(C)));
       if (speaks && self < ranks_) slots.send(self, mine, value, arrivals);
       arrivals.wait(round_ & 2);
-      if (self < warps_)
-#pragma unroll 1
-        for (int rank = 0; rank < ranks_; ++rank) total += slots.get(first + rank * kMaxWarps + self);
+      C parts[kMaxRanks];  // all on their way at once
+#pragma unroll
+      for (int rank = 0; rank < kMaxRanks; ++rank)
+        parts[rank] = self < warps_ && rank < ranks_ ? slots.get(first + rank * kMaxWarps + self) : C(0);
+#pragma unroll
+      for (int rank = 0; rank < kMaxRanks; ++rank) total += parts[rank];
     }
     ++round_;
     return total;

@@ -57,6 +57,13 @@ struct Copies {
   }
 };
 
+// Bytes that the blocks of a cluster send to one of them, and how many it said there would be, over all rounds.
+struct Mail {
+  bool started;
+  int64_t expected, received;
+  int rounds;
+};
+
 class Machine {
  public:
   struct Launch {
@@ -123,6 +130,22 @@ class Machine {
     return value;
   }
 
+  Mail& mail(unsigned rank, int offset) { return mail_[{rank, offset}]; }
+
+  void expect_mail(int offset, int bytes) {
+    Mail& m = mail(unsigned(block()), offset);
+    m.expected += bytes, ++m.rounds;
+  }
+
+  // After all have met: nobody sends to this place again before every thread has been here.
+  void check_mail(int offset, bool odd) {
+    const Mail& m = mail(unsigned(block()), offset);
+    if (!m.started) fibers_.fail("a barrier of arrivals that was not started");
+    if (m.expected != m.received)
+      fibers_.fail("arrivals: " + std::to_string(m.received) + " bytes came, " + std::to_string(m.expected) + " were expected");
+    if (bool((m.rounds - 1) & 1) != odd) fibers_.fail("arrivals: a wait for another round than this one");
+  }
+
   void begin_copy(size_t offset, const void* bytes, int line) {
     Copies::Copy copy{offset, {}};
     std::memcpy(copy.bytes.data(), bytes, copy.bytes.size());
@@ -174,6 +197,7 @@ class Machine {
     cluster_interval_ = 0;
     turns_.assign(count, 0);
     copies_.assign(count, {});
+    mail_.clear();
     slots_[0].assign(count, 0);
     slots_[1].assign(count, 0);
     shared_.resize(blocks);
@@ -236,6 +260,7 @@ class Machine {
   std::vector<int> turns_;
   std::vector<uint64_t> slots_[2];
   std::vector<Copies> copies_;
+  std::map<std::pair<unsigned, int>, Mail> mail_;  // by block, and where its barrier lies
   std::vector<SharedMemory> shared_;
 };
 

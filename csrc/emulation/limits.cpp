@@ -11,7 +11,7 @@ namespace {
 Limits emulated;
 
 void emulate(int64_t forward_threads, int64_t backward_threads, int64_t clusters, int64_t processors, int64_t seed) {
-  emulated = {int(forward_threads), int(backward_threads), int(clusters), int(processors), false};
+  emulated = {int(forward_threads), int(backward_threads), int(clusters), int(processors)};
   fusednorm_emulation::Machine::get().seed = uint64_t(seed);
 }
 

@@ -85,6 +85,34 @@ static void cluster_missing_barrier() {
   shared.send(1 - cluster_rank(), thread(), 2, Arrivals(0));
 }
 
+// Two barriers in turns: what comes for one is counted while threads still look at the other.
+static void arrivals_sound() {
+  const Arrivals turns[2] = {Arrivals(240), Arrivals(248)};
+  if (thread() == 0) turns[0].start(), turns[1].start();
+  sync_cluster();
+  for (int round = 0; round < 4; ++round) {
+    const Arrivals& arrivals = turns[round & 1];
+    if (thread() == 0) arrivals.expect(4);
+    if (thread() == 7) Shared<int>(0).send(1 - cluster_rank(), round, 10 + cluster_rank(), arrivals);
+    arrivals.wait(round & 2);
+    output[cluster_rank() * kThreads + thread()] = float(Shared<int>(0).get(round));
+  }
+}
+
+static void arrivals_that_never_come() {
+  const Arrivals arrivals(248);
+  if (thread() == 0) arrivals.start(), arrivals.expect(8);
+  sync_cluster();
+  if (thread() == 7) Shared<int>(0).send(1 - cluster_rank(), 0, 1, arrivals);
+  arrivals.wait(false);
+}
+
+static void arrivals_of_another_round() {
+  const Arrivals arrivals(248);
+  if (thread() == 0) arrivals.start(), arrivals.expect(0);
+  arrivals.wait(true);
+}
+
 // Sixteen bytes a thread on their way to shared memory: its own four numbers.
 static std::vector<float> numbers(4 * kThreads, 3.0f);
 
@@ -152,6 +180,9 @@ int main(int argc, char** argv) {
       ENTRY(misaligned, 1),
       ENTRY(cluster_sound, 2),
       ENTRY(cluster_missing_barrier, 2),
+      ENTRY(arrivals_sound, 2),
+      ENTRY(arrivals_that_never_come, 2),
+      ENTRY(arrivals_of_another_round, 2),
       ENTRY(copies_sound, 1),
       ENTRY(copy_read_too_soon, 1),
       ENTRY(copy_never_waited_for, 1),
