@@ -2,7 +2,7 @@
 
 The CPU library takes a C++ compiler; the CUDA library nvcc too, and a torch built for CUDA. FUSEDNORM_CUDA=1 builds the
 latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100": "native" is
-those of this machine alone, in a third of the time.
+those of this machine alone, which is a third of the work.
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
 torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
