@@ -19,7 +19,7 @@ Forced& forced();
 inline Form forced_form(const Form& wanted, const Form& table, int64_t n, int vector) {
   if (!wanted.threads || !table.aligned) return table;
   Form form = wanted;
-  form.aligned = true;
+  form.aligned = true, form.staged = table.staged;
   form.tiles = int(ceil_div(n, int64_t(form.ranks) * form.threads * form.chunks * vector));
   return form;
 }

@@ -67,7 +67,8 @@ void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unu
 // Clusters that run at the same time on `device`, which is the current one: its multiprocessors stand in groups, and a
 // group's rest, smaller than a cluster, stays idle. A grid of one cluster more takes twice as long.
 template <class A>
-int resident_clusters(void (*kernel)(A), const Grid& grid, int device, int processors) {
+int resident_clusters([[maybe_unused]] void (*kernel)(A), const Grid& grid, [[maybe_unused]] int device,
+                      [[maybe_unused]] int processors) {
 #if defined(__CUDACC__)
   using Key = std::tuple<const void*, int, int, int, int>;
   thread_local std::map<Key, int> known;
@@ -78,10 +79,8 @@ int resident_clusters(void (*kernel)(A), const Grid& grid, int device, int proce
   const cudaLaunchConfig_t config = configured(kernel, grid, nullptr, attributes);
   int clusters = 0;
   check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  (void)processors;
   return known[key] = clusters;
 #else
-  (void)kernel, (void)device;
   return processors / grid.cluster;
 #endif
 }

@@ -1,10 +1,7 @@
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "forms.h"
+#include "launch.cuh"
 
 namespace fusednorm_cuda {
 
@@ -15,14 +12,12 @@ __global__ void any_kernel() {}
 Limits ask(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("cudaDeviceGetAttribute: ") + cudaGetErrorString(error));
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
   };
   // What runs may have been compiled for an older architecture than the device's, and knows nothing of clusters then.
   cudaFuncAttributes compiled{};
-  const cudaError_t error = cudaFuncGetAttributes(&compiled, any_kernel);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("cudaFuncGetAttributes: ") + cudaGetErrorString(error));
+  check(cudaFuncGetAttributes(&compiled, any_kernel), "cudaFuncGetAttributes");
   const bool since_hopper = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && compiled.ptxVersion >= 90;
   Limits limits;
   limits.processors = attribute(cudaDevAttrMultiProcessorCount);

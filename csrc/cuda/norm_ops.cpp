@@ -151,8 +151,7 @@ Gradients run_backward(const BackwardCall& call) {
                       in_32_bits(a.n_rows, a.n_columns * kItemSize[stream], a.dnormed, a.dresidual_out, a.saved);
   const BackwardKind kind{staged, epilogue, stream != o.dtype};
   const Form table = for_few_rows(backward_form(a.n_columns, vector, fits, kind, limit), a.n_rows, limit);
-  Form form = forced_backward(table, a.n_columns, vector);
-  form.staged = staged;
+  const Form form = forced_backward(table, a.n_columns, vector);
   int64_t programs = programs_for(a.n_rows, form, kind.registers(), kernels.shared_bytes(form), limit);
   if (form.ranks > 1)
     programs = std::min<int64_t>(a.n_rows, kernels.resident_clusters(form, epilogue, device, limit.processors));

@@ -24,14 +24,12 @@ struct BackwardKind {
 // Rows that are not aligned have one kernel, of two vectors a thread.
 inline Form forward_form(int64_t n, int vector, bool aligned, const Limits& limits) {
   const int last = 4 * limits.forward_threads;
-  Form form = spread(n, vector, 2, last, limits.clusters);
-  if (aligned) {
-    for (int chunks = 1; chunks <= 4; chunks *= 2) {
-      form = spread(n, vector, chunks, kWarpLanes, 1);
-      if (form.tiles == 1) break;
-    }
-    if (form.tiles > 1) form = spread(n, vector, 4, last, limits.clusters);
+  Form form{};
+  for (int chunks = 1; aligned && chunks <= 4; chunks *= 2) {
+    form = spread(n, vector, chunks, kWarpLanes, 1);
+    if (form.tiles == 1) break;
   }
+  if (form.tiles != 1) form = spread(n, vector, aligned ? 4 : 2, last, limits.clusters);
   form.aligned = aligned;
   if (form.threads <= kWarpLanes && form.tiles * form.ranks == 1)
     form.rows = std::max(limits.forward_threads, kWarpLanes) / form.threads;
