@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import codegen_cuda_forms as forms
-from benchmarks.codegen_cuda_forms import CUDA, MOST_THREADS, REGISTER_FILE
+from benchmarks.codegen_cuda_forms import CUDA, MOST_THREADS, REGISTER_FILE, resident_blocks
 from benchmarks.codegen_cuda_kernel import PAIRS, SHARED_BYTES, Kernel, expected
 from benchmarks.codegen_cuda_sass import hot_loop, kernels
 
@@ -49,7 +49,7 @@ def faults(k: Kernel) -> list[str]:
     if k.stack or k.spilled or k.local:
         found.append(f"spills: {k.stack} bytes of stack, {k.spilled} spilled, {k.local} local accesses")
     threads, blocks = k.bounds
-    if -(-k.registers // 8) * 8 * threads * blocks > REGISTER_FILE:
+    if resident_blocks(k.registers, threads) < blocks:
         found.append(f"{k.registers} registers: {blocks} blocks of {threads} threads do not fit")
     if k.shared > SHARED_BYTES:
         found.append(f"{k.shared} bytes of shared memory")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import OPS
+from fusednorm.providers.triton_host import ceil
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 REGISTER_FILE, MOST_THREADS, MOST_BLOCKS, WARP = 65536, 2048, 32, 32  # of a multiprocessor
@@ -40,10 +41,6 @@ class Form(NamedTuple):
     @property
     def block(self) -> int:
         return self.threads * self.rows
-
-
-def ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def resident_blocks(registers: int, threads: int) -> int:

@@ -130,7 +130,7 @@ def cuda_table(case: Case, device: torch.device) -> dict[str, list[int]]:
 def _cuda(case: Case, device: torch.device) -> tuple[str, list[Variant]]:
     chunks, threads, rows, ranks, tiles = cuda_table(case, device)[case.direction][:5]
     n_rows, n = case.shape
-    vectors = tune_variants.ceil(n * case.torch_dtype.itemsize, 16)
+    vectors = triton_host.ceil(n * case.torch_dtype.itemsize, 16)
     most_ranks, processors = 8, 2
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from fusednorm.providers.triton_config import Config
+from fusednorm.providers.triton_host import ceil
 
 MOST_CUDA, MOST_TRITON = 8, 5  # beside the table's own
 RANKS = (1, 2, 4, 8)
@@ -73,10 +74,6 @@ class Pinned(NamedTuple):
     @property
     def stages(self) -> int:
         return 1
-
-
-def ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def distance(a: Sequence[int], b: Sequence[int]) -> float:
