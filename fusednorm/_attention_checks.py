@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_probability, check_same_device, check_seed, check_tensor
+from ._checks import (
+    check_choice,
+    check_is_tensor,
+    check_number,
+    check_probability,
+    check_same_device,
+    check_seed,
+    check_tensor,
+    refuse_nested,
+    shown,
+)
 
 MOST_HEAD_DIM = 256
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels compute in float32
@@ -51,21 +61,24 @@ def check_heads(name: str, heads: int, query_heads: int) -> None:
         )
 
 
-def check_options(dropout_p: Any, scale: Any, window: Any, softcap: Any, causal_align: Any, seed: Any) -> None:
+def check_options(
+    dropout_p: Any, scale: Any, window: Any, softcap: Any, causal_align: Any, seed: Any
+) -> tuple[float, float | None, float]:
+    """(dropout_p, scale, softcap) as floats."""
     if type(dropout_p) is type(softcap) is float and dropout_p == softcap == 0.0 and scale is window is seed is None:
         check_choice("causal_align", causal_align, ALIGNS)
-        return
-    check_probability("dropout_p", dropout_p)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (Real, torch.SymFloat))):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if isinstance(softcap, bool) or not isinstance(softcap, Real):
-        raise TypeError(f"softcap: expected a number, got {type(softcap).__name__}; 0.0 is no cap")
-    if softcap != 0.0 and not _TINY <= float(softcap) <= _HUGE:
+        return dropout_p, scale, softcap
+    dropout_p = check_probability("dropout_p", dropout_p)
+    if scale is not None:
+        scale = check_number("scale", scale, "a number or None")
+    softcap = check_number("softcap", softcap, "a number (0.0 is no cap)")
+    if softcap != 0.0 and not _TINY <= softcap <= _HUGE:
         raise ValueError(f"softcap: expected 0.0 (no cap) or a number from {_TINY:g} to {_HUGE:g}, got {softcap}")
     check_choice("causal_align", causal_align, ALIGNS)
     check_window(window)
     if seed is not None:
         check_seed(seed)
+    return dropout_p, scale, softcap
 
 
 def check_window(window: Any) -> None:
@@ -86,13 +99,13 @@ def check_window(window: Any) -> None:
 
 def check_attn_mask(mask: Any, query: Tensor, logits: tuple[int, ...]) -> None:
     """Bool or additive, broadcasting to the logits' shape."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    check_is_tensor("attn_mask", mask, "a torch.Tensor or None")
     check_layout("attn_mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        added = "float32" if query.dtype == torch.float32 else f"torch.float32 or query's {query.dtype}"
         raise TypeError(
-            f"attn_mask: expected bool (True: attend), float32 or query's {query.dtype} (added to the logits), got "
-            f"{mask.dtype}; convert it first"
+            f"attn_mask: expected bool (True: attend) or {added} (added to the logits), got {mask.dtype}; "
+            "convert it first"
         )
     check_same_device("attn_mask", mask, "query", query)
     if mask.ndim < 2:
@@ -108,28 +121,35 @@ def check_attn_mask(mask: Any, query: Tensor, logits: tuple[int, ...]) -> None:
 
 
 def check_key_mask(mask: Any, query: Tensor, expected: tuple[int, ...]) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"key_mask: expected a bool torch.Tensor or None, got {type(mask).__name__}")
+    check_is_tensor("key_mask", mask, "a bool torch.Tensor or None")
     if mask.dtype != torch.bool:
-        raise TypeError(f"key_mask: expected bool (True: attend), got {mask.dtype}; compare it with `!= 0` first")
+        remedy = "pass `mask != 0` if 1 stands for attend"
+        if mask.is_floating_point():
+            remedy += ", `mask == 0` if it is additive (0 keeps, -inf hides)"
+        raise TypeError(f"key_mask: expected bool (True: attend), got {mask.dtype}; {remedy}")
     check_layout("key_mask", mask)
     check_same_device("key_mask", mask, "query", query)
-    if mask.shape != expected:
-        raise ValueError(
-            f"key_mask: expected shape {tuple(expected)}, (*batch, key positions), got {tuple(mask.shape)}; expand or "
-            "slice it"
-        )
+    if mask.shape == expected:
+        return
+    remedy = "expand or slice it"
+    if mask.ndim == 4 and mask.shape[1:3] == (1, 1) and (mask.shape[0], mask.shape[3]) == expected:
+        remedy = "pass `mask[:, 0, 0]`, or the whole as attn_mask"
+    elif mask.ndim > len(expected):
+        remedy = "pass it as attn_mask if it differs between heads or queries"
+    raise ValueError(
+        f"key_mask: expected shape {tuple(expected)}, (*batch, key positions), got {tuple(mask.shape)}; {remedy}"
+    )
 
 
 def check_layout(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_nested:
+    refuse_nested(name, tensor)
+    if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}; call to_dense()")
 
 
 def check_cu_seqlens(name: str, bounds: Any, total: int, longest: Any, packed_name: str, packed: Tensor) -> None:
     """Boundaries of packed sequences. Their values are looked at on the CPU only: on a GPU a look would wait."""
-    if not isinstance(bounds, Tensor):
-        raise TypeError(f"cu_seqlens_{name}: expected an int32 torch.Tensor, got {type(bounds).__name__}")
+    check_is_tensor(f"cu_seqlens_{name}", bounds, "an int32 torch.Tensor")
     if bounds.dtype != torch.int32:
         raise TypeError(f"cu_seqlens_{name}: expected int32, got {bounds.dtype}; convert it with .to(torch.int32)")
     if bounds.ndim != 1 or bounds.shape[0] < 1:
@@ -141,8 +161,8 @@ def check_cu_seqlens(name: str, bounds: Any, total: int, longest: Any, packed_na
     check_same_device(f"cu_seqlens_{name}", bounds, packed_name, packed)
     if isinstance(longest, bool) or not isinstance(longest, (Integral, torch.SymInt)):
         raise TypeError(f"max_seqlen_{name}: expected an int, got {type(longest).__name__}")
-    if longest < 0:
-        raise ValueError(f"max_seqlen_{name}: expected a length >= 0, got {longest}")
+    if longest < 0 or longest >= 2**63:  # type: ignore[operator]
+        raise ValueError(f"max_seqlen_{name}: expected a length >= 0, got {shown(longest)}")
     if (
         not bounds.is_cpu
         or torch.compiler.is_compiling()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from . import _ops, providers
+from . import _ops, dropout, providers
 from ._transforms import batched, distinct, transform_active
 from .providers import cpu
 from .providers import reference_attention as reference
@@ -25,6 +25,8 @@ _is_compiling = torch.compiler.is_compiling
 
 def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Choose the way down once, and take it: (out, lse)."""
+    if args[11] == 1.0:
+        return _all_dropped(call, args, return_lse)
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
@@ -50,6 +52,15 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
             return AttentionFunction.apply(*args, provider)
         return _apply(*args, provider)
     return _ops.attention_fwd(*args, provider=provider)
+
+
+def _all_dropped(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """At dropout_p = 1: zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
+    q, v = args[0], args[2]
+    zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
+    lse = run(call, (*args[:5], None, *args[6:11], 0.0, *args[12:]), True)[1] if return_lse else None
+    return out.to(q.dtype), lse
 
 
 class AttentionFunction(torch.autograd.Function):

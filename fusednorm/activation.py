@@ -55,7 +55,7 @@ def bias_act_dropout(
             strides.
         bias: (N,), any of these dtypes, or None.
         activation: "relu", "gelu", "gelu_tanh" (torch's ``approximate="tanh"``) or "silu".
-        dropout_p: probability that an element is dropped, in [0, 1); applied whenever it is > 0. A dropped element
+        dropout_p: probability that an element is dropped, in [0, 1]; applied whenever it is > 0. A dropped element
             and its gradients are 0, whatever x is there.
         seed: int or one-element int64 tensor that fixes the mask, which is ``dropout_mask(x.shape, dropout_p, seed)``;
             drawn from torch's generator if not given.
@@ -82,7 +82,8 @@ def bias_act_dropout(
         # On the CPU the native kernel or torch's own operators at once: a check costs more than the two microseconds
         # that a call may cost over eager's. What is not certain to be right goes the way below.
         if (
-            dropout_p == 0.0
+            type(dropout_p) is float
+            and dropout_p == 0.0
             and seed is None
             and providers.short_cuts
             and not _functorch_active()
@@ -97,11 +98,13 @@ def bias_act_dropout(
     _checks.check_tensor("x", x)
     _checks.check_last_dimension("bias", bias, "x", x)
     _checks.check_choice("activation", activation, tuple(_TORCHS))
-    _checks.check_probability("dropout_p", dropout_p)
+    dropout_p = _checks.check_probability("dropout_p", dropout_p)
     if seed is not None:
         _checks.check_seed(seed)
+    if dropout_p == 1.0:
+        return dropout.all_dropped(x, bias)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p else None
-    return _run((x, bias, seed, activation, float(dropout_p)))
+    return _run((x, bias, seed, activation, dropout_p))
 
 
 def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:

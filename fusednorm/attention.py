@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
 from . import _attention_function, _autocast, dropout, providers
-from ._checks import FLOAT_DTYPES
+from ._checks import FLOAT_DTYPES, check_flag
 
 _FAR = 2**62  # past any position, and a 64-bit number
 
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
             one dtype, any strides, leading dimensions that broadcast; the heads may be absent. D and Dv up to 256.
         attn_mask: broadcasts to (\*, Hq, Sq, Sk), at least 2-dimensional; bool (True: attend), or float32 or query's
             dtype, added to the logits.
-        dropout_p: probability that an attention weight is dropped, in [0, 1); applied whenever it is > 0. The mask is
+        dropout_p: probability that an attention weight is dropped, in [0, 1]; applied whenever it is > 0. The mask is
             ``dropout_mask((*, Hq, Sq, Sk), dropout_p, seed)``.
         is_causal: query i sees the keys j <= i + off.
         scale: of the logits, any sign; :math:`1 / \sqrt D` if not given.
@@ -83,7 +83,8 @@ def scaled_dot_product_attention(
         and attn_mask is None is seed
         and type(dropout_p) is type(softcap) is float
         and dropout_p == softcap == 0.0
-        and not return_lse
+        and return_lse is False
+        and type(causal_align) is str
         and causal_align == "upper_left"
         and providers.shortcut is not None
         and providers.automatic
@@ -110,9 +111,10 @@ def scaled_dot_product_attention(
             providers.automatic
             and attn_mask is None is key_mask
             and window is None is seed
+            and type(dropout_p) is type(softcap) is float
             and dropout_p == 0.0 == softcap
-            and not is_causal
-            and not return_lse
+            and is_causal is return_lse is False
+            and type(enable_gqa) is bool
             and causal_align == "upper_left"
             and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
             and (scale is None or type(scale) is float)
@@ -135,14 +137,16 @@ def scaled_dot_product_attention(
                     return _attention_function.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
+    enable_gqa = check_flag("enable_gqa", enable_gqa)
     query, key, value, attn_mask = _autocast.lowered(query, key, value, attn_mask)
     plain = _plain(query, key, value, enable_gqa)
     if not plain:
         checks.check_operands(query, key, value, False)
-    checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    dropout_p, scale, softcap = checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    is_causal, return_lse = check_flag("is_causal", is_causal), check_flag("return_lse", return_lse)
     lead: tuple[int, ...] = query.shape[:2]
     if not plain:
-        query, key, value, lead = _broadcast(query, key, value, bool(enable_gqa))
+        query, key, value, lead = _broadcast(query, key, value, enable_gqa)
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*lead, n_queries, n_keys))
@@ -158,10 +162,10 @@ def scaled_dot_product_attention(
         "scaled_dot_product_attention",
         (
             *(q, k, v, attn_mask, key_mask, dropout.seed_tensor(seed, q.device) if dropout_p else None, None, None),
-            *(n_queries, n_keys, _scale(scale, q), float(dropout_p), bool(is_causal), causal_align == "lower_right"),
-            *(*_window(window), float(softcap)),
+            *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
+            *(*_window(window), softcap),
         ),
-        bool(return_lse),
+        return_lse,
     )
     if not plain:
         out = out.reshape(*lead, n_queries, v.shape[-1])
@@ -226,7 +230,8 @@ def varlen_attention(
         )
     query, key, value, _ = _autocast.lowered(query, key, value, None)
     checks.check_operands(query, key, value, True)
-    checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    dropout_p, scale, softcap = checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
+    is_causal, return_lse = check_flag("is_causal", is_causal), check_flag("return_lse", return_lse)
     checks.check_heads("key", key.shape[1], query.shape[1])
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value: has {value.shape[1]} heads, key {key.shape[1]}; give both as many")
@@ -242,10 +247,10 @@ def varlen_attention(
         "varlen_attention",
         (
             *(q, k, v, None, None, dropout.seed_tensor(seed, q.device) if dropout_p else None),
-            *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q), float(dropout_p)),
-            *(bool(is_causal), causal_align == "lower_right", *_window(window), float(softcap)),
+            *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q), dropout_p),
+            *(is_causal, causal_align == "lower_right", *_window(window), softcap),
         ),
-        bool(return_lse),
+        return_lse,
     )
     return (out, lse) if return_lse else out
 
@@ -323,7 +328,7 @@ def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[in
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return 1.0 / q.shape[-1] ** 0.5 if q.shape[-1] else 1.0  # as torch computes it, to the last bit
-    return float(scale)
+    return scale
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def dropout_mask(
     Args:
         shape: the dropped tensor's shape; *c* is the index along its last dimension, *r* the flattened index along
             the others.
-        p: the probability that an element is dropped, in [0, 1).
+        p: the probability that an element is dropped, in [0, 1].
         seed: an int (taken modulo 2**64) or a one-element int64 tensor.
         device: where the mask is made; the seed's device, or torch's default one, if not given.
 
@@ -138,10 +138,23 @@ def dropout_mask(
 
     Source: Salmon et al., SC 2011 (Philox4x32, 7 rounds).
     """
-    _checks.check_probability("p", p)
+    p = _checks.check_probability("p", p)
     _checks.check_seed(seed)
     _checks.check_mask_shape(shape)
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    device = torch.device(device)
+    else:
+        device = _checks.check_device(device)
+    if p == 1.0:
+        return torch.zeros(tuple(shape), dtype=torch.bool, device=device)
     return element_mask(shape, p, seed_tensor(seed, device))
+
+
+def all_dropped(x: Tensor, *parts: Tensor | None) -> Tensor:
+    """Zeros in place of x plus the parts: dropout at p = 1, whose mask and scale no kernel can represent.
+
+    The gradients of x and of the parts are zeros as well. It selects instead of multiplying, because 0 * NaN is NaN.
+    """
+    for part in parts:
+        x = x if part is None else x + part.to(x.dtype)
+    return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0.0)

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _autocast, _checks, _norm_function, dropout, providers
-from ._dtypes import compute_dtype
 from ._norm_function import Args
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -49,11 +48,14 @@ def layer_norm(
     Source: J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias):
+        _checks.refuse_nested("input", input)  # torch's own handler, which goes by name, takes some calls
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if providers.automatic and _unwatched(input):  # no native kernel is faster than torch's own
+        if (
+            providers.automatic and type(eps) is float and _unwatched(input)
+        ):  # no native kernel is faster than torch's own
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
@@ -103,9 +105,10 @@ def rms_norm(
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
+        _checks.refuse_nested("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
-        if _unwatched(input):
+        if (eps is None or type(eps) is float) and _unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             torchs = providers.automatic and providers.unavailable_reason("cpu") is not None
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
@@ -151,8 +154,8 @@ def add_layer_norm(
         eps: added to the variance.
         x_bias: of shape normalized_shape: the bias of the linear layer that made x.
         layer_scale: of shape normalized_shape: a factor for each channel of the branch.
-        dropout_p: probability that an element of the branch is dropped, in [0, 1); applied whenever it is > 0.
-        drop_path_p: probability that a sample (index along dimension 0) loses its whole branch, in [0, 1).
+        dropout_p: probability that an element of the branch is dropped, in [0, 1]; applied whenever it is > 0.
+        drop_path_p: probability that a sample (index along dimension 0) loses its whole branch, in [0, 1].
         seed: int or one-element int64 tensor that fixes both masks; drawn from torch's generator if not given.
         residual_dtype: dtype of residual_out; residual's (x's without one) if not given.
         zero_centered_weight: normalize with ``1 + weight``.
@@ -171,7 +174,9 @@ def add_layer_norm(
     """
     if (
         not _is_compiling()
-        and not (drop_path_p or zero_centered_weight or memory_efficient)
+        and zero_centered_weight is memory_efficient is False
+        and type(drop_path_p) is float
+        and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
         and providers.shortcut is not None
     ):
@@ -201,20 +206,8 @@ def add_layer_norm(
             memory_efficient=memory_efficient,
         )
     return _add_norm(
-        x,
-        residual,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        x_bias,
-        layer_scale,
-        dropout_p,
-        drop_path_p,
-        seed,
-        residual_dtype,
-        zero_centered_weight,
-        memory_efficient,
+        *(x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
+        *(residual_dtype, zero_centered_weight, memory_efficient),
         rms=False,
     )
 
@@ -246,7 +239,9 @@ def add_rms_norm(
     """
     if (
         not _is_compiling()
-        and not (drop_path_p or zero_centered_weight or memory_efficient)
+        and zero_centered_weight is memory_efficient is False
+        and type(drop_path_p) is float
+        and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
         and providers.shortcut is not None
     ):
@@ -275,20 +270,8 @@ def add_rms_norm(
             memory_efficient=memory_efficient,
         )
     return _add_norm(
-        x,
-        residual,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        x_bias,
-        layer_scale,
-        dropout_p,
-        drop_path_p,
-        seed,
-        residual_dtype,
-        zero_centered_weight,
-        memory_efficient,
+        *(x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
+        *(residual_dtype, zero_centered_weight, memory_efficient),
         rms=True,
     )
 
@@ -307,7 +290,7 @@ def _plain_norm(
     _checks.check_parameter("weight", weight, shape, name, x)
     _checks.check_parameter("bias", bias, shape, name, x)
     args: Args = (
-        *(x, None, weight, bias, None, None, None, len(shape), _eps(eps, rms, x.dtype), 0.0, 0.0),
+        *(x, None, weight, bias, None, None, None, len(shape), _checks.check_eps(eps, rms, x.dtype), 0.0, 0.0),
         *(_autocast.norm_dtype(x, rms), x.dtype, rms, False, False),
     )
     return _norm_function.run("rms_norm" if rms else "layer_norm", args, False)[0]
@@ -330,8 +313,11 @@ def _add_norm(
     memory_efficient: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
-    bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
-    if bare and residual_dtype is None:
+    zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
+    memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)
+    bare = type(dropout_p) is type(drop_path_p) is float and dropout_p == drop_path_p == 0.0
+    bare = bare and x_bias is layer_scale is seed is residual_dtype is None and (eps is None or type(eps) is float)
+    if bare and not (zero_centered_weight or memory_efficient):
         try:
             if _unwatched(x):
                 outputs = _norm_function.run_bare(
@@ -352,18 +338,31 @@ def _add_norm(
     shape = _checks.check_normalized_shape("x", x, normalized_shape)
     for name, parameter in (("weight", weight), ("bias", bias), ("x_bias", x_bias), ("layer_scale", layer_scale)):
         _checks.check_parameter(name, parameter, shape, "x", x)
-    _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
+    dropout_p, drop_path_p = _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
     if seed is not None:
         _checks.check_seed(seed)
+    if dropout_p == 1.0 or drop_path_p == 1.0:
+        x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
+        dropout_p = drop_path_p = 0.0
     seed = dropout.seed_tensor(seed, x.device) if dropout_p or drop_path_p else None
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     unchanged = residual is None and x_bias is None and layer_scale is None and seed is None
     store_residual = not unchanged or residual_dtype != x.dtype
     args: Args = (
-        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, rms, x.dtype, residual_dtype)),
-        *(float(dropout_p), float(drop_path_p), _autocast.residual_norm_dtype(x), residual_dtype, rms),
-        *(bool(zero_centered_weight), store_residual),
+        *(
+            x,
+            residual,
+            weight,
+            bias,
+            x_bias,
+            layer_scale,
+            seed,
+            len(shape),
+            _checks.check_eps(eps, rms, x.dtype, residual_dtype),
+        ),
+        *(dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
+        *(zero_centered_weight, store_residual),
     )
     return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
 
@@ -382,13 +381,3 @@ def _unwatched(x: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not _is_compiling()
     )
-
-
-def _eps(eps: float | None, rms: bool, *dtypes: torch.dtype) -> float:
-    if eps is None and rms:
-        return torch.finfo(compute_dtype(*dtypes)).eps
-    if type(eps) is float:
-        return eps
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    return float(eps)

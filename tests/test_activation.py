@@ -240,6 +240,7 @@ def test_a_provider_without_the_op_says_so(monkeypatch):
 X, BIAS = torch.ones(4, 6), torch.ones(6)
 ERRORS = {
     "activation": (ValueError, (X, BIAS, "swish"), r"activation.*'relu', 'gelu', 'gelu_tanh', 'silu'.*'swish'"),
+    "activation_near": (ValueError, (X, BIAS, "gelu-tanh"), r"activation.*'gelu-tanh'; did you mean 'gelu_tanh'\?"),
     "activation_type": (ValueError, (X, BIAS, torch.relu), r"activation.*'relu'.*built-in method relu"),
     "bias_shape": (ValueError, (X, torch.ones(4)), r"bias.*\(6,\).*\(4,\).*reshape"),
     "bias_broadcasts": (ValueError, (X, torch.ones(1)), r"bias.*\(6,\).*\(1,\)"),
@@ -247,7 +248,7 @@ ERRORS = {
     "bias_dtype": (TypeError, (X, BIAS.int()), r"bias.*float32.*torch.int32"),
     "bias_device": (ValueError, (X, BIAS.to("meta")), r"bias.*meta.*cpu.*\.to\(device\)"),
     "bias_type": (TypeError, (X, 1.0), r"bias.*float"),
-    "probability": (ValueError, (X, BIAS, "relu", 1.0), r"dropout_p.*\[0, 1\).*1\.0"),
+    "probability": (ValueError, (X, BIAS, "relu", 1.5), r"dropout_p.*\[0, 1\].*1\.5"),
     "probability_type": (TypeError, (X, BIAS, "relu", "a lot"), r"dropout_p.*str"),
     "x_integer": (TypeError, (X.int(), None), r"x.*float32.*torch.int32.*convert"),
     "x_integer_with_bias": (TypeError, (X.int(), BIAS), r"x.*float32.*torch.int32"),

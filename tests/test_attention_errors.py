@@ -34,6 +34,8 @@ SDPA = {
     "gqa_more_heads": (ValueError, (Q[:, :2], K, K), {"enable_gqa": True}, r"key.*4 heads.*query's 2"),
     "gqa_without_heads": (ValueError, (Q[0, 0], K[0, 0], K[0, 0]), {"enable_gqa": True}, r"enable_gqa.*unsqueeze"),
     "batch": (ValueError, (Q, torch.ones(3, 4, 7, 8), torch.ones(3, 4, 7, 8)), {}, r"key.*\(3, 4\).*\(2, 4\)"),
+    "query_array": (TypeError, (Q.numpy(), K, K), {}, r"query.*ndarray.*torch\.from_numpy\(query\)"),
+    "mask_float16": (TypeError, (Q, K, K, torch.ones(5, 7).half()), {}, r"attn_mask.*attend\) or float32 \(added"),
     "mask_type": (TypeError, (Q, K, K, "causal"), {}, r"attn_mask.*str"),
     "mask_dtype": (TypeError, (Q, K, K, torch.ones(5, 7).int()), {}, r"attn_mask.*bool.*torch.int32.*convert"),
     "mask_float64": (TypeError, (Q, K, K, torch.ones(5, 7).double()), {}, r"attn_mask.*torch.float64"),
@@ -43,16 +45,33 @@ SDPA = {
     "mask_5d": (ValueError, (Q, K, K, torch.ones(1, 2, 4, 5, 7)), {}, r"attn_mask.*\(1, 2, 4, 5, 7\)"),
     "mask_device": (ValueError, (Q, K, K, torch.ones(5, 7, device="meta")), {}, r"attn_mask.*meta.*cpu"),
     "mask_sparse": (TypeError, (Q, K, K, torch.ones(5, 7).to_sparse()), {}, r"attn_mask.*sparse.*to_dense"),
-    "probability": (ValueError, (Q, K, K, None, 1.0), {}, r"dropout_p.*\[0, 1\).*1\.0"),
+    "probability": (ValueError, (Q, K, K, None, 1.5), {}, r"dropout_p.*\[0, 1\].*1\.5"),
     "probability_negative": (ValueError, (Q, K, K, None, -0.1), {}, r"dropout_p.*-0\.1"),
     "scale": (TypeError, (Q, K, K), {"scale": "large"}, r"scale.*number.*str"),
     "key_mask_type": (TypeError, (Q, K, K), {"key_mask": [True]}, r"key_mask.*list"),
-    "key_mask_dtype": (TypeError, (Q, K, K), {"key_mask": torch.ones(2, 7)}, r"key_mask.*bool.*float32.*!= 0"),
+    "key_mask_dtype": (
+        TypeError,
+        (Q, K, K),
+        {"key_mask": torch.ones(2, 7)},
+        r"key_mask.*bool.*float32.*mask != 0.*mask == 0.*additive",
+    ),
     "key_mask_shape": (
         ValueError,
         (Q, K, K),
         {"key_mask": torch.ones(2, 5, dtype=torch.bool)},
         r"key_mask.*\(2, 7\).*\(2, 5\)",
+    ),
+    "key_mask_expanded": (
+        ValueError,
+        (Q, K, K),
+        {"key_mask": torch.ones(2, 1, 1, 7, dtype=torch.bool)},
+        r"key_mask.*\(2, 7\).*\(2, 1, 1, 7\).*mask\[:, 0, 0\].*attn_mask",
+    ),
+    "key_mask_of_ints": (
+        TypeError,
+        (Q, K, K),
+        {"key_mask": torch.ones(2, 7).long()},
+        r"int64; pass `mask != 0` if 1[^,]*$",
     ),
     "key_mask_broadcasts": (
         ValueError,
@@ -66,7 +85,7 @@ SDPA = {
     "window_float": (TypeError, (Q, K, K), {"window": (1.5, 0)}, r"window.*ints.*1\.5"),
     "softcap": (ValueError, (Q, K, K), {"softcap": -1.0}, r"softcap.*0\.0 \(no cap\).*-1\.0"),
     "softcap_nan": (ValueError, (Q, K, K), {"softcap": float("nan")}, r"softcap.*nan"),
-    "softcap_type": (TypeError, (Q, K, K), {"softcap": None}, r"softcap.*NoneType.*0\.0 is no cap"),
+    "softcap_type": (TypeError, (Q, K, K), {"softcap": None}, r"softcap.*0\.0 is no cap.*NoneType"),
     "align": (ValueError, (Q, K, K), {"causal_align": "bottom"}, r"causal_align.*'lower_right'.*'bottom'"),
     "seed": (TypeError, (Q, K, K, None, 0.5), {"seed": 1.5}, r"seed.*one-element int64"),
 }
@@ -105,7 +124,7 @@ VARLEN = {
     "numbers": (ValueError, (T, T, T, B, bounds(0, 6), 4, 6), r"cu_seqlens_k.*1 sequences.*has 2"),
     "longest": (ValueError, (T, T, T, B, B, 3, 4), r"max_seqlen_q.*3.*4 positions"),
     "longest_type": (TypeError, (T, T, T, B, B, 4.0, 4), r"max_seqlen_q.*float"),
-    "probability": (ValueError, (T, T, T, B, B, 4, 4, 1.0), r"dropout_p.*1\.0"),
+    "probability": (ValueError, (T, T, T, B, B, 4, 4, 1.5), r"dropout_p.*1\.5"),
     "device": (ValueError, (T, T, T, B.to("meta"), B, 4, 4), r"cu_seqlens_q.*meta.*cpu"),
 }
 

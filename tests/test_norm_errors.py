@@ -127,9 +127,9 @@ def test_argument_on_another_device(function, name, using):
 
 @RESIDUAL_FORM
 @pytest.mark.parametrize("name", ["dropout_p", "drop_path_p"])
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("p", [-0.1, 1.0001, 1.5, float("nan"), float("inf")])
 def test_probability_out_of_range(function, name, p, using):
-    with using, pytest.raises(ValueError, match=rf"{name}.*\[0, 1\).*{p}"):
+    with using, pytest.raises(ValueError, match=rf"{name}.*\[0, 1\].*{p}"):
         call(function, torch.randn(4, WIDTH), **{name: p})
 
 
@@ -183,9 +183,9 @@ def test_sparse_residual_is_refused(function, using):
         call(function, torch.eye(WIDTH), residual=torch.eye(WIDTH).to_sparse())
 
 
-@pytest.mark.parametrize("p", [-0.5, 1.0])
+@pytest.mark.parametrize("p", [-0.5, 1.5])
 def test_dropout_mask_probability_out_of_range(p):
-    with pytest.raises(ValueError, match=rf"\bp\b.*\[0, 1\).*{p}"):
+    with pytest.raises(ValueError, match=rf"\bp\b.*\[0, 1\].*{p}"):
         fusednorm.dropout_mask((2, 3), p, 0, "cpu")
 
 
@@ -240,10 +240,42 @@ def test_module_given_a_residual_of_another_shape(function, using):
 @pytest.mark.parametrize("name", ["dropout_p", "drop_path_p"])
 def test_module_with_probability_out_of_range(function, name):
     """Refused when the module is built, not at its first training step."""
-    with pytest.raises(ValueError, match=rf"{name}.*\[0, 1\).*1\.0"):
-        MODULES[function](WIDTH, **{name: 1.0})
+    with pytest.raises(ValueError, match=rf"{name}.*\[0, 1\].*1\.5"):
+        MODULES[function](WIDTH, **{name: 1.5})
 
 
 def test_module_moved_to_another_device_than_its_input():
     with pytest.raises(ValueError, match=r"weight.*meta.*cpu"):
         fusednorm.AddLayerNorm(WIDTH, device="meta")(torch.randn(4, WIDTH), torch.randn(4, WIDTH))
+
+
+@RESIDUAL_FORM
+@pytest.mark.parametrize("shape", [WIDTH, (WIDTH,), [WIDTH]], ids=str)
+def test_the_order_of_torchs_arguments(function, shape, using):
+    """`F.layer_norm(x, shape, weight)` with another name: the second argument is the residual here."""
+    with using, pytest.raises(TypeError, match=r"residual.*order.*\(x, residual, normalized_shape, weight\).*None"):
+        getattr(fusednorm, function)(torch.randn(4, WIDTH), shape, torch.ones(WIDTH))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (torch.ones(WIDTH).numpy(), r"torch\.from_numpy\(weight\)"),
+        (0.5, r"torch\.full\(shape, 0\.5\)"),
+        ([1.0] * WIDTH, r"torch\.tensor\(weight\)"),
+    ],
+    ids=["array", "number", "list"],
+)
+def test_what_is_no_tensor_is_refused_with_what_makes_one(function, given, remedy, using):
+    with using, pytest.raises(TypeError, match=rf"weight.*{type(given).__name__}.*{remedy}"):
+        call(function, torch.randn(4, WIDTH), weight=given)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensor_beside_a_shape_that_is_a_number(function, layout, using):
+    nested = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)], layout=layout)
+    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*nested.*pad"):
+        call(function, nested, WIDTH)

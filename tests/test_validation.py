@@ -1,0 +1,129 @@
+"""Validation does not depend on who serves: every provider takes a value, or refuses it in the same words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fusednorm
+
+N = 8
+
+
+def _norm_arguments() -> dict:
+    x = torch.linspace(-1.0, 1.0, 4 * N).reshape(4, N)
+    return {"x": x, "residual": x.flip(0), "normalized_shape": N, "weight": torch.ones(N), "eps": 1e-5}
+
+
+def _arguments(function: str) -> dict:
+    """A call that every provider takes."""
+    if "norm" in function:
+        given = _norm_arguments() | ({} if "rms" in function else {"bias": torch.zeros(N)})
+        if function.startswith("add_"):
+            return given
+        return {"input": given.pop("x")} | {name: value for name, value in given.items() if name != "residual"}
+    if function == "bias_act_dropout":
+        return {"x": torch.linspace(-1.0, 1.0, 4 * N).reshape(4, N), "bias": torch.ones(N)}
+    if function == "dropout_mask":
+        return {"shape": (4, N), "p": 0.5, "seed": 1, "device": "cpu"}
+    q = torch.linspace(-1.0, 1.0, 64).reshape(1, 2, 4, N)
+    if function == "scaled_dot_product_attention":
+        return {"query": q, "key": q, "value": q}
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    packed = {"query": q[0].transpose(0, 1), "key": q[0].transpose(0, 1), "value": q[0].transpose(0, 1)}
+    return packed | {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 4, "max_seqlen_k": 4}
+
+
+_ADD = ("eps", "dropout_p", "drop_path_p", "seed", "residual_dtype", "zero_centered_weight", "memory_efficient")
+_ADD_TENSORS = ("x", "residual", "weight", "x_bias", "layer_scale", "normalized_shape")
+_VARLEN = ("dropout_p", "is_causal", "scale", "window", "softcap", "causal_align", "seed", "return_lse")
+OPTIONS = {
+    "layer_norm": ("eps", "normalized_shape", "input", "weight", "bias"),
+    "rms_norm": ("eps", "normalized_shape", "input", "weight"),
+    "add_layer_norm": (*_ADD, *_ADD_TENSORS, "bias"),
+    "add_rms_norm": (*_ADD, *_ADD_TENSORS),
+    "bias_act_dropout": ("activation", "dropout_p", "seed", "x", "bias"),
+    "scaled_dot_product_attention": (*_VARLEN, "enable_gqa", "query", "key", "value", "attn_mask", "key_mask"),
+    "varlen_attention": (*_VARLEN, "max_seqlen_q", "max_seqlen_k", "query", "key", "value", "cu_seqlens_q"),
+    "dropout_mask": ("shape", "p", "seed", "device"),
+}
+VALUES = {
+    "text": "1e-5",
+    "none": None,
+    "true": True,
+    "zero": 0,
+    "one": 1,
+    "tenth": 0.1,
+    "minus_one": -1.0,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "beyond_double": 10**400,
+    "fraction": Fraction(1, 8),
+    "complex": 1j,
+    "numpy_number": np.float32(0.125),
+    "numpy_bool": np.bool_(True),
+    "array": np.ones(N, dtype=np.float32),
+    "number_tensor": torch.tensor(0.125),
+    "tensor": torch.ones(2),
+    "complex_tensor": torch.ones(4, N, dtype=torch.complex64),
+    "list": [0.1],
+    "tuple": (0.1, 0.2),
+    "object": object(),
+}
+CASES = [(function, name, value) for function, names in OPTIONS.items() for name in names for value in VALUES]
+
+
+def outcome(function: str, arguments: dict) -> str:
+    """What a call says or gives: the error in full, or the kinds of its results."""
+    torch.manual_seed(0)
+    try:
+        results = getattr(fusednorm, function)(**arguments)
+    except Exception as fault:
+        return f"{type(fault).__name__}: {re.sub(r'0x[0-9a-f]+', '0x', str(fault))}"
+    results = results if isinstance(results, tuple) else (results,)
+    return ", ".join(f"{r.dtype} {tuple(r.shape)}" for r in results)
+
+
+def serving() -> list[str]:
+    """Every provider that can run here, on tensors of the CPU."""
+    return ["automatic", *fusednorm.available_providers()]
+
+
+@pytest.mark.parametrize(("function", "name", "value"), CASES, ids=str)
+def test_every_provider_takes_or_refuses_a_value_alike(function, name, value):
+    """With gradients and without: these are different ways down."""
+    outcomes = {}
+    for needs_grad in (False, True):
+        arguments = _arguments(function)
+        for given in arguments.values():
+            if needs_grad and isinstance(given, Tensor) and given.is_floating_point() and given.is_leaf:
+                given.requires_grad_()
+        arguments[name] = VALUES[value]
+        for provider in serving():
+            if provider == "automatic":
+                said = outcome(function, arguments)
+            else:
+                with fusednorm.use_provider(provider):
+                    said = outcome(function, arguments)
+            if not said.startswith(f"ValueError: provider '{provider}' cannot run"):  # a limit, which it states
+                outcomes[f"{provider}, {'with' if needs_grad else 'without'} gradient"] = said
+    assert len(set(outcomes.values())) == 1, outcomes
+    said = outcomes.popitem()[1]
+    if re.match(r"\w+(Error|Exception): ", said):
+        assert re.match(r"(Type|Value)Error: ", said), said
+        assert name in said, f"the argument is not named: {said}"
+
+
+def test_every_argument_of_every_function_has_its_values():
+    """A new argument belongs in the table above."""
+    alike = {"cu_seqlens_k"}  # checked by the same lines as cu_seqlens_q
+    for function, names in OPTIONS.items():
+        assert set(inspect.signature(getattr(fusednorm, function)).parameters) == {*names, *alike} - (
+            alike if function != "varlen_attention" else set()
+        )
