@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ops, dropout, providers
 from ._dtypes import compute_dtype
+from ._once import first_time
 from ._transforms import batched, distinct, transform_active
 from .providers import reference, torch_norm
 from .providers.choice import torch_on_cpu
@@ -34,7 +35,10 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         return normed, residual_out if args[15] else args[0]
     provider, refusals = providers.choose("add_layer_norm_fwd", args)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
-    from_normed = memory_efficient and providers.requested() != "torch" and _invertible(args)
+    if memory_efficient and providers.requested() == "torch":
+        _tell("torch's own operators were asked for")
+        memory_efficient = False
+    from_normed = memory_efficient and _invertible(args)
     if from_normed and provider == "torch":
         provider, refusals = "reference", (*refusals, ("torch", "its operators keep z for the backward, not normed"))
     if not providers.automatic:
@@ -313,7 +317,6 @@ def _plus_rstd_cotangent(
 
 
 _verdicts = WeakIdKeyDictionary()  # CUDA weight -> (identity of its values, verdict): one look an optimizer step
-_told = False
 
 
 def _invertible(args: Args) -> bool:
@@ -359,7 +362,5 @@ def _weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, no
 
 
 def _tell(reason: str) -> None:
-    global _told
-    if not _told and not torch.compiler.is_compiling():
-        _told = True
+    if not torch.compiler.is_compiling() and first_time("memory_efficient"):
         _log.warning("memory_efficient: z is kept, because %s (said once, for the first such call)", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 
 N = 33
 ACTIVATIONS = {
@@ -138,6 +139,17 @@ def test_the_reference_serves_what_torch_cannot_without_kernels(without_kernels)
     assert said == "add_layer_norm: torch, torch's own operators"
 
 
+def test_on_request_z_is_kept_and_that_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(_once, "_said", set())
+    x, weight = torch.randn(4, N, requires_grad=True), torch.ones(N)
+    with fusednorm.use_provider("torch"), caplog.at_level(logging.WARNING, logger="fusednorm"):
+        for _ in range(2):
+            normed, _ = fusednorm.add_layer_norm(x, x, N, weight, memory_efficient=True)
+    assert normed.grad_fn.name() == "NativeLayerNormBackward0"
+    (record,) = [record for record in caplog.records if "memory_efficient" in record.getMessage()]
+    assert "torch's own operators were asked for" in record.getMessage()
+
+
 def test_nested_requests_decide_as_everywhere():
     x = torch.randn(2, N)
     with fusednorm.use_provider("reference"):
@@ -160,7 +172,7 @@ def python(program, provider):
 def test_the_environment_names_the_provider_of_the_process():
     program = """
 import torch, fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 x = torch.randn(4, 8, requires_grad=True)
 print(fusednorm.explain(fusednorm.add_layer_norm, x, x, 8).splitlines()[0])
 print(fusednorm.add_layer_norm(x, x, 8)[0].grad_fn.name(), fusednorm.bias_act_dropout(x, x[0]).grad_fn.name())
