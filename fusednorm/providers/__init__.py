@@ -16,9 +16,10 @@ import difflib
 import importlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ _default = os.environ.get("FUSEDNORM_PROVIDER") or None  # what is requested out
 _requested = _default  # a module global, not a ContextVar: torch.compile traces and guards it
 _active: list[use_provider] = []  # entered and not left, in order
 _invariant: list[batch_invariant] = []
-_records: list[tuple[int, list[Route]]] = []  # where explain() collects the decisions of a thread
+_records: list[_Listener] = []  # where explain() collects the decisions of a thread
 _modules: dict[str, tuple[ModuleType, ...]] = {}
 _serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: one look-up a call
@@ -69,11 +70,13 @@ class Route(NamedTuple):
     provider: str
     how: str
     refusals: tuple[tuple[str, str], ...] = ()
+    where: str = ""  # the name of the module that made the call, in the model that explain() was given
 
-    def __str__(self) -> str:
-        lines = [f"{self.call}: {self.provider}, {self.how}"]
-        lines += [f"  {name} is not used: {reason}" for name, reason in self.refusals]
-        return "\n".join(lines)
+
+class _Listener(NamedTuple):
+    thread: int
+    names: Mapping[int, str]  # of modules, by their identity
+    routes: list[Route]
 
 
 def get(name: str) -> tuple[ModuleType, ...]:
@@ -204,28 +207,45 @@ def _check_request(name: str, op: str, args: tuple[Any, ...]) -> None:
 def _unknown(name: object) -> str:
     near = difflib.get_close_matches(str(name), PROVIDERS, 1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no provider is called {name!r}{guess} Known are {', '.join(map(repr, PROVIDERS))}"
+    return f"no provider is called {name!r}{guess or '.'} Known are {', '.join(map(repr, PROVIDERS))}"
 
 
 def record(route: Route) -> None:
     """Hand a decision to explain(), if it listens to this thread."""
-    for thread, routes in _records:
-        if torch.compiler.is_compiling() or thread == threading.get_ident():
+    for thread, names, routes in _records:
+        if torch.compiler.is_compiling():  # which traces neither
             routes.append(route)
+        elif thread == threading.get_ident():
+            routes.append(route._replace(where=_caller(names)))
+
+
+def _caller(names: Mapping[int, str]) -> str:
+    """The name of the module whose method, or function of it, is the innermost one that runs.
+
+    The frames say so: a fused layer calls no submodule, and a hook would make it call each.
+    """
+    frame: FrameType | None = sys._getframe(2) if names else None
+    while frame is not None:
+        if frame.f_code.co_argcount:
+            name = names.get(id(frame.f_locals.get(frame.f_code.co_varnames[0])))
+            if name is not None:
+                return name
+        frame = frame.f_back
+    return ""
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Route]]:
-    """Collect every decision that this thread makes inside."""
+def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Route]]:
+    """Collect every decision that this thread makes inside, with the name of the module that made it."""
     routes: list[Route] = []
     with blocks.lock:
-        _records.append((threading.get_ident(), routes))
+        _records.append(_Listener(threading.get_ident(), names or {}, routes))
         _renew()
     try:
         yield routes
     finally:
         with blocks.lock:
-            _records[:] = [listener for listener in _records if listener[1] is not routes]
+            _records[:] = [listener for listener in _records if listener.routes is not routes]
             _renew()
 
 
