@@ -86,10 +86,10 @@ def scaled_dot_product_attention(
         and return_lse is False
         and type(causal_align) is str
         and causal_align == "upper_left"
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
         and providers.automatic
     ):
-        shortcut = providers.shortcut.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        shortcut = cpp.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):

@@ -53,22 +53,19 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if (
-            providers.automatic and type(eps) is float and _unwatched(input)
-        ):  # no native kernel is faster than torch's own
+        # torch's own at once: no native kernel is faster
+        if type(eps) is float and (providers.automatic or providers.torch_asked) and _unwatched(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
         pass  # the way below takes what torch does not, or says what is wrong with it
     if (
         not _is_compiling()
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
         and (providers.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
     ):
         bare = None, 0.0, None
-        outputs = providers.shortcut.add_norm(
-            input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked
-        )
+        outputs = cpp.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked)
         if outputs is not None:
             return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -100,8 +97,9 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
-        shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
+    # in this order: a graph is not to depend on it; looked up once: another thread may take it away
+    if not _is_compiling() and (cpp := providers.shortcut) is not None:
+        shortcut = cpp.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
@@ -110,7 +108,7 @@ def rms_norm(
     try:
         if (eps is None or type(eps) is float) and _unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-            torchs = providers.automatic and providers.unavailable_reason("cpu") is not None
+            torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
                 return torch.rms_norm(input, shape, weight, eps)
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
@@ -178,10 +176,10 @@ def add_layer_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = providers.shortcut.add_norm(
+        outputs = cpp.add_norm(
             x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_asked
         )
         if outputs is not None:
@@ -243,10 +241,10 @@ def add_rms_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = providers.shortcut.add_norm(
+        outputs = cpp.add_norm(
             x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_asked
         )
         if outputs is not None:
@@ -344,23 +342,15 @@ def _add_norm(
     if dropout_p == 1.0 or drop_path_p == 1.0:
         x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
         dropout_p = drop_path_p = 0.0
-    seed = dropout.seed_tensor(seed, x.device) if dropout_p or drop_path_p else None
+    masked = bool(dropout_p or drop_path_p)
+    seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
-    unchanged = residual is None and x_bias is None and layer_scale is None and seed is None
+    unchanged = residual is None and x_bias is None and layer_scale is None and not masked
     store_residual = not unchanged or residual_dtype != x.dtype
+    eps = _checks.check_eps(eps, rms, x.dtype, residual_dtype)
     args: Args = (
-        *(
-            x,
-            residual,
-            weight,
-            bias,
-            x_bias,
-            layer_scale,
-            seed,
-            len(shape),
-            _checks.check_eps(eps, rms, x.dtype, residual_dtype),
-        ),
+        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), eps),
         *(dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(zero_centered_weight, store_residual),
     )
