@@ -83,6 +83,11 @@ def refusal(x: Tensor, columns: int) -> str | None:
     """Why no kernel takes rows of so many columns of x, or None."""
     if x.is_meta:  # the op's fake kernel serves it
         return None
+    if INTERPRETING and x.dtype == torch.bfloat16 and not _bfloat16_is_interpreted():
+        return (
+            "dtype torch.bfloat16: Triton's interpreter truncates to it, and in matrix products takes its bits for "
+            "integers; use torch.float16 or torch.float32, or a GPU"
+        )
     device = "cpu" if INTERPRETING else "cuda"
     if x.device.type != device:
         return f"x is on {x.device}, its kernels run on {device} tensors here"
@@ -91,6 +96,13 @@ def refusal(x: Tensor, columns: int) -> str | None:
     if columns > 2**31 - 2**14:  # columns are 32-bit numbers, those of the last tile too
         return "a row has more than 2**31 - 2**14 elements"
     return None
+
+
+def _bfloat16_is_interpreted() -> bool:
+    """Whether somebody has mended the interpreter (tests/interpreter.py), and says so."""
+    from triton.runtime import interpreter
+
+    return getattr(interpreter.InterpreterBuilder, "interprets_bfloat16", False)
 
 
 @functools.lru_cache(None)
