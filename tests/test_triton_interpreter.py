@@ -30,7 +30,9 @@ values = torch.randn(2, 8, 4, 16)
 
 
 def test_bfloat16_is_refused_by_name_for_every_operation():
-    program = CALLS + """
+    program = (
+        CALLS
+        + """
 for name, call in CALLS.items():
     try:
         with fusednorm.use_provider("triton"):
@@ -38,13 +40,16 @@ for name, call in CALLS.items():
     except ValueError as fault:
         print(name, "refused:", fault)
 """
+    )
     lines = python("-c", program, TRITON_INTERPRET="1").splitlines()
     assert len(lines) == 5
     assert all("refused:" in line and "torch.bfloat16" in line and "torch.float16" in line for line in lines), lines
 
 
 def test_other_dtypes_are_interpreted_rightly():
-    program = CALLS + """
+    program = (
+        CALLS
+        + """
 for dtype in (torch.float32, torch.float16):
     for name, call in CALLS.items():
         x = values.to(dtype)
@@ -54,4 +59,5 @@ for dtype in (torch.float32, torch.float16):
             expected = call(x.double())
         print((found - expected).abs().max().item() < 20 * torch.finfo(dtype).eps)
 """
+    )
     assert python("-c", program, TRITON_INTERPRET="1").split() == ["True"] * 10
