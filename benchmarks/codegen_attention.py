@@ -1,11 +1,14 @@
 """What the Triton attention kernels compile to: registers, spills, matrix instructions. No GPU is needed.
 
-    PYTHONPATH=. python3 benchmarks/codegen_attention.py                      # sm_90, a table
-    PYTHONPATH=. python3 benchmarks/codegen_attention.py --arch 80 90 100 --dims 64 128
+    PYTHONPATH=. python3 benchmarks/codegen_attention.py                      # sm_90, the modes most used: a table
+    PYTHONPATH=. python3 benchmarks/codegen_attention.py --arch 80 86 89 90 100 120 --cover 2 --dims all --dtypes all
     PYTHONPATH=. python3 benchmarks/codegen_attention.py --write              # renew results/codegen_attention.md
 
-What is compiled is what a launch would compile, as in `codegen.py`. Exit status: 0; 1 when a kernel breaks the gate
-(see `faults`), which `tests/test_codegen_attention.py` holds.
+What is compiled is what a launch would compile, as in `codegen.py`; `codegen_attention_calls.py` enumerates the calls.
+`--cover 1` compiles calls among which each value of each switch stands, `--cover 2` each pair of values, `--cover all`
+every call (thousands of variants for a head dim and dtype). Triton keeps what it compiled, so a run that was stopped
+goes on where it was. Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which
+`tests/test_codegen_attention.py` holds.
 """
 
 from __future__ import annotations
@@ -24,53 +27,46 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.codegen import ARCHITECTURES, DTYPES, number, tool
+from benchmarks import codegen_attention_calls as calls
+from benchmarks.codegen import number, tool
 from fusednorm.providers import (
-    triton_attention,
     triton_attention_bwd,
     triton_attention_bwd_dq,
     triton_attention_fwd,
+    triton_host,
     triton_launch,
 )
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "causal": {"causal": True},
+    "causal": {"upper": True},
     "key_mask": {"key_mask": True},
-    "causal_key_mask": {"causal": True, "key_mask": True},
-    "dropout": {"dropout_p": 0.1},
-    "causal_dropout": {"causal": True, "dropout_p": 0.1},
+    "causal_key_mask": {"upper": True, "key_mask": True},
+    "dropout": {"dropout": True},
+    "causal_dropout": {"upper": True, "dropout": True},
 }
 DIMS = (64, 128)
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may have
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TABULATED = (80, 90, 100)
 _KERNELS = {
     name: kernel
     for module in (triton_attention_fwd, triton_attention_bwd, triton_attention_bwd_dq)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
-_LENGTH, _BATCH, _HEADS = 512, 2, 2
 
 
 class Variant(NamedTuple):
-    """One kernel as one call launches it."""
+    """A launch, and the first call that was seen to make it."""
 
-    kernel: str
-    wants: str  # of the kernel's results, where a launch leaves out some
+    launch: calls.Launch
     mode: str
     d: int
     dtype: str
-    pointer_dtypes: tuple[torch.dtype | None, ...]
-    constants: tuple[Any, ...]
-    warps: int
-    stages: int
-    registers: int
-    aligned: bool
 
 
 @dataclass
@@ -88,7 +84,6 @@ class Figures:
     stages: int
     registers: int
     stack: int
-    local: int  # instructions that read or write local memory
     shared: int
     hgmma: int
     depbar: int  # waits for them
@@ -96,16 +91,17 @@ class Figures:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.wants} {self.mode} {self.dtype} D={self.d} sm_{self.arch}".replace("  ", " ")
+        return f"{self.kernel} {self.wants} {self.mode} {self.dtype} D={self.d} sm_{self.arch} {self.tile}"
 
 
 def faults(f: Figures) -> list[str]:
     """What is wrong with a variant: spills, too much shared memory, matrix instructions one at a time."""
     found = []
-    if f.stack or f.local:
-        found.append(f"spills: {f.stack} bytes of stack, {f.local} local accesses")
-    if f.shared > SHARED[f.arch]:
-        found.append(f"{f.shared} bytes of shared memory, there are {SHARED[f.arch]}")
+    if f.stack:
+        found.append(f"spills: {f.stack} bytes of stack")
+    available = triton_host.SHARED[divmod(f.arch, 10)]
+    if f.shared > available:
+        found.append(f"{f.shared} bytes of shared memory, there are {available}")
     if f.arch == 90 and f.dtype in ("bfloat16", "float16") and f.kernel != "attention_bwd_delta":
         if not f.hgmma:
             found.append("no asynchronous matrix instructions")
@@ -114,61 +110,51 @@ def faults(f: Figures) -> list[str]:
     return found
 
 
-def note(d: int, mode: str, dtype: str, capability: tuple[int, int]) -> list[Variant]:
-    """The variants that a forward and a backward launch."""
-    noted: list[Variant] = []
-
-    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
-        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
-        wants = "+".join(
-            name for name, t in zip(("dk", "dv"), pointers[-2:]) if kernel.endswith("dkv") and t is not None
-        )
-        dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        options = (self.constants, self.warps, self.stages, self.registers, self.aligned)
-        noted.append(Variant(kernel, wants, mode, d, dtype, dtypes, *options))
-
-    q = torch.zeros(_BATCH, _HEADS, _LENGTH, d, dtype=DTYPES[dtype])
-    switches = MODES[mode]
-    p = switches.get("dropout_p", 0.0)
-    arguments = (
-        *(None, torch.ones(_BATCH, _LENGTH, dtype=torch.bool) if "key_mask" in switches else None),
-        *(torch.zeros(1, dtype=torch.int64) if p else None, None, None, _LENGTH, _LENGTH),
-        *(d**-0.5, p, switches.get("causal", False), False, -1, -1, 0.0),
-    )
-    replaced = triton_launch.Variant.launch, triton_attention.INTERPRETED
-    triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, capability  # type: ignore[method-assign]
-    try:
-        out, lse = triton_attention.attention_fwd(q, q, q, *arguments)
-        triton_attention.attention_bwd(q, None, q, q, q, out, lse, *arguments, [True, True, True, False])
-    finally:
-        triton_launch.Variant.launch, triton_attention.INTERPRETED = replaced  # type: ignore[method-assign]
-    return noted
-
-
-def variants(modes: Iterable[str], dims: Iterable[int], dtypes: Iterable[str], arch: int) -> list[Variant]:
-    found: dict[tuple[Any, ...], Variant] = {}
-    for d, dtype, mode in ((d, dtype, mode) for d in dims for dtype in dtypes for mode in modes):
-        for v in note(d, mode, dtype, divmod(arch, 10)):
-            found.setdefault((v.kernel, *v[5:]), v)
+def variants(named: Iterable[tuple[str, calls.Call]], arch: int) -> list[Variant]:
+    """What the calls launch, each once."""
+    found: dict[calls.Launch, Variant] = {}
+    for name, call in named:
+        for launch in calls.launches(call, divmod(arch, 10)):
+            found.setdefault(launch, Variant(launch, name, call.d, call.dtype))
     return list(found.values())
 
 
-def tile(variant: Variant) -> str:
+def modes(names: Iterable[str], dims: Iterable[int], dtypes: Iterable[str]) -> list[tuple[str, calls.Call]]:
+    """The modes most used, by name."""
+    products = [(d, dtype, mode) for d in dims for dtype in dtypes for mode in names]
+    apart = {True: {"logits": "apart"}, False: {}}  # float32's scale is
+    return [
+        (mode, calls.Call(d, d, dtype, **{**apart[dtype == "float32"], **MODES[mode]})) for d, dtype, mode in products
+    ]
+
+
+def described(call: calls.Call) -> tuple[str, calls.Call]:
+    """A call with what it differs in from the plain one as its name."""
+    own = [
+        name if value is True else f"{name}={value}"
+        for name, value in call._asdict().items()
+        if name not in ("d", "dtype") and value != getattr(call.plain, name)
+    ]
+    return " ".join(own) or "full", call
+
+
+def tile(launch: calls.Launch) -> str:
     """Queries by keys."""
-    sizes = variant.constants[-1:] if variant.kernel.endswith("delta") else variant.constants[-2:]
+    sizes = launch.constants[-1:] if launch.kernel.endswith("delta") else launch.constants[-2:]
     return " x ".join(map(str, sizes))
 
 
 def figures(variant: Variant, arch: int) -> Figures:
     """Compile a variant for sm_<arch> and read the binary."""
+    launch = variant.launch
     compiled = triton_launch.compile_kernel(
-        _KERNELS[f"_{variant.kernel}_kernel"],
-        variant.pointer_dtypes,
-        variant.constants,
-        warps=variant.warps,
-        registers=variant.registers,
-        aligned=variant.aligned,
-        stages=variant.stages,
+        _KERNELS[f"_{launch.kernel}_kernel"],
+        launch.pointer_dtypes,
+        launch.constants,
+        warps=launch.warps,
+        registers=launch.registers,
+        aligned=launch.aligned,
+        stages=launch.stages,
         target=GPUTarget("cuda", arch, 32),
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -183,18 +169,17 @@ def figures(variant: Variant, arch: int) -> Figures:
         return sum(n for opcode, n in opcodes.items() if opcode.startswith(starts))
 
     return Figures(
-        kernel=variant.kernel,
-        wants=variant.wants,
+        kernel=launch.kernel,
+        wants=launch.wants,
         mode=variant.mode,
         d=variant.d,
         dtype=variant.dtype,
         arch=arch,
-        tile=tile(variant),
-        warps=variant.warps,
-        stages=variant.stages,
+        tile=tile(launch),
+        warps=launch.warps,
+        stages=launch.stages,
         registers=number("REG", usage),
-        stack=number("STACK", usage),
-        local=count("LDL", "STL"),
+        stack=max(number("STACK", usage), count("LDL", "STL")),
         shared=compiled.metadata.shared,
         hgmma=count("HGMMA"),
         depbar=count("WARPGROUP.DEPBAR"),
@@ -206,12 +191,9 @@ def _compile(job: tuple[Variant, int]) -> Figures:
     return figures(*job)
 
 
-def compile_all(
-    modes: Iterable[str], dims: Iterable[int], dtypes: Iterable[str], architectures: Iterable[int]
-) -> list[Figures]:
+def compile_all(named: Sequence[tuple[str, calls.Call]], architectures: Iterable[int]) -> list[Figures]:
     """Figures of every variant on every architecture, compiled by a process for each core."""
-    modes, dims, dtypes = list(modes), list(dims), list(dtypes)
-    jobs = [(variant, arch) for arch in architectures for variant in variants(modes, dims, dtypes, arch)]
+    jobs = [(variant, arch) for arch in architectures for variant in variants(named, arch)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(tqdm(pool.map(_compile, jobs), total=len(jobs), desc="compiled", file=sys.stderr))
 
@@ -234,6 +216,22 @@ def markdown(results: Sequence[Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def worst(found: Iterable[tuple[str, Figures]]) -> str:
+    """Of each kernel on each architecture under each Triton: how many variants, and the most that one takes."""
+    lines = [
+        "| kernel | sm | Triton | variants | most registers | most spilled | most shared memory | there is |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple[str, int, str], list[Figures]] = {}
+    for version, f in found:
+        groups.setdefault((f.kernel, f.arch, version), []).append(f)
+    for (kernel, arch, version), group in sorted(groups.items()):
+        most = [max(getattr(f, name) for f in group) for name in ("registers", "stack", "shared")]
+        available = triton_host.SHARED[divmod(arch, 10)]
+        lines.append(f"| {kernel} | {arch} | {version} | {len(group)} | {' | '.join(map(str, most))} | {available} |")
+    return "\n".join(lines) + "\n"
+
+
 _HEADER = """# What the Triton attention kernels compile to
 
 Triton {version}, bfloat16, ahead of time; `PYTHONPATH=. python3 benchmarks/codegen_attention.py --write` renews this
@@ -245,23 +243,46 @@ its own: the accumulators of both, and what dropout needs, do not fit in the reg
 
 """
 
+_WORST = """
+## Calls of every kind
+
+Of calls that `--cover` chose, the most that any variant takes; `--write --figures FILE ...` reads what `--json` wrote.
+
+"""
+
+
+def read(path: Path) -> list[tuple[str, Figures]]:
+    found = json.loads(path.read_text())
+    return [(found["triton"], Figures(**f)) for f in found["figures"]]
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="default: 90")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--dims", type=int, nargs="+", default=DIMS, metavar="D")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    parser.add_argument(
+        "--cover", choices=["heaviest", "1", "2", "all"], help="in place of --modes: calls of all kinds"
+    )
+    parser.add_argument("--dims", nargs="+", default=DIMS, metavar="D", help="numbers, or all: a size of each class")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=[*calls.DTYPES, "all"])
     parser.add_argument("--json", type=Path, help="write the figures here instead of a table")
     parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen_attention.md")
+    parser.add_argument("--figures", type=Path, nargs="+", default=[], help="with --write: summarise these too")
     options = parser.parse_args()
-    architectures = ARCHITECTURES if options.write else options.arch
-    results = compile_all(options.modes, options.dims, options.dtypes, architectures)
+    dims = calls.head_dims() if "all" in options.dims else [int(d) for d in options.dims]
+    dtypes = list(calls.DTYPES) if "all" in options.dtypes else options.dtypes
+    if options.cover and not options.write:
+        named = [described(call) for call in calls.chosen(dims, dtypes, options.cover)]
+    else:
+        named = modes(options.modes, dims, dtypes)
+    results = compile_all(named, TABULATED if options.write else options.arch)
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
     elif options.write:
         path = Path(__file__).parent / "results" / "codegen_attention.md"
-        path.write_text(_HEADER.format(version=triton.__version__) + markdown(results))
+        covered = [pair for file in options.figures for pair in read(file)]
+        more = _WORST + worst(covered) if covered else ""
+        path.write_text(_HEADER.format(version=triton.__version__) + markdown(results) + more)
     else:
         sys.stdout.write(markdown(results))
     broken = [f"{f.name}: {fault}" for f in results for fault in faults(f)]

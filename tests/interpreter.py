@@ -68,6 +68,7 @@ def round_bfloat16_to_nearest() -> None:
         return create_dot(self, *widened, accumulator, *options)
 
     builder.create_dot = dot
+    builder.interprets_bfloat16 = True  # without it the provider refuses the dtype
 
 
 def sum_pairs_with_numpy() -> None:

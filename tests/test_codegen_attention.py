@@ -1,12 +1,14 @@
 """The code-generation gate of the Triton attention kernels, without a GPU.
 
 No spills, shared memory that there is, and on sm_90 asynchronous matrix instructions that do not wait for each other
-one by one. `benchmarks/codegen_attention.py` makes the figures. A part is compiled in every run; all of it, on three
-architectures and under the oldest supported Triton, by `make test-all`.
+one by one. `benchmarks/codegen_attention.py` makes the figures, of calls that `benchmarks/codegen_attention_calls.py`
+enumerates. A part is compiled in every run; on all architectures and under the oldest supported Triton the heaviest
+call of every kind, by `make test-all`; every pair of switches by the command line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +18,7 @@ from test_codegen import OLDEST, ROOT, compile_in_process, oldest_triton, pytest
 
 __all__ = ["oldest_triton", "pytestmark"]  # which pytest finds by name
 KERNELS = {"attention_fwd", "attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"}
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
 def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
@@ -29,39 +32,95 @@ def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
 def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
     figures = gate(tmp_path, "--arch", "90", "--modes", "causal", "--dims", "128")["figures"]
     assert {f["kernel"] for f in figures} == KERNELS
-    assert all(f["stack"] == f["local"] == 0 for f in figures)
+    assert all(f["stack"] == 0 for f in figures)
     products = [f for f in figures if f["kernel"] != "attention_bwd_delta"]
     assert all(f["hgmma"] >= 16 and 2 * f["depbar"] < f["hgmma"] for f in products)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["installed", "oldest"])
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_attention_gate_for_every_mode(arch, which, tmp_path, request):
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_attention_gate_for_the_heaviest_calls(arch, which, tmp_path, request):
+    """Of all that get the same tiles; heads of 128."""
     triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
-    found = gate(tmp_path, "--arch", arch, triton=triton)
+    found = gate(tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", "128", triton=triton)
     assert which == "installed" or found["triton"] == OLDEST.split("==")[1]
-    assert len(found["figures"]) >= 36
+    assert {f["kernel"] for f in found["figures"]} == KERNELS
+
+
+def test_the_gate_enumerates_what_dispatch_tells_apart():
+    """Every value of every switch reaches a variant of its own, and few calls have every pair of values."""
+    program = """
+import json
+from benchmarks import codegen_attention_calls as calls
+dims, dtypes = (40, 64), ("bfloat16", "float16")
+every = list(calls.every(dims, dtypes))
+covering = calls.covering(dims, dtypes, 2)
+wide = calls.covering((64,), ("float32",), 1)
+keys = ("kernel", "pointer_dtypes", "constants")
+seen = {}
+for call in wide + calls.covering((64,), ("bfloat16",), 1):
+    for launch in calls.launches(call, (9, 0)):
+        entry = seen.setdefault(launch.kernel, [set() for _ in (*launch.constants, *launch.pointer_dtypes)])
+        for values, value in zip(entry, (*launch.constants, *launch.pointer_dtypes)):
+            values.add(str(value))
+print(json.dumps({
+    "dims": calls.head_dims(), "every": [list(c) for c in every], "covering": [list(c) for c in covering],
+    "seen": {kernel: [sorted(v) for v in values] for kernel, values in seen.items()},
+}))
+"""
+    run = compile_in_process("-c", program)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout)
+    assert {d for d in found["dims"] if d & (d - 1) == 0} == {8, 16, 32, 64, 128, 256}  # 8 is padded, to 16
+    assert len([d for d in found["dims"] if d & (d - 1)]) == 4
+
+    def pairs(calls):
+        return {pair for call in calls for pair in itertools.combinations([(n, str(v)) for n, v in enumerate(call)], 2)}
+
+    assert pairs(found["covering"]) == pairs(found["every"])
+    assert len(found["covering"]) < len(found["every"]) // 20
+    forward = found["seen"]["attention_fwd"]
+    constants, pointers = forward[:15], forward[15:]
+    names = [
+        "d",
+        "d_cols",
+        "dv",
+        "dv_cols",
+        "vec",
+        "precision",
+        "fold",
+        "softcap",
+        "mask",
+        "dropout",
+        "lower",
+        "upper",
+        "lower_right",
+    ]
+    values = dict(zip(names, constants, strict=False))
+    assert values["precision"] == ["ieee", "tf32"]
+    assert values["mask"] == ["additive", "bool", "none"]
+    switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right")
+    assert all(values[name] == ["False", "True"] for name in switches)
+    assert len(pointers[3]) == 4  # none, bool, float32, and as the queries
+    assert all(len(pointers[n]) == 2 for n in (4, 5, 6, 7))  # key_mask, seed and the packed sequences' bounds
+    queries = found["seen"]["attention_bwd_dq"][-15:]
+    assert all(len(queries[n]) >= 2 for n in (11, 12, 14))  # dlse, inverse, dmask
+    assert set(found["seen"]) == {*KERNELS, "attention_bwd_dmask"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "modes", "dims"),
-    [  # what is left out spills, as benchmarks/NOTES.md tells
-        ("float32", ["full"], ["40", "64"]),
-        ("float16", ["full", "causal_dropout"], ["40", "64", "128"]),
-        ("float16", ["full"], ["256"]),
-    ],
-)
-def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
-    gate(tmp_path, "--modes", *modes, "--dims", *dims, "--dtypes", dtype)
+@pytest.mark.parametrize("dims", [("40", "64"), ("256",)], ids=str)
+def test_attention_gate_for_other_head_dims_and_dtypes(dims, tmp_path):
+    gate(tmp_path, "--modes", "full", "causal_dropout", "--dims", *dims, "--dtypes", "float16")
 
 
 PLANT = """
 from benchmarks import codegen_attention as gate
 from fusednorm.providers import triton_attention_table as table
 table.{plant}
-chosen = [v for v in gate.variants(["causal"], [128], ["bfloat16"], 90) if v.kernel == "{kernel}"]
+chosen = gate.variants(gate.modes(["causal"], [128], ["bfloat16"]), 90)
+chosen = [v for v in chosen if v.launch.kernel == "{kernel}"]
 print(*gate.faults(gate.figures(chosen[0], 90)), sep="\\n")
 """
 
@@ -91,6 +150,41 @@ def test_attention_gate_fails_on_what_is_planted(kernel, plant, said):
     assert said in run.stdout
 
 
+def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
+    """The same capability with less of it: what a GPU is asked for, not what a table says of its kind."""
+    import torch
+
+    from fusednorm.providers import triton_attention_table as table
+    from fusednorm.providers import triton_host as host
+
+    properties = type("Properties", (), {"shared_memory_per_block_optin": 101376})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(host, "capability", lambda index: (8, 0))
+    monkeypatch.setattr(host, "_devices", {})
+    small, large = host.device(0), host.compiled_for((8, 0))
+    assert small == host.Device((8, 0), 101376) and large == host.Device((8, 0), 166912)
+    tiles = [
+        [
+            choose(table.Need(256, 2, False, False, False, *device, (3, 6)))
+            for choose in (table.forward, table.backward_queries)
+        ]
+        for device in (small, large)
+    ]
+    assert all(a.block_m * a.block_n < b.block_m * b.block_n for a, b in zip(*tiles, strict=True))
+
+
+def test_desktop_blackwell_gets_the_tiles_of_sm_80():
+    """Its matrix units are these, not those of sm_100."""
+    from fusednorm.providers import triton_attention_table as table
+    from fusednorm.providers import triton_host as host
+
+    chooses = (table.forward, table.backward_keys, table.backward_queries, table.backward_mask, table.splits)
+    for columns, *switches in itertools.product((64, 128, 256), *[(False, True)] * 3):
+        for version in ((3, 6), (3, 9)):
+            needs = [table.Need(columns, 2, *switches, *host.compiled_for(c), version) for c in ((8, 9), (12, 0))]
+            assert all(choose(needs[0]) == choose(needs[1]) for choose in chooses)
+
+
 def test_committed_table_of_attention_has_every_configuration_of_today():
     committed = (ROOT / "benchmarks/results/codegen_attention.md").read_text().splitlines()
     here = ".".join(metadata.version("triton").split(".")[:2])
@@ -98,13 +192,13 @@ def test_committed_table_of_attention_has_every_configuration_of_today():
         pytest.skip(f"Triton {here} takes other tiles in places, and the table is of another: {committed[2]}")
     program = """
 from benchmarks import codegen_attention as gate
-from benchmarks.codegen import ARCHITECTURES
-for arch in ARCHITECTURES:
-    for v in gate.variants(gate.MODES, gate.DIMS, ["bfloat16"], arch):
-        print(gate.row(v.kernel, v.wants, v.mode, v.d, arch, gate.tile(v), v.warps, v.stages))
+for arch in gate.TABULATED:
+    for v in gate.variants(gate.modes(gate.MODES, gate.DIMS, ["bfloat16"]), arch):
+        print(gate.row(v.launch.kernel, v.launch.wants, v.mode, v.d, arch, gate.tile(v.launch), *v.launch[4:6]))
 """
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]
-    rows, expected = [line for line in committed if line.startswith("| attention_")], run.stdout.splitlines()
+    modes = itertools.takewhile(lambda line: not line.startswith("## "), committed)
+    rows, expected = [line for line in modes if line.startswith("| attention_")], run.stdout.splitlines()
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))

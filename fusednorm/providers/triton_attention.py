@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _LONGEST = 2**29  # positions, and sums of a few, are 32-bit numbers
 _FAR = 2**23  # a stride at which a tile may span 2**31 elements
 _FOLDED = (1e-30, 1e30)  # scales that may be folded into an exponent
-INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
+INTERPRETED = host.compiled_for((9, 0))  # the device whose tiles the interpreter takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,40 +65,72 @@ class _Call(NamedTuple):
 # --- addresses ---
 
 
-def _strides(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
-    """Of (batch, head, position, column); 0 where there is one."""
-    shape, strides = tensor.shape, tensor.stride()
-    own = [stride if size > 1 else 0 for size, stride in zip(shape, strides)]
-    own[-1] = strides[-1] if shape[-1] > 1 else 1
-    return (0, own[1], own[0], own[2]) if packed else (own[0], own[1], own[2], own[3])
+def _strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
+    """Of (batch, head, position) in vectors of 16 bytes; 0 where there is one."""
+    vec = 16 // tensor.element_size()
+    own = [stride // vec if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride())]
+    return (0, own[1], own[0]) if packed else (own[0], own[1], own[2])
 
 
-def _aligned(tensor: Tensor, vec: int) -> bool:
-    """Whether every row starts at a multiple of 16 bytes and has its columns one after another."""
-    *outer, column = tensor.stride()
-    fits = tensor.shape[-1] % vec == 0 and column == 1 and tensor.data_ptr() % 16 == 0 and max(outer) < _FAR
-    return fits and all(stride % vec == 0 or size == 1 for size, stride in zip(tensor.shape, outer))
+def _strides_of(tensors: Sequence[Tensor], packed: bool) -> tuple[int, ...]:
+    return tuple([stride for t in tensors for stride in _strides(t, packed)])
+
+
+def _aligned(tensor: Tensor, packed: bool) -> bool:
+    """Whether kernels can address it: rows of whole 16-byte vectors, and a tile that spans less than 2**31 elements.
+
+    Only the stride of positions is multiplied in 32 bits (`row_pointers`).
+    """
+    vec = 16 // tensor.element_size()
+    shape, (*outer, column) = tensor.shape, tensor.stride()
+    if shape[-1] % vec or column != 1 or tensor.data_ptr() % 16:
+        return False
+    if any(stride % vec and size != 1 for size, stride in zip(shape, outer)):
+        return False
+    position = 0 if packed else -2
+    return shape[position] == 1 or tensor.stride(position) < _FAR
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """Uninitialised, of a shape with whole vectors of 16 bytes."""
+    *rows, d = tensor.shape
+    return tensor.new_empty((*rows, d + -d % (16 // tensor.element_size())))
+
+
+def _operands(packed: bool, *tensors: Tensor) -> list[Tensor]:
+    """What kernels can address, copied where need be.
+
+    A copy moves 3 S D elements a head, read an element at a time they would be moved S / BLOCK times as often; and
+    pointers to single elements are as many registers as the products, so the kernels would spill.
+    """
+    found = []
+    for tensor in tensors:
+        if tensor.is_neg():  # memory of `.conj().imag` holds the negated values
+            tensor = tensor.resolve_neg()
+        if not _aligned(tensor, packed):
+            original, tensor = tensor, _padded(tensor)
+            d = original.shape[-1]
+            tensor[..., :d] = original
+            tensor[..., d:] = 0
+        found.append(tensor)
+    return found
+
+
+def _writable(result: Tensor | None, packed: bool) -> Tensor | None:
+    """The result itself, or where kernels cannot address it what `_deliver` copies into it."""
+    return result if result is None or _aligned(result, packed) else _padded(result)
+
+
+def _deliver(written: Tensor | None, result: Tensor | None) -> None:
+    if result is not None and written is not None and written is not result:
+        result.copy_(written[..., : result.shape[-1]])
 
 
 def _near(mask: Tensor | None) -> Tensor | None:
     """attn_mask with tiles that span less than 2**31 elements; what does not is a part of something vast."""
-    if mask is None or max(mask.stride()[-2:]) < _FAR:
+    if mask is None or all(size == 1 or stride < _FAR for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
         return mask
     return mask.contiguous()
-
-
-def _resolved(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Memory of `.conj().imag` holds the negated values."""
-    return tuple([t.resolve_neg() if t.is_neg() else t for t in tensors])
-
-
-def _addressed(tensors: tuple[Tensor, ...], packed: bool) -> tuple[int, tuple[int, ...]]:
-    """(VEC, strides) of all together; see `row_pointers`."""
-    vec = 16 // tensors[0].element_size()
-    flat = [stride for t in tensors for stride in _strides(t, packed)]
-    if all(_aligned(t, vec) for t in tensors):
-        return vec, tuple([stride // vec if n % 4 != 3 else stride for n, stride in enumerate(flat)])
-    return 0, tuple(flat)
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
@@ -139,14 +172,13 @@ class _Problem(NamedTuple):
     lower: bool  # whether a query's keys are bounded below, and above
     upper: bool
     lower_right: bool
-    capability: tuple[int, int]
+    device: host.Device
 
     @property
     def need(self) -> table.Need:
         columns = max(table.columns(self.d), table.columns(self.dv))
-        bounded = self.lower or self.upper
-        mask = self.mask != "none"
-        return table.Need(columns, self.dtype.itemsize, self.dropout, mask, bounded, self.capability, host.version())
+        bounded, heavy = self.lower or self.upper, self.softcap or self.mask != "none"
+        return table.Need(columns, self.dtype.itemsize, self.dropout, heavy, bounded, *self.device, host.version())
 
 
 def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:
@@ -157,12 +189,12 @@ def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:
     return _Problem(
         *(q.shape[-1], v.shape[-1], q.dtype, _precision(q.dtype), fold, call.softcap != 0.0, mask),
         *(call.dropout_p > 0.0, lower, upper, call.lower_right and (lower or upper)),
-        host.capability(q.get_device()) if q.is_cuda else INTERPRETED,
+        host.device(q.get_device()) if q.is_cuda else INTERPRETED,
     )
 
 
 @functools.lru_cache(4096)
-def _plan(kernel: str, problem: _Problem, vec: int, sum_q: bool = False) -> tuple[Variant, table.Tile]:
+def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Variant, table.Tile]:
     """A kernel of the name, compiled for these constants, and its tile."""
     from . import triton_attention_bwd, triton_attention_bwd_dq, triton_attention_fwd
 
@@ -174,7 +206,8 @@ def _plan(kernel: str, problem: _Problem, vec: int, sum_q: bool = False) -> tupl
         "dmask": (triton_attention_bwd_dq._attention_bwd_dmask_kernel, table.backward_mask),
     }[kernel]
     tile = choose(problem.need)
-    d, dv, _, precision, *switches, _ = problem
+    d, dv, dtype, precision, *switches, _ = problem
+    vec = 16 // dtype.itemsize
     constants: tuple[Any, ...] = (d, table.columns(d), dv, table.columns(dv), vec, precision, *switches)
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)
@@ -182,7 +215,7 @@ def _plan(kernel: str, problem: _Problem, vec: int, sum_q: bool = False) -> tupl
         constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, tile.block_m, tile.block_n)
     else:
         constants += (tile.block_m, tile.block_n)
-    return host.variant(function, constants, tile, vec > 0), tile
+    return host.variant(function, constants, tile, True), tile
 
 
 def forget_variants() -> None:
@@ -196,23 +229,26 @@ def forget_variants() -> None:
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) in one launch."""
     call, packed = _Call(_near(args[0]), *args[1:]), args[3] is not None
-    out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    as_q = v.shape[-1] == q.shape[-1] and q.stride(-1) == 1
+    out = torch.empty_like(q) if as_q else q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty((q.shape[1], q.shape[0]) if packed else q.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    q, k, v = _resolved(q, k, v)
-    vec, strides = _addressed((q, k, v, out), packed)
-    variant, tile = _plan("fwd", _problem(q, v, call), vec)
+    q, k, v = _operands(packed, q, k, v)
+    written = out if _aligned(out, packed) else _padded(out)
+    variant, tile = _plan("fwd", _problem(q, v, call))
     n_tiles, n_heads = host.ceil(call.max_seqlen_q, tile.block_m), q.shape[1]
     masks = (call.attn_mask, call.key_mask, call.seed, contiguous(call.cu_seqlens_q), contiguous(call.cu_seqlens_k))
     variant.launch(
         (n_tiles * n_heads * call.batches(q), 1),
-        (q, k, v, *masks, out, lse),
+        (q, k, v, *masks, written, lse),
         (
-            *(n_tiles, n_heads, n_heads // k.shape[1], call.max_seqlen_q, call.max_seqlen_k, *strides),
+            *(n_tiles, n_heads, n_heads // k.shape[1], call.max_seqlen_q, call.max_seqlen_k),
+            *_strides_of((q, k, v, written), packed),
             *(*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask), *_lse_strides(lse), *call.numbers),
         ),
     )
+    _deliver(written, out)
     return out, lse
 
 
@@ -238,10 +274,9 @@ def attention_bwd(
     if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
         return tuple([None if g is None else g.zero_() for g in gradients])
 
-    dout, q, k, v = _resolved(dout, q, k, v)
-    vec = 16 // q.element_size()
-    if not _aligned(dout, vec) and all(_aligned(t, vec) for t in (q, k, v)):
-        dout = dout.contiguous()  # (the cotangent of `.sum()`): else all would be read an element at a time
+    operands = dout, q, k, v = _operands(packed, dout, q, k, v)
+    dq, dk, dv = written = [_writable(g, packed) for g in (dq, dk, dv)]
+    strides = _strides_of(operands, packed)
     lse_strides, problem = _lse_strides(lse), _problem(q, v, call)
     dlse, inverse = contiguous(dlse), torch.empty_like(lse) if exact else None
     delta = torch.empty_like(lse)
@@ -253,45 +288,47 @@ def attention_bwd(
     group = q.shape[1] // k.shape[1]
     lengths = (group, call.max_seqlen_q, call.max_seqlen_k)
     if dq is not None or direct or exact:
-        vec, strides = _addressed((dout, q, k, v) if dq is None else (dout, q, k, v, dq), packed)
-        strides += (0,) * (20 - len(strides))
-        variant, tile = _plan("dq", problem, vec)
+        variant, tile = _plan("dq", problem)
         n_tiles = host.ceil(call.max_seqlen_q, tile.block_m)
         dmask_strides = _mask_strides(dmask if direct else None)
         variant.launch(
             (n_tiles * q.shape[1] * call.batches(q), 1),
-            (dout, q, k, v, *masks, *rows, dq, dmask if direct else None),
-            (n_tiles, q.shape[1], *lengths, *strides, *dmask_strides, *mask_strides, *lse_strides, *call.numbers),
+            (*operands, *masks, *rows, dq, dmask if direct else None),
+            (
+                *(n_tiles, q.shape[1], *lengths, *strides, *_strides(q if dq is None else dq, packed)),
+                *(*dmask_strides, *mask_strides, *lse_strides, *call.numbers),
+            ),
         )
     if wants_k or wants_v:
-        # one that is not wanted lies as its operand does
-        vec, strides = _addressed((dout, q, k, v, k if dk is None else dk, v if dv is None else dv), packed)
-        variant, tile = _plan("dkv", problem, vec)
+        strides += _strides_of((k if dk is None else dk, v if dv is None else dv), packed)  # a wanted one's are read
+        variant, tile = _plan("dkv", problem)
         n_tiles = host.ceil(call.max_seqlen_k, tile.block_n)
         for pair in ((dk, None), (None, dv)) if table.splits(problem.need) else ((dk, dv),):
             if pair[0] is not None or pair[1] is not None:
                 variant.launch(
                     (n_tiles * k.shape[1] * call.batches(q), 1),
-                    (dout, q, k, v, *masks, *rows, *pair),
+                    (*operands, *masks, *rows, *pair),
                     (n_tiles, k.shape[1], *lengths, *strides, *mask_strides, *lse_strides, *call.numbers),
                 )
     if dmask is not None and dmask.shape[-1] == 1 != call.max_seqlen_k:
         _gradient_of_shifts(dmask, dlse, lse)
     elif dmask is not None and not direct:
-        _mask_gradient(dmask, problem, (dout, q, k, v), masks[:3], rows, call)
+        _mask_gradient(dmask, problem, operands, masks[:3], rows, call)
+    for gradient, own in zip(gradients, written):
+        _deliver(own, gradient)
     return gradients
 
 
 def _delta(delta: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | None, packed: bool, problem: _Problem) -> None:
     """rowsum(dout out) - dlse; packed sequences are one to it."""
-    vec, strides = _addressed((dout, out), packed)
-    variant, tile = _plan("delta", problem, vec)
+    dout, out = _operands(packed, dout, out)
+    variant, tile = _plan("delta", problem)
     n_heads, n_queries = delta.shape[-2:]
     n_tiles = host.ceil(n_queries, tile.block_m)
     variant.launch(
         (n_tiles * n_heads * (1 if packed else delta.shape[0]), 1),
         (dout, out, dlse, delta),
-        (n_tiles, n_heads, n_queries, *strides, *_lse_strides(delta)),
+        (n_tiles, n_heads, n_queries, *_strides_of((dout, out), packed), *_lse_strides(delta)),
     )
 
 
@@ -305,7 +342,7 @@ def _gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None
 def _mask_gradient(
     dmask: Tensor,
     problem: _Problem,
-    operands: tuple[Tensor, ...],
+    operands: list[Tensor],
     masks: tuple[Tensor | None, ...],
     rows: tuple[Tensor | None, ...],
     call: _Call,
@@ -318,8 +355,7 @@ def _mask_gradient(
     logits = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     lse_strides = (logits[1] * logits[2], logits[2])
     shape = (*[1] * (4 - dmask.ndim), *dmask.shape)
-    vec, strides = _addressed(operands, False)
-    variant, tile = _plan("dmask", problem, vec, shape[2] == 1 != logits[2])
+    variant, tile = _plan("dmask", problem, shape[2] == 1 != logits[2])
     blocks = (1, 1, tile.block_m, tile.block_n)
     tiles = [host.ceil(size, block) for size, block in zip(shape, blocks)]
     work = [host.ceil(size, block) for size, block in zip(logits, blocks)]
@@ -331,7 +367,8 @@ def _mask_gradient(
         (programs * splits, 1),
         (*operands, *masks, *rows, partials),
         (
-            *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape[:3], splits, *strides),
+            *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape[:3], splits),
+            *_strides_of(operands, False),
             *(*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask), *lse_strides, *call.numbers),
         ),
     )

@@ -26,7 +26,6 @@ from .triton_attention_shared import (
     program,
     row_pointers,
     sequence,
-    step,
     store_rows,
     tiles,
     visible_tile,
@@ -40,7 +39,7 @@ _TINY = tl.constexpr(2.0**-126)  # so that a probability of 0 has a sign too
 def _attention_bwd_delta_kernel(
     dout_ptr, out_ptr, dlse_ptr, delta_ptr,
     n_tiles, n_heads, n_queries,
-    stride_dout_b, stride_dout_h, stride_dout_s, stride_dout_d, stride_out_b, stride_out_h, stride_out_s, stride_out_d,
+    stride_dout_b, stride_dout_h, stride_dout_s, stride_out_b, stride_out_h, stride_out_s,
     stride_lse_b, stride_lse_h,
     DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
@@ -53,10 +52,10 @@ def _attention_bwd_delta_kernel(
     lanes = tl.arange(0, BLOCK_M)
     ok = first_row + lanes < n_queries
     b, h, first = batch.to(tl.int64), head.to(tl.int64), first_row.to(tl.int64)
-    dout_ptr += (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * step(1, VEC)
-    out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * step(1, VEC)
-    dout = load_rows(row_pointers(dout_ptr, stride_dout_s, stride_dout_d, BLOCK_M, DV_COLS, VEC), ok, DV, DV_COLS, True)
-    out = load_rows(row_pointers(out_ptr, stride_out_s, stride_out_d, BLOCK_M, DV_COLS, VEC), ok, DV, DV_COLS, True)
+    dout_ptr += (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * VEC
+    out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * VEC
+    dout = load_rows(row_pointers(dout_ptr, stride_dout_s, BLOCK_M, DV_COLS, VEC), ok, DV, DV_COLS, True)
+    out = load_rows(row_pointers(out_ptr, stride_out_s, BLOCK_M, DV_COLS, VEC), ok, DV, DV_COLS, True)
     products = tl.dot(dout, tl.trans(out), input_precision=PRECISION)
     delta = tl.sum(tl.where(lanes[:, None] == lanes[None, :], products, 0.0), 1)
     at = b * stride_lse_b + h * stride_lse_h + first + lanes
@@ -81,7 +80,7 @@ def _tile(
     at = lse_row + rows
     if DROPOUT:  # first, while fewer registers are taken
         keep = kept(seed_ptr, lse_row + first_row, first_key, threshold, BLOCK_M, BLOCK_N, True)
-    q = load_rows(q_tile + first_row.to(tl.int64) * step(stride_q, VEC), rows_ok, D, D_COLS, MASKED)
+    q = load_rows(q_tile + first_row.to(tl.int64) * (stride_q * VEC), rows_ok, D, D_COLS, MASKED)
     products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     lse = tl.load(lse_ptr + at, mask=rows_ok, other=0.0) if MASKED else tl.load(lse_ptr + at)
     logits, slope = capped(products, scale, softcap, FOLD, SOFTCAP)
@@ -101,7 +100,7 @@ def _tile(
         p = p * tl.load(inverse_ptr + at, mask=rows_ok, other=0.0)[None, :]
     if MASKED:
         p = tl.where(visible, p, 0.0)
-    dout = load_rows(dout_tile + first_row.to(tl.int64) * step(stride_dout, VEC), rows_ok, DV, DV_COLS, MASKED)
+    dout = load_rows(dout_tile + first_row.to(tl.int64) * (stride_dout * VEC), rows_ok, DV, DV_COLS, MASKED)
     ds, dropped_p, reached = p, p, visible
     if DROPOUT:
         # what is dropped is told by its sign: the mask takes no registers while the products are made
@@ -130,9 +129,9 @@ def _attention_bwd_dkv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, dk_ptr, dv_ptr,
     n_tiles, n_heads, group, n_queries, n_keys,
-    stride_dout_b, stride_dout_h, stride_dout_s, stride_dout_d, stride_q_b, stride_q_h, stride_q_s, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_s, stride_k_d, stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-    stride_dk_b, stride_dk_h, stride_dk_s, stride_dk_d, stride_dv_b, stride_dv_h, stride_dv_s, stride_dv_d,
+    stride_dout_b, stride_dout_h, stride_dout_s, stride_q_b, stride_q_h, stride_q_s,
+    stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
+    stride_dk_b, stride_dk_h, stride_dk_s, stride_dv_b, stride_dv_h, stride_dv_s,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
@@ -159,16 +158,16 @@ def _attention_bwd_dkv_kernel(
         shown = key_mask_ptr + b * stride_key_mask_b + keys.to(tl.int64) * stride_key_mask_k
         keys_ok = keys_ok & (tl.load(shown, mask=keys_ok, other=0) != 0)
     first_q, first = start_q.to(tl.int64), start_k.to(tl.int64) + first_key
-    k_ptr += (b * stride_k_b + kv * stride_k_h + first * stride_k_s) * step(1, VEC)
-    v_ptr += (b * stride_v_b + kv * stride_v_h + first * stride_v_s) * step(1, VEC)
-    q_ptr += (b * stride_q_b + first_q * stride_q_s) * step(1, VEC)
-    dout_ptr += (b * stride_dout_b + first_q * stride_dout_s) * step(1, VEC)
+    k_ptr += (b * stride_k_b + kv * stride_k_h + first * stride_k_s) * VEC
+    v_ptr += (b * stride_v_b + kv * stride_v_h + first * stride_v_s) * VEC
+    q_ptr += (b * stride_q_b + first_q * stride_q_s) * VEC
+    dout_ptr += (b * stride_dout_b + first_q * stride_dout_s) * VEC
     lse_first = b * stride_lse_b + first_q
     if mask_ptr is not None:
         mask_ptr += b * stride_mask_b + first_key.to(tl.int64) * stride_mask_k
 
-    k = load_rows(row_pointers(k_ptr, stride_k_s, stride_k_d, BLOCK_N, D_COLS, VEC), keys_ok, D, D_COLS, True)
-    v = load_rows(row_pointers(v_ptr, stride_v_s, stride_v_d, BLOCK_N, DV_COLS, VEC), keys_ok, DV, DV_COLS, True)
+    k = load_rows(row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC), keys_ok, D, D_COLS, True)
+    v = load_rows(row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC), keys_ok, DV, DV_COLS, True)
     dk = tl.zeros([BLOCK_N, D_COLS], tl.float32)
     dv = tl.zeros([BLOCK_N, DV_COLS], tl.float32)
 
@@ -190,9 +189,9 @@ def _attention_bwd_dkv_kernel(
     low, full_low, full_high, high = tiles(low, high, full_low, full_high, BLOCK_M)
     for g in range(group):
         h = (first_head + g).to(tl.int64)
-        q_tile = row_pointers(q_ptr + h * stride_q_h * step(1, VEC), stride_q_s, stride_q_d, BLOCK_M, D_COLS, VEC)
-        dout_head = dout_ptr + h * stride_dout_h * step(1, VEC)
-        dout_tile = row_pointers(dout_head, stride_dout_s, stride_dout_d, BLOCK_M, DV_COLS, VEC)
+        q_tile = row_pointers(q_ptr + h * stride_q_h * VEC, stride_q_s, BLOCK_M, D_COLS, VEC)
+        dout_head = dout_ptr + h * stride_dout_h * VEC
+        dout_tile = row_pointers(dout_head, stride_dout_s, BLOCK_M, DV_COLS, VEC)
         mask_head = mask_ptr
         if mask_ptr is not None:
             mask_head = mask_ptr + h * stride_mask_h
@@ -224,13 +223,13 @@ def _attention_bwd_dkv_kernel(
         keep_scale = 1.0
     # a key that the key mask hides took part where a tile was taken to be seen in full
     if dk_ptr is not None:
-        dk_ptr += (b * stride_dk_b + kv * stride_dk_h + first * stride_dk_s) * step(1, VEC)
-        dk_pointers = row_pointers(dk_ptr, stride_dk_s, stride_dk_d, BLOCK_N, D_COLS, VEC)
+        dk_ptr += (b * stride_dk_b + kv * stride_dk_h + first * stride_dk_s) * VEC
+        dk_pointers = row_pointers(dk_ptr, stride_dk_s, BLOCK_N, D_COLS, VEC)
         dk = tl.where(keys_ok[:, None], dk * scale, 0.0)
         store_rows(dk_pointers, dk, keys_there, D, D_COLS)
     if dv_ptr is not None:
-        dv_ptr += (b * stride_dv_b + kv * stride_dv_h + first * stride_dv_s) * step(1, VEC)
-        dv_pointers = row_pointers(dv_ptr, stride_dv_s, stride_dv_d, BLOCK_N, DV_COLS, VEC)
+        dv_ptr += (b * stride_dv_b + kv * stride_dv_h + first * stride_dv_s) * VEC
+        dv_pointers = row_pointers(dv_ptr, stride_dv_s, BLOCK_N, DV_COLS, VEC)
         dv = tl.where(keys_ok[:, None], dv * keep_scale, 0.0)
         store_rows(dv_pointers, dv, keys_there, DV, DV_COLS)
     if LOWER or UPPER or DROPOUT or MASK != "none":
@@ -241,16 +240,16 @@ def _attention_bwd_dkv_kernel(
                     total = tl.zeros([BLOCK_N, D_COLS if OF_DK else DV_COLS], tl.float32)
                     for g in range(group):
                         h = (first_head + g).to(tl.int64)
-                        q_head = q_ptr + h * stride_q_h * step(1, VEC)
-                        dout_head = dout_ptr + h * stride_dout_h * step(1, VEC)
+                        q_head = q_ptr + h * stride_q_h * VEC
+                        dout_head = dout_ptr + h * stride_dout_h * VEC
                         mask_head = mask_ptr
                         if mask_ptr is not None:
                             mask_head = mask_ptr + h * stride_mask_h
                         for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
                             first_row = begin + n * RARE
                             q, dout, p, ds, visible, reached = _tile(
-                                k, v, row_pointers(q_head, stride_q_s, stride_q_d, RARE, D_COLS, VEC),
-                                row_pointers(dout_head, stride_dout_s, stride_dout_d, RARE, DV_COLS, VEC),
+                                k, v, row_pointers(q_head, stride_q_s, RARE, D_COLS, VEC),
+                                row_pointers(dout_head, stride_dout_s, RARE, DV_COLS, VEC),
                                 keys, keys_ok, first_row, first_key, n_queries, lower, upper, mask_head,
                                 stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
                                 lse_first + h * stride_lse_h,
@@ -260,12 +259,12 @@ def _attention_bwd_dkv_kernel(
                             )
                             if OF_DK:
                                 total = add_visible(
-                                    total, ds, visible, q_head, stride_q_s, stride_q_d, first_row, n_queries,
+                                    total, ds, visible, q_head, stride_q_s, first_row, n_queries,
                                     RARE, D, D_COLS, VEC,
                                 )
                             else:
                                 total = add_visible(
-                                    total, p, reached, dout_head, stride_dout_s, stride_dout_d, first_row, n_queries,
+                                    total, p, reached, dout_head, stride_dout_s, first_row, n_queries,
                                     RARE, DV, DV_COLS, VEC,
                                 )
                     if OF_DK:

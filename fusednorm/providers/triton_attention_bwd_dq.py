@@ -26,7 +26,6 @@ from .triton_attention_shared import (
     program,
     row_pointers,
     sequence,
-    step,
     store_rows,
     visible_tile,
     weights,
@@ -51,8 +50,8 @@ def _tile(
     if MASKED and key_mask_ptr is not None:
         shown = tl.load(key_mask_ptr + keys.to(tl.int64) * stride_key_mask, mask=there, other=0)
         there = there & (shown != 0)
-    k = load_rows(k_tile + first_key.to(tl.int64) * step(stride_k, VEC), there, D, D_COLS, MASKED)
-    v = load_rows(v_tile + first_key.to(tl.int64) * step(stride_v, VEC), there, DV, DV_COLS, MASKED)
+    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, D_COLS, MASKED)
+    v = load_rows(v_tile + first_key.to(tl.int64) * (stride_v * VEC), there, DV, DV_COLS, MASKED)
     logits, slope = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     visible = there[None, :]
@@ -83,9 +82,9 @@ def _attention_bwd_dq_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, dq_ptr, dmask_ptr,
     n_tiles, n_heads, group, n_queries, n_keys,
-    stride_dout_b, stride_dout_h, stride_dout_s, stride_dout_d, stride_q_b, stride_q_h, stride_q_s, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_s, stride_k_d, stride_v_b, stride_v_h, stride_v_s, stride_v_d,
-    stride_dq_b, stride_dq_h, stride_dq_s, stride_dq_d, stride_dmask_b, stride_dmask_h, stride_dmask_q, stride_dmask_k,
+    stride_dout_b, stride_dout_h, stride_dout_s, stride_q_b, stride_q_h, stride_q_s,
+    stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
+    stride_dq_b, stride_dq_h, stride_dq_s, stride_dmask_b, stride_dmask_h, stride_dmask_q, stride_dmask_k,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
@@ -114,10 +113,10 @@ def _attention_bwd_dq_kernel(
     rows = first_row + lanes
     rows_ok = rows < n_queries
     first = start_q.to(tl.int64) + first_row
-    q_ptr += (b * stride_q_b + h * stride_q_h + first * stride_q_s) * step(1, VEC)
-    dout_ptr += (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * step(1, VEC)
-    k_ptr += (b * stride_k_b + kv * stride_k_h + start_k.to(tl.int64) * stride_k_s) * step(1, VEC)
-    v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * step(1, VEC)
+    q_ptr += (b * stride_q_b + h * stride_q_h + first * stride_q_s) * VEC
+    dout_ptr += (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * VEC
+    k_ptr += (b * stride_k_b + kv * stride_k_h + start_k.to(tl.int64) * stride_k_s) * VEC
+    v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * VEC
     lse_row = b * stride_lse_b + h * stride_lse_h + first
     if mask_ptr is not None:
         mask_ptr += b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q
@@ -126,15 +125,15 @@ def _attention_bwd_dq_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
-    q = load_rows(row_pointers(q_ptr, stride_q_s, stride_q_d, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-    dout_tile = row_pointers(dout_ptr, stride_dout_s, stride_dout_d, BLOCK_M, DV_COLS, VEC)
+    q = load_rows(row_pointers(q_ptr, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
+    dout_tile = row_pointers(dout_ptr, stride_dout_s, BLOCK_M, DV_COLS, VEC)
     dout = load_rows(dout_tile, rows_ok, DV, DV_COLS, True)
     lse = tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
     dlse = None
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
-    k_tile = row_pointers(k_ptr, stride_k_s, stride_k_d, BLOCK_N, D_COLS, VEC)
-    v_tile = row_pointers(v_ptr, stride_v_s, stride_v_d, BLOCK_N, DV_COLS, VEC)
+    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC)
+    v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
     dq = tl.zeros([BLOCK_M, D_COLS], tl.float32)
     low, full_low, full_high, high = key_range(
         first_row, n_queries, n_keys, lower, upper, key_mask_ptr, stride_key_mask_k,
@@ -194,8 +193,8 @@ def _attention_bwd_dq_kernel(
                         ds = tl.where(visible, ds * slope, 0.0)
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     if dq_ptr is not None:
-        dq_ptr += (b * stride_dq_b + h * stride_dq_h + first * stride_dq_s) * step(1, VEC)
-        dq_pointers = row_pointers(dq_ptr, stride_dq_s, stride_dq_d, BLOCK_M, D_COLS, VEC)
+        dq_ptr += (b * stride_dq_b + h * stride_dq_h + first * stride_dq_s) * VEC
+        dq_pointers = row_pointers(dq_ptr, stride_dq_s, BLOCK_M, D_COLS, VEC)
         store_rows(dq_pointers, dq * factors, rows_ok, D, D_COLS)
         if LOWER or UPPER or MASK != "none":
             if not all_finite(dq):
@@ -204,8 +203,8 @@ def _attention_bwd_dq_kernel(
                 for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
                     first_key = begin + n * RARE
                     k, _, ds, slope, visible = _tile(
-                        q, dout, row_pointers(k_ptr, stride_k_s, stride_k_d, RARE, D_COLS, VEC),
-                        row_pointers(v_ptr, stride_v_s, stride_v_d, RARE, DV_COLS, VEC),
+                        q, dout, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC),
+                        row_pointers(v_ptr, stride_v_s, RARE, DV_COLS, VEC),
                         lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
                         mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                         stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
@@ -215,7 +214,7 @@ def _attention_bwd_dq_kernel(
                     if SOFTCAP:
                         ds = ds * slope
                     dq = add_visible(
-                        dq, ds, visible, k_ptr, stride_k_s, stride_k_d, first_key, n_keys, RARE, D, D_COLS, VEC
+                        dq, ds, visible, k_ptr, stride_k_s, first_key, n_keys, RARE, D, D_COLS, VEC
                     )
                 store_rows(dq_pointers, dq * factors, rows_ok, D, D_COLS)
 
@@ -225,8 +224,8 @@ def _attention_bwd_dmask_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, lse_ptr, delta_ptr, dlse_ptr,
     inverse_ptr, partials_ptr,
     n_batches, n_heads, group, n_queries, n_keys, mask_b, mask_h, mask_q, n_splits,
-    stride_dout_b, stride_dout_h, stride_dout_s, stride_dout_d, stride_q_b, stride_q_h, stride_q_s, stride_q_d,
-    stride_k_b, stride_k_h, stride_k_s, stride_k_d, stride_v_b, stride_v_h, stride_v_s, stride_v_d,
+    stride_dout_b, stride_dout_h, stride_dout_s, stride_q_b, stride_q_h, stride_q_s,
+    stride_k_b, stride_k_h, stride_k_s, stride_v_b, stride_v_h, stride_v_s,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
@@ -267,12 +266,12 @@ def _attention_bwd_dmask_kernel(
         rows = first_row + lanes
         rows_ok = rows < n_queries
         first = first_row.to(tl.int64)
-        q_head = q_ptr + (b * stride_q_b + h * stride_q_h + first * stride_q_s) * step(1, VEC)
-        dout_head = dout_ptr + (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * step(1, VEC)
-        k_head = k_ptr + (b * stride_k_b + kv * stride_k_h) * step(1, VEC)
-        v_head = v_ptr + (b * stride_v_b + kv * stride_v_h) * step(1, VEC)
-        q = load_rows(row_pointers(q_head, stride_q_s, stride_q_d, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-        dout_tile = row_pointers(dout_head, stride_dout_s, stride_dout_d, BLOCK_M, DV_COLS, VEC)
+        q_head = q_ptr + (b * stride_q_b + h * stride_q_h + first * stride_q_s) * VEC
+        dout_head = dout_ptr + (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * VEC
+        k_head = k_ptr + (b * stride_k_b + kv * stride_k_h) * VEC
+        v_head = v_ptr + (b * stride_v_b + kv * stride_v_h) * VEC
+        q = load_rows(row_pointers(q_head, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
+        dout_tile = row_pointers(dout_head, stride_dout_s, BLOCK_M, DV_COLS, VEC)
         dout = load_rows(dout_tile, rows_ok, DV, DV_COLS, True)
         lse_row = b * stride_lse_b + h * stride_lse_h + first
         key_mask = key_mask_ptr
@@ -282,8 +281,8 @@ def _attention_bwd_dmask_kernel(
         if dlse_ptr is not None:
             dlse = tl.load(dlse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
         _, _, ds, _, _ = _tile(
-            q, dout, row_pointers(k_head, stride_k_s, stride_k_d, BLOCK_N, D_COLS, VEC),
-            row_pointers(v_head, stride_v_s, stride_v_d, BLOCK_N, DV_COLS, VEC),
+            q, dout, row_pointers(k_head, stride_k_s, BLOCK_N, D_COLS, VEC),
+            row_pointers(v_head, stride_v_s, BLOCK_N, DV_COLS, VEC),
             tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0),
             tl.load(delta_ptr + lse_row + lanes, mask=rows_ok, other=0.0), dlse,
             rows, first_key, n_queries, n_keys, lower, upper,

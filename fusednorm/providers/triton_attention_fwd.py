@@ -26,7 +26,6 @@ from .triton_attention_shared import (
     program,
     row_pointers,
     sequence,
-    step,
     store_rows,
     visible_tile,
 )
@@ -46,7 +45,7 @@ def _logits(
     if MASKED and key_mask_ptr is not None:
         shown = tl.load(key_mask_ptr + keys.to(tl.int64) * stride_key_mask, mask=there, other=0)
         there = there & (shown != 0)
-    k = load_rows(k_tile + first_key.to(tl.int64) * step(stride_k, VEC), there, D, COLS, MASKED)
+    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, COLS, MASKED)
     logits, _ = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
     visible = there[None, :]
     if MASKED:
@@ -67,8 +66,8 @@ def _logits(
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, out_ptr, lse_ptr,
     n_tiles, n_heads, group, n_queries, n_keys,
-    stride_q_b, stride_q_h, stride_q_s, stride_q_d, stride_k_b, stride_k_h, stride_k_s, stride_k_d,
-    stride_v_b, stride_v_h, stride_v_s, stride_v_d, stride_out_b, stride_out_h, stride_out_s, stride_out_d,
+    stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
+    stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
     stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
@@ -90,19 +89,19 @@ def _attention_fwd_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     rows_ok = rows < n_queries
     first = start_q.to(tl.int64) + first_row
-    q_ptr += (b * stride_q_b + h * stride_q_h + first * stride_q_s) * step(1, VEC)
-    k_ptr += (b * stride_k_b + kv * stride_k_h + start_k.to(tl.int64) * stride_k_s) * step(1, VEC)
-    v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * step(1, VEC)
-    out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * step(1, VEC)
+    q_ptr += (b * stride_q_b + h * stride_q_h + first * stride_q_s) * VEC
+    k_ptr += (b * stride_k_b + kv * stride_k_h + start_k.to(tl.int64) * stride_k_s) * VEC
+    v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * VEC
+    out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * VEC
     lse_row = b * stride_lse_b + h * stride_lse_h + first  # the row of the dropout mask too
     if mask_ptr is not None:
         mask_ptr += b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
-    q = load_rows(row_pointers(q_ptr, stride_q_s, stride_q_d, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-    k_tile = row_pointers(k_ptr, stride_k_s, stride_k_d, BLOCK_N, D_COLS, VEC)
-    v_tile = row_pointers(v_ptr, stride_v_s, stride_v_d, BLOCK_N, DV_COLS, VEC)
+    q = load_rows(row_pointers(q_ptr, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
+    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC)
+    v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, DV_COLS], tl.float32)
@@ -137,7 +136,7 @@ def _attention_fwd_kernel(
                 total = total * shrink + tl.sum(p, 1)
                 if DROPOUT:
                     p = tl.where(kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
-                v = load_rows(v_tile + first_key.to(tl.int64) * step(stride_v_s, VEC), there, DV, DV_COLS, MASKED == 1)
+                v = load_rows(v_tile + first_key.to(tl.int64) * (stride_v_s * VEC), there, DV, DV_COLS, MASKED == 1)
                 out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
                 largest = now
 
@@ -148,7 +147,7 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
     if DROPOUT:
         divisor = divisor / keep_scale
-    out_pointers = row_pointers(out_ptr, stride_out_s, stride_out_d, BLOCK_M, DV_COLS, VEC)
+    out_pointers = row_pointers(out_ptr, stride_out_s, BLOCK_M, DV_COLS, VEC)
     store_rows(out_pointers, out / divisor[:, None], rows_ok, DV, DV_COLS)
     if LOWER or UPPER or DROPOUT or MASK != "none":
         if not all_finite(out):
@@ -158,7 +157,7 @@ def _attention_fwd_kernel(
             for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
                 first_key = begin + n * RARE
                 logits, visible, there = _logits(
-                    q, row_pointers(k_ptr, stride_k_s, stride_k_d, RARE, D_COLS, VEC), rows, first_key,
+                    q, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC), rows, first_key,
                     n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                     stride_k_s, scale, softcap,
@@ -168,6 +167,6 @@ def _attention_fwd_kernel(
                 if DROPOUT:
                     visible = visible & kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, RARE, False)
                 out = add_visible(
-                    out, p, visible, v_ptr, stride_v_s, stride_v_d, first_key, n_keys, RARE, DV, DV_COLS, VEC
+                    out, p, visible, v_ptr, stride_v_s, first_key, n_keys, RARE, DV, DV_COLS, VEC
                 )
             store_rows(out_pointers, out / divisor[:, None], rows_ok, DV, DV_COLS)

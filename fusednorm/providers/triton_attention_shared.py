@@ -3,7 +3,8 @@
 Positions are 32-bit, addresses 64-bit. `rows` are queries and `keys` are keys; a tile of logits is [queries, keys], or
 transposed, and both come in already shaped ([M, 1] and [1, N], or the other way round), so that what is elementwise
 does not know which. FOLD: logits stay as the matrix units give them, and factor = scale log2(e) is folded into the
-exponent; else they are natural ones. PRECISION is that of float32 products; "ieee" for float32 operands alone.
+exponent; else they are natural ones. PRECISION is that of float32 products; "ieee" for float32 operands alone. Columns
+lie one after another, and strides are numbers of VEC elements, 16 bytes.
 """
 
 # fmt: off
@@ -70,23 +71,11 @@ def tiles(low, high, full_low, full_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(ptr, stride, stride_col, BLOCK: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr):
-    """Pointers to a tile's first rows. VEC > 0: columns contiguous, rows at multiples of VEC elements."""
+def row_pointers(ptr, stride, BLOCK: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr):
+    """Pointers to a tile's first rows. A tile spans less than 2**31 elements."""
     rows = tl.arange(0, BLOCK)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    if VEC > 0:  # a tile spans less than 2**31 elements then
-        return ptr + (rows * (stride.to(tl.int32) * VEC) + cols)
-    else:
-        return ptr + rows.to(tl.int64) * stride + cols.to(tl.int64) * stride_col
-
-
-@triton.jit
-def step(stride, VEC: tl.constexpr):
-    """A stride in elements."""
-    if VEC > 0:
-        return stride * VEC
-    else:
-        return stride
+    return ptr + (rows * (stride.to(tl.int32) * VEC) + cols)
 
 
 @triton.jit
@@ -273,7 +262,7 @@ def all_finite(tile):
 
 @triton.jit
 def add_visible(
-    accumulator, factors, visible, ptr, stride, stride_col, first, n_rows,
+    accumulator, factors, visible, ptr, stride, first, n_rows,
     BLOCK: tl.constexpr, N_COLS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
 ):
     """accumulator + factors @ x of only what is visible: 0 * NaN would be NaN.
@@ -286,8 +275,7 @@ def add_visible(
         here = visible & (lanes == n)
         factor = tl.sum(tl.where(here, factors, 0.0), 1)
         seen = tl.max(here.to(tl.int32), 1) != 0
-        row = ptr + (first + n).to(tl.int64) * step(stride, VEC)
-        columns = cols if VEC > 0 else cols.to(tl.int64) * stride_col
-        x = tl.load(row + columns, mask=cols < N_COLS, other=0.0).to(accumulator.dtype)
+        row = ptr + (first + n).to(tl.int64) * (stride * VEC)
+        x = tl.load(row + cols, mask=cols < N_COLS, other=0.0).to(accumulator.dtype)
         accumulator += tl.where(seen[:, None], factor[:, None] * x[None, :], 0.0)
     return accumulator

@@ -29,22 +29,33 @@ class Need(NamedTuple):
     columns: int  # of the wider head dim, padded
     itemsize: int
     dropout: bool
-    mask: bool  # an attn_mask
+    heavy: bool  # an attn_mask or a softcap: another number for each element of a tile
     bounded: bool  # causality or a window
     capability: tuple[int, int]
+    shared: int  # bytes of shared memory that a program may have
     triton: tuple[int, int]  # its version
 
     @property
     def registers_hold_operands(self) -> bool:
-        """The matrix units of sm_80 read both operands from registers, later ones from shared memory."""
-        return self.capability < (9, 0)
+        """The matrix units of sm_80 to sm_89 and of sm_120 read both operands from registers, those of datacenter
+        devices after them from shared memory."""
+        return self.capability[0] in (8, 12)
+
+    @property
+    def has_tensor_memory(self) -> bool:
+        return self.capability[0] in (10, 11)
 
     @property
     def avoids_tensor_memory(self) -> bool:
         """Triton 3.6 fails in its own pass over tensor memory (TritonNvidiaGPUOptimizeTMemLayoutsPass) where a loop has
         bounds of its own; what is between 3.6 and 3.9 was not tried. Below 64 rows it takes the matrix instructions of
         before sm_100, which need none."""
-        return self.capability >= (10, 0) and self.triton < (3, 9)
+        return self.has_tensor_memory and self.triton < (3, 9)
+
+    @property
+    def small(self) -> bool:
+        """99 KiB, that of desktop GPUs, are too few for heads of 256 at the others' tiles."""
+        return self.shared < 166912
 
 
 def columns(d: int) -> int:
@@ -61,12 +72,16 @@ def forward(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     if n.avoids_tensor_memory:
-        return Tile(32, 64 if n.columns <= 128 else 32, 4, 2)
-    if n.columns <= 64:
-        return Tile(64, 64, 4, 3) if n.registers_hold_operands else Tile(128, 64, 8, 3)
-    if n.columns <= 128:
-        return Tile(64 if n.registers_hold_operands else 128, 64, 8, 2)
-    return Tile(64, 32, 8, 2)
+        return Tile(32, 64 if n.columns <= 128 and not n.heavy else 32, 4, 2)
+    if n.columns > 128:
+        return Tile(64, 16 if n.heavy or n.small else 32, 8, 2)
+    if n.registers_hold_operands:
+        if n.columns <= 64:
+            return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
+        return Tile(64, 32 if n.heavy else 64, 8, 2)
+    if n.heavy:
+        return Tile(128, 32, 8, 2)
+    return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
 
 
 def delta(n: Need) -> Tile:
@@ -78,40 +93,41 @@ def splits(n: Need) -> bool:
     if n.itemsize == 4 or n.columns > 128:
         return True
     if n.registers_hold_operands:
-        return n.columns > 64 or n.dropout or n.mask
-    return n.columns > 64 and (n.dropout or n.mask or n.bounded or n.capability >= (10, 0))
+        return n.columns > 64 or n.dropout or n.heavy
+    return n.columns > 64 and (n.dropout or n.heavy or n.bounded or n.has_tensor_memory)
 
 
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    more = n.dropout or n.heavy
     if n.avoids_tensor_memory:
-        return Tile(16 if n.columns > 64 or n.dropout or n.mask else 32, 32, 4, 2)
+        return Tile(16 if n.columns > 64 or more else 32, 32, 4, 2)
     if n.columns > 128:
         if n.capability[0] != 9:
             return Tile(16, 32, 8, 2)
-        return Tile(16, 64 if n.dropout or n.mask else 128, 8, 2)
+        return Tile(16, 64 if more else 128, 8, 2)
     if n.registers_hold_operands:
-        if n.dropout or n.mask:
+        if more:
             return Tile(16, 64, 8, 2)
         return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
-    if n.capability >= (10, 0) and n.columns > 64:
+    if n.has_tensor_memory and n.columns > 64:
         return Tile(16, 64, 8, 2)
-    if n.dropout or n.mask:
+    if more:
         return Tile(16, 128, 8, 2)
-    return Tile(32 if n.columns > 64 or n.bounded or n.capability >= (10, 0) else 64, 128, 8, 2)
+    return Tile(32 if n.columns > 64 or n.bounded or n.has_tensor_memory else 64, 128, 8, 2)
 
 
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     if n.avoids_tensor_memory:
-        return Tile(32, 32 if n.columns > 64 or n.mask else 64, 4, 2)
+        return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 16, 8, 2)
+        return Tile(32, 16, 4, 2) if n.small else Tile(64, 16, 8, 2)
     if n.registers_hold_operands:
-        return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
-    return Tile(128, 32 if n.mask or (n.columns > 64 and n.dropout) else 64, 8, 2)
+        return Tile(128 if n.columns <= 64 and not n.heavy else 64, 32, 8, 2)
+    return Tile(128, 32 if n.heavy or (n.columns > 64 and n.dropout) else 64, 8, 2)
 
 
 def backward_mask(n: Need) -> Tile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
 _MIN_CAPABILITY = (8, 0)
+SHARED = {  # bytes of shared memory that a program may have, by compute capability; a GPU that is here is asked
+    **dict.fromkeys(((8, 0), (8, 7)), 166912),
+    **dict.fromkeys(((8, 6), (8, 9), (12, 0), (12, 1)), 101376),
+    **dict.fromkeys(((9, 0), (10, 0), (10, 3), (11, 0)), 232448),
+}
 
 
 def unavailable_reason() -> str | None:
@@ -55,7 +60,15 @@ def reluctance(op: str, *args: Any) -> str | None:
     return None
 
 
+class Device(NamedTuple):
+    """What tiles are chosen by."""
+
+    capability: tuple[int, int]
+    shared: int  # bytes of shared memory that a program may have
+
+
 _capabilities: dict[int, tuple[int, int]] = {}
+_devices: dict[int, Device] = {}
 
 
 def capability(index: int) -> tuple[int, int]:
@@ -65,6 +78,20 @@ def capability(index: int) -> tuple[int, int]:
 
 
 capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
+
+
+def device(index: int) -> Device:
+    if index not in _devices:
+        _devices[index] = Device(
+            capability(index),
+            torch.cuda.get_device_properties(index).shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        )
+    return _devices[index]
+
+
+def compiled_for(capability: tuple[int, int]) -> Device:
+    """A device that is not here."""
+    return Device(capability, SHARED[capability])
 
 
 @functools.cache
@@ -83,6 +110,11 @@ def refusal(x: Tensor, columns: int) -> str | None:
     """Why no kernel takes rows of so many columns of x, or None."""
     if x.is_meta:  # the op's fake kernel serves it
         return None
+    if INTERPRETING and x.dtype == torch.bfloat16 and not _bfloat16_is_interpreted():
+        return (
+            "dtype torch.bfloat16: Triton's interpreter truncates to it, and in matrix products takes its bits for "
+            "integers; use torch.float16 or torch.float32, or a GPU"
+        )
     device = "cpu" if INTERPRETING else "cuda"
     if x.device.type != device:
         return f"x is on {x.device}, its kernels run on {device} tensors here"
@@ -91,6 +123,13 @@ def refusal(x: Tensor, columns: int) -> str | None:
     if columns > 2**31 - 2**14:  # columns are 32-bit numbers, those of the last tile too
         return "a row has more than 2**31 - 2**14 elements"
     return None
+
+
+def _bfloat16_is_interpreted() -> bool:
+    """Whether somebody has mended the interpreter (tests/interpreter.py), and says so."""
+    from triton.runtime import interpreter
+
+    return getattr(interpreter.InterpreterBuilder, "interprets_bfloat16", False)
 
 
 @functools.lru_cache(None)

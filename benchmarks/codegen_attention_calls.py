@@ -1,0 +1,201 @@
+"""Every kind of attention call that dispatch tells apart, and choices among them that cover all pairs of values.
+
+The axes are the code's own switches: what `triton_attention` compiles by, and which pointers a launch has. What follows
+from lengths, strides and values takes part nowhere, since a variant is compiled without them: rows are whole vectors of
+16 bytes, batches and positions are run-time numbers, and a head dim counts only by its padded size and by whether it is
+padded (its value is one bound of a comparison).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fusednorm.providers import triton_attention, triton_host, triton_launch
+from fusednorm.providers.triton_attention_table import columns
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDEST = 256
+_LENGTH, _BATCH, _HEADS = 512, 2, 2
+
+
+class Call(NamedTuple):
+    """A forward and its backward."""
+
+    d: int
+    dv: int
+    dtype: str
+    precision: str = "ieee"  # of float32 products
+    mask: str = "none"
+    key_mask: bool = False
+    logits: str = "folded"  # folded: the scale is a part of the exponent; apart; softcap
+    lower: bool = False  # whether the keys of a query are bounded below, and above
+    upper: bool = False
+    lower_right: bool = False
+    dropout: bool = False
+    packed: bool = False
+    dlse: bool = False
+    gradient: str = "none"  # of attn_mask: direct, of the logits' shape; heads or queries: summed over them
+
+    @property
+    def valid(self) -> bool:
+        """Whether the public functions let it through, and it is not compiled as another is."""
+        wide = self.dtype == "float32"
+        return (
+            (wide or self.precision == "ieee")
+            and not (self.packed and (self.mask != "none" or self.key_mask))
+            and (self.mask in ("float32", self.dtype) or self.gradient == "none")
+            and not (wide and self.logits == "folded")
+            and not (self.mask in ("float32", self.dtype) and self.logits == "folded")
+            and (not self.lower_right or self.lower or self.upper)
+            and (not self.dlse or wide or self.gradient != "none" or self == self.plain._replace(dlse=True))
+        )
+
+    @property
+    def plain(self) -> Call:
+        return Call(self.d, self.dv, self.dtype)
+
+
+def head_dims() -> tuple[int, ...]:
+    """One for each padded size, whole and padded, of the largest that are padded to it."""
+    found = {(columns(d), columns(d) == d): d for d in range(8, WIDEST + 1, 8)}
+    return tuple(sorted(found.values()))
+
+
+def axes(dims: Iterable[int], dtypes: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    sizes = tuple(dims)
+    floats = tuple(dtypes)
+    both = (False, True)
+    return {
+        "d": sizes,
+        "dv": sizes,
+        "dtype": floats,
+        "precision": ("ieee", "tf32"),
+        "mask": tuple(dict.fromkeys(("none", "bool", "float32", *floats))),
+        "key_mask": both,
+        "logits": ("folded", "apart", "softcap"),
+        **dict.fromkeys(("lower", "upper", "lower_right", "dropout", "packed", "dlse"), both),
+        "gradient": ("none", "direct", "heads", "queries"),
+    }
+
+
+def every(dims: Iterable[int], dtypes: Iterable[str]) -> Iterator[Call]:
+    return (c for c in map(Call._make, itertools.product(*axes(dims, dtypes).values())) if c.valid)
+
+
+def _parts(call: Call, strength: int) -> set[tuple[tuple[int, Any], ...]]:
+    return set(itertools.combinations(enumerate(call), strength))
+
+
+def covering(dims: Iterable[int], dtypes: Iterable[str], strength: int) -> list[Call]:
+    """Few calls among which each `strength` of an axis' values that can go together do so, and all at once."""
+    calls = list(every(dims, dtypes))
+    rng = random.Random(0)
+    found = heaviest(calls)
+    missing = set().union(*(_parts(call, strength) for call in calls)).difference(*(_parts(c, strength) for c in found))
+    rng.shuffle(calls)
+    pool = itertools.cycle(calls)
+    while missing:
+        best = max(itertools.islice(pool, 40), key=lambda c: len(missing & _parts(c, strength)))
+        gained = _parts(best, strength) & missing
+        if gained:
+            found.append(best)
+            missing -= gained
+    return found
+
+
+def heaviest(calls: Iterable[Call]) -> list[Call]:
+    """Of all calls that the table gives the same tiles the one with most to hold at once: every other switch on."""
+    best: dict[tuple[Any, ...], tuple[int, Call]] = {}
+    for call in calls:
+        switches = (call.mask == "float32", call.key_mask, call.lower, call.upper, call.lower_right, call.dlse)
+        weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
+        told = (call.dropout, call.mask != "none" or call.logits == "softcap", call.lower or call.upper)
+        key = (call.d, call.dtype, call.precision, *told)
+        if call.d == call.dv and weight > best.get(key, (-1, call))[0]:
+            best[key] = (weight, call)
+    return [call for _, call in best.values()]
+
+
+def chosen(dims: Iterable[int], dtypes: Iterable[str], cover: str) -> list[Call]:
+    """Of every head dim and dtype on its own the calls that `cover` names, and values of other sizes than keys."""
+    sizes, floats = tuple(dims), tuple(dtypes)
+    found: dict[Call, None] = {}
+    for d, dtype in itertools.product(sizes, floats):
+        if cover == "heaviest":
+            found.update(dict.fromkeys(heaviest(every((d,), (dtype,)))))
+        elif cover == "all":
+            found.update(dict.fromkeys(every((d,), (dtype,))))
+        else:
+            found.update(dict.fromkeys(covering((d,), (dtype,), int(cover))))
+    if cover in ("1", "2") and len(sizes) > 1:  # tiles go by the wider: with both as wide, all takes as much or more
+        found.update(dict.fromkeys(covering(sizes, floats, 1)))
+    return list(found)
+
+
+class Launch(NamedTuple):
+    """One kernel as one call launches it."""
+
+    kernel: str
+    wants: str  # of the kernel's results, where a launch leaves out some
+    pointer_dtypes: tuple[torch.dtype | None, ...]
+    constants: tuple[Any, ...]
+    warps: int
+    stages: int
+    registers: int
+    aligned: bool
+
+
+def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
+    """What a forward and a backward launch on a device of the capability, noted from real calls of the provider."""
+    noted: list[Launch] = []
+
+    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
+        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
+        names = ("dk", "dv") if kernel.endswith("dkv") else ()
+        wants = "+".join(name for name, t in zip(names, pointers[-2:]) if t is not None)
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        options = (self.constants, self.warps, self.stages, self.registers, self.aligned)
+        if kernel.startswith("attention"):
+            noted.append(Launch(kernel, wants, dtypes, *options))
+
+    arguments, operands = _arguments(call)
+    device = triton_host.compiled_for(capability)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    replaced = triton_launch.Variant.launch, triton_attention.INTERPRETED
+    triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, device  # type: ignore[method-assign]
+    torch.backends.cuda.matmul.fp32_precision = call.precision
+    try:
+        out, lse = triton_attention.attention_fwd(*operands, *arguments)
+        wanted = [True, True, True, call.gradient != "none"]
+        dlse = lse if call.dlse else None
+        triton_attention.attention_bwd(out, dlse, *operands, out, lse, *arguments, wanted)
+    finally:
+        triton_launch.Variant.launch, triton_attention.INTERPRETED = replaced  # type: ignore[method-assign]
+        torch.backends.cuda.matmul.fp32_precision = precision
+    return noted
+
+
+def _arguments(call: Call) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """As the provider takes them, but for the operands: memory that nobody touches."""
+    lead = (_BATCH * _LENGTH, _HEADS) if call.packed else (_BATCH, _HEADS, _LENGTH)
+    q, k, v = (torch.empty(*lead, d, dtype=DTYPES[call.dtype]) for d in (call.d, call.d, call.dv))
+    shape = {"none": (_LENGTH,) * 2, "heads": (_LENGTH,) * 2, "queries": (1, _LENGTH)}
+    shape["direct"] = (_BATCH, _HEADS, _LENGTH, _LENGTH)
+    kinds = {"bool": torch.bool, **DTYPES}
+    mask = None if call.mask == "none" else torch.empty(shape[call.gradient], dtype=kinds[call.mask])
+    bounds = torch.empty(_BATCH + 1, dtype=torch.int32) if call.packed else None
+    return (
+        mask,
+        torch.empty(_BATCH, _LENGTH, dtype=torch.bool) if call.key_mask else None,
+        torch.empty(1, dtype=torch.int64) if call.dropout else None,
+        *(bounds, bounds, _LENGTH, _LENGTH),
+        0.125 if call.logits != "apart" or call.mask in DTYPES or call.dtype == "float32" else -0.125,
+        0.1 if call.dropout else 0.0,
+        *(False, call.lower_right, 64 if call.lower else -1, 0 if call.upper else -1),
+        16.0 if call.logits == "softcap" else 0.0,
+    ), [q, k, v]
