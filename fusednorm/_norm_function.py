@@ -316,7 +316,8 @@ def _plus_rstd_cotangent(
     return extra if dresidual_out is None else dresidual_out + extra
 
 
-_verdicts = WeakIdKeyDictionary()  # CUDA weight -> (identity of its values, verdict): one look an optimizer step
+# CUDA weight -> {options that the verdict depends on: (identity of the values, verdict)}
+_verdicts = WeakIdKeyDictionary()
 
 
 def _invertible(args: Args) -> bool:
@@ -326,8 +327,7 @@ def _invertible(args: Args) -> bool:
     rounding itself while |b| <= 2 |w|, and while w is a normal number of normed's dtype, or u is not relative. Every
     gradient that looks at x̂ inherits u, so none of them may be kept in a finer dtype than normed.
 
-    On CUDA a look waits for the device, so it is taken once for each version of the parameters; an edit through
-    ``.data`` bumps no version and is not seen there. On the CPU every call looks.
+    On the CPU every call looks at the weights; on CUDA see `_remembered_verdict`.
     """
     weight, bias, normed_dtype = args[2], args[3], args[11]
     finer = [t for t in args[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
@@ -340,12 +340,24 @@ def _invertible(args: Args) -> bool:
         return False
     if not weight.is_cuda:
         return _weights_invert(weight, bias, args[14], normed_dtype)
+    return _remembered_verdict(weight, bias, args[14], normed_dtype)
+
+
+def _remembered_verdict(weight: Tensor, bias: Tensor | None, zero_centered: bool, normed_dtype: torch.dtype) -> bool:
+    """`_weights_invert`, once for each version of the parameters, because a look waits for the device.
+
+    An edit through ``.data`` bumps no version and is not seen. While a CUDA graph is captured nothing may wait, and
+    another verdict would launch other kernels than the warm-up did: the last one holds at any version. Without one z
+    is kept, which is always accurate.
+    """
+    verdicts = _verdicts.setdefault(weight, {})
+    options = (zero_centered, normed_dtype, bias is None)
+    known = verdicts.get(options)
     if torch.cuda.is_current_stream_capturing():
-        return False
+        return known is not None and known[1]
     values = tuple((t._version, t.data_ptr()) for t in (weight, bias) if t is not None)
-    known = _verdicts.get(weight)
     if known is None or known[0] != values:
-        known = _verdicts[weight] = (values, _weights_invert(weight, bias, args[14], normed_dtype))
+        known = verdicts[options] = (values, _weights_invert(weight, bias, zero_centered, normed_dtype))
     return known[1]
 
 

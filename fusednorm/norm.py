@@ -161,6 +161,7 @@ def add_layer_norm(
             zero for that to be accurate, where a gradient is kept in a finer dtype than `normed`, and under
             ``torch.compile``, z is kept. On a GPU the weights are looked at once for each of their versions: what
             changes them without one (``.data``, sharded parameters gathered anew, a replayed CUDA graph) is not seen.
+            While a CUDA graph is captured they are not looked at: the last verdict holds, and without one z is kept.
 
     Returns:
         (normed, residual_out): normed has x's dtype (autocast's where it is enabled), residual_out is z. Where nothing

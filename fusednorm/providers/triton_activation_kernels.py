@@ -57,7 +57,11 @@ def _slope(u, ACTIVATION: tl.constexpr):
         sigmoid, derivative = _sigmoid_and_slope(u)
         slope = sigmoid + u * derivative
     else:
-        v = tl.clamp(u, -_SATURATED, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
+        if u.dtype == tl.float64:  # Triton 3.9 makes min.xorsign.abs of a clamp on sm_90; float64 does not have it
+            v = tl.maximum(u, -_SATURATED, propagate_nan=tl.PropagateNan.ALL)
+            v = tl.minimum(v, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
+        else:  # one instruction less an element
+            v = tl.clamp(u, -_SATURATED, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
         square = v * v
         sigmoid, derivative = _sigmoid_and_slope(v * (_LINEAR + _CUBIC * square))
         slope = sigmoid + v * (_LINEAR + _SLOPE_CUBIC * square) * derivative

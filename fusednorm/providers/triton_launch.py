@@ -137,6 +137,13 @@ class Variant:
         )
 
     def _compile(self, dtypes: tuple[torch.dtype | None, ...]) -> _Handle:
+        """Compile and load. CUDA loads no module while a graph is captured, and its error would name nothing."""
+        if torch.cuda.is_current_stream_capturing():
+            kernel = self.function.__name__.strip("_").removesuffix("_kernel")
+            raise RuntimeError(
+                f"{kernel}: its kernel for these dtypes, strides and options is not loaded yet, and CUDA loads none "
+                "while a graph is captured; call once before capturing, forward and backward, with the same arguments"
+            )
         driver = triton.runtime.driver.active
         kernel = compile_kernel(
             self.function,

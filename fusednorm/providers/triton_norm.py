@@ -31,14 +31,22 @@ def refusal(op: str, *args: Any) -> str | None:
 
 @functools.lru_cache(4096)
 def _forward(
-    n: int, layout: tuple[int, int, bool], z_dtype: torch.dtype, acc: torch.dtype, flags: tuple[bool, ...]
+    n: int,
+    layout: tuple[int, int, bool],
+    z_dtype: torch.dtype,
+    acc: torch.dtype,
+    wide_rows: bool,
+    flags: tuple[bool, ...],
 ) -> tuple[Variant, int]:
-    """The forward of rows of n columns, and how many rows a program takes."""
+    """The forward of rows of n columns, and how many rows a program takes.
+
+    `wide_rows`: some row operand or result has more than 16 bits an element, whichever it is.
+    """
     from . import triton_norm_fwd as kernels
     from .triton_launch import TYPES
 
     small = layout[0] != 0 or acc == torch.float64
-    config = table.forward(n, dropout=flags[2], wide_rows=z_dtype.itemsize > 2, small=small)
+    config = table.forward(n, dropout=flags[2], wide_rows=wide_rows, small=small)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
@@ -52,6 +60,7 @@ class _Backward(NamedTuple):
     config: table.Config
     slabs: int  # programs beside one another in a row
     sums: Variant | None  # the row sums, where a row does not fit
+    sums_block_m: int
     main: Variant
 
 
@@ -59,8 +68,8 @@ class _Backward(NamedTuple):
 def _backward(
     n: int,
     layout: tuple[int, int, bool],
-    z_dtype: torch.dtype,
     acc: torch.dtype,
+    wide_rows: bool,
     norm: tuple[bool, ...],
     masks: tuple[bool, bool],
     scaled: bool,
@@ -70,23 +79,32 @@ def _backward(
     from . import triton_norm_bwd as kernels
 
     aligned = layout[0] == 0
-    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=z_dtype.itemsize > 2, from_normed=norm[2])
-    config = table.backward(n, weight_class, not aligned or acc == torch.float64)
+    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=wide_rows, from_normed=norm[2])
+    config = table.backward(n, weight_class, not aligned or acc == torch.float64, two_strides=layout[2])
     chunks, sums, slabs = max(config.chunks, 1), None, 1
+    sums_config = table.SUMS_FLOAT64 if acc == torch.float64 else table.SUMS
     if not config.chunks:
         slabs = host.ceil(n, config.block_n)
-        constants = (*norm, *layout, table.SUMS.block_m, table.SUMS.block_n)
-        sums = host.variant(kernels._add_layer_norm_bwd_sums_kernel, constants, table.SUMS, aligned)
+        constants = (*norm, *layout, sums_config.block_m, sums_config.block_n)
+        sums = host.variant(kernels._add_layer_norm_bwd_sums_kernel, constants, sums_config, aligned)
     even = n % (config.block_n * chunks) == 0
     constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even)
     main = host.variant(kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
-    return _Backward(config, slabs, sums, main)
+    return _Backward(config, slabs, sums, sums_config.block_m, main)
 
 
 def forget_variants() -> None:
     """After the table was changed."""
     _forward.cache_clear()
     _backward.cache_clear()
+
+
+def _parameter(parameter: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """The parameter, contiguous. One finer than `acc` is rounded here: a tile of it would take twice the registers."""
+    parameter = contiguous(parameter)
+    if parameter is not None and parameter.dtype is torch.float64 and acc is not torch.float64:
+        return parameter.to(acc)
+    return parameter
 
 
 def add_layer_norm_fwd(
@@ -117,11 +135,12 @@ def add_layer_norm_fwd(
         return normed, residual_out, stats
     if n == 0:
         return normed, residual_out, stats.fill_(float("nan"))
-    parameters = (contiguous(weight), contiguous(bias), contiguous(x_bias), contiguous(layer_scale))
+    parameters = tuple([_parameter(p, stats_dtype) for p in (weight, bias, x_bias, layer_scale)])
     outputs = (normed, residual_out if store_residual else None)
     rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
     flags = (rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0)
-    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, flags)
+    wide_rows = x.dtype.itemsize > 2 or residual_dtype.itemsize > 2 or normed_dtype.itemsize > 2
+    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, wide_rows, flags)
     variant.launch(
         (host.ceil(m, block_m), 1),
         (*rows.tensors, *parameters, seed, *outputs, stats),
@@ -171,18 +190,16 @@ def add_layer_norm_bwd(
     output_mask = [wanted and there for wanted, there in zip(output_mask, present, strict=True)]
     written = [g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)]
     scaled = output_mask[5]  # d(layer_scale) alone looks at x and x_bias again
-    parameters = (
-        *(contiguous(weight), contiguous(bias) if saved_is_normed else None),
-        *(contiguous(x_bias) if scaled else None, contiguous(layer_scale)),
-    )
+    used = (weight, bias if saved_is_normed else None, x_bias if scaled else None, layer_scale)
+    parameters = tuple([_parameter(p, stats.dtype) for p in used])
     rows = layout(
         (dnormed, dresidual_out, saved, x if scaled else None), (*parameters, *written[:2]), normalized_ndim, n
     )
     plan = _backward(
         n,
         rows.constants,
-        saved.dtype,
         stats.dtype,
+        max(saved.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2,
         (rms, zero_centered_weight, saved_is_normed),
         (dropout_p > 0.0, drop_path_p > 0.0),
         layer_scale is not None,
@@ -192,7 +209,7 @@ def add_layer_norm_bwd(
     if plan.sums is not None:
         sums = torch.empty_like(stats)
         plan.sums.launch(
-            (host.ceil(m, table.SUMS.block_m), 1),
+            (host.ceil(m, plan.sums_block_m), 1),
             (rows.tensors[0], rows.tensors[2], stats, parameters[0], parameters[1], sums),
             (m, rows.n_units, rows.rows_inner, *rows.strides[:3], *rows.strides[6:9]),
         )

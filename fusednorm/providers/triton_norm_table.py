@@ -1,9 +1,9 @@
 """Launch configurations of the norm kernels: which tile holds a row of N columns, for each direction and epilogue.
 
 A tile is BLOCK_M rows by BLOCK_N columns on a number of warps; a row takes ceil(N / BLOCK_N) tiles, held in registers.
-The limits on that count come from compiled register figures, not from timing: `tests/test_codegen.py` compiles every
-choice for sm_80, sm_90 and sm_100 and holds it to zero spills, and `benchmarks/codegen.py` prints the figures. One
-table serves the three architectures: their register files and warps are the same.
+The limits on that count come from compiled register figures, not from timing. `tests/test_codegen.py` compiles choices
+for every architecture and fails on a spill; `benchmarks/codegen.py` and `codegen_calls.py` print the figures. One table
+serves all architectures: a multiprocessor has 65536 registers on each of them, and warps are counted by the fewest.
 
 An aligned tile has 8 columns for each lane: one 128-bit access of a 16-bit dtype. Where addresses or values take twice
 the registers (rows that are not aligned, float64) it has 4: the "small" tables.
@@ -38,6 +38,7 @@ _FORWARD_SMALL = (
 )
 _FORWARD_WIDE = (1, 8192, 32)
 _FORWARD_WIDE_SMALL = (1, 2048, 16)
+_WARPS = 48  # that a multiprocessor of 8.6, 8.9 and 12.0 holds; of 8.0, 9.0 and 10.0 it is 64
 _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 registers a thread
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
@@ -58,13 +59,22 @@ _BACKWARD_SMALL = (
     (1, 512, 4, (2, 2, 1)),
     (1, 1024, 8, (2, 2, 1)),
 )
+# Rows with two strides: the offsets of each operand take registers of their own, and a division.
+_BACKWARD_TWO_STRIDES: tuple[_Tile, ...] = (*_BACKWARD[:-1], (1, 4096, 16, (2, 0, 0)))
+_BACKWARD_SMALL_TWO_STRIDES: tuple[_Tile, ...] = (
+    *_BACKWARD_SMALL[:-2],
+    (1, 512, 4, (2, 1, 1)),
+    (1, 1024, 8, (2, 1, 1)),
+)
 _SLAB = (1, 1024, 4)
 _SLAB_SMALL = (1, 512, 4)
 SUMS = Config(1, 2048, 0, 8, 2)
+SUMS_FLOAT64 = Config(1, 1024, 0, 8, 2)
 
 # Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
 _BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 48))
 _BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (128, 56))
+_TWO_STRIDES_REGISTERS = (24, 40)  # besides them, aligned / small
 
 
 def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int, int, int] | None:
@@ -85,11 +95,17 @@ def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool, f
     return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
 
 
-def backward(n: int, weight_class: int, small: bool) -> Config:
+def backward(n: int, weight_class: int, small: bool, two_strides: bool = False) -> Config:
     """Backward configuration; `chunks` 0 means column slabs after a kernel that sums the rows."""
-    tiles = _BACKWARD_SMALL if small else _BACKWARD
-    block_m, block_n, warps = _SLAB_SMALL if small else _SLAB
+    tiles: tuple[_Tile, ...]
+    if small:
+        tiles = _BACKWARD_SMALL_TWO_STRIDES if two_strides else _BACKWARD_SMALL
+        (block_m, block_n, warps), registers = _SLAB_SMALL, _BACKWARD_REGISTERS_SMALL[weight_class]
+    else:
+        tiles = _BACKWARD_TWO_STRIDES if two_strides else _BACKWARD
+        (block_m, block_n, warps), registers = _SLAB, _BACKWARD_REGISTERS[weight_class]
     best = _best(n, tiles, weight_class) or (block_m, block_n, 0, warps)
-    each_chunk, fixed = (_BACKWARD_REGISTERS_SMALL if small else _BACKWARD_REGISTERS)[weight_class]
-    fitting = REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + fixed))
-    return Config(*best, per_sm=max(1, min(fitting, MAX_PROGRAMS)))
+    each_chunk, besides = registers
+    besides += _TWO_STRIDES_REGISTERS[small] * two_strides
+    fitting = REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + besides))
+    return Config(*best, per_sm=max(1, min(fitting, _WARPS // best[3], MAX_PROGRAMS)))
