@@ -1,8 +1,8 @@
 """Builds the native libraries where torch, a compiler and ninja are at hand; what is declarative is in pyproject.toml.
 
 The CPU library takes a C++ compiler; the CUDA library nvcc too, and a torch built for CUDA. FUSEDNORM_CUDA=1 builds the
-latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100": "native" is
-those of this machine alone, which is a third of the work.
+latter against any torch, 0 skips it. FUSEDNORM_CUDA_ARCHITECTURES="80 90" names the GPUs it is for, "native" those of
+this machine alone, a fraction of the work. Unnamed, it is for those of ARCHITECTURES that nvcc knows.
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
 torch, a compiler or ninja the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
@@ -48,6 +48,7 @@ TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
+ARCHITECTURES = ("80", "89", "90", "100", "120")
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -100,19 +101,52 @@ def nvcc() -> list[str]:
     raise RuntimeError("nvcc is not found (CUDACXX names one)")
 
 
-def cuda_architectures() -> list[str]:
+def cuda_architectures(compiler: list[str]) -> list[str]:
     """What to compile for, the newest last."""
-    named = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
+    asked = subprocess.run([*compiler, "--list-gpu-code"], capture_output=True, text=True)
+    known = re.findall(r"sm_(\d+)\b", asked.stdout)
+    if asked.returncode or not known:
+        raise RuntimeError(f"{compiler[0]} --list-gpu-code names no GPU: {asked.stderr.strip() or asked.stdout!r}")
+    variable = "FUSEDNORM_CUDA_ARCHITECTURES"
+    if variable not in os.environ:
+        named = [name for name in ARCHITECTURES if name in known]
+        if not named:
+            raise RuntimeError(
+                f"{compiler[0]} compiles for {' '.join(known)}, and for none of {' '.join(ARCHITECTURES)}"
+            )
+        return named
+    named = os.environ[variable].split()
     if named == ["native"]:
         question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         try:
             answer = subprocess.run(question, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as fault:
-            raise RuntimeError(f"FUSEDNORM_CUDA_ARCHITECTURES=native: nvidia-smi does not answer: {fault}") from fault
-        named = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
+            raise RuntimeError(f"{variable}=native: nvidia-smi does not answer: {fault}") from fault
+        found = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
+        named = [name for name in found if not name.isdecimal() or int(name) >= 80]
+        if found and not named:
+            raise RuntimeError(f"{variable}=native: this machine's GPUs, {' '.join(found)}, are older than 80")
     if not named or not all(re.fullmatch(r"\d+a?", name) for name in named):
-        raise RuntimeError(f'FUSEDNORM_CUDA_ARCHITECTURES: expected "native" or numbers such as "80 90", got {named}')
+        raise RuntimeError(f'{variable}: expected "native" or numbers such as "80 90", got {named}')
+    if older := [name for name in named if int(name.rstrip("a")) < 80]:
+        raise RuntimeError(f"{variable}: the kernels need 80 or newer, got {' '.join(older)}")
+    if unknown := [name for name in named if name.rstrip("a") not in known]:
+        raise RuntimeError(
+            f"{variable}: {compiler[0]} does not compile for {' '.join(unknown)}, but for {' '.join(known)}; "
+            "install a newer CUDA (12.8 or newer for 100 and 120), or name others"
+        )
     return sorted(set(named), key=lambda name: (int(name.rstrip("a")), name))
+
+
+def code_for(architectures: list[str]) -> list[str]:
+    """nvcc's flags: machine code of each, and PTX where a generation may follow that has none."""
+    flags = []
+    for name, following in zip(architectures, [*architectures[1:], "990"]):
+        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+        major, next_major = (int(n.rstrip("a")) // 10 for n in (name, following))
+        if next_major > major + 1:  # 100 and 120: those of 110 have to compile what 100 is
+            flags += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
+    return flags
 
 
 # what makes each object, and what links them (of the functions that return one: the libraries to link)
@@ -148,11 +182,7 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     if runtime is None:
         raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))} (CUDA_HOME names another)")
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    architectures = cuda_architectures()
-    for name in architectures:
-        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-    newest = architectures[-1]  # for GPUs to come
-    flags += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+    flags += code_for(cuda_architectures(cuda))
     jobs = {
         objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
         for source in sorted(CUDA.glob("*.cu"), key=lambda source: -source.stat().st_size)
