@@ -274,3 +274,22 @@ def test_without_a_compiler_the_package_is_pure_python(checkout):
     del checkout.variables["CXX"]
     said = checkout.build(PATH=str(checkout.site))
     assert "no C++ compiler is installed" in said and checkout.libraries() == set()
+
+
+@pytest.mark.skipif(emulated.compiler() is None, reason="no g++")
+@pytest.mark.parametrize("changed", ["torch_version", "version_of"])
+def test_what_tests_build_is_built_anew_for_another_torch_and_compiler(changed, tmp_path, monkeypatch):
+    script, source = emulated.setup_script(), tmp_path / "empty.cpp"
+    source.touch()
+    monkeypatch.setattr(emulated, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(emulated, "setup_script", lambda: script)
+    include = str(emulated.torch_directory() / "include")
+    jobs = {"empty": [str(emulated.compiler()), "-isystem", include, "-fPIC", "-c", str(source)]}
+
+    def build():
+        return emulated.build_from("empty.so", jobs, ["-shared"], [source], csrc=tmp_path / "none")
+
+    first = build()
+    assert build() == first
+    monkeypatch.setattr(script, changed, lambda *_: "another")
+    assert build() != first
