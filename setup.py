@@ -1,10 +1,10 @@
-"""Builds the native libraries where torch and a compiler are at hand; everything declarative is in pyproject.toml.
+"""Builds the native libraries where torch, a compiler and ninja are at hand; what is declarative is in pyproject.toml.
 
 The CPU library takes a C++ compiler; the CUDA library nvcc too, and a torch built for CUDA. FUSEDNORM_CUDA=1 builds the
-latter against any torch, 0 skips it, and FUSEDNORM_CUDA_ARCHITECTURES names other GPUs than "80 90 100": "native" is
-those of this machine alone, which is a third of the work.
+latter against any torch, 0 skips it. FUSEDNORM_CUDA_ARCHITECTURES="80 90" names the GPUs it is for, "native" those of
+this machine alone, a fraction of the work. Unnamed, it is for those of ARCHITECTURES that nvcc knows.
 ``pip install --no-build-isolation .`` builds it, ``python setup.py build_ext --inplace`` serves a checkout. Without
-torch or a compiler the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
+torch, a compiler or ninja the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
 The libraries target torch's stable ABI and have no Python symbols: one build serves every Python, and every torch from
 the targeted one on. The shortcut, a Python module over torch's own C++ interface, serves the torch and the Python that
@@ -13,6 +13,9 @@ it is built with; its file name says which.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -23,8 +26,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,7 +39,7 @@ try:
 except ImportError:  # without build isolation nobody looks at what pyproject.toml requires
     raise SystemExit('fusednorm: this setuptools is too old: pip install "setuptools>=77.0.3,<82"') from None
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent  # one spelling, or pip and a call by hand would not share objects
 COMMON = ROOT / "csrc"
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
@@ -44,6 +48,7 @@ TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
+ARCHITECTURES = ("80", "89", "90", "100", "120")
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -59,7 +64,7 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 FLAGS += [
     "-Wall",
     "-Wextra",
-    f"-fmacro-prefix-map={ROOT.resolve()}/=",
+    f"-fmacro-prefix-map={ROOT}/=",
 ]  # error messages name sources as the repository does
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 
@@ -78,8 +83,11 @@ def torch_directory() -> Path:
 
 
 def cxx_compiler() -> list[str]:
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise RuntimeError(f"CXX names {named[0]}, which is not found")
+        return named
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
@@ -93,22 +101,56 @@ def nvcc() -> list[str]:
     raise RuntimeError("nvcc is not found (CUDACXX names one)")
 
 
-def cuda_architectures() -> list[str]:
+def cuda_architectures(compiler: list[str]) -> list[str]:
     """What to compile for, the newest last."""
-    named = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES", "80 90 100").split()
+    asked = subprocess.run([*compiler, "--list-gpu-code"], capture_output=True, text=True)
+    known = re.findall(r"sm_(\d+)\b", asked.stdout)
+    if asked.returncode or not known:
+        raise RuntimeError(f"{compiler[0]} --list-gpu-code names no GPU: {asked.stderr.strip() or asked.stdout!r}")
+    variable = "FUSEDNORM_CUDA_ARCHITECTURES"
+    if variable not in os.environ:
+        named = [name for name in ARCHITECTURES if name in known]
+        if not named:
+            raise RuntimeError(
+                f"{compiler[0]} compiles for {' '.join(known)}, and for none of {' '.join(ARCHITECTURES)}"
+            )
+        return named
+    named = os.environ[variable].split()
     if named == ["native"]:
         question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         try:
             answer = subprocess.run(question, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError) as fault:
-            raise RuntimeError(f"FUSEDNORM_CUDA_ARCHITECTURES=native: nvidia-smi does not answer: {fault}") from fault
-        named = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
+            raise RuntimeError(f"{variable}=native: nvidia-smi does not answer: {fault}") from fault
+        found = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
+        named = [name for name in found if not name.isdecimal() or int(name) >= 80]
+        if found and not named:
+            raise RuntimeError(f"{variable}=native: this machine's GPUs, {' '.join(found)}, are older than 80")
     if not named or not all(re.fullmatch(r"\d+a?", name) for name in named):
-        raise RuntimeError(f'FUSEDNORM_CUDA_ARCHITECTURES: expected "native" or numbers such as "80 90", got {named}')
+        raise RuntimeError(f'{variable}: expected "native" or numbers such as "80 90", got {named}')
+    if older := [name for name in named if int(name.rstrip("a")) < 80]:
+        raise RuntimeError(f"{variable}: the kernels need 80 or newer, got {' '.join(older)}")
+    if unknown := [name for name in named if name.rstrip("a") not in known]:
+        raise RuntimeError(
+            f"{variable}: {compiler[0]} does not compile for {' '.join(unknown)}, but for {' '.join(known)}; "
+            "install a newer CUDA (12.8 or newer for 100 and 120), or name others"
+        )
     return sorted(set(named), key=lambda name: (int(name.rstrip("a")), name))
 
 
-Commands = tuple[dict[Path, list[str]], list[str]]  # what makes each object, and the libraries to link
+def code_for(architectures: list[str]) -> list[str]:
+    """nvcc's flags: machine code of each, and PTX where a generation may follow that has none."""
+    flags = []
+    for name, following in zip(architectures, [*architectures[1:], "990"]):
+        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+        major, next_major = (int(n.rstrip("a")) // 10 for n in (name, following))
+        if next_major > major + 1:  # 100 and 120: those of 110 have to compile what 100 is
+            flags += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
+    return flags
+
+
+# what makes each object, and what links them (of the functions that return one: the libraries to link)
+Commands = tuple[dict[Path, list[str]], list[str]]
 
 
 def torch_flags(torch: Path) -> list[str]:
@@ -140,11 +182,7 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     if runtime is None:
         raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))} (CUDA_HOME names another)")
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    architectures = cuda_architectures()
-    for name in architectures:
-        flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-    newest = architectures[-1]  # for GPUs to come
-    flags += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+    flags += code_for(cuda_architectures(cuda))
     jobs = {
         objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
         for source in sorted(CUDA.glob("*.cu"), key=lambda source: -source.stat().st_size)
@@ -156,17 +194,19 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def shortcut_name() -> str:
-    """Of the file; fusednorm/_shortcut.py looks for the one of its own torch and Python."""
-    found = re.search(r"__version__ = '([^']+)'", (torch_directory() / "version.py").read_text(encoding="utf-8"))
+def torch_version(torch: Path) -> str:
+    found = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text(encoding="utf-8"))
     if found is None:
         raise RuntimeError("torch/version.py does not say which version it is")
-    return f"_shortcut.torch-{found[1]}{EXTENSION_SUFFIXES[0]}"
+    return found[1]
+
+
+def shortcut_name() -> str:
+    """Of the file; fusednorm/_shortcut.py looks for the one of its own torch and Python."""
+    return f"_shortcut.torch-{torch_version(torch_directory())}{EXTENSION_SUFFIXES[0]}"
 
 
 def shortcut_commands(objects: Path, torch: Path, compiler: list[str], cpu_library: Path) -> Commands:
-    if not cpu_library.exists():
-        raise RuntimeError(f"the shortcut needs {cpu_library.name}, which was not built")
     headers = [
         torch / "include",
         torch / "include" / "torch" / "csrc" / "api" / "include",
@@ -193,45 +233,113 @@ def cuda_is_wanted() -> bool:
     return (torch_directory() / "lib" / "libtorch_cuda.so").exists()
 
 
+@functools.cache
+def version_of(*compiler: str) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace").stdout
+
+
+def identity(command: list[str], torch: Path) -> str:
+    """What stands behind the paths in a command: the versions of its compilers, and torch's if it sees torch.
+
+    Times do not tell: files of an archive keep theirs, and so may be older than objects made with an older version.
+    """
+    versions = [version_of(*takewhile(lambda word: not word.startswith("-"), command))]
+    versions += [version_of(host) for flag, host in pairwise(command) if flag == "-ccbin"]
+    if any(str(torch) in word for word in command):
+        versions.append(torch_version(torch))
+    return hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
+
+
+def write_plan(file: Path, torch: Path, libraries: dict[Path, Commands]) -> None:
+    """For ninja, which compares the times of all files read, and whole commands: comments in them too."""
+    from ninja import ninja_syntax
+
+    def quoted(command: list[str]) -> dict[str, str]:
+        return {"call": ninja_syntax.escape(shlex.join(command)), "identity": identity(command, torch)}
+
+    def path(given: Path | str) -> str:
+        return ninja_syntax.escape(str(given))  # the writer itself escapes blanks and colons
+
+    with file.open("w", encoding="utf-8") as text:
+        plan = ninja_syntax.Writer(text)
+        plan.variable("builddir", path(file.parent))
+        compile_it = "$call -MD -MF $out.d -o $out  # $identity"
+        plan.rule("compile", compile_it, "compile $out", depfile="$out.d", deps="gcc")
+        # renamed, so that a process that has the old one loaded keeps it
+        plan.rule("link", "$call -o $out.new && mv -f $out.new $out  # $identity", "link $out")
+        for library, (jobs, link) in libraries.items():
+            for made, command in jobs.items():
+                source = command[command.index("-c") + 1]
+                plan.build(path(made), "compile", path(source), variables=quoted(command))
+            linked = [path(other) for other in libraries if str(other) in link]
+            plan.build(path(library), "link", [path(made) for made in jobs], linked, variables=quoted(link))
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Waits until no other process is between here and the end of its block; ninja does not."""
+    import fcntl  # not on Windows, where there is nothing to build
+
+    with file.open("w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def commands_for(library: Path, objects: Path, after_the_cpus: bool) -> Commands:
+    torch, compiler = torch_directory(), cxx_compiler()
+    objects.mkdir(parents=True, exist_ok=True)
+    if library.stem == "libfusednorm_cpu":
+        jobs, libraries = cpu_commands(objects, torch, compiler)
+    elif library.stem == "libfusednorm_cuda":
+        jobs, libraries = cuda_commands(objects, torch, compiler)
+    elif after_the_cpus:
+        jobs, libraries = shortcut_commands(objects, torch, compiler, library.with_name("libfusednorm_cpu.so"))
+    else:
+        raise RuntimeError("it needs libfusednorm_cpu.so, which is not built")
+    torchs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    return jobs, [*compiler, "-shared", *map(str, jobs), *torchs, *libraries]
+
+
 class BuildNative(build_ext):
-    """Compiles without setuptools' compiler classes, which have no flags for a single source."""
+    """Compiles by ninja, not by setuptools' compiler classes, which have no flags for a single source."""
 
-    def build_extension(self, extension: Extension) -> None:
-        try:
-            self._build(Path(self.build_temp) / extension.name, Path(self.get_ext_fullpath(extension.name)))
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as fault:
-            said = getattr(fault, "stderr", None) or ""
-            if WANTED == "1":
-                raise SystemExit(f"{said}\nfusednorm: {extension.name} could not be built: {fault}") from fault
-            print(f"{said}\nfusednorm: installing without {extension.name}: {fault}", file=sys.stderr)
+    def build_extensions(self) -> None:
+        libraries = {extension.name: Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder / "lock"):
+            faults = self._build(folder, libraries)
+            for name in faults:  # what an earlier build left there is not what was asked for
+                libraries[name].unlink(missing_ok=True)
+        said = [f"without {name.rpartition('.')[2]}: {fault}" for name, fault in faults.items()]
+        if said and WANTED == "1":
+            raise SystemExit(f"fusednorm: FUSEDNORM_NATIVE=1, and it would be {'; '.join(said)}")
+        for text in said:
+            print(f"fusednorm: installing {text}", file=sys.stderr)
 
-    def _build(self, objects: Path, library: Path) -> None:
-        torch, compiler = torch_directory(), cxx_compiler()
-        if sys.platform not in ("linux", "darwin"):
-            raise RuntimeError(f"the native library is for Linux and macOS, this is {sys.platform}")
-        objects.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        if library.stem == "libfusednorm_cpu":
-            jobs, libraries = cpu_commands(objects, torch, compiler)
-        elif library.stem == "libfusednorm_cuda":
-            jobs, libraries = cuda_commands(objects, torch, compiler)
-        else:
-            jobs, libraries = shortcut_commands(objects, torch, compiler, library.with_name("libfusednorm_cpu.so"))
-
-        def compile_one(job: tuple[Path, list[str]]) -> None:
-            out, command = job
-            if self.force or outdated(out):
-                listing, unfinished = out.with_suffix(".d"), out.with_suffix(f".{os.getpid()}")
-                run([*command, "-MMD", "-MF", f"{listing}.{os.getpid()}", "-MT", str(out), "-o", str(unfinished)])
-                os.replace(f"{listing}.{os.getpid()}", listing)
-                unfinished.replace(out)  # whole or not at all, also with several processes building
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, jobs.items()))
-        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", *libraries]
-        new = library.with_suffix(f".{os.getpid()}")  # renamed, so that a process that has the old one loaded keeps it
-        run([*compiler, "-shared", "-o", str(new), *map(str, jobs), *link])
-        new.replace(library)
+    def _build(self, folder: Path, libraries: dict[str, Path]) -> dict[str, str]:
+        """Builds them, and says what went wrong with which."""
+        planned, faults = {}, {}
+        for name, library in libraries.items():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                planned[name] = commands_for(library, folder / name, "fusednorm.libfusednorm_cpu" in planned)
+            except (RuntimeError, OSError) as fault:
+                faults[name] = str(fault)
+        plan = folder / "build.ninja"
+        write_plan(plan, torch_directory(), {libraries[name]: planned[name] for name in planned})
+        if self.force:
+            (folder / ".ninja_log").unlink(missing_ok=True)
+        ninja = [sys.executable, "-m", "ninja", "-f", str(plan)]
+        processes = ["-j", str(self.parallel)] if isinstance(self.parallel, int) else []
+        sys.stdout.flush()
+        if subprocess.run([*ninja, *processes, "-k", "0"]).returncode:
+            for name in planned:  # some may be whole
+                left = subprocess.run([*ninja, "-n", str(libraries[name])], capture_output=True, text=True)
+                if "no work to do" not in left.stdout:
+                    faults[name] = "it could not be built; the compiler's messages stand above"
+        return faults
 
     def copy_file(self, infile: str, outfile: str, *rest: object, **options: object) -> tuple[str, bool]:
         """Into a source checkout, where a process may be loading the old one, or another building."""
@@ -248,34 +356,29 @@ class BuildNative(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-def outdated(out: Path) -> bool:
-    """Whether anything that the compiler read for this object (its .d file says what) is newer."""
-    listing = out.with_suffix(".d")
-    if not (out.exists() and listing.exists()):
-        return True
-    read = shlex.split(listing.read_text().replace("\\\n", " ").partition(": ")[2])
-    made = out.stat().st_mtime
-    return any(not Path(p).exists() or Path(p).stat().st_mtime > made for p in [*read, __file__])
-
-
-def run(command: list[str]) -> None:
-    print(shlex.join(command), flush=True)
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    sys.stderr.write(result.stderr)
-    result.check_returncode()
-
-
 class AnyPythonWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
+def check_tools() -> None:
+    """RuntimeError where something is missing without which nothing is built."""
+    torch_directory()
+    if sys.platform not in ("linux", "darwin"):
+        raise RuntimeError(f"it is for Linux and macOS, this is {sys.platform}")
+    cxx_compiler()
+    try:
+        from ninja import ninja_syntax  # noqa: F401
+    except ImportError:
+        raise RuntimeError("ninja is not installed in the environment that builds: pip install ninja") from None
+
+
 def extensions() -> list[Extension]:
     if WANTED == "0":
         return []
     try:
-        torch_directory()
+        check_tools()
     except RuntimeError as fault:
         if WANTED == "1":
             raise SystemExit(f"fusednorm: the native library cannot be built: {fault}") from fault

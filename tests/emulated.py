@@ -41,7 +41,9 @@ def build_from(
     """`name`, linked of what the jobs' commands make, from the cache where nothing that it is made of has changed."""
     gxx = compiler()
     assert gxx is not None
-    digest = hashlib.sha256(repr((jobs, link)).encode())
+    script, torch = setup_script(), torch_directory()
+    commands = [(list(command), script.identity(list(command), torch)) for command in jobs.values()]
+    digest = hashlib.sha256(repr((commands, link)).encode())
     for path in sorted({*sources, *(p for p in csrc.rglob("*") if p.is_file())}):
         digest.update(path.read_bytes())
     folder = CACHE / digest.hexdigest()[:16]
@@ -82,12 +84,13 @@ def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, c
     The kernels for more than the baseline take `vector_flags`, if given.
     """
     torch = torch_directory()
-    commands, link = setup_script().cpu_commands(Path(), torch, [str(compiler())])
+    script = setup_script()
+    commands, link = script.cpu_commands(Path(), torch, [str(compiler())])
     jobs = {}
     for made, command in commands.items():
         vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
         last = vector_flags if vector and vector_flags is not None else flags
-        jobs[made.stem] = [*(part.replace(str(CSRC), str(csrc)) for part in command), *last]
+        jobs[made.stem] = [*(part.replace(str(script.COMMON), str(csrc)) for part in command), *last]
     return build_from("libfusednorm_cpu.so", jobs, [*flags, *link, *link_torch(torch)], csrc=csrc)
 
 
