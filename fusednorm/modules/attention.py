@@ -43,7 +43,9 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is only being collected: a copy is in no block."""
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_weights"}
+        state: dict[str, Any] = super().__getstate__()  # torch leaves out what was compiled for this module
+        state.pop("_kept_weights", None)
+        return state
 
     def forward(
         self,
