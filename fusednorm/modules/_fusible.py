@@ -62,15 +62,14 @@ class WholeLoading(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`, but a state that does not fit changes nothing.
 
+        Where a submodule has hooks on its state, or its own way to save or load, torch's method alone loads.
+
         Raises:
-            RuntimeError: keys are missing or unexpected, or sizes differ; each is named, and nothing was loaded.
+            RuntimeError: keys are missing or unexpected, sizes differ, or a value is no tensor with data. Each key is
+                named, and nothing was loaded.
         """
-        translated = any(  # may take other keys than its own
-            m._load_state_dict_pre_hooks or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
-            for m in self.modules()
-        )
-        if isinstance(state_dict, Mapping) and not translated:
-            problems = _problems(self.state_dict(keep_vars=True), state_dict, strict)
+        if isinstance(state_dict, Mapping) and not any(map(_translates, self.modules())):
+            problems = _problems(self, state_dict, strict, assign)
             if problems:
                 raise RuntimeError(
                     f"Error(s) in loading state_dict for {type(self).__name__} (nothing was loaded):\n\t"
@@ -79,19 +78,47 @@ class WholeLoading(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _problems(own: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> list[str]:
+_STATE_HOOKS = (
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks"),
+)
+_STATE_METHODS = ("_load_from_state_dict", "_save_to_state_dict", "state_dict", "get_extra_state", "set_extra_state")
+
+
+def _translates(module: nn.Module) -> bool:
+    """Whether the keys that a module takes may be others than those it has."""
+    return any(getattr(module, name) for name in _STATE_HOOKS) or any(
+        getattr(type(module), name) is not getattr(nn.Module, name) for name in _STATE_METHODS
+    )
+
+
+def _problems(module: nn.Module, given: Mapping[str, Any], strict: bool, assign: bool) -> list[str]:
+    own = module.state_dict(keep_vars=True)
     problems = []
     if strict:
-        for kind, keys in (("Unexpected", given.keys() - own.keys()), ("Missing", own.keys() - given.keys())):
+        removed = tuple(  # torch looks at no key below a child that is None
+            f"{path}.{name}." if path else f"{name}."
+            for path, part in module.named_modules(remove_duplicate=False)
+            for name, child in part._modules.items()
+            if child is None
+        )
+        missing = [key for key in own if key not in given]
+        unexpected = [key for key in given if key not in own and not key.startswith(removed)]
+        for kind, keys in (("Missing", missing), ("Unexpected", unexpected)):
             if keys:
-                order = own if kind == "Missing" else given
-                named = ", ".join(f'"{key}"' for key in order if key in keys)
+                named = ", ".join(f'"{key}"' for key in keys)
                 problems.append(f"{kind} key(s) in state_dict: {named}.")
     for key, value in given.items():
         mine = own.get(key)
-        if isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor) and mine.shape != value.shape:
+        if mine is None:
+            continue
+        if not torch.overrides.is_tensor_like(value):
+            problems.append(f'expected a tensor for "{key}", got {type(value).__name__}.')
+        elif value.shape != mine.shape and not (mine.ndim == 0 and value.shape == (1,)):  # torch takes the latter
             problems.append(
                 f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the shape in "
                 f"current model is {mine.shape}."
             )
+        elif value.is_meta and not mine.is_meta and not assign:
+            problems.append(f'a tensor on meta for "{key}": there is no data to copy; pass assign=True to keep it so.')
     return problems
