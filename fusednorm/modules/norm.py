@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ class RMSNorm(nn.RMSNorm):
         if isinstance(x, Tensor) and x.is_nested:
             return super().forward(x)
         return norm.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _let_quantisation_swap_it() -> None:
+    """Torch looks a class up by itself, not by its bases. Its table is imported with torch."""
+    mappings = sys.modules.get("torch.ao.quantization.quantization_mappings")
+    if mappings is not None:
+        table = mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
+        table[LayerNorm] = table[nn.LayerNorm]
+
+
+_let_quantisation_swap_it()
 
 
 class _Epilogue(nn.Module):
