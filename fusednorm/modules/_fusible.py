@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,11 +14,28 @@ from .. import providers
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
+EVERYWHERE = "hooks are registered for every module"
+
+
+def class_path(kind: type) -> str:
+    """Where a user finds a class: ``torch.nn.Linear``, ``peft.tuners.lora.layer.Linear``."""
+    home = kind.__module__
+    for inner, public in (("torch.nn.modules.", "torch.nn"), ("fusednorm.modules.", "fusednorm")):
+        if home.startswith(inner):
+            home = public
+    return f"{home}.{kind.__qualname__}"
+
 
 def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
     """Why a submodule has to be called as it is, or nothing. A parametrised module is of a class of its own."""
-    if type(module) not in classes:
-        return f"{name} is a {type(module).__name__}, not {' or '.join(c.__name__ for c in classes)}"
+    kind = type(module)
+    if kind not in classes:
+        if module is None:
+            return f"{name} is None"
+        expected = class_path(classes[0])
+        if kind in classes[0].__bases__:  # torch's, where ours is needed
+            return f"{name} is {class_path(kind)}; use {expected}"
+        return f"{name} is {class_path(kind)}, not {expected}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
     if "forward" in module.__dict__:
@@ -28,7 +46,7 @@ def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
 def first_obstacle(parts: Iterable[tuple[str, Any, tuple[type, ...]]]) -> str:
     for name in _GLOBAL:
         if getattr(global_hooks, name):
-            return "hooks are registered for every module"
+            return EVERYWHERE
     for part in parts:
         reason = obstacle(*part)
         if reason:
@@ -44,16 +62,24 @@ def overridden(layer: nn.Module, base: type, methods: tuple[str, ...]) -> str:
     return ""
 
 
-def record(layer: nn.Module, how: str, reason: str) -> None:
+def record(layer: nn.Module | str, how: str, reason: str, instead: str = "each submodule by itself") -> None:
     """Tell explain(), if it listens."""
     if providers.automatic or torch.compiler.is_compiling():
         return
-    name = type(layer).__name__
+    name = layer if isinstance(layer, str) else type(layer).__name__
     if reason:
-        route = providers.Route(name, "unfused", "each submodule by itself", (("the fused path", reason),))
+        route = providers.Route(name, "unfused", instead, (("the fused path", reason),))
     else:
         route = providers.Route(name, "fused", how)
     providers.record(route)
+
+
+def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None:
+    """At construction: a module that is torch's, or derived from torch's, is called as it is."""
+    if isinstance(module, base) and not isinstance(module, ours):
+        path = class_path(ours)
+        advice = f"use {path}" if type(module) is base else f"derive it from {path}"
+        warnings.warn(f"{name}: is {class_path(type(module))}, which runs unfused; {advice}", stacklevel=3)
 
 
 class WholeLoading(nn.Module):
