@@ -38,6 +38,11 @@ def check_tensor(name: str, tensor: Any) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}; call to_dense()")
     if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.is_quantized:
+            raise TypeError(
+                f"{name}: expected {_FLOAT_NAMES}, got {tensor.dtype}, which is quantised; call dequantize(), or put a "
+                "torch.ao.quantization.DeQuantStub before this module and set its qconfig to None before prepare()"
+            )
         raise TypeError(f"{name}: expected {_FLOAT_NAMES}, got {tensor.dtype}; convert it first")
 
 

@@ -59,7 +59,8 @@ def bias_act_dropout(
         dropout_p: probability that an element is dropped, in [0, 1]; applied whenever it is > 0. A dropped element
             and its gradients are 0, whatever x is there.
         seed: int or one-element int64 tensor that fixes the mask, which is ``dropout_mask(x.shape, dropout_p, seed)``;
-            drawn from torch's generator if not given.
+            drawn from torch's generator if not given. One seed gives every layer the same mask. A function drops in
+            eval mode too: pass dropout_p=0.0 there.
 
     Returns:
         A tensor of x's shape and dtype, under autocast too.

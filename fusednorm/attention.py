@@ -66,6 +66,7 @@ def scaled_dot_product_attention(
         softcap: bounds the scaled logits to (-softcap, softcap), before masks; 0.0 is no cap.
         causal_align: "upper_left": off = 0; "lower_right": off = Sk - Sq.
         seed: int or one-element int64 tensor that fixes the dropout mask; drawn from torch's generator if not given.
+            One seed gives every layer the same mask. A function drops in eval mode too: pass dropout_p=0.0 there.
         return_lse: return (out, lse).
 
     Returns:

@@ -154,7 +154,8 @@ def add_layer_norm(
         layer_scale: of shape normalized_shape: a factor for each channel of the branch.
         dropout_p: probability that an element of the branch is dropped, in [0, 1]; applied whenever it is > 0.
         drop_path_p: probability that a sample (index along dimension 0) loses its whole branch, in [0, 1].
-        seed: int or one-element int64 tensor that fixes both masks; drawn from torch's generator if not given.
+        seed: int or one-element int64 tensor that fixes both masks; drawn from torch's generator if not given. One
+            seed gives every layer the same masks. A function drops in eval mode too: pass dropout_p=0.0 there.
         residual_dtype: dtype of residual_out; residual's (x's without one) if not given.
         zero_centered_weight: normalize with ``1 + weight``.
         memory_efficient: keep `normed` instead of z for the backward and rebuild z from it. Where a weight is too near

@@ -146,9 +146,9 @@ CHANGES = {
     pre_hook: "norm1 has hooks",
     backward_hook: "linear1 has hooks",
     attention_hook: "self_attn has hooks",
-    adapter: "linear1 is a Adapted",
-    parametrised: "linear1 is a ParametrizedLinear",
-    replaced_norm: "norm2 is a RMSNorm",
+    adapter: "linear1 is test_transformer_layers.lora.<locals>.Adapted, not torch.nn.Linear",
+    parametrised: "linear1 is torch.nn.utils.parametrize.ParametrizedLinear, not torch.nn.Linear",
+    replaced_norm: "norm2 is torch.nn.RMSNorm, not torch.nn.LayerNorm",
     replaced_forward: "linear1.forward was replaced",
     replaced_block: "_ff_block is overridden",
 }

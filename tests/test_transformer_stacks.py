@@ -121,8 +121,8 @@ def with_compiled_layer(stack):
     ("change", "reason"),
     [
         (with_hook, "layers.1 has hooks"),
-        (with_other_class, "layers.2 is a TransformerEncoderLayer"),
-        (with_unfused_layer, "linear1 has hooks"),
+        (with_other_class, "layers.2 is torch.nn.TransformerEncoderLayer; use fusednorm.TransformerEncoderLayer"),
+        (with_unfused_layer, "layers.0.linear1 has hooks"),
         (with_compiled_layer, "layers.1 is compiled by itself"),
     ],
 )
@@ -170,7 +170,9 @@ def test_our_layers_inside_torchs_own_stacks(norm_first):
 def test_torchs_layers_inside_our_stacks():
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(**SIZES)
-    ours, theirs = TransformerDecoder(layer, 2), nn.TransformerDecoder(layer, 2)
+    with pytest.warns(UserWarning, match="decoder_layer: is torch.nn.TransformerDecoderLayer, which runs unfused"):
+        ours = TransformerDecoder(layer, 2)
+    theirs = nn.TransformerDecoder(layer, 2)
     args = inputs(False, T, S)
     mask = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64)}
     assert error(results(ours, args, mask), results(theirs, args, mask)) < 1e-13

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import dropout
 from .._attention_checks import MOST_HEAD_DIM
 from ..attention import scaled_dot_product_attention
+from ._fusible import record
 from ._masks import Masks, widened
 
 
@@ -110,6 +111,9 @@ def attend(
             *(q, k, v, attn_mask, form.dropout_p, is_causal), key_mask=masks.key_mask, seed=seed
         )
     else:
+        size = q.shape[-1]
+        reason = f"head dim {size} is over {MOST_HEAD_DIM}" if size > MOST_HEAD_DIM else "everything is dropped"
+        record("MultiheadAttention", "", reason, "the weights of every query and key are stored")
         assert weights is not None
         out = weights.to(v.dtype) @ v
     merged = out.transpose(1, 2) if form.batch_first else out.permute(2, 0, 1, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,11 +14,28 @@ from .. import providers
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
+EVERYWHERE = "hooks are registered for every module"
+
+
+def class_path(kind: type) -> str:
+    """Where a user finds a class: ``torch.nn.Linear``, ``peft.tuners.lora.layer.Linear``."""
+    home = kind.__module__
+    for inner, public in (("torch.nn.modules.", "torch.nn"), ("fusednorm.modules.", "fusednorm")):
+        if home.startswith(inner):
+            home = public
+    return f"{home}.{kind.__qualname__}"
+
 
 def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
     """Why a submodule has to be called as it is, or nothing. A parametrised module is of a class of its own."""
-    if type(module) not in classes:
-        return f"{name} is a {type(module).__name__}, not {' or '.join(c.__name__ for c in classes)}"
+    kind = type(module)
+    if kind not in classes:
+        if module is None:
+            return f"{name} is None"
+        expected = class_path(classes[0])
+        if kind in classes[0].__bases__:  # torch's, where ours is needed
+            return f"{name} is {class_path(kind)}; use {expected}"
+        return f"{name} is {class_path(kind)}, not {expected}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
     if "forward" in module.__dict__:
@@ -28,7 +46,7 @@ def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
 def first_obstacle(parts: Iterable[tuple[str, Any, tuple[type, ...]]]) -> str:
     for name in _GLOBAL:
         if getattr(global_hooks, name):
-            return "hooks are registered for every module"
+            return EVERYWHERE
     for part in parts:
         reason = obstacle(*part)
         if reason:
@@ -44,16 +62,24 @@ def overridden(layer: nn.Module, base: type, methods: tuple[str, ...]) -> str:
     return ""
 
 
-def record(layer: nn.Module, how: str, reason: str) -> None:
+def record(layer: nn.Module | str, how: str, reason: str, instead: str = "each submodule by itself") -> None:
     """Tell explain(), if it listens."""
     if providers.automatic or torch.compiler.is_compiling():
         return
-    name = type(layer).__name__
+    name = layer if isinstance(layer, str) else type(layer).__name__
     if reason:
-        route = providers.Route(name, "unfused", "each submodule by itself", (("the fused path", reason),))
+        route = providers.Route(name, "unfused", instead, (("the fused path", reason),))
     else:
         route = providers.Route(name, "fused", how)
     providers.record(route)
+
+
+def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None:
+    """At construction: a module that is torch's, or derived from torch's, is called as it is."""
+    if isinstance(module, base) and not isinstance(module, ours):
+        path = class_path(ours)
+        advice = f"use {path}" if type(module) is base else f"derive it from {path}"
+        warnings.warn(f"{name}: is {class_path(type(module))}, which runs unfused; {advice}", stacklevel=3)
 
 
 class WholeLoading(nn.Module):
@@ -62,15 +88,14 @@ class WholeLoading(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`, but a state that does not fit changes nothing.
 
+        Where a submodule has hooks on its state, or its own way to save or load, torch's method alone loads.
+
         Raises:
-            RuntimeError: keys are missing or unexpected, or sizes differ; each is named, and nothing was loaded.
+            RuntimeError: keys are missing or unexpected, sizes differ, or a value is no tensor with data. Each key is
+                named, and nothing was loaded.
         """
-        translated = any(  # may take other keys than its own
-            m._load_state_dict_pre_hooks or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
-            for m in self.modules()
-        )
-        if isinstance(state_dict, Mapping) and not translated:
-            problems = _problems(self.state_dict(keep_vars=True), state_dict, strict)
+        if isinstance(state_dict, Mapping) and not any(map(_translates, self.modules())):
+            problems = _problems(self, state_dict, strict, assign)
             if problems:
                 raise RuntimeError(
                     f"Error(s) in loading state_dict for {type(self).__name__} (nothing was loaded):\n\t"
@@ -79,19 +104,47 @@ class WholeLoading(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _problems(own: Mapping[str, Any], given: Mapping[str, Any], strict: bool) -> list[str]:
+_STATE_HOOKS = (
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks"),
+)
+_STATE_METHODS = ("_load_from_state_dict", "_save_to_state_dict", "state_dict", "get_extra_state", "set_extra_state")
+
+
+def _translates(module: nn.Module) -> bool:
+    """Whether the keys that a module takes may be others than those it has."""
+    return any(getattr(module, name) for name in _STATE_HOOKS) or any(
+        getattr(type(module), name) is not getattr(nn.Module, name) for name in _STATE_METHODS
+    )
+
+
+def _problems(module: nn.Module, given: Mapping[str, Any], strict: bool, assign: bool) -> list[str]:
+    own = module.state_dict(keep_vars=True)
     problems = []
     if strict:
-        for kind, keys in (("Unexpected", given.keys() - own.keys()), ("Missing", own.keys() - given.keys())):
+        removed = tuple(  # torch looks at no key below a child that is None
+            f"{path}.{name}." if path else f"{name}."
+            for path, part in module.named_modules(remove_duplicate=False)
+            for name, child in part._modules.items()
+            if child is None
+        )
+        missing = [key for key in own if key not in given]
+        unexpected = [key for key in given if key not in own and not key.startswith(removed)]
+        for kind, keys in (("Missing", missing), ("Unexpected", unexpected)):
             if keys:
-                order = own if kind == "Missing" else given
-                named = ", ".join(f'"{key}"' for key in order if key in keys)
+                named = ", ".join(f'"{key}"' for key in keys)
                 problems.append(f"{kind} key(s) in state_dict: {named}.")
     for key, value in given.items():
         mine = own.get(key)
-        if isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor) and mine.shape != value.shape:
+        if mine is None:
+            continue
+        if not torch.overrides.is_tensor_like(value):
+            problems.append(f'expected a tensor for "{key}", got {type(value).__name__}.')
+        elif value.shape != mine.shape and not (mine.ndim == 0 and value.shape == (1,)):  # torch takes the latter
             problems.append(
                 f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the shape in "
                 f"current model is {mine.shape}."
             )
+        elif value.is_meta and not mine.is_meta and not assign:
+            problems.append(f'a tensor on meta for "{key}": there is no data to copy; pass assign=True to keep it so.')
     return problems

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import dropout, norm
+from .. import _checks, dropout, norm
 from ..activation import bias_act_dropout
 from . import _recompute
+from ._arguments import check_activation, check_count, check_eps, check_heads, check_rate
 from ._attend import Projections, attend
-from ._fusible import WholeLoading, first_obstacle, obstacle
+from ._fusible import WholeLoading, first_obstacle, obstacle, record
 from ._masks import Masks
 from .attention import LINEARS, MultiheadAttention
 from .norm import LayerNorm
@@ -106,6 +107,12 @@ class FusedLayer(WholeLoading):
         recompute: Iterable[str] = (),
     ) -> None:
         checked = _recompute.check(recompute)
+        check_heads(d_model, nhead, ("d_model", "nhead"))
+        check_count("dim_feedforward", dim_feedforward)
+        check_rate("dropout", dropout)
+        check_activation(activation)
+        check_eps("layer_norm_eps", layer_norm_eps)
+        _checks.check_dtype("dtype", dtype)
         super().__init__(  # torch's layer, the other base of each
             *(d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first),
             *(bias, device, dtype),
@@ -167,6 +174,11 @@ class FusedLayer(WholeLoading):
             else:
                 product = F.linear(bias_act_dropout(hidden, bias, name, p, seed=seed), second.weight)
         return Stream(product, residual, second.bias, rate(getattr(self, dropout_name)))
+
+    def _record(self, reason: str) -> None:
+        if reason and self.recompute:
+            reason += f"; recompute {self.recompute} has no effect"
+        record(self, self._how(), reason)
 
     def _how(self) -> str:
         how = "residual steps with the norms after them, q, k and v in one product"

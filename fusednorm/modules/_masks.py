@@ -28,6 +28,7 @@ class Names(NamedTuple):
     attn_mask: str = "attn_mask"
     key_padding_mask: str = "key_padding_mask"
     is_causal: str = "is_causal"
+    query: str = "query"
 
 
 _NAMES = Names()
@@ -41,18 +42,22 @@ class Sizes(NamedTuple):
     batched: bool = True
 
 
-def _check_dtype(name: str, mask: Any, query: Tensor) -> None:
+def _check_dtype(name: str, mask: Any, query: Tensor, query_name: str) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(mask).__name__}")
     if mask.is_nested or mask.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {mask.layout}")
     known = (torch.bool, torch.float32, query.dtype)
     if mask.dtype in known or (mask.dtype in _LOW and _autocast.enabled(query.device.type)):
-        check_same_device(name, mask, "query", query)
+        check_same_device(name, mask, query_name, query)
         return
+    floats = "float32" if query.dtype == torch.float32 else f"float32 or {query_name}'s {query.dtype}"
+    if mask.is_floating_point():
+        remedy = f"convert it with .to({query.dtype})"
+    else:
+        remedy = f"pass {name} == 0 if 0 hides, as in a tokenizer's mask, or {name} != 0 if 0 keeps"
     raise TypeError(
-        f"{name}: expected bool (True: hidden), float32 or the input's {query.dtype} (added to the logits), "
-        f"got {mask.dtype}; convert it first"
+        f"{name}: expected bool (True: hidden) or {floats} (added to the logits), got {mask.dtype}; {remedy}"
     )
 
 
@@ -109,7 +114,7 @@ def prepare(
         ValueError: a mask's shape or device does not fit, or the hint comes without its mask.
     """
     if attn_mask is not None:
-        _check_dtype(names.attn_mask, attn_mask, query)
+        _check_dtype(names.attn_mask, attn_mask, query, names.query)
         attn_mask = _attn_mask(attn_mask, names.attn_mask, sizes)
     elif is_causal and not verified:
         raise ValueError(
@@ -117,7 +122,7 @@ def prepare(
             "torch.nn.Transformer.generate_square_subsequent_mask(length) with it"
         )
     if key_padding_mask is not None:
-        _check_dtype(names.key_padding_mask, key_padding_mask, query)
+        _check_dtype(names.key_padding_mask, key_padding_mask, query, names.query)
         key_padding_mask = _key_padding_mask(key_padding_mask, names.key_padding_mask, sizes)
     is_causal = is_causal and (verified or (key_padding_mask is None and not need_weights))
     if is_causal:

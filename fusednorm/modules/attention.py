@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _checks, dropout
+from ._arguments import check_count, check_heads, check_operand, check_rate
 from ._attend import Form, Projections, attend, presented
 from ._fusible import WholeLoading, obstacle
 from ._masks import Masks, Sizes, prepare
@@ -36,14 +37,40 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
     zeros, and gradients are zero. Nested tensors go to torch's own module.
 
     Raises:
-        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        TypeError, ValueError: an argument, input or mask does not fit; the message names it.
     """
 
     _kept_weights: tuple[list[Tensor], ...] = ()  # where each attention_weights() around the call collects
 
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_heads(embed_dim, num_heads)
+        check_rate("dropout", dropout)
+        for name, width in (("kdim", kdim), ("vdim", vdim)):
+            if width is not None:
+                check_count(name, width)
+        _checks.check_dtype("dtype", dtype)
+        super().__init__(
+            *(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is only being collected: a copy is in no block."""
-        return {name: value for name, value in self.__dict__.items() if name != "_kept_weights"}
+        state: dict[str, Any] = super().__getstate__()  # torch leaves out what was compiled for this module
+        state.pop("_kept_weights", None)
+        return state
 
     def forward(
         self,
@@ -56,7 +83,22 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.is_nested or key.is_nested or value.is_nested:
+        """Attention of every query to the keys.
+
+        Args:
+            query: (N, L, E) with `batch_first`, else (L, N, E); or (L, E).
+            key: (N, S, kdim), (S, N, kdim) or (S, kdim).
+            value: (N, S, vdim), (S, N, vdim) or (S, vdim).
+            key_padding_mask: (N, S), or (S,) without a batch; True hides, a float is added to the logits.
+            need_weights: whether the weights are returned.
+            attn_mask: (L, S) or (N * num_heads, L, S); True hides, a float is added to the logits.
+            average_attn_weights: whether the weights are the mean over the heads.
+            is_causal: a hint that `attn_mask` is causal, see above.
+
+        Returns:
+            The output, of query's shape, and the weights, (N, L, S) or (N, num_heads, L, S), or None.
+        """
+        if getattr(query, "is_nested", False) or getattr(key, "is_nested", False) or getattr(value, "is_nested", False):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -101,6 +143,10 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
     def _sizes(self, query: Any, key: Any, value: Any, names: tuple[str, ...] = ("query", "key", "value")) -> Sizes:
         """Batch, heads and lengths, checked; `names` are the caller's for the three."""
         widths = (self.embed_dim, self.kdim, self.vdim)
+        weight = self._parameters.get("in_proj_weight")  # None where it is parametrised
+        if weight is None:
+            weight = self._parameters.get("q_proj_weight")
+        dtype, device = (None, None) if weight is None else (weight.dtype, weight.device)
         for name, tensor, width in zip(names, (query, key, value), widths, strict=True):
             _checks.check_tensor(name, tensor)
             if tensor.ndim not in (2, 3):
@@ -112,6 +158,8 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
                 )
             if tensor.shape[-1] != width:
                 raise ValueError(f"{name}: expected {width} features (its last size), got {tuple(tensor.shape)}")
+            if weight is not None and (tensor.dtype != dtype or tensor.device != device):
+                check_operand(name, tensor, weight)
         if key.shape[:-1] != value.shape[:-1]:
             raise ValueError(
                 f"{names[2]}: shape {tuple(value.shape)} does not fit {names[1]}'s {tuple(key.shape)}; "

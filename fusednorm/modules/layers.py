@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._fusible import overridden, record
+from ._fusible import overridden
 from ._layer import FusedLayer, Stream, add_norm, close
 from ._masks import Masks, Names, Sizes, prepare
 from .attention import MultiheadAttention
 
-SRC = Names("src_mask", "src_key_padding_mask", "is_causal")
-TGT = Names("tgt_mask", "tgt_key_padding_mask", "tgt_is_causal")
-MEMORY = Names("memory_mask", "memory_key_padding_mask", "memory_is_causal")
+SRC = Names("src_mask", "src_key_padding_mask", "is_causal", "src")
+TGT = Names("tgt_mask", "tgt_key_padding_mask", "tgt_is_causal", "tgt")
+MEMORY = Names("memory_mask", "memory_key_padding_mask", "memory_is_causal", "tgt")
 
 
 class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
@@ -36,7 +36,7 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
     dtype.
 
     Raises:
-        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        TypeError, ValueError: an argument, input or mask does not fit; the message names it.
     """
 
     self_attn: MultiheadAttention
@@ -49,10 +49,21 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:
+        """Attention and the feed-forward block, each with its residual step.
+
+        Args:
+            src: (N, S, E) with `batch_first`, else (S, N, E); or (S, E). Nested with `batch_first`.
+            src_mask: (S, S) or (N * nhead, S, S); True hides, a float is added to the logits.
+            src_key_padding_mask: (N, S), or (S,) without a batch; True hides, a float is added.
+            is_causal: a hint that `src_mask`, which must be given, is causal.
+
+        Returns:
+            src's shape.
+        """
+        if getattr(src, "is_nested", False):
             return self._padded(src, src_mask, src_key_padding_mask)
         reason = self._obstacle()
-        record(self, self._how(), reason)
+        self._record(reason)
         if reason:
             return self._unfused(src, src_mask, src_key_padding_mask, is_causal)
         sizes = self.self_attn._sizes(src, src, src, ("src",) * 3)
@@ -125,8 +136,21 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        """Attention to tgt, attention to memory and the feed-forward block, each with its residual step.
+
+        Args:
+            tgt: (N, T, E) with `batch_first`, else (T, N, E); or (T, E).
+            memory: the encoder's output, (N, S, E), (S, N, E) or (S, E).
+            tgt_mask: (T, T) or (N * nhead, T, T); True hides, a float is added to the logits.
+            memory_mask: (T, S) or (N * nhead, T, S).
+            tgt_key_padding_mask, memory_key_padding_mask: (N, T) and (N, S), or (T,) and (S,) without a batch.
+            tgt_is_causal, memory_is_causal: a hint that the mask, which must be given, is causal.
+
+        Returns:
+            tgt's shape.
+        """
         reason = self._obstacle()
-        record(self, self._how(), reason)
+        self._record(reason)
         if reason:
             return self._unfused(
                 *(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask),

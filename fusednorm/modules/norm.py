@@ -2,30 +2,117 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks, norm
+from ._arguments import check_eps, check_sizes
 
 
 class LayerNorm(nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm` through :func:`fusednorm.layer_norm`: same constructor, state_dict and repr."""
+    """:class:`torch.nn.LayerNorm` through :func:`fusednorm.layer_norm`: same constructor, state_dict and repr.
+
+    Eager static quantisation (``torch.ao.quantization``) takes it for torch's.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_sizes("normalized_shape", normalized_shape)
+        check_eps("eps", eps)
+        _checks.check_dtype("dtype", dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize the last dimensions, which are `normalized_shape`.
+
+        Args:
+            input: (*, normalized_shape); a nested tensor goes to torch's own module.
+
+        Returns:
+            input's shape and dtype.
+        """
         if isinstance(input, Tensor) and input.is_nested:
             return super().forward(input)
         return norm.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm` through :func:`fusednorm.rms_norm`: same constructor, state_dict and repr."""
+    """:class:`torch.nn.RMSNorm` through :func:`fusednorm.rms_norm`: same constructor, state_dict and repr.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_sizes("normalized_shape", normalized_shape)
+        check_eps("eps", eps, optional=True)
+        _checks.check_dtype("dtype", dtype)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimensions, which are `normalized_shape`.
+
+        Args:
+            x: (*, normalized_shape); a nested tensor goes to torch's own module.
+
+        Returns:
+            x's shape and dtype.
+        """
         if isinstance(x, Tensor) and x.is_nested:
             return super().forward(x)
         return norm.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def _let_quantisation_swap_it() -> None:
+    """Torch looks a class up by itself, not by its bases. Its table is imported with torch."""
+    mappings = sys.modules.get("torch.ao.quantization.quantization_mappings")
+    if mappings is not None:
+        table = mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
+        table[LayerNorm] = table[nn.LayerNorm]
+
+
+_let_quantisation_swap_it()
+
+
+# torch puts the key, which the text follows, between quotes: the last one is the text's
+_WHERE_BEFORE = {
+    "x_bias": (
+        '", the bias of the linear layer before this module (x_bias=True), which an older checkpoint holds as that '
+        "layer's own: rename its key to this one from \"<linear layer>.bias"
+    ),
+    "layer_scale": (
+        '", the factor of the branch (layer_scale), which an older checkpoint holds, if at all, as that of another '
+        'module: rename its key to this one, in timm from "<block>.ls1.gamma'
+    ),
+}
+
+
+class _MissingKey(str):
+    """A missing key, which in torch's error says where an older checkpoint has the value."""
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec) + _WHERE_BEFORE[self.rpartition(".")[2]]
 
 
 class _Epilogue(nn.Module):
@@ -74,6 +161,21 @@ class _Epilogue(nn.Module):
             if self.x_bias is not None:
                 nn.init.zeros_(self.x_bias)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *errors: list[str],
+    ) -> None:
+        before = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *errors)
+        for i in range(before, len(missing_keys)):
+            if missing_keys[i].removeprefix(prefix) in _WHERE_BEFORE:
+                missing_keys[i] = _MissingKey(missing_keys[i])
+
     def _keywords(self, seed: int | Tensor | None) -> dict[str, Any]:
         return {
             "x_bias": self.x_bias,
@@ -106,9 +208,14 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
 
     Args:
         layer_scale: initial value of a learned factor for each channel of the branch; None for no such parameter.
-        x_bias: whether the module owns the bias of the linear layer that makes x (initially zero).
+        x_bias: whether the module owns the bias of the linear layer that makes x (initially zero). In a checkpoint of a
+            model without this module, rename ``"<linear layer>.bias"`` to ``"<this module>.x_bias"``.
+        zero_centered_weight: the factor is 1 + weight; subtract 1 from the weight of an older checkpoint.
 
     Dropout and drop path are applied in training mode only.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -128,6 +235,9 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
         zero_centered_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
+        check_sizes("normalized_shape", normalized_shape)
+        check_eps("eps", eps)
+        _checks.check_dtype("dtype", dtype)
         nn.LayerNorm.__init__(self, normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._add_epilogue(
             dropout_p,
@@ -149,6 +259,17 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, *, seed: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Add, then normalize the last dimensions, which are `normalized_shape`.
+
+        Args:
+            x: (*, normalized_shape), the branch.
+            residual: x's shape, the stream; None in the first layer.
+            seed: fixes the dropout masks of this call. One seed in several layers gives each the same mask: give each
+                layer its own, or none, for masks drawn from torch's generator.
+
+        Returns:
+            (normed, residual_out), both of x's shape.
+        """
         keywords = self._keywords(seed)
         return norm.add_layer_norm(x, residual, self.normalized_shape, self.weight, self.bias, self.eps, **keywords)
 
@@ -156,7 +277,7 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
 class AddRMSNorm(_Epilogue, nn.RMSNorm):
     """Residual step and RMSNorm as one module: ``normed, residual = module(x, residual)``.
 
-    See :func:`fusednorm.add_rms_norm`; keywords as in :class:`AddLayerNorm`.
+    See :func:`fusednorm.add_rms_norm`; keywords, modes and errors as in :class:`AddLayerNorm`.
     """
 
     def __init__(
@@ -175,6 +296,9 @@ class AddRMSNorm(_Epilogue, nn.RMSNorm):
         zero_centered_weight: bool = False,
         memory_efficient: bool = False,
     ) -> None:
+        check_sizes("normalized_shape", normalized_shape)
+        check_eps("eps", eps, optional=True)
+        _checks.check_dtype("dtype", dtype)
         nn.RMSNorm.__init__(self, normalized_shape, eps, elementwise_affine, device, dtype)
         self._add_epilogue(
             dropout_p,
@@ -196,5 +320,16 @@ class AddRMSNorm(_Epilogue, nn.RMSNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None, *, seed: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Add, then normalize the last dimensions, which are `normalized_shape`.
+
+        Args:
+            x: (*, normalized_shape), the branch.
+            residual: x's shape, the stream; None in the first layer.
+            seed: fixes the dropout masks of this call. One seed in several layers gives each the same mask: give each
+                layer its own, or none, for masks drawn from torch's generator.
+
+        Returns:
+            (normed, residual_out), both of x's shape.
+        """
         keywords = self._keywords(seed)
         return norm.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps, **keywords)

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._transforms import readable
-from ._fusible import WholeLoading, obstacle, record
+from ._arguments import check_count, check_layer
+from ._fusible import EVERYWHERE, WholeLoading, obstacle, record, warn_of_torchs
 from ._layer import NORMS, FusedLayer, Stream, add_norm, close
 from ._masks import Names, prepare
 from .layers import MEMORY, TGT, TransformerDecoderLayer, TransformerEncoderLayer
 from .norm import LayerNorm
 
-SRC = Names("mask", "src_key_padding_mask", "is_causal")
+SRC = Names("mask", "src_key_padding_mask", "is_causal", "src")
 
 
 class _Stack(WholeLoading):
@@ -31,9 +32,12 @@ class _Stack(WholeLoading):
             return "there are no layers"
         first = self.layers[0]
         for i, layer in enumerate(self.layers):
-            reason = obstacle(f"layers.{i}", layer, (kind,)) or layer._obstacle()
+            reason = obstacle(f"layers.{i}", layer, (kind,))
             if reason:
                 return reason
+            reason = layer._obstacle()
+            if reason:
+                return reason if reason == EVERYWHERE else f"layers.{i}.{reason}"
             if layer._compiled_call_impl is not None:
                 return f"layers.{i} is compiled by itself"
             attention, firsts = layer.self_attn, first.self_attn
@@ -44,6 +48,9 @@ class _Stack(WholeLoading):
     def _record(self, reason: str) -> None:
         travels = self.layers and getattr(self.layers[0], "norm_first", False)
         how = f"{len(self.layers)} layers" + (", each residual step with the next layer's norm" if travels else "")
+        if travels and self.norm is not None:
+            last = obstacle("norm", self.norm, NORMS)
+            how += f"; the last norm by itself: {last}" if last else ""
         record(self, how, reason)
 
     def _finish(self, stream: Stream) -> Tensor:
@@ -79,10 +86,10 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
 
     Nested tensors are never made of a padding mask: a padded position has the same output in training and in eval mode,
     where torch's has zeros in eval mode without gradients. `enable_nested_tensor` and `mask_check` are kept as they
-    are given.
+    are given. Layers of torch.nn are called one by one as they are, of which the constructor warns.
 
     Raises:
-        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        TypeError, ValueError: an argument, input or mask does not fit; the message names it.
     """
 
     def __init__(
@@ -93,6 +100,9 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
+        check_layer("encoder_layer", encoder_layer)
+        check_count("num_layers", num_layers)
+        warn_of_torchs("encoder_layer", encoder_layer, nn.TransformerEncoderLayer, TransformerEncoderLayer)
         nn.TransformerEncoder.__init__(self, encoder_layer, num_layers, norm, False, mask_check)
         self.enable_nested_tensor = enable_nested_tensor
 
@@ -103,7 +113,20 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        reason = "src is a nested tensor" if src.is_nested else self._obstacle(TransformerEncoderLayer)
+        """The layers in turn, then the norm.
+
+        Args:
+            src: (N, S, E) with the layers' `batch_first`, else (S, N, E); or (S, E). Nested with `batch_first`.
+            mask: (S, S) or (N * nhead, S, S); True hides, a float is added to the logits.
+            src_key_padding_mask: (N, S), or (S,) without a batch; True hides, a float is added.
+            is_causal: whether `mask` is causal; None: look.
+
+        Returns:
+            src's shape.
+        """
+        reason = (
+            "src is a nested tensor" if getattr(src, "is_nested", False) else self._obstacle(TransformerEncoderLayer)
+        )
         self._record(reason)
         causal, verified = _causal(mask, is_causal)
         if reason:
@@ -125,11 +148,19 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
 class TransformerDecoder(_Stack, nn.TransformerDecoder):
     r""":class:`torch.nn.TransformerDecoder`: same constructor, forward, state_dict and results.
 
-    The residual stream and the causal mask are as in :class:`TransformerEncoder`.
+    The residual stream, the causal mask and layers of torch.nn are as in :class:`TransformerEncoder`.
 
     Raises:
-        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        TypeError, ValueError: an argument, input or mask does not fit; the message names it.
     """
+
+    def __init__(
+        self, decoder_layer: nn.TransformerDecoderLayer, num_layers: int, norm: nn.Module | None = None
+    ) -> None:
+        check_layer("decoder_layer", decoder_layer)
+        check_count("num_layers", num_layers)
+        warn_of_torchs("decoder_layer", decoder_layer, nn.TransformerDecoderLayer, TransformerDecoderLayer)
+        nn.TransformerDecoder.__init__(self, decoder_layer, num_layers, norm)
 
     def forward(
         self,
@@ -142,6 +173,19 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        """The layers in turn, then the norm.
+
+        Args:
+            tgt: (N, T, E) with the layers' `batch_first`, else (T, N, E); or (T, E).
+            memory: the encoder's output, (N, S, E), (S, N, E) or (S, E).
+            tgt_mask: (T, T) or (N * nhead, T, T); True hides, a float is added to the logits.
+            memory_mask: (T, S) or (N * nhead, T, S).
+            tgt_key_padding_mask, memory_key_padding_mask: (N, T) and (N, S), or (T,) and (S,) without a batch.
+            tgt_is_causal, memory_is_causal: whether the mask is causal; None: look.
+
+        Returns:
+            tgt's shape.
+        """
         reason = self._obstacle(TransformerDecoderLayer)
         self._record(reason)
         causal, verified = _causal(tgt_mask, tgt_is_causal)
@@ -176,13 +220,13 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
 class Transformer(WholeLoading, nn.Transformer):
     r""":class:`torch.nn.Transformer` of this package's layers: same constructor, forward, state_dict and results.
 
-    A custom encoder or decoder is used as it is given.
+    A custom encoder or decoder is used as it is given; one of torch.nn runs unfused, of which the constructor warns.
 
     Args:
         recompute: as in :class:`TransformerEncoderLayer`, for every layer made here.
 
     Raises:
-        TypeError, ValueError: an input or mask is of a dtype or shape that does not fit; the message names it.
+        TypeError, ValueError: an argument, input or mask does not fit; the message names it.
         RuntimeError: batch or features of src and tgt differ, as torch has it.
     """
 
@@ -213,6 +257,14 @@ class Transformer(WholeLoading, nn.Transformer):
         def norm() -> LayerNorm:
             return LayerNorm(d_model, layer_norm_eps, bias=bias, **options)
 
+        if custom_encoder is not None:
+            warn_of_torchs("custom_encoder", custom_encoder, nn.TransformerEncoder, TransformerEncoder)
+        else:
+            check_count("num_encoder_layers", num_encoder_layers)
+        if custom_decoder is not None:
+            warn_of_torchs("custom_decoder", custom_decoder, nn.TransformerDecoder, TransformerDecoder)
+        else:
+            check_count("num_decoder_layers", num_decoder_layers)
         # in torch's order, so that a seed gives the same parameters
         if custom_encoder is None:
             encoder_layer = TransformerEncoderLayer(*sizes, **options, recompute=recompute)
