@@ -290,6 +290,7 @@ _CPU_LIMITS = {
 FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _WIDTHS)
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 _ATTENTION = (TINY_ATTENTION, (8, 16, 512, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 8192, 128))
+_ATTENTION += ((1, 32, 2048, 128), (4, 16, 4096, 128), (1, 16, 8192, 64))  # batches lie 2**23 elements apart
 _LAYERS = (TINY_LAYER, (4, 2048, 1024), (32, 256, 512))
 SWEEPS = {
     ("cpu", "quick"): Sweep(

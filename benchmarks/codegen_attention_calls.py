@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusednorm.providers import triton_attention, triton_host, triton_launch
+from fusednorm.providers import triton_attention, triton_launch
 from fusednorm.providers.triton_attention_table import columns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,10 +164,9 @@ def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
             noted.append(Launch(kernel, wants, dtypes, *options))
 
     arguments, operands = _arguments(call)
-    device = triton_host.compiled_for(capability)
     precision = torch.backends.cuda.matmul.fp32_precision
     replaced = triton_launch.Variant.launch, triton_attention.INTERPRETED
-    triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, device  # type: ignore[method-assign]
+    triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, capability  # type: ignore[method-assign]
     torch.backends.cuda.matmul.fp32_precision = call.precision
     try:
         out, lse = triton_attention.attention_fwd(*operands, *arguments)

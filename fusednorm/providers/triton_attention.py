@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LONGEST = 2**29  # positions, and sums of a few, are 32-bit numbers
 _FAR = 2**23  # a stride at which a tile may span 2**31 elements
 _FOLDED = (1e-30, 1e30)  # scales that may be folded into an exponent
-INTERPRETED = host.compiled_for((9, 0))  # the device whose tiles the interpreter takes
+INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -189,7 +189,7 @@ def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:
     return _Problem(
         *(q.shape[-1], v.shape[-1], q.dtype, _precision(q.dtype), fold, call.softcap != 0.0, mask),
         *(call.dropout_p > 0.0, lower, upper, call.lower_right and (lower or upper)),
-        host.device(q.get_device()) if q.is_cuda else INTERPRETED,
+        host.device(q.get_device()) if q.is_cuda else host.compiled_for(INTERPRETED),
     )
 
 

@@ -126,7 +126,9 @@ def backward_queries(n: Need) -> Tile:
     if n.columns > 128:
         return Tile(32, 16, 4, 2) if n.small else Tile(64, 16, 8, 2)
     if n.registers_hold_operands:
-        return Tile(128 if n.columns <= 64 and not n.heavy else 64, 32, 8, 2)
+        if n.heavy:
+            return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
+        return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
     return Tile(128, 32 if n.heavy or (n.columns > 64 and n.dropout) else 64, 8, 2)
 
 
