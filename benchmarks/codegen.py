@@ -12,29 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
 
 from benchmarks import codegen_activation as activation
+from benchmarks.codegen_compile import DEVICES, Figures, Variant, compile_all, faults
+from benchmarks.codegen_compile import figures as figures
+from benchmarks.codegen_compile import number as number
+from benchmarks.codegen_compile import tile as tile
+from benchmarks.codegen_compile import tool as tool
 from fusednorm._dtypes import compute_dtype
-from fusednorm.providers import triton_activation_kernels, triton_launch, triton_norm, triton_norm_bwd, triton_norm_fwd
+from fusednorm.providers import triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers import triton_partials as partials
 from fusednorm.providers.triton_config import PARTIALS
 
 ARCHITECTURES = (80, 90, 100)
@@ -51,81 +46,7 @@ MODES = {
     "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
     **activation.MODES,
 }
-_KERNELS = {
-    name: kernel
-    for module in (triton_norm_fwd, triton_norm_bwd, triton_activation_kernels, partials)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-}
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, on every architecture above
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _MAX_WIDTH = 40960  # past the widest row that any configuration holds in registers
-
-
-class Variant(NamedTuple):
-    """One kernel as one call launches it, and the 16-byte accesses a thread must make for it by the byte model."""
-
-    kernel: str
-    mode: str
-    layout: str
-    dtype: str
-    n: int
-    pointer_dtypes: tuple[torch.dtype | None, ...]
-    constants: tuple[Any, ...]
-    warps: int
-    registers: int
-    aligned: bool
-    config: table.Config
-    loads: int
-    stores: int
-
-
-@dataclass
-class Figures:
-    """What one variant compiled to."""
-
-    kernel: str
-    mode: str
-    layout: str
-    dtype: str
-    n: int
-    arch: int
-    tile: str
-    warps: int
-    per_sm: int
-    registers: int
-    stack: int
-    local: int  # instructions that read or write local memory
-    shared: int
-    instructions: int
-    per_element: float
-    loads: int
-    stores: int
-    model_loads: int
-    model_stores: int
-    narrow: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel} {self.mode} {self.layout} {self.dtype} N={self.n} sm_{self.arch}"
-
-
-def faults(f: Figures) -> list[str]:
-    """What is wrong with a variant: spills, fewer programs on a multiprocessor than assumed, needless accesses."""
-    found = []
-    if f.stack or f.local:
-        found.append(f"spills: {f.stack} bytes of stack, {f.local} local accesses")
-    allocated = -(-f.registers // 8) * 8 * 32 * f.warps
-    if allocated * f.per_sm > REGISTER_FILE:
-        found.append(
-            f"{f.registers} registers: {REGISTER_FILE // allocated} programs fit, the table assumes {f.per_sm}"
-        )
-    if f.layout == "aligned" and (f.loads, f.stores) != (f.model_loads, f.model_stores):
-        found.append(
-            f"128-bit accesses: {f.loads} loads and {f.stores} stores, not {f.model_loads} and {f.model_stores}; "
-            f"narrower: {f.narrow}"
-        )
-    return found
 
 
 # --- noting what a call launches ---
@@ -177,9 +98,9 @@ def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Var
         kernel = self.function.__name__.strip("_").removesuffix("_kernel")
         config = _config(kernel, n, words, DTYPES[dtype], layout)
         dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        loads, stores = _accesses(kernel, words, config, DTYPES[dtype].itemsize)
+        accesses = _accesses(kernel, words, config, DTYPES[dtype].itemsize) if layout == "aligned" else (None, None)
         compiled_as = (dtypes, self.constants, self.warps, self.registers, self.aligned)
-        noted.append(Variant(kernel, mode, layout, dtype, n, *compiled_as, config, loads, stores))
+        noted.append(Variant(kernel, mode, layout, dtype, n, *compiled_as, config, *accesses))
 
     original, triton_launch.Variant.launch = triton_launch.Variant.launch, launch  # type: ignore[method-assign]
     try:
@@ -195,7 +116,7 @@ def _accumulators(words: Collection[str]) -> int:
 
 def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, layout: str) -> table.Config:
     if kernel.endswith("bwd_sums"):
-        return table.SUMS
+        return table.SUMS_FLOAT64 if dtype == torch.float64 else table.SUMS
     if kernel == "sum_partials":
         return PARTIALS
     small = layout != "aligned" or dtype == torch.float64
@@ -261,86 +182,8 @@ def variants(modes: Iterable[str], dtypes: Iterable[str], layouts: Iterable[str]
         for backward in (False, True):
             for n in _widths(mode, dtype, layout, backward):
                 for v in note(n - (layout == "odd"), mode, dtype, layout, backward):
-                    key = (v.kernel, v.pointer_dtypes, v.constants, v.warps, v.registers, v.aligned, v.config)
-                    found.setdefault(key, v)
+                    found.setdefault(v.compiled_as, v)
     return list(found.values())
-
-
-# --- compiling and reading the binary ---
-
-
-def figures(variant: Variant, arch: int) -> Figures:
-    """Compile a variant for sm_<arch> and read the binary."""
-    compiled = triton_launch.compile_kernel(
-        _KERNELS[f"_{variant.kernel}_kernel"],
-        variant.pointer_dtypes,
-        variant.constants,
-        warps=variant.warps,
-        registers=variant.registers,
-        aligned=variant.aligned,
-        target=GPUTarget("cuda", arch, 32),
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", file.name)
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
-    opcodes.pop("NOP", None)
-    wide, narrow = Counter[str](), Counter[str]()
-    for opcode, count in opcodes.items():
-        if opcode.startswith(("LDG", "STG")):
-            (wide if ".128" in opcode else narrow)[opcode if ".128" not in opcode else opcode[:3]] += count
-    config, instructions = variant.config, sum(opcodes.values())
-    elements = config.block_m * config.block_n * max(config.chunks, 1)
-    return Figures(
-        kernel=variant.kernel,
-        mode=variant.mode,
-        layout=variant.layout,
-        dtype=variant.dtype,
-        n=variant.n,
-        arch=arch,
-        tile=tile(config),
-        warps=variant.warps,
-        per_sm=config.per_sm,
-        registers=number("REG", usage),
-        stack=number("STACK", usage),
-        local=sum(count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL"))),
-        shared=compiled.metadata.shared,
-        instructions=instructions,
-        per_element=round(instructions * 32 * variant.warps / elements, 1),
-        loads=wide["LDG"],
-        stores=wide["STG"],
-        model_loads=variant.loads,
-        model_stores=variant.stores,
-        narrow=dict(narrow),
-    )
-
-
-def number(name: str, usage: str) -> int:
-    match = re.search(rf"\b{name}:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump printed no {name}: {usage}")
-    return int(match[1])
-
-
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def tile(config: table.Config) -> str:
-    return f"{max(config.chunks, 1)} x [{config.block_m}, {config.block_n}]"
-
-
-def _compile(job: tuple[Variant, int]) -> Figures:
-    return figures(*job)
-
-
-def compile_all(chosen: Sequence[Variant], architectures: Iterable[int]) -> list[Figures]:
-    """Figures of every variant on every architecture, compiled by a process for each core."""
-    jobs = [(variant, arch) for arch in architectures for variant in chosen]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(_compile, jobs), total=len(jobs), desc="compiled", file=sys.stderr))
 
 
 # --- reporting ---
@@ -374,7 +217,7 @@ price of Philox: one call for four elements.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="default: 90")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=DEVICES, help="default: 90")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=[*DTYPES, "all"])
     parser.add_argument("--layouts", nargs="+", default=["aligned"], choices=LAYOUTS)
@@ -382,7 +225,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen.md")
     options = parser.parse_args()
     dtypes = list(DTYPES) if "all" in options.dtypes else options.dtypes
-    results = compile_all(variants(options.modes, dtypes, options.layouts), options.arch)
+    chosen = variants(options.modes, dtypes, options.layouts)
+    results = list(compile_all([(variant, arch) for arch in options.arch for variant in chosen]))
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
     elif options.write:

@@ -1,9 +1,9 @@
 """The code-generation gate: what the Triton kernels compile to, ahead of time, without a GPU.
 
 No spills, as many programs on a multiprocessor as the table assumes, and on the aligned path no access to memory that
-the byte model does not have. `benchmarks/codegen.py` makes the figures; here they are held to it, at every
-configuration the table can choose. One architecture is compiled in every run; all of them, and the oldest supported
-Triton, by `make test-all`.
+the byte model does not have. `benchmarks/codegen.py` has the model, at every configuration the table can choose;
+`benchmarks/codegen_calls.py` has every call, from the code's own switches. A part is compiled in every run; samples
+for all architectures, and under the oldest supported Triton, by `make test-all`; the whole by the command line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
 OLDEST = "triton==3.6.0"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def compile_in_process(*arguments: str, first_on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,20 +40,67 @@ def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
     return json.loads(path.read_text())
 
 
+def calls(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict]:
+    """Compile calls that `benchmarks/codegen_calls.py` chooses; returns their figures."""
+    path = tmp_path / "calls.jsonl"
+    run = compile_in_process("benchmarks/codegen_calls.py", "--json", str(path), *arguments, first_on_path=triton)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_no_spills_and_no_needless_access_on_hopper(tmp_path):
-    """The lightest and the heaviest epilogue, the heaviest activation; the ones between by `make test-all`."""
-    figures = gate(tmp_path, "--arch", "90", "--modes", "add", "all", "gelu_dropout")["figures"]
+    """The heaviest epilogue; the others, and the activations, by `make test-all`."""
+    figures = gate(tmp_path, "--arch", "90", "--modes", "all")["figures"]
     assert {f["kernel"] for f in figures} == {
         "add_layer_norm_fwd",
         "add_layer_norm_fwd_wide",
         "add_layer_norm_bwd",
         "add_layer_norm_bwd_sums",
-        "bias_act_dropout_fwd",
-        "bias_act_dropout_bwd",
         "sum_partials",
     }
-    assert len(figures) >= 70
+    assert len(figures) >= 20
     assert all(f["stack"] == f["local"] == 0 for f in figures)
+
+
+def test_every_activation_compiles_in_float64(tmp_path):
+    """Triton makes other instructions of one function in float64, and may have none."""
+    only = r"^bias_act_dropout_bwd backward\+bias\+d_x\+d_bias\+\w+\+aligned .*float64"
+    figures = calls(tmp_path, "--which", "activations", "--only", only, "--arch", "90", "120")
+    assert len(figures) == 8
+
+
+def test_no_spills_of_mixed_dtypes_in_rows_with_two_strides(tmp_path):
+    only = r"^add_layer_norm_bwd .*aligned_outer dtype=float32 residual_dtype=bfloat16"
+    figures = calls(tmp_path, "--which", "heaviest", "--only", only, "--arch", "90", "--sample", "4")
+    assert len(figures) == 4
+
+
+def test_no_spills_where_a_multiprocessor_holds_fewer_warps(tmp_path):
+    """A sample of the calls on consumer Blackwell, other ones than in the slow tests."""
+    figures = calls(tmp_path, "--which", "pairs", "--arch", "120", "--sample", "8", "--seed", "100")
+    assert len(figures) == 8
+
+
+@pytest.mark.parametrize(
+    ("arch", "changed", "said"),
+    [
+        (80, {}, ""),
+        (80, {"warps": 16, "per_sm": 4}, ""),
+        (120, {"warps": 16, "per_sm": 4}, "16 warps: 3 programs fit, the table assumes 4"),
+        (90, {"shared": 60000}, ""),
+        (89, {"shared": 60000}, "60000 bytes of shared memory: 1 programs fit, the table assumes 2"),
+        (90, {"registers": 255, "warps": 8}, "255 registers: 1 programs fit, the table assumes 2"),
+        (90, {"stack": 8}, "spills: 8 bytes of stack"),
+        (90, {"failure": "an intrinsic is missing"}, "does not compile: an intrinsic is missing"),
+    ],
+)
+def test_fault_of_figures(arch, changed, said):
+    from benchmarks.codegen_compile import Figures, faults
+
+    figures = Figures("", "", "", "", 64, arch, "", warps=4, per_sm=2, model_loads=None, model_stores=None)
+    for name, value in ({"registers": 32} | changed).items():
+        setattr(figures, name, value)
+    assert [fault.startswith(said) for fault in faults(figures)] == ([True] if said else [])
 
 
 @pytest.fixture(scope="session")
@@ -65,23 +113,28 @@ def oldest_triton(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["installed", "oldest"])
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_gate_for_every_epilogue(arch, which, tmp_path, request):
+def test_gate_for_every_epilogue(which, tmp_path, request):
+    """No access to memory that the byte model does not have; what it says does not depend on the architecture."""
     triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
-    found = gate(tmp_path, "--arch", arch, triton=triton)
+    found = gate(tmp_path, "--arch", "90", triton=triton)
     assert which == "installed" or found["triton"] == OLDEST.split("==")[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
-def test_gate_for_every_dtype(dtype, tmp_path):
-    gate(tmp_path, "--modes", "plain", "add", "all", "relu", "gelu_dropout", "--dtypes", dtype)
+@pytest.mark.parametrize("which", ["installed", "oldest"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gate_for_every_architecture(arch, which, tmp_path, request):
+    """Another sample of the calls for each; all of them: `benchmarks/codegen_calls.py`."""
+    triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
+    seed = 2 * ARCHITECTURES.index(arch) + (which == "oldest")
+    figures = calls(tmp_path, "--arch", str(arch), "--sample", "24", "--seed", str(seed), triton=triton)
+    assert len(figures) == 24 and all(f["arch"] == arch for f in figures)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["odd", "strided"])
-def test_gate_for_rows_without_alignment(layout, tmp_path):
-    gate(tmp_path, "--modes", "add", "all", "relu", "gelu_dropout", "--layouts", layout)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gate_for_every_dtype(dtype, tmp_path):
+    gate(tmp_path, "--modes", "add", "all", "gelu_dropout", "--dtypes", dtype)
 
 
 PLANT = """
