@@ -110,9 +110,15 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [("40", "64"), ("256",)], ids=str)
-def test_attention_gate_for_other_head_dims_and_dtypes(dims, tmp_path):
-    gate(tmp_path, "--modes", "full", "causal_dropout", "--dims", *dims, "--dtypes", "float16")
+@pytest.mark.parametrize(
+    ("dtype", "modes", "dims"),
+    [
+        ("float32", ["full"], ["40", "64"]),
+        ("float16", ["full", "causal_dropout"], ["40", "64", "256"]),
+    ],
+)
+def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
+    gate(tmp_path, "--modes", *modes, "--dims", *dims, "--dtypes", dtype)
 
 
 PLANT = """

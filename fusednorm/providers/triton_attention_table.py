@@ -106,7 +106,7 @@ def backward_keys(n: Need) -> Tile:
     if n.columns > 128:
         if n.capability[0] != 9:
             return Tile(16, 32, 8, 2)
-        return Tile(16, 64 if more else 128, 8, 2)
+        return Tile(16, 64, 8, 1) if more or n.bounded else Tile(16, 128, 8, 2)
     if n.registers_hold_operands:
         if more:
             return Tile(16, 64, 8, 2)
@@ -124,12 +124,14 @@ def backward_queries(n: Need) -> Tile:
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(32, 16, 4, 2) if n.small else Tile(64, 16, 8, 2)
+        return Tile(32, 16, 4, 2) if n.small else Tile(64, 16, 8, 1 if n.heavy else 2)
     if n.registers_hold_operands:
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
         return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
-    return Tile(128, 32 if n.heavy or (n.columns > 64 and n.dropout) else 64, 8, 2)
+    if n.heavy:
+        return Tile(64, 32, 8, 2)
+    return Tile(128, 32 if n.columns > 64 and n.dropout else 64, 8, 2)
 
 
 def backward_mask(n: Need) -> Tile:
