@@ -236,7 +236,7 @@ def heaviest() -> Iterator[list[Variant]]:
     for off in ((), ("dropout",)):
         switches.append(everything | dict.fromkeys(off, False) | {"backward": False})
     lighter = ("layer_scale", "dropout", "memory_efficient", "d_x_bias")
-    for off in ((), ("layer_scale",), lighter):
+    for off in ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter):
         switches.append(everything | dict.fromkeys(off, False))
     mixes = [dict(zip(_DTYPE_AXES, mix, strict=True)) for mix in _MIXES]
     for switch, mix, layout in itertools.product(switches, mixes, _HEAVY_LAYOUTS):

@@ -165,8 +165,8 @@ def test_automatic_choice_never_interprets():
 
 def test_table_counts_on_no_more_warps_than_the_smallest_multiprocessor_has(monkeypatch):
     """48 on compute capability 8.6, 8.9 and 12.0, where registers alone would let more programs fit."""
-    monkeypatch.setattr(table, "_BACKWARD_REGISTERS", ((4, 4),) * 3)
-    configs = {table.backward(n, load, small) for n in range(64, 20000, 64) for load in range(3) for small in (0, 1)}
+    monkeypatch.setattr(table, "_BACKWARD_REGISTERS", ((4, 4),) * 4)
+    configs = {table.backward(n, load, small) for n in range(64, 20000, 64) for load in range(4) for small in (0, 1)}
     configs |= {table.forward(n, d, w, s) for n in range(64, 40000, 64) for d in (0, 1) for w in (0, 1) for s in (0, 1)}
     assert max(config.warps * config.per_sm for config in configs) <= 48
     assert any(config.per_sm > 1 and config.warps > 4 for config in configs)

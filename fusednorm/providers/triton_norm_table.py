@@ -43,37 +43,40 @@ _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 regist
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
 # the most chunks depend on the load: light (two accumulators), medium (three, or dropout, 32-bit rows, or x̂ rebuilt
-# from the output), heavy (layer scale). (block_m, block_n, warps, most chunks light / medium / heavy)
+# from the output), several (two of dropout, 32-bit rows and x̂ rebuilt), heavy (layer scale).
+# (block_m, block_n, warps, most chunks light / medium / several / heavy)
 _BACKWARD = (
-    (16, 64, 4, (1, 1, 1)),
-    (8, 128, 4, (1, 1, 1)),
-    (1, 1024, 4, (5, 3, 2)),
-    (4, 256, 4, (4, 3, 2)),
-    (1, 2048, 8, (3, 2, 0)),
-    (1, 4096, 16, (2, 0, 1)),
+    (16, 64, 4, (1, 1, 1, 1)),
+    (8, 128, 4, (1, 1, 1, 1)),
+    (1, 1024, 4, (5, 3, 3, 2)),
+    (4, 256, 4, (4, 3, 3, 2)),
+    (1, 2048, 8, (3, 2, 2, 0)),
+    (1, 4096, 16, (2, 0, 0, 1)),
 )
 _BACKWARD_SMALL = (
-    (8, 64, 4, (1, 1, 1)),
-    (4, 128, 4, (1, 1, 1)),
-    (2, 256, 4, (1, 1, 1)),
-    (1, 512, 4, (2, 2, 1)),
-    (1, 1024, 8, (2, 2, 1)),
+    (8, 64, 4, (1, 1, 1, 1)),
+    (4, 128, 4, (1, 1, 1, 1)),
+    (2, 256, 4, (1, 1, 1, 1)),
+    (1, 512, 4, (2, 2, 2, 1)),
+    (1, 1024, 8, (2, 2, 2, 1)),
 )
 # Rows with two strides: the offsets of each operand take registers of their own, and a division.
-_BACKWARD_TWO_STRIDES: tuple[_Tile, ...] = (*_BACKWARD[:-1], (1, 4096, 16, (2, 0, 0)))
+_BACKWARD_TWO_STRIDES: tuple[_Tile, ...] = (*_BACKWARD[:-1], (1, 4096, 16, (2, 0, 0, 0)))
 _BACKWARD_SMALL_TWO_STRIDES: tuple[_Tile, ...] = (
-    *_BACKWARD_SMALL[:-2],
-    (1, 512, 4, (2, 1, 1)),
-    (1, 1024, 8, (2, 1, 1)),
+    (4, 64, 4, (1, 1, 1, 1)),
+    (2, 128, 4, (1, 1, 1, 1)),
+    (1, 256, 4, (1, 1, 1, 1)),
+    (1, 512, 4, (2, 1, 1, 1)),
+    (1, 1024, 8, (2, 1, 1, 1)),
 )
 _SLAB = (1, 1024, 4)
 _SLAB_SMALL = (1, 512, 4)
 SUMS = Config(1, 2048, 0, 8, 2)
 SUMS_FLOAT64 = Config(1, 1024, 0, 8, 2)
 
-# Registers a thread in the backward: (for each chunk, besides), light / medium / heavy: as compiled, rounded up.
-_BACKWARD_REGISTERS = ((47, 20), (60, 28), (84, 48))
-_BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (128, 56))
+# Registers a thread in the backward: (for each chunk, besides), for each load: as compiled, rounded up.
+_BACKWARD_REGISTERS = ((47, 20), (60, 28), (60, 44), (84, 48))
+_BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (84, 88), (128, 56))
 _TWO_STRIDES_REGISTERS = (24, 40)  # besides them, aligned / small
 
 
@@ -91,8 +94,12 @@ def forward(n: int, dropout: bool, wide_rows: bool, small: bool) -> Config:
 
 
 def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool, from_normed: bool) -> int:
-    """0 light, 1 medium, 2 heavy: how many registers the backward's epilogue takes."""
-    return 2 if layer_scale else 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
+    """0 light, 1 medium, 2 several, 3 heavy: how many registers the backward's epilogue takes."""
+    if layer_scale:
+        return 3
+    if dropout + wide_rows + from_normed > 1:
+        return 2
+    return 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
 
 
 def backward(n: int, weight_class: int, small: bool, two_strides: bool = False) -> Config:
