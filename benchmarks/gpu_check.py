@@ -144,7 +144,7 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
     tests = [*python, f"{HERE}/gpu_tests.py", "--device", device, "--xml", str(outdir / "tests.xml")]
     build = [*python, "setup.py", "build_ext", "--inplace"]
     named = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES") or (find_tool("nvidia-smi") and "native")
-    native = {"FUSEDNORM_CUDA_ARCHITECTURES": named} if named else {}  # a third of the work of every generation
+    native = {"FUSEDNORM_CUDA_ARCHITECTURES": named} if named else {}  # a fraction of the work of every generation
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor's end is the end of an allocation
     with_peers = {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], *peers])}
     return [

@@ -48,9 +48,12 @@ def load() -> tuple[Any, str]:
     return module, ""
 
 
-def attach_cuda(library: Path, emulated: bool) -> None:
-    """Let it serve norms by the CUDA library, which is loaded; on CPU tensors where that is `emulated`."""
+def attach_cuda(library: Path, emulated: bool, devices: int) -> None:
+    """Let it serve norms by the CUDA library, which is loaded, on the GPUs whose bits `devices` has.
+
+    Where the library is `emulated`, on CPU tensors, if bit 0 is there.
+    """
     module = load()[0]
     if module is not None:
         norms = ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_norms")
-        module.attach_cuda(ctypes.addressof(norms), emulated)
+        module.attach_cuda(ctypes.addressof(norms), emulated, devices)

@@ -212,11 +212,11 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
 def test_shortcut_refuses_a_library_of_another_build():
     other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
     with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
-        providers.shortcut.attach_cuda(other.data_ptr(), True)
+        providers.shortcut.attach_cuda(other.data_ptr(), True, 1)
     with pytest.raises(ValueError, match="an address"):
-        providers.shortcut.attach_cuda(0, True)
+        providers.shortcut.attach_cuda(0, True, 1)
     with pytest.raises(TypeError):
-        providers.shortcut.attach_cuda("here", True)
+        providers.shortcut.attach_cuda("here", True, 1)
 
 
 # --- which calls on a GPU it is for ---

@@ -27,7 +27,9 @@ void forms_op(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(s.ndim > 0 && s.sizes[s.ndim - 1] > 0, "x: no columns");
   const int64_t n = s.sizes[s.ndim - 1];
   const int vector = int(16 / kItemSize[dtype_of(x)]);
-  const Limits limit = limits(device_of(x));
+  const int device = device_of(x);
+  const OnDevice guard(device);
+  const Limits limit = limits(device);
   const std::string forms = text("forward", forward_form(n, vector, aligned, limit)) + "\n" +
                             text("backward", backward_form(n, vector, aligned, {aligned, false, false}, limit)) + "\n" +
                             text("activation", activation_form(n, vector, aligned, limit));

@@ -64,6 +64,13 @@ void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unu
 #endif
 }
 
+// Returns when what was launched on `stream` has ended.
+inline void wait_for([[maybe_unused]] void* stream) {
+#if defined(__CUDACC__)
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "a kernel");
+#endif
+}
+
 // Clusters that run at the same time on `device`, which is the current one: its multiprocessors stand in groups, and a
 // group's rest, smaller than a cluster, stays idle. A grid of one cluster more takes twice as long.
 template <class A>

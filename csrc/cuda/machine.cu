@@ -1,3 +1,4 @@
+#include <optional>
 #include <vector>
 
 #include "forms.h"
@@ -9,6 +10,7 @@ namespace {
 
 __global__ void any_kernel() {}
 
+// Of `device`, which is the current one.
 Limits ask(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
@@ -30,9 +32,10 @@ Limits ask(int device) {
 }  // namespace
 
 Limits limits(int device) {
-  thread_local std::vector<Limits> known;  // of each device; an attribute costs more than a look here
-  while (int(known.size()) <= device) known.push_back(ask(int(known.size())));
-  return known[device];
+  thread_local std::vector<std::optional<Limits>> known;  // of each device; an attribute costs more than a look here
+  if (int(known.size()) <= device) known.resize(device + 1);
+  if (!known[device]) known[device] = ask(device);
+  return *known[device];
 }
 
 }  // namespace fusednorm_cuda

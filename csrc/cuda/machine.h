@@ -9,8 +9,14 @@
 
 namespace fusednorm_cuda {
 
-struct OnDevice {
-  explicit OnDevice(int) {}
+// Makes a device of the emulation the current one; launches there may be made to fail.
+class OnDevice {
+ public:
+  explicit OnDevice(int device);
+  ~OnDevice();
+
+ private:
+  int before_;
 };
 
 Limits limits(int device);  // of the emulation: what tests ask for

@@ -79,6 +79,8 @@ class Machine {
   }
 
   uint64_t seed = 1;  // of the order of threads and blocks
+  int device = 0;     // the current one
+  std::map<int, std::string> faults;  // devices on which every launch fails, and what it says
 
   void run(const Launch& launch) {
     check(launch);
@@ -177,6 +179,8 @@ class Machine {
   static std::string at(const Place& place) { return place.name() + ": "; }
 
   void check(const Launch& l) {
+    const auto fault = faults.find(device);
+    if (fault != faults.end()) throw std::runtime_error("launch of a kernel: " + fault->second);
     const auto require = [](bool holds, const char* what) {
       if (!holds) throw std::runtime_error(std::string("invalid launch: ") + what);
     };

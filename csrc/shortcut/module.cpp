@@ -330,7 +330,9 @@ PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   void* const norms = PyLong_AsVoidPtr(args[0]);
   if (!norms) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "norms: expected an address");
-  attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True);
+  const uint64_t devices = PyLong_AsUnsignedLongLong(args[2]);
+  if (PyErr_Occurred()) return nullptr;
+  attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True, devices);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -351,8 +353,8 @@ PyMethodDef methods[] = {
      "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
     {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
      "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
-    {"attach_cuda", (PyCFunction)(void*)counted<2, attach>, METH_FASTCALL,
-     "attach_cuda(norms, emulated): the CUDA library, by the address of what it offers"},
+    {"attach_cuda", (PyCFunction)(void*)counted<3, attach>, METH_FASTCALL,
+     "attach_cuda(norms, emulated, devices): the CUDA library, by the address of what it offers, and a bit for each GPU"},
     {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

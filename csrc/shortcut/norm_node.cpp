@@ -42,6 +42,7 @@ struct Facts {
 const fusednorm::Norms cpu = {fusednorm::kNormsLayout, fusednorm_cpu::run_forward, fusednorm_cpu::run_backward};
 const fusednorm::Norms* cuda = nullptr;
 bool cuda_is_emulated = false;
+uint64_t cuda_devices = 0;
 
 const fusednorm::Norms& library(bool by_cuda) { return by_cuda ? *cuda : cpu; }
 
@@ -211,10 +212,11 @@ struct NormBackward : public Node {
 
 }  // namespace
 
-void attach_cuda(const fusednorm::Norms* norms, bool emulated) {
+void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices) {
   TORCH_CHECK(norms->layout == fusednorm::kNormsLayout, "the shortcut and libfusednorm_cuda.so are of different builds");
   cuda = norms;
   cuda_is_emulated = emulated;
+  cuda_devices = devices;
 }
 
 c10::DispatchKey device_key(bool by_cuda) {
@@ -225,6 +227,8 @@ bool cuda_takes(const NormCall& call) {
   constexpr int64_t kMostColumns = int64_t(1) << 30;
   const int64_t columns = c10::multiply_integers(call.x.sizes().slice(call.x.dim() - call.normalized_ndim));
   if (!cuda || !call.x.numel() || columns >= kMostColumns) return false;
+  const auto device = uint64_t(cuda_is_emulated ? 0 : call.x.get_device());
+  if (device >= 64 || !(cuda_devices >> device & 1)) return false;
   if (call.dropout_p > 0 && call.normalized_ndim > 1) return false;
   if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;
   if (call.seed.defined() && call.seed.device() != call.x.device()) return false;
