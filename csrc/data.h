@@ -14,6 +14,9 @@ constexpr int64_t kItemSize[] = {8, 4, 2, 2};
 
 constexpr int kMaxDims = 64;  // torch itself has no limit
 
+enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
+constexpr int64_t kActivations = 4;
+
 // A dimension after folding; the fewest that address the elements in order.
 struct Dim {
   int64_t size, stride;

@@ -27,20 +27,38 @@ constexpr char kBiasActDropoutBwd[] =
     "-> (Tensor dx, Tensor dbias)";
 
 struct Options {
-  explicit Options(int64_t bits)
-      : normalized_ndim(bits & 127),
-        dtype(Dtype(bits >> 7 & 3)),
-        residual_dtype(Dtype(bits >> 9 & 3)),
-        rms(bits >> 11 & 1),
-        zero_centered(bits >> 12 & 1),
-        store_residual(bits >> 13 & 1),
-        saved_is_normed(bits >> 14 & 1),
-        output_mask(bits >> 15 & 63) {}
   int64_t normalized_ndim;
   Dtype dtype, residual_dtype;  // of normed, or of dx; of the stream
   bool rms, zero_centered, store_residual, saved_is_normed;
   unsigned output_mask;
 };
+
+// As fusednorm/providers/native.py packs them: switches first, and above them what counts, which so has no bound.
+inline Options unpack_options(int64_t bits) {
+  const auto is_on = [&](int bit) { return bool(bits >> bit & 1); };
+  return {bits >> 14, Dtype(bits & 3), Dtype(bits >> 2 & 3), is_on(4), is_on(5), is_on(6), is_on(7),
+          unsigned(bits >> 8 & 63)};
+}
+
+struct ActivationOptions {
+  int64_t activation;
+  bool wants_dx, wants_dbias;  // of the backward
+};
+
+inline ActivationOptions unpack_activation_options(int64_t bits) { return {bits >> 2, bool(bits & 1), bool(bits >> 1 & 1)}; }
+
+// The dimensions of rows.
+inline int64_t leading_dims(const Sizes& s, const Options& o) {
+  STD_TORCH_CHECK(o.normalized_ndim >= 1 && o.normalized_ndim <= s.ndim, "options: expected a normalized_ndim from 1 to ", s.ndim,
+                  ", got ", o.normalized_ndim);
+  return s.ndim - o.normalized_ndim;
+}
+
+inline Activation activation_of(const ActivationOptions& o) {
+  STD_TORCH_CHECK(o.activation >= 0 && o.activation < kActivations, "options: expected an activation from 0 to ",
+                  kActivations - 1, ", got ", o.activation);
+  return Activation(o.activation);
+}
 
 struct ForwardCall {
   Handle x, residual, weight, bias, x_bias, layer_scale, seed;
@@ -76,15 +94,15 @@ inline ForwardCall take_forward(StableIValue* stack) {
   using torch::stable::detail::to;
   return {take_tensor(stack[0]),      take_optional(stack[1]),       take_optional(stack[2]),
           take_optional(stack[3]),    take_optional(stack[4]),       take_optional(stack[5]),
-          take_optional(stack[6]),    Options(to<int64_t>(stack[7])), to<double>(stack[8]),
-          to<double>(stack[9]),       to<double>(stack[10])};
+          take_optional(stack[6]),    unpack_options(to<int64_t>(stack[7])),
+          to<double>(stack[8]),       to<double>(stack[9]),          to<double>(stack[10])};
 }
 
 inline BackwardCall take_backward(StableIValue* stack) {
   using torch::stable::detail::to;
   return {take_tensor(stack[0]),   take_optional(stack[1]), take_tensor(stack[2]),    take_tensor(stack[3]),
           take_optional(stack[4]), take_optional(stack[5]), take_optional(stack[6]),  take_optional(stack[7]),
-          take_optional(stack[8]), take_optional(stack[9]), Options(to<int64_t>(stack[10])),
+          take_optional(stack[8]), take_optional(stack[9]), unpack_options(to<int64_t>(stack[10])),
           to<double>(stack[11]),   to<double>(stack[12])};
 }
 
@@ -94,19 +112,13 @@ void give(StableIValue* stack, Handles&... results) {
   ((*stack++ = torch::stable::detail::from(results.release())), ...);
 }
 
-inline int64_t product(const int64_t* sizes, int64_t count) {
-  int64_t result = 1;
-  for (int64_t d = 0; d < count; ++d) result *= sizes[d];
-  return result;
-}
-
 // Rows under one index of dimension 0, where `lead` dimensions make the rows.
 inline int64_t rows_per_sample(const Sizes& s, int64_t lead) {
   return lead ? std::max<int64_t>(product(s.sizes + 1, lead - 1), 1) : 1;
 }
 
-inline Dropout dropout(double p) {
-  STD_TORCH_CHECK(p >= 0 && p < 1, "expected a probability in [0, 1), got ", p);
+inline Dropout dropout(const char* name, double p) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, name, ": expected a probability in [0, 1), got ", p);
   return {p > 0, uint32_t(int64_t(p * 4294967296.0)), p > 0 ? float(1.0 / (1.0 - p)) : 1.0f};
 }
 

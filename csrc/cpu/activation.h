@@ -110,8 +110,8 @@ void forward_tiles(const ActivationCall& a, C* memory, int64_t first_tile, int64
 // end with a short row. Rows that the caches hold already would only lose by it, long ones gain nothing.
 FN_INLINE bool fetches(const ActivationCall& a, int64_t itemsize) {
   constexpr int64_t kCached = 1 << 20, kLongRow = 32 << 10;
-  const int64_t row = a.n_columns * itemsize;
-  return a.direct && row <= kLongRow && a.n_rows * row > kCached;
+  const int64_t row = times(a.n_columns, itemsize);
+  return a.direct && row <= kLongRow && times(a.n_rows, row) > kCached;
 }
 
 template <class C, class S, int ACTIVATION>

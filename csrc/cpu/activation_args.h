@@ -5,8 +5,6 @@
 
 namespace fusednorm_cpu {
 
-enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
-
 // Rows are cut into tiles of this many columns, so that few wide rows occupy all threads and workspaces stay in cache.
 // A multiple of the four columns that one evaluation of Philox serves.
 constexpr int64_t kTile = 4096;

@@ -40,6 +40,6 @@ FUSEDNORM_EXPORT void run_attention_backward(const AttentionTensors& tensors, co
                                              const AttentionGradients& wanted);
 
 // Whether a tensor has no NaN and nothing so large that products of two could overflow (moderate.h).
-FUSEDNORM_EXPORT bool all_moderate(const Handle& tensor);
+FUSEDNORM_EXPORT bool all_moderate(const char* name, const Handle& tensor);
 
 }  // namespace fusednorm_cpu

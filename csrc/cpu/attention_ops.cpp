@@ -1,7 +1,6 @@
 // fusednorm_cpu::attention_fwd and _bwd: arguments checked, blocks given to the kernels. Outputs are the caller's, who
 // lays them out.
 #include <algorithm>
-#include <cstring>
 
 #include "../norm_call.h"
 #include "attention.h"
@@ -15,34 +14,30 @@ namespace {
 
 using torch::stable::detail::to;
 
+constexpr int64_t kMostHeadDim = 256;  // MOST_HEAD_DIM of fusednorm/_attention_checks.py
 constexpr int64_t kGrain = 1 << 18;  // multiplications that are worth another thread
-
-bool has_dtype(const Handle& tensor, int32_t wanted) {
-  int32_t dtype = -1;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype == wanted;
-}
 
 // A tensor (batch, heads, positions, features), or packed (positions, heads, features), of the sizes said.
 Strided describe(const char* name, const Handle& tensor, Dtype dtype, bool packed, int64_t batches, int64_t heads,
                  int64_t positions, int64_t features) {
   if (!tensor) return {};
-  const Sizes s = sizes_of(tensor);
+  const Sizes s = sizes_of(name, tensor);
   const int64_t four[] = {batches, heads, positions, features}, three[] = {positions, heads, features};
   const bool fits = packed ? s.ndim == 3 && std::equal(three, three + 3, s.sizes)
                            : s.ndim == 4 && std::equal(four, four + 4, s.sizes);
-  STD_TORCH_CHECK(fits && dtype_of(tensor) == dtype, name, ": its shape or dtype does not fit");
-  if (packed) return {data_of(tensor), 0, s.strides[1], s.strides[0], s.strides[2]};
-  return {data_of(tensor), s.strides[0], s.strides[1], s.strides[2], s.strides[3]};
+  STD_TORCH_CHECK(fits && dtype_of(name, tensor) == dtype, name, ": its shape or dtype does not fit");
+  char* const data = data_of(name, tensor, s, kItemSize[dtype]);
+  if (packed) return {data, 0, s.strides[1], s.strides[0], s.strides[2]};
+  return {data, s.strides[0], s.strides[1], s.strides[2], s.strides[3]};
 }
 
 // The boundaries of packed sequences, and the longest of these.
 const int32_t* boundaries(const char* name, const Handle& tensor, int64_t batches, int64_t total, int64_t& longest) {
-  const Sizes s = sizes_of(tensor);
+  const Sizes s = sizes_of(name, tensor);
   STD_TORCH_CHECK(has_dtype(tensor, aoti_torch_dtype_int32()) && s.ndim == 1 && s.sizes[0] == batches + 1 &&
                       (batches == 0 || s.strides[0] == 1),
                   name, ": expected contiguous int32 boundaries, one more than sequences");
-  const auto* const bounds = (const int32_t*)data_of(tensor);
+  const auto* const bounds = (const int32_t*)data_of(name, tensor, s, sizeof(int32_t));
   longest = 0;
   bool sound = bounds[0] == 0 && bounds[batches] == total;
   for (int64_t b = 0; b < batches; ++b) {
@@ -57,7 +52,7 @@ const int32_t* boundaries(const char* name, const Handle& tensor, int64_t batche
 Mask describe_mask(const char* name, const Handle& tensor, const int64_t (&sizes)[4], int64_t (&own)[4]) {
   std::fill(own, own + 4, 1);
   if (!tensor) return {};
-  const Sizes s = sizes_of(tensor);
+  const Sizes s = sizes_of(name, tensor);
   STD_TORCH_CHECK(s.ndim <= 4, name, ": expected at most 4 dimensions");
   int64_t strides[4] = {};
   for (int64_t d = 4 - s.ndim; d < 4; ++d) {
@@ -65,8 +60,8 @@ Mask describe_mask(const char* name, const Handle& tensor, const int64_t (&sizes
     STD_TORCH_CHECK(own[d] == 1 || own[d] == sizes[d], name, ": its shape does not fit");
     strides[d] = own[d] == 1 ? 0 : s.strides[d - (4 - s.ndim)];
   }
-  const MaskDtype dtype = has_dtype(tensor, aoti_torch_dtype_bool()) ? kMaskBool : MaskDtype(dtype_of(tensor));
-  return {data_of(tensor), dtype, strides[0], strides[1], strides[2], strides[3]};
+  const MaskDtype dtype = has_dtype(tensor, aoti_torch_dtype_bool()) ? kMaskBool : MaskDtype(dtype_of(name, tensor));
+  return {data_of(name, tensor, s, dtype == kMaskBool ? 1 : kItemSize[dtype]), dtype, strides[0], strides[1], strides[2], strides[3]};
 }
 
 constexpr char kArguments[] =
@@ -84,17 +79,21 @@ struct Arguments {
     AttentionCall& a = call;
     const bool packed = bool(cu_queries);
     STD_TORCH_CHECK(packed == bool(cu_keys), "cu_seqlens_k: give both boundaries or none");
-    const Sizes qs = sizes_of(q), ks = sizes_of(k), vs = sizes_of(v);
+    const Sizes qs = sizes_of("query", q), ks = sizes_of("key", k), vs = sizes_of("value", v);
     const int64_t ndim = packed ? 3 : 4;
     STD_TORCH_CHECK(qs.ndim == ndim && ks.ndim == ndim && vs.ndim == ndim, "query: expected ", ndim, " dimensions");
-    a.dtype = dtype_of(q);
+    a.dtype = dtype_of("query", q);
     a.wide = a.dtype == kFloat64;
     a.n_heads = qs.sizes[1], a.n_key_heads = ks.sizes[1];
     a.dim = qs.sizes[ndim - 1], a.value_dim = vs.sizes[ndim - 1];
+    STD_TORCH_CHECK(a.dim <= kMostHeadDim, "query: expected a head dim of at most ", kMostHeadDim, ", got ", a.dim);
+    STD_TORCH_CHECK(a.value_dim <= kMostHeadDim, "value: expected a head dim of at most ", kMostHeadDim, ", got ",
+                    a.value_dim);
     STD_TORCH_CHECK(a.n_heads == 0 || (a.n_key_heads > 0 && a.n_heads % a.n_key_heads == 0),
                     "key: its number of heads does not divide query's");
     const int64_t queries = qs.sizes[ndim == 4 ? 2 : 0], keys = ks.sizes[ndim == 4 ? 2 : 0];
-    a.n_batches = packed ? numel_of(cu_queries) - 1 : qs.sizes[0];
+    const Sizes bounds = packed ? sizes_of("cu_seqlens_q", cu_queries) : Sizes{};
+    a.n_batches = packed ? product(bounds.sizes, bounds.ndim) - 1 : qs.sizes[0];
     STD_TORCH_CHECK(a.n_batches >= 0, "cu_seqlens_q: expected one boundary at least");
     a.q = describe("query", q, a.dtype, packed, a.n_batches, a.n_heads, queries, a.dim);
     a.k = describe("key", k, a.dtype, packed, a.n_batches, a.n_key_heads, keys, a.dim);
@@ -116,16 +115,12 @@ struct Arguments {
       a.key_mask = {mask.data, kMaskBool, mask.query, 0, 0, mask.key};
     }
     a.scale = options.scale;
-    a.element = dropout(options.dropout_p);
+    a.element = dropout("dropout_p", options.dropout_p);
     a.lower_right = options.lower_right;
     constexpr int64_t kFar = int64_t(1) << 60;  // past any position, and far from where sums of positions overflow
     a.window_left = std::min(options.window_left, kFar), a.window_right = std::min(options.window_right, kFar);
     a.softcap = options.softcap;
-    if (a.element.on) {
-      STD_TORCH_CHECK(seed && has_dtype(seed, aoti_torch_dtype_int64()) && numel_of(seed) == 1,
-                      "seed: expected one int64 in a tensor");
-      std::memcpy(&a.seed, data_of(seed), sizeof a.seed);
-    }
+    if (a.element.on) a.seed = uint64_t(*seed_of(seed));
   }
 
   Strided like_queries(const char* name, const Handle& tensor, int64_t features) const {
@@ -133,32 +128,33 @@ struct Arguments {
   }
   Strided like_keys(const char* name, const Handle& tensor, int64_t features) const {
     const bool packed = bool(tensors.cu_keys);
-    const int64_t keys = sizes_of(tensors.k).sizes[packed ? 0 : 2];
+    const int64_t keys = sizes_of("key", tensors.k).sizes[packed ? 0 : 2];
     return describe(name, tensor, call.dtype, packed, call.n_batches, call.n_key_heads, keys, features);
   }
   // A number for each head and query, one after another.
   void* statistics(const char* name, const Handle& tensor) const {
     if (!tensor) return nullptr;
-    const Sizes s = sizes_of(tensor);
+    const Sizes s = sizes_of(name, tensor);
+    const Dtype dtype = call.wide ? kFloat64 : kFloat32;
     int64_t step = 1;
-    bool fits = dtype_of(tensor) == (call.wide ? kFloat64 : kFloat32) && numel_of(tensor) == rows();
+    bool fits = dtype_of(name, tensor) == dtype && product(s.sizes, s.ndim) == rows();
     for (int64_t d = s.ndim - 1; d >= 0; --d) {
       fits &= s.sizes[d] == 1 || s.strides[d] == step || rows() == 0;
-      step *= s.sizes[d];
+      step = times(step, s.sizes[d]);
     }
     STD_TORCH_CHECK(fits, name, ": expected a contiguous number of the compute type for each head and query");
-    return data_of(tensor);
+    return data_of(name, tensor, s, kItemSize[dtype]);
   }
-  int64_t rows() const { return (tensors.cu_queries ? 1 : call.n_batches) * call.n_heads * call.total_queries; }
+  int64_t rows() const { return times(tensors.cu_queries ? 1 : call.n_batches, call.n_heads, call.total_queries); }
 };
 
-int64_t blocks(int64_t n) { return (n + kBlockSize - 1) / kBlockSize; }
+int64_t blocks(int64_t n) { return pieces(n, kBlockSize); }
 
 // `kernel` over `count` items of `positions` each, against all `others`.
 void run(void (*kernel)(const AttentionCall&, void*, int64_t, int64_t), const AttentionCall& a, int64_t count,
          int64_t positions, int64_t others) {
   if (!count) return;
-  const int64_t cost = std::min(positions, kBlockSize) * std::max<int64_t>(others * (a.dim + a.value_dim), 1);
+  const int64_t cost = times(std::min(positions, kBlockSize), std::max<int64_t>(times(others, a.dim + a.value_dim), 1));
   parallel(count, std::max<int64_t>(kGrain / std::max<int64_t>(cost, 1), 1), kernels().attention->workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { kernel(a, memory, begin, end); });
 }
@@ -197,7 +193,7 @@ void run_attention_forward(const AttentionTensors& tensors, const AttentionOptio
   AttentionCall& a = given.call;
   a.out = given.like_queries("out", out, a.value_dim);
   a.lse = given.statistics("lse", lse);
-  run(kernels().attention->forward, a, a.n_batches * a.n_heads * blocks(a.n_queries), a.n_queries, a.n_keys);
+  run(kernels().attention->forward, a, times(a.n_batches, a.n_heads, blocks(a.n_queries)), a.n_queries, a.n_keys);
 }
 
 void run_attention_backward(const AttentionTensors& tensors, const AttentionOptions& options, const AttentionKept& kept,
@@ -213,10 +209,10 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
   a.dv = given.like_keys("dv", dv, a.value_dim);
   a.lse = given.statistics("lse", kept.lse);
   a.dlse = given.statistics("dlse", cotangents.dlse);
-  const int64_t bytes = given.rows() * (a.wide ? 8 : 4), query_blocks = a.n_batches * a.n_heads * blocks(a.n_queries);
+  const int64_t bytes = times(given.rows(), a.wide ? 8 : 4);
+  const int64_t query_blocks = times(a.n_batches, a.n_heads, blocks(a.n_queries));
   a.precise = dmask || a.n_keys <= kBlockSize;
-  const Buffer statistics = allocate(std::max<int64_t>(2 * bytes, 1));
-  STD_TORCH_CHECK(statistics, "out of memory: ", 2 * bytes, " bytes for two numbers a query");
+  const Buffer statistics = allocate("two numbers a query", std::max<int64_t>(times(2, bytes), 1));
   a.delta = statistics.get();
   a.norms = (char*)a.delta + bytes;
   const AttentionKernels& k = *kernels().attention;
@@ -226,16 +222,17 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
     run(k.delta, a, query_blocks, a.n_queries, 1);
   if (a.dq.data || !a.precise) run(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
   if (a.dk.data || a.dv.data)
-    run(k.key_gradients, a, a.n_batches * a.n_key_heads * blocks(a.n_keys), a.n_keys, a.n_queries);
-  if (!dmask || !numel_of(dmask)) return;
+    run(k.key_gradients, a, times(a.n_batches, a.n_key_heads, blocks(a.n_keys)), a.n_keys, a.n_queries);
+  if (!dmask) return;
   int64_t own[4];
   const int64_t sizes[4] = {a.mask_batches, a.mask_heads, a.mask_queries, a.mask_keys};
   const Mask m = describe_mask("dmask", dmask, sizes, own);
   STD_TORCH_CHECK(std::equal(own, own + 4, sizes) && m.dtype == a.attn_mask.dtype && m.dtype != kMaskBool,
                   "dmask: its shape or dtype is not attn_mask's");
+  if (!m.data) return;
   a.dmask = {const_cast<char*>(m.data), m.batch, m.head, m.query, m.key};
-  const int64_t tiles = a.mask_batches * a.mask_heads * blocks(a.mask_queries) * blocks(a.mask_keys);
-  run(k.mask_gradient, a, tiles, a.n_queries, a.n_batches * a.n_heads * a.n_keys / tiles);
+  const int64_t tiles = times(a.mask_batches, a.mask_heads, blocks(a.mask_queries), blocks(a.mask_keys));
+  run(k.mask_gradient, a, tiles, a.n_queries, times(a.n_batches, a.n_heads, a.n_keys) / tiles);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {

@@ -1,8 +1,8 @@
 // bias_act_dropout of the CPU library for those who link it: arguments checked, outputs allocated, kernels run.
 #pragma once
 
-#include "../handles.h"
 #include "../export.h"
+#include "../norm_call.h"
 
 namespace fusednorm_cpu {
 
@@ -16,9 +16,9 @@ struct BiasActGradients {
   Handle dx, dbias;  // undefined where not wanted
 };
 
-// `options` holds the activation (activation_args.h) in two bits; for gradients, then one for dx and one for d(bias).
-FUSEDNORM_EXPORT Handle run_activation_forward(const BiasActTensors& tensors, int64_t options, double dropout_p);
-FUSEDNORM_EXPORT BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors& tensors, int64_t options,
-                                                          double dropout_p);
+FUSEDNORM_EXPORT Handle run_activation_forward(const BiasActTensors& tensors, const fusednorm::ActivationOptions& options,
+                                               double dropout_p);
+FUSEDNORM_EXPORT BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors& tensors,
+                                                          const fusednorm::ActivationOptions& options, double dropout_p);
 
 }  // namespace fusednorm_cpu

@@ -9,7 +9,8 @@ namespace fusednorm_cpu {
 
 // What both sides of the calls must have compiled alike: a file left from another build may not.
 constexpr int64_t kLayout =
-    fusednorm::kNormsLayout * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) + sizeof(BiasActTensors);
+    fusednorm::kNormsLayout * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) +
+    sizeof(BiasActTensors) + sizeof(fusednorm::ActivationOptions);
 FUSEDNORM_EXPORT int64_t layout();
 
 }  // namespace fusednorm_cpu

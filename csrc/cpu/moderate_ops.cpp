@@ -16,13 +16,14 @@ constexpr int64_t kChunk = 1 << 14, kGrain = 1 << 18;  // elements
 }  // namespace
 
 // The elements in the order of their addresses, those that are repeated once.
-bool all_moderate(const Handle& tensor) {
-  const Sizes s = sizes_of(tensor);
-  const Dtype dtype = dtype_of(tensor);
+bool all_moderate(const char* name, const Handle& tensor) {
+  const Sizes s = sizes_of(name, tensor);
+  const Dtype dtype = dtype_of(name, tensor);
+  const char* const data = data_of(name, tensor, s, kItemSize[dtype]);
+  if (!data) return true;
   Dim dims[kMaxDims];
   int64_t n_dims = 0;
   for (int64_t d = 0; d < s.ndim; ++d) {
-    if (s.sizes[d] == 0) return true;
     if (s.sizes[d] > 1 && s.strides[d] != 0) dims[n_dims++] = {s.sizes[d], s.strides[d]};
   }
   std::sort(dims, dims + n_dims, [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
@@ -36,8 +37,7 @@ bool all_moderate(const Handle& tensor) {
   const Dim inner = folded ? dims[--folded] : Dim{1, 1};
   int64_t runs = 1;
   for (int64_t d = 0; d < folded; ++d) runs *= dims[d].size;
-  const int64_t chunks = (inner.size + kChunk - 1) / kChunk, each = std::min(inner.size, kChunk);
-  const char* const data = data_of(tensor);
+  const int64_t chunks = pieces(inner.size, kChunk), each = std::min(inner.size, kChunk);
   std::atomic<bool> found{false};
   parallel(runs * chunks, std::max<int64_t>(kGrain / each, 1), 0, [&](void*, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end && !found; ++item) {
@@ -55,7 +55,7 @@ namespace {
 
 void all_moderate_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle a = take_tensor(stack[0]), b = take_optional(stack[1]), c = take_optional(stack[2]);
-  const bool moderate = all_moderate(a) && (!b || all_moderate(b)) && (!c || all_moderate(c));
+  const bool moderate = all_moderate("a", a) && (!b || all_moderate("b", b)) && (!c || all_moderate("c", c));
   stack[0] = torch::stable::detail::from(moderate);
 }
 

@@ -1,11 +1,15 @@
 // What the bindings hand to the kernels: plain data, without inline functions (../data.h says why).
 #pragma once
 
+#include "../checked.h"
 #include "../data.h"
 
 namespace fusednorm_cpu {
 
 using namespace fusednorm;
+
+// Elements of a row of a workspace: whole vectors may be read and written past a row's end.
+FN_CHECKED int64_t padded(int64_t n) { return plus(n, 95) / 64 * 64; }
 
 constexpr int kRowBlock = 4;  // rows that the backward takes together over the columns
 

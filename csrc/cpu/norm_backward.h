@@ -38,7 +38,7 @@ constexpr int64_t kMostFetched = 256 << 10, kLeastNext = 2 << 10, kMostNext = 64
 template <class C, class S>
 FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
   Sums<C> products, shifts;
-  const bool stays = a.n_columns * int64_t(sizeof(S)) <= kMostFetched;
+  const bool stays = times(a.n_columns, sizeof(S)) <= kMostFetched;
   const S *const dresidual_out = stays ? b.dresidual_out[r] : nullptr, *const x = stays ? b.x[r] : nullptr;
   sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
     if (dresidual_out) __builtin_prefetch(dresidual_out + j);
@@ -153,7 +153,7 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
 }
 
 inline int64_t backward_workspace(const Backward& a) {
-  return kRowBlock * staged_rows(a) * padded(a.n_columns) * (a.wide ? 8 : 4);
+  return times(kRowBlock * staged_rows(a), padded(a.n_columns), a.wide ? 8 : 4);
 }
 
 inline void backward(const Backward& a, void* workspace, int64_t first_chunk, int64_t end_chunk) {

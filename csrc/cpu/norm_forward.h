@@ -156,7 +156,7 @@ void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t 
 
 inline int64_t forward_workspace(const Forward& a) {
   const int64_t rows = (a.direct ? 1 : 3) + (a.element.on ? 1 : 0);
-  return rows * padded(a.n_columns) * (a.wide ? 8 : 4);
+  return times(rows, padded(a.n_columns), a.wide ? 8 : 4);
 }
 
 // f(compute type, storage type of direct rows)

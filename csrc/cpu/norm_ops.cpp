@@ -1,6 +1,7 @@
 // fusednorm_cpu::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, rows given to the kernels.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "layout.h"
 #include "operands.h"
@@ -27,36 +28,28 @@ int64_t chunk_rows(int64_t rows, int64_t columns) {
   constexpr int64_t kMostChunks = 64, kMostRows = 256, kFew = 8;
   const int64_t pays = std::clamp<int64_t>(kGrain / std::max<int64_t>(columns, 1), 2, kFew);
   const int64_t least = std::clamp<int64_t>(rows / kFew, pays, kFew);
-  return std::clamp<int64_t>((rows + kMostChunks - 1) / kMostChunks, least, kMostRows);
+  return std::clamp<int64_t>(pieces(rows, kMostChunks), least, kMostRows);
 }
 
-int64_t room(int64_t n) { return (n + 95) / 64 * 64; }
-
-// Sizes, compute type and masks, from the tensor that has the call's shape.
-void describe_call(Common& a, const Sizes& s, const Options& o, bool wide, const Handle& seed, double dropout_p,
+// Sizes, compute type and masks, from the tensor that has the call's shape. Returns the dimensions of rows.
+int64_t describe_call(Common& a, const Sizes& s, const Options& o, bool wide, const Handle& seed, double dropout_p,
                    double drop_path_p) {
-  STD_TORCH_CHECK(o.normalized_ndim <= s.ndim, "normalized_ndim exceeds the number of dimensions");
-  const int64_t lead = s.ndim - o.normalized_ndim;
+  const int64_t lead = leading_dims(s, o);
   a.n_rows = product(s.sizes, lead);
   a.n_columns = product(s.sizes + lead, o.normalized_ndim);
   a.rows_per_sample = rows_per_sample(s, lead);
-  a.mask_columns = s.ndim ? s.sizes[s.ndim - 1] : 1;
+  a.mask_columns = s.sizes[s.ndim - 1];
   a.wide = wide;
   a.rms = o.rms;
-  a.element = dropout(a.n_columns ? dropout_p : 0.0);
-  a.path = dropout(drop_path_p);
-  a.seed = 0;
-  if (a.element.on || a.path.on) {
-    int32_t dtype = -1;
-    if (seed) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(seed.get(), &dtype));
-    STD_TORCH_CHECK(dtype == aoti_torch_dtype_int64() && numel_of(seed) == 1, "seed: expected one int64 in a tensor");
-    std::memcpy(&a.seed, data_of(seed), sizeof a.seed);
-  }
+  a.element = dropout("dropout_p", dropout_p);
+  a.path = dropout("drop_path_p", drop_path_p);
+  a.seed = a.element.on || a.path.on ? uint64_t(*seed_of(seed)) : 0;
+  return lead;
 }
 
 void check_shape(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim) {
   if (!tensor) return;
-  const Sizes s = sizes_of(tensor);
+  const Sizes s = sizes_of(name, tensor);
   STD_TORCH_CHECK(s.ndim == ndim && std::equal(sizes, sizes + ndim, s.sizes), name, ": its shape does not fit");
 }
 
@@ -69,11 +62,11 @@ class Parameters {
     if (!tensor) return nullptr;
     check_shape(name, tensor, shape_, ndim_);
     Operand operand;
-    describe_parameter(tensor, operand);
+    describe_parameter(name, tensor, operand);
+    if (!a_.n_rows || !a_.n_columns) return nullptr;  // of an expanded one a copy may be more than there is memory
     if (operand.unit && operand.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return operand.data;
-    const int64_t bytes = room(a_.n_columns) * (a_.wide ? 8 : 4);
-    if (!buffer_) buffer_ = allocate(4 * bytes);
-    STD_TORCH_CHECK(buffer_, "out of memory: ", 4 * bytes, " bytes for the parameters");
+    const int64_t bytes = times(padded(a_.n_columns), a_.wide ? 8 : 4);
+    if (!buffer_) buffer_ = allocate("the parameters", times(4, bytes));
     char* out = (char*)buffer_.get() + used_++ * bytes;
     kernels().parameter(operand, a_.n_columns, a_.wide, shift, out);
     return out;
@@ -89,8 +82,8 @@ class Parameters {
 
 // Whether an output of contiguous rows is to be written past the caches; so far as it is there at all.
 bool streams(const Common& a, const void* data, Dtype dtype) {
-  const int64_t row = a.n_columns * kItemSize[dtype];
-  return !data || (row % 64 == 0 && (uintptr_t)data % 64 == 0 && a.n_rows * row >= kStreamed);
+  const int64_t row = times(a.n_columns, kItemSize[dtype]);
+  return !data || (row % 64 == 0 && (uintptr_t)data % 64 == 0 && times(a.n_rows, row) >= kStreamed);
 }
 
 // Whether rows may be read and written as they lie.
@@ -106,14 +99,13 @@ int64_t layout() { return kLayout; }
 
 Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Options& o = t.options;
-  const Sizes s = sizes_of(t.x);
+  const Sizes s = sizes_of("x", t.x);
   Forward a;
-  const Dtype x_dtype = dtype_of(t.x);
-  describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
-  const int64_t lead = s.ndim - o.normalized_ndim;
+  const Dtype x_dtype = dtype_of("x", t.x);
+  const int64_t lead = describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
   check_shape("residual", t.residual, s.sizes, s.ndim);
-  describe(t.x, lead, a.x);
-  describe(t.residual, lead, a.residual);
+  describe("x", t.x, lead, a.x);
+  describe("residual", t.residual, lead, a.residual);
   Parameters parameters(a, s, lead);
   a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
   a.bias = parameters.get("bias", t.bias);
@@ -130,17 +122,21 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   out.normed = empty(s.ndim, s.sizes, o.dtype);
   out.z = o.store_residual ? empty(s.ndim, s.sizes, o.residual_dtype) : empty(1, none, o.residual_dtype);
   out.stats = keep_statistics ? empty(2, stats_sizes, wide) : undefined();
+  const int64_t elements = times(a.n_rows, a.n_columns);
+  if (elements == 0) {  // rows of no elements have statistics, which are NaN: so are all ones
+    if (keep_statistics && a.n_rows)
+      std::memset(fresh_data(out.stats), 0xff, times(stats_sizes[0], a.n_rows, kItemSize[wide]));
+    return out;
+  }
   double few[256];  // an aligned allocation costs as much as a row of 64
-  const int64_t unkept_bytes = keep_statistics ? 0 : 2 * a.n_rows * kItemSize[wide];
-  const Buffer many = unkept_bytes > int64_t(sizeof few) ? allocate(unkept_bytes) : nullptr;
-  STD_TORCH_CHECK(many || unkept_bytes <= int64_t(sizeof few), "out of memory");
-  a.normed = data_of(out.normed), a.z = o.store_residual ? data_of(out.z) : nullptr;
-  a.stats = keep_statistics ? data_of(out.stats) : many ? many.get() : few;
-  const int64_t elements = a.n_rows * a.n_columns;
-  ask_for_huge_pages(a.normed, elements * kItemSize[o.dtype]);
-  if (a.z) ask_for_huge_pages(a.z, elements * kItemSize[o.residual_dtype]);
+  const int64_t unkept_bytes = keep_statistics ? 0 : times(2, a.n_rows, kItemSize[wide]);
+  const Buffer many = unkept_bytes > int64_t(sizeof few) ? allocate("the statistics", unkept_bytes) : nullptr;
+  a.normed = fresh_data(out.normed), a.z = o.store_residual ? fresh_data(out.z) : nullptr;
+  a.stats = keep_statistics ? fresh_data(out.stats) : many ? many.get() : few;
+  ask_for_huge_pages(a.normed, times(elements, kItemSize[o.dtype]));
+  if (a.z) ask_for_huge_pages(a.z, times(elements, kItemSize[o.residual_dtype]));
   const Kernels& k = kernels();
-  parallel(a.n_rows, std::max<int64_t>(kGrain / (a.n_columns + kRowCost), 1), k.forward_workspace(a),
+  parallel(a.n_rows, std::max<int64_t>(kGrain / plus(a.n_columns, kRowCost), 1), k.forward_workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
   return out;
 }
@@ -148,15 +144,14 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
 Gradients run_backward(const BackwardCall& call) {
   const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
       call;
-  const Sizes s = sizes_of(saved);
+  const Sizes s = sizes_of("saved", saved);
   Backward a;
-  const Dtype wide = dtype_of(stats);  // the dtypes of what is differentiated do not say what it was computed in
+  const Dtype wide = dtype_of("stats", stats);  // the dtypes of what is differentiated do not say what it was computed in
   STD_TORCH_CHECK(wide == kFloat64 || wide == kFloat32, "stats: expected float32 or float64");
-  describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
-  const int64_t lead = s.ndim - o.normalized_ndim;
+  const int64_t lead = describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
   const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
   check_shape("stats", stats, stats_sizes, 2);
-  const Sizes laid = sizes_of(stats);
+  const Sizes laid = sizes_of("stats", stats);
   const bool contiguous = (a.n_rows == 1 || laid.strides[1] == 1) && (o.rms || laid.strides[0] == a.n_rows);
   STD_TORCH_CHECK(contiguous || a.n_rows == 0, "stats: expected a contiguous tensor");
   check_shape("dnormed", dnormed, s.sizes, s.ndim);
@@ -164,11 +159,13 @@ Gradients run_backward(const BackwardCall& call) {
   check_shape("x", x, s.sizes, s.ndim);
   const bool wants_layer_scale = (o.output_mask >> 5 & 1) && layer_scale;
   STD_TORCH_CHECK(x || !wants_layer_scale, "x: the gradient of layer_scale needs it");
-  describe(dnormed, lead, a.dnormed);
-  describe(dresidual_out, lead, a.dresidual_out);
-  describe(saved, lead, a.saved);
+  describe("dnormed", dnormed, lead, a.dnormed);
+  describe("dresidual_out", dresidual_out, lead, a.dresidual_out);
+  describe("saved", saved, lead, a.saved);
   a.x.data = nullptr;
-  if (wants_layer_scale) describe(x, lead, a.x);
+  if (wants_layer_scale) describe("x", x, lead, a.x);
+  for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
+    check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
   Parameters parameters(a, s, lead);
   a.saved_is_normed = o.saved_is_normed;
   a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);
@@ -180,45 +177,46 @@ Gradients run_backward(const BackwardCall& call) {
 
   Gradients outputs;
   const Handle* const like[6] = {&saved, &saved, &weight, &bias, &x_bias, &layer_scale};
+  const char* const names[6] = {"saved", "saved", "weight", "bias", "x_bias", "layer_scale"};
   Dtype dtypes[6];
   void* written[6];
-  int64_t elements = a.n_rows * a.n_columns;
+  const int64_t elements = times(a.n_rows, a.n_columns);
+  bool any_wanted = false;
   for (int i = 0; i < 6; ++i) {
     const bool wanted = (o.output_mask >> i & 1) && *like[i];
-    dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(*like[i]);
-    const Sizes shape = wanted ? sizes_of(*like[i]) : Sizes{};
-    outputs.of[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : undefined();
-    written[i] = wanted ? data_of(outputs.of[i]) : nullptr;
-    if (i < 2 && wanted) ask_for_huge_pages(written[i], elements * kItemSize[dtypes[i]]);
+    any_wanted |= wanted;
+    dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(names[i], *like[i]);
+    const int64_t first = i < 2 ? 0 : lead;  // a parameter has the shape of the columns
+    outputs.of[i] = wanted ? empty(s.ndim - first, s.sizes + first, dtypes[i]) : undefined();
+    written[i] = wanted ? fresh_data(outputs.of[i]) : nullptr;
+    if (i < 2 && wanted) ask_for_huge_pages(written[i], times(elements, kItemSize[dtypes[i]]));
+    if (i >= 2 && written[i] && !a.n_rows) std::memset(written[i], 0, times(a.n_columns, kItemSize[dtypes[i]]));
   }
+  if (!elements || !any_wanted) return outputs;
   a.dx = written[0], a.dresidual = written[1];
   a.direct = (!a.dx || a.dx_dtype == a.row_dtype) && (!a.dresidual || a.dresidual_dtype == a.row_dtype) &&
              direct(a, a.row_dtype, a.dnormed, a.dresidual_out, a.saved, a.x);
   a.streams = a.direct && streams(a, a.dx, a.dx_dtype) && streams(a, a.dresidual, a.dresidual_dtype);
-  a.stats = data_of(stats);
+  a.stats = data_of("stats", stats, laid, kItemSize[wide]);
   a.n_sums = 0;
   int* const indices[4] = {&a.sum_dweight, &a.sum_dbias, &a.sum_dx_bias, &a.sum_dlayer_scale};
   for (int i = 0; i < 4; ++i) *indices[i] = (o.output_mask >> (i + 2) & 1) && *like[i + 2] ? a.n_sums++ : -1;
   a.epilogue = a.layer_scale || a.element.on || a.path.on || a.sum_dx_bias >= 0;
   a.rows_per_chunk = chunk_rows(a.n_rows, a.n_columns);
-  const int64_t chunks = (a.n_rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
-  a.partial_stride = room(a.n_columns);
+  const int64_t chunks = pieces(a.n_rows, a.rows_per_chunk);
+  a.partial_stride = padded(a.n_columns);
   Buffer partials;
-  if (a.n_sums && chunks) {
-    const int64_t bytes = chunks * a.n_sums * a.partial_stride * (a.wide ? 8 : 4);
-    partials = allocate(bytes);
-    STD_TORCH_CHECK(partials, "out of memory: ", bytes, " bytes of partial sums");
-  }
+  if (a.n_sums) partials = allocate("partial sums", times(chunks, a.n_sums, a.partial_stride, a.wide ? 8 : 4));
   a.partials = partials.get();
   const Kernels& k = kernels();
-  const int64_t chunk_cost = a.rows_per_chunk * (a.n_columns + kRowCost);
+  const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
   parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), k.backward_workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
   // in blocks of 64 columns, so that no two threads share a cache line
-  const int64_t blocks = (a.n_columns + 63) / 64;
+  const int64_t blocks = pieces(a.n_columns, 64);
   for (int i = 0; i < 4; ++i)
     if (*indices[i] >= 0)
-      parallel(blocks, std::max<int64_t>(kGrain / 64 / std::max<int64_t>(chunks, 1), 1), 0,
+      parallel(blocks, std::max<int64_t>(kGrain / 64 / chunks, 1), 0,
                [&](void*, int64_t begin, int64_t end) {
                  const char* sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
                  const int64_t last = std::min(end * 64, a.n_columns);
@@ -238,7 +236,7 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 // Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
   Outputs out = run_forward({take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
-                             {}, {}, {}, Options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
+                             {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
                             false);
   give(stack, out.normed, out.z);
 }

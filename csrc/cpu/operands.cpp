@@ -12,19 +12,18 @@ Handle undefined() {
   return Handle(tensor);
 }
 
-void describe(const Handle& tensor, int64_t lead, Operand& operand) {
-  if (!tensor) {
-    operand.data = nullptr;
-    return;
-  }
-  const Sizes s = sizes_of(tensor);
-  operand.data = data_of(tensor);
-  operand.dtype = dtype_of(tensor);
+void describe(const char* name, const Handle& tensor, int64_t lead, Operand& operand) {
+  operand.data = nullptr;
+  if (!tensor) return;
+  const Sizes s = sizes_of(name, tensor);
+  operand.dtype = dtype_of(name, tensor);
+  operand.data = data_of(name, tensor, s, kItemSize[operand.dtype]);
+  if (!operand.data) return;
   operand.row_dims = fold(s.sizes, s.strides, lead, operand.rows);
   operand.col_dims = fold(s.sizes + lead, s.strides + lead, s.ndim - lead, operand.cols);
   operand.unit = operand.col_dims == 0 || (operand.col_dims == 1 && operand.cols[0].stride == 1);
 }
 
-void describe_parameter(const Handle& tensor, Operand& operand) { describe(tensor, 0, operand); }
+void describe_parameter(const char* name, const Handle& tensor, Operand& operand) { describe(name, tensor, 0, operand); }
 
 }  // namespace fusednorm_cpu

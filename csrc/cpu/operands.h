@@ -10,9 +10,9 @@ Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype);
 Handle undefined();
 
 // `lead` dimensions of rows, the others columns.
-void describe(const Handle& tensor, int64_t lead, Operand& operand);
+void describe(const char* name, const Handle& tensor, int64_t lead, Operand& operand);
 
 // A tensor of as many elements, in any shape, as one row.
-void describe_parameter(const Handle& tensor, Operand& operand);
+void describe_parameter(const char* name, const Handle& tensor, Operand& operand);
 
 }  // namespace fusednorm_cpu

@@ -7,9 +7,6 @@
 namespace fusednorm_cpu {
 namespace FN_ISA {
 
-// Workspaces hold rows of this many elements, so that whole vectors may be read and written past a row's end.
-FN_INLINE int64_t padded(int64_t n) { return (n + 95) / 64 * 64; }
-
 FN_INLINE int64_t row_offset(const Operand& o, int64_t row) {
   int64_t offset = 0;
   for (int d = o.row_dims - 1; d > 0; --d) {

@@ -69,8 +69,18 @@ void use_instruction_set(const std::string& name) {
 
 constexpr int64_t kAlignment = 64, kKept = 4 << 20;  // what a thread keeps between calls; mapping pages anew costs more
 
-Buffer allocate(int64_t bytes) {
-  return Buffer(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+namespace {
+
+Buffer aligned(int64_t bytes) {
+  return Buffer(std::aligned_alloc(kAlignment, plus(bytes, kAlignment - 1) / kAlignment * kAlignment));
+}
+
+}  // namespace
+
+Buffer allocate(const char* what, int64_t bytes) {
+  Buffer buffer = aligned(bytes);
+  STD_TORCH_CHECK(buffer, "out of memory: ", bytes, " bytes for ", what);
+  return buffer;
 }
 
 void* workspace(int64_t bytes) {
@@ -78,7 +88,7 @@ void* workspace(int64_t bytes) {
   static thread_local int64_t size = 0;
   if (bytes > size || (size > kKept && bytes <= kKept)) {
     buffer.reset();
-    buffer = allocate(bytes);
+    buffer = aligned(bytes);
     size = buffer ? bytes : 0;
   }
   return buffer.get();

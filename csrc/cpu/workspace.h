@@ -25,7 +25,7 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<void, Free>;
-Buffer allocate(int64_t bytes);
+Buffer allocate(const char* what, int64_t bytes);
 
 // work(workspace, begin, end) over [0, count) on torch's threads, at least `grain` to a thread. Results must not depend
 // on how the range is cut.

@@ -5,8 +5,6 @@
 
 namespace fusednorm_cuda {
 
-enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
-
 struct ActivationCommon {
   int64_t n_rows;
   int n_columns;

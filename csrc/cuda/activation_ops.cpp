@@ -13,18 +13,19 @@ namespace {
 using torch::stable::detail::to;
 
 Dtype describe_call(ActivationCommon& a, const Sizes& s, const Handle& x, const Handle& bias, const Handle& seed,
-                    int64_t options, double dropout_p) {
-  const Dtype dtype = dtype_of(x);
+                    const ActivationOptions& options, double dropout_p) {
+  const Dtype dtype = dtype_of("x", x);
   STD_TORCH_CHECK(s.ndim > 0, "x: expected one dimension at least");
   const int64_t columns = s.sizes[s.ndim - 1];
   STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "a row has no columns, or 2**30 and more");
   a.n_rows = product(s.sizes, s.ndim - 1);
   STD_TORCH_CHECK(a.n_rows > 0, "no rows");
   a.n_columns = int(columns);
-  a.activation = Activation(options & 3);
-  a.element = dropout(dropout_p);
-  STD_TORCH_CHECK(!a.element.on || (seed && numel_of(seed) == 1), "seed: expected a tensor of one element");
-  a.seed = seed ? reinterpret_cast<const int64_t*>(data_of(seed)) : nullptr;
+  a.activation = activation_of(options);
+  check_device("bias", bias, x);
+  check_device("seed", seed, x);
+  a.element = dropout("dropout_p", dropout_p);
+  a.seed = a.element.on ? seed_of(seed) : nullptr;
   a.bias = parameter_of("bias", bias, columns, dtype);
   a.x = rows_of("x", x, s, s.ndim - 1, dtype);
   return dtype;
@@ -32,13 +33,13 @@ Dtype describe_call(ActivationCommon& a, const Sizes& s, const Handle& x, const 
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
-  const Sizes s = sizes_of(x);
+  const Sizes s = sizes_of("x", x);
   ActivationForward a{};
-  const Dtype dtype = describe_call(a, s, x, bias, seed, to<int64_t>(stack[3]), to<double>(stack[4]));
+  const Dtype dtype = describe_call(a, s, x, bias, seed, unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4]));
   const int device = device_of(x), vector = int(16 / kItemSize[dtype]);
   const OnDevice guard(device);
   Handle y = empty(x, s.ndim, s.sizes, dtype);
-  a.y = data_of(y);
+  a.y = fresh_data(y);
   const bool fits = a.n_columns % vector == 0 && aligned(a.x) && aligned(a.bias) && aligned(a.y);
   const Limits limit = limits(device);
   const Form form = activation_form(a.n_columns, vector, fits, limit);
@@ -50,18 +51,19 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle dy = take_tensor(stack[0]), x = take_tensor(stack[1]), bias = take_optional(stack[2]),
                seed = take_optional(stack[3]);
-  const int64_t options = to<int64_t>(stack[4]);
-  const Sizes s = sizes_of(x);
+  const ActivationOptions options = unpack_activation_options(to<int64_t>(stack[4]));
+  const Sizes s = sizes_of("x", x);
   ActivationBackward a{};
   const Dtype dtype = describe_call(a, s, x, bias, seed, options, to<double>(stack[5]));
+  check_device("dy", dy, x);
   a.dy = rows_of("dy", dy, s, s.ndim - 1, dtype);
-  const bool wants_dx = options >> 2 & 1, wants_dbias = (options >> 3 & 1) && bias, wide = dtype == kFloat64;
+  const bool wants_dx = options.wants_dx, wants_dbias = options.wants_dbias && bias, wide = dtype == kFloat64;
   const int device = device_of(x), vector = int(16 / kItemSize[dtype]);
   const OnDevice guard(device);
   const int64_t none[1] = {0}, columns[1] = {a.n_columns};
   Handle dx = wants_dx ? empty(x, s.ndim, s.sizes, dtype) : empty(x, 1, none, dtype);
-  Handle dbias = empty(x, 1, wants_dbias ? columns : none, wants_dbias ? dtype_of(bias) : dtype);
-  a.dx = wants_dx ? data_of(dx) : nullptr;
+  Handle dbias = empty(x, 1, wants_dbias ? columns : none, wants_dbias ? dtype_of("bias", bias) : dtype);
+  a.dx = wants_dx ? fresh_data(dx) : nullptr;
   const bool fits =
       a.n_columns % vector == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.bias) && aligned(a.dx);
   const Limits limit = limits(device);
@@ -69,10 +71,12 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const int programs = activation_programs(a.n_rows, form, wide, limit);
   const int64_t partial_sizes[2] = {programs, a.n_columns};
   const Handle partials = wants_dbias ? empty(x, 2, partial_sizes, wide ? kFloat64 : kFloat32) : Handle();
-  a.partials = partials ? data_of(partials) : nullptr;
+  a.partials = partials ? fresh_data(partials) : nullptr;
   void* const stream = current_stream(device);
   activation_launchers(dtype).backward(a, form, programs, stream);
-  if (wants_dbias) sum_partials({a.partials, programs, a.n_columns, {data_of(dbias)}, {dtype_of(bias)}}, 1, wide, limit.early, stream);
+  if (wants_dbias)
+    sum_partials({a.partials, programs, a.n_columns, {fresh_data(dbias)}, {dtype_of("bias", bias)}}, 1, wide, limit.early,
+                 stream);
   give(stack, dx, dbias);
 }
 

@@ -23,10 +23,11 @@ std::string text(const char* kernel, const Form& f) {
 void forms_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle x = fusednorm::take_tensor(stack[0]);
   const bool aligned = torch::stable::detail::to<bool>(stack[1]);
-  const Sizes s = sizes_of(x);
-  STD_TORCH_CHECK(s.ndim > 0 && s.sizes[s.ndim - 1] > 0, "x: no columns");
+  const Sizes s = sizes_of("x", x);
+  STD_TORCH_CHECK(s.ndim > 0 && s.sizes[s.ndim - 1] > 0 && s.sizes[s.ndim - 1] < kMostColumns,
+                  "x: expected rows of 1 to 2**30 - 1 columns");
   const int64_t n = s.sizes[s.ndim - 1];
-  const int vector = int(16 / kItemSize[dtype_of(x)]);
+  const int vector = int(16 / kItemSize[dtype_of("x", x)]);
   const int device = device_of(x);
   const OnDevice guard(device);
   const Limits limit = limits(device);

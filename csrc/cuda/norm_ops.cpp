@@ -1,5 +1,6 @@
 // fusednorm_cuda::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, a form chosen, kernels launched.
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 
 #include "../export.h"
@@ -28,12 +29,20 @@ Launchers launchers(Dtype dtype, Dtype stream) {
   STD_TORCH_CHECK(false, "dtype");
 }
 
+struct Named {
+  const char* name;
+  const Handle* tensor;
+};
+
+void check_devices(const Handle& rows, std::initializer_list<Named> operands) {
+  for (const Named& operand : operands) check_device(operand.name, *operand.tensor, rows);
+}
+
 // Sizes, masks and parameters; `s` is of the tensor that has the call's shape. Returns the dimensions of rows.
 int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle& weight, const Handle& bias,
                       const Handle& x_bias, const Handle& layer_scale, const Handle& seed, double dropout_p,
                       double drop_path_p) {
-  STD_TORCH_CHECK(o.normalized_ndim <= s.ndim, "normalized_ndim exceeds the number of dimensions");
-  const int64_t lead = s.ndim - o.normalized_ndim, columns = product(s.sizes + lead, o.normalized_ndim);
+  const int64_t lead = leading_dims(s, o), columns = product(s.sizes + lead, o.normalized_ndim);
   STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "a row has no columns, or 2**30 and more");
   a.n_rows = product(s.sizes, lead);
   STD_TORCH_CHECK(a.n_rows > 0, "no rows");
@@ -41,10 +50,8 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
   a.rows_per_sample = rows_per_sample(s, lead);
   a.rms = o.rms, a.zero_centered = o.zero_centered;
   STD_TORCH_CHECK(!(dropout_p > 0) || o.normalized_ndim == 1, "dropout over several normalized dimensions");
-  a.element = dropout(dropout_p), a.path = dropout(drop_path_p);
-  STD_TORCH_CHECK(!(a.element.on || a.path.on) || (seed && numel_of(seed) == 1),
-                  "seed: expected a tensor of one element");
-  a.seed = seed ? reinterpret_cast<const int64_t*>(data_of(seed)) : nullptr;
+  a.element = dropout("dropout_p", dropout_p), a.path = dropout("drop_path_p", drop_path_p);
+  a.seed = a.element.on || a.path.on ? seed_of(seed) : nullptr;
   a.weight = parameter_of("weight", weight, columns, o.dtype);
   a.bias = parameter_of("bias", bias, columns, o.dtype);
   a.x_bias = parameter_of("x_bias", x_bias, columns, o.dtype);
@@ -69,12 +76,14 @@ bool all_aligned(const Common& a, int vector, const Operands&... operands) {
 Outputs run_forward(const ForwardCall& call, bool) {
   const auto& [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = call;
   const Launchers kernels = launchers(o.dtype, o.residual_dtype);
-  const Sizes s = sizes_of(x);
+  const Sizes s = sizes_of("x", x);
+  check_devices(x, {{"residual", &residual}, {"weight", &weight}, {"bias", &bias}, {"x_bias", &x_bias},
+                    {"layer_scale", &layer_scale}, {"seed", &seed}});
   Forward a{};
   const int64_t lead =
       describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
   a.x = rows_of("x", x, s, lead, o.dtype);
-  a.residual_is_narrow = residual && o.residual_dtype != o.dtype && dtype_of(residual) == o.dtype;
+  a.residual_is_narrow = residual && o.residual_dtype != o.dtype && dtype_of("residual", residual) == o.dtype;
   a.residual = rows_of("residual", residual, s, lead, a.residual_is_narrow ? o.dtype : o.residual_dtype);
   a.eps = eps;
   STD_TORCH_CHECK(o.store_residual || !(residual || x_bias || layer_scale || a.element.on || a.path.on),
@@ -87,7 +96,8 @@ Outputs run_forward(const ForwardCall& call, bool) {
   out.normed = empty(x, s.ndim, s.sizes, o.dtype);
   out.z = o.store_residual ? empty(x, s.ndim, s.sizes, o.residual_dtype) : empty(x, 1, none, o.residual_dtype);
   out.stats = empty(x, 2, stats_sizes, o.dtype == kFloat64 ? kFloat64 : kFloat32);
-  a.normed = data_of(out.normed), a.z = o.store_residual ? data_of(out.z) : nullptr, a.stats = data_of(out.stats);
+  a.normed = fresh_data(out.normed), a.z = o.store_residual ? fresh_data(out.z) : nullptr;
+  a.stats = fresh_data(out.stats);
 
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
@@ -104,9 +114,13 @@ Outputs run_forward(const ForwardCall& call, bool) {
 Gradients run_backward(const BackwardCall& call) {
   const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
       call;
-  const Dtype stream = !o.saved_is_normed ? dtype_of(saved) : dresidual_out ? dtype_of(dresidual_out) : o.residual_dtype;
+  const Dtype stream = !o.saved_is_normed ? dtype_of("saved", saved)
+                       : dresidual_out    ? dtype_of("dresidual_out", dresidual_out)
+                                          : o.residual_dtype;
   const Launchers kernels = launchers(o.dtype, stream);
-  const Sizes s = sizes_of(saved);
+  const Sizes s = sizes_of("saved", saved);
+  check_devices(saved, {{"dnormed", &dnormed}, {"dresidual_out", &dresidual_out}, {"stats", &stats}, {"weight", &weight},
+                        {"bias", &bias}, {"x", &x}, {"x_bias", &x_bias}, {"layer_scale", &layer_scale}, {"seed", &seed}});
   Backward a{};
   const int64_t lead =
       describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
@@ -122,9 +136,13 @@ Gradients run_backward(const BackwardCall& call) {
   const auto wanted = [&, mask = o.output_mask](int k) { return (mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
   STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
   if (wanted(5)) a.x = rows_of("x", x, s, lead, o.dtype);
-  STD_TORCH_CHECK(dtype_of(stats) == compute && numel_of(stats) == (o.rms ? 1 : 2) * a.n_rows,
+  const Sizes laid = sizes_of("stats", stats);
+  STD_TORCH_CHECK(dtype_of("stats", stats) == compute && product(laid.sizes, laid.ndim) == times(o.rms ? 1 : 2, a.n_rows),
                   "stats: shape or dtype does not fit");
-  a.stats = data_of(stats);
+  bool contiguous;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(stats.get(), &contiguous));
+  STD_TORCH_CHECK(contiguous, "stats: must be contiguous");
+  a.stats = data_of("stats", stats, laid, kItemSize[compute]);
 
   const int device = device_of(saved);
   const OnDevice guard(device);
@@ -133,14 +151,15 @@ Gradients run_backward(const BackwardCall& call) {
   Finalize finalize{};
   for (int k = 0; k < 6; ++k) {
     if (!wanted(k)) continue;
-    const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : dtype_of(*parameters[k - 2]);
-    const Sizes shape = k < 2 ? s : sizes_of(*parameters[k - 2]);
+    const Dtype dtype = k == 0 ? o.dtype : k == 1 ? o.residual_dtype : dtype_of("parameter", *parameters[k - 2]);
+    const Sizes shape = k < 2 ? s : sizes_of("parameter", *parameters[k - 2]);
     gradients.of[k] = empty(saved, shape.ndim, shape.sizes, dtype);
     if (k < 2) continue;
-    finalize.gradient[n_sums] = data_of(gradients.of[k]), finalize.dtype[n_sums] = dtype;
+    finalize.gradient[n_sums] = fresh_data(gradients.of[k]), finalize.dtype[n_sums] = dtype;
     planes[k] = n_sums++;
   }
-  a.dx = wanted(0) ? data_of(gradients.of[0]) : nullptr, a.dresidual = wanted(1) ? data_of(gradients.of[1]) : nullptr;
+  a.dx = wanted(0) ? fresh_data(gradients.of[0]) : nullptr;
+  a.dresidual = wanted(1) ? fresh_data(gradients.of[1]) : nullptr;
   a.dweight = planes[2], a.dbias = planes[3], a.dx_bias = planes[4], a.dlayer_scale = planes[5];
 
   const Limits limit = limits(device);
@@ -162,8 +181,8 @@ Gradients run_backward(const BackwardCall& call) {
   const int64_t partial_sizes[3] = {n_sums, programs, a.n_columns}, sums_sizes[2] = {2, a.n_rows};
   const Handle partials = n_sums ? empty(saved, 3, partial_sizes, compute) : Handle();
   const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
-  a.partials = partials ? data_of(partials) : nullptr;
-  a.sums = sums ? data_of(sums) : nullptr;
+  a.partials = partials ? fresh_data(partials) : nullptr;
+  a.sums = sums ? fresh_data(sums) : nullptr;
   void* const queue = current_stream(device);
   kernels.backward(a, form, epilogue, int(programs), queue);
   if (n_sums) {
@@ -185,7 +204,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t none[1] = {0};
   for (int k = 0; k < 6; ++k) {
     Handle& gradient = gradients.of[k];
-    if (!gradient) gradient = empty(call.saved, 1, none, dtype_of(call.saved));
+    if (!gradient) gradient = empty(call.saved, 1, none, dtype_of("saved", call.saved));
     stack[k] = torch::stable::detail::from(gradient.release());
   }
 }

@@ -16,21 +16,30 @@ Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype
   return fusednorm::empty(ndim, sizes, dtype, type, device_of(like));
 }
 
+void check_device(const char* name, const Handle& tensor, const Handle& like) {
+  if (!tensor) return;
+  int32_t type, wanted;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &wanted));
+  STD_TORCH_CHECK(type == wanted && device_of(tensor) == device_of(like), name,
+                  ": is on another device than the rows; move it there");
+}
+
 Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype) {
   Rows rows{};
   if (!tensor) return rows;
-  const Sizes s = sizes_of(tensor);
+  const Sizes s = sizes_of(name, tensor);
   STD_TORCH_CHECK(s.ndim == shape.ndim && std::equal(s.sizes, s.sizes + s.ndim, shape.sizes), name,
                   ": its shape does not fit");
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype, name, ": its dtype does not fit");
+  STD_TORCH_CHECK(dtype_of(name, tensor) == dtype, name, ": its dtype does not fit");
+  const int64_t item = kItemSize[dtype];
+  rows.data = data_of(name, tensor, s, item);
   Dim dims[kMaxDims];
   const int columns = fold(s.sizes + lead, s.strides + lead, s.ndim - lead, dims);
   STD_TORCH_CHECK(columns == 0 || (columns == 1 && dims[0].stride == 1), name,
                   ": the columns of a row must lie one after another");
   const int levels = fold(s.sizes, s.strides, lead, dims);
   STD_TORCH_CHECK(levels <= 2, name, ": its rows take more than two strides");
-  rows.data = data_of(tensor);
-  const int64_t item = kItemSize[dtype];
   rows.stride = levels ? dims[levels - 1].stride * item : 0;
   if (levels == 2) rows.outer = dims[0].stride * item, rows.inner = dims[1].size;
   return rows;
@@ -38,13 +47,14 @@ Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t
 
 Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns, Dtype row_dtype) {
   if (!tensor) return {nullptr, false};
-  const Dtype dtype = dtype_of(tensor), compute = row_dtype == kFloat64 ? kFloat64 : kFloat32;
+  const Dtype dtype = dtype_of(name, tensor), compute = row_dtype == kFloat64 ? kFloat64 : kFloat32;
   STD_TORCH_CHECK(dtype == row_dtype || dtype == compute, name, ": its dtype is neither the rows' nor the compute type");
-  STD_TORCH_CHECK(numel_of(tensor) == n_columns, name, ": its shape does not fit");
+  const Sizes s = sizes_of(name, tensor);
+  STD_TORCH_CHECK(product(s.sizes, s.ndim) == n_columns, name, ": its shape does not fit");
   bool contiguous;
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor.get(), &contiguous));
   STD_TORCH_CHECK(contiguous, name, ": must be contiguous");
-  return {data_of(tensor), dtype != row_dtype};
+  return {data_of(name, tensor, s, kItemSize[dtype]), dtype != row_dtype};
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

@@ -11,6 +11,9 @@ int device_of(const Handle& tensor);
 // A contiguous tensor on the device of `like`.
 Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype);
 
+// Of an operand that the kernels read: they would take an address in the host's memory for one in theirs.
+void check_device(const char* name, const Handle& tensor, const Handle& like);
+
 // `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no tensor.
 Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype);
 

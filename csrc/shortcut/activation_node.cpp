@@ -14,7 +14,6 @@
 #include <array>
 #include <mutex>
 
-#include "../cpu/activation_args.h"
 #include "node.h"
 #include "plain.h"
 
@@ -57,8 +56,8 @@ variable_list gradients_in_python(const Facts& facts, const Wanted& wanted, cons
 
 variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dy, const Kept& kept) {
   RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_bwd", c10::ArrayRef<const c10::IValue>{});
-  const int64_t options = facts.activation | int64_t(wanted[0]) << 2 | int64_t(wanted[1]) << 3;
-  auto found = fusednorm_cpu::run_activation_backward(handle(dy), tensors(kept), options, facts.dropout_p);
+  auto found = fusednorm_cpu::run_activation_backward(handle(dy), tensors(kept), {facts.activation, wanted[0], wanted[1]},
+                                                      facts.dropout_p);
   return {take(found.dx), take(found.dbias)};
 }
 
@@ -142,7 +141,8 @@ at::Tensor bias_act_dropout(const BiasActCall& call) {
   {
     RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_fwd", c10::ArrayRef<const c10::IValue>{});
     fusednorm::Handle found =
-        fusednorm_cpu::run_activation_forward(tensors({call.x, call.bias, call.seed}), call.activation, call.dropout_p);
+        fusednorm_cpu::run_activation_forward(tensors({call.x, call.bias, call.seed}), {call.activation, false, false},
+                                              call.dropout_p);
     y = take(found);
   }
   if (!call.needs_grad) return y;
@@ -160,9 +160,9 @@ at::Tensor bias_act_dropout(const BiasActCall& call) {
 at::Tensor bias_act_by_torch(const BiasActCall& call) {
   const at::Tensor u = call.bias.defined() ? at::add(call.x, call.bias) : call.x;
   switch (call.activation) {
-    case fusednorm_cpu::kRelu: return at::relu(u);
-    case fusednorm_cpu::kGelu: return at::gelu(u, "none");
-    case fusednorm_cpu::kGeluTanh: return at::gelu(u, "tanh");
+    case fusednorm::kRelu: return at::relu(u);
+    case fusednorm::kGelu: return at::gelu(u, "none");
+    case fusednorm::kGeluTanh: return at::gelu(u, "tanh");
     default: return at::silu(u);
   }
 }

@@ -90,7 +90,7 @@ variable_list gradients(const Facts& facts, const Wanted& wanted, const at::Tens
   bool native = !at::GradMode::is_enabled() && plain_thread() && plain(dout);
   for (const at::Tensor* tensor : {&kept.query, &kept.key, &kept.value, &kept.out, &kept.lse, &kept.key_mask})
     native = native && plain(*tensor);
-  native = native && (facts.native || !facts.causal || moderate(dout));
+  native = native && (facts.native || !facts.causal || moderate("dout", dout));
   variable_list found = (native ? gradients_natively : gradients_in_python)(facts, wanted, dout, kept);
   for (size_t i = 0; i < 3; ++i)
     if (!wanted[i]) found[i].reset();
@@ -194,7 +194,7 @@ Results forward(const AttentionCall& call, const Facts& facts) {
 
 }  // namespace
 
-bool moderate(const at::Tensor& tensor) { return fusednorm_cpu::all_moderate(handle(tensor)); }
+bool moderate(const char* name, const at::Tensor& tensor) { return fusednorm_cpu::all_moderate(name, handle(tensor)); }
 
 at::Tensor attention(const AttentionCall& call) {
   const Facts facts{call.scale, call.native, call.causal, call.window_left, call.window_right};

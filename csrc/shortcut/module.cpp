@@ -14,7 +14,6 @@
 #include <cmath>
 #include <limits>
 
-#include "../cpu/activation_args.h"
 #include "../cpu/layout.h"
 #include "activation_node.h"
 #include "attention_node.h"
@@ -144,7 +143,7 @@ bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* 
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
   if (!call.by_cuda && !call.rms && !call.makes_stream()) return false;  // torch's own, as providers/cpu.py has it
-  const int64_t columns = c10::multiply_integers(normalized);
+  const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
   return call.by_cuda ? chooses_cuda(operation, call.x, columns, call.needs_grad)
                       : !prefers_torch(operation, call.x, columns, call.needs_grad);
 }
@@ -193,7 +192,7 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// The place of an activation's name in ../cpu/activation_args.h, -1 of no name.
+// The place of an activation's name in ../data.h, -1 of no name.
 int64_t activation_of(PyObject* name) {
   const char* const names[] = {"relu", "gelu", "gelu_tanh", "silu"};
   if (PyUnicode_CheckExact(name))
@@ -216,7 +215,7 @@ bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
   const char* const operations[] = {"bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu"};
   if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, call.needs_grad);
-  const bool slow = call.activation != fusednorm_cpu::kRelu && call.x.scalar_type() == at::kDouble;
+  const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
   by_torch = !with_bias || (by_shape && (slow || prefers_torch(operations[call.activation], call.x, columns, call.needs_grad)));
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }
@@ -309,7 +308,8 @@ bool take_attention(PyObject* const* args, AttentionCall& call) {
   if (call.native) return true;
   // torch's kernels add -inf to what causality masks, and scale it: what is masked must be moderate, the scale positive
   call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
-                (call.causal && !(torchs_scale(call.scale) && moderate(call.query) && moderate(call.key) && moderate(call.value)));
+                (call.causal && !(torchs_scale(call.scale) && moderate("query", call.query) && moderate("key", call.key) &&
+                                       moderate("value", call.value)));
   return true;
 }
 

@@ -21,7 +21,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-int64_t dtype_bits(at::ScalarType type) {
+fusednorm::Dtype dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble: return fusednorm::kFloat64;
     case at::kFloat: return fusednorm::kFloat32;
@@ -57,11 +57,10 @@ bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like
          (parameter.scalar_type() == like.scalar_type() || parameter.scalar_type() == compute);
 }
 
-// As norm_call.h takes them apart: x and the stream have one dtype here.
+// x and the stream have one dtype here.
 fusednorm::Options options(const Facts& facts, at::ScalarType dtype, unsigned output_mask) {
-  const int64_t bits = dtype_bits(dtype);
-  return fusednorm::Options(facts.normalized_ndim | bits << 7 | bits << 9 | int64_t(facts.rms) << 11 |
-                            int64_t(facts.stream) << 13 | int64_t(output_mask) << 15);
+  const fusednorm::Dtype both = dtype_of(dtype);
+  return {facts.normalized_ndim, both, both, facts.rms, false, facts.stream, false, output_mask};
 }
 
 struct Kept {
@@ -225,10 +224,10 @@ c10::DispatchKey device_key(bool by_cuda) {
 
 bool cuda_takes(const NormCall& call) {
   constexpr int64_t kMostColumns = int64_t(1) << 30;
-  const int64_t columns = c10::multiply_integers(call.x.sizes().slice(call.x.dim() - call.normalized_ndim));
-  if (!cuda || !call.x.numel() || columns >= kMostColumns) return false;
+  if (!cuda || !call.x.numel()) return false;
   const auto device = uint64_t(cuda_is_emulated ? 0 : call.x.get_device());
   if (device >= 64 || !(cuda_devices >> device & 1)) return false;
+  if (c10::multiply_integers(call.x.sizes().slice(call.x.dim() - call.normalized_ndim)) >= kMostColumns) return false;
   if (call.dropout_p > 0 && call.normalized_ndim > 1) return false;
   if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;
   if (call.seed.defined() && call.seed.device() != call.x.device()) return false;

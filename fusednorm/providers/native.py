@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
-ACTIVATIONS = {"relu": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+# the options of bias_act_dropout's forward: the number of the activation, above two switches
+ACTIVATIONS = {name: number << 2 for number, name in enumerate(("relu", "gelu", "gelu_tanh", "silu"))}
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -26,10 +27,15 @@ def options(
     saved_is_normed: bool = False,
     output_mask: tuple[bool, ...] = (),
 ) -> int:
-    """All switches in one integer, as csrc/norm_call.h takes them apart."""
-    bits = normalized_ndim | _DTYPES[dtype] << 7 | _DTYPES[residual_dtype] << 9
+    """All switches in one integer, as csrc/norm_call.h unpacks them.
+
+    `normalized_ndim` stands above the switches, so none of its values is taken for another; the library checks it.
+    """
     switches = (rms, zero_centered_weight, store_residual, saved_is_normed, *output_mask)
-    return bits | sum(bool(switch) << 11 + i for i, switch in enumerate(switches))
+    if len(output_mask) > 6:
+        raise ValueError(f"output_mask: expected at most 6 entries, one a gradient, got {len(output_mask)}")
+    bits = _DTYPES[dtype] | _DTYPES[residual_dtype] << 2
+    return bits | sum(bool(switch) << 4 + i for i, switch in enumerate(switches)) | normalized_ndim << 14
 
 
 def too_many_dimensions(x: Tensor) -> str | None:
@@ -61,5 +67,5 @@ def check_whole(library: Path) -> None:
 
 
 def activation_options(activation: str, output_mask: Sequence[bool]) -> int:
-    """Of the backward of bias_act_dropout; the forward takes the activation alone."""
-    return ACTIVATIONS[activation] | bool(output_mask[0]) << 2 | bool(output_mask[1]) << 3
+    """The options of bias_act_dropout's backward, as csrc/norm_call.h unpacks them."""
+    return bool(output_mask[0]) | bool(output_mask[1]) << 1 | ACTIVATIONS[activation]
