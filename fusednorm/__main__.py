@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +15,26 @@ import fusednorm
 from fusednorm import _checks, _shortcut, providers
 from fusednorm.providers.choice import OPERATIONS
 
-ATTENTION = "scaled_dot_product_attention"
-FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION)
-_WITHOUT_DROPOUT = FUNCTIONS[:2]
-_SHAPE, _ATTENTION_SHAPE = [4096, 1024], [2, 8, 512, 64]
+ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
+FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION, VARLEN)
+_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+_SHORT |= {"fp64": "float64", "double": "float64", "attention": ATTENTION, "varlen": VARLEN}
+_SHAPES = {ATTENTION: [2, 8, 512, 64], VARLEN: [1024, 8, 64]}
+_SHAPE = [4096, 1024]
+# what an option is for; all others are for every function
+_TAKES = {
+    "dropout_p": FUNCTIONS[2:],
+    "activation": ("bias_act_dropout",),
+    "bias": ("layer_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout"),
+    "causal": (ATTENTION, VARLEN),
+    "key_mask": (ATTENTION,),
+    "window": (ATTENTION, VARLEN),
+}
+_ENVIRONMENT = """environment:
+  FUSEDNORM_PROVIDER=NAME   the provider outside of any use_provider block; torch: torch's own operators
+  FUSEDNORM_SHORTCUT=0      leave out the C++ shortcut of small calls
+  TRITON_INTERPRET=1        run Triton's kernels on CPU tensors, slowly, to test them
+"""
 
 
 def info() -> str:
@@ -57,16 +75,37 @@ def _triton_version() -> str:
 
 def explain(options: argparse.Namespace) -> str:
     """Make the call that the options describe, and say how it is served."""
-    x = torch.randn(options.shape, device=options.device).to(options.dtype).requires_grad_(options.grad)
-    function = getattr(fusednorm, options.function)
-    if options.function == ATTENTION:
-        return fusednorm.explain(function, x, x, x, is_causal=options.causal, dropout_p=options.dropout_p)
-    args = (x, x) if options.function.startswith("add_") else (x,)
-    given = {"dropout_p": options.dropout_p, "activation": options.activation}
-    keywords = {name: value for name, value in given.items() if value}
-    # what normalizes takes the last size, bias_act_dropout a bias of that size
-    last = x.new_zeros(options.shape[-1:]) if function is fusednorm.bias_act_dropout else options.shape[-1:]
-    return fusednorm.explain(function, *args, last, **keywords)
+    name, shape = options.function, options.shape
+    function = getattr(fusednorm, name)
+    x = torch.randn(shape, device=options.device).to(options.dtype).requires_grad_(options.grad)
+    given = {"dropout_p": options.dropout_p, "activation": options.activation, "is_causal": options.causal}
+    if options.window is not None:
+        given["window"] = (options.window, options.window)
+    keywords: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if name == ATTENTION:
+        if options.key_mask:
+            keywords["key_mask"] = torch.arange(shape[-2], device=x.device).expand(*shape[:1], -1) < shape[-2] - 1
+        return fusednorm.explain(function, x, x, x, **keywords)
+    if name == VARLEN:  # two sequences
+        bounds = torch.tensor([0, shape[0] // 2, shape[0]], dtype=torch.int32, device=x.device)
+        longest = shape[0] - shape[0] // 2
+        return fusednorm.explain(function, x, x, x, bounds, bounds, longest, longest, **keywords)
+    bias = x.new_zeros(shape[-1:]) if options.bias else None
+    if name == "bias_act_dropout":
+        return fusednorm.explain(function, x, bias, **keywords)
+    adds = name.startswith("add_")
+    if options.bias:
+        keywords["x_bias" if adds else "bias"] = bias
+    return fusednorm.explain(function, *((x, x) if adds else (x,)), shape[-1:], **keywords)
+
+
+def _function(text: str) -> str:
+    name = _SHORT.get(text, text)
+    if name not in FUNCTIONS:
+        near = difflib.get_close_matches(text, FUNCTIONS, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FUNCTIONS)}{guess}")
+    return name
 
 
 def _shape(text: str) -> list[int]:
@@ -78,39 +117,64 @@ def _shape(text: str) -> list[int]:
 
 def _dtype(text: str) -> torch.dtype:
     names = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.FLOAT_DTYPES}
-    if text not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-    return names[text]
+    name = text.removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}, fp32, bf16, fp16, fp64")
+    return names[name]
+
+
+def _wrong(options: argparse.Namespace) -> str:
+    """Which option the function does not have, or nothing."""
+    for option, functions in _TAKES.items():
+        if getattr(options, option) and options.function not in functions:
+            other = f"add_{options.function}"
+            those = other if other in functions else ", ".join(functions)
+            flag = option.replace("_", "-")
+            return f"--{flag}: {options.function} has no {option.removesuffix('_p')}; {those} has"
+    if options.function == VARLEN and len(options.shape) != 3:
+        return f"--shape: {VARLEN} takes the sizes of (total, heads, head_dim), as 1024x8x64"
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fusednorm", description=__doc__)
+    form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _ENVIRONMENT}
+    parser = argparse.ArgumentParser(prog="python -m fusednorm", description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, providers")
-    command = commands.add_parser("explain", help="which provider serves a call, and why")
-    command.add_argument("function", choices=FUNCTIONS)
-    command.add_argument("--shape", type=_shape, help="sizes joined by x (default: 4096x1024; of attention 2x8x512x64)")
-    command.add_argument("--dtype", type=_dtype, default="float32", help="%(default)s by default")
+    text = "which provider serves a call, and why"
+    command = commands.add_parser("explain", help=text, description=text, **form)
+    command.add_argument("function", type=_function, metavar="FUNCTION", help=", ".join(FUNCTIONS))
+    command.add_argument(
+        "--shape", type=_shape, help="sizes joined by x (default: 4096x1024; of attention 2x8x512x64, packed 1024x8x64)"
+    )
+    command.add_argument(
+        "--dtype", type=_dtype, default="float32", help="float32, bf16, fp16 or fp64 (default: %(default)s)"
+    )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dropout-p", type=float, default=0.0, help="for the functions that have dropout")
     command.add_argument("--activation", choices=OPERATIONS, help="of bias_act_dropout (default: relu)")
+    command.add_argument(
+        "--bias", action=argparse.BooleanOptionalAction, help="with a bias (bias_act_dropout has one unless --no-bias)"
+    )
     command.add_argument("--causal", action="store_true", help="for attention")
+    command.add_argument("--key-mask", action="store_true", help="for attention: the last key of each sample is hidden")
+    command.add_argument("--window", type=int, metavar="N", help="for attention: N keys to the left and to the right")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     options = parser.parse_args(arguments)
-    if options.command == "explain" and options.shape is None:
-        options.shape = _ATTENTION_SHAPE if options.function == ATTENTION else _SHAPE
-    if options.command == "explain" and options.causal and options.function != ATTENTION:
-        parser.error(f"--causal: {options.function} has no mask; {ATTENTION} has")
-    if options.command == "explain" and options.activation and options.function != "bias_act_dropout":
-        parser.error(f"--activation: {options.function} has none; bias_act_dropout has")
-    if options.command == "explain" and options.dropout_p and options.function in _WITHOUT_DROPOUT:
-        parser.error(f"--dropout-p: {options.function} has no dropout; add_{options.function} has")
     if options.command == "info":
         print(info())
         return
+    if options.shape is None:
+        options.shape = _SHAPES.get(options.function, _SHAPE)
+    wrong = _wrong(options)
+    if wrong:
+        parser.error(wrong)
+    if options.bias is None:
+        options.bias = options.function == "bias_act_dropout"
     try:
         print(explain(options))
-    except (RuntimeError, ValueError, AssertionError) as fault:  # torch built without CUDA asserts
+    except (RuntimeError, ValueError, TypeError, AssertionError) as fault:  # torch built without CUDA asserts
         parser.error(str(fault).splitlines()[0])
 
 

@@ -89,11 +89,14 @@ def run_bare(
             return None
         columns = math.prod(shape)
     dtype, automatic, needs_grad = x.dtype, providers.automatic, False
-    torchs = (
-        ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
-        if automatic
-        else providers.torch_asked
-    )
+    if not automatic:
+        torchs = providers.torch_asked
+    elif residual is None and not rms:
+        torchs = True
+    else:
+        torchs = providers.unavailable_reason("cpu") is not None
+        if torchs:
+            providers.tell_missing_library()
     if not torchs:
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad

@@ -119,7 +119,11 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     if providers.torch_asked:
         return _run_torch(x, bias, activation)
     automatic = providers.automatic
-    if bias is None or providers.unavailable_reason("cpu") is not None:
+    if bias is None:
+        return _run_torch(x, bias, activation) if automatic else None
+    if providers.unavailable_reason("cpu") is not None:
+        if automatic:
+            providers.tell_missing_library()
         return _run_torch(x, bias, activation) if automatic else None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     if (

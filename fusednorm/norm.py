@@ -110,6 +110,8 @@ def rms_norm(
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
+                if not providers.torch_asked:
+                    providers.tell_missing_library()
                 return torch.rms_norm(input, shape, weight, eps)
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusednorm
 from fusednorm import __main__
@@ -107,7 +108,8 @@ def test_command_info():
 
 @pytest.mark.parametrize("function", __main__.FUNCTIONS)
 def test_command_explain(function, capsys):
-    __main__.main(["explain", function, "--shape", "4x64", "--device", "cpu", "--grad"])
+    shape = "4x2x64" if function == __main__.VARLEN else "4x64"
+    __main__.main(["explain", function, "--shape", shape, "--device", "cpu", "--grad"])
     said = capsys.readouterr().out
     assert function in said
     assert any(name in said for name in fusednorm.available_providers())
@@ -119,6 +121,49 @@ def test_command_explain_asks_about_the_activation(monkeypatch):
     __main__.main(["explain", "bias_act_dropout", "--shape", "4x64", "--activation", "gelu"])
     __main__.main(["explain", "bias_act_dropout", "--shape", "4x64"])
     assert asked == [{"activation": "gelu"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "args", "keywords"),
+    [
+        (["attention", "--dtype", "bf16", "--key-mask"], (torch.bfloat16,) * 3, {"key_mask": torch.bool}),
+        (["attention", "--causal", "--window", "3"], (torch.float32,) * 3, {"is_causal": bool, "window": tuple}),
+        (["varlen", "--dtype", "fp16"], (torch.float16,) * 3 + (torch.int32,) * 2 + (int, int), {}),
+        (["layer_norm", "--dtype", "torch.float64", "--bias"], (torch.float64, list), {"bias": torch.float64}),
+        (
+            ["add_rms_norm", "--bias", "--shape", "4x64"],
+            (torch.float32, torch.float32, list),
+            {"x_bias": torch.float32},
+        ),
+        (["bias_act_dropout", "--no-bias"], (torch.float32, None), {}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_explain_makes_the_call_that_is_described(arguments, args, keywords, monkeypatch):
+    calls = []
+
+    def recorded(function, *args, **keywords):
+        calls.append((args, keywords))
+        return function(*args, **keywords)  # it is a call that the function takes
+
+    monkeypatch.setattr(fusednorm, "explain", recorded)
+    __main__.main(["explain", *arguments])
+
+    def kind(value):
+        return value.dtype if isinstance(value, torch.Tensor) else None if value is None else type(value)
+
+    ((given, named),) = calls
+    assert tuple(map(kind, given)) == args
+    assert {name: kind(value) for name, value in named.items()} == keywords
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"]], ids=" ".join)
+def test_command_help_names_the_environment(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(arguments)
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "FUSEDNORM_PROVIDER" in said and "FUSEDNORM_SHORTCUT" in said
 
 
 def test_explain_of_a_name_says_what_to_pass():
@@ -133,9 +178,14 @@ def test_explain_of_a_name_says_what_to_pass():
         (["add_layer_norm", "--dropout-p", "1.5"], "dropout_p"),
         (["add_layer_norm", "--device", "nowhere"], "nowhere"),
         (["layer_norm", "--dropout-p", "0.5"], "has no dropout"),
-        (["layer_norm", "--activation", "gelu"], "--activation: layer_norm has none"),
+        (["layer_norm", "--dropout-p", "0.5"], "add_layer_norm has"),
+        (["layer_norm", "--activation", "gelu"], "--activation: layer_norm has no activation; bias_act_dropout has"),
+        (["rms_norm", "--bias"], "--bias: rms_norm has no bias"),
+        (["varlen_attention", "--key-mask"], "--key-mask: varlen_attention has no key_mask"),
+        (["add_layernorm"], "did you mean add_layer_norm?"),
+        (["layer_norm", "--dtype", "int8"], "float64, fp32, bf16"),
+        (["varlen", "--shape", "4x64"], "--shape: varlen_attention takes the sizes of (total, heads, head_dim)"),
     ],
-    ids=["shape", "probability", "device", "no_dropout", "no_activation"],
 )
 def test_command_explain_says_what_is_wrong(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -206,3 +206,48 @@ for function in (fusednorm.layer_norm, fusednorm.rms_norm):
     out, err = python(program, name)
     first, *faults = out.splitlines()
     assert first == "imported reference" and len(faults) == 2 and all(said in fault for fault in faults), (out, err)
+
+
+# --- the pure-Python install ---
+
+MISSING = """
+import warnings
+import torch
+from fusednorm.providers import cpu
+cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
+import fusednorm
+from fusednorm import _once
+x = torch.randn(4, 8)
+
+def left_to_torch_in_any_case():
+    fusednorm.available_providers(), fusednorm.layer_norm(x, 8), fusednorm.bias_act_dropout(x, None)
+    fusednorm.add_layer_norm(x, None, 8)
+    torch.compile(fusednorm.add_layer_norm, backend="eager")(x, x, 8)
+
+def rms_norm(): fusednorm.rms_norm(x, 8)
+def add_layer_norm(): fusednorm.add_layer_norm(x, x, 8)
+def module(): fusednorm.AddRMSNorm(8, dropout_p=0.5)(x, x)
+def activation(): fusednorm.bias_act_dropout(x, x[0])
+def dropped(): fusednorm.bias_act_dropout(x, x[0], "gelu", 0.5)
+for call in (left_to_torch_in_any_case, rms_norm, add_layer_norm, module, activation, dropped):
+    _once._said.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(), call()
+    said = [(w.filename == "<string>", w.category.__name__, str(w.message)) for w in caught]
+    print(call.__name__, len(said), *said)
+"""
+
+
+def test_a_missing_library_is_told_once_at_the_call_that_it_would_have_served():
+    out, err = python(MISSING, "")
+    silent, *told = out.splitlines()
+    assert silent == "left_to_torch_in_any_case 0" and len(told) == 5, (out, err)
+    for line in told:
+        assert " 1 (True, 'UserWarning', " in line, line
+        assert "python setup.py build_ext --inplace" in line and "FUSEDNORM_PROVIDER=torch" in line
+
+
+def test_who_asks_for_torch_is_told_nothing():
+    out, err = python(MISSING, "torch")
+    assert [line.split()[1] for line in out.splitlines()] == ["0"] * 6, (out, err)

@@ -123,8 +123,8 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Batched inputs in, what the output projection takes out, and the weights of every head."""
         kept = self._kept_weights
-        seed, form = self._seed(inputs[0]), self._form(sources)
-        merged, weights = attend(inputs, self._projections(), masks, seed, form, need_weights or bool(kept))
+        form = self._form(sources)
+        merged, weights = attend(inputs, self._projections(), masks, None, form, need_weights or bool(kept))
         if weights is not None:
             for collected in kept:
                 collected.append(weights.detach())

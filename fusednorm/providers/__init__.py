@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
@@ -137,6 +138,21 @@ def unavailable_reason(name: str) -> str | None:
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def tell_missing_library() -> None:
+    """Warn once, for a call on CPU tensors that our library would have served, that torch's operators do."""
+    if torch.compiler.is_compiling() or not first_time("no CPU library"):
+        return
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusednorm", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(
+        f"fusednorm's CPU kernels are not used: {unavailable_reason('cpu')}. Torch's own operators serve calls on CPU "
+        "tensors instead. FUSEDNORM_PROVIDER=torch in the environment asks for them, without this warning.",
+        UserWarning,
+        stacklevel=depth,
+    )
+
+
 def available_providers() -> list[str]:
     """Names of the providers usable here and now, best first."""
     return [name for name in PROVIDERS if unavailable_reason(name) is None]
@@ -187,6 +203,8 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:
+            if name == "torch" and args[0].is_cpu and unavailable_reason("cpu") and not reluctance("cpu", op, args):
+                tell_missing_library()
             return name, refusals
         refusals += ((name, reason),)
         if not torch.compiler.is_compiling() and first_time((name, reason)):
