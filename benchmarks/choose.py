@@ -6,7 +6,7 @@
     PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/providers/choice/<device>.json
 
 For each operation, element size, shape and direction (`forward` for calls without gradients, `both` for those with) it
-names the provider whose time, host included, is the shortest. Torch's own operators stand for `reference`, but for
+names the provider whose time, host included, is the shortest. `torch` stands for torch's own operators, but for
 dropout, where they draw another mask.
 """
 
@@ -63,7 +63,7 @@ def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
         every = {dtype for dtypes in providers.values() for dtype in dtypes}  # of one size: the worse of them counts
         speed[key] = {name: min(d.values()) for name, d in providers.items() if set(d) == every}
         if not OPS[key[0].split("/")[0]].draws_mask:
-            speed[key]["reference"] = 1.0
+            speed[key]["torch"] = 1.0
     return {key: providers for key, providers in speed.items() if providers}
 
 
@@ -83,7 +83,7 @@ def decide(providers: Mapping[str, float]) -> tuple[str, float]:
     order = list(PROVIDERS)
 
     def rank(name: str) -> tuple[float, int]:
-        return (providers[name] * (LOSS if name == "reference" else 1.0), -order.index(name))
+        return (providers[name] * (LOSS if name == "torch" else 1.0), -order.index(name))
 
     first, *others = sorted(providers, key=rank, reverse=True)
     return first, providers[first] / max(providers[name] for name in others) if others else 1.0

@@ -39,7 +39,7 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
             refusals += (("torch's own operator", differs),)
         elif torchs:
             refusals += ((provider, "torch's own operator means the same here"),) if provider != "reference" else ()
-            provider, how = "reference", "torch's own operator: it means the same here"
+            provider, how = "torch", "torch's own operator: it means the same here"
         providers.record(providers.Route(call, provider, how, refusals))
     if torchs:
         return _run_torch(args), None

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _ops, providers
+from . import _ops, dropout, providers
 from ._dtypes import compute_dtype
 from ._transforms import batched, distinct, transform_active
-from .providers import reference
+from .providers import reference, torch_norm
 from .providers.choice import torch_on_cpu
 
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -30,18 +30,19 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
-        normed, residual_out, _ = reference.add_layer_norm_fwd(*args)
+        normed, residual_out, _ = reference.add_layer_norm_fwd(*_seeded(args))
         return normed, residual_out if args[15] else args[0]
     provider, refusals = providers.choose("add_layer_norm_fwd", args)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
-    from_normed = memory_efficient and _invertible(args)
-    # whatever the grad mode: reentrant checkpointing runs the same call once without and once with gradients
-    composite = provider == "reference" and providers.requested() is None and not from_normed
+    from_normed = memory_efficient and providers.requested() != "torch" and _invertible(args)
+    if from_normed and provider == "torch":
+        provider, refusals = "reference", (*refusals, ("torch", "its operators keep z for the backward, not normed"))
     if not providers.automatic:
-        how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
+        how = "torch's own operators" if provider == "torch" else "one fused op each way"
         providers.record(providers.Route(call, provider, how, refusals))
-    if composite:
-        return reference.add_layer_norm(*args)
+    if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
+        return torch_norm.add_layer_norm(*args)
+    args = _seeded(args)
     if needs_grad:
         if torch.compiler.is_compiling():
             outputs = AddLayerNormFunction.apply(*distinct(args[:6]), *args[6:], provider, from_normed)
@@ -53,6 +54,13 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
     return normed, residual_out if args[15] else args[0]
+
+
+def _seeded(args: Args) -> Args:
+    """The arguments with a seed, drawn where the call has masks and none was given: torch's dropout draws its own."""
+    if args[6] is not None or not (args[9] or args[10]):
+        return args
+    return (*args[:6], dropout.default_seed(args[0].device), *args[7:])
 
 
 def run_bare(
@@ -77,7 +85,11 @@ def run_bare(
             return None
         columns = math.prod(shape)
     dtype, automatic, needs_grad = x.dtype, providers.automatic, False
-    torchs = automatic and ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
+    torchs = (
+        ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
+        if automatic
+        else providers.torch_asked
+    )
     if not torchs:
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad

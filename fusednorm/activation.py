@@ -15,6 +15,7 @@ from . import _checks, _ops, dropout, providers
 from ._transforms import batched, distinct, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
+from .providers import torch_activation
 from .providers.choice import OPERATIONS, torch_on_cpu
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
@@ -100,7 +101,7 @@ def bias_act_dropout(
     _checks.check_probability("dropout_p", dropout_p)
     if seed is not None:
         _checks.check_seed(seed)
-    seed = dropout.seed_tensor(seed, x.device) if dropout_p else None
+    seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     return _run((x, bias, seed, activation, float(dropout_p)))
 
 
@@ -110,6 +111,8 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
     the way with messages; so it does for None.
     """
+    if providers.torch_asked:
+        return _run_torch(x, bias, activation)
     automatic = providers.automatic
     if bias is None or providers.unavailable_reason("cpu") is not None:
         return _run_torch(x, bias, activation) if automatic else None
@@ -151,15 +154,14 @@ def _run(args: Args) -> Tensor:
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route("bias_act_dropout", "reference", how))
-        return reference.bias_act_dropout_fwd(*args)
+        return reference.bias_act_dropout_fwd(*_seeded(args))
     provider, refusals = providers.choose("bias_act_dropout_fwd", args)
-    # whatever the grad mode: reentrant checkpointing runs the same call once without and once with gradients
-    composite = provider == "reference" and providers.requested() is None
     if not providers.automatic:
-        how = "torch's own operators: no kernel of ours serves this call" if composite else "one fused op each way"
+        how = "torch's own operators" if provider == "torch" else "one fused op each way"
         providers.record(providers.Route("bias_act_dropout", provider, how, refusals))
-    if composite:
-        return reference.bias_act_dropout(*args)
+    if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
+        return torch_activation.bias_act_dropout(*args)
+    args = _seeded(args)
     x, bias = args[:2]
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return _ops.bias_act_dropout_fwd(*args, provider=provider)
@@ -168,6 +170,13 @@ def _run(args: Args) -> Tensor:
     if is_functorch_wrapped_tensor(x):  # escaped from a transform that has ended
         return BiasActDropoutFunction.apply(*args, provider)
     return _apply(*args, provider)
+
+
+def _seeded(args: Args) -> Args:
+    """The arguments with a seed, drawn where the call has a mask and none was given: torch's dropout draws its own."""
+    if args[2] is not None or not args[4]:
+        return args
+    return (*args[:2], dropout.default_seed(args[0].device), *args[3:])
 
 
 class BiasActDropoutFunction(torch.autograd.Function):

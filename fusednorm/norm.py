@@ -53,7 +53,7 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:
-        if providers.automatic and _unwatched(input):  # no native kernel is faster than torch's own
+        if (providers.automatic or providers.torch_asked) and _unwatched(input):  # no native kernel is faster
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _TORCH_REFUSES:
@@ -107,7 +107,7 @@ def rms_norm(
     try:
         if _unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-            torchs = providers.automatic and providers.unavailable_reason("cpu") is not None
+            torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
                 return torch.rms_norm(input, shape, weight, eps)
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
@@ -355,10 +355,11 @@ def _add_norm(
     _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
     if seed is not None:
         _checks.check_seed(seed)
-    seed = dropout.seed_tensor(seed, x.device) if dropout_p or drop_path_p else None
+    masked = bool(dropout_p or drop_path_p)
+    seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
-    unchanged = residual is None and x_bias is None and layer_scale is None and seed is None
+    unchanged = residual is None and x_bias is None and layer_scale is None and not masked
     store_residual = not unchanged or residual_dtype != x.dtype
     args: Args = (
         *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), _eps(eps, rms, x.dtype, residual_dtype)),

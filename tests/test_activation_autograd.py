@@ -63,7 +63,7 @@ def test_nothing_is_recorded_without_a_gradient(using, device):
 
 
 def test_a_kernels_function_keeps_its_inputs_only(provider, using, device):
-    if provider == "automatic":
+    if provider in ("automatic", "torch"):
         pytest.skip("no Function of ours runs: what torch's own operators keep is torch's affair")
     x = torch.ones(3, 8, device=device, requires_grad=True)
     bias = torch.ones(8, device=device, requires_grad=True)

@@ -348,15 +348,15 @@ def test_automatic_choice_differentiates_16_bit_operands_by_the_native_kernels()
 @pytest.mark.parametrize(
     ("vendor", "dtype", "queries", "keys", "needs_grad", "served"),
     [
-        ("intel", torch.float32, 256, 256, False, "reference"),
-        ("intel", torch.float32, 256, 256, True, "reference"),
-        ("intel", torch.bfloat16, 256, 256, False, "reference"),
-        ("", torch.float32, 256, 256, True, "reference"),
-        ("amd", torch.float32, 15, 256, False, "reference"),
+        ("intel", torch.float32, 256, 256, False, "torch"),
+        ("intel", torch.float32, 256, 256, True, "torch"),
+        ("intel", torch.bfloat16, 256, 256, False, "torch"),
+        ("", torch.float32, 256, 256, True, "torch"),
+        ("amd", torch.float32, 15, 256, False, "torch"),
         ("amd", torch.float32, 16, 256, False, "cpu"),
-        ("amd", torch.float32, 64, 127, True, "reference"),
+        ("amd", torch.float32, 64, 127, True, "torch"),
         ("amd", torch.float32, 64, 128, True, "cpu"),
-        ("amd", torch.float32, 31, 512, True, "reference"),
+        ("amd", torch.float32, 31, 512, True, "torch"),
         ("amd", torch.float16, 1, 8, False, "cpu"),
     ],
 )
@@ -382,7 +382,7 @@ def test_automatic_choice_of_the_triton_kernels(monkeypatch):
     def said(**options):
         return fusednorm.explain(scaled_dot_product_attention, x, x, x, **options)
 
-    assert said().startswith("scaled_dot_product_attention: reference, torch's own operator: it means the same")
+    assert said().startswith("scaled_dot_product_attention: torch, torch's own operator: it means the same")
     assert "triton is not used: torch's own operator means the same here" in said()
     for options, why in (
         ({"softcap": 2.0}, "softcap"),

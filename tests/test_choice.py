@@ -40,7 +40,7 @@ def winners(*results):
 
 def test_the_fastest_provider_of_a_shape_wins():
     triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
-    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "reference", 90, 45))
+    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "cpu", 90, 45))
     assert winners(triton, cpu) == {("add_layer_norm/2/forward", 4096, 1024): ("triton", 3.0)}
 
 
@@ -51,7 +51,7 @@ def test_each_direction_has_its_own_winner():
         record("layer_norm", (4, 64), "backward", "triton", 60, 600),  # no call is a backward alone
     )
     assert winners(slow) == {
-        ("layer_norm/2/forward", 4, 64): ("reference", 2.0),
+        ("layer_norm/2/forward", 4, 64): ("torch", 2.0),
         ("layer_norm/2/both", 4, 64): ("triton", 3.0),
     }
 
@@ -63,7 +63,7 @@ def test_a_stumble_of_the_machine_decides_nothing():
     lucky["variants"]["fused"]["inclusive"][5] = 9e-6
     unlucky = record("layer_norm", (4, 64), "both", "triton", 10, 70)
     unlucky["variants"]["fused"]["inclusive"][3] = 11e-6
-    assert winners(result(unlucky)) == {("layer_norm/2/both", 4, 64): ("reference", 1.1)}
+    assert winners(result(unlucky)) == {("layer_norm/2/both", 4, 64): ("torch", 1.1)}
 
 
 def test_equal_times_leave_a_call_with_the_kernel():
@@ -77,7 +77,7 @@ def test_the_slower_of_two_dtypes_of_a_size_counts():
         record("layer_norm", (4, 64), "forward", "triton", 10, 5, "float16"),
         record("layer_norm", (4, 64), "forward", "triton", 10, 20, "bfloat16"),
     )
-    assert winners(both) == {("layer_norm/2/forward", 4, 64): ("reference", 2.0)}
+    assert winners(both) == {("layer_norm/2/forward", 4, 64): ("torch", 2.0)}
 
 
 def test_a_provider_not_measured_in_every_dtype_is_no_candidate():
@@ -106,12 +106,12 @@ def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
     raw = tmp_path / "raw.json"
     raw.write_text(json.dumps(result(record("layer_norm", (4, 64), "forward", "triton", 6, 12))))
     assert choose.main([str(raw)]) == 0
-    assert "reference" in capsys.readouterr().out and not choice.FOLDER.exists()
+    assert "torch" in capsys.readouterr().out and not choice.FOLDER.exists()
     assert choose.main([str(raw), "--write"]) == 0
     assert json.loads((tmp_path / "choice" / "sm_90.json").read_text()) == {
         "device": "a GPU",
         "source": "raw.json",
-        "shapes": {"layer_norm/2/forward": [[4, 64, "reference", 2.0]]},
+        "shapes": {"layer_norm/2/forward": [[4, 64, "torch", 2.0]]},
     }
     capsys.readouterr()
     assert choose.main([str(raw)]) == 0
@@ -140,13 +140,13 @@ def planted(tmp_path, monkeypatch):
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
     module.bias_act_dropout_fwd = reference_activation.bias_act_dropout_fwd
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    every = {"first": (module.__name__,), "reference": providers.PROVIDERS["reference"]}
+    every = {"first": (module.__name__,), **{name: providers.PROVIDERS[name] for name in ("torch", "reference")}}
     monkeypatch.setattr(providers, "PROVIDERS", every)
     for cache in ("_modules", "_serving", "_functions", "_reasons"):
         monkeypatch.setattr(providers, cache, {})
     monkeypatch.setattr(providers, "_logged", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
-    entries = [[4, 64, "reference", 2.0], [64, 1024, "first", 3.0]]
+    entries = [[4, 64, "torch", 2.0], [64, 1024, "first", 3.0]]
     operations = ("bias_dropout_add_layer_norm", "bias_gelu_dropout")
     table = {
         "device": "a CPU",
@@ -171,7 +171,7 @@ def served(rows, columns, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "provider"),
-    [(4, 64, "reference"), (1, 100, "reference"), (64, 1024, "first"), (10_000, 1024, "first"), (50, 800, "first")],
+    [(4, 64, "torch"), (1, 100, "torch"), (64, 1024, "first"), (10_000, 1024, "first"), (50, 800, "first")],
 )
 def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
     assert served(rows, columns)[0] == provider
@@ -179,17 +179,17 @@ def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
 
 def test_a_call_with_gradients_goes_by_what_was_measured_of_both_ways(planted):
     trained = torch.randn(64, requires_grad=True)
-    assert served(4, 64)[0] == "reference"
+    assert served(4, 64)[0] == "torch"
     assert served(4, 64, x_bias=trained)[0] == "first"
     with torch.no_grad():
-        assert served(4, 64, x_bias=trained)[0] == "reference"
+        assert served(4, 64, x_bias=trained)[0] == "torch"
 
 
 @pytest.mark.parametrize(
     ("shape", "activation", "dropout_p", "provider"),
     [
-        ((4, 64), "gelu", 0.1, "reference"),
-        ((2, 2, 64), "relu", 0.1, "reference"),  # one operation whatever the activation
+        ((4, 64), "gelu", 0.1, "torch"),
+        ((2, 2, 64), "relu", 0.1, "torch"),  # one operation whatever the activation
         ((8, 8, 1024), "silu", 0.1, "first"),
         ((4, 64), "gelu", 0.0, "first"),  # never measured
     ],
@@ -202,7 +202,7 @@ def test_an_activation_goes_by_what_was_measured_of_it(planted, shape, activatio
 
 def test_explain_cites_the_entry(planted):
     text = served(4, 64)[1]
-    assert "first is not used: reference was measured to be 2.00 times as fast at 4 x 64" in text
+    assert "first is not used: torch was measured to be 2.00 times as fast at 4 x 64" in text
     assert "a CPU (raw.json)" in text
 
 
@@ -210,9 +210,9 @@ def test_batch_invariant_does_not_look_at_shapes(planted):
     with fusednorm.batch_invariant():
         assert served(4, 64)[0] == "first"
         with fusednorm.batch_invariant(False):
-            assert served(4, 64)[0] == "reference"
+            assert served(4, 64)[0] == "torch"
         assert served(4, 64)[0] == "first"
-    assert served(4, 64)[0] == "reference"
+    assert served(4, 64)[0] == "torch"
 
 
 def test_batch_invariant_decorates(planted):
@@ -224,13 +224,13 @@ def test_an_operation_never_measured_goes_by_the_order_of_the_table(planted):
 
 
 def test_a_mixture_of_dtypes_goes_by_the_order_of_the_table(planted):
-    assert served(4, 64)[0] == "reference"
+    assert served(4, 64)[0] == "torch"
     assert served(4, 64, residual_dtype=torch.float64)[0] == "first"
 
 
 def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):
     name, text = served(64, 1024, torch.float64)
-    assert name == "reference" and "no float64" in text and "measured" not in text
+    assert name == "torch" and "no float64" in text and "measured" not in text
 
 
 def test_an_explicit_request_does_not_look_at_the_table(planted):

@@ -100,7 +100,7 @@ def test_first_call_of_the_process_may_be_the_compiled_one(function, using, devi
     monkeypatch.setattr(providers, "_reasons", {})
     for cache in ("_modules", "_serving", "_functions"):
         monkeypatch.setattr(providers, cache, {})
-    for name in ("reference", "cpu", "cuda"):  # by the package itself
+    for name in ("torch", "cpu", "cuda"):  # by the package itself
         providers.get(name)
     with using:
         compiled = torch.compile(caller(function, {}), fullgraph=True, backend="aot_eager")

@@ -64,7 +64,7 @@ def test_available_providers_lists_usable_names_best_first():
 
 
 def test_unknown_name_says_what_is_known():
-    with pytest.raises(ValueError, match=r"name.*'cuda13'.*'reference'"):
+    with pytest.raises(ValueError, match=r"name.*'cuda13'; did you mean 'cuda'.*'reference'"):
         fusednorm.use_provider("cuda13")
 
 
@@ -109,7 +109,7 @@ def test_automatic_choice_logs_a_refusal_once_and_goes_on(planted, caplog):
 def test_explain_names_the_provider_and_the_refusals(planted):
     planted(refusal="layer_scale: not taken")
     said = fusednorm.explain(fusednorm.add_layer_norm, torch.randn(3, 8), None, (8,))
-    assert "reference" in said
+    assert "torch, torch's own operators" in said
     assert re.search(r"planted.*layer_scale: not taken", said)
 
 

@@ -129,7 +129,7 @@ def _layer(layer: Any, run: _Run, previous: Any, followed: bool) -> dict[str, in
 def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds: bool) -> int:
     weight = norm.weight
     # with nothing to add torch's own serves it on a CPU, whose statistics have the parameters' dtype
-    torchs = not adds and not p and providers.requested() is None and (weight is None or weight.is_cpu)
+    torchs = not adds and not p and providers.requested() in (None, "torch") and (weight is None or weight.is_cpu)
     statistic = (run.dtype if weight is None else weight.dtype).itemsize if torchs else run.statistic
     statistics = 2 * run.batch * run.length * statistic
     efficient = adds and "norms" in layer.recompute and _invertible(weight, norm.bias, run.dtype)

@@ -3,14 +3,20 @@
 A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
 first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)``: why automatic choice passes it over,
 whatever the shape. Providers never import one another; this table is the only place that lists them.
+
+``torch`` stands for torch's own operators. Its functions carry no ``_fwd`` or ``_bwd``: autograd differentiates them.
+Automatic choice takes it where no kernel of ours serves a call, or is faster; it takes ``reference``, our readable
+definition, only for what torch's operators cannot do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -30,6 +36,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     ),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
     "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation", "fusednorm.providers.cpu_attention"),
+    "torch": ("fusednorm.providers.torch_norm", "fusednorm.providers.torch_activation"),
     "reference": (
         "fusednorm.providers.reference",
         "fusednorm.providers.reference_activation",
@@ -37,7 +44,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     ),
 }
 
-_requested: str | None = None  # a module global, not a ContextVar: torch.compile traces and guards it
+_default = os.environ.get("FUSEDNORM_PROVIDER") or None  # what is requested outside any block; named at first use
+_requested = _default  # a module global, not a ContextVar: torch.compile traces and guards it
 _active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
 _records: list[list[Route]] = []  # where explain() collects decisions
 _modules: dict[str, tuple[ModuleType, ...]] = {}
@@ -46,8 +54,9 @@ _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: 
 _reasons: dict[str, str | None] = {}
 _logged: set[tuple[str, str]] = set()
 by_shape = True  # False inside batch_invariant()
-automatic = True  # False while a provider is requested or decisions are recorded
-short_cuts = True  # False while decisions are recorded, or a provider other than the CPU library is requested
+automatic = _default is None  # False while a provider is requested or decisions are recorded
+torch_asked = _default == "torch"  # torch's own operators are requested, and no decision is recorded
+short_cuts = automatic or torch_asked  # False while decisions are recorded, or another provider than these two and cpu
 shortcut: Any = None  # the module of fusednorm/_shortcut.py while it may serve, once a library it leads to is loaded
 shortcut_asked: bool | str = True  # for what: a choice by what was measured (True), the CPU library (False), or "cuda"
 
@@ -71,11 +80,23 @@ def get(name: str) -> tuple[ModuleType, ...]:
     modules = _modules.get(name)
     if modules is None:
         modules = _modules[name] = tuple([importlib.import_module(path) for path in PROVIDERS[name]])
+        if name == "torch":
+            _get_torch(modules)
         for module in modules:
             ops = {op: function for op, function in vars(module).items() if op.endswith(("_fwd", "_bwd"))}
             _serving.update({(name, op): module for op in ops})
             _functions.update({(name, op): function for op, function in ops.items()})
     return modules
+
+
+def _get_torch(modules: tuple[ModuleType, ...]) -> None:
+    """It serves the ops that the reference has. A raw op that names it runs the reference's kernel of that op: torch
+    has none of its signature."""
+    get("reference")
+    for (name, op), function in list(_functions.items()):
+        for module in modules:
+            if name == "reference" and hasattr(module, op.rpartition("_")[0]):
+                _serving["torch", op], _functions["torch", op] = module, function
 
 
 def serving(name: str, op: str) -> ModuleType | None:
@@ -115,7 +136,7 @@ def available_providers() -> list[str]:
 
 
 def requested() -> str | None:
-    """The provider named by the innermost ``use_provider`` block, or None for automatic choice."""
+    """The provider named by the innermost ``use_provider`` block or by FUSEDNORM_PROVIDER; None: automatic choice."""
     return _requested
 
 
@@ -145,12 +166,7 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
     the first provider of the table that can serve the call, and logs each refusal once.
     """
     if _requested is not None:
-        reason = refusal(_requested, op, args)
-        if reason is not None:
-            raise ValueError(
-                f"provider {_requested!r} cannot run {op}: {reason}; leave `use_provider({_requested!r})` out for "
-                "automatic choice"
-            )
+        _check_request(op, args)
         return _requested, ()
     preference = None
     if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
@@ -169,6 +185,23 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
             _logged.add((name, reason))
             _log.info("provider %s is not used: %s", name, reason)
     raise RuntimeError(f"no provider can run {op}: {refusals}")
+
+
+def _check_request(op: str, args: tuple[Any, ...]) -> None:
+    """Raise ValueError if the requested provider cannot run a call, or if there is none of that name."""
+    assert _requested is not None
+    if _requested not in PROVIDERS:
+        raise ValueError(f"FUSEDNORM_PROVIDER: {_unknown(_requested)}")
+    reason = refusal(_requested, op, args)
+    if reason is not None:
+        asked = f"`use_provider({_requested!r})`" if _active else f"FUSEDNORM_PROVIDER={_requested}"
+        raise ValueError(f"provider {_requested!r} cannot run {op}: {reason}; leave {asked} out for automatic choice")
+
+
+def _unknown(name: object) -> str:
+    near = difflib.get_close_matches(str(name), PROVIDERS, 1)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no provider is called {name!r}{guess} Known are {', '.join(map(repr, PROVIDERS))}"
 
 
 def record(route: Route) -> None:
@@ -192,10 +225,11 @@ def recording() -> Iterator[list[Route]]:
 
 def _renew() -> None:
     """What calls look at, after a block was entered or left."""
-    global _requested, automatic, short_cuts, shortcut, shortcut_asked
-    _requested = _active[-1].name if _active else None
-    automatic = not _active and not _records
-    short_cuts = not _records and _requested in (None, "cpu")
+    global _requested, automatic, torch_asked, short_cuts, shortcut, shortcut_asked
+    _requested = _active[-1].name if _active else _default
+    automatic = _requested is None and not _records
+    torch_asked = _requested == "torch" and not _records
+    short_cuts = not _records and _requested in (None, "cpu", "torch")
     leads_there = not _records and _requested in (None, "cpu", "cuda")
     reason = _reasons.get("cuda", "not asked yet")
     if _requested != "cuda":
@@ -207,10 +241,14 @@ def _renew() -> None:
 class use_provider(contextlib.ContextDecorator):
     """Run everything inside with one provider, as a context manager or a decorator.
 
+    ``use_provider("torch")`` takes torch's own operators for every function and module. The environment variable
+    ``FUSEDNORM_PROVIDER``, read when the package is imported, names the provider outside of any block.
+
     The choice holds for the whole process until the block ends; the block entered last decides. The backward of what
     was computed inside uses the same provider wherever it runs, but what activation checkpointing computes anew runs
     with the choice of that moment: keep the backward inside the block too. A call that the provider cannot take
-    raises; nothing falls back silently.
+    raises; nothing falls back silently. Under a ``torch.func`` transform or forward-mode AD the elementary operators of
+    the reference serve, whatever is requested.
 
     Args:
         name: one of ``available_providers()``.
@@ -222,7 +260,7 @@ class use_provider(contextlib.ContextDecorator):
 
     def __init__(self, name: str) -> None:
         if name not in PROVIDERS:
-            raise ValueError(f"name: no provider is called {name!r}; known are {', '.join(map(repr, PROVIDERS))}")
+            raise ValueError(f"name: {_unknown(name)}")
         self.name = name
 
     def __call__(self, function: Any) -> Any:
@@ -281,6 +319,6 @@ class batch_invariant(contextlib.ContextDecorator):
 
 # Now, because torch.compile cannot trace an import. None loads anything optional; the others are imported by
 # unavailable_reason, which is not traced.
-get("reference")
+get("torch")
 get("cpu")
 get("cuda")

@@ -2,7 +2,7 @@
 
 `choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
 direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
-fastest there. A call goes by the nearest of these shapes. `reference` stands for torch's own operators. Where nothing
+fastest there. A call goes by the nearest of these shapes. `torch` stands for torch's own operators. Where nothing
 was measured the order of the provider table decides, but for small norms on a GPU, which wait for the host: these take
 the shortcut to the CUDA library, where there is one.
 """
@@ -130,7 +130,7 @@ def torch_on_cpu(operation: str, dtype: torch.dtype, elements: int, columns: int
     if not columns or not elements:
         return False
     found = _nearest(device_key(_CPU), operation, dtype.itemsize, needs_grad, elements // columns, columns)
-    return found is not None and found.provider == "reference"
+    return found is not None and found.provider == "torch"
 
 
 @functools.lru_cache(4096)

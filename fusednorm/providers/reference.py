@@ -1,8 +1,7 @@
-"""Readable PyTorch that defines the semantics: forward and backward by hand, and a composite of torch's own norms.
+"""Readable PyTorch that defines the semantics of the norms: forward and backward by hand.
 
-Forward and backward are what the kernels do, step by step, in elementary differentiable operators: transforms
-(``torch.func``, forward-mode AD) and double backward go through them. The composite is what automatic choice runs where
-no kernel wins.
+Both are what the kernels do, step by step, in elementary differentiable operators: transforms (``torch.func``,
+forward-mode AD) and double backward go through them.
 """
 
 from __future__ import annotations
@@ -81,40 +80,6 @@ def _effective_weight(weight: Tensor | None, zero_centered_weight: bool, acc: to
     if weight is None:
         return None
     return weight.to(acc) + 1.0 if zero_centered_weight else weight.to(acc)
-
-
-def add_layer_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The composite: torch's own differentiable operators. Returns (normed, z); z may be x itself."""
-    z = _stream(x, residual, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
-    shape = x.shape[x.ndim - normalized_ndim :]
-    source = z
-    dtypes = {t.dtype for t in (z, weight, bias) if t is not None} | {normed_dtype}
-    if zero_centered_weight or len(dtypes) > 1:
-        acc = compute_dtype(*dtypes)
-        source, weight = z.to(acc), _effective_weight(weight, zero_centered_weight, acc)
-        bias = bias if bias is None else bias.to(acc)
-    if rms:
-        normed = torch.rms_norm(source, shape, weight, eps)
-    else:
-        normed = torch.layer_norm(source, shape, weight, bias, eps)
-    return normed.to(normed_dtype), z
 
 
 def _row_statistics(rows: Tensor, eps: float, rms: bool) -> Tensor:

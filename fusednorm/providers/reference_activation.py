@@ -1,7 +1,7 @@
-"""Bias, activation and dropout in readable PyTorch: forward and backward by hand, and a composite of torch's own.
+"""Bias, activation and dropout in readable PyTorch: forward and backward by hand.
 
-Those by hand are elementary differentiable operators, which transforms and double backward go through. What is dropped
-is taken out before anything is computed of it: a NaN there reaches neither the result nor a gradient.
+Both are elementary differentiable operators, which transforms and double backward go through. What is dropped is taken
+out before anything is computed of it: a NaN there reaches neither the result nor a gradient.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dropout
@@ -63,21 +62,6 @@ def _slope(u: Tensor, activation: str) -> Tensor:
     v = u.clamp(-_SATURATED, _SATURATED)
     w = v * (_LINEAR + _CUBIC * v * v)
     return torch.sigmoid(w) * (1.0 + v * (_LINEAR + 3.0 * _CUBIC * v * v) * torch.sigmoid(-w))
-
-
-def bias_act_dropout(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
-    """The composite: torch's own differentiable operators, in x's dtype where no other one and no mask comes in."""
-    if dropout_p or (bias is not None and bias.dtype != x.dtype):
-        u = _biased(x, bias, _keep(x, seed, dropout_p))
-    else:
-        u = x if bias is None else x + bias
-    if activation == "relu":
-        y = torch.relu(u)
-    elif activation == "silu":
-        y = F.silu(u)
-    else:
-        y = F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return (y * dropout.keep_scale(dropout_p) if dropout_p else y).to(x.dtype)
 
 
 def bias_act_dropout_fwd(
