@@ -36,7 +36,11 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     ),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
     "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation", "fusednorm.providers.cpu_attention"),
-    "torch": ("fusednorm.providers.torch_norm", "fusednorm.providers.torch_activation"),
+    "torch": (
+        "fusednorm.providers.torch_norm",
+        "fusednorm.providers.torch_activation",
+        "fusednorm.providers.torch_attention",
+    ),
     "reference": (
         "fusednorm.providers.reference",
         "fusednorm.providers.reference_activation",
