@@ -88,7 +88,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """(what the output projection takes, in the inputs' layout; the weights (batch, heads, queries, keys) or None).
 
-    One seed gives one dropout mask whether the weights are asked for or not.
+    One seed gives one dropout mask whether the weights are asked for or not. Without a seed whoever serves the
+    attention draws one.
     """
     q, k, v = _project(inputs, parameters, form)
     extra = (parameters.bias_k is not None) + form.add_zero_attn
@@ -100,6 +101,8 @@ def attend(
     fused = q.shape[-1] <= MOST_HEAD_DIM and form.dropout_p < 1.0
     weights = None
     if need_weights or not fused:
+        if seed is None and 0.0 < form.dropout_p < 1.0:
+            seed = dropout.default_seed(q.device)
         weights = attention_weights(q, k, masks, form.dropout_p, seed, extra)
     if fused:
         attn_mask = masks.attn_mask

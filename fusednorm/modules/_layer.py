@@ -157,15 +157,15 @@ class FusedLayer(WholeLoading):
             product = F.linear(self.dropout(self.activation(self.linear1(x))), second.weight)
         else:
             hidden, bias = F.linear(x, self.linear1.weight), self.linear1.bias
-            seed = dropout.default_seed(x.device) if p else None
             if "activation" in self.recompute:
+                seed = dropout.default_seed(x.device) if p else None
 
                 def activated(u: Tensor, b: Tensor | None, s: Tensor | None) -> Tensor:
                     return bias_act_dropout(u, b, name, p, seed=s)
 
                 product = _recompute.linear_of(activated, second.weight, (hidden, bias, seed))
             else:
-                product = F.linear(bias_act_dropout(hidden, bias, name, p, seed=seed), second.weight)
+                product = F.linear(bias_act_dropout(hidden, bias, name, p), second.weight)
         return Stream(product, residual, second.bias, rate(getattr(self, dropout_name)))
 
     def _how(self) -> str:
