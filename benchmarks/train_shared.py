@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import platform
-import re
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import nn
 import fusednorm
 from benchmarks import cases
 from benchmarks.lm_data import MissingPackage
+from fusednorm._explain import decisions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,13 +119,18 @@ def progress_bar(items: Iterable[Any], total: int, label: str) -> Any:
 
 def routes(model: nn.Module, *inputs: torch.Tensor) -> list[dict[str, Any]]:
     """Who serves the calls of one forward, how, how many they are, and why not another."""
-    found = []
-    for decision, calls in Counter(re.split(r"\n(?! )", fusednorm.explain(model.train(), *inputs))).items():
-        first, *refusals = decision.splitlines()
-        if match := re.match(r"([a-z]\w*): (\w+), (.*)", first):
-            names = dict(zip(("function", "provider", "how"), match.groups()))
-            found.append({**names, "calls": calls, "refusals": [line.strip() for line in refusals]})
-    return found
+    made = Counter(route._replace(where="") for route in decisions(model.train(), *inputs))
+    return [
+        {
+            "function": route.call,
+            "provider": route.provider,
+            "how": route.how,
+            "calls": calls,
+            "refusals": [f"{who} is not used: {why}" for who, why in route.refusals],
+        }
+        for route, calls in made.items()
+        if route.call[0].islower()  # of functions; modules say whether they are fused
+    ]
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ops, dropout, providers
 from ._dtypes import compute_dtype
+from ._once import first_time
 from ._transforms import batched, distinct, transform_active
 from .providers import reference, torch_norm
 from .providers.choice import torch_on_cpu
@@ -34,7 +35,10 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         return normed, residual_out if args[15] else args[0]
     provider, refusals = providers.choose("add_layer_norm_fwd", args)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
-    from_normed = memory_efficient and providers.requested() != "torch" and _invertible(args)
+    if memory_efficient and providers.requested() == "torch":
+        _tell("torch's own operators were asked for")
+        memory_efficient = False
+    from_normed = memory_efficient and _invertible(args)
     if from_normed and provider == "torch":
         provider, refusals = "reference", (*refusals, ("torch", "its operators keep z for the backward, not normed"))
     if not providers.automatic:
@@ -85,11 +89,14 @@ def run_bare(
             return None
         columns = math.prod(shape)
     dtype, automatic, needs_grad = x.dtype, providers.automatic, False
-    torchs = (
-        ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
-        if automatic
-        else providers.torch_asked
-    )
+    if not automatic:
+        torchs = providers.torch_asked
+    elif residual is None and not rms:
+        torchs = True
+    else:
+        torchs = providers.unavailable_reason("cpu") is not None
+        if torchs:
+            providers.tell_missing_library()
     if not torchs:
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad
@@ -313,7 +320,6 @@ def _plus_rstd_cotangent(
 
 
 _verdicts = WeakIdKeyDictionary()  # CUDA weight -> (identity of its values, verdict): one look an optimizer step
-_told = False
 
 
 def _invertible(args: Args) -> bool:
@@ -359,7 +365,5 @@ def _weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, no
 
 
 def _tell(reason: str) -> None:
-    global _told
-    if not _told and not torch.compiler.is_compiling():
-        _told = True
+    if not torch.compiler.is_compiling() and first_time("memory_efficient"):
         _log.warning("memory_efficient: z is kept, because %s (said once, for the first such call)", reason)

@@ -9,7 +9,6 @@ Python that it was built with, and is left out where these differ.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -18,13 +17,14 @@ from typing import Any
 
 import torch
 
+from ._once import once
 from .providers import cpu
 from .providers.native import check_whole
 
 FILE = Path(__file__).with_name(f"_shortcut.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
 
 
-@functools.cache
+@once
 def load() -> tuple[Any, str]:
     """(the module, "") or (None, why it cannot be had). It calls the CPU library, which is loaded first."""
     if os.environ.get("FUSEDNORM_SHORTCUT") == "0":

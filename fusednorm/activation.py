@@ -71,8 +71,9 @@ def bias_act_dropout(
     Source: D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; S. Elfwing et al.,
     "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
     """
-    if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
-        shortcut = providers.shortcut.bias_act_dropout(x, bias, activation, dropout_p, seed, providers.shortcut_asked)
+    # in this order: a graph is not to depend on it; looked up once: another thread may take it away
+    if not _is_compiling() and (cpp := providers.shortcut) is not None:
+        shortcut = cpp.bias_act_dropout(x, bias, activation, dropout_p, seed, providers.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(x, bias, seed):
@@ -114,7 +115,11 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     if providers.torch_asked:
         return _run_torch(x, bias, activation)
     automatic = providers.automatic
-    if bias is None or providers.unavailable_reason("cpu") is not None:
+    if bias is None:
+        return _run_torch(x, bias, activation) if automatic else None
+    if providers.unavailable_reason("cpu") is not None:
+        if automatic:
+            providers.tell_missing_library()
         return _run_torch(x, bias, activation) if automatic else None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     if (

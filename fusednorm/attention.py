@@ -85,10 +85,10 @@ def scaled_dot_product_attention(
         and dropout_p == softcap == 0.0
         and not return_lse
         and causal_align == "upper_left"
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
         and providers.automatic
     ):
-        shortcut = providers.shortcut.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        shortcut = cpp.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):

@@ -60,13 +60,11 @@ def layer_norm(
         pass  # the way below takes what torch does not, or says what is wrong with it
     if (
         not _is_compiling()
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
         and (providers.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
     ):
         bare = None, 0.0, None
-        outputs = providers.shortcut.add_norm(
-            input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked
-        )
+        outputs = cpp.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked)
         if outputs is not None:
             return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -98,8 +96,9 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if not _is_compiling() and providers.shortcut is not None:  # in this order: a graph is not to depend on it
-        shortcut = providers.shortcut.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
+    # in this order: a graph is not to depend on it; looked up once: another thread may take it away
+    if not _is_compiling() and (cpp := providers.shortcut) is not None:
+        shortcut = cpp.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
@@ -109,6 +108,8 @@ def rms_norm(
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
+                if not providers.torch_asked:
+                    providers.tell_missing_library()
                 return torch.rms_norm(input, shape, weight, eps)
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:
@@ -173,10 +174,10 @@ def add_layer_norm(
         not _is_compiling()
         and not (drop_path_p or zero_centered_weight or memory_efficient)
         and layer_scale is residual_dtype is None
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = providers.shortcut.add_norm(
+        outputs = cpp.add_norm(
             x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_asked
         )
         if outputs is not None:
@@ -248,10 +249,10 @@ def add_rms_norm(
         not _is_compiling()
         and not (drop_path_p or zero_centered_weight or memory_efficient)
         and layer_scale is residual_dtype is None
-        and providers.shortcut is not None
+        and (cpp := providers.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = providers.shortcut.add_norm(
+        outputs = cpp.add_norm(
             x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_asked
         )
         if outputs is not None:

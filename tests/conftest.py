@@ -21,13 +21,15 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 from fusednorm.providers import cpu
 
 if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # test_csrc_cpu.py: another build, one of its instruction sets
     cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
     assert providers.unavailable_reason("cpu") is None, providers.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
+
+_once.first_time("no CPU library")  # where it is not built, or made to be missing, that is known: no warning
 
 AUTOMATIC = "automatic"
 EMULATED = "FUSEDNORM_EMULATE" in os.environ

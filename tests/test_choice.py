@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._dynamo import testing
 
 import fusednorm
 from benchmarks import choose
-from fusednorm import _shortcut, providers
+from fusednorm import _once, _shortcut, providers
 from fusednorm.providers import choice, cpu, reference, reference_activation
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
@@ -40,7 +41,7 @@ def winners(*results):
 
 def test_the_fastest_provider_of_a_shape_wins():
     triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
-    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "cpu", 90, 45))
+    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "torch", 90, 45))
     assert winners(triton, cpu) == {("add_layer_norm/2/forward", 4096, 1024): ("triton", 3.0)}
 
 
@@ -144,7 +145,7 @@ def planted(tmp_path, monkeypatch):
     monkeypatch.setattr(providers, "PROVIDERS", every)
     for cache in ("_modules", "_serving", "_functions", "_reasons"):
         monkeypatch.setattr(providers, cache, {})
-    monkeypatch.setattr(providers, "_logged", set())
+    monkeypatch.setattr(_once, "_said", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     entries = [[4, 64, "torch", 2.0], [64, 1024, "first", 3.0]]
     operations = ("bias_dropout_add_layer_norm", "bias_gelu_dropout")
@@ -274,3 +275,70 @@ def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
     here = choice.device_key(torch.device("cpu"))
     there = choose.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
     assert here == there == (key if _shortcut.load()[0] is not None else "cpu_without_shortcut")
+
+
+# --- a damaged file ---
+
+WHOLE = {"device": "a CPU", "source": "raw.json", "shapes": {"add_layer_norm/4/forward": [[4, 64, "torch", 2.0]]}}
+DAMAGED = {
+    "empty": "",
+    "half": json.dumps(WHOLE)[:60],
+    "no object": "[1, 2]",
+    "null": "null",
+    "no shapes": json.dumps({"device": "a CPU", "source": "raw.json"}),
+    "no source": json.dumps({k: v for k, v in WHOLE.items() if k != "source"}),
+    "shapes of another type": json.dumps(WHOLE | {"shapes": [1]}),
+    "an entry too short": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [[4, 64, "torch"]]}}),
+    "an entry of text": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [["4", "64", "torch", "2"]]}}),
+    "an entry of zeros": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [[0, 0, "torch", 2.0]]}}),
+    "no entries": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": []}}),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    monkeypatch.setattr(_once, "_said", set())
+    choice.forget()
+    yield tmp_path / f"{choice.device_key(torch.device('cpu'))}.json"
+    choice.forget()
+
+
+def warned(file):
+    """The warnings of three calls, after which it is as if there were no file."""
+    x = torch.randn(4, 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            choice.forget()  # other shapes of the same process
+            fusednorm.add_layer_norm(x, x, 64)
+            said = fusednorm.explain(fusednorm.add_layer_norm, x, x, 64)
+    assert "measured" not in said
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_file_is_named_once_and_not_gone_by(text, file):
+    file.write_text(text)
+    (message,) = warned(file)
+    assert str(file) in message and "order" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "bytes"])
+def test_a_file_that_cannot_be_read_is_named_once(kind, file):
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(b"\xff\xfe\x00{")
+    (message,) = warned(file)
+    assert str(file) in message
+
+
+def test_a_whole_file_and_none_are_silent(file):
+    assert not warned(file)
+    file.write_text(json.dumps(WHOLE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice.forget()
+        assert "torch was measured to be 2.00 times as fast at 4 x 64" in served(4, 64, x_bias=None)[1]

@@ -23,6 +23,7 @@ from fusednorm import (
     explain,
     providers,
 )
+from fusednorm._explain import decisions
 
 OP = "attention_fwd"
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's encoder's
@@ -82,7 +83,7 @@ def test_a_padding_mask_costs_no_expanded_mask_and_no_other_path():
         return max(shape.count(length) for shape in shapes)
 
     def steps(**kwargs) -> list[str]:
-        return [line.split(",")[0] for line in explain(model, x, **kwargs).splitlines() if not line.startswith(" ")]
+        return [f"{route.call}: {route.provider}" for route in decisions(model, x, **kwargs)]
 
     additive = torch.zeros(B, length).masked_fill(hidden, -torch.inf)
     for mask in (hidden, additive):
@@ -194,12 +195,13 @@ def test_explain_says_why_a_path_is_not_taken():
     model, x = encoder(), torch.randn(B, S, E)
     lines = explain(model, x, src_key_padding_mask=padding()).splitlines()
     assert lines[0].startswith("TransformerEncoder: fused")
-    at = next(i for i, line in enumerate(lines) if line.startswith("scaled_dot_product_attention"))
-    assert lines[at + 1].startswith("  triton is not used: ")
+    assert any(line.startswith("2 x scaled_dot_product_attention: ") for line in lines)
+    assert sum(line.startswith("  triton is not used: ") for line in lines) == 1
     model.layers[1].linear2.register_forward_hook(lambda *args: None)
     text = explain(model, x)
     assert "TransformerEncoder: unfused" in text and "the fused path is not used: linear2 has hooks" in text
     assert text.count("TransformerEncoderLayer: fused") == text.count("TransformerEncoderLayer: unfused") == 1
+    assert "(in layers.0)" in text and "(in layers.1)" in text
     model = encoder(activation=torch.tanh)
     assert "the activation is a function of the caller's" in explain(model.layers[0], x)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 from fusednorm.providers import reference
 
 
@@ -42,7 +42,7 @@ def planted(monkeypatch):
         monkeypatch.setattr(providers, "PROVIDERS", {name: (module.__name__,), **providers.PROVIDERS})
         for cache in ("_modules", "_serving", "_functions", "_reasons"):
             monkeypatch.setattr(providers, cache, {})
-        monkeypatch.setattr(providers, "_logged", set())
+        monkeypatch.setattr(_once, "_said", set())
         return name
 
     return plant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 
 N = 33
 ACTIVATIONS = {
@@ -138,6 +139,17 @@ def test_the_reference_serves_what_torch_cannot_without_kernels(without_kernels)
     assert said == "add_layer_norm: torch, torch's own operators"
 
 
+def test_on_request_z_is_kept_and_that_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(_once, "_said", set())
+    x, weight = torch.randn(4, N, requires_grad=True), torch.ones(N)
+    with fusednorm.use_provider("torch"), caplog.at_level(logging.WARNING, logger="fusednorm"):
+        for _ in range(2):
+            normed, _ = fusednorm.add_layer_norm(x, x, N, weight, memory_efficient=True)
+    assert normed.grad_fn.name() == "NativeLayerNormBackward0"
+    (record,) = [record for record in caplog.records if "memory_efficient" in record.getMessage()]
+    assert "torch's own operators were asked for" in record.getMessage()
+
+
 def test_nested_requests_decide_as_everywhere():
     x = torch.randn(2, N)
     with fusednorm.use_provider("reference"):
@@ -160,7 +172,7 @@ def python(program, provider):
 def test_the_environment_names_the_provider_of_the_process():
     program = """
 import torch, fusednorm
-from fusednorm import providers
+from fusednorm import _once, providers
 x = torch.randn(4, 8, requires_grad=True)
 print(fusednorm.explain(fusednorm.add_layer_norm, x, x, 8).splitlines()[0])
 print(fusednorm.add_layer_norm(x, x, 8)[0].grad_fn.name(), fusednorm.bias_act_dropout(x, x[0]).grad_fn.name())
@@ -194,3 +206,48 @@ for function in (fusednorm.layer_norm, fusednorm.rms_norm):
     out, err = python(program, name)
     first, *faults = out.splitlines()
     assert first == "imported reference" and len(faults) == 2 and all(said in fault for fault in faults), (out, err)
+
+
+# --- the pure-Python install ---
+
+MISSING = """
+import warnings
+import torch
+from fusednorm.providers import cpu
+cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
+import fusednorm
+from fusednorm import _once
+x = torch.randn(4, 8)
+
+def left_to_torch_in_any_case():
+    fusednorm.available_providers(), fusednorm.layer_norm(x, 8), fusednorm.bias_act_dropout(x, None)
+    fusednorm.add_layer_norm(x, None, 8)
+    torch.compile(fusednorm.add_layer_norm, backend="eager")(x, x, 8)
+
+def rms_norm(): fusednorm.rms_norm(x, 8)
+def add_layer_norm(): fusednorm.add_layer_norm(x, x, 8)
+def module(): fusednorm.AddRMSNorm(8, dropout_p=0.5)(x, x)
+def activation(): fusednorm.bias_act_dropout(x, x[0])
+def dropped(): fusednorm.bias_act_dropout(x, x[0], "gelu", 0.5)
+for call in (left_to_torch_in_any_case, rms_norm, add_layer_norm, module, activation, dropped):
+    _once._said.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(), call()
+    said = [(w.filename == "<string>", w.category.__name__, str(w.message)) for w in caught]
+    print(call.__name__, len(said), *said)
+"""
+
+
+def test_a_missing_library_is_told_once_at_the_call_that_it_would_have_served():
+    out, err = python(MISSING, "")
+    silent, *told = out.splitlines()
+    assert silent == "left_to_torch_in_any_case 0" and len(told) == 5, (out, err)
+    for line in told:
+        assert " 1 (True, 'UserWarning', " in line, line
+        assert "python setup.py build_ext --inplace" in line and "FUSEDNORM_PROVIDER=torch" in line
+
+
+def test_who_asks_for_torch_is_told_nothing():
+    out, err = python(MISSING, "torch")
+    assert [line.split()[1] for line in out.splitlines()] == ["0"] * 6, (out, err)

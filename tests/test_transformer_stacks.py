@@ -22,6 +22,7 @@ from fusednorm import (
     explain,
     providers,
 )
+from fusednorm._explain import decisions
 
 OP = "attention_fwd"
 B, S, T, E, H = 3, 6, 5, 16, 4
@@ -82,7 +83,7 @@ def test_transformer_gives_torchs_results(form, using):
 
 
 def routes(module, *args, **kwargs) -> list[str]:
-    return [line for line in explain(module, *args, **kwargs).splitlines() if not line.startswith(" ")]
+    return [f"{r.call}: {r.provider}, {r.how}" for r in decisions(module, *args, **kwargs)]
 
 
 def test_between_pre_norm_layers_every_sum_is_fused_with_the_next_norm():

@@ -88,8 +88,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """(what the output projection takes, in the inputs' layout; the weights (batch, heads, queries, keys) or None).
 
-    One seed gives one dropout mask whether the weights are asked for or not. Without a seed whoever serves the
-    attention draws one.
+    One seed gives one dropout mask whether the weights are asked for or not. Without one, a mask that both take is of a
+    seed drawn here; else whoever serves the attention draws its own.
     """
     q, k, v = _project(inputs, parameters, form)
     extra = (parameters.bias_k is not None) + form.add_zero_attn

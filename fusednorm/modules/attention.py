@@ -26,8 +26,7 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
 
     Same constructor, forward, state_dict and results. Self-attention takes one product for q, k and v, whose slices
     attention reads as they lie; a padding mask stays (N, S). Attention is fused whether the weights are asked for or
-    not, and one seed of torch's generator gives one dropout mask in both cases (but where torch's operator serves: its
-    dropout is its own).
+    not, and one seed of torch's generator gives one dropout mask in both cases.
 
     `is_causal` says that `attn_mask`, which must be given, is the causal mask. As in torch's, it replaces the mask
     where there is no `key_padding_mask` and `need_weights` is False; elsewhere the mask counts and the hint does not.
@@ -82,8 +81,8 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Batched inputs in, what the output projection takes out, and the weights of every head."""
         kept = self._kept_weights
-        weights_wanted = need_weights or bool(kept)
-        merged, weights = attend(inputs, self._projections(), masks, None, self._form(sources), weights_wanted)
+        form = self._form(sources)
+        merged, weights = attend(inputs, self._projections(), masks, None, form, need_weights or bool(kept))
         if weights is not None:
             for collected in kept:
                 collected.append(weights.detach())

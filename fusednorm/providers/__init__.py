@@ -14,17 +14,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
-from types import ModuleType, TracebackType
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _shortcut
-from . import choice
+from .._once import first_time
+from . import blocks, choice
 
 _log = logging.getLogger("fusednorm")
 
@@ -50,13 +53,13 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
 
 _default = os.environ.get("FUSEDNORM_PROVIDER") or None  # what is requested outside any block; named at first use
 _requested = _default  # a module global, not a ContextVar: torch.compile traces and guards it
-_active: list[use_provider] = []  # entered and not left, in order; blocks of several threads or tasks may interleave
-_records: list[list[Route]] = []  # where explain() collects decisions
+_active: list[use_provider] = []  # entered and not left, in order
+_invariant: list[batch_invariant] = []
+_records: list[_Listener] = []  # where explain() collects the decisions of a thread
 _modules: dict[str, tuple[ModuleType, ...]] = {}
 _serving: dict[tuple[str, str], ModuleType] = {}  # by provider and op
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}  # of these modules: one look-up a call
 _reasons: dict[str, str | None] = {}
-_logged: set[tuple[str, str]] = set()
 by_shape = True  # False inside batch_invariant()
 automatic = _default is None  # False while a provider is requested or decisions are recorded
 torch_asked = _default == "torch"  # torch's own operators are requested, and no decision is recorded
@@ -72,24 +75,27 @@ class Route(NamedTuple):
     provider: str
     how: str
     refusals: tuple[tuple[str, str], ...] = ()
+    where: str = ""  # the name of the module that made the call, in the model that explain() was given
 
-    def __str__(self) -> str:
-        lines = [f"{self.call}: {self.provider}, {self.how}"]
-        lines += [f"  {name} is not used: {reason}" for name, reason in self.refusals]
-        return "\n".join(lines)
+
+class _Listener(NamedTuple):
+    thread: int
+    names: Mapping[int, str]  # of modules, by their identity
+    routes: list[Route]
 
 
 def get(name: str) -> tuple[ModuleType, ...]:
     """The modules of provider `name`, imported."""
     modules = _modules.get(name)
     if modules is None:
-        modules = _modules[name] = tuple([importlib.import_module(path) for path in PROVIDERS[name]])
+        modules = tuple([importlib.import_module(path) for path in PROVIDERS[name]])
         if name == "torch":
             _get_torch(modules)
         for module in modules:
             ops = {op: function for op, function in vars(module).items() if op.endswith(("_fwd", "_bwd"))}
             _serving.update({(name, op): module for op in ops})
             _functions.update({(name, op): function for op, function in ops.items()})
+        _modules[name] = modules  # last: another thread that sees it looks for the ops
     return modules
 
 
@@ -124,14 +130,31 @@ def function(name: str, op: str) -> Callable[..., Any]:
 def unavailable_reason(name: str) -> str | None:
     """Why provider `name` cannot be used here and now, or None if it can."""
     if name not in _reasons:
-        _reasons[name] = get(name)[0].unavailable_reason()
-        if name in ("cpu", "cuda"):
-            _renew()
+        reason = get(name)[0].unavailable_reason()
+        with blocks.lock:
+            _reasons[name] = reason
+            if name in ("cpu", "cuda"):
+                _renew()
     return _reasons[name]
 
 
 # what torch.compiler.assume_constant_result sets, without its import of the compiler: the answer is not to be traced
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def tell_missing_library() -> None:
+    """Warn once, for a call on CPU tensors that our library would have served, that torch's operators do."""
+    if torch.compiler.is_compiling() or not first_time("no CPU library"):
+        return
+    frame, depth = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusednorm", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(
+        f"fusednorm's CPU kernels are not used: {unavailable_reason('cpu')}. Torch's own operators serve calls on CPU "
+        "tensors instead. FUSEDNORM_PROVIDER=torch in the environment asks for them, without this warning.",
+        UserWarning,
+        stacklevel=depth,
+    )
 
 
 def available_providers() -> list[str]:
@@ -169,9 +192,10 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
     An explicit request never falls back: it raises. Automatic choice takes what was measured to be fastest, or else
     the first provider of the table that can serve the call, and logs each refusal once.
     """
-    if _requested is not None:
-        _check_request(op, args)
-        return _requested, ()
+    requested = _requested  # once: another thread may enter or leave a block meanwhile
+    if requested is not None:
+        _check_request(requested, op, args)
+        return requested, ()
     preference = None
     if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
         preference = choice.preference(op, args)
@@ -183,54 +207,75 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:
+            if name == "torch" and args[0].is_cpu and unavailable_reason("cpu") and not reluctance("cpu", op, args):
+                tell_missing_library()
             return name, refusals
         refusals += ((name, reason),)
-        if not torch.compiler.is_compiling() and (name, reason) not in _logged:
-            _logged.add((name, reason))
+        if not torch.compiler.is_compiling() and first_time((name, reason)):
             _log.info("provider %s is not used: %s", name, reason)
     raise RuntimeError(f"no provider can run {op}: {refusals}")
 
 
-def _check_request(op: str, args: tuple[Any, ...]) -> None:
+def _check_request(name: str, op: str, args: tuple[Any, ...]) -> None:
     """Raise ValueError if the requested provider cannot run a call, or if there is none of that name."""
-    assert _requested is not None
-    if _requested not in PROVIDERS:
-        raise ValueError(f"FUSEDNORM_PROVIDER: {_unknown(_requested)}")
-    reason = refusal(_requested, op, args)
+    if name not in PROVIDERS:
+        raise ValueError(f"FUSEDNORM_PROVIDER: {_unknown(name)}")
+    reason = refusal(name, op, args)
     if reason is not None:
-        asked = f"`use_provider({_requested!r})`" if _active else f"FUSEDNORM_PROVIDER={_requested}"
-        raise ValueError(f"provider {_requested!r} cannot run {op}: {reason}; leave {asked} out for automatic choice")
+        asked = f"`use_provider({name!r})`" if _active else f"FUSEDNORM_PROVIDER={name}"
+        raise ValueError(f"provider {name!r} cannot run {op}: {reason}; leave {asked} out for automatic choice")
 
 
 def _unknown(name: object) -> str:
     near = difflib.get_close_matches(str(name), PROVIDERS, 1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no provider is called {name!r}{guess} Known are {', '.join(map(repr, PROVIDERS))}"
+    return f"no provider is called {name!r}{guess or '.'} Known are {', '.join(map(repr, PROVIDERS))}"
 
 
 def record(route: Route) -> None:
-    """Hand a decision to explain(), if it listens."""
-    for listener in _records:
-        listener.append(route)
+    """Hand a decision to explain(), if it listens to this thread."""
+    for thread, names, routes in _records:
+        if torch.compiler.is_compiling():  # which traces neither
+            routes.append(route)
+        elif thread == threading.get_ident():
+            routes.append(route._replace(where=_caller(names)))
+
+
+def _caller(names: Mapping[int, str]) -> str:
+    """The name of the module whose method, or function of it, is the innermost one that runs.
+
+    The frames say so: a fused layer calls no submodule, and a hook would make it call each.
+    """
+    frame: FrameType | None = sys._getframe(2) if names else None
+    while frame is not None:
+        if frame.f_code.co_argcount:
+            name = names.get(id(frame.f_locals.get(frame.f_code.co_varnames[0])))
+            if name is not None:
+                return name
+        frame = frame.f_back
+    return ""
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Route]]:
-    """Collect every decision made inside."""
+def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Route]]:
+    """Collect every decision that this thread makes inside, with the name of the module that made it."""
     routes: list[Route] = []
-    _records.append(routes)
-    _renew()
+    with blocks.lock:
+        _records.append(_Listener(threading.get_ident(), names or {}, routes))
+        _renew()
     try:
         yield routes
     finally:
-        _records[:] = [listener for listener in _records if listener is not routes]
-        _renew()
+        with blocks.lock:
+            _records[:] = [listener for listener in _records if listener.routes is not routes]
+            _renew()
 
 
 def _renew() -> None:
-    """What calls look at, after a block was entered or left."""
-    global _requested, automatic, torch_asked, short_cuts, shortcut, shortcut_asked
+    """What calls look at, after a block was entered or left. The caller holds the lock."""
+    global _requested, automatic, torch_asked, short_cuts, by_shape, shortcut, shortcut_asked
     _requested = _active[-1].name if _active else _default
+    by_shape = not (_invariant and _invariant[-1].enabled)
     automatic = _requested is None and not _records
     torch_asked = _requested == "torch" and not _records
     short_cuts = not _records and _requested in (None, "cpu", "torch")
@@ -242,17 +287,17 @@ def _renew() -> None:
     shortcut_asked = "cuda" if _requested == "cuda" else automatic and by_shape
 
 
-class use_provider(contextlib.ContextDecorator):
+class use_provider(blocks.Block):
     """Run everything inside with one provider, as a context manager or a decorator.
 
     ``use_provider("torch")`` takes torch's own operators for every function and module. The environment variable
     ``FUSEDNORM_PROVIDER``, read when the package is imported, names the provider outside of any block.
 
-    The choice holds for the whole process until the block ends; the block entered last decides. The backward of what
-    was computed inside uses the same provider wherever it runs, but what activation checkpointing computes anew runs
-    with the choice of that moment: keep the backward inside the block too. A call that the provider cannot take
-    raises; nothing falls back silently. Under a ``torch.func`` transform or forward-mode AD the elementary operators of
-    the reference serve, whatever is requested.
+    The choice holds for the whole process until the block ends; the block entered last decides, whichever thread
+    entered it. The backward of what was computed inside uses the same provider wherever it runs, but what activation
+    checkpointing computes anew runs with the choice of that moment: keep the backward inside the block too. A call
+    that the provider cannot take raises; nothing falls back silently. Under a ``torch.func`` transform or forward-mode
+    AD the elementary operators of the reference serve, whatever is requested.
 
     Args:
         name: one of ``available_providers()``.
@@ -262,38 +307,29 @@ class use_provider(contextlib.ContextDecorator):
         RuntimeError: the provider cannot run here (raised on entry, with the reason).
     """
 
+    entered = _active
+    changed = staticmethod(lambda: _renew())
+
     def __init__(self, name: str) -> None:
         if name not in PROVIDERS:
             raise ValueError(f"name: {_unknown(name)}")
         self.name = name
+        self._used = False
 
-    def __call__(self, function: Any) -> Any:
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-            raise TypeError(
-                f"use_provider: {function.__name__} is a generator or coroutine, whose body runs after the decorator "
-                "has left; put a `with use_provider(...)` block inside it"
-            )
-        return super().__call__(function)
+    def __repr__(self) -> str:
+        return f"use_provider({self.name!r})"
 
     def __enter__(self) -> use_provider:
+        self._used = True
         reason = unavailable_reason(self.name)
         if reason is not None:
             raise RuntimeError(
                 f"provider {self.name!r} cannot run here: {reason}; usable are {', '.join(available_providers())}"
             )
-        _active.append(self)
-        _renew()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        last = len(_active) - 1 - _active[::-1].index(self)
-        del _active[last]
-        _renew()
+        return super().__enter__()
 
 
-class batch_invariant(contextlib.ContextDecorator):
+class batch_invariant(blocks.Block):
     """Keep a row's result independent of the batch around it, as a context manager or a decorator.
 
     With a fixed provider it is in any case. Automatic choice goes by what was measured to be fastest at a shape, and so
@@ -304,21 +340,15 @@ class batch_invariant(contextlib.ContextDecorator):
         enabled: False lets the choice look at shapes again, inside an enclosing block.
     """
 
+    entered = _invariant
+    changed = staticmethod(lambda: _renew())
+
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._before: list[bool] = []
+        self._used = False
 
-    def __enter__(self) -> batch_invariant:
-        global by_shape
-        self._before.append(by_shape)
-        by_shape = not self.enabled
-        _renew()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        global by_shape
-        by_shape = self._before.pop()
-        _renew()
+    def __repr__(self) -> str:
+        return f"batch_invariant({self.enabled})"
 
 
 # Now, because torch.compile cannot trace an import. None loads anything optional; the others are imported by

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _shortcut
+from .._once import first_time
 from . import cpu
 
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
@@ -68,13 +70,31 @@ def _architecture(index: int) -> str:
 
 @functools.lru_cache(None)
 def table(key: str) -> Table | None:
-    """What was measured on a kind of device, or None."""
+    """What was measured on a kind of device, or None; None with a warning where the file is damaged."""
     path = FOLDER / f"{key}.json"
-    if not path.exists():
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        shapes = {name: [_measured(*entry) for entry in entries] for name, entries in read["shapes"].items()}
+        if not all(shapes.values()):
+            raise ValueError("an operation has no shapes")
+        return Table(str(read["device"]), str(read["source"]), shapes)
+    except FileNotFoundError:
         return None
-    read = json.loads(path.read_text(encoding="utf-8"))
-    shapes = {name: [Measured(*entry) for entry in entries] for name, entries in read["shapes"].items()}
-    return Table(read["device"], read["source"], shapes)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as fault:
+        if first_time(path):
+            warnings.warn(
+                f"{path} cannot be read ({type(fault).__name__}: {fault}); providers are chosen by their order instead "
+                "of by what was measured. Install fusednorm again to have the file back.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return None
+
+
+def _measured(rows: Any, columns: Any, provider: Any, ratio: Any) -> Measured:
+    if not (type(rows) is type(columns) is int and rows > 0 < columns and type(provider) is str and ratio > 0):
+        raise ValueError(f"expected rows, columns, provider, ratio; got {[rows, columns, provider, ratio]}")
+    return Measured(rows, columns, provider, float(ratio))
 
 
 def operation(op: str, args: tuple[Any, ...]) -> str:
@@ -145,9 +165,19 @@ def _nearest(key: str, operation: str, itemsize: int, needs_grad: bool, rows: in
     best = min(found.shapes[name], key=distance)
     why = (
         f"{best.provider} was measured to be {best.ratio:.2f} times as fast at {best.rows} x {best.columns}, the "
-        f"nearest shape of {name} measured on {found.device} ({found.source})"
+        f"nearest shape measured for {_in_words(operation)} of {itemsize}-byte elements, "
+        f"{'forward and backward' if needs_grad else 'forward alone'}, on {found.device} ({found.source})"
     )
     return Preference(best.provider, why)
+
+
+def _in_words(operation: str) -> str:
+    """The public function of an operation's name in the benchmarks, and with what."""
+    if operation.startswith("bias_dropout_add_"):
+        return f"{operation.removeprefix('bias_dropout_')} with a bias, a scale or dropout"
+    if operation == "bias_gelu_dropout":
+        return "bias_act_dropout with dropout"
+    return f"bias_act_dropout with {operation[5:]}" if operation.startswith("bias_") else operation
 
 
 def forget() -> None:

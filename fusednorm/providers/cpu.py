@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._once import once
 from .native import check_whole, options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
@@ -38,7 +39,7 @@ def unavailable_reason() -> str | None:
     return _load()
 
 
-@functools.cache
+@once
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
     global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask

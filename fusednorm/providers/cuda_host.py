@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _shortcut
+from .._once import once
 from .layout import contiguous, folded
 from .native import check_whole, too_many_dimensions
 
@@ -40,7 +41,7 @@ def unavailable_reason() -> str | None:
     return _load()
 
 
-@functools.cache
+@once
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
     library = LIBRARY if EMULATED is None else Path(EMULATED)
