@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import _ops, dropout, providers
 from ._transforms import batched, distinct, transform_active
-from .providers import cpu
+from .providers import choice_gpu, cpu, torch_attention
 from .providers import reference_attention as reference
 from .providers.choice_attention import ours_is_faster
 
@@ -23,29 +22,38 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _is_compiling = torch.compiler.is_compiling
 
 
-def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Choose the way down once, and take it: (out, lse)."""
+def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor, Tensor | None]:
+    """Choose the way down once, and take it: (out, lse). The operands had `dims` dimensions as they were given."""
     if args[11] == 1.0:
         return _all_dropped(call, args, return_lse)
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
-        return reference.attention(*args)
+        return reference.attention(*_seeded(args))
     provider, refusals = providers.choose("attention_fwd", args)
-    torchs = providers.requested() is None
-    differs = _torch_differs(args, return_lse, provider) if torchs else ""
-    torchs = torchs and not differs
+    asked = providers.requested()
+    if asked == "torch" and return_lse:
+        raise ValueError(
+            "provider 'torch' cannot run attention_fwd: torch's attention returns no log-sum-exp; leave `return_lse` "
+            "out, or the request, for automatic choice"
+        )
+    differs = _torch_differs(args, return_lse, provider, dims) if asked is None else ""
+    torchs = asked == "torch" or (asked is None and not differs)
+    if provider == "torch" and not torchs:
+        provider = "reference"
     if not providers.automatic:
         how = "one fused op each way"
         if differs:
-            refusals += (("torch's own operator", differs),)
+            refusals = (*[r for r in refusals if r[0] != "torch"], ("torch's own operator", differs))
         elif torchs:
-            refusals += ((provider, "torch's own operator means the same here"),) if provider != "reference" else ()
-            provider, how = "torch", "torch's own operator: it means the same here"
+            refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
+            provider, how = "torch", _how_torch_serves(args, asked)
         providers.record(providers.Route(call, provider, how, refusals))
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
     if torchs:
-        return _run_torch(args), None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        return _run_torch(args, needs_grad, dims), None
+    args = _seeded(args)
+    if needs_grad:
         if _is_compiling():
             return AttentionFunction.apply(*distinct(args[:8]), *args[8:], provider)
         if is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
@@ -61,6 +69,13 @@ def _all_dropped(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tenso
     out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
     lse = run(call, (*args[:5], None, *args[6:11], 0.0, *args[12:]), True)[1] if return_lse else None
     return out.to(q.dtype), lse
+
+
+def _seeded(args: Args) -> Args:
+    """The arguments with a seed, drawn where the call has a mask and none was given: torch's dropout draws its own."""
+    if args[5] is not None or not args[11]:
+        return args
+    return (*args[:5], dropout.default_seed(args[0].device), *args[6:])
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -106,37 +121,76 @@ def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
     return not _is_compiling() and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
 
 
-def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
-    """Why torch's operator would not be the function that is documented, or not the faster one, or nothing."""
-    q, k, v, attn_mask, key_mask, _, cu_seqlens_q, _, _, _, scale, dropout_p, causal, lower_right, *rest = args
-    left, right, cap = rest
-    if cu_seqlens_q is not None or key_mask is not None or left >= 0 or right >= 0 or cap or return_lse:
-        return "packed sequences, key_mask, window, softcap and the log-sum-exp are none of its arguments"
-    if dropout_p:
+def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> str:
+    """Why torch's operator would not be the function that is documented, or not the faster one, or nothing.
+
+    Where no kernel of ours serves a call, speed is no reason, and what torch has no argument for becomes its mask.
+    """
+    q, k, v, _, _, seed, _, _, _, _, scale, dropout_p, *_ = args
+    ours = provider not in ("torch", "reference")
+    reason = torch_attention.refusal("attention_fwd", *args)
+    if reason:
+        return reason
+    if return_lse:
+        return "it returns no log-sum-exp"
+    if dropout_p and (ours or seed is not None):
         return "its dropout mask is not `dropout_mask`"
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    if ours:
+        reason = _why_ours(args, provider, needs_grad, dims)
+        if reason:
+            return reason
+    elif not (_is_compiling() or (q.numel() and k.numel() and v.numel())):
+        return "an operand is empty"
+    if q.is_cpu and _masked(args):
+        seen = _ops.PLAIN.issuperset((type(q), type(k), type(v)))
+        if _is_compiling() or not seen or torch._C._len_torch_dispatch_stack():
+            return _NOT_LOOKED_FOR if ours else ""
+        if not (_scales(scale) and moderate(q, k, v)):
+            return "NaN, Inf or huge numbers of masked keys and values would reach its results"
+    return ""
+
+
+def _masked(args: Args) -> bool:
+    return bool(args[3] is not None or args[4] is not None or args[12] or args[14] >= 0 or args[15] >= 0)
+
+
+_NOT_LOOKED_FOR = "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
+
+
+def _why_ours(args: Args, provider: str, needs_grad: bool, dims: int) -> str:
+    """Why a kernel of ours, which could serve the call, is to be preferred to torch's, or nothing."""
+    q, k, v, attn_mask, key_mask, _, _, _, _, _, scale, _, causal, lower_right, left, right, _ = args
+    if key_mask is not None or left >= 0 or right >= 0:
+        return f"{'key_mask' if key_mask is not None else 'window'} is none of its arguments"
     if causal and lower_right and q.shape[-2] != k.shape[-2]:
         return "its causal mask is aligned upper-left"
     if causal and attn_mask is not None:
         return "it refuses attn_mask beside is_causal, unless its flash attention serves the call"
     if causal and not _scales(scale):
         return "it scales the -inf that it adds to what causality masks"
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
-    if needs_grad:
-        if attn_mask is not None and attn_mask.requires_grad:
-            return "it holds the gradient of attn_mask, which is never summed, in full"
-        if not (q.is_cpu and flash_takes(q, k, v)):
-            return "it has no derivatives of second order, keeps every probability, or differs from run to run"
+    if needs_grad and attn_mask is not None and attn_mask.requires_grad:
+        return "it holds the gradient of attn_mask, which is never summed, in full"
+    if q.is_cpu and needs_grad and dims == 4 and not flash_takes(q, k, v):
+        return "of such operands it keeps every probability"
     if provider == "cpu" and torch_is_slower(q, k, needs_grad):
         return "it was measured to be slower than ours for these lengths on such a processor"
-    if provider == "triton" and not providers.by_shape:
-        return "how it splits a sum depends on the batch, and this is a block of `batch_invariant`"
-    if causal or attn_mask is not None:
-        values_are_here = q.is_cpu and _ops.PLAIN.issuperset((type(q), type(k), type(v)))
-        if _is_compiling() or not values_are_here or torch._C._len_torch_dispatch_stack():
-            return "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
-        if not (_scales(scale) and moderate(q, k, v)):
-            return "NaN, Inf or huge numbers of masked keys and values would reach its results"
+    if provider == "triton":
+        fused = not (needs_grad or causal) or (dims == 4 and fused_takes(q, k, v))
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return choice_gpu.why_not_torchs(
+            choice_gpu.Attention(attn_mask is not None, fused, needs_grad, deterministic, providers.by_shape)
+        )
     return ""
+
+
+def _how_torch_serves(args: Args, asked: str | None) -> str:
+    if asked is not None:
+        return "torch's own operator"
+    how = "torch's own operator: it means the same here"
+    if _masked(args) and not args[0].is_cpu:  # a look would wait for the device
+        how += ", but for NaN and Inf of what is masked, which may reach its results"
+    return how
 
 
 def _scales(scale: float) -> bool:
@@ -163,27 +217,42 @@ def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     return (
         not _is_compiling()
-        and q.ndim == 4
-        and q.shape[:2] == k.shape[:2]
-        and q.shape[3] == k.shape[3]
-        and k.shape == v.shape
-        and q.dtype == k.dtype == v.dtype
         and k.is_cpu
         and v.is_cpu
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and q.ndim == 4
+        and q.dtype == k.dtype == v.dtype
+        and fused_takes(q, k, v)
         and q.numel() > 0
         and k.numel() > 0
     )
 
 
-def _run_torch(args: Args) -> Tensor:
-    q, k, v, attn_mask, _, _, _, _, _, _, scale, _, causal = args[:13]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return torch_apply(q, k, v, attn_mask, causal, scale)
-    grouped = False
-    if q.shape[1] != k.shape[1]:  # a branch, since torch takes no symbolic truth value
-        grouped = True
-    return F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+def fused_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused kernels take 4-D operands of one dtype: heads and head dims alike, rows contiguous."""
+    return (
+        q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape == v.shape
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    )
+
+
+def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
+    q, k, v, attn_mask, key_mask, _, _, _, _, _, scale, dropout_p, *_ = args
+    if key_mask is not None and (
+        _is_compiling() or not q.is_cpu
+    ):  # not looked at: nobody sees these keys, 0 * NaN is NaN
+        k, v = (t.masked_fill(key_mask.logical_not()[:, None, :, None], 0.0) for t in (k, v))
+        args = (q, k, v, *args[3:])
+    flash = dims == 4 and flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
+    # what the CPU has besides is made of operators that are differentiable themselves
+    complete = q.is_cpu and not flash and not _masked(args)
+    if complete or not needs_grad or dropout_p or _is_compiling():
+        return torch_attention.attention(*args, dims=dims)
+    if flash:
+        mask, causal = torch_attention.as_mask(q, k, attn_mask, key_mask, *args[12:16])
+        return torch_apply(q, k, v, mask, causal, scale)
+    return operator_apply(*args, dims)
 
 
 class TorchAttentionFunction(torch.autograd.Function):
@@ -237,6 +306,48 @@ def torch_gradients(
         )
         return tuple(gradient for gradient in found[:3] if gradient is not None)
     return tuple(_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale))
+
+
+class TorchOperatorFunction(torch.autograd.Function):
+    """Torch's operator, whichever of its kernels serves, with what these lack: derivatives of second order.
+
+    Its own graph is kept inside. With ``create_graph=True``, and beside cotangents on the CPU that are not finite
+    where something is masked, the backward is the reference's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        given, dims = args[:-1], args[-1]
+        with torch.enable_grad():
+            leaves: list[Any] = [None if t is None else t.detach() for t in given[:4]]
+            for leaf, needed in zip(leaves, ctx.needs_input_grad[:4], strict=True):
+                if leaf is not None:
+                    leaf.requires_grad_(needed)
+            out = torch_attention.attention(*leaves, *given[4:], dims=dims)
+        ctx.save_for_backward(*given[:5])
+        ctx.inner, ctx.leaves, ctx.options = out, leaves, given[8:]
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, attn_mask, key_mask = ctx.saved_tensors
+        need = ctx.needs_input_grad[:4]
+        masked = _masked((q, k, v, attn_mask, key_mask, *[None] * 3, *ctx.options))
+        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not moderate(dout)):
+            operands = (dout, None, q, k, v, attn_mask, key_mask, None, None, None)
+            found = reference.attention_gradients(*operands, *ctx.options, list(need))
+            gradients = [g if wanted else None for g, wanted in zip(found, need, strict=True)]
+        else:
+            wanted_leaves = [leaf for leaf, wanted in zip(ctx.leaves, need, strict=True) if wanted]
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            inner = iter(torch.autograd.grad(ctx.inner, wanted_leaves, dout, retain_graph=keep))
+            if not keep:  # the node lives as long as the loss; what it saved need not
+                del ctx.inner, ctx.leaves
+            gradients = [next(inner) if wanted else None for wanted in need]
+        return (*gradients, *[None] * 14)
+
+
+operator_apply = super(torch.autograd.Function, TorchOperatorFunction).apply
 
 
 def shortcut_backward(

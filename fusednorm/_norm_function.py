@@ -33,14 +33,13 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         providers.record(providers.Route(call, "reference", how))
         normed, residual_out, _ = reference.add_layer_norm_fwd(*_seeded(args))
         return normed, residual_out if args[15] else args[0]
-    provider, refusals = providers.choose("add_layer_norm_fwd", args)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
     if memory_efficient and providers.requested() == "torch":
         _tell("torch's own operators were asked for")
         memory_efficient = False
     from_normed = memory_efficient and _invertible(args)
-    if from_normed and provider == "torch":
-        provider, refusals = "reference", (*refusals, ("torch", "its operators keep z for the backward, not normed"))
+    without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
+    provider, refusals = providers.choose("add_layer_norm_fwd", args, without)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
     if not providers.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
         providers.record(providers.Route(call, provider, how, refusals))

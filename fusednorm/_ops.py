@@ -17,12 +17,14 @@ from torch import Tensor, library
 
 from . import providers
 from ._dtypes import compute_dtype
+from .providers.layout import rows_like
 
 _LIBRARY = library.Library("fusednorm", "DEF")
 
 # Attention's q is (B, Hq, Sq, D), k and v (B, Hk, Sk, D) with Hq a multiple of Hk, or, where cu_seqlens are given,
 # packed: (total, H, D). attn_mask broadcasts to (B, Hq, Sq, Sk); a window of -1 is unbounded. lse is (B, Hq, Sq) or
-# (Hq, total). out, dq, dk, dv lie in memory as q, k, v do (out contiguous where v's head dim is another).
+# (Hq, total). out, dq, dk, dv lie in memory as q, k, v do, contiguously where these have another last stride than 1
+# (out also where v's head dim is another).
 _ATTENTION = (
     "Tensor? attn_mask, Tensor? key_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float dropout_p, bool causal, bool lower_right, "
@@ -165,7 +167,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     same = v.shape[-1] == q.shape[-1]
-    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = rows_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     return out, q.new_empty(lse, dtype=compute_dtype(q.dtype))
 
@@ -183,7 +185,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     wanted = zip((q, k, v, attn_mask), rest[-2], strict=True)
-    return tuple(torch.empty_like(t) if w and t is not None else q.new_empty(0) for t, w in wanted)
+    return tuple(rows_like(t) if w and t is not None else q.new_empty(0) for t, w in wanted)
 
 
 _MOST_TENSORS = 10  # the tensors of an op come first

@@ -16,7 +16,7 @@ from ._transforms import batched, distinct, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
 from .providers import torch_activation
-from .providers.choice import OPERATIONS, torch_on_cpu
+from .providers.choice import OPERATIONS, torch_on_cpu, torch_on_gpu
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
@@ -119,6 +119,8 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     if providers.torch_asked:
         return _run_torch(x, bias, activation)
     automatic = providers.automatic
+    if x.is_cuda:
+        return _run_torch(x, bias, activation) if automatic and _torch_is_faster_on_a_gpu(x, bias, activation) else None
     if bias is None:
         return _run_torch(x, bias, activation) if automatic else None
     if providers.unavailable_reason("cpu") is not None:
@@ -139,6 +141,12 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     return native.bias_act_bare(x, bias, activation)
 
 
+def _torch_is_faster_on_a_gpu(x: Tensor, bias: Tensor | None, activation: str) -> bool:
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    shape = x.dtype, x.numel(), x.size(-1)
+    return providers.by_shape and torch_on_gpu(OPERATIONS[activation], *shape, needs_grad, x.device.index or 0)
+
+
 def _torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
     dtype = x.dtype
     if dtype is torch.float64 and activation != "relu":
@@ -147,9 +155,9 @@ def _torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
 
 
 def _run_torch(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
-    """Torch's own operators on the CPU, or None where they would not be the function that is documented."""
+    """Torch's own operators, or None where they would not be the function that is documented."""
     function = _TORCHS[activation]
-    if not (x.is_cpu and x.dtype in _FLOATS and x.layout is torch.strided and x.ndim) or x.is_nested:
+    if not ((x.is_cpu or x.is_cuda) and x.dtype in _FLOATS and x.layout is torch.strided and x.ndim) or x.is_nested:
         return None
     if bias is None:
         return function(x)

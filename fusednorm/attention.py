@@ -148,7 +148,7 @@ def scaled_dot_product_attention(
     lead: tuple[int, ...] = query.shape[:2]
     if not plain:
         query, key, value, lead = _broadcast(query, key, value, enable_gqa)
-    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    n_queries, n_keys, dims = query.shape[-2], key.shape[-2], query.ndim
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*lead, n_queries, n_keys))
     # 4-D: the last leading dimension is the heads', but the only one the batch's unless heads are grouped
@@ -162,11 +162,12 @@ def scaled_dot_product_attention(
     out, lse = _attention_function.run(
         "scaled_dot_product_attention",
         (
-            *(q, k, v, attn_mask, key_mask, dropout.seed_tensor(seed, q.device) if dropout_p else None, None, None),
+            *(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q), None, None),
             *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
             *(*_window(window), softcap),
         ),
         return_lse,
+        dims,
     )
     if not plain:
         out = out.reshape(*lead, n_queries, v.shape[-1])
@@ -247,7 +248,7 @@ def varlen_attention(
     out, lse = _attention_function.run(
         "varlen_attention",
         (
-            *(q, k, v, None, None, dropout.seed_tensor(seed, q.device) if dropout_p else None),
+            *(q, k, v, None, None, _seed(seed, dropout_p, q)),
             *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q), dropout_p),
             *(is_causal, causal_align == "lower_right", *_window(window), softcap),
         ),
@@ -330,6 +331,11 @@ def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return 1.0 / q.shape[-1] ** 0.5 if q.shape[-1] else 1.0  # as torch computes it, to the last bit
     return scale
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, q: Tensor) -> Tensor | None:
+    """None where the provider is to draw one: torch's operator draws its own mask."""
+    return dropout.seed_tensor(seed, q.device) if dropout_p and seed is not None else None
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autocast, _checks, _norm_function, dropout, providers
+from . import _autocast, _bare, _checks, _norm_function, dropout, providers
 from ._norm_function import Args
 
-_functorch_active = torch._C._are_functorch_transforms_active
-_autocast_active = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
-_TORCH_REFUSES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
 def layer_norm(
@@ -54,10 +50,10 @@ def layer_norm(
         )
     try:
         # torch's own at once: no native kernel is faster
-        if type(eps) is float and (providers.automatic or providers.torch_asked) and _unwatched(input):
+        if type(eps) is float and (providers.automatic or providers.torch_asked) and _bare.unwatched(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
-    except _TORCH_REFUSES:
+    except _bare.REFUSED:
         pass  # the way below takes what torch does not, or says what is wrong with it
     if (
         not _is_compiling()
@@ -106,7 +102,7 @@ def rms_norm(
         _checks.refuse_nested("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
-        if (eps is None or type(eps) is float) and _unwatched(input):
+        if (eps is None or type(eps) is float) and _bare.unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
@@ -116,7 +112,7 @@ def rms_norm(
             outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:
                 return outputs[0]
-    except _TORCH_REFUSES:
+    except _bare.REFUSED:
         pass
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
 
@@ -287,6 +283,9 @@ def _plain_norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
+    outputs = _bare.torch_on_a_gpu(x, None, weight, bias, normalized_shape, eps, rms)
+    if outputs is not None:
+        return outputs[0]
     _checks.check_tensor(name, x)
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
     _checks.check_parameter("weight", weight, shape, name, x)
@@ -320,8 +319,11 @@ def _add_norm(
     bare = type(dropout_p) is type(drop_path_p) is float and dropout_p == drop_path_p == 0.0
     bare = bare and x_bias is layer_scale is seed is residual_dtype is None and (eps is None or type(eps) is float)
     if bare and not (zero_centered_weight or memory_efficient):
+        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
+        if on_a_gpu is not None:
+            return on_a_gpu
         try:
-            if _unwatched(x):
+            if _bare.unwatched(x):
                 outputs = _norm_function.run_bare(
                     x,
                     residual,
@@ -333,7 +335,7 @@ def _add_norm(
                 )
                 if outputs is not None:
                     return outputs
-        except _TORCH_REFUSES:
+        except _bare.REFUSED:
             pass
     _checks.check_tensor("x", x)
     _checks.check_residual(residual, x)
@@ -359,19 +361,3 @@ def _add_norm(
         *(zero_centered_weight, store_residual),
     )
     return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
-
-
-def _unwatched(x: Tensor) -> bool:
-    """Whether a bare call may be served at once, unchecked: on the CPU, by torch's own operators or our native library.
-
-    What they refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
-    One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
-    """
-    return (
-        providers.short_cuts
-        and x.is_cpu
-        and not x.is_nested
-        and not _functorch_active()
-        and forward_ad._current_level < 0
-        and not _is_compiling()
-    )

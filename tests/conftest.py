@@ -103,6 +103,7 @@ class _WithinLimits(fusednorm.use_provider):
 _SERVED = r".*these are (?P<x>torch\.b?float16), ((?P=x)|torch\.float32), (?P=x) and torch\.float32"
 _LIMITS = {
     "cuda": rf"provider 'cuda' cannot run .*: ((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions)",
+    "torch": r"provider 'torch' cannot run attention_fwd: torch's attention",
     "triton": r"provider 'triton' cannot run attention_fwd: dtype torch\.float64",
 }
 

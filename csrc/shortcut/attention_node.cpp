@@ -63,6 +63,11 @@ fusednorm_cpu::AttentionOptions options(const Facts& facts) {
   return {facts.scale, 0.0, false, facts.window_left, facts.causal ? 0 : facts.window_right, 0.0};
 }
 
+// Memory for a result that lies as `tensor` does, or contiguously where its rows do not: torch's attention gives the same.
+at::Tensor rows_like(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 ? at::empty_like(tensor) : at::empty(tensor.sizes(), tensor.options());
+}
+
 variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
   at::AutoDispatchBelowADInplaceOrView below;
   if (!facts.native) {
@@ -76,7 +81,7 @@ variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const
   variable_list found(3);
   const std::array<const at::Tensor*, 3> operands{&kept.query, &kept.key, &kept.value};
   for (size_t i = 0; i < 3; ++i)
-    if (wanted[i]) found[i] = at::empty_like(*operands[i]);
+    if (wanted[i]) found[i] = rows_like(*operands[i]);
   fusednorm_cpu::run_attention_backward(
       tensors(kept.query, kept.key, kept.value, kept.key_mask), options(facts),
       // hooks on saved tensors may bring the statistics back in another layout
@@ -185,7 +190,7 @@ Results forward(const AttentionCall& call, const Facts& facts) {
   RECORD_FUNCTION("fusednorm_cpu::attention_fwd", c10::ArrayRef<const c10::IValue>{});
   const at::Tensor &q = call.query, &v = call.value;
   const at::TensorOptions statistics = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  Results results{v.size(3) == q.size(3) ? at::empty_like(q) : at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options()),
+  Results results{v.size(3) == q.size(3) ? rows_like(q) : at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options()),
                   at::empty({q.size(0), q.size(1), q.size(2)}, statistics)};
   fusednorm_cpu::run_attention_forward(tensors(q, call.key, v, call.key_mask), options(facts), handle(results.out),
                                        handle(results.lse));

@@ -39,7 +39,11 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     ),
     "cuda": ("fusednorm.providers.cuda", "fusednorm.providers.cuda_activation"),
     "cpu": ("fusednorm.providers.cpu", "fusednorm.providers.cpu_activation", "fusednorm.providers.cpu_attention"),
-    "torch": ("fusednorm.providers.torch_norm", "fusednorm.providers.torch_activation"),
+    "torch": (
+        "fusednorm.providers.torch_norm",
+        "fusednorm.providers.torch_activation",
+        "fusednorm.providers.torch_attention",
+    ),
     "reference": (
         "fusednorm.providers.reference",
         "fusednorm.providers.reference_activation",
@@ -182,11 +186,14 @@ def _serves(name: str, op: str, args: tuple[Any, ...]) -> bool:
     return name in PROVIDERS and refusal(name, op, args) is None and reluctance(name, op, args) is None
 
 
-def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], ...]]:
+def choose(
+    op: str, args: tuple[Any, ...], without: tuple[str, str] | None = None
+) -> tuple[str, tuple[tuple[str, str], ...]]:
     """The provider for a call of `op` with the op's arguments, and (name, reason) of those passed over.
 
     An explicit request never falls back: it raises. Automatic choice takes what was measured to be fastest, or else
-    the first provider of the table that can serve the call, and logs each refusal once.
+    the first provider of the table that can serve the call, and logs each refusal once. It passes over the provider
+    that `without` names, for the reason given there.
     """
     requested = _requested  # once: another thread may enter or leave a block meanwhile
     if requested is not None:
@@ -197,9 +204,13 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
         preference = choice.preference(op, args)
         if preference is not None and not _serves(preference.provider, op, args):
             preference = None
+    if without is not None and preference is not None and preference.provider == without[0]:
+        preference = None
     refusals: tuple[tuple[str, str], ...] = ()
     for name in PROVIDERS:
         reason = refusal(name, op, args) or reluctance(name, op, args)
+        if reason is None and without is not None and name == without[0]:
+            reason = without[1]
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:

@@ -3,8 +3,8 @@
 `choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
 direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
 fastest there. A call goes by the nearest of these shapes. `torch` stands for torch's own operators. Where nothing
-was measured the order of the provider table decides, but for small norms on a GPU, which wait for the host: these take
-the shortcut to the CUDA library, where there is one.
+was measured the order of the provider table decides, but for small calls on a GPU, which wait for the host: norms take
+the shortcut to the CUDA library, where there is one, and what it does not take goes to torch's operators.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from torch import Tensor
 from .. import _shortcut
 from .._once import first_time
 from . import cpu
+from .choice_gpu import HOST_BOUND, waits_for_host
 
 OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
 FOLDER = Path(__file__).with_name("choice")
 SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
+
+UNMEASURED = "nothing was measured on this GPU"
+LIMITS = {needs_grad: f"{n_bytes >> 20} MiB" for needs_grad, n_bytes in HOST_BOUND.items()}
 
 _CPU = torch.device("cpu")
 
@@ -123,8 +127,25 @@ def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
         return None
     name = operation(op, args)
     if x.is_cuda and op == "add_layer_norm_fwd" and args[5] is None and not args[10] and not args[14]:
-        return _of_a_norm_on_a_gpu(x.dtype, name, rows * columns, columns, needs_grad, x.device.index or 0)
-    return _nearest(device_key(x.device), name, x.element_size(), needs_grad, rows, columns)
+        found = _of_a_norm_on_a_gpu(x.dtype, name, rows * columns, columns, needs_grad, x.device.index or 0)
+    else:
+        found = _nearest(device_key(x.device), name, x.element_size(), needs_grad, rows, columns)
+    seed = args[6] if op == "add_layer_norm_fwd" else args[2]  # with one, torch's operators compute the mask in Python
+    if found is None and x.is_cuda and seed is None and waits_for_host(x.numel() * x.element_size(), needs_grad):
+        return Preference("torch", f"{UNMEASURED}, and a call of up to {LIMITS[needs_grad]} waits for the host")
+    return found
+
+
+@functools.lru_cache(4096)
+def torch_on_gpu(operation: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool, index: int) -> bool:
+    """Whether torch's operators are what `preference` finds for a bare call on a GPU, in one look-up of a cache."""
+    if not columns or not elements:
+        return False
+    if operation.endswith("_norm"):
+        found = _of_a_norm_on_a_gpu(dtype, operation, elements, columns, needs_grad, index)
+    else:
+        found = _nearest(_architecture(index), operation, dtype.itemsize, needs_grad, elements // columns, columns)
+    return waits_for_host(elements * dtype.itemsize, needs_grad) if found is None else found.provider == "torch"
 
 
 def cuda_on_gpu(name: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool, index: int) -> bool:
@@ -186,3 +207,4 @@ def forget() -> None:
     _nearest.cache_clear()
     torch_on_cpu.cache_clear()
     _of_a_norm_on_a_gpu.cache_clear()
+    torch_on_gpu.cache_clear()

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._dtypes import compute_dtype
 from . import cpu
 from .cpu import refusal as refusal
+from .layout import rows_like
 
 
 def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -42,7 +43,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     same = v.shape[-1] == q.shape[-1]
-    out = torch.empty_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = rows_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
     statistics = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     lse = q.new_empty(statistics, dtype=compute_dtype(q.dtype))
     bounds = _bounds(cu_seqlens_q), _bounds(cu_seqlens_k)
@@ -78,7 +79,7 @@ def attention_bwd(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, attn_mask); None where not wanted."""
-    make = torch.empty_like if lse.numel() else torch.zeros_like
+    make = rows_like if lse.numel() else torch.zeros_like
     gradients = tuple(
         make(t) if wanted and t is not None else None
         for t, wanted in zip((q, k, v, attn_mask), output_mask, strict=True)

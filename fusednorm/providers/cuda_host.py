@@ -7,7 +7,6 @@ for tests: FUSEDNORM_EMULATE then names the library that `tests/emulated.py` bui
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import threading
 from pathlib import Path

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+
+def rows_like(tensor: Tensor) -> Tensor:
+    """Memory for a result of `tensor`'s shape that lies as it does, or contiguously where its last stride is not 1.
+
+    Torch's attention gives the same layouts, so that ``view`` works where it works there.
+    """
+    return torch.empty_like(tensor) if tensor.stride(-1) == 1 else tensor.new_empty(tensor.shape)
 
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import dropout
 from .._dtypes import compute_dtype
+from .layout import rows_like
 from .selected import masked_product, select_matmul
 
 _MOST_ROWS = 1024  # of a block of queries
@@ -303,10 +304,10 @@ def _grouped(gradient: Tensor, heads: int) -> Tensor:
 
 
 def _laid_out(result: Tensor, like: Tensor) -> Tensor:
-    """In memory as `like` is, so that (B, S, H, D) storage stays that; no alias of anything."""
+    """In memory as `like` is where its rows are contiguous, so that (B, S, H, D) storage stays that; no alias."""
     if result.shape != like.shape:
         return result.contiguous()
-    return torch.empty_like(like, dtype=result.dtype).copy_(result)
+    return rows_like(like).copy_(result)
 
 
 def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,19 @@
-"""Two products that leave out what is not visible, NaN and Inf included; each is the other's derivative."""
+"""Two products that leave out what is not visible, NaN and Inf included; each is the other's derivative.
+
+Their rules compose: derivatives of derivatives are right to any depth, forward mode within forward mode included.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from .._transforms import batched
 
@@ -23,10 +30,54 @@ def known_finite(tensor: Tensor) -> bool:
     )
 
 
+def _tangent(product: Callable[..., Tensor], ctx: Any, a_tangent: Tensor | None, b_tangent: Tensor | None) -> Tensor:
+    """``product(da, b, visible) + product(a, db, visible)``, which enclosing transforms see.
+
+    Torch records no derivatives while it runs a ``jvp``. Operators there would be constants to every enclosing
+    transform, and a second forward derivative silently wrong. So the operands are unwrapped to the enclosing level.
+    """
+    operands = (*ctx.saved_tensors, a_tangent, b_tangent)
+    if not torch._C._are_functorch_transforms_active():  # forward_ad.dual_level, which does not nest
+        return _sum_of_products(product, *operands)
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    operands = tuple([None if t is None else _unwrap_for_grad(t, level) for t in operands])
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), interpreter.lower():
+        tangent = _sum_of_products(product, *operands)
+    return _wrap_for_grad(tangent, level)
+
+
+def _sum_of_products(
+    product: Callable[..., Tensor],
+    a: Tensor,
+    b: Tensor,
+    visible: Tensor,
+    a_tangent: Tensor | None,
+    b_tangent: Tensor | None,
+) -> Tensor:
+    terms = [product(a_tangent, b, visible)] if a_tangent is not None else []
+    terms += [product(a, b_tangent, visible)] if b_tangent is not None else []
+    return sum(terms[1:], terms[0])
+
+
+def _batched(
+    product: Callable[..., Tensor], size: int, in_dims: tuple[int | None, ...], operands: tuple[Tensor, ...]
+) -> tuple[Tensor, int]:
+    """The rule for vmap. Torch's generated rule would run the ``jvp`` below a level of its own."""
+    fronts = [
+        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(operands, in_dims, strict=True)
+    ]
+    ndim = max(t.ndim for t in fronts)
+    fronts = [t.reshape(size, *(1,) * (ndim - t.ndim), *t.shape[1:]) for t in fronts]
+    return product(*fronts), 0
+
+
 class SelectMatmul(torch.autograd.Function):
     """``sum_k a[i, k] b[k, d]`` over the k that i sees; `a` is 0 elsewhere, but 0 * NaN would be NaN."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[Tensor, int]:
+        return _batched(select_matmul, info.batch_size, in_dims, operands)
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
@@ -54,16 +105,15 @@ class SelectMatmul(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, a_tangent: Tensor | None, b_tangent: Tensor | None, _: None) -> Tensor:
-        a, b, visible = ctx.saved_tensors
-        terms = [select_matmul(a_tangent, b, visible)] if a_tangent is not None else []
-        terms += [select_matmul(a, b_tangent, visible)] if b_tangent is not None else []
-        return sum(terms[1:], terms[0])
+        return _tangent(select_matmul, ctx, a_tangent, b_tangent)
 
 
 class MaskedProduct(torch.autograd.Function):
     """``sum_d x[i, d] y[k, d]`` where i sees k, else 0."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[Tensor, int]:
+        return _batched(masked_product, info.batch_size, in_dims, operands)
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, visible: Tensor) -> Tensor:
@@ -84,10 +134,7 @@ class MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, y_tangent: Tensor | None, _: None) -> Tensor:
-        x, y, visible = ctx.saved_tensors
-        terms = [masked_product(x_tangent, y, visible)] if x_tangent is not None else []
-        terms += [masked_product(x, y_tangent, visible)] if y_tangent is not None else []
-        return sum(terms[1:], terms[0])
+        return _tangent(masked_product, ctx, x_tangent, y_tangent)
 
 
 select_matmul = SelectMatmul.apply

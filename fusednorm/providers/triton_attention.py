@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import triton_attention_table as table
 from . import triton_host as host
-from .layout import contiguous
+from .layout import contiguous, rows_like
 from .triton_host import reluctance as reluctance
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ def forget_variants() -> None:
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) in one launch."""
     call, packed = _Call(_near(args[0]), *args[1:]), args[3] is not None
-    as_q = v.shape[-1] == q.shape[-1] and q.stride(-1) == 1
-    out = torch.empty_like(q) if as_q else q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = rows_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty((q.shape[1], q.shape[0]) if packed else q.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
         return out.zero_(), lse.fill_(-math.inf)
@@ -267,9 +266,9 @@ def attention_bwd(
     logits = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
     exact = q.element_size() == 4 or wants_mask
     direct = wants_mask and mask is not None and mask.shape == logits
-    dq = torch.empty_like(q) if wants_q else None
-    dk, dv = torch.empty_like(k) if wants_k else None, torch.empty_like(v) if wants_v else None
-    dmask = torch.zeros_like(mask) if wants_mask and mask is not None else None
+    dq = rows_like(q) if wants_q else None
+    dk, dv = rows_like(k) if wants_k else None, rows_like(v) if wants_v else None
+    dmask = rows_like(mask).zero_() if wants_mask and mask is not None else None
     gradients = (dq, dk, dv, dmask)
     if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
         return tuple([None if g is None else g.zero_() for g in gradients])

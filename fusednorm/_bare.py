@@ -1,0 +1,73 @@
+"""Norms without an epilogue that are served before anything is checked, by torch's operators or the native library.
+
+What these refuse then goes through the checks, which say what is wrong, or is a mixture of dtypes that we take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import providers
+from .providers.choice import torch_on_gpu
+
+REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_active = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether a bare call on the CPU may be served at once.
+
+    One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
+    """
+    return (
+        providers.short_cuts
+        and x.is_cpu
+        and not x.is_nested
+        and not _functorch_active()
+        and forward_ad._current_level < 0
+        and not _is_compiling()
+    )
+
+
+def torch_on_a_gpu(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_shape: int | Sequence[int],
+    eps: float | None,
+    rms: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """(normed, z) by torch's operators where automatic choice names these for a call on a GPU, else None."""
+    if (
+        not (providers.automatic and providers.by_shape and getattr(x, "is_cuda", False))
+        or not (eps is None or type(eps) is float)
+        or _is_compiling()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    try:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        dtype, inputs = x.dtype, (x, residual, weight, bias)
+        if x.shape[x.ndim - len(shape) :] != shape or any(t is not None and t.dtype is not dtype for t in inputs):
+            return None
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        name = ("" if residual is None else "add_") + ("rms_norm" if rms else "layer_norm")
+        if not torch_on_gpu(name, dtype, x.numel(), math.prod(shape), needs_grad, x.device.index or 0):
+            return None
+        z = x
+        if residual is not None:
+            if residual.shape != x.shape or _autocast_active():
+                return None
+            z = x + residual
+        return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z  # type: ignore[arg-type]
+    except REFUSED:
+        return None

@@ -1,0 +1,111 @@
+"""Who serves small calls on a GPU where nothing was measured; no GPU is needed to choose."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusednorm
+from fusednorm import _bare, providers
+from fusednorm.providers import choice
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Fake tensors on CUDA, Triton's kernels for them, no CUDA library, and nothing measured."""
+    monkeypatch.setattr(choice, "_architecture", lambda index: "sm_00")
+    monkeypatch.setitem(providers._reasons, "triton", None)
+    monkeypatch.setitem(providers._reasons, "cuda", "it is not built")
+    monkeypatch.setattr(providers, "shortcut", None)
+    monkeypatch.setattr(choice._shortcut, "load", lambda: (None, "it is not built"))
+    for module in providers.get("triton"):
+        monkeypatch.setattr(module, "refusal", lambda op, *args: None)
+        monkeypatch.setattr(module, "reluctance", lambda op, *args: None)
+    choice.forget()
+    with FakeTensorMode():
+        yield
+    choice.forget()
+
+
+def rows(mib: int, needs_grad: bool = False) -> torch.Tensor:
+    return torch.empty(mib * MIB // 4 // 1024, 1024, device="cuda", requires_grad=needs_grad)
+
+
+def vector() -> torch.Tensor:
+    return torch.empty(1024, device="cuda")
+
+
+def chosen(op: str, *args) -> str:
+    return providers.choose(op, args)[0]
+
+
+def norm_args(x, **changed):
+    args = {
+        "x": x, "residual": x, "weight": None, "bias": None, "x_bias": None, "layer_scale": None, "seed": None,
+        "normalized_ndim": 1, "eps": 1e-5, "dropout_p": 0.0, "drop_path_p": 0.0, "normed_dtype": x.dtype,
+        "residual_dtype": x.dtype, "rms": False, "zero_centered_weight": False, "store_residual": True,
+    }  # fmt: skip
+    return tuple((args | changed).values())
+
+
+@pytest.mark.parametrize(
+    ("mib", "needs_grad", "served"),
+    [(1, False, "torch"), (32, False, "torch"), (33, False, "triton"), (64, True, "torch"), (65, True, "triton")],
+)
+def test_norms_and_activations(mib, needs_grad, served, on_a_gpu):
+    x = rows(mib, needs_grad)
+    for changed in ({}, {"residual": None, "rms": True}, {"zero_centered_weight": True}, {"dropout_p": 0.1}):
+        assert chosen("add_layer_norm_fwd", *norm_args(x, **changed)) == served
+    assert chosen("bias_act_dropout_fwd", x, vector(), None, "gelu", 0.0) == served
+
+
+def test_a_seeded_mask_is_not_computed_in_python(on_a_gpu):
+    x, seed = rows(1), torch.empty(1, dtype=torch.int64, device="cuda")
+    assert chosen("add_layer_norm_fwd", *norm_args(x, dropout_p=0.1, seed=seed)) == "triton"
+    assert chosen("bias_act_dropout_fwd", x, vector(), seed, "gelu", 0.1) == "triton"
+
+
+def test_a_measurement_overrides_the_rule(on_a_gpu, monkeypatch):
+    shapes = {"add_layer_norm/4/forward": [choice.Measured(256, 1024, "triton", 1.5)]}
+    measured = functools.cache(lambda key: choice.Table("a GPU", "a file", shapes))
+    monkeypatch.setattr(choice, "table", measured)
+    choice._nearest.cache_clear()
+    assert chosen("add_layer_norm_fwd", *norm_args(rows(1))) == "triton"
+    assert chosen("add_layer_norm_fwd", *norm_args(rows(1), rms=True)) == "torch"
+
+
+def test_batch_invariant_does_not_go_by_bytes(on_a_gpu):
+    with fusednorm.batch_invariant():
+        assert chosen("add_layer_norm_fwd", *norm_args(rows(1))) == "triton"
+        assert _bare.torch_on_a_gpu(rows(1), None, None, None, 1024, 1e-5, False) is None
+
+
+def test_normed_is_kept_by_our_kernel(on_a_gpu):
+    """Memory-efficient calls do not fall through torch's operators to the reference."""
+    assert providers.choose("add_layer_norm_fwd", norm_args(rows(1)), ("torch", "it keeps z"))[0] == "triton"
+
+
+def test_explain_says_so(on_a_gpu):
+    preference = choice.preference("add_layer_norm_fwd", norm_args(rows(1)))
+    assert preference == ("torch", "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host")
+
+
+def test_bare_calls_go_to_torch_before_the_checks(on_a_gpu):
+    x, weight = rows(1), vector()
+    normed, z = _bare.torch_on_a_gpu(x, x, weight, weight, 1024, 1e-5, False)
+    assert normed.shape == z.shape == x.shape and z is not x
+    for refused in (
+        (rows(33), None, weight, weight, 1024),
+        (x, None, torch.empty(1024, device="cuda", dtype=torch.float16), None, 1024),
+        (x, None, None, None, 1023),
+        (x, rows(2), None, None, 1024),
+        (torch.empty(4, 1024), None, None, None, 1024),
+        ("x", None, None, None, 1024),
+    ):
+        assert _bare.torch_on_a_gpu(*refused, 1e-5, False) is None
+    assert fusednorm.bias_act_dropout(x, weight, "gelu").shape == x.shape
