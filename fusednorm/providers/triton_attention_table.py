@@ -109,7 +109,7 @@ def backward_keys(n: Need) -> Tile:
         return Tile(16 if n.columns > 64 or more else 32, 32, 4, 2)
     if n.columns > 128:
         if n.capability[0] == 9:
-            return Tile(16, 64, 8, 1) if more or n.bounded else Tile(16, 128, 8, 2)
+            return Tile(16, 64 if more or n.bounded else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
         if more:
@@ -130,7 +130,7 @@ def backward_queries(n: Need) -> Tile:
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 16, 8, 1 if n.heavy else 2)
+        return Tile(64, 16, 8, 2)
     if n.registers_hold_operands:
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
