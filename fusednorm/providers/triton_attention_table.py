@@ -53,9 +53,11 @@ class Need(NamedTuple):
         return self.has_tensor_memory and self.triton < (3, 9)
 
     @property
-    def small(self) -> bool:
-        """99 KiB, that of desktop GPUs, are too few for heads of 256 at the others' tiles."""
-        return self.shared < 166912
+    def narrow(self) -> bool:
+        """Whether heads of 256 need smaller tiles: 99 KiB of shared memory, that of desktop GPUs, are too few for the
+        others, and so are registers that hold operands too."""
+        full = self.registers_hold_operands and (self.dropout or self.heavy or self.bounded)
+        return self.shared < 131072 or full
 
 
 def columns(d: int) -> int:
@@ -72,9 +74,11 @@ def forward(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     if n.avoids_tensor_memory:
-        return Tile(32, 64 if n.columns <= 128 and not n.heavy else 32, 4, 2)
+        if n.columns > 128:
+            return Tile(32, 32, 8, 2)
+        return Tile(32, 32 if n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 16 if n.heavy or n.small else 32, 8, 2)
+        return Tile(64, 16 if n.heavy or n.narrow else 32, 8, 2)
     if n.registers_hold_operands:
         if n.columns <= 64:
             return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
@@ -101,12 +105,12 @@ def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     more = n.dropout or n.heavy
-    if n.avoids_tensor_memory:
+    if n.avoids_tensor_memory and n.columns <= 128:
         return Tile(16 if n.columns > 64 or more else 32, 32, 4, 2)
     if n.columns > 128:
-        if n.capability[0] != 9:
-            return Tile(16, 32, 8, 2)
-        return Tile(16, 64, 8, 1) if more or n.bounded else Tile(16, 128, 8, 2)
+        if n.capability[0] == 9:
+            return Tile(16, 64 if more or n.bounded else 128, 8, 2)
+        return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
         if more:
             return Tile(16, 64, 8, 2)
@@ -121,10 +125,12 @@ def backward_keys(n: Need) -> Tile:
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
+    if n.columns > 128 and (n.narrow or n.avoids_tensor_memory):
+        return Tile(32, 32, 8, 1)  # 16 rows of queries and cotangents are 128 registers, 8 keys and values 64
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(32, 16, 4, 2) if n.small else Tile(64, 16, 8, 1 if n.heavy else 2)
+        return Tile(64, 16, 8, 2)
     if n.registers_hold_operands:
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
