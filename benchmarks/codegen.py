@@ -121,14 +121,14 @@ def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, lay
         return PARTIALS
     small = layout != "aligned" or dtype == torch.float64
     if kernel.startswith(activation.STEM):
-        return activation.config(kernel, n, small)
+        return activation.config(kernel, n, small, dtype == torch.float64, layout == "strided")
     wide_rows = dtype.itemsize > 2 or "wide_stream" in words
     if "fwd" in kernel:
         return table.forward(n, "dropout" in words, wide_rows, small)
     weight_class = table.load(
         _accumulators(words), "dropout" in words, "layer_scale" in words, wide_rows, "from_normed" in words
     )
-    return table.backward(n, weight_class, small)
+    return table.backward(n, weight_class, small, two_strides=layout == "strided")
 
 
 def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsize: int) -> tuple[int, int]:

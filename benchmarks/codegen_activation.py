@@ -27,8 +27,8 @@ def call(x: torch.Tensor, words: Collection[str], backward: bool) -> None:
         triton_activation.bias_act_dropout_fwd(x, bias, seed, activation, p)
 
 
-def config(kernel: str, n: int, small: bool) -> Config:
-    return (table.backward if kernel.endswith("bwd") else table.forward)(n, small)
+def config(kernel: str, n: int, small: bool, float64: bool, two_strides: bool) -> Config:
+    return (table.backward if kernel.endswith("bwd") else table.forward)(n, small, float64, two_strides)
 
 
 def accesses(kernel: str, config: Config, itemsize: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from .triton_config import Config
 _WARPS = 4
 _NARROWEST = 64  # columns of a tile
 # programs on a multiprocessor, and so registers a thread: the most that compile without a spill
-_FORWARD_PER_SM, _BACKWARD_PER_SM, _SMALL_PER_SM = 6, 8, 4
+_FORWARD_PER_SM, _BACKWARD_PER_SM, _SMALL_PER_SM, _FLOAT64_PER_SM = 6, 8, 4, 2
+_FORWARD_TWO_STRIDES_PER_SM, _BACKWARD_TWO_STRIDES_PER_SM = 5, 6  # each operand's offsets take registers of their own
 
 
 def _tile(n: int, elements: int) -> tuple[int, int]:
@@ -24,10 +25,16 @@ def _tile(n: int, elements: int) -> tuple[int, int]:
     return size // width, width
 
 
-def forward(n: int, small: bool) -> Config:
+def _per_sm(small: bool, float64: bool, otherwise: int) -> int:
+    return _FLOAT64_PER_SM if float64 else _SMALL_PER_SM if small else otherwise
+
+
+def forward(n: int, small: bool, float64: bool, two_strides: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
-    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _SMALL_PER_SM if small else _FORWARD_PER_SM)
+    aligned = _FORWARD_TWO_STRIDES_PER_SM if two_strides else _FORWARD_PER_SM
+    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _per_sm(small, float64, aligned))
 
 
-def backward(n: int, small: bool) -> Config:
-    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _SMALL_PER_SM if small else _BACKWARD_PER_SM)
+def backward(n: int, small: bool, float64: bool, two_strides: bool) -> Config:
+    aligned = _BACKWARD_TWO_STRIDES_PER_SM if two_strides else _BACKWARD_PER_SM
+    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _per_sm(small, float64, aligned))
