@@ -49,6 +49,7 @@ MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
 ARCHITECTURES = ("80", "89", "90", "100", "120")
+READ_BY_COMPILERS = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "SDKROOT")
 
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -239,7 +240,7 @@ def version_of(*compiler: str) -> str:
 
 
 def identity(command: list[str], torch: Path) -> str:
-    """What stands behind the paths in a command: the versions of its compilers, and torch's if it sees torch.
+    """What a command does not say: the versions of its compilers, torch's if it sees torch, what they take unasked.
 
     Times do not tell: files of an archive keep theirs, and so may be older than objects made with an older version.
     """
@@ -247,6 +248,7 @@ def identity(command: list[str], torch: Path) -> str:
     versions += [version_of(host) for flag, host in pairwise(command) if flag == "-ccbin"]
     if any(str(torch) in word for word in command):
         versions.append(torch_version(torch))
+    versions += [f"{name}={os.environ[name]}" for name in READ_BY_COMPILERS if os.environ.get(name)]
     return hashlib.sha256("\n".join(versions).encode()).hexdigest()[:12]
 
 

@@ -171,6 +171,11 @@ def other_architectures(built):
     return ["cuda/*.cu"]
 
 
+def what_nvcc_reads_from_the_environment(built):
+    built.variables["NVCC_APPEND_FLAGS"] = "-lineinfo"
+    return EVERYTHING
+
+
 def a_flag_in_setup_py(built):
     script = built.root / "setup.py"
     before, times = script.read_text(), script.stat()
@@ -194,6 +199,7 @@ CHANGES = (
     another_compiler,
     a_new_version_of_the_compilers,
     other_architectures,
+    what_nvcc_reads_from_the_environment,
     a_flag_in_setup_py,
     a_header,
     a_source,
