@@ -83,6 +83,8 @@ def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Ten
 
 def element_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
     """True where an element is kept, on the seed's device; see `dropout_mask`."""
+    if 0 in shape:  # as many rows, or columns, as there are would be counted for nothing
+        return torch.ones(tuple(shape), dtype=torch.bool, device=seed.device)
     n_columns = shape[-1] if len(shape) else 1
     if _native_serves(seed):
         return cpu.dropout_mask(seed, math.prod(shape[:-1]), n_columns, p).view(tuple(shape))

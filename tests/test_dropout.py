@@ -10,6 +10,7 @@ from oracle import Call, keep_mask, keep_scale, philox4x32
 from shapes import FUSED
 
 import fusednorm
+from fusednorm import dropout
 
 # philox4x32, 7 rounds, from Random123's kat_vectors: counter, key, words
 VECTORS = [
@@ -71,6 +72,15 @@ def test_mask_of_every_shape(shape):
     mask = fusednorm.dropout_mask(shape, 0.5, 3, "cpu")
     assert mask.shape == shape
     assert torch.equal(mask, keep_mask(math.prod(shape[:-1]), shape[-1], 0.5, 3).reshape(shape))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 2**60), (2**40, 0, 3)], ids=str)
+def test_mask_of_no_elements_counts_no_rows(shape, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(dropout, "_native_serves", lambda seed: False)
+    mask = fusednorm.dropout_mask(shape, 0.5, seed=1)
+    assert mask.shape == shape and mask.dtype == torch.bool
 
 
 def test_mask_depends_on_seed_row_and_column_only():

@@ -32,10 +32,8 @@ class Bias {
   Bias(ActivationCall& a, const Handle& bias) {
     a.bias = nullptr;
     if (!bias) return;
-    const Sizes s = sizes_of("bias", bias);
-    STD_TORCH_CHECK(s.ndim == 1 && s.sizes[0] == a.n_columns, "bias: its shape does not fit");
     Operand operand;
-    describe_parameter("bias", bias, operand);
+    describe("bias", bias, &a.n_columns, 1, 0, operand);
     if (!a.n_rows || !a.n_columns) return;  // of an expanded one a copy may be more than there is memory
     if (operand.unit && operand.dtype == (a.wide ? kFloat64 : kFloat32)) {
       a.bias = operand.data;
@@ -61,12 +59,8 @@ Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, const 
   const int64_t n_columns = s.sizes[s.ndim - 1];
   describe_grid(a, product(s.sizes, s.ndim - 1), n_columns, p, seed);
   a.activation = activation_of(options);
-  if (dy) {
-    const Sizes given = sizes_of("dy", dy);
-    STD_TORCH_CHECK(given.ndim == s.ndim && std::equal(s.sizes, s.sizes + s.ndim, given.sizes), "dy: its shape does not fit");
-  }
-  describe("x", x, s.ndim - 1, a.x);
-  describe("dy", dy, s.ndim - 1, a.dy);
+  describe("x", x, s, s.ndim - 1, a.x);
+  describe("dy", dy, s.sizes, s.ndim, s.ndim - 1, a.dy);
   a.wide = a.x.dtype == kFloat64;
   a.direct = a.x.unit && (!dy || (a.dy.unit && a.dy.dtype == a.x.dtype));
   a.partials = nullptr;

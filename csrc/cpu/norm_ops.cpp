@@ -47,12 +47,6 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, bool wide, co
   return lead;
 }
 
-void check_shape(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim) {
-  if (!tensor) return;
-  const Sizes s = sizes_of(name, tensor);
-  STD_TORCH_CHECK(s.ndim == ndim && std::equal(sizes, sizes + ndim, s.sizes), name, ": its shape does not fit");
-}
-
 // Parameters as arrays of the compute type: where they lie, or converted into one buffer.
 class Parameters {
  public:
@@ -60,9 +54,8 @@ class Parameters {
 
   const void* get(const char* name, const Handle& tensor, double shift = 0.0) {
     if (!tensor) return nullptr;
-    check_shape(name, tensor, shape_, ndim_);
     Operand operand;
-    describe_parameter(name, tensor, operand);
+    describe(name, tensor, shape_, ndim_, 0, operand);
     if (!a_.n_rows || !a_.n_columns) return nullptr;  // of an expanded one a copy may be more than there is memory
     if (operand.unit && operand.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return operand.data;
     const int64_t bytes = times(padded(a_.n_columns), a_.wide ? 8 : 4);
@@ -103,9 +96,8 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   Forward a;
   const Dtype x_dtype = dtype_of("x", t.x);
   const int64_t lead = describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
-  check_shape("residual", t.residual, s.sizes, s.ndim);
-  describe("x", t.x, lead, a.x);
-  describe("residual", t.residual, lead, a.residual);
+  describe("x", t.x, s, lead, a.x);
+  describe("residual", t.residual, s.sizes, s.ndim, lead, a.residual);
   Parameters parameters(a, s, lead);
   a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
   a.bias = parameters.get("bias", t.bias);
@@ -150,22 +142,18 @@ Gradients run_backward(const BackwardCall& call) {
   STD_TORCH_CHECK(wide == kFloat64 || wide == kFloat32, "stats: expected float32 or float64");
   const int64_t lead = describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
   const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
-  check_shape("stats", stats, stats_sizes, 2);
-  const Sizes laid = sizes_of("stats", stats);
+  const Sizes laid = check_shape("stats", stats, stats_sizes, 2);
   const bool contiguous = (a.n_rows == 1 || laid.strides[1] == 1) && (o.rms || laid.strides[0] == a.n_rows);
   STD_TORCH_CHECK(contiguous || a.n_rows == 0, "stats: expected a contiguous tensor");
-  check_shape("dnormed", dnormed, s.sizes, s.ndim);
-  check_shape("dresidual_out", dresidual_out, s.sizes, s.ndim);
-  check_shape("x", x, s.sizes, s.ndim);
   const bool wants_layer_scale = (o.output_mask >> 5 & 1) && layer_scale;
   STD_TORCH_CHECK(x || !wants_layer_scale, "x: the gradient of layer_scale needs it");
-  describe("dnormed", dnormed, lead, a.dnormed);
-  describe("dresidual_out", dresidual_out, lead, a.dresidual_out);
-  describe("saved", saved, lead, a.saved);
+  describe("saved", saved, s, lead, a.saved);
+  describe("dnormed", dnormed, s.sizes, s.ndim, lead, a.dnormed);
+  describe("dresidual_out", dresidual_out, s.sizes, s.ndim, lead, a.dresidual_out);
   a.x.data = nullptr;
-  if (wants_layer_scale) describe("x", x, lead, a.x);
+  if (wants_layer_scale) describe("x", x, s.sizes, s.ndim, lead, a.x);
   for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
-    check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
+    if (*parameter) check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
   Parameters parameters(a, s, lead);
   a.saved_is_normed = o.saved_is_normed;
   a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);

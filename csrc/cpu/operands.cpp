@@ -1,5 +1,7 @@
 #include "operands.h"
 
+#include <algorithm>
+
 namespace fusednorm_cpu {
 
 Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype) {
@@ -12,10 +14,13 @@ Handle undefined() {
   return Handle(tensor);
 }
 
-void describe(const char* name, const Handle& tensor, int64_t lead, Operand& operand) {
-  operand.data = nullptr;
-  if (!tensor) return;
+Sizes check_shape(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim) {
   const Sizes s = sizes_of(name, tensor);
+  STD_TORCH_CHECK(s.ndim == ndim && std::equal(sizes, sizes + ndim, s.sizes), name, ": its shape does not fit");
+  return s;
+}
+
+void describe(const char* name, const Handle& tensor, const Sizes& s, int64_t lead, Operand& operand) {
   operand.dtype = dtype_of(name, tensor);
   operand.data = data_of(name, tensor, s, kItemSize[operand.dtype]);
   if (!operand.data) return;
@@ -24,6 +29,9 @@ void describe(const char* name, const Handle& tensor, int64_t lead, Operand& ope
   operand.unit = operand.col_dims == 0 || (operand.col_dims == 1 && operand.cols[0].stride == 1);
 }
 
-void describe_parameter(const char* name, const Handle& tensor, Operand& operand) { describe(name, tensor, 0, operand); }
+void describe(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim, int64_t lead, Operand& operand) {
+  operand.data = nullptr;
+  if (tensor) describe(name, tensor, check_shape(name, tensor, sizes, ndim), lead, operand);
+}
 
 }  // namespace fusednorm_cpu

@@ -9,10 +9,13 @@ namespace fusednorm_cpu {
 Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype);
 Handle undefined();
 
-// `lead` dimensions of rows, the others columns.
-void describe(const char* name, const Handle& tensor, int64_t lead, Operand& operand);
+// A tensor of sizes that are known: `lead` dimensions of rows, the others columns.
+void describe(const char* name, const Handle& tensor, const Sizes& s, int64_t lead, Operand& operand);
 
-// A tensor of as many elements, in any shape, as one row.
-void describe_parameter(const char* name, const Handle& tensor, Operand& operand);
+// One that may be absent, and else has the `ndim` sizes said.
+void describe(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim, int64_t lead, Operand& operand);
+
+// Its sizes, which must be those.
+Sizes check_shape(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim);
 
 }  // namespace fusednorm_cpu
