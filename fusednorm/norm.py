@@ -332,9 +332,6 @@ def _add_norm(
 ) -> tuple[Tensor, Tensor]:
     bare = x_bias is None is layer_scale and not (dropout_p or drop_path_p or zero_centered_weight or memory_efficient)
     if bare and residual_dtype is None:
-        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
-        if on_a_gpu is not None:
-            return on_a_gpu
         try:
             if _bare.unwatched(x):
                 outputs = _norm_function.run_bare(
@@ -350,6 +347,9 @@ def _add_norm(
                     return outputs
         except _bare.REFUSED:
             pass
+        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
+        if on_a_gpu is not None:
+            return on_a_gpu
     _checks.check_tensor("x", x)
     _checks.check_residual(residual, x)
     shape = _checks.check_normalized_shape("x", x, normalized_shape)
