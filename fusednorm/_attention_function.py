@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
@@ -253,6 +254,28 @@ def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
         mask, causal = torch_attention.as_mask(q, k, attn_mask, key_mask, *args[12:16])
         return torch_apply(q, k, v, mask, causal, scale)
     return operator_apply(*args, dims)
+
+
+def torch_on_a_gpu(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, needs_grad: bool
+) -> Tensor | None:
+    """Torch's own operator for a causal call or one with gradients, where automatic choice names it; else None."""
+    factor = 1.0 / q.shape[-1] ** 0.5 if scale is None else scale
+    if (
+        q.ndim != 4
+        or not q.dtype == k.dtype == v.dtype
+        or not (fused_takes(q, k, v) and k.is_cuda and v.is_cuda)
+        or (causal and not _scales(factor))
+        or (needs_grad and (torch.are_deterministic_algorithms_enabled() or torch._C._is_any_autocast_enabled()))
+        or torch._C._len_torch_dispatch_stack()
+        or is_functorch_wrapped_tensor(q)
+    ):
+        return None
+    if not needs_grad:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=factor)
+    return operator_apply(
+        *(q, k, v, None, None, None, None, None, q.shape[2], k.shape[2], factor, 0.0, causal, False, -1, -1, 0.0, 4)
+    )
 
 
 class TorchAttentionFunction(torch.autograd.Function):

@@ -49,6 +49,11 @@ def scaled_dot_product_attention(
     What they mask reaches neither results nor gradients, NaN and Inf included; a query that sees no key has a zero
     output, zero gradients and an lse of -inf.
 
+    Torch's own operator serves what it computes alike, and what no kernel of ours takes; second derivatives go through
+    ours. On a GPU nobody waits to look at values. There NaN and Inf of what a causal or another mask of torch's hides
+    may reach its results, as in torch (never those of `key_mask`), and its gradients may differ from run to run in the
+    last bits. ``use_provider("triton")`` excludes both, ``torch.use_deterministic_algorithms(True)`` the second.
+
     Args:
         query: (\*, Hq, Sq, D), key: (\*, H, Sk, D), value: (\*, H, Sk, Dv); float32, bfloat16, float16 or float64, of
             one dtype, any strides, leading dimensions that broadcast; the heads may be absent. D and Dv up to 256.
@@ -67,6 +72,7 @@ def scaled_dot_product_attention(
         causal_align: "upper_left": off = 0; "lower_right": off = Sk - Sq.
         seed: int or one-element int64 tensor that fixes the dropout mask; drawn from torch's generator if not given.
             One seed gives every layer the same mask. A function drops in eval mode too: pass dropout_p=0.0 there.
+            Without it, where no kernel of ours serves, the mask is torch's own, and so is what NaN it drops.
         return_lse: return (out, lse).
 
     Returns:
@@ -114,7 +120,8 @@ def scaled_dot_product_attention(
             and window is None is seed
             and type(dropout_p) is type(softcap) is float
             and dropout_p == 0.0 == softcap
-            and is_causal is return_lse is False
+            and return_lse is False
+            and (is_causal is False or (is_causal is True and query.is_cuda))
             and type(enable_gqa) is bool
             and causal_align == "upper_left"
             and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
@@ -126,7 +133,11 @@ def scaled_dot_product_attention(
             and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
         ):
             needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-            if not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
+            if is_causal or (needs_grad and query.is_cuda):
+                out = _attention_function.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
+                if out is not None:
+                    return out
+            elif not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
                 if not needs_grad:
                     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
                 if (

@@ -319,9 +319,6 @@ def _add_norm(
     bare = type(dropout_p) is type(drop_path_p) is float and dropout_p == drop_path_p == 0.0
     bare = bare and x_bias is layer_scale is seed is residual_dtype is None and (eps is None or type(eps) is float)
     if bare and not (zero_centered_weight or memory_efficient):
-        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
-        if on_a_gpu is not None:
-            return on_a_gpu
         try:
             if _bare.unwatched(x):
                 outputs = _norm_function.run_bare(
@@ -337,6 +334,9 @@ def _add_norm(
                     return outputs
         except _bare.REFUSED:
             pass
+        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
+        if on_a_gpu is not None:
+            return on_a_gpu
     _checks.check_tensor("x", x)
     _checks.check_residual(residual, x)
     shape = _checks.check_normalized_shape("x", x, normalized_shape)

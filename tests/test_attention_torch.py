@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle_attention import draw
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import providers, scaled_dot_product_attention, varlen_attention
-from fusednorm.providers import choice_gpu
+from fusednorm import _attention_function, providers, scaled_dot_product_attention, varlen_attention
+from fusednorm.providers import choice_gpu, triton_attention
 
 N = 9
 KEYS = torch.arange(N) < 7
@@ -242,6 +243,65 @@ def test_automatic_choice_keeps_the_error_budget_at_any_number_of_dimensions(gen
         for name, (error, eagers, size) in worst.items():
             budget = 2 * eagers + torch.finfo(torch.float32).eps * size
             assert error <= budget, (name, lead, queries, keys, columns, list(options), error, eagers)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Fake tensors on CUDA, whose values nobody can look at, and Triton's kernels for them."""
+    monkeypatch.setitem(providers._reasons, "triton", None)
+    monkeypatch.setattr(triton_attention, "refusal", lambda op, *args: None)
+    monkeypatch.setattr(triton_attention, "reluctance", lambda op, *args: None)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    with FakeTensorMode():
+        yield
+    torch.use_deterministic_algorithms(before)
+
+
+def why_ours(needs_grad=True, dims=4, provider="triton", **changed) -> tuple[str, str]:
+    """Why torch's operator does not serve a call on a GPU, and what explain says where it does."""
+    q, k, v = (torch.empty(2, 4, 128, 64, device="cuda", requires_grad=needs_grad) for _ in range(3))
+    args = {
+        "q": q, "k": k, "v": v, "attn_mask": None, "key_mask": None, "seed": None, "cu_q": None, "cu_k": None,
+        "longest_q": 128, "longest_k": 128, "scale": 0.125, "dropout_p": 0.0, "causal": False, "lower_right": False,
+        "left": -1, "right": -1, "softcap": 0.0,
+    }  # fmt: skip
+    given = tuple((args | changed).values())
+    return _attention_function._torch_differs(given, False, provider, dims), _attention_function._how_torch_serves(
+        given, None
+    )
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_plain_and_causal_attention_on_a_gpu_are_torchs(causal, needs_grad, on_a_gpu):
+    differs, how = why_ours(needs_grad, causal=causal)
+    assert differs == "" and ("but for NaN and Inf of what is masked" in how) == causal
+
+
+def test_what_stays_ours_on_a_gpu(on_a_gpu):
+    mask, key_mask = (torch.empty(s, dtype=torch.bool, device="cuda") for s in ((128, 128), (2, 128)))
+    for changed, why in (
+        ({"attn_mask": mask}, "NaN and Inf"),
+        ({"key_mask": key_mask}, "key_mask is none of its arguments"),
+        ({"left": 3}, "window is none of its arguments"),
+        ({"softcap": 1.0}, "softcap"),
+        ({"dropout_p": 0.1}, "dropout mask"),
+        ({"causal": True, "scale": -1.0}, "scales the -inf"),
+        ({"dims": 3}, "do not take"),
+    ):
+        assert why in why_ours(**changed)[0], changed
+    with fusednorm.batch_invariant():
+        assert "depends on the batch" in why_ours()[0]
+    torch.use_deterministic_algorithms(True)
+    assert "from run to run" in why_ours()[0] and why_ours(needs_grad=False)[0] == ""
+
+
+def test_where_no_kernel_of_ours_takes_it_torchs_does_on_a_gpu(on_a_gpu):
+    """Below capability 8.0, in float64, without a C compiler."""
+    mask, key_mask = (torch.empty(s, dtype=torch.bool, device="cuda") for s in ((128, 128), (2, 128)))
+    for changed in ({}, {"causal": True}, {"attn_mask": mask}, {"key_mask": key_mask}, {"left": 3}, {"dropout_p": 0.1}):
+        assert why_ours(provider="torch", **changed)[0] == "", changed
 
 
 def call(**changed) -> choice_gpu.Attention:
