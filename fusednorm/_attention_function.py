@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import _ops, providers
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import cpu
 from .providers import reference_attention as reference
 from .providers.choice_attention import ours_is_faster
@@ -43,6 +43,8 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
         providers.record(providers.Route(call, provider, how, refusals))
     if torchs:
         return _run_torch(args), None
+    if recorded():
+        return _ops.recorded("attention_fwd", args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         if _is_compiling():
             return AttentionFunction.apply(*distinct(args[:8]), *args[8:], provider)
@@ -92,7 +94,7 @@ _apply = super(torch.autograd.Function, AttentionFunction).apply
 
 def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
     """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
-    return not _is_compiling() and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
+    return not (_is_compiling() or traced()) and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
 
 
 def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
@@ -109,8 +111,9 @@ def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
         return "it refuses attn_mask beside is_causal, unless its flash attention serves the call"
     if causal and not _scales(scale):
         return "it scales the -inf that it adds to what causality masks"
+    tracing = traced()
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
-    if needs_grad:
+    if needs_grad and not tracing:
         if attn_mask is not None and attn_mask.requires_grad:
             return "it holds the gradient of attn_mask, which is never summed, in full"
         if not (q.is_cpu and flash_takes(q, k, v)):
@@ -121,7 +124,7 @@ def _torch_differs(args: Args, return_lse: bool, provider: str) -> str:
         return "how it splits a sum depends on the batch, and this is a block of `batch_invariant`"
     if causal or attn_mask is not None:
         values_are_here = q.is_cpu and _ops.PLAIN.issuperset((type(q), type(k), type(v)))
-        if _is_compiling() or not values_are_here or torch._C._len_torch_dispatch_stack():
+        if _is_compiling() or tracing or not values_are_here or torch._C._len_torch_dispatch_stack():
             return "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
         if not (_scales(scale) and moderate(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
@@ -151,7 +154,7 @@ def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     It is asked in full: values shorter than the keys are read out of bounds.
     """
     return (
-        not _is_compiling()
+        not (_is_compiling() or traced())
         and q.ndim == 4
         and q.shape[:2] == k.shape[:2]
         and q.shape[3] == k.shape[3]
@@ -167,7 +170,8 @@ def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _run_torch(args: Args) -> Tensor:
     q, k, v, attn_mask, _, _, _, _, _, _, scale, _, causal = args[:13]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad and not traced():
         return torch_apply(q, k, v, attn_mask, causal, scale)
     grouped = False
     if q.shape[1] != k.shape[1]:  # a branch, since torch takes no symbolic truth value

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _ops, providers
 from ._dtypes import compute_dtype
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import reference
 from .providers.choice import torch_on_cpu
 
@@ -42,7 +42,9 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         providers.record(providers.Route(call, provider, how, refusals))
     if composite:
         return reference.add_layer_norm(*args)
-    if needs_grad:
+    if recorded():
+        outputs = _ops.recorded("add_layer_norm_fwd", args)
+    elif needs_grad:
         if torch.compiler.is_compiling():
             outputs = AddLayerNormFunction.apply(*distinct(args[:6]), *args[6:], provider, from_normed)
         elif is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
@@ -78,6 +80,10 @@ def run_bare(
         columns = math.prod(shape)
     dtype, automatic, needs_grad = x.dtype, providers.automatic, False
     torchs = automatic and ((residual is None and not rms) or providers.unavailable_reason("cpu") is not None)
+    if not torchs and traced():
+        if not automatic:
+            return None
+        torchs = True
     if not torchs:
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad
@@ -322,6 +328,8 @@ def _invertible(args: Args) -> bool:
     if weight is None:
         return bias is None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or weight.is_meta or weight.is_inference():
+        return False
+    if traced():
         return False
     if not weight.is_cuda:
         return _weights_invert(weight, bias, args[14], normed_dtype)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dropout, providers
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
 from .providers.choice import OPERATIONS, torch_on_cpu
@@ -111,7 +111,7 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     the way with messages; so it does for None.
     """
     automatic = providers.automatic
-    if bias is None or providers.unavailable_reason("cpu") is not None:
+    if bias is None or providers.unavailable_reason("cpu") is not None or traced():
         return _run_torch(x, bias, activation) if automatic else None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     if (
@@ -160,6 +160,8 @@ def _run(args: Args) -> Tensor:
         providers.record(providers.Route("bias_act_dropout", provider, how, refusals))
     if composite:
         return reference.bias_act_dropout(*args)
+    if recorded():
+        return _ops.recorded("bias_act_dropout_fwd", args)
     x, bias = args[:2]
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return _ops.bias_act_dropout_fwd(*args, provider=provider)

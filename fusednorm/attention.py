@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _attention_checks as checks
 from . import _attention_function, _autocast, dropout, providers
 from ._checks import FLOAT_DTYPES
+from ._transforms import traced
 
 _FAR = 2**62  # past any position, and a 64-bit number
 
@@ -124,7 +125,7 @@ def scaled_dot_product_attention(
         ):
             needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
             if not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
-                if not needs_grad:
+                if not needs_grad or traced():
                     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
                 if (
                     _attention_function.flash_takes(query, key, value)
@@ -322,7 +323,8 @@ def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[in
 
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
-        return 1.0 / q.shape[-1] ** 0.5 if q.shape[-1] else 1.0  # as torch computes it, to the last bit
+        width = int(q.shape[-1]) if traced() else q.shape[-1]  # of a traced size the root would be one in float32
+        return 1.0 / width**0.5 if width else 1.0  # as torch computes it, to the last bit
     return float(scale)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _shortcut
+from .._transforms import traced
 from . import choice
 
 _log = logging.getLogger("fusednorm")
@@ -152,6 +153,8 @@ def choose(op: str, args: tuple[Any, ...]) -> tuple[str, tuple[tuple[str, str], 
                 "automatic choice"
             )
         return _requested, ()
+    if traced():  # its sizes are tensors, and it may run without this package
+        return "reference", ()
     preference = None
     if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
         preference = choice.preference(op, args)
