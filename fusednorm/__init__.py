@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _flops as _flops
+from . import _op_gradients as _op_gradients
 from . import modules
 from ._explain import explain
 from .activation import bias_act_dropout

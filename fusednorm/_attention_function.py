@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import _ops, dropout, providers
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import choice_gpu, cpu, torch_attention
 from .providers import reference_attention as reference
 from .providers.choice_attention import ours_is_faster
@@ -25,8 +25,6 @@ _is_compiling = torch.compiler.is_compiling
 
 def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor, Tensor | None]:
     """Choose the way down once, and take it: (out, lse). The operands had `dims` dimensions as they were given."""
-    if args[11] == 1.0:
-        return _all_dropped(call, args, return_lse)
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
@@ -54,6 +52,8 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
     if torchs:
         return _run_torch(args, needs_grad, dims), None
     args = _seeded(args)
+    if recorded():
+        return _ops.recorded("attention_fwd", args)
     if needs_grad:
         if _is_compiling():
             return AttentionFunction.apply(*distinct(args[:8]), *args[8:], provider)
@@ -61,15 +61,6 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
             return AttentionFunction.apply(*args, provider)
         return _apply(*args, provider)
     return _ops.attention_fwd(*args, provider=provider)
-
-
-def _all_dropped(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """At dropout_p = 1: zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
-    q, v = args[0], args[2]
-    zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
-    lse = run(call, (*args[:5], None, *args[6:11], 0.0, *args[12:]), True)[1] if return_lse else None
-    return out.to(q.dtype), lse
 
 
 def _seeded(args: Args) -> Args:
@@ -119,7 +110,7 @@ _apply = super(torch.autograd.Function, AttentionFunction).apply
 
 def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
     """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
-    return not _is_compiling() and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
+    return not (_is_compiling() or traced()) and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
 
 
 def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> str:
@@ -141,11 +132,11 @@ def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> st
         reason = _why_ours(args, provider, needs_grad, dims)
         if reason:
             return reason
-    elif not (_is_compiling() or (q.numel() and k.numel() and v.numel())):
+    elif not (_is_compiling() or traced() or (q.numel() and k.numel() and v.numel())):
         return "an operand is empty"
     if q.is_cpu and _masked(args):
         seen = _ops.PLAIN.issuperset((type(q), type(k), type(v)))
-        if _is_compiling() or not seen or torch._C._len_torch_dispatch_stack():
+        if _is_compiling() or traced() or not seen or torch._C._len_torch_dispatch_stack():
             return _NOT_LOOKED_FOR if ours else ""
         if not (_scales(scale) and moderate(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
@@ -217,7 +208,7 @@ def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     It is asked in full: values shorter than the keys are read out of bounds.
     """
     return (
-        not _is_compiling()
+        not (_is_compiling() or traced())
         and k.is_cpu
         and v.is_cpu
         and q.ndim == 4
@@ -241,14 +232,14 @@ def fused_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
     q, k, v, attn_mask, key_mask, _, _, _, _, _, scale, dropout_p, *_ = args
     if key_mask is not None and (
-        _is_compiling() or not q.is_cpu
+        _is_compiling() or traced() or not q.is_cpu
     ):  # not looked at: nobody sees these keys, 0 * NaN is NaN
         k, v = (t.masked_fill(key_mask.logical_not()[:, None, :, None], 0.0) for t in (k, v))
         args = (q, k, v, *args[3:])
     flash = dims == 4 and flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
     # what the CPU has besides is made of operators that are differentiable themselves
     complete = q.is_cpu and not flash and not _masked(args)
-    if complete or not needs_grad or dropout_p or _is_compiling():
+    if complete or not needs_grad or dropout_p or _is_compiling() or traced():
         return torch_attention.attention(*args, dims=dims)
     if flash:
         mask, causal = torch_attention.as_mask(q, k, attn_mask, key_mask, *args[12:16])
@@ -262,7 +253,8 @@ def torch_on_a_gpu(
     """Torch's own operator for a causal call or one with gradients, where automatic choice names it; else None."""
     factor = 1.0 / q.shape[-1] ** 0.5 if scale is None else scale
     if (
-        q.ndim != 4
+        traced()
+        or q.ndim != 4
         or not q.dtype == k.dtype == v.dtype
         or not (fused_takes(q, k, v) and k.is_cuda and v.is_cuda)
         or (causal and not _scales(factor))

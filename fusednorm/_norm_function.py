@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import _ops, dropout, providers
 from ._dtypes import compute_dtype
 from ._once import first_time
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import reference, torch_norm
 from .providers.choice import torch_on_cpu
 
@@ -46,7 +46,9 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_norm.add_layer_norm(*args)
     args = _seeded(args)
-    if needs_grad:
+    if recorded():
+        outputs = _ops.recorded("add_layer_norm_fwd", args)
+    elif needs_grad:
         if torch.compiler.is_compiling():
             outputs = AddLayerNormFunction.apply(*distinct(args[:6]), *args[6:], provider, from_normed)
         elif is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
@@ -90,12 +92,14 @@ def run_bare(
     dtype, automatic, needs_grad = x.dtype, providers.automatic, False
     if not automatic:
         torchs = providers.torch_asked
-    elif residual is None and not rms:
+    elif (residual is None and not rms) or traced():
         torchs = True
     else:
         torchs = providers.unavailable_reason("cpu") is not None
         if torchs:
             providers.tell_missing_library()
+    if traced() and not torchs:
+        return None
     if not torchs:
         needs_grad = torch.is_grad_enabled() and (
             x.requires_grad
@@ -339,6 +343,8 @@ def _invertible(args: Args) -> bool:
     if weight is None:
         return bias is None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or weight.is_meta or weight.is_inference():
+        return False
+    if traced():
         return False
     if not weight.is_cuda:
         return _weights_invert(weight, bias, args[14], normed_dtype)

@@ -4,6 +4,8 @@ One pair serves ``layer_norm``, ``rms_norm``, ``add_layer_norm`` and ``add_rms_n
 third attention.
 Every op has fixed arity, mutates nothing and returns no alias; an output not asked for has no elements. The provider's
 name is an argument because the backward runs outside any ``use_provider`` block, on CUDA in another thread.
+A program that may run on another machine has the forward ops' overload ``recorded``, which has gradients of its own
+(`_op_gradients.py`) and whose provider may be None: it then chooses where it runs.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from torch import Tensor, library
 
 from . import providers
 from ._dtypes import compute_dtype
+from ._op_checks import CHECKS, check_rows
 from .providers.layout import rows_like
 
-_LIBRARY = library.Library("fusednorm", "DEF")
+LIBRARY = library.Library("fusednorm", "DEF")
 
 # Attention's q is (B, Hq, Sq, D), k and v (B, Hk, Sk, D) with Hq a multiple of Hk, or, where cu_seqlens are given,
 # packed: (total, H, D). attn_mask broadcasts to (B, Hq, Sq, Sk); a window of -1 is unbounded. lse is (B, Hq, Sq) or
@@ -60,23 +63,71 @@ SCHEMAS = {
 }
 
 
+# the argument whose dtype an output of a backward has that was not asked for
+_LIKE = {"add_layer_norm_bwd": 2, "bias_act_dropout_bwd": 1, "attention_bwd": 2}
+RECORDED = ("add_layer_norm_fwd", "bias_act_dropout_fwd", "attention_fwd")
+
+
 def _run(name: str) -> Callable[..., Any]:
+    like = _LIKE.get(name, 0)
+    check = CHECKS[name]
+    ready: dict[str | None, Callable[..., Any]] = {}
+
     def run(*args: Any) -> Any:
-        outputs = providers.function(args[-1], name)(*args[:-1])
+        provider, args = args[-1], args[:-1]
+        check(*args)
+        function = ready.get(provider)
+        if function is None:
+            function = _function(provider, name, args)
+            if provider is not None:
+                ready[provider] = function
+        outputs = function(*args)
         if isinstance(outputs, Tensor):
             return outputs
         # a provider may leave out what was not asked for; an op has as many outputs as its schema says
-        return tuple([args[2].new_empty(0) if output is None else output for output in outputs])
+        return tuple([args[like].new_empty(0) if output is None else output for output in outputs])
 
     return run
 
 
+def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The provider's function for an op, which may be the first that the process asks of the provider."""
+    if provider is None:
+        return providers.function(chosen(name, args), name)
+    if provider not in providers.PROVIDERS:
+        known = ", ".join(map(repr, providers.PROVIDERS))
+        raise ValueError(f"provider: {name} knows no {provider!r}; expected one of {known}")
+    reason = providers.unavailable_reason(provider)
+    if reason is None and providers.serving(provider, name) is None:
+        reason = "it has no such operator"
+    if reason is not None:
+        raise RuntimeError(
+            f"provider: {provider!r} cannot run {name} here: {reason}; a program that torch.export made outside of "
+            "`use_provider` names no provider, and takes what there is"
+        )
+    return providers.function(provider, name)
+
+
+def chosen(name: str, args: tuple[Any, ...]) -> str:
+    """For a forward op that names no provider: the requested one, or else the first of the table that can run it.
+
+    What was measured to be fastest is not looked at: there torch's own operators are meant, which are no op of ours.
+    """
+    if providers.requested() is not None:
+        return providers.choose(name, args)[0]
+    return next(provider for provider in providers.PROVIDERS if providers.refusal(provider, name, args) is None)
+
+
 for _name, _schema in SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _run(_name), "CompositeExplicitAutograd")
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, _run(_name), "CompositeExplicitAutograd")
+for _name in RECORDED:
+    LIBRARY.define(f"{_name}.recorded{SCHEMAS[_name].replace('str provider', 'str? provider')}")
+    LIBRARY.impl(f"{_name}.recorded", _run(_name), "CompositeExplicitAutograd")
 
 
 @library.register_fake("fusednorm::add_layer_norm_fwd")
+@library.register_fake("fusednorm::add_layer_norm_fwd.recorded")
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -96,6 +147,7 @@ def _(
     store_residual: bool,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows("add_layer_norm_fwd", x, normalized_ndim, seed, dropout_p or drop_path_p)
     n_rows = math.prod(x.shape[: x.ndim - normalized_ndim])  # Size.numel() would make a symbolic count constant
     return (
         x.new_empty(x.shape, dtype=normed_dtype),
@@ -127,6 +179,7 @@ def _(
     output_mask: list[bool],
     provider: str,
 ) -> tuple[Tensor, ...]:
+    check_rows("add_layer_norm_bwd", saved, normalized_ndim, seed, dropout_p or drop_path_p)
     full = [saved.new_empty(saved.shape, dtype=dtype) for dtype in (x_dtype, residual_dtype)]
     parameters = [None if p is None else p.new_empty(p.shape) for p in (weight, bias, x_bias, layer_scale)]
     return tuple(
@@ -136,6 +189,7 @@ def _(
 
 
 @library.register_fake("fusednorm::bias_act_dropout_fwd")
+@library.register_fake("fusednorm::bias_act_dropout_fwd.recorded")
 def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, provider: str) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -156,6 +210,7 @@ def _(
 
 
 @library.register_fake("fusednorm::attention_fwd")
+@library.register_fake("fusednorm::attention_fwd.recorded")
 def _(
     q: Tensor,
     k: Tensor,
@@ -203,6 +258,11 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
     return providers.function(provider, name)(*args)
+
+
+def recorded(name: str, args: tuple[Any, ...]) -> Any:
+    """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
+    return getattr(torch.ops.fusednorm, name).recorded(*args, providers.requested())
 
 
 def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:

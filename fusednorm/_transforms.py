@@ -12,10 +12,21 @@ def transform_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def traced() -> bool:
+    """Whether torch.jit.trace, or the ONNX exporter over it, writes down what is done. Sizes are tensors then."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def recorded() -> bool:
+    """Whether what is done becomes a program that may run on another machine: by torch.export or torch.jit.trace."""
+    return torch.compiler.is_exporting() or traced()
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether what a tensor holds may be looked at: not where it holds nothing, or what is done is written down."""
     return not (
         torch.compiler.is_compiling()
+        or traced()
         or transform_active()
         or torch._C._len_torch_dispatch_stack()
         or type(tensor) not in (Tensor, torch.nn.Parameter)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dropout, providers
-from ._transforms import batched, distinct, transform_active
+from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
 from .providers import torch_activation
@@ -121,7 +121,7 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     automatic = providers.automatic
     if x.is_cuda:
         return _run_torch(x, bias, activation) if automatic and _torch_is_faster_on_a_gpu(x, bias, activation) else None
-    if bias is None:
+    if bias is None or traced():
         return _run_torch(x, bias, activation) if automatic else None
     if providers.unavailable_reason("cpu") is not None:
         if automatic:
@@ -179,6 +179,8 @@ def _run(args: Args) -> Tensor:
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_activation.bias_act_dropout(*args)
     args = _seeded(args)
+    if recorded():
+        return _ops.recorded("bias_act_dropout_fwd", args)
     x, bias = args[:2]
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return _ops.bias_act_dropout_fwd(*args, provider=provider)

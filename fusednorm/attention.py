@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _attention_checks as checks
 from . import _attention_function, _autocast, dropout, providers
 from ._checks import FLOAT_DTYPES, check_flag
+from ._transforms import traced
 
 _FAR = 2**62  # past any position, and a 64-bit number
 
@@ -138,7 +139,7 @@ def scaled_dot_product_attention(
                 if out is not None:
                     return out
             elif not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
-                if not needs_grad:
+                if not needs_grad or traced():
                     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
                 if (
                     _attention_function.flash_takes(query, key, value)
@@ -170,7 +171,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = _four_dimensional_mask(attn_mask, batch, heads)
     q, k, v = (query, key, value) if plain else [_four_dimensional(t, batch, heads) for t in (query, key, value)]
-    out, lse = _attention_function.run(
+    out, lse = _run(
         "scaled_dot_product_attention",
         (
             *(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q), None, None),
@@ -256,7 +257,7 @@ def varlen_attention(
             "the boundaries of one batch"
         )
     q, k, v = query, key, value
-    out, lse = _attention_function.run(
+    out, lse = _run(
         "varlen_attention",
         (
             *(q, k, v, None, None, _seed(seed, dropout_p, q)),
@@ -266,6 +267,17 @@ def varlen_attention(
         return_lse,
     )
     return (out, lse) if return_lse else out
+
+
+def _run(call: str, args: tuple[Any, ...], return_lse: bool, dims: int = 4) -> tuple[Tensor, Tensor | None]:
+    """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
+    if args[11] != 1.0:
+        return _attention_function.run(call, args, return_lse, dims)
+    q, v = args[0], args[2]
+    zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
+    kept = (*args[:5], None, *args[6:11], 0.0, *args[12:])
+    return out.to(q.dtype), _attention_function.run(call, kept, True, dims)[1] if return_lse else None
 
 
 def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
@@ -340,7 +352,8 @@ def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[in
 
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
-        return 1.0 / q.shape[-1] ** 0.5 if q.shape[-1] else 1.0  # as torch computes it, to the last bit
+        width = int(q.shape[-1]) if traced() else q.shape[-1]  # of a traced size the root would be one in float32
+        return 1.0 / width**0.5 if width else 1.0  # as torch computes it, to the last bit
     return scale
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._transforms import transform_active
+from ._transforms import traced, transform_active
 from .providers import cpu
 
 ROUNDS = 7
@@ -34,8 +34,14 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """The factor of what is kept, ``float32(1 / (1 - p))``, as a Python float."""
-    return float(torch.tensor(1.0 / (1.0 - p), dtype=torch.float32, device="cpu")) if p else 1.0
+    """The factor of what is kept, ``float32(1 / (1 - p))``, as a Python float.
+
+    Rounded to 24 bits, ties to even, by Python's arithmetic: a number read from a tensor would break a graph.
+    """
+    if not p:
+        return 1.0
+    mantissa, exponent = math.frexp(1.0 / (1.0 - p))
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def default_seed(device: torch.device) -> Tensor:
@@ -102,6 +108,7 @@ def _native_serves(seed: Tensor) -> bool:
     """Whether the native library makes the mask: 20 times as fast, but to be seen by no transform, mode or tracer."""
     return (
         not torch.compiler.is_compiling()
+        and not traced()
         and seed.device.type == "cpu"
         and type(seed) is Tensor
         and not transform_active()
@@ -142,9 +149,11 @@ def dropout_mask(
     """
     p = _checks.check_probability("p", p)
     _checks.check_seed(seed)
-    _checks.check_mask_shape(shape)
+    if not traced():
+        _checks.check_mask_shape(shape)
     if device is None:
-        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+        # torch.get_default_device() breaks a graph
+        device = seed.device if isinstance(seed, Tensor) else torch.empty(0).device
     else:
         device = _checks.check_device(device)
     if p == 1.0:

@@ -171,3 +171,81 @@ def test_inductor_smoke():
     for rows in (4, 9):
         ours, expected = with_gradients(compiled, rows, "cpu"), with_gradients(run, rows, "cpu")
         torch.testing.assert_close(ours, expected, **REORDERED)
+
+
+def _layer(kind):
+    options = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "dropout": 0.1, "batch_first": True}
+    return getattr(fusednorm, kind)(**options)
+
+
+def _attention(x, **options):
+    q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+    return fusednorm.scaled_dot_product_attention(q, q, q, **options)
+
+
+ONE_GRAPH = {
+    "TransformerEncoderLayer": lambda: _layer("TransformerEncoderLayer"),
+    "TransformerDecoderLayer": lambda: (lambda layer: lambda x: layer(x, x))(_layer("TransformerDecoderLayer")),
+    "add_layer_norm": lambda: lambda x: fusednorm.add_layer_norm(x, x, 16, dropout_p=0.1),
+    "add_rms_norm": lambda: lambda x: fusednorm.add_rms_norm(x, x, 16, drop_path_p=0.1),
+    "bias_act_dropout": lambda: lambda x: fusednorm.bias_act_dropout(x, None, "gelu", 0.1),
+    "dropout_mask": lambda: lambda x: x * fusednorm.dropout_mask(x.shape, 0.1, 5),
+    "MultiheadAttention_with_weights": lambda: (lambda module: lambda x: module(x, x, x, need_weights=True))(
+        fusednorm.MultiheadAttention(16, 2, 0.1, batch_first=True)
+    ),
+    "attention_with_dropout": lambda: lambda x: _attention(x, dropout_p=0.1),
+    "attention_with_window": lambda: lambda x: _attention(x, window=(2, 0), softcap=3.0, return_lse=True),
+}
+
+
+@pytest.fixture(params=["native", "pure_python"])
+def library(request, monkeypatch):
+    """With the native library as it is, and without."""
+    if request.param == "pure_python":
+        monkeypatch.setitem(providers._reasons, "cpu", "its library is not built")
+        monkeypatch.setattr(providers, "shortcut", None)
+    elif providers.unavailable_reason("cpu") is not None:
+        pytest.skip("the native library is not built")
+    return request.param
+
+
+@pytest.mark.parametrize("case", ONE_GRAPH)
+def test_one_graph(case, library):
+    """As torch.nn's own layers: a number read from a tensor, or a look at a device, would break the graph."""
+    explained = torch._dynamo.explain(ONE_GRAPH[case]())(torch.randn(2, 5, 16))
+    reasons = [str(b.reason).splitlines()[0] for b in explained.break_reasons]
+    assert (explained.graph_count, reasons) == (1, [])
+
+
+def test_encoder_layer_without_biases_trains_compiled():
+    torch.manual_seed(0)
+    layer = fusednorm.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True, bias=False)
+    x = torch.randn(2, 5, 16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+
+    def gradients(run):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        return {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+    torch.testing.assert_close(gradients(compiled), gradients(layer), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_weights_are_collected_in_a_compiled_function():
+    module = fusednorm.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 5, 16)
+
+    def collect(x):
+        with fusednorm.attention_weights(module) as kept:
+            out = module(x, x, x, need_weights=False)[0]
+        return out, kept[""]
+
+    compiled = torch.compile(collect, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        out, kept = compiled(x)
+        expected = module(x, x, x, average_attn_weights=False)
+        assert len(kept) == 1
+        torch.testing.assert_close((out, kept[0]), expected)
+    assert not module._kept_weights
+    assert len(collect(x)[1]) == 1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._transforms import transform_active
+from .._transforms import recorded, transform_active
 
 PARTS = ("norms", "activation", "attention")
 
@@ -36,7 +36,7 @@ def linear_of(function: Callable[..., Tensor], weight: Tensor, tensors: tuple[Te
 
     `function` looks at no other tensor and draws no random number: seeds are among the tensors.
     """
-    if not torch.is_grad_enabled() or transform_active():
+    if not torch.is_grad_enabled() or transform_active() or recorded():
         return F.linear(function(*tensors), weight)
     if torch.compiler.is_compiling():  # which cannot trace a backward that differentiates
         product: Callable[..., Tensor] = lambda w, *given: F.linear(function(*given), w)  # noqa: E731

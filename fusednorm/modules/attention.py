@@ -203,5 +203,5 @@ def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     finally:
         for name, module in found.items():
             module._kept_weights = tuple(other for other in module._kept_weights if other is not kept[name])
-            if not module._kept_weights:
+            if not module._kept_weights and not torch.compiler.is_compiling():  # a graph deletes what it never set
                 del module._kept_weights

@@ -27,6 +27,7 @@ import torch
 
 from .. import _shortcut
 from .._once import first_time
+from .._transforms import traced
 from . import blocks, choice
 
 _log = logging.getLogger("fusednorm")
@@ -199,6 +200,8 @@ def choose(
     if requested is not None:
         _check_request(requested, op, args)
         return requested, ()
+    if traced():  # its sizes are tensors, and it may run without this package
+        return "torch", ()
     preference = None
     if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
         preference = choice.preference(op, args)

@@ -89,7 +89,7 @@ def bias_act_dropout_bwd(
     if keep is not None:
         du = torch.where(keep, du * dropout.keep_scale(dropout_p), 0.0)
     du = du * _slope(u, activation)
-    dx = dbias = x.new_empty(0)
+    dx, dbias = x.new_empty(0), x.new_empty(0)  # outputs of an op are no aliases of one another
     if output_mask[0]:
         dx = du.to(x.dtype).clone(memory_format=torch.contiguous_format)
     if bias is not None and output_mask[1]:

@@ -1,0 +1,325 @@
+"""The operators as ``torch.ops.fusednorm`` has them, which the public functions pass by: every one, with what is
+optional absent, under modes, in a fresh process, and what it says of arguments that nobody checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fresh import python
+from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusednorm
+from fusednorm import _flops, _ops, providers
+
+F32 = torch.float32
+SCALE = 1.0 / 8**0.5
+
+
+def norm_forward(seed=None, p=0.0, **given):
+    x = torch.randn(3, 4, 8)
+    optional = [given.get(name) for name in ("residual", "weight", "bias", "x_bias", "layer_scale")]
+    return (x, *optional, seed, 1, 1e-5, p, p, F32, F32, False, False, True)
+
+
+def norm_backward(seed=None, p=0.0, mask=(True,) + (False,) * 5, **given):
+    x, *_ = forward = norm_forward(seed, p, **given)
+    _, z, stats = torch.ops.fusednorm.add_layer_norm_fwd(*forward, "reference")
+    names = ("weight", "bias", "x", "x_bias", "layer_scale")
+    optional = [given.get(name) for name in names]
+    return (torch.randn_like(x), None, z, stats, *optional, seed, 1, p, p, F32, F32, False, False, False, list(mask))
+
+
+def activation(seed=None, p=0.0, bias=None):
+    return (torch.randn(3, 4, 8), bias, seed, "gelu", p)
+
+
+def activation_backward(mask=(True, False), **given):
+    return (torch.randn(3, 4, 8), *activation(**given), list(mask))
+
+
+def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False):
+    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 2, 5, 8), None)
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    longest = (4, 4) if packed else (5, 5)
+    return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, False, -1, -1, 0.0)
+
+
+def attention_backward(mask=(True, True, True, False), dlse=False, **given):
+    forward = attention(**given)
+    out, lse = torch.ops.fusednorm.attention_fwd(*forward, "reference")
+    rest = (*forward[:3], out, lse, *forward[3:], list(mask))
+    return (torch.randn_like(out), torch.randn_like(lse) if dlse else None, *rest)
+
+
+def seed() -> Tensor:
+    return torch.tensor([5])
+
+
+def row() -> Tensor:
+    return torch.randn(8)
+
+
+# everything optional absent, then everything there
+CALLS = {
+    "add_layer_norm_fwd": [
+        norm_forward,
+        lambda: norm_forward(
+            seed(), 0.3, residual=torch.randn(3, 4, 8), weight=row(), bias=row(), x_bias=row(), layer_scale=row()
+        ),
+    ],
+    "add_layer_norm_bwd": [
+        norm_backward,
+        lambda: norm_backward(mask=(False,) * 6),
+        lambda: norm_backward(
+            seed(),
+            0.3,
+            (True,) * 6,
+            weight=row(),
+            bias=row(),
+            x=torch.randn(3, 4, 8),
+            x_bias=row(),
+            layer_scale=row(),
+        ),
+    ],
+    "bias_act_dropout_fwd": [activation, lambda: activation(seed(), 0.3, row())],
+    "bias_act_dropout_bwd": [
+        activation_backward,
+        lambda: activation_backward((False, False)),
+        lambda: activation_backward((True, False), bias=row()),
+        lambda: activation_backward((True, True), seed=seed(), p=0.3, bias=row()),
+    ],
+    "attention_fwd": [
+        attention,
+        lambda: attention(packed=True),
+        lambda: attention(seed(), 0.3, torch.randn(5, 5), torch.rand(2, 5) > 0.2),
+    ],
+    "attention_bwd": [
+        attention_backward,
+        lambda: attention_backward((False, True, False, False), packed=True),
+        lambda: attention_backward(
+            (True, True, True, True),
+            True,
+            seed=seed(),
+            p=0.3,
+            attn_mask=torch.randn(1, 1, 5, 5),
+            key_mask=torch.rand(2, 5) > 0.2,
+        ),
+    ],
+}
+EVERY_CALL = pytest.mark.parametrize(
+    ("name", "make"),
+    [pytest.param(n, make, id=f"{n}-{i}") for n, calls in CALLS.items() for i, make in enumerate(calls)],
+)
+
+
+@pytest.fixture
+def named(provider, name) -> str:
+    """The provider under test as an op names it."""
+    provider = "reference" if provider == "automatic" else provider
+    if providers.serving(provider, name) is None:
+        pytest.skip(f"provider {provider} has no {name}")
+    return provider
+
+
+def listed(outputs) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def test_calls_above_are_those_of_every_operator():
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fusednorm::")}
+    recorded = {f"fusednorm::{name}.recorded" for name in _ops.RECORDED}
+    assert registered == {f"fusednorm::{name}" for name in CALLS} | recorded
+
+
+@EVERY_CALL
+def test_op_under_a_dispatch_mode_and_with_fake_tensors(name, make, named):
+    """As many outputs as its schema says, what is not asked for too, and of the sizes that the fake kernel tells."""
+    op = getattr(torch.ops.fusednorm, name)
+    args = (*make(), named)
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    plain = listed(op(*args))
+    with Mode():
+        watched = listed(op(*args))
+    assert f"fusednorm.{name}.default" in seen
+    assert len(plain) == len(op.default._schema.returns)
+    for one, other in zip(plain, watched, strict=True):
+        assert torch.equal(one, other)
+    with FakeTensorMode() as mode:
+        fake = listed(op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]))
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in plain]
+
+
+@EVERY_CALL
+def test_opcheck(name, make, named):
+    library.opcheck(getattr(torch.ops.fusednorm, name).default, (*make(), named))
+
+
+@pytest.mark.parametrize("name", _ops.RECORDED)
+def test_opcheck_of_recorded_overloads_with_gradients(name):
+    """What exported programs hold: no provider named, gradients of its own."""
+    for make in CALLS[name]:
+        args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in (*make(), None)]
+        library.opcheck(getattr(torch.ops.fusednorm, name).recorded, tuple(args))
+
+
+@pytest.mark.parametrize("name", _ops.RECORDED)
+def test_recorded_overload_has_the_gradients_of_the_public_way(name):
+    from fusednorm._attention_function import AttentionFunction
+    from fusednorm._norm_function import AddLayerNormFunction
+    from fusednorm.activation import BiasActDropoutFunction
+
+    functions = {
+        "add_layer_norm_fwd": lambda *args: AddLayerNormFunction.apply(*args, False),
+        "bias_act_dropout_fwd": BiasActDropoutFunction.apply,
+        "attention_fwd": AttentionFunction.apply,
+    }
+    with fusednorm.use_provider("reference"):
+        for make in CALLS[name]:
+            args = make()
+            leaves = [a.requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+
+            def gradients(outputs, leaves=leaves):
+                out = listed(outputs)[0]
+                cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+                return torch.autograd.grad(out, leaves, cotangent)
+
+            op = getattr(torch.ops.fusednorm, name).recorded
+            ours, expected = gradients(op(*args, None)), gradients(functions[name](*args, "reference"))
+            for one, other in zip(ours, expected, strict=True):
+                assert torch.equal(one, other)
+
+
+FRESH = """
+import os, sys, torch, fusednorm, traceback
+from fusednorm import providers
+import test_ops
+for name, calls in test_ops.CALLS.items():
+    for i, make in enumerate(calls):
+        args = make()
+        assert "cpu" not in providers._reasons
+        if os.fork() == 0:
+            code = 1
+            try:
+                outputs = test_ops.listed(getattr(torch.ops.fusednorm, name)(*args, sys.argv[1]))
+                expected = test_ops.listed(getattr(torch.ops.fusednorm, name)(*args, "reference"))
+                torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        print(name, i, os.wait()[1])
+"""
+
+
+def test_op_of_the_native_library_may_be_the_first_call_of_a_process():
+    if providers.unavailable_reason("cpu") is not None:
+        pytest.skip("the native library is not built")
+    lines = python("-c", FRESH, "cpu").splitlines()
+    assert lines == [f"{name} {i} 0" for name, calls in CALLS.items() for i in range(len(calls))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_unknown_provider_is_named(name):
+    with pytest.raises(ValueError, match=f"provider: {name} knows no 'cpuu'; expected one of 'triton'"):
+        getattr(torch.ops.fusednorm, name)(*CALLS[name][0](), "cpuu")
+
+
+@pytest.mark.parametrize("ndim", [-1, 0, 4, 128])
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("name", ["add_layer_norm_fwd", "add_layer_norm_bwd"])
+def test_normalized_ndim_out_of_range(name, fake, ndim):
+    args = list(CALLS[name][0]())
+    args[7 if name.endswith("fwd") else 10] = ndim
+    args = [a.to("meta") if fake and isinstance(a, Tensor) else a for a in args]
+    with pytest.raises(ValueError, match=f"normalized_ndim: {name} expects 1 to 3, x's dimensions, got {ndim}"):
+        getattr(torch.ops.fusednorm, name)(*args, "reference")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dropout_without_a_seed(name, provider):
+    position = {"add_layer_norm_fwd": 9, "add_layer_norm_bwd": 11, "bias_act_dropout_fwd": 4}.get(name)
+    position = position or {"bias_act_dropout_bwd": 5, "attention_fwd": 11, "attention_bwd": 15}[name]
+    args = list(CALLS[name][0]())
+    args[position] = 0.5
+    with pytest.raises(ValueError, match=f"seed: {name} needs one where something is dropped"):
+        getattr(torch.ops.fusednorm, name)(*args, "reference" if provider == "automatic" else provider)
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "value", "said"),
+    [
+        ("bias_act_dropout_fwd", 3, "tanh", "activation: bias_act_dropout_fwd knows 'relu', .*, got 'tanh'"),
+        ("bias_act_dropout_fwd", 0, torch.tensor(1.0), r"x: bias_act_dropout_fwd expects .* reshape it to \(1,\)"),
+        ("attention_fwd", 1, torch.ones(2, 8), r"k: attention_fwd expects \(B, H, S, D\), got shape \(2, 8\)"),
+        ("attention_fwd", 6, torch.tensor([0]), "cu_seqlens_k: attention_fwd got None beside the other"),
+    ],
+)
+def test_arguments_that_no_kernel_can_take(name, position, value, said):
+    args = list(CALLS[name][0]())
+    args[position] = value
+    with pytest.raises(ValueError, match=said):
+        getattr(torch.ops.fusednorm, name)(*args, "reference")
+
+
+def layer(package, p=0.1):
+    torch.manual_seed(0)
+    return package.TransformerEncoderLayer(64, 4, 128, p, batch_first=True)
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flop_counter_counts_attention_as_torch_does(using):
+    x = torch.randn(2, 32, 64)
+    with using:
+        assert flops(lambda: layer(fusednorm)(x)) == flops(lambda: layer(torch.nn)(x)) == 4718592
+
+
+@EVERY_CALL
+def test_flops_of_attention_are_its_products(name, make):
+    """A formula has the op's arguments by position: held to the pairs and widths of these calls."""
+    args = make()
+    found = flops(lambda: getattr(torch.ops.fusednorm, name)(*args, "reference"))
+    if not name.startswith("attention"):
+        assert found == 0
+        return
+    packed = args[5 if name.endswith("bwd") else 0].ndim == 3
+    pairs = 2 * (4 * 4 + 2 * 2) if packed else 2 * 2 * 5 * 5
+    assert found == 2 * pairs * 8 * (5 if name.endswith("bwd") else 2)
+
+
+def test_flops_of_packed_sequences_that_nobody_can_read():
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in attention(packed=True)]
+    assert _flops._attention_fwd(*args, "reference") == 2 * (2 * 2 * 4 * 4) * 16
+
+
+@pytest.mark.parametrize("first", ["fusednorm", "torch.utils.flop_counter"])
+def test_flop_formulas_are_there_whichever_is_imported_first(first):
+    program = """
+import sys, importlib, torch
+importlib.import_module(sys.argv[1])
+import fusednorm
+from torch.utils.flop_counter import flop_registry
+print(torch.ops.fusednorm.attention_fwd in flop_registry, torch.ops.fusednorm.attention_bwd in flop_registry,
+      sum(type(finder).__module__.startswith("fusednorm") for finder in sys.meta_path))
+"""
+    assert python("-c", program, first).split() == ["True", "True", "0"]
+
+
+def test_recorded_overloads_have_the_arguments_of_their_op():
+    for name in _ops.RECORDED:
+        op = getattr(torch.ops.fusednorm, name)
+        ours, its = op.recorded._schema.arguments, op.default._schema.arguments
+        assert [(a.name, str(a.type)) for a in ours[:-1]] == [(a.name, str(a.type)) for a in its[:-1]]
