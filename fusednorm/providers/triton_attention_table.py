@@ -84,7 +84,7 @@ def forward(n: Need) -> Tile:
             return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
         return Tile(64, 32 if n.heavy else 64, 8, 2)
     if n.heavy:
-        return Tile(128, 32, 8, 2)
+        return Tile(64 if n.dropout and n.columns > 64 else 128, 32, 8, 2)
     return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
 
 
