@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from . import _ops, providers
+from . import _onnx, _ops, providers
 from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import cpu
 from .providers import reference_attention as reference
@@ -44,6 +44,8 @@ def run(call: str, args: Args, return_lse: bool) -> tuple[Tensor, Tensor | None]
     if torchs:
         return _run_torch(args), None
     if recorded():
+        if traced() and _onnx.exporting():
+            return _onnx.attention(args, return_lse), None
         return _ops.recorded("attention_fwd", args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         if _is_compiling():
