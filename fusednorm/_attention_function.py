@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from . import _ops, dropout, providers
+from . import _onnx, _ops, dropout, providers
 from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import choice_gpu, cpu, torch_attention
 from .providers import reference_attention as reference
@@ -54,6 +54,8 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
         return _run_torch(args, needs_grad, dims), None
     args = _seeded(args)
     if recorded():
+        if traced() and _onnx.exporting():
+            return _onnx.attention(args, return_lse), None
         return _ops.recorded("attention_fwd", args)
     if needs_grad:
         if _is_compiling():
