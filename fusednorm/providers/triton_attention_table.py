@@ -106,7 +106,7 @@ def backward_keys(n: Need) -> Tile:
         return _float32(n)
     more = n.dropout or n.heavy
     if n.avoids_tensor_memory and n.columns <= 128:
-        return Tile(16 if n.columns > 64 or more else 32, 32, 4, 2)
+        return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
     if n.columns > 128:
         if n.capability[0] == 9:
             return Tile(16, 64 if more or n.bounded else 128, 8, 2)
@@ -116,7 +116,7 @@ def backward_keys(n: Need) -> Tile:
             return Tile(16, 64, 8, 2)
         return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
     if n.has_tensor_memory and n.columns > 64:
-        return Tile(16, 64, 8, 2)
+        return Tile(16, 32 if n.heavy else 64, 8, 2)
     if more:
         return Tile(16, 128, 8, 2)
     return Tile(32 if n.columns > 64 or n.bounded or n.has_tensor_memory else 64, 128, 8, 2)
