@@ -262,7 +262,7 @@ def op_args(case: str, generator, device) -> tuple:
 
 
 @pytest.mark.parametrize("case", ["bare", "everything", "packed"])
-def test_opcheck(case, provider, using, device, generator):
+def test_opcheck(case, provider, device, generator):
     name = "reference" if provider == "automatic" else provider
     args = op_args(case, generator, device)
     library.opcheck(torch.ops.fusednorm.attention_fwd.default, (*args, name))

@@ -84,8 +84,14 @@ def test_what_is_masked_reaches_no_transform(hiding, bad, using, device, generat
         assert got[:, :, clean[1]].isfinite().all()
 
 
+@pytest.fixture
+def ours(provider) -> None:
+    if provider == "torch":
+        pytest.skip("torch's own operator was asked for, and there 0 * NaN is NaN")
+
+
 @BAD
-def test_what_is_dropped_reaches_nothing(bad, using, device, generator):
+def test_what_is_dropped_reaches_nothing(bad, ours, using, device, generator):
     mask = dropout_mask((1, 1, 6, 10), 0.5, 4, device)[0, 0]
     dropped = ~mask[2]
     q, k, v = draw(generator, device, torch.float32, *[(1, 1, n, 8) for n in (6, 10, 10)])
@@ -98,7 +104,7 @@ def test_what_is_dropped_reaches_nothing(bad, using, device, generator):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)  # the sum may be made in another order then
 
 
-def test_infinite_values_that_are_seen_are_passed_on(using, device):
+def test_infinite_values_that_are_seen_are_passed_on(ours, using, device):
     q, k = torch.zeros(1, 1, 3, 8, device=device), torch.zeros(1, 1, 3, 8, device=device)
     v = torch.zeros(1, 1, 3, 8, device=device)
     v[..., 0, 0], v[..., 1, 1], v[..., 2, 2], v[..., 0, 3], v[..., 1, 3] = (
