@@ -323,3 +323,29 @@ def test_recorded_overloads_have_the_arguments_of_their_op():
         op = getattr(torch.ops.fusednorm, name)
         ours, its = op.recorded._schema.arguments, op.default._schema.arguments
         assert [(a.name, str(a.type)) for a in ours[:-1]] == [(a.name, str(a.type)) for a in its[:-1]]
+
+
+def test_a_mode_sees_in_the_first_call_of_a_process_what_it_sees_in_the_second():
+    program = """
+import torch, fusednorm
+from torch.utils._python_dispatch import TorchDispatchMode
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+x = torch.randn(4, 8)
+calls = (
+    lambda: fusednorm.add_rms_norm(x, x, 8, x_bias=x[0]),
+    lambda: fusednorm.bias_act_dropout(x, x[0], dropout_p=0.5),
+    lambda: fusednorm.scaled_dot_product_attention(x, x, x, is_causal=True),
+)
+for call in calls:
+    runs = []
+    for _ in range(2):
+        seen = []
+        with Mode():
+            call()
+        runs.append(seen)
+    print(runs[0] == runs[1])
+"""
+    assert python("-c", program).split() == ["True"] * 3

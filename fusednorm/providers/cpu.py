@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._once import once
 from .native import check_whole, options, too_many_dimensions
@@ -67,7 +68,8 @@ def build() -> str:
 @functools.cache
 def vendor() -> str:
     """Who made the processor: "amd", "intel", or "" for others."""
-    return str(torch.ops.fusednorm_cpu.vendor())
+    with _disable_current_modes():  # no operator of the call that happens to ask first
+        return str(torch.ops.fusednorm_cpu.vendor())
 
 
 def refusal(op: str, *args: Any) -> str | None:
