@@ -23,6 +23,7 @@ Sizes check_shape(const char* name, const Handle& tensor, const int64_t* sizes, 
 void describe(const char* name, const Handle& tensor, const Sizes& s, int64_t lead, Operand& operand) {
   operand.dtype = dtype_of(name, tensor);
   operand.data = data_of(name, tensor, s, kItemSize[operand.dtype]);
+  operand.unit = true, operand.row_dims = operand.col_dims = 0;
   if (!operand.data) return;
   operand.row_dims = fold(s.sizes, s.strides, lead, operand.rows);
   operand.col_dims = fold(s.sizes + lead, s.strides + lead, s.ndim - lead, operand.cols);
