@@ -56,7 +56,7 @@ HUGE = {torch.float32: torch.finfo(torch.float32).max, torch.bfloat16: torch.fin
 @pytest.mark.parametrize("dtype", HUGE, ids=str)
 @pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("form", ["attn_mask", "additive", "key_mask", "causal"])
-def test_huge_numbers_behind_a_mask_reach_nothing(form, which, dtype, using, device, generator):
+def test_huge_numbers_behind_a_mask_reach_nothing(form, which, dtype, ours, using, device, generator):
     """Their products overflow: 0 times infinity is NaN where the product is made before the mask is looked at."""
     q, k, v = draw(generator, device, *[(1, 2, 8, 16)] * 3, dtype=dtype)
     with torch.no_grad():

@@ -217,7 +217,8 @@ def choose(
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:
-            if name == "torch" and args[0].is_cpu and unavailable_reason("cpu") and not reluctance("cpu", op, args):
+            unserved = name == "torch" and args[0].is_cpu and "cpu" in PROVIDERS and unavailable_reason("cpu")
+            if unserved and not reluctance("cpu", op, args):
                 tell_missing_library()
             return name, refusals
         refusals += ((name, reason),)
