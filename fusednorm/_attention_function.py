@@ -50,12 +50,12 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
             provider, how = "torch", _how_torch_serves(args, asked)
         providers.record(providers.Route(call, provider, how, refusals))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    if traced() and _onnx.exporting():
+        return _onnx.attention(args, return_lse, dims), None
     if torchs:
         return _run_torch(args, needs_grad, dims), None
     args = _seeded(args)
     if recorded():
-        if traced() and _onnx.exporting():
-            return _onnx.attention(args, return_lse), None
         return _ops.recorded("attention_fwd", args)
     if needs_grad:
         if _is_compiling():

@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
             and dropout_p == 0.0 == softcap
             and return_lse is False
             and (is_causal is False or (is_causal is True and query.is_cuda))
-            and type(enable_gqa) is bool
+            and (enable_gqa is False or (enable_gqa is True and not traced()))
             and causal_align == "upper_left"
             and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
             and (scale is None or type(scale) is float)
