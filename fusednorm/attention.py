@@ -273,6 +273,7 @@ def _run(call: str, args: tuple[Any, ...], return_lse: bool, dims: int = 4) -> t
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if args[11] != 1.0:
         return _attention_function.run(call, args, return_lse, dims)
+    providers.record(providers.Route(call, "torch", "zeros, because everything is dropped"))
     q, v = args[0], args[2]
     zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
     out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
