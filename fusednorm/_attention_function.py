@@ -50,12 +50,12 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
             provider, how = "torch", _how_torch_serves(args, asked)
         providers.record(providers.Route(call, provider, how, refusals))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    if traced() and _onnx.exporting():
+        return _onnx.attention(args, return_lse, dims), None
     if torchs:
         return _run_torch(args, needs_grad, dims), None
     args = _seeded(args)
     if recorded():
-        if traced() and _onnx.exporting():
-            return _onnx.attention(args, return_lse), None
         return _ops.recorded("attention_fwd", args)
     if needs_grad:
         if _is_compiling():
@@ -138,12 +138,17 @@ def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> st
     elif not (_is_compiling() or traced() or (q.numel() and k.numel() and v.numel())):
         return "an operand is empty"
     if q.is_cpu and _masked(args):
-        seen = _ops.PLAIN.issuperset((type(q), type(k), type(v)))
-        if _is_compiling() or traced() or not seen or torch._C._len_torch_dispatch_stack():
+        if not _readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
         if not (_scales(scale) and moderate(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
     return ""
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at, of tensors on the CPU."""
+    plain = _ops.PLAIN.issuperset(map(type, tensors))
+    return plain and not (_is_compiling() or traced() or torch._C._len_torch_dispatch_stack())
 
 
 def _masked(args: Args) -> bool:
@@ -234,9 +239,7 @@ def fused_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
     q, k, v, attn_mask, key_mask, _, _, _, _, _, scale, dropout_p, *_ = args
-    if key_mask is not None and (
-        _is_compiling() or traced() or not q.is_cpu
-    ):  # not looked at: nobody sees these keys, 0 * NaN is NaN
+    if key_mask is not None and not (q.is_cpu and _readable(q, k, v)):  # nobody sees these keys, and 0 * NaN is NaN
         k, v = (t.masked_fill(key_mask.logical_not()[:, None, :, None], 0.0) for t in (k, v))
         args = (q, k, v, *args[3:])
     flash = dims == 4 and flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)

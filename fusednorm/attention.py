@@ -123,7 +123,7 @@ def scaled_dot_product_attention(
             and dropout_p == 0.0 == softcap
             and return_lse is False
             and (is_causal is False or (is_causal is True and query.is_cuda))
-            and type(enable_gqa) is bool
+            and (enable_gqa is False or (enable_gqa is True and not traced()))
             and causal_align == "upper_left"
             and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
             and (scale is None or type(scale) is float)
@@ -273,6 +273,7 @@ def _run(call: str, args: tuple[Any, ...], return_lse: bool, dims: int = 4) -> t
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if args[11] != 1.0:
         return _attention_function.run(call, args, return_lse, dims)
+    providers.record(providers.Route(call, "torch", "zeros, because everything is dropped"))
     q, v = args[0], args[2]
     zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
     out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero

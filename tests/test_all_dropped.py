@@ -126,3 +126,13 @@ def test_layers_take_what_torchs_take():
     torch.testing.assert_close(module(x, x)[1], x)
     attention = fusednorm.MultiheadAttention(16, 2, dropout=1.0, batch_first=True)
     torch.testing.assert_close(attention(x, x, x)[0], attention.out_proj.bias.expand_as(x))
+
+
+def test_explain_says_so():
+    x = torch.randn(1, 2, 5, 8)
+    for function, *args in (
+        (fusednorm.bias_act_dropout, x, None, "relu", 1.0),
+        (fusednorm.scaled_dot_product_attention, x, x, x, None, 1.0),
+    ):
+        said = fusednorm.explain(function, *args)
+        assert said == f"{function.__name__}: torch, zeros, because everything is dropped"

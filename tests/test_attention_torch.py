@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle_attention import draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusednorm
 from fusednorm import _attention_function, providers, scaled_dot_product_attention, varlen_attention
@@ -136,6 +137,18 @@ def test_what_is_masked_reaches_nothing_without_kernels(layout, bad, without_ker
     got = outcome(leaves, dout, is_causal=True)
     for gradient, known in zip(got[2:], expected[2:], strict=True):
         torch.testing.assert_close(gradient[:, :, 3:], known[:, :, 3:])
+
+
+def test_what_key_mask_hides_reaches_nothing_under_a_dispatch_mode(without_kernels, generator):
+    """Values are not looked at there."""
+    q, k, v = [t.detach() for t in operands(generator, queries=N)]
+    key_mask = torch.ones(2, N, dtype=torch.bool)
+    key_mask[:, 7:] = False
+    expected = scaled_dot_product_attention(q, k, v, key_mask=key_mask)
+    k[:, :, 7:] = v[:, :, 7:] = float("nan")
+    with FlopCounterMode(display=False):
+        got = scaled_dot_product_attention(q, k, v, key_mask=key_mask)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

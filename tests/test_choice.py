@@ -148,12 +148,12 @@ def planted(tmp_path, monkeypatch):
     monkeypatch.setattr(_once, "_said", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     entries = [[4, 64, "torch", 2.0], [64, 1024, "first", 3.0]]
-    operations = ("bias_dropout_add_layer_norm", "bias_gelu_dropout")
+    measured = ("bias_dropout_add_layer_norm/{}/forward", "bias_gelu_dropout/{}/both")
     table = {
         "device": "a CPU",
         "source": "raw.json",
         "shapes": {
-            **{f"{operation}/{s}/forward": entries for operation in operations for s in (4, 8)},
+            **{name.format(s): entries for name in measured for s in (4, 8)},
             "bias_dropout_add_layer_norm/4/both": [[4, 64, "first", 2.0]],
         },
     }
@@ -184,6 +184,10 @@ def test_a_call_with_gradients_goes_by_what_was_measured_of_both_ways(planted):
     assert served(4, 64, x_bias=trained)[0] == "first"
     with torch.no_grad():
         assert served(4, 64, x_bias=trained)[0] == "torch"
+
+
+def test_the_grad_mode_does_not_decide_who_draws_a_mask(planted):
+    assert served(4, 64, dropout_p=0.1)[0] == served(4, 64, drop_path_p=0.1)[0] == "first"
 
 
 @pytest.mark.parametrize(

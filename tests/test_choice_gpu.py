@@ -59,9 +59,19 @@ def norm_args(x, **changed):
 )
 def test_norms_and_activations(mib, needs_grad, served, on_a_gpu):
     x = rows(mib, needs_grad)
-    for changed in ({}, {"residual": None, "rms": True}, {"zero_centered_weight": True}, {"dropout_p": 0.1}):
+    for changed in ({}, {"residual": None, "rms": True}, {"zero_centered_weight": True}):
         assert chosen("add_layer_norm_fwd", *norm_args(x, **changed)) == served
     assert chosen("bias_act_dropout_fwd", x, vector(), None, "gelu", 0.0) == served
+
+
+@pytest.mark.parametrize(("mib", "served"), [(1, "torch"), (48, "torch"), (65, "triton")])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_the_grad_mode_does_not_decide_who_draws_a_mask(grad, mib, served, on_a_gpu):
+    """Reentrant checkpointing makes a call without gradients, and again with them: both need the same mask."""
+    x = rows(mib, grad)
+    for changed in ({"dropout_p": 0.1}, {"drop_path_p": 0.1}):
+        assert chosen("add_layer_norm_fwd", *norm_args(x, **changed)) == served
+    assert chosen("bias_act_dropout_fwd", x, vector(), None, "gelu", 0.1) == served
 
 
 def test_a_seeded_mask_is_not_computed_in_python(on_a_gpu):

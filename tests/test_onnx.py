@@ -45,17 +45,18 @@ def export(program: torch.nn.Module) -> None:
         assert "onnx is not installed" in str(error)
 
 
+def grouped_attention(**options) -> Program:
+    def call(x, y):
+        q, k = x.unflatten(-1, (2, 8)).transpose(1, 2), y[..., :8].unsqueeze(1)
+        return fusednorm.scaled_dot_product_attention(q, k, k, enable_gqa=True, **options)
+
+    return Program(call)
+
+
 @pytest.mark.parametrize("grouped", [False, True], ids=["heads", "grouped"])
 @pytest.mark.parametrize("masks", MASKS)
 def test_masks_become_one(masks, grouped, monkeypatch):
-    program = attention(**MASKS[masks])
-    if grouped:
-
-        def call(x, y):
-            q, k = x.unflatten(-1, (2, 8)).transpose(1, 2), y[..., :8].unsqueeze(1)
-            return fusednorm.scaled_dot_product_attention(q, k, k, enable_gqa=True, **MASKS[masks])
-
-        program = Program(call)
+    program = (grouped_attention if grouped else attention)(**MASKS[masks])
     monkeypatch.setattr(_onnx, "exporting", lambda: True)
     traced = torch.jit.trace(program, inputs())
     assert not [node for node in traced.inlined_graph.nodes() if "fusednorm" in node.kind()]
@@ -68,6 +69,11 @@ PROGRAMS = ["add_layer_norm", "bias_act_dropout", "attention_causal", "Multihead
 @pytest.mark.parametrize("name", [*PROGRAMS, "TransformerEncoderLayer_padded", "TransformerDecoderLayer"])
 def test_exporter_knows_every_operator_of_it(name):
     export(CALLS[name]())
+
+
+@pytest.mark.parametrize("masks", ["", "causal", "window", "additive_and_key_mask"])
+def test_exporter_sees_as_many_heads_of_keys_as_of_queries(masks):
+    export(grouped_attention(**MASKS.get(masks, {})))
 
 
 def test_decoder_with_a_causal_mask_is_exported():

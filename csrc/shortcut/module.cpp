@@ -144,8 +144,8 @@ bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* 
   if (asked != Py_True) return true;
   if (!call.by_cuda && !call.rms && !call.makes_stream()) return false;  // torch's own, as providers/cpu.py has it
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
-  return call.by_cuda ? chooses_cuda(operation, call.x, columns, call.needs_grad)
-                      : !prefers_torch(operation, call.x, columns, call.needs_grad);
+  const bool both = call.needs_grad || call.dropout_p > 0;  // as choice.preference has it
+  return call.by_cuda ? chooses_cuda(operation, call.x, columns, both) : !prefers_torch(operation, call.x, columns, both);
 }
 
 // The library that is asked for, and x; false where the call is not for the shortcut.
@@ -214,7 +214,7 @@ bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
   const char* const operations[] = {"bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu"};
-  if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, call.needs_grad);
+  if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, true);
   const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
   by_torch = !with_bias || (by_shape && (slow || prefers_torch(operations[call.activation], call.x, columns, call.needs_grad)));
   return !by_torch || (by_shape && (one_dtype || !with_bias));

@@ -27,7 +27,8 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
 
     Same constructor, forward, state_dict and results. Self-attention takes one product for q, k and v, whose slices
     attention reads as they lie; a padding mask stays (N, S). Attention is fused whether the weights are asked for or
-    not, and one seed of torch's generator gives one dropout mask in both cases.
+    not. One seed of torch's generator gives one dropout mask in both cases, unless torch's own dropout serves the call
+    without weights.
 
     `is_causal` says that `attn_mask`, which must be given, is the causal mask. As in torch's, it replaces the mask
     where there is no `key_padding_mask` and `need_weights` is False; elsewhere the mask counts and the hint does not.

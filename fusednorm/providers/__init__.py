@@ -217,8 +217,8 @@ def choose(
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:
-            unserved = name == "torch" and args[0].is_cpu and "cpu" in PROVIDERS and unavailable_reason("cpu")
-            if unserved and not reluctance("cpu", op, args):
+            passed_over = name == "torch" and args[0].is_cpu and "cpu" in dict(refusals)
+            if passed_over and unavailable_reason("cpu") and not reluctance("cpu", op, args):
                 tell_missing_library()
             return name, refusals
         refusals += ((name, reason),)
@@ -245,7 +245,7 @@ def _unknown(name: object) -> str:
 
 def record(route: Route) -> None:
     """Hand a decision to explain(), if it listens to this thread."""
-    for thread, names, routes in _records:
+    for thread, names, routes in tuple(_records):  # another thread may leave meanwhile
         if torch.compiler.is_compiling():  # which traces neither
             routes.append(route)
         elif thread == threading.get_ident():

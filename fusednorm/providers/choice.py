@@ -116,7 +116,11 @@ def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
     if op == "attention_fwd":  # its cost is no function of rows and columns: the order of the table decides
         return None
     x, normalized_ndim = args[0], args[7] if op == "add_layer_norm_fwd" else 1
-    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    # who serves draws the mask: reentrant checkpointing makes a call without gradients, and again with them
+    masked = args[9] or args[10] if op == "add_layer_norm_fwd" else args[4]
+    needs_grad = bool(masked) or (
+        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    )
     columns = math.prod(x.shape[x.ndim - normalized_ndim :])
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced

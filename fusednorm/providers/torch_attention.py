@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import dropout
 from .._dtypes import compute_dtype
+from .._transforms import traced
 
 
 def refusal(op: str, *args: Any) -> str | None:
@@ -51,12 +52,20 @@ def attention(
         return _with_the_documented_mask(q, k, v, mask, seed, scale, dropout_p, causal)
     grouped = False
     if q.shape[1] != k.shape[1]:  # a branch, since torch takes no symbolic truth value
-        grouped = True
+        grouped = not traced()
+        if not grouped:  # the ONNX exporter knows no enable_gqa
+            k, v = _repeated(q, k, v)
     options: dict[str, Any] = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
     if dims == 4:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **options)
     # torch's fused kernels take four dimensions alone: one more leads to the operators that another number leads to
     return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout_p, **options).squeeze(0)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as queries."""
+    group = int(q.shape[1]) // max(int(k.shape[1]), 1)
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
 def as_mask(
@@ -103,10 +112,8 @@ def _with_the_documented_mask(
     causal: bool,
 ) -> Tensor:
     """By matrix products and softmax: torch's operator draws its own mask."""
-    acc, group = compute_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
-    keys, values = k.to(acc), v.to(acc)
-    if group != 1:
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    acc = compute_dtype(q.dtype)
+    keys, values = _repeated(q, k.to(acc), v.to(acc))
     logits = (q.to(acc) * scale) @ keys.mT
     if causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
