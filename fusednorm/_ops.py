@@ -126,8 +126,18 @@ for _name in RECORDED:
     LIBRARY.impl(f"{_name}.recorded", _run(_name), "CompositeExplicitAutograd")
 
 
-@library.register_fake("fusednorm::add_layer_norm_fwd")
-@library.register_fake("fusednorm::add_layer_norm_fwd.recorded")
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers what an op gives without data. `library.register_fake` reads source files: 0.5 ms of import each."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.impl(name, function, "Meta")
+        return function
+
+    return register
+
+
+@_fake("add_layer_norm_fwd")
+@_fake("add_layer_norm_fwd.recorded")
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -156,7 +166,7 @@ def _(
     )
 
 
-@library.register_fake("fusednorm::add_layer_norm_bwd")
+@_fake("add_layer_norm_bwd")
 def _(
     dnormed: Tensor,
     dresidual_out: Tensor | None,
@@ -188,13 +198,13 @@ def _(
     )
 
 
-@library.register_fake("fusednorm::bias_act_dropout_fwd")
-@library.register_fake("fusednorm::bias_act_dropout_fwd.recorded")
+@_fake("bias_act_dropout_fwd")
+@_fake("bias_act_dropout_fwd.recorded")
 def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, provider: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@library.register_fake("fusednorm::bias_act_dropout_bwd")
+@_fake("bias_act_dropout_bwd")
 def _(
     dy: Tensor,
     x: Tensor,
@@ -209,8 +219,8 @@ def _(
     return dx, dbias if bias is None or not output_mask[1] else bias.new_empty(bias.shape)
 
 
-@library.register_fake("fusednorm::attention_fwd")
-@library.register_fake("fusednorm::attention_fwd.recorded")
+@_fake("attention_fwd")
+@_fake("attention_fwd.recorded")
 def _(
     q: Tensor,
     k: Tensor,
@@ -227,7 +237,7 @@ def _(
     return out, q.new_empty(lse, dtype=compute_dtype(q.dtype))
 
 
-@library.register_fake("fusednorm::attention_bwd")
+@_fake("attention_bwd")
 def _(
     dout: Tensor,
     dlse: Tensor | None,
