@@ -102,7 +102,8 @@ class _WithinLimits(fusednorm.use_provider):
 # no limit is a float32 stream beside 16-bit x and normed
 _SERVED = r".*these are (?P<x>torch\.b?float16), ((?P=x)|torch\.float32), (?P=x) and torch\.float32"
 _LIMITS = {
-    "cuda": rf"provider 'cuda' cannot run .*: ((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions)",
+    "cuda": r"provider 'cuda' cannot run .*: "
+    rf"((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions|it has no attention)",
     "torch": r"provider 'torch' cannot run attention_fwd: torch's attention",
     "triton": r"provider 'triton' cannot run attention_fwd: dtype torch\.float64",
 }
