@@ -212,7 +212,7 @@ class AddLayerNormFunction(torch.autograd.Function):
         saved, stats, weight, bias, x, x_bias, layer_scale, seed = ctx.saved_tensors
         normalized_ndim, eps, dropout_p, drop_path_p, x_dtype, rms, zero_centered_weight = ctx.options
         if dnormed is None and dstats is None:
-            return _stream_backward(ctx, dresidual_out)
+            return _stream_backward(ctx, dresidual_out, stats, x, x_bias, layer_scale, seed)
         if dnormed is None:
             dnormed = torch.zeros(saved.shape, dtype=ctx.normed_dtype, device=saved.device)
         if dstats is not None:  # only in a double backward through a rebuilt z
@@ -291,11 +291,21 @@ def shortcut_backward(
 _apply = super(torch.autograd.Function, AddLayerNormFunction).apply
 
 
-def _stream_backward(ctx: Any, dresidual_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    """`normed` was not used: its parameters get no gradient, and nothing of the norm may touch the stream's."""
+def _stream_backward(
+    ctx: Any,
+    dresidual_out: Tensor | None,
+    stats: Tensor,
+    x: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`normed` was not used: its parameters get no gradient, and nothing of the norm may touch the stream's.
+
+    The saved tensors are arguments, since torch.utils.checkpoint lets a backward ask for them once.
+    """
     if dresidual_out is None:
         return (None,) * 18
-    _, stats, _, _, x, x_bias, layer_scale, seed = ctx.saved_tensors
     normalized_ndim, _, dropout_p, drop_path_p, x_dtype, _, _ = ctx.options
     need = ctx.needs_input_grad[:6]
     gradients = reference.stream_bwd(

@@ -12,6 +12,7 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 
@@ -278,3 +279,21 @@ def test_export_with_a_dynamic_batch(function, strict, using):
         for rows in (1, 4, 33):
             x = torch.randn(rows, 7)
             torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("epilogue", [{"dropout_p": 0.5, "seed": 1}, {"drop_path_p": 0.5, "seed": 1}, {}], ids=str)
+@pytest.mark.parametrize("provider", ["reference", "cpu"])
+def test_checkpoint_of_a_call_whose_normed_is_unused(provider, epilogue):
+    """The backward asks for its saved tensors once: non-reentrant checkpointing refuses a second time."""
+    if provider not in fusednorm.available_providers():
+        pytest.skip("the native library is not built")
+    leaves = [torch.randn(4, 8, requires_grad=True) for _ in range(2)]
+
+    def stream(x, residual):
+        return fusednorm.add_rms_norm(x, residual, 8, **epilogue)[1]
+
+    with fusednorm.use_provider(provider):
+        expected = torch.autograd.grad(stream(*leaves).square().sum(), leaves)
+        found = torch.autograd.grad(checkpoint(stream, *leaves, use_reentrant=False).square().sum(), leaves)
+    for gradient, right in zip(found, expected, strict=True):
+        assert torch.equal(gradient, right)
