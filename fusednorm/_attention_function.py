@@ -137,6 +137,8 @@ def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> st
             return reason
     elif not (_is_compiling() or traced() or (q.numel() and k.numel() and v.numel())):
         return "an operand is empty"
+    elif _masked(args) and not (q.is_cpu or _scales(scale)):
+        return "it scales the -inf that it adds to what is masked"
     if q.is_cpu and _masked(args):
         if not _readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
@@ -244,7 +246,7 @@ def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
         args = (q, k, v, *args[3:])
     flash = dims == 4 and flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
     # what the CPU has besides is made of operators that are differentiable themselves
-    complete = q.is_cpu and not flash and not _masked(args)
+    complete = q.is_cpu and not flash and not _masked(args) and q.shape[1] == k.shape[1]
     if complete or not needs_grad or dropout_p or _is_compiling() or traced():
         return torch_attention.attention(*args, dims=dims)
     if flash:
