@@ -84,7 +84,7 @@ def forward(n: Need) -> Tile:
             return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
         return Tile(64, 32 if n.heavy else 64, 8, 2)
     if n.heavy:
-        return Tile(64 if n.dropout and n.columns > 64 else 128, 32, 8, 2)
+        return Tile(128, 32, 8, 2)
     return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
 
 
@@ -101,6 +101,16 @@ def splits(n: Need) -> bool:
     return n.columns > 64 and (n.dropout or n.heavy or n.bounded or n.has_tensor_memory)
 
 
+def part(n: Need) -> int:
+    """How many columns a backward kernel's products of whole heads take at a time; 0: all.
+
+    All is faster where it does not spill: a program's own rows are then loaded once.
+    """
+    if n.columns <= 128 or n.itemsize == 4:
+        return 0
+    return 64 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
+
+
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
@@ -109,7 +119,7 @@ def backward_keys(n: Need) -> Tile:
         return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
     if n.columns > 128:
         if n.capability[0] == 9:
-            return Tile(16, 64 if more or n.bounded else 128, 8, 2)
+            return Tile(16, 64 if part(n) else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
         if more:
@@ -130,7 +140,7 @@ def backward_queries(n: Need) -> Tile:
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 16, 8, 2)
+        return Tile(64, 32 if part(n) else 16, 8, 2)
     if n.registers_hold_operands:
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
