@@ -102,13 +102,21 @@ def splits(n: Need) -> bool:
 
 
 def part(n: Need) -> int:
-    """How many columns a backward kernel's products of whole heads take at a time; 0: all.
+    """How many columns a product of whole heads takes at a time in the backward; 0: all.
 
     All is faster where it does not spill: a program's own rows are then loaded once.
     """
     if n.columns <= 128 or n.itemsize == 4:
         return 0
+    if n.registers_hold_operands and n.dropout and not n.heavy and not n.bounded:
+        return 128  # of 64 at a time it spills 8 bytes on sm_80
     return 64 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
+
+
+def part_of_queries(n: Need) -> int:
+    if n.capability[0] == 9 and n.itemsize == 2 and n.columns == 128 and n.heavy and n.dropout:
+        return 128  # else ptxas makes its matrix instructions wait one by one
+    return part(n)
 
 
 def backward_keys(n: Need) -> Tile:
