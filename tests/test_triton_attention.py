@@ -238,11 +238,11 @@ def test_triton_attention_of_what_is_masked(hiding, bad, small_tiles, generator)
 
 
 def test_triton_attention_of_what_is_dropped(small_tiles, generator):
-    masked.test_what_is_dropped_reaches_nothing(float("nan"), using(), "cpu", generator)
+    masked.test_what_is_dropped_reaches_nothing(float("nan"), None, using(), "cpu", generator)
 
 
 def test_triton_attention_of_infinite_values(small_tiles):
-    masked.test_infinite_values_that_are_seen_are_passed_on(using(), "cpu")
+    masked.test_infinite_values_that_are_seen_are_passed_on(None, using(), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
