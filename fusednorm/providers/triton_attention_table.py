@@ -114,7 +114,7 @@ def part(n: Need) -> int:
 
 
 def part_of_queries(n: Need) -> int:
-    if n.capability[0] == 9 and n.itemsize == 2 and n.columns == 128 and n.heavy and n.dropout:
+    if n.capability[0] == 9 and n.itemsize == 2 and n.columns == 128 and n.heavy and (n.bounded or n.dropout):
         return 128  # else ptxas makes its matrix instructions wait one by one
     return part(n)
 
@@ -144,7 +144,7 @@ def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     if n.columns > 128 and (n.narrow or n.avoids_tensor_memory):
-        return Tile(32, 32, 8, 1)  # 16 rows of queries and cotangents are 128 registers, 8 keys and values 64
+        return Tile(32, 32, 8, 1)
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
