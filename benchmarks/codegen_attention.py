@@ -148,9 +148,12 @@ def spilled(usage: str, sass: str) -> int:
     """Bytes of stack, or how many instructions use it where that is more.
 
     ptxas may reserve a frame of 8 bytes and touch it nowhere: R1, its address, is then read by its own setting alone.
+    Without a frame R1 is a register like others.
     """
-    touches = re.findall(r"\*/\s+(?:@\S+\s+)?(?:LDL|STL|[A-Z][\w.]*\s+(?!R1,)[^;]*\bR1\b)", sass)
-    return max(number("STACK", usage), len(touches)) if touches else 0
+    stack = number("STACK", usage)
+    accesses = len(re.findall(r"\*/\s+(?:@\S+\s+)?(?:LDL|STL)\b", sass))
+    addressed = re.search(r"\*/\s+(?:@\S+\s+)?[A-Z][\w.]*\s+(?!R1,)[^;]*\bR1\b", sass)
+    return max(stack, accesses) if accesses or (addressed and stack) else 0
 
 
 def figures(variant: Variant, arch: int) -> Figures:
