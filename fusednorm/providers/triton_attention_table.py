@@ -114,8 +114,8 @@ def part(n: Need) -> int:
 
 
 def part_of_queries(n: Need) -> int:
-    if n.capability[0] == 9 and n.itemsize == 2 and n.columns == 128 and n.heavy and (n.bounded or n.dropout):
-        return 128  # else ptxas makes its matrix instructions wait one by one
+    if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy and (n.bounded or n.dropout):
+        return n.columns  # else ptxas makes its matrix instructions wait one by one
     return part(n)
 
 
