@@ -144,6 +144,18 @@ def tile(launch: calls.Launch) -> str:
     return " x ".join(map(str, sizes))
 
 
+def spilled(usage: str, sass: str) -> int:
+    """Bytes of stack, or how many instructions use it where that is more.
+
+    ptxas may reserve a frame of 8 bytes and touch it nowhere: R1, its address, is then read by its own setting alone.
+    Without a frame R1 is a register like others.
+    """
+    stack = number("STACK", usage)
+    accesses = len(re.findall(r"\*/\s+(?:@\S+\s+)?(?:LDL|STL)\b", sass))
+    addressed = re.search(r"\*/\s+(?:@\S+\s+)?[A-Z][\w.]*\s+(?!R1,)[^;]*\bR1\b", sass)
+    return max(stack, accesses) if accesses or (addressed and stack) else 0
+
+
 def figures(variant: Variant, arch: int) -> Figures:
     """Compile a variant for sm_<arch> and read the binary."""
     launch = variant.launch
@@ -179,7 +191,7 @@ def figures(variant: Variant, arch: int) -> Figures:
         warps=launch.warps,
         stages=launch.stages,
         registers=number("REG", usage),
-        stack=max(number("STACK", usage), count("LDL", "STL")),
+        stack=spilled(usage, sass),
         shared=compiled.metadata.shared,
         hgmma=count("HGMMA"),
         depbar=count("WARPGROUP.DEPBAR"),

@@ -37,13 +37,34 @@ def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
     assert all(f["hgmma"] >= 16 and 2 * f["depbar"] < f["hgmma"] for f in products)
 
 
+HEAVY = """
+from benchmarks import codegen_attention as gate, codegen_attention_calls as calls
+switches = dict(key_mask=True, logits="softcap", lower=True, upper=True, dropout=True)
+heaviest = calls.Call(256, 256, "bfloat16", mask="float32", gradient="direct", **switches)
+found = gate.variants([gate.described(heaviest)], {arch})
+for v in found:
+    if v.launch.wants == "dk":
+        print(*gate.faults(gate.figures(v, {arch})))
+"""
+
+
+@pytest.mark.parametrize("arch", ["89", "90"])
+def test_attention_with_every_switch_does_not_spill_at_heads_of_256(arch):
+    """Keys' gradients, of which the operands alone are 128 registers on sm_89."""
+    run = compile_in_process("-c", HEAVY.format(arch=arch))
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout == "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["installed", "oldest"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_attention_gate_for_the_heaviest_calls(arch, which, tmp_path, request):
-    """Of all that get the same tiles; heads of 128."""
+@pytest.mark.parametrize(
+    ("arch", "dim"), [*((arch, "128") for arch in ARCHITECTURES), ("80", "256"), ("90", "256"), ("120", "256")]
+)
+def test_attention_gate_for_the_heaviest_calls(arch, which, dim, tmp_path, request):
+    """Of all that get the same tiles."""
     triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
-    found = gate(tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", "128", triton=triton)
+    found = gate(tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", dim, triton=triton)
     assert which == "installed" or found["triton"] == OLDEST.split("==")[1]
     assert {f["kernel"] for f in found["figures"]} == KERNELS
 
@@ -154,6 +175,28 @@ def test_attention_gate_fails_on_what_is_planted(kernel, plant, said):
     run = compile_in_process("-c", PLANT.format(plant=plant, kernel=kernel))
     assert run.returncode == 0, run.stderr[-4000:]
     assert said in run.stdout
+
+
+FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0020*/ FADD R2, R10, R11 ;\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "spilled"),
+    [
+        ("", 0),
+        ("/*0030*/ @!P0 STL [R1+0x4], R2 ;", 8),
+        ("/*0030*/ LDL.64 R4, [R2] ;\n" * 9, 9),
+        ("/*0030*/ IADD3 R6, P1, R1, 0x10, RZ ;", 8),
+    ],
+    ids=["reserved", "stored", "loaded_often", "addressed"],
+)
+def test_the_gate_calls_a_spill_what_touches_the_stack(more, spilled):
+    program = (
+        f"from benchmarks import codegen_attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
+    )
+    run = compile_in_process("-c", program)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert int(run.stdout) == spilled
 
 
 def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):

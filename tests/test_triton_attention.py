@@ -182,6 +182,39 @@ def test_triton_attention_with_key_masks(options, dtype, small_tiles, generator)
     check(AttentionCall({"key_mask": key_mask, **options}), leaves, generator)
 
 
+@pytest.mark.parametrize("dims", quick([(40, 40), (256, 256), (24, 136)], (40, 40), (24, 136)), ids=str)
+def test_triton_attention_backward_with_products_of_a_part_of_the_columns_at_a_time(
+    dims, small_tiles, monkeypatch, generator
+):
+    """As where matrix units read registers; a part that is cut off, and values of other parts than keys."""
+    monkeypatch.setattr(table, "part", lambda need: 16)
+    leaves = leaves_of(generator, torch.float16, 20, 35, *dims, heads=2, key_heads=1)
+    leaves["mask"] = torch.randn(1, 2, 20, 35, generator=generator).half()
+    options = {"enable_gqa": True, "window": (9, 30), "softcap": 2.0, "dropout_p": 0.1, "seed": 3}
+    check(AttentionCall(options), leaves, generator)
+    del leaves["mask"]
+    check(AttentionCall({"enable_gqa": True}), leaves, generator)
+
+
+@pytest.mark.parametrize("dim", quick([80, 256], 80))
+def test_triton_attention_of_what_is_masked_at_heads_made_again_in_parts(dim, small_tiles, generator):
+    """A hidden key and a query that sees nothing are not finite, so every result of their tiles is made again."""
+    mask = torch.ones(20, 35, dtype=torch.bool)
+    mask[:, 30], mask[3] = False, False
+    clean = [*leaves_of(generator, torch.float32, 20, 35, dim).values()]
+    spoilt = [t.clone() for t in clean]
+    for tensor, row, value in zip(spoilt, (3, 30, 30), (torch.nan, torch.inf, torch.nan)):
+        tensor[..., row, :] = value
+    dout = torch.randn(1, 1, 20, dim, generator=generator)
+    found = []
+    for tensors in (clean, spoilt):
+        leaves = [t.requires_grad_() for t in tensors]
+        out = scaled_dot_product_attention(*leaves, mask)
+        found.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_triton_attention_with_only_the_gradients_that_are_wanted(small_tiles):
     tensors = [torch.randn(1, 2, 20, 16) for _ in range(3)] + [torch.randn(20, 20)]
     dout = torch.randn(1, 2, 20, 16)
@@ -205,11 +238,11 @@ def test_triton_attention_of_what_is_masked(hiding, bad, small_tiles, generator)
 
 
 def test_triton_attention_of_what_is_dropped(small_tiles, generator):
-    masked.test_what_is_dropped_reaches_nothing(float("nan"), using(), "cpu", generator)
+    masked.test_what_is_dropped_reaches_nothing(float("nan"), None, using(), "cpu", generator)
 
 
 def test_triton_attention_of_infinite_values(small_tiles):
-    masked.test_infinite_values_that_are_seen_are_passed_on(using(), "cpu")
+    masked.test_infinite_values_that_are_seen_are_passed_on(None, using(), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

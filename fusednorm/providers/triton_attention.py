@@ -214,7 +214,9 @@ def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Variant,
     elif kernel == "dmask":
         constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, tile.block_m, tile.block_n)
     else:
-        constants += (tile.block_m, tile.block_n)
+        parts = {"dkv": table.part, "dq": table.part_of_queries}
+        part = (parts[kernel](problem.need),) if kernel in parts else ()
+        constants += (*part, tile.block_m, tile.block_n)
     return host.variant(function, constants, tile, True), tile
 
 

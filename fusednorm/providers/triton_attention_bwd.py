@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .triton_attention_shared import (
     RARE,
+    RARE_COLUMNS,
     add_visible,
     all_finite,
     band,
@@ -23,9 +24,11 @@ from .triton_attention_shared import (
     kept,
     load_mask,
     load_rows,
+    products_in_parts,
     program,
     row_pointers,
     sequence,
+    store_columns,
     store_rows,
     tiles,
     visible_tile,
@@ -66,22 +69,30 @@ def _attention_bwd_delta_kernel(
 
 @triton.jit
 def _tile(
-    k, v, q_tile, dout_tile, keys, keys_ok, first_row, first_key, n_queries, lower, upper,
+    k, v, q_ptr, dout_ptr, keys, keys_ok, first_row, first_key, n_queries, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr, lse_row,
     stride_q, stride_dout, scale, factor, softcap, threshold, keep_scale,
-    WANTS_DS: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
+    WANTS_DS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(q, dout, P^T, dS^T, visible, visible and not dropped) of a tile of queries; P^T is without dropout's factor."""
+    """(q, dout, P^T, dS^T, visible, visible and not dropped) of a tile of queries; P^T is without dropout's factor.
+
+    With PART k and v are pointers to so many of their columns, and products are made of these at a time.
+    """
     rows = first_row + tl.arange(0, BLOCK_M)
     rows_ok = rows < n_queries
     at = lse_row + rows
     if DROPOUT:  # first, while fewer registers are taken
         keep = kept(seed_ptr, lse_row + first_row, first_key, threshold, BLOCK_M, BLOCK_N, True)
+    q_tile = row_pointers(q_ptr, stride_q, BLOCK_M, D_COLS, VEC)
     q = load_rows(q_tile + first_row.to(tl.int64) * (stride_q * VEC), rows_ok, D, D_COLS, MASKED)
-    products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    if PART:
+        q_part = row_pointers(q_ptr + first_row.to(tl.int64) * (stride_q * VEC), stride_q, BLOCK_M, PART, VEC)
+        products = products_in_parts(k, keys_ok, q_part, rows_ok, first_row, PART, D, D_COLS, PRECISION)
+    else:
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     lse = tl.load(lse_ptr + at, mask=rows_ok, other=0.0) if MASKED else tl.load(lse_ptr + at)
     logits, slope = capped(products, scale, softcap, FOLD, SOFTCAP)
     visible = rows_ok[None, :]
@@ -100,6 +111,7 @@ def _tile(
         p = p * tl.load(inverse_ptr + at, mask=rows_ok, other=0.0)[None, :]
     if MASKED:
         p = tl.where(visible, p, 0.0)
+    dout_tile = row_pointers(dout_ptr, stride_dout, BLOCK_M, DV_COLS, VEC)
     dout = load_rows(dout_tile + first_row.to(tl.int64) * (stride_dout * VEC), rows_ok, DV, DV_COLS, MASKED)
     ds, dropped_p, reached = p, p, visible
     if DROPOUT:
@@ -108,7 +120,12 @@ def _tile(
         dropped_p = tl.where(p < 0.0, 0.0, p)
         reached = visible & keep
     if WANTS_DS:
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        if PART:
+            dout_part = dout_ptr + first_row.to(tl.int64) * (stride_dout * VEC)
+            dout_part = row_pointers(dout_part, stride_dout, BLOCK_M, PART, VEC)
+            dp = products_in_parts(v, keys_ok, dout_part, rows_ok, first_row, PART, DV, DV_COLS, PRECISION)
+        else:
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         delta = tl.load(delta_ptr + at, mask=rows_ok, other=0.0) if MASKED else tl.load(delta_ptr + at)
         if DROPOUT:
             dp = tl.where(p < 0.0, 0.0, dp * keep_scale)
@@ -137,7 +154,7 @@ def _attention_bwd_dkv_kernel(
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """`n_heads` are the keys', each with `group` of the queries'. Of dk_ptr and dv_ptr one may be None."""
@@ -166,8 +183,11 @@ def _attention_bwd_dkv_kernel(
     if mask_ptr is not None:
         mask_ptr += b * stride_mask_b + first_key.to(tl.int64) * stride_mask_k
 
-    k = load_rows(row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC), keys_ok, D, D_COLS, True)
-    v = load_rows(row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC), keys_ok, DV, DV_COLS, True)
+    k = row_pointers(k_ptr, stride_k_s, BLOCK_N, PART if PART else D_COLS, VEC)
+    v = row_pointers(v_ptr, stride_v_s, BLOCK_N, PART if PART else DV_COLS, VEC)
+    if not PART:
+        k = load_rows(k, keys_ok, D, D_COLS, True)
+        v = load_rows(v, keys_ok, DV, DV_COLS, True)
     dk = tl.zeros([BLOCK_N, D_COLS], tl.float32)
     dv = tl.zeros([BLOCK_N, DV_COLS], tl.float32)
 
@@ -189,9 +209,8 @@ def _attention_bwd_dkv_kernel(
     low, full_low, full_high, high = tiles(low, high, full_low, full_high, BLOCK_M)
     for g in range(group):
         h = (first_head + g).to(tl.int64)
-        q_tile = row_pointers(q_ptr + h * stride_q_h * VEC, stride_q_s, BLOCK_M, D_COLS, VEC)
+        q_head = q_ptr + h * stride_q_h * VEC
         dout_head = dout_ptr + h * stride_dout_h * VEC
-        dout_tile = row_pointers(dout_head, stride_dout_s, BLOCK_M, DV_COLS, VEC)
         mask_head = mask_ptr
         if mask_ptr is not None:
             mask_head = mask_ptr + h * stride_mask_h
@@ -208,10 +227,10 @@ def _attention_bwd_dkv_kernel(
                     else:
                         row_tile = full_low + n
                     q, dout, p, ds, visible, reached = _tile(
-                        k, v, q_tile, dout_tile, keys, keys_ok, row_tile * BLOCK_M, first_key, n_queries, lower, upper,
+                        k, v, q_head, dout_head, keys, keys_ok, row_tile * BLOCK_M, first_key, n_queries, lower, upper,
                         mask_head, stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
                         lse_row, stride_q_s, stride_dout_s, scale, factor, softcap, threshold, keep_scale,
-                        dk_ptr is not None, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER,
+                        dk_ptr is not None, PART, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER,
                         D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
                     )
                     if dv_ptr is not None:
@@ -237,37 +256,39 @@ def _attention_bwd_dkv_kernel(
         for OF_DK in tl.static_range(2):  # one after the other: both at once would take too many registers
             if dk_ptr is not None if OF_DK else dv_ptr is not None:
                 if not all_finite(dk if OF_DK else dv):
-                    total = tl.zeros([BLOCK_N, D_COLS if OF_DK else DV_COLS], tl.float32)
-                    for g in range(group):
-                        h = (first_head + g).to(tl.int64)
-                        q_head = q_ptr + h * stride_q_h * VEC
-                        dout_head = dout_ptr + h * stride_dout_h * VEC
-                        mask_head = mask_ptr
-                        if mask_ptr is not None:
-                            mask_head = mask_ptr + h * stride_mask_h
-                        for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
-                            first_row = begin + n * RARE
-                            q, dout, p, ds, visible, reached = _tile(
-                                k, v, row_pointers(q_head, stride_q_s, RARE, D_COLS, VEC),
-                                row_pointers(dout_head, stride_dout_s, RARE, DV_COLS, VEC),
-                                keys, keys_ok, first_row, first_key, n_queries, lower, upper, mask_head,
-                                stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
-                                lse_first + h * stride_lse_h,
-                                stride_q_s, stride_dout_s, scale, factor, softcap, threshold, keep_scale,
-                                OF_DK == 1, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
-                                D, D_COLS, DV, DV_COLS, VEC, RARE, BLOCK_N,
-                            )
-                            if OF_DK:
-                                total = add_visible(
-                                    total, ds, visible, q_head, stride_q_s, first_row, n_queries,
-                                    RARE, D, D_COLS, VEC,
+                    COLS: tl.constexpr = D_COLS if OF_DK else DV_COLS
+                    WIDTH: tl.constexpr = RARE_COLUMNS if COLS > RARE_COLUMNS else COLS
+                    for column in tl.range(0, COLS, WIDTH, num_stages=1, disable_licm=True):
+                        total = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+                        for g in range(group):
+                            h = (first_head + g).to(tl.int64)
+                            q_head = q_ptr + h * stride_q_h * VEC
+                            dout_head = dout_ptr + h * stride_dout_h * VEC
+                            mask_head = mask_ptr
+                            if mask_ptr is not None:
+                                mask_head = mask_ptr + h * stride_mask_h
+                            for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
+                                first_row = begin + n * RARE
+                                q, dout, p, ds, visible, reached = _tile(
+                                    k, v, q_head, dout_head,
+                                    keys, keys_ok, first_row, first_key, n_queries, lower, upper, mask_head,
+                                    stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
+                                    lse_first + h * stride_lse_h,
+                                    stride_q_s, stride_dout_s, scale, factor, softcap, threshold, keep_scale,
+                                    OF_DK == 1, PART, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
+                                    D, D_COLS, DV, DV_COLS, VEC, RARE, BLOCK_N,
                                 )
-                            else:
-                                total = add_visible(
-                                    total, p, reached, dout_head, stride_dout_s, first_row, n_queries,
-                                    RARE, DV, DV_COLS, VEC,
-                                )
-                    if OF_DK:
-                        store_rows(dk_pointers, total * scale, keys_there, D, D_COLS)
-                    else:
-                        store_rows(dv_pointers, total * keep_scale, keys_there, DV, DV_COLS)
+                                if OF_DK:
+                                    total = add_visible(
+                                        total, ds, visible, q_head, stride_q_s, first_row, n_queries, column,
+                                        RARE, D, VEC,
+                                    )
+                                else:
+                                    total = add_visible(
+                                        total, p, reached, dout_head, stride_dout_s, first_row, n_queries, column,
+                                        RARE, DV, VEC,
+                                    )
+                        if OF_DK:
+                            store_columns(dk_ptr, stride_dk_s, total * scale, column, keys_there, D, VEC)
+                        else:
+                            store_columns(dv_ptr, stride_dv_s, total * keep_scale, column, keys_there, DV, VEC)

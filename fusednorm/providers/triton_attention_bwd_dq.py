@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .triton_attention_shared import (
     RARE,
+    RARE_COLUMNS,
     add_visible,
     all_finite,
     band,
@@ -23,9 +24,11 @@ from .triton_attention_shared import (
     key_range,
     load_mask,
     load_rows,
+    products_in_parts,
     program,
     row_pointers,
     sequence,
+    store_columns,
     store_rows,
     visible_tile,
     weights,
@@ -34,15 +37,18 @@ from .triton_attention_shared import (
 
 @triton.jit
 def _tile(
-    q, dout, k_tile, v_tile, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
+    q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, seed_ptr, lse_row,
     stride_k, stride_v, scale, factor, softcap, threshold, keep_scale,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
+    MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PART: tl.constexpr,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """(k, P, d(logits), the capped logits' derivative, visible) of a tile of keys."""
+    """(k, P, d(logits), the capped logits' derivative, visible) of a tile of keys.
+
+    With PART q and dout are pointers to so many of their columns, and products are made of these at a time.
+    """
     keys = first_key + tl.arange(0, BLOCK_N)
     there = keys < n_keys
     if DROPOUT:  # first, while fewer registers are taken
@@ -50,17 +56,27 @@ def _tile(
     if MASKED and key_mask_ptr is not None:
         shown = tl.load(key_mask_ptr + keys.to(tl.int64) * stride_key_mask, mask=there, other=0)
         there = there & (shown != 0)
+    k_tile = row_pointers(k_ptr, stride_k, BLOCK_N, D_COLS, VEC)
     k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, D_COLS, MASKED)
-    v = load_rows(v_tile + first_key.to(tl.int64) * (stride_v * VEC), there, DV, DV_COLS, MASKED)
-    logits, slope = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if PART:
+        rows_ok = rows < n_queries
+        k_part = row_pointers(k_ptr + first_key.to(tl.int64) * (stride_k * VEC), stride_k, BLOCK_N, PART, VEC)
+        products = products_in_parts(q, rows_ok, k_part, there, first_key, PART, D, D_COLS, PRECISION)
+        v_part = row_pointers(v_ptr + first_key.to(tl.int64) * (stride_v * VEC), stride_v, BLOCK_N, PART, VEC)
+        dp = products_in_parts(dout, rows_ok, v_part, there, first_key, PART, DV, DV_COLS, PRECISION)
+    else:
+        v_tile = row_pointers(v_ptr, stride_v, BLOCK_N, DV_COLS, VEC)
+        v = load_rows(v_tile + first_key.to(tl.int64) * (stride_v * VEC), there, DV, DV_COLS, MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    logits, slope = capped(products, scale, softcap, FOLD, SOFTCAP)
     visible = there[None, :]
     if MASKED:
         visible = visible & (rows < n_queries)[:, None]
         mask_tile = mask_ptr
         if MASK != "none":
             mask_tile = mask_ptr + first_key.to(tl.int64) * stride_mask_k
-        lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
+        lanes_q, lanes_k = tl.arange(0, rows.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
         mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
         if MASK == "additive":
@@ -90,7 +106,7 @@ def _attention_bwd_dq_kernel(
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """`dmask` begins as zeros: tiles of keys that no query sees are not visited.
@@ -125,15 +141,15 @@ def _attention_bwd_dq_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
-    q = load_rows(row_pointers(q_ptr, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-    dout_tile = row_pointers(dout_ptr, stride_dout_s, BLOCK_M, DV_COLS, VEC)
-    dout = load_rows(dout_tile, rows_ok, DV, DV_COLS, True)
+    q = row_pointers(q_ptr, stride_q_s, BLOCK_M, PART if PART else D_COLS, VEC)
+    dout = row_pointers(dout_ptr, stride_dout_s, BLOCK_M, PART if PART else DV_COLS, VEC)
+    if not PART:
+        q = load_rows(q, rows_ok, D, D_COLS, True)
+        dout = load_rows(dout, rows_ok, DV, DV_COLS, True)
     lse = tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
     dlse = None
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
-    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC)
-    v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
     dq = tl.zeros([BLOCK_M, D_COLS], tl.float32)
     low, full_low, full_high, high = key_range(
         first_row, n_queries, n_keys, lower, upper, key_mask_ptr, stride_key_mask_k,
@@ -147,11 +163,11 @@ def _attention_bwd_dq_kernel(
         delta = tl.zeros([BLOCK_M], tl.float32)
         for n in range(high - low):
             _, p, pdp, _, _ = _tile(
-                q, dout, k_tile, v_tile, lse, tl.zeros([BLOCK_M], tl.float32), None, rows, (low + n) * BLOCK_N,
+                q, dout, k_ptr, v_ptr, lse, tl.zeros([BLOCK_M], tl.float32), None, rows, (low + n) * BLOCK_N,
                 n_queries, n_keys, lower, upper, mask_ptr, stride_mask_q, stride_mask_k,
                 key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                 stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
+                PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER, PART,
                 D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
             )
             total += tl.sum(p, 1)
@@ -174,10 +190,10 @@ def _attention_bwd_dq_kernel(
                     key_tile = full_low + n
                 first_key = key_tile * BLOCK_N
                 k, _, ds, slope, visible = _tile(
-                    q, dout, k_tile, v_tile, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
+                    q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                     stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                    PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER,
+                    PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER, PART,
                     D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
                 )
                 if dmask_ptr is not None:
@@ -198,25 +214,25 @@ def _attention_bwd_dq_kernel(
         store_rows(dq_pointers, dq * factors, rows_ok, D, D_COLS)
         if LOWER or UPPER or MASK != "none":
             if not all_finite(dq):
-                dq = tl.zeros([BLOCK_M, D_COLS], tl.float32)
                 begin, end = low * BLOCK_N, tl.minimum(high * BLOCK_N, n_keys)
-                for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
-                    first_key = begin + n * RARE
-                    k, _, ds, slope, visible = _tile(
-                        q, dout, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC),
-                        row_pointers(v_ptr, stride_v_s, RARE, DV_COLS, VEC),
-                        lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
-                        mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
-                        stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                        PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
-                        D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, RARE,
-                    )
-                    if SOFTCAP:
-                        ds = ds * slope
-                    dq = add_visible(
-                        dq, ds, visible, k_ptr, stride_k_s, first_key, n_keys, RARE, D, D_COLS, VEC
-                    )
-                store_rows(dq_pointers, dq * factors, rows_ok, D, D_COLS)
+                WIDTH: tl.constexpr = RARE_COLUMNS if D_COLS > RARE_COLUMNS else D_COLS
+                for column in tl.range(0, D_COLS, WIDTH, num_stages=1, disable_licm=True):
+                    part = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+                    for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
+                        first_key = begin + n * RARE
+                        k, _, ds, slope, visible = _tile(
+                            q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
+                            mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
+                            stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
+                            PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER, PART,
+                            D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, RARE,
+                        )
+                        if SOFTCAP:
+                            ds = ds * slope
+                        part = add_visible(
+                            part, ds, visible, k_ptr, stride_k_s, first_key, n_keys, column, RARE, D, VEC
+                        )
+                    store_columns(dq_ptr, stride_dq_s, part * factors, column, rows_ok, D, VEC)
 
 
 @triton.jit
@@ -281,15 +297,14 @@ def _attention_bwd_dmask_kernel(
         if dlse_ptr is not None:
             dlse = tl.load(dlse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)
         _, _, ds, _, _ = _tile(
-            q, dout, row_pointers(k_head, stride_k_s, BLOCK_N, D_COLS, VEC),
-            row_pointers(v_head, stride_v_s, BLOCK_N, DV_COLS, VEC),
+            q, dout, k_head, v_head,
             tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0),
             tl.load(delta_ptr + lse_row + lanes, mask=rows_ok, other=0.0), dlse,
             rows, first_key, n_queries, n_keys, lower, upper,
             mask_ptr + b * stride_mask_b + h * stride_mask_h + first * stride_mask_q, stride_mask_q, stride_mask_k,
             key_mask, stride_key_mask_k, seed_ptr, lse_row,
             stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-            PRECISION, False, SOFTCAP, "additive", DROPOUT, True, LOWER, UPPER,
+            PRECISION, False, SOFTCAP, "additive", DROPOUT, True, LOWER, UPPER, 0,
             D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
         )
         if inverse_ptr is not None:

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .triton_attention_shared import (
     RARE,
+    RARE_COLUMNS,
     add_visible,
     all_finite,
     band,
@@ -26,6 +27,7 @@ from .triton_attention_shared import (
     program,
     row_pointers,
     sequence,
+    store_columns,
     store_rows,
     visible_tile,
 )
@@ -152,21 +154,21 @@ def _attention_fwd_kernel(
     if LOWER or UPPER or DROPOUT or MASK != "none":
         if not all_finite(out):
             base = tl.where(dead, 0.0, largest)
-            out = tl.zeros([BLOCK_M, DV_COLS], tl.float32)
             begin, end = low * BLOCK_N, tl.minimum(high * BLOCK_N, n_keys)
-            for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1):
-                first_key = begin + n * RARE
-                logits, visible, there = _logits(
-                    q, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC), rows, first_key,
-                    n_queries, n_keys, lower, upper,
-                    mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
-                    stride_k_s, scale, softcap,
-                    PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, RARE,
-                )
-                p = powers(logits, base[:, None], factor, FOLD, PRECISION)
-                if DROPOUT:
-                    visible = visible & kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, RARE, False)
-                out = add_visible(
-                    out, p, visible, v_ptr, stride_v_s, first_key, n_keys, RARE, DV, DV_COLS, VEC
-                )
-            store_rows(out_pointers, out / divisor[:, None], rows_ok, DV, DV_COLS)
+            WIDTH: tl.constexpr = RARE_COLUMNS if DV_COLS > RARE_COLUMNS else DV_COLS
+            for column in tl.range(0, DV_COLS, WIDTH, num_stages=1, disable_licm=True):
+                part = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+                for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
+                    first_key = begin + n * RARE
+                    logits, visible, there = _logits(
+                        q, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC), rows, first_key,
+                        n_queries, n_keys, lower, upper,
+                        mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
+                        stride_k_s, scale, softcap,
+                        PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, RARE,
+                    )
+                    p = powers(logits, base[:, None], factor, FOLD, PRECISION)
+                    if DROPOUT:
+                        visible = visible & kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, RARE, False)
+                    part = add_visible(part, p, visible, v_ptr, stride_v_s, first_key, n_keys, column, RARE, DV, VEC)
+                store_columns(out_ptr, stride_out_s, part / divisor[:, None], column, rows_ok, DV, VEC)

@@ -24,6 +24,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 _LN2_HIGH = tl.constexpr(0.693145751953125)
 _LN2_LOW = tl.constexpr(1.428606820309417e-06)
 RARE = tl.constexpr(16)  # rows or keys at a step where a result is made again
+RARE_COLUMNS = tl.constexpr(64)  # of the result at a time: all of a wide head beside what products take would spill
 _SCANNED = tl.constexpr(1024)  # entries of a key mask at a step
 
 
@@ -95,10 +96,37 @@ def load_rows(pointers, ok, N_COLS: tl.constexpr, COLS: tl.constexpr, MASKED: tl
 
 
 @triton.jit
+def products_in_parts(
+    a, a_ok, b, b_ok, first, WIDTH: tl.constexpr, N_COLS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """a @ b^T, given pointers to the first WIDTH columns of both.
+
+    Operands of all columns would be loaded before the loop over tiles where they do not change, and matrix units that
+    read registers would keep them there.
+    """
+    total = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    for column in tl.range(0, COLS + tl.minimum(first, 0), WIDTH, num_stages=1, disable_licm=True):
+        there = column + tl.arange(0, WIDTH)[None, :] < N_COLS
+        part = tl.load(b + column, mask=b_ok[:, None] & there, other=0.0)
+        total = tl.dot(
+            tl.load(a + column, mask=a_ok[:, None] & there, other=0.0), tl.trans(part), total, input_precision=PRECISION
+        )
+    return total
+
+
+@triton.jit
 def store_rows(pointers, tile, ok, N_COLS: tl.constexpr, COLS: tl.constexpr):
     cols = tl.arange(0, COLS)[None, :]
     mask = ok[:, None] if N_COLS == COLS else ok[:, None] & (cols < N_COLS)
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_columns(ptr, stride, tile, column, ok, N_COLS: tl.constexpr, VEC: tl.constexpr):
+    """`tile` into the columns from `column` on."""
+    pointers = row_pointers(ptr, stride, tile.shape[0], tile.shape[1], VEC) + column
+    cols = column + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=ok[:, None] & (cols < N_COLS))
 
 
 @triton.jit
@@ -262,15 +290,15 @@ def all_finite(tile):
 
 @triton.jit
 def add_visible(
-    accumulator, factors, visible, ptr, stride, first, n_rows,
-    BLOCK: tl.constexpr, N_COLS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    accumulator, factors, visible, ptr, stride, first, n_rows, column,
+    BLOCK: tl.constexpr, N_COLS: tl.constexpr, VEC: tl.constexpr,
 ):
-    """accumulator + factors @ x of only what is visible: 0 * NaN would be NaN.
+    """accumulator + factors @ x of only what is visible: 0 * NaN would be NaN. Of x the columns from `column` on.
 
     A row of x at a time, outside the matrix units: for the rare tiles whose plain product was not finite.
     """
     lanes = tl.arange(0, BLOCK)[None, :]
-    cols = tl.arange(0, COLS)
+    cols = column + tl.arange(0, accumulator.shape[1])
     for n in tl.range(0, tl.minimum(n_rows - first, BLOCK), num_stages=1):
         here = visible & (lanes == n)
         factor = tl.sum(tl.where(here, factors, 0.0), 1)

@@ -84,7 +84,7 @@ def forward(n: Need) -> Tile:
             return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
         return Tile(64, 32 if n.heavy else 64, 8, 2)
     if n.heavy:
-        return Tile(64 if n.dropout and n.columns > 64 else 128, 32, 8, 2)
+        return Tile(128, 32, 8, 2)
     return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
 
 
@@ -101,6 +101,24 @@ def splits(n: Need) -> bool:
     return n.columns > 64 and (n.dropout or n.heavy or n.bounded or n.has_tensor_memory)
 
 
+def part(n: Need) -> int:
+    """How many columns a product of whole heads takes at a time in the backward; 0: all.
+
+    All is faster where it does not spill: a program's own rows are then loaded once.
+    """
+    if n.columns <= 128 or n.itemsize == 4:
+        return 0
+    if n.registers_hold_operands and n.dropout and not n.heavy and not n.bounded:
+        return 128  # of 64 at a time it spills 8 bytes on sm_80
+    return 64 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
+
+
+def part_of_queries(n: Need) -> int:
+    if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy and (n.bounded or n.dropout):
+        return n.columns  # else ptxas makes its matrix instructions wait one by one
+    return part(n)
+
+
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
@@ -109,7 +127,7 @@ def backward_keys(n: Need) -> Tile:
         return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
     if n.columns > 128:
         if n.capability[0] == 9:
-            return Tile(16, 64 if more or n.bounded else 128, 8, 2)
+            return Tile(16, 64 if part(n) else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
         if more:
@@ -126,11 +144,11 @@ def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
     if n.columns > 128 and (n.narrow or n.avoids_tensor_memory):
-        return Tile(32, 32, 8, 1)  # 16 rows of queries and cotangents are 128 registers, 8 keys and values 64
+        return Tile(32, 32, 8, 1)
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 16, 8, 2)
+        return Tile(64, 32 if part(n) else 16, 8, 2)
     if n.registers_hold_operands:
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
