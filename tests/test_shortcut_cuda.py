@@ -255,14 +255,15 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
         return found and found.provider
 
     assert preferred(x) == preferred(x, x) == "cuda"
-    assert preferred(large) is None and preferred(x, x, drop_path_p=0.5) is None
+    # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB torch's operators are ahead of Python's way to Triton
+    assert preferred(large) == preferred(x, x, drop_path_p=0.5) == "torch"
     assert (
         "waits for the host"
         in choice.preference("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True)).why
     )
     monkeypatch.setattr(_shortcut, "load", lambda: (None, "left out"))
     choice.forget()
-    assert preferred(x) is None
+    assert preferred(x) == "torch"
 
 
 @pytest.mark.gpu
