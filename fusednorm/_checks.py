@@ -53,6 +53,12 @@ def refuse_nested(name: str, tensor: Any) -> None:
         )
 
 
+def refuse_nested_subclass(name: str, tensor: Any) -> None:
+    """Before a subclass takes a call over: torch's jagged tensor goes by a function's name, and takes some calls."""
+    with torch._C.DisableTorchFunctionSubclass():  # another subclass is not to be asked
+        refuse_nested(name, tensor)
+
+
 def shown(value: Any) -> str:
     """A value for a message; an int of thousands of digits, which Python may refuse to print, by its size."""
     if isinstance(value, int) and value.bit_length() > 1024:

@@ -44,7 +44,7 @@ def layer_norm(
     Source: J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", arXiv:1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias):
-        _checks.refuse_nested("input", input)  # torch's own handler, which goes by name, takes some calls
+        _checks.refuse_nested_subclass("input", input)
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
@@ -99,7 +99,7 @@ def rms_norm(
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
-        _checks.refuse_nested("input", input)
+        _checks.refuse_nested_subclass("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
         if (eps is None or type(eps) is float) and _bare.unwatched(input):

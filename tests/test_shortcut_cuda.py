@@ -255,7 +255,7 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
         return found and found.provider
 
     assert preferred(x) == preferred(x, x) == "cuda"
-    # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB torch's operators are ahead of Python's way to Triton
+    # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB a call waits for the host
     assert preferred(large) == preferred(x, x, drop_path_p=0.5) == "torch"
     assert (
         "waits for the host"
