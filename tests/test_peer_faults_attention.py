@@ -40,7 +40,7 @@ def test_fully_masked_rows_are_zero_and_so_are_their_gradients(kind, using, devi
 
 
 # pytorch#101967: NaN of padding reaches every result
-def test_nan_in_padding_reaches_nothing(using, device, generator):
+def test_nan_in_padding_reaches_nothing(ours, using, device, generator):
     q, k, v, dout = operands(generator, device, *[(2, 2, 6, 8)] * 4)
     key_mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
     with torch.no_grad():
