@@ -29,7 +29,7 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
-        return reference.attention(*_seeded(args))
+        return reference.attention(*dropout.with_seed(args, 5, args[11]))
     provider, refusals = providers.choose("attention_fwd", args)
     asked = providers.requested()
     if asked == "torch" and return_lse:
@@ -54,7 +54,7 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
         return _onnx.attention(args, return_lse, dims), None
     if torchs:
         return _run_torch(args, needs_grad, dims), None
-    args = _seeded(args)
+    args = dropout.with_seed(args, 5, args[11])
     if recorded():
         return _ops.recorded("attention_fwd", args)
     if needs_grad:
@@ -64,13 +64,6 @@ def run(call: str, args: Args, return_lse: bool, dims: int = 4) -> tuple[Tensor,
             return AttentionFunction.apply(*args, provider)
         return _apply(*args, provider)
     return _ops.attention_fwd(*args, provider=provider)
-
-
-def _seeded(args: Args) -> Args:
-    """The arguments with a seed, drawn where the call has a mask and none was given: torch's dropout draws its own."""
-    if args[5] is not None or not args[11]:
-        return args
-    return (*args[:5], dropout.default_seed(args[0].device), *args[6:])
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -31,7 +31,7 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route(call, "reference", how))
-        normed, residual_out, _ = reference.add_layer_norm_fwd(*_seeded(args))
+        normed, residual_out, _ = reference.add_layer_norm_fwd(*dropout.with_seed(args, 6, args[9] or args[10]))
         return normed, residual_out if args[15] else args[0]
     if memory_efficient and providers.requested() == "torch":
         _tell("torch's own operators were asked for")
@@ -45,7 +45,7 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         providers.record(providers.Route(call, provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_norm.add_layer_norm(*args)
-    args = _seeded(args)
+    args = dropout.with_seed(args, 6, args[9] or args[10])
     if recorded():
         outputs = _ops.recorded("add_layer_norm_fwd", args)
     elif needs_grad:
@@ -59,13 +59,6 @@ def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
         outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
     normed, residual_out = outputs[:2]
     return normed, residual_out if args[15] else args[0]
-
-
-def _seeded(args: Args) -> Args:
-    """The arguments with a seed, drawn where the call has masks and none was given: torch's dropout draws its own."""
-    if args[6] is not None or not (args[9] or args[10]):
-        return args
-    return (*args[:6], dropout.default_seed(args[0].device), *args[7:])
 
 
 def run_bare(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
@@ -20,12 +19,7 @@ from .providers.choice import OPERATIONS, torch_on_cpu, torch_on_gpu
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
-_TORCHS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "silu": F.silu,
-}
+_TORCHS = torch_activation.FUNCTIONS
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
@@ -172,14 +166,14 @@ def _run(args: Args) -> Tensor:
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         providers.record(providers.Route("bias_act_dropout", "reference", how))
-        return reference.bias_act_dropout_fwd(*_seeded(args))
+        return reference.bias_act_dropout_fwd(*dropout.with_seed(args, 2, args[4]))
     provider, refusals = providers.choose("bias_act_dropout_fwd", args)
     if not providers.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
         providers.record(providers.Route("bias_act_dropout", provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_activation.bias_act_dropout(*args)
-    args = _seeded(args)
+    args = dropout.with_seed(args, 2, args[4])
     if recorded():
         return _ops.recorded("bias_act_dropout_fwd", args)
     x, bias = args[:2]
@@ -190,13 +184,6 @@ def _run(args: Args) -> Tensor:
     if is_functorch_wrapped_tensor(x):  # escaped from a transform that has ended
         return BiasActDropoutFunction.apply(*args, provider)
     return _apply(*args, provider)
-
-
-def _seeded(args: Args) -> Args:
-    """The arguments with a seed, drawn where the call has a mask and none was given: torch's dropout draws its own."""
-    if args[2] is not None or not args[4]:
-        return args
-    return (*args[:2], dropout.default_seed(args[0].device), *args[3:])
 
 
 class BiasActDropoutFunction(torch.autograd.Function):

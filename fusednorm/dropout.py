@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ def default_seed(device: torch.device) -> Tensor:
     ``torch.manual_seed``, activation checkpointing and CUDA-graph replay therefore act on it as on torch's dropout.
     """
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def with_seed(args: tuple[Any, ...], at: int, dropped: float) -> tuple[Any, ...]:
+    """An op's arguments with a seed at their place `at`, drawn where the call has a mask and none was given.
+
+    It is drawn late, because torch's own dropout draws its own mask.
+    """
+    if args[at] is not None or not dropped:
+        return args
+    return (*args[:at], default_seed(args[0].device), *args[at + 1 :])
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -13,6 +13,13 @@ from torch import Tensor
 from .. import dropout
 from .._dtypes import compute_dtype
 
+FUNCTIONS = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "silu": F.silu,
+}
+
 
 def refusal(op: str, *args: object) -> str | None:
     return None
@@ -26,12 +33,7 @@ def bias_act_dropout(x: Tensor, bias: Tensor | None, seed: Tensor | None, activa
         u = x.to(acc) if bias is None else x.to(acc) + bias.to(acc)
         if seed is not None:
             u = torch.where(dropout.element_mask(x.shape, dropout_p, seed), u, 0.0)
-    if activation == "relu":
-        y = torch.relu(u)
-    elif activation == "silu":
-        y = F.silu(u)
-    else:
-        y = F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+    y = FUNCTIONS[activation](u)
     if dropout_p:
         y = F.dropout(y, dropout_p) if seed is None else y * dropout.keep_scale(dropout_p)
     return y.to(x.dtype)
