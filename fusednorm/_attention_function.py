@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import _onnx, _ops, dropout, providers
-from ._transforms import batched, distinct, recorded, traced, transform_active
+from ._transforms import batched, distinct, readable, recorded, traced, transform_active
 from .providers import choice_gpu, cpu, torch_attention
 from .providers import reference_attention as reference
 from .providers.choice_attention import ours_is_faster
@@ -133,17 +133,11 @@ def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> st
     elif _masked(args) and not (q.is_cpu or _scales(scale)):
         return "it scales the -inf that it adds to what is masked"
     if q.is_cpu and _masked(args):
-        if not _readable(q, k, v):
+        if not readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
         if not (_scales(scale) and moderate(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
     return ""
-
-
-def _readable(*tensors: Tensor) -> bool:
-    """Whether values may be looked at, of tensors on the CPU."""
-    plain = _ops.PLAIN.issuperset(map(type, tensors))
-    return plain and not (_is_compiling() or traced() or torch._C._len_torch_dispatch_stack())
 
 
 def _masked(args: Args) -> bool:
@@ -234,7 +228,7 @@ def fused_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _run_torch(args: Args, needs_grad: bool, dims: int) -> Tensor:
     q, k, v, attn_mask, key_mask, _, _, _, _, _, scale, dropout_p, *_ = args
-    if key_mask is not None and not (q.is_cpu and _readable(q, k, v)):  # nobody sees these keys, and 0 * NaN is NaN
+    if key_mask is not None and not (q.is_cpu and readable(q, k, v)):  # nobody sees these keys, and 0 * NaN is NaN
         k, v = (t.masked_fill(key_mask.logical_not()[:, None, :, None], 0.0) for t in (k, v))
         args = (q, k, v, *args[3:])
     flash = dims == 4 and flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)

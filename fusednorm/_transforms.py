@@ -22,15 +22,14 @@ def recorded() -> bool:
     return torch.compiler.is_exporting() or traced()
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether what a tensor holds may be looked at: not where it holds nothing, or what is done is written down."""
+def readable(*tensors: Tensor) -> bool:
+    """Whether what tensors hold may be looked at: not where they hold nothing, or what is done is written down."""
     return not (
         torch.compiler.is_compiling()
         or traced()
         or transform_active()
         or torch._C._len_torch_dispatch_stack()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or tensor.is_meta
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
     )
 
 

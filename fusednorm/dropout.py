@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
@@ -132,6 +133,19 @@ def path_mask(n_samples: int, p: float, seed: Tensor) -> Tensor:
     """True where a sample's branch is kept, shape ``(n_samples,)``."""
     rows = torch.arange(n_samples, device=seed.device)
     return philox_words(rows, 1, seed, PATH_STREAM)[:, 0] >= threshold(p)
+
+
+def path_factor(x: Tensor, normalized_ndim: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """0 or 1/(1-p) for each sample (index along dimension 0), broadcastable to x.
+
+    Torch's own dropout draws it where there is no seed.
+    """
+    n_samples = x.shape[0] if x.ndim > normalized_ndim else 1
+    if seed is None:
+        factor = F.dropout(x.new_ones(n_samples, dtype=dtype), p)
+    else:
+        factor = path_mask(n_samples, p, seed).to(dtype) * keep_scale(p)
+    return factor.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > normalized_ndim else factor.reshape([1] * x.ndim)
 
 
 def dropout_mask(

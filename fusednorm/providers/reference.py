@@ -29,13 +29,6 @@ def _rows_and_columns(x: Tensor, normalized_ndim: int) -> tuple[int, int]:
     return math.prod(x.shape[:lead]), math.prod(x.shape[lead:])
 
 
-def _path_factor(x: Tensor, normalized_ndim: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 or 1/(1-p) for each sample (index along dimension 0), broadcastable to x."""
-    n_samples = x.shape[0] if x.ndim > normalized_ndim else 1
-    kept = dropout.path_mask(n_samples, p, seed).to(dtype) * dropout.keep_scale(p)
-    return kept.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > normalized_ndim else kept.reshape([1] * x.ndim)
-
-
 def _element_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.element_mask(x.shape, p, seed)
 
@@ -68,7 +61,7 @@ def _stream(
         z = z.to(acc) * layer_scale.to(acc)
     if drop_path_p:
         assert seed is not None
-        factor = _path_factor(x, normalized_ndim, drop_path_p, seed, acc)
+        factor = dropout.path_factor(x, normalized_ndim, drop_path_p, seed, acc)
         z = torch.where(factor > 0, z.to(acc) * factor, 0.0)
     if residual is not None:
         same = z.dtype == residual.dtype == residual_dtype
@@ -240,7 +233,7 @@ def stream_bwd(
     dbranch = dz
     if drop_path_p:
         assert seed is not None
-        factor = _path_factor(dz, normalized_ndim, drop_path_p, seed, acc)
+        factor = dropout.path_factor(dz, normalized_ndim, drop_path_p, seed, acc)
         dbranch = torch.where(factor > 0, dbranch * factor, 0.0)
     dx = dbranch if layer_scale is None else dbranch * layer_scale.to(acc)
     if dropout_p:

@@ -89,16 +89,6 @@ def _branch(
     if layer_scale is not None:
         z = z.to(acc) * layer_scale.to(acc)
     if drop_path_p:
-        factor = _path_factor(x, normalized_ndim, drop_path_p, seed, acc)
+        factor = dropout.path_factor(x, normalized_ndim, drop_path_p, seed, acc)
         z = torch.where(factor > 0, z.to(acc) * factor, 0.0)
     return z
-
-
-def _path_factor(x: Tensor, normalized_ndim: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """0 or 1/(1-p) for each sample (index along dimension 0), broadcastable to x."""
-    n_samples = x.shape[0] if x.ndim > normalized_ndim else 1
-    if seed is None:
-        factor = F.dropout(x.new_ones(n_samples, dtype=dtype), p)
-    else:
-        factor = dropout.path_mask(n_samples, p, seed).to(dtype) * dropout.keep_scale(p)
-    return factor.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > normalized_ndim else factor.reshape([1] * x.ndim)
