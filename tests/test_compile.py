@@ -223,13 +223,14 @@ def test_encoder_layer_without_biases_trains_compiled():
     x = torch.randn(2, 5, 16)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
 
+    dout = torch.randn(2, 5, 16)  # what is summed after a norm would have gradients near 0
+
     def gradients(run):
         torch.manual_seed(3)
-        layer.zero_grad()
-        run(x).square().sum().backward()
-        return {name: p.grad.clone() for name, p in layer.named_parameters()}
+        return torch.autograd.grad(run(x), list(layer.parameters()), dout)
 
-    torch.testing.assert_close(gradients(compiled), gradients(layer), rtol=1e-4, atol=1e-4)
+    # the same operators; where the graph adds in another order, sums of ten rows differ by a few roundings
+    torch.testing.assert_close(gradients(compiled), gradients(layer), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_weights_are_collected_in_a_compiled_function():
