@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,32 @@ def unwatched(x: Tensor) -> bool:
     )
 
 
+def by_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    rms: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """(normed, z) by torch's operators, or None where these take dtypes or shapes otherwise than we do."""
+    if rms and weight is not None and weight.dtype is not x.dtype:
+        return None  # torch would take the wider dtype
+    if residual is None:
+        z = x
+    elif (
+        residual.dtype is x.dtype
+        and residual.shape == x.shape
+        and residual.layout is torch.strided
+        and not _autocast_active()
+    ):
+        z = x + residual
+    else:
+        return None
+    return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z  # type: ignore[arg-type]
+
+
 def torch_on_a_gpu(
     x: Tensor,
     residual: Tensor | None,
@@ -63,11 +90,6 @@ def torch_on_a_gpu(
         name = ("" if residual is None else "add_") + ("rms_norm" if rms else "layer_norm")
         if not torch_on_gpu(name, dtype, x.numel(), math.prod(shape), needs_grad, x.device.index or 0):
             return None
-        z = x
-        if residual is not None:
-            if residual.shape != x.shape or _autocast_active():
-                return None
-            z = x + residual
-        return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z  # type: ignore[arg-type]
+        return by_torch(x, residual, shape, weight, bias, eps, rms)
     except REFUSED:
         return None

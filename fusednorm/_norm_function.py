@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _ops, dropout, providers
+from . import _bare, _ops, dropout, providers
 from ._dtypes import compute_dtype
 from ._once import first_time
 from ._transforms import batched, distinct, recorded, traced, transform_active
@@ -112,20 +112,7 @@ def run_bare(
             return None
         torchs = True
     if torchs:
-        if rms and weight is not None and weight.dtype is not dtype:
-            return None  # torch would take the wider dtype
-        if residual is None:
-            z = x
-        elif (
-            residual.dtype is dtype
-            and residual.shape == sizes
-            and residual.layout is torch.strided
-            and not _autocast_active()
-        ):
-            z = x + residual
-        else:
-            return None
-        return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
+        return _bare.by_torch(x, residual, shape, weight, bias, eps, rms)
     stream_dtype = dtype if residual is None else residual.dtype
     if type(eps) is not float:
         eps = float(torch.finfo(compute_dtype(dtype, stream_dtype)).eps if eps is None and rms else eps)
