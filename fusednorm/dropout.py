@@ -96,7 +96,9 @@ def philox_words(rows: Tensor, n_columns: int, seed: Tensor, stream: int) -> Ten
         high1, low1 = _multiply_32x32(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :n_columns]
+    words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)
+    # A copy: a view is contiguous where 4 divides n_columns, and a compiled graph would be guarded on that.
+    return words.narrow_copy(1, 0, n_columns)
 
 
 def element_mask(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
