@@ -203,7 +203,7 @@ def torch_version(torch: Path) -> str:
 
 
 def shortcut_name() -> str:
-    """Of the file; fusednorm/_shortcut.py looks for the one of its own torch and Python."""
+    """Of the file; fusednorm/dispatch/fastpath.py looks for the one of its own torch and Python."""
     return f"_shortcut.torch-{torch_version(torch_directory())}{EXTENSION_SUFFIXES[0]}"
 
 

@@ -19,7 +19,7 @@ import fusednorm
 from benchmarks.cases_activation import Activation
 from benchmarks.cases_attention import Attention
 from benchmarks.cases_layers import Layer
-from fusednorm import providers
+from fusednorm import dispatch
 
 Call = Callable[[], tuple[Tensor, ...]]
 Leaves = Mapping[str, Tensor]
@@ -282,7 +282,7 @@ class Sweep:
 _WIDTHS = (64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 262144)
 _GRID_WIDTHS = (16, 64, 256, 1024, 4096, 16384)
 _SLOW_MASK = "torch's integer operators make a dropout mask too slowly on a CPU"  # a second for 4 million elements
-_NATIVE = providers.unavailable_reason("cpu") is None
+_NATIVE = dispatch.unavailable_reason("cpu") is None
 # an operation's limit is of its input, beside which attention's mask is as many times larger as sequences are longer
 _CPU_LIMITS = {
     op.name: 1 << (14 if op.family == "attention" else 18) for op in OPS.values() if op.draws_mask and not _NATIVE

@@ -3,7 +3,7 @@
     PYTHONPATH=. python3 benchmarks/run.py --grid --provider triton --json T.json    # each provider forced in turn,
     PYTHONPATH=. python3 benchmarks/run.py --grid --provider cuda --json C.json      # on the same device
     PYTHONPATH=. python3 benchmarks/choose.py T.json C.json                   # what would change
-    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/providers/choice/<device>.json
+    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/dispatch/measured/*.json
 
 For each operation, element size, shape and direction (`forward` for calls without gradients, `both` for those with) it
 names the provider whose time, host included, is the shortest. `torch` stands for torch's own operators, but for
@@ -25,14 +25,15 @@ import torch
 from benchmarks import report
 from benchmarks.cases import OPS
 from benchmarks.report_stats import LOSS, Record, measured, no_kernel, ratio
-from fusednorm.providers import PROVIDERS, choice
+from fusednorm.dispatch import PROVIDERS
+from fusednorm.dispatch import crossovers as choice
 
 Key = tuple[str, int, int]  # operation, element size and direction; rows, columns
 DIRECTIONS = ("forward", "both")  # what a call is asked for; no call is a backward alone
 
 
 def device_key(result: Record) -> str:
-    """As `fusednorm.providers.choice.device_key` names the device."""
+    """As `fusednorm.dispatch.crossovers.device_key` names the device."""
     environment = result["environment"]
     if environment["device_type"] == "cpu":
         if not environment.get("shortcut"):

@@ -28,9 +28,10 @@ from benchmarks.codegen_compile import number as number
 from benchmarks.codegen_compile import tile as tile
 from benchmarks.codegen_compile import tool as tool
 from fusednorm._dtypes import compute_dtype
-from fusednorm.providers import triton_launch, triton_norm
-from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers.triton_config import PARTIALS
+from fusednorm.providers.triton import launch as triton_launch
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton.config import PARTIALS
 
 ARCHITECTURES = (80, 90, 100)
 LAYOUTS = ("aligned", "odd", "strided")

@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 import torch
 
-from fusednorm.providers import triton_activation
-from fusednorm.providers import triton_activation_table as table
-from fusednorm.providers.triton_config import Config
+from fusednorm.providers.triton import activation as triton_activation
+from fusednorm.providers.triton import activation_config as table
+from fusednorm.providers.triton.config import Config
 
 STEM = "bias_act_dropout"
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")

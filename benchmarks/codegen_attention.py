@@ -33,13 +33,11 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import codegen_attention_calls as calls
 from benchmarks.codegen import number, tool
-from fusednorm.providers import (
-    triton_attention_bwd,
-    triton_attention_bwd_dq,
-    triton_attention_fwd,
-    triton_host,
-    triton_launch,
-)
+from fusednorm.providers.triton import attention_bwd_dkv as triton_attention_bwd
+from fusednorm.providers.triton import attention_bwd_dq as triton_attention_bwd_dq
+from fusednorm.providers.triton import attention_fwd as triton_attention_fwd
+from fusednorm.providers.triton import host as triton_host
+from fusednorm.providers.triton import launch as triton_launch
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},

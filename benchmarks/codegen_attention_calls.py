@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusednorm.providers import triton_attention, triton_launch
-from fusednorm.providers.triton_attention_table import columns
+from fusednorm.providers.triton import attention as triton_attention
+from fusednorm.providers.triton import launch as triton_launch
+from fusednorm.providers.triton.attention_config import columns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDEST = 256

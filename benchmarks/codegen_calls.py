@@ -33,10 +33,14 @@ import torch
 import triton
 
 from benchmarks.codegen_compile import DEVICES, Variant, compile_all, faults
-from fusednorm import _norm_function, activation
-from fusednorm.providers import triton_activation, triton_activation_table, triton_launch, triton_norm
-from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers.triton_config import PARTIALS, Config
+from fusednorm import activation
+from fusednorm.autograd import norm as autograd_norm
+from fusednorm.providers.triton import activation as triton_activation
+from fusednorm.providers.triton import activation_config as triton_activation_table
+from fusednorm.providers.triton import launch as triton_launch
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton.config import PARTIALS, Config
 
 DTYPES = tuple(triton_launch.TYPES)
 NO_YES = (False, True)
@@ -118,8 +122,8 @@ def norm_call(call: Call, n: int) -> None:
         *(0.1 * call["drop_path"], call["normed_dtype"] or dtype, stream, call["rms"]),
         *(call["zero_centered"], changed),
     )
-    from_normed = call["memory_efficient"] and _norm_function._invertible(args)
-    outputs = _norm_function._apply(*args, "triton", from_normed)[: 1 + (call["stream_used"] and changed)]
+    from_normed = call["memory_efficient"] and autograd_norm._invertible(args)
+    outputs = autograd_norm._apply(*args, "triton", from_normed)[: 1 + (call["stream_used"] and changed)]
     wanted = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
     if wanted and call["backward"]:
         given = [_cotangent(output, n, layout) for output in outputs]

@@ -20,9 +20,12 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from fusednorm.providers import triton_activation_kernels, triton_launch, triton_norm_bwd, triton_norm_fwd
-from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers import triton_partials as partials
+from fusednorm.providers.triton import activation_kernels as triton_activation_kernels
+from fusednorm.providers.triton import launch as triton_launch
+from fusednorm.providers.triton import norm_bwd as triton_norm_bwd
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton import norm_fwd as triton_norm_fwd
+from fusednorm.providers.triton import partials
 
 
 class Device(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import OPS
-from fusednorm.providers.triton_host import ceil
+from fusednorm.providers.triton.host import ceil
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 REGISTER_FILE, MOST_THREADS, MOST_BLOCKS, WARP = 65536, 2048, 32, 32  # of a multiprocessor

@@ -24,9 +24,10 @@ from torch import Tensor
 
 import fusednorm
 from benchmarks import gpu_sanitize_cuda
-from fusednorm import providers
-from fusednorm.providers import triton_launch, triton_norm
-from fusednorm.providers import triton_norm_table as table
+from fusednorm import dispatch
+from fusednorm.providers.triton import launch as triton_launch
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
 
 
 class Work(NamedTuple):
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
             reached.update({"dropout"} if work.options.get("dropout_p") else (), {"strided"} if work.strided else ())
     missing = [form for form in FORMS if form not in reached]
     calls = len(WORKS)
-    unavailable = providers.unavailable_reason("cuda")
+    unavailable = dispatch.unavailable_reason("cuda")
     if unavailable is None:
         native: set[str] = set()
         for work in CUDA_WORKS:

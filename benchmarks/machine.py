@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import fusednorm
-from fusednorm import _shortcut
-from fusednorm.providers import cpu
+from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.providers.cpu import norm as cpu
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import fusednorm
-from fusednorm import providers
-from fusednorm.providers import triton_host
+from fusednorm import dispatch
+from fusednorm.providers.triton import host as triton_host
 
 pytest.importorskip("triton")
-from fusednorm.providers import triton_launch
+from fusednorm.providers.triton import launch as triton_launch
 
 SHAPE, WIDTH = (4, 64), (64,)
 
@@ -37,7 +37,7 @@ def no_driver(monkeypatch):
 
     monkeypatch.setattr(triton_launch.Variant, "launch", launch)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
-    monkeypatch.setitem(providers._reasons, "triton", None)
+    monkeypatch.setitem(dispatch._reasons, "triton", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with fusednorm.use_provider("triton"):

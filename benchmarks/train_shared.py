@@ -21,7 +21,7 @@ from torch import nn
 import fusednorm
 from benchmarks import cases
 from benchmarks.lm_data import MissingPackage
-from fusednorm._explain import decisions
+from fusednorm.dispatch.explain import decisions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

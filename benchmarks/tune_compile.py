@@ -18,8 +18,8 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.tune_forms import norm_of, replaced, triton_configs, triton_form
 from benchmarks.tune_variants import Pinned
-from fusednorm.providers import triton_norm
-from fusednorm.providers.triton_config import Config
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton.config import Config
 
 ROWS = 8  # no row count is compiled in
 
@@ -49,7 +49,7 @@ def _call(case: Case) -> None:
 
 def launches(case: Case, config: Config | Pinned) -> list[tuple[Any, tuple[torch.dtype | None, ...]]]:
     """Every variant that the case launches, with its pointers' dtypes."""
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     noted = []
 
@@ -64,7 +64,7 @@ def launches(case: Case, config: Config | Pinned) -> list[tuple[Any, tuple[torch
 def _compile(case: Case, config: Config | Pinned, arch: int) -> None:
     from triton.backends.compiler import GPUTarget
 
-    from fusednorm.providers.triton_launch import compile_kernel
+    from fusednorm.providers.triton.launch import compile_kernel
 
     for variant, dtypes in launches(case, config):
         compile_kernel(

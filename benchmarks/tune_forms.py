@@ -15,10 +15,12 @@ import fusednorm
 from benchmarks import tune_variants
 from benchmarks.cases import Case, Norm
 from benchmarks.tune_variants import Backward, Forward, Pinned
-from fusednorm import providers
-from fusednorm.providers import cuda_host, triton_host, triton_norm
-from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers.triton_config import Config
+from fusednorm import dispatch
+from fusednorm.providers.cuda import library as cuda_host
+from fusednorm.providers.triton import host as triton_host
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton.config import Config
 
 TABLE = "table"
 NO_OVERLAP = "no overlap"  # the kernel that sums the partials is launched when the backward has ended
@@ -90,7 +92,7 @@ def absent(device_type: str) -> dict[str, str | None]:
     on_cpu = {"cuda": cuda_host.EMULATED is not None, "triton": triton_host.INTERPRETING}
     reasons: dict[str, str | None] = {}
     for provider in OURS:
-        reasons[provider] = providers.unavailable_reason(provider)
+        reasons[provider] = dispatch.unavailable_reason(provider)
         if reasons[provider] is None and on_cpu[provider] != (device_type == "cpu"):
             reasons[provider] = f"its kernels run on {'CPU' if on_cpu[provider] else 'CUDA'} tensors here"
     return reasons

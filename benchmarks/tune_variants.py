@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from fusednorm.providers.triton_config import Config
-from fusednorm.providers.triton_host import ceil
+from fusednorm.providers.triton.config import Config
+from fusednorm.providers.triton.host import ceil
 
 MOST_CUDA, MOST_TRITON = 8, 5  # beside the table's own
 RANKS = (1, 2, 4, 8)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _flops as _flops
-from . import _op_gradients as _op_gradients
 from . import modules
-from ._explain import explain
 from .activation import bias_act_dropout
 from .attention import scaled_dot_product_attention, varlen_attention
+from .autograd import recorded as recorded
+from .dispatch import available_providers, batch_invariant, use_provider
+from .dispatch.explain import explain
 from .dropout import dropout_mask
 from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .providers import available_providers, batch_invariant, use_provider
 
 if TYPE_CHECKING:
     from .modules import (

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 import fusednorm
-from fusednorm import _checks, _shortcut, providers
-from fusednorm.providers.choice import OPERATIONS
+
+from . import _checks, dispatch
+from .dispatch import fastpath as _shortcut
+from .dispatch.crossovers import OPERATIONS
 
 ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION, VARLEN)
@@ -48,9 +50,9 @@ def info() -> str:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"devices    cpu ({torch.get_num_threads()} threads)" + "".join(f", {name}" for name in gpus))
     lines.append("providers  (best first)")
-    for name in providers.PROVIDERS:
-        reason = providers.unavailable_reason(name)
-        built = getattr(providers.get(name)[0], "build", None)
+    for name in dispatch.PROVIDERS:
+        reason = dispatch.unavailable_reason(name)
+        built = getattr(dispatch.get(name)[0], "build", None)
         ready = "ready" if built is None or reason is not None else f"ready, {built()}"
         lines.append(f"  {name:<10} " + (ready if reason is None else f"not here: {reason}"))
     reason = _shortcut.load()[1]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import providers
-from .providers.choice import torch_on_gpu
+from . import dispatch
+from .dispatch.crossovers import torch_on_gpu
 
 REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -28,7 +28,7 @@ def unwatched(x: Tensor) -> bool:
     One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
     """
     return (
-        providers.short_cuts
+        dispatch.short_cuts
         and x.is_cpu
         and not x.is_nested
         and not _functorch_active()
@@ -74,7 +74,7 @@ def torch_on_a_gpu(
 ) -> tuple[Tensor, Tensor] | None:
     """(normed, z) by torch's operators where automatic choice names these for a call on a GPU, else None."""
     if (
-        not (providers.automatic and providers.by_shape and getattr(x, "is_cuda", False))
+        not (dispatch.automatic and dispatch.by_shape and getattr(x, "is_cuda", False))
         or not (eps is None or type(eps) is float)
         or _is_compiling()
         or _functorch_active()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .providers import torch_attention
+from .providers.torch import attention as torch_attention
 
 
 def exporting() -> bool:

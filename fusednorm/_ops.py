@@ -5,7 +5,7 @@ third attention.
 Every op has fixed arity, mutates nothing and returns no alias; an output not asked for has no elements. The provider's
 name is an argument because the backward runs outside any ``use_provider`` block, on CUDA in another thread.
 A program that may run on another machine has the forward ops' overload ``recorded``, which has gradients of its own
-(`_op_gradients.py`) and whose provider may be None: it then chooses where it runs.
+(`autograd/recorded.py`) and whose provider may be None: it then chooses where it runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import providers
+from . import dispatch
 from ._dtypes import compute_dtype
 from ._op_checks import CHECKS, check_rows
-from .providers.layout import rows_like
+from .providers.strides import rows_like
 
 LIBRARY = library.Library("fusednorm", "DEF")
 
@@ -93,19 +93,19 @@ def _run(name: str) -> Callable[..., Any]:
 def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The provider's function for an op, which may be the first that the process asks of the provider."""
     if provider is None:
-        return providers.function(chosen(name, args), name)
-    if provider not in providers.PROVIDERS:
-        known = ", ".join(map(repr, providers.PROVIDERS))
+        return dispatch.function(chosen(name, args), name)
+    if provider not in dispatch.PROVIDERS:
+        known = ", ".join(map(repr, dispatch.PROVIDERS))
         raise ValueError(f"provider: {name} knows no {provider!r}; expected one of {known}")
-    reason = providers.unavailable_reason(provider)
-    if reason is None and providers.serving(provider, name) is None:
+    reason = dispatch.unavailable_reason(provider)
+    if reason is None and dispatch.serving(provider, name) is None:
         reason = "it has no such operator"
     if reason is not None:
         raise RuntimeError(
             f"provider: {provider!r} cannot run {name} here: {reason}; a program that torch.export made outside of "
             "`use_provider` names no provider, and takes what there is"
         )
-    return providers.function(provider, name)
+    return dispatch.function(provider, name)
 
 
 def chosen(name: str, args: tuple[Any, ...]) -> str:
@@ -113,9 +113,9 @@ def chosen(name: str, args: tuple[Any, ...]) -> str:
 
     What was measured to be fastest is not looked at: there torch's own operators are meant, which are no op of ours.
     """
-    if providers.requested() is not None:
-        return providers.choose(name, args)[0]
-    return next(provider for provider in providers.PROVIDERS if providers.refusal(provider, name, args) is None)
+    if dispatch.requested() is not None:
+        return dispatch.choose(name, args)[0]
+    return next(provider for provider in dispatch.PROVIDERS if dispatch.refusal(provider, name, args) is None)
 
 
 for _name, _schema in SCHEMAS.items():
@@ -267,12 +267,12 @@ def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
         or not PLAIN.issuperset(map(type, args[:_MOST_TENSORS]))
     ):
         return getattr(torch.ops.fusednorm, name)(*args, provider)
-    return providers.function(provider, name)(*args)
+    return dispatch.function(provider, name)(*args)
 
 
 def recorded(name: str, args: tuple[Any, ...]) -> Any:
     """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
-    return getattr(torch.ops.fusednorm, name).recorded(*args, providers.requested())
+    return getattr(torch.ops.fusednorm, name).recorded(*args, dispatch.requested())
 
 
 def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,12 +10,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _checks, _ops, dropout, providers
+from . import _checks, _ops, dispatch, dropout
 from ._transforms import batched, distinct, recorded, traced, transform_active
-from .providers import cpu_activation as native
-from .providers import reference_activation as reference
-from .providers import torch_activation
-from .providers.choice import OPERATIONS, torch_on_cpu, torch_on_gpu
+from .dispatch.crossovers import OPERATIONS, torch_on_cpu, torch_on_gpu
+from .providers.cpu import activation as native
+from .providers.reference import activation as reference
+from .providers.torch import activation as torch_activation
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
@@ -67,8 +67,8 @@ def bias_act_dropout(
     "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
     """
     # in this order: a graph is not to depend on it; looked up once: another thread may take it away
-    if not _is_compiling() and (cpp := providers.shortcut) is not None:
-        shortcut = cpp.bias_act_dropout(x, bias, activation, dropout_p, seed, providers.shortcut_asked)
+    if not _is_compiling() and (cpp := dispatch.shortcut) is not None:
+        shortcut = cpp.bias_act_dropout(x, bias, activation, dropout_p, seed, dispatch.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(x, bias, seed):
@@ -82,7 +82,7 @@ def bias_act_dropout(
             type(dropout_p) is float
             and dropout_p == 0.0
             and seed is None
-            and providers.short_cuts
+            and dispatch.short_cuts
             and not _functorch_active()
             and forward_ad._current_level < 0
             and not _is_compiling()
@@ -99,7 +99,7 @@ def bias_act_dropout(
     if seed is not None:
         _checks.check_seed(seed)
     if dropout_p == 1.0:
-        providers.record(providers.Route("bias_act_dropout", "torch", "zeros, because everything is dropped"))
+        dispatch.record(dispatch.Route("bias_act_dropout", "torch", "zeros, because everything is dropped"))
         return dropout.all_dropped(x, bias)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     return _run((x, bias, seed, activation, dropout_p))
@@ -111,20 +111,20 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
     the way with messages; so it does for None.
     """
-    if providers.torch_asked:
+    if dispatch.torch_asked:
         return _run_torch(x, bias, activation)
-    automatic = providers.automatic
+    automatic = dispatch.automatic
     if x.is_cuda:
         return _run_torch(x, bias, activation) if automatic and _torch_is_faster_on_a_gpu(x, bias, activation) else None
     if bias is None or traced():
         return _run_torch(x, bias, activation) if automatic else None
-    if providers.unavailable_reason("cpu") is not None:
+    if dispatch.unavailable_reason("cpu") is not None:
         if automatic:
-            providers.tell_missing_library()
+            dispatch.tell_missing_library()
         return _run_torch(x, bias, activation) if automatic else None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad)
     if (
-        (automatic and providers.by_shape and _torch_is_faster(x, activation, needs_grad))
+        (automatic and dispatch.by_shape and _torch_is_faster(x, activation, needs_grad))
         or type(x) not in _ops.PLAIN
         or type(bias) not in _ops.PLAIN
         or torch._C._len_torch_dispatch_stack()
@@ -139,7 +139,7 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
 def _torch_is_faster_on_a_gpu(x: Tensor, bias: Tensor | None, activation: str) -> bool:
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     shape = x.dtype, x.numel(), x.size(-1)
-    return providers.by_shape and torch_on_gpu(OPERATIONS[activation], *shape, needs_grad, x.device.index or 0)
+    return dispatch.by_shape and torch_on_gpu(OPERATIONS[activation], *shape, needs_grad, x.device.index or 0)
 
 
 def _torch_is_faster(x: Tensor, activation: str, needs_grad: bool) -> bool:
@@ -165,12 +165,12 @@ def _run(args: Args) -> Tensor:
     """Choose the way down once, and take it."""
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        providers.record(providers.Route("bias_act_dropout", "reference", how))
+        dispatch.record(dispatch.Route("bias_act_dropout", "reference", how))
         return reference.bias_act_dropout_fwd(*dropout.with_seed(args, 2, args[4]))
-    provider, refusals = providers.choose("bias_act_dropout_fwd", args)
-    if not providers.automatic:
+    provider, refusals = dispatch.choose("bias_act_dropout_fwd", args)
+    if not dispatch.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        providers.record(providers.Route("bias_act_dropout", provider, how, refusals))
+        dispatch.record(dispatch.Route("bias_act_dropout", provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_activation.bias_act_dropout(*args)
     args = dropout.with_seed(args, 2, args[4])

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
-from . import _attention_function, _autocast, dropout, providers
+from . import _autocast, dispatch, dropout
 from ._checks import FLOAT_DTYPES, check_flag
 from ._transforms import traced
+from .autograd import attention as autograd_attention
 
 _FAR = 2**62  # past any position, and a 64-bit number
 
@@ -94,8 +95,8 @@ def scaled_dot_product_attention(
         and return_lse is False
         and type(causal_align) is str
         and causal_align == "upper_left"
-        and (cpp := providers.shortcut) is not None
-        and providers.automatic
+        and (cpp := dispatch.shortcut) is not None
+        and dispatch.automatic
     ):
         shortcut = cpp.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
         if shortcut is not None:
@@ -116,7 +117,7 @@ def scaled_dot_product_attention(
         # Torch's own operator at once: no mask, so nothing that it does otherwise, and a check costs more than the
         # two microseconds that a call may cost over torch's. What torch refuses goes the way below.
         if (
-            providers.automatic
+            dispatch.automatic
             and attn_mask is None is key_mask
             and window is None is seed
             and type(dropout_p) is type(softcap) is float
@@ -125,7 +126,7 @@ def scaled_dot_product_attention(
             and (is_causal is False or (is_causal is True and query.is_cuda))
             and (enable_gqa is False or (enable_gqa is True and not traced()))
             and causal_align == "upper_left"
-            and (query.is_cpu or (query.is_cuda and providers.by_shape and query.numel()))
+            and (query.is_cpu or (query.is_cuda and dispatch.by_shape and query.numel()))
             and (scale is None or type(scale) is float)
             and query.layout == key.layout == value.layout == torch.strided
             and not (key.is_nested or value.is_nested)
@@ -135,19 +136,19 @@ def scaled_dot_product_attention(
         ):
             needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
             if is_causal or (needs_grad and query.is_cuda):
-                out = _attention_function.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
+                out = autograd_attention.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
                 if out is not None:
                     return out
-            elif not (query.is_cpu and _attention_function.torch_is_slower(query, key, needs_grad)):
+            elif not (query.is_cpu and autograd_attention.torch_is_slower(query, key, needs_grad)):
                 if not needs_grad or traced():
                     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
                 if (
-                    _attention_function.flash_takes(query, key, value)
+                    autograd_attention.flash_takes(query, key, value)
                     and not _autocast_active()
                     and not torch._C._len_torch_dispatch_stack()
                 ):
                     factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
-                    return _attention_function.torch_apply(query, key, value, None, False, factor)
+                    return autograd_attention.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
     enable_gqa = check_flag("enable_gqa", enable_gqa)
@@ -272,13 +273,13 @@ def varlen_attention(
 def _run(call: str, args: tuple[Any, ...], return_lse: bool, dims: int = 4) -> tuple[Tensor, Tensor | None]:
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if args[11] != 1.0:
-        return _attention_function.run(call, args, return_lse, dims)
-    providers.record(providers.Route(call, "torch", "zeros, because everything is dropped"))
+        return autograd_attention.run(call, args, return_lse, dims)
+    dispatch.record(dispatch.Route(call, "torch", "zeros, because everything is dropped"))
     q, v = args[0], args[2]
     zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
     out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
     kept = (*args[:5], None, *args[6:11], 0.0, *args[12:])
-    return out.to(q.dtype), _attention_function.run(call, kept, True, dims)[1] if return_lse else None
+    return out.to(q.dtype), autograd_attention.run(call, kept, True, dims)[1] if return_lse else None
 
 
 def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:

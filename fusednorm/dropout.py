@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _checks
 from ._transforms import traced, transform_active
-from .providers import cpu
+from .providers.cpu import norm as cpu
 
 ROUNDS = 7
 ELEMENT_STREAM = 0  # one decision for each element

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autocast, _bare, _checks, _norm_function, dropout, providers
-from ._norm_function import Args
+from . import _autocast, _bare, _checks, dispatch, dropout
+from .autograd import norm as autograd_norm
+from .autograd.norm import Args
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -50,18 +51,18 @@ def layer_norm(
         )
     try:
         # torch's own at once: no native kernel is faster
-        if type(eps) is float and (providers.automatic or providers.torch_asked) and _bare.unwatched(input):
+        if type(eps) is float and (dispatch.automatic or dispatch.torch_asked) and _bare.unwatched(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _bare.REFUSED:
         pass  # the way below takes what torch does not, or says what is wrong with it
     if (
         not _is_compiling()
-        and (cpp := providers.shortcut) is not None
-        and (providers.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
+        and (cpp := dispatch.shortcut) is not None
+        and (dispatch.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
     ):
         bare = None, 0.0, None
-        outputs = cpp.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, providers.shortcut_asked)
+        outputs = cpp.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, dispatch.shortcut_asked)
         if outputs is not None:
             return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -94,8 +95,8 @@ def rms_norm(
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     # in this order: a graph is not to depend on it; looked up once: another thread may take it away
-    if not _is_compiling() and (cpp := providers.shortcut) is not None:
-        shortcut = cpp.rms_norm(input, normalized_shape, weight, eps, providers.shortcut_asked)
+    if not _is_compiling() and (cpp := dispatch.shortcut) is not None:
+        shortcut = cpp.rms_norm(input, normalized_shape, weight, eps, dispatch.shortcut_asked)
         if shortcut is not None:
             return shortcut
     if has_torch_function_variadic(input, weight):
@@ -104,12 +105,12 @@ def rms_norm(
     try:
         if (eps is None or type(eps) is float) and _bare.unwatched(input):
             shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-            torchs = providers.torch_asked or (providers.automatic and providers.unavailable_reason("cpu") is not None)
+            torchs = dispatch.torch_asked or (dispatch.automatic and dispatch.unavailable_reason("cpu") is not None)
             if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
-                if not providers.torch_asked:
-                    providers.tell_missing_library()
+                if not dispatch.torch_asked:
+                    dispatch.tell_missing_library()
                 return torch.rms_norm(input, shape, weight, eps)
-            outputs = _norm_function.run_bare(input, None, weight, None, shape, eps, True)
+            outputs = autograd_norm.run_bare(input, None, weight, None, shape, eps, True)
             if outputs is not None:
                 return outputs[0]
     except _bare.REFUSED:
@@ -176,11 +177,11 @@ def add_layer_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (cpp := providers.shortcut) is not None
+        and (cpp := dispatch.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
         outputs = cpp.add_norm(
-            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, providers.shortcut_asked
+            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, dispatch.shortcut_asked
         )
         if outputs is not None:
             return outputs
@@ -241,11 +242,11 @@ def add_rms_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (cpp := providers.shortcut) is not None
+        and (cpp := dispatch.shortcut) is not None
     ):
         epilogue = x_bias, dropout_p, seed
         outputs = cpp.add_norm(
-            x, residual, normalized_shape, weight, None, eps, *epilogue, True, providers.shortcut_asked
+            x, residual, normalized_shape, weight, None, eps, *epilogue, True, dispatch.shortcut_asked
         )
         if outputs is not None:
             return outputs
@@ -294,7 +295,7 @@ def _plain_norm(
         *(x, None, weight, bias, None, None, None, len(shape), _checks.check_eps(eps, rms, x.dtype), 0.0, 0.0),
         *(_autocast.norm_dtype(x, rms), x.dtype, rms, False, False),
     )
-    return _norm_function.run("rms_norm" if rms else "layer_norm", args, False)[0]
+    return autograd_norm.run("rms_norm" if rms else "layer_norm", args, False)[0]
 
 
 def _add_norm(
@@ -321,7 +322,7 @@ def _add_norm(
     if bare and not (zero_centered_weight or memory_efficient):
         try:
             if _bare.unwatched(x):
-                outputs = _norm_function.run_bare(
+                outputs = autograd_norm.run_bare(
                     x,
                     residual,
                     weight,
@@ -360,4 +361,4 @@ def _add_norm(
         *(dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(zero_centered_weight, store_residual),
     )
-    return _norm_function.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
+    return autograd_norm.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)

@@ -21,12 +21,12 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fusednorm
-from fusednorm import _once, providers
-from fusednorm.providers import cpu
+from fusednorm import _once, dispatch
+from fusednorm.providers.cpu import norm as cpu
 
 if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # test_csrc_cpu.py: another build, one of its instruction sets
     cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
-    assert providers.unavailable_reason("cpu") is None, providers.unavailable_reason("cpu")
+    assert dispatch.unavailable_reason("cpu") is None, dispatch.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
 
 _once.first_time("no CPU library")  # where it is not built, or made to be missing, that is known: no warning
@@ -46,8 +46,8 @@ def _places() -> list:
     """(provider, device) for every provider of the table, and automatic choice, on every device there is."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [pytest.param((AUTOMATIC, device), id=f"{AUTOMATIC}-{device}") for device in devices]
-    for name in providers.PROVIDERS:
-        reason = providers.unavailable_reason(name)
+    for name in dispatch.PROVIDERS:
+        reason = dispatch.unavailable_reason(name)
         on_cpu = {"cpu": True, "cuda": EMULATED, "triton": INTERPRETED}.get(name)
         only = None if on_cpu is None else "cpu" if on_cpu else "cuda"
         marks = [pytest.mark.skip(reason=f"provider {name}: {reason}")] if reason else []
@@ -80,7 +80,7 @@ def provider(place: tuple[str, str], request: pytest.FixtureRequest) -> str:
     A provider without that op has nothing to be tested: that it says so is tested in test_activation.py.
     """
     op = getattr(request.module, "OP", None)
-    if op is not None and place[0] != AUTOMATIC and providers.serving(place[0], op) is None:
+    if op is not None and place[0] != AUTOMATIC and dispatch.serving(place[0], op) is None:
         pytest.skip(f"provider {place[0]} has no {op}")
     return place[0]
 
@@ -156,7 +156,7 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def as_on(monkeypatch):
     """Call it with "amd", "intel" or "": what is chosen as measured on a processor of theirs."""
-    from fusednorm.providers import choice_attention
+    from fusednorm.dispatch import rules_attention as choice_attention
 
     def pretend(vendor):
         monkeypatch.setattr(choice_attention.cpu, "vendor", lambda: vendor)

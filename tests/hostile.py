@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import fusednorm
-from fusednorm import providers
-from fusednorm.providers import cpu, cuda_host, native
+from fusednorm import dispatch
+from fusednorm.providers import native
+from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cuda import library as cuda_host
 
 F32 = torch.float32
 HUGE = 2**60
@@ -131,7 +133,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, An
 
 def cuda_operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]:
     """Those of the CUDA library, which its emulation runs on CPU tensors; it drops no samples and saves z."""
-    assert providers.unavailable_reason("cuda") is None, providers.unavailable_reason("cuda")
+    assert dispatch.unavailable_reason("cuda") is None, dispatch.unavailable_reason("cuda")
     ops = cuda_host.ops
     return {
         "add_layer_norm_fwd": (ops.add_layer_norm_fwd, forward_args),
@@ -347,7 +349,7 @@ def described(value: Any) -> str:
 def main() -> None:
     if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # as in conftest.py
         cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
-    assert providers.unavailable_reason("cpu") is None, providers.unavailable_reason("cpu")
+    assert dispatch.unavailable_reason("cpu") is None, dispatch.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
     group, *seed = sys.argv[1:]
     {"sizes": sizes, "gradients": gradients, "freed": freed, "arguments": arguments, "fuzz": fuzz}[group](

@@ -13,7 +13,7 @@ from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
 from shapes import EMPTY_SHAPES, SHAPES, Shape, random_leaves
 
 import fusednorm
-from fusednorm import bias_act_dropout, dropout_mask, providers
+from fusednorm import bias_act_dropout, dispatch, dropout_mask
 
 OP = "bias_act_dropout_fwd"
 
@@ -203,17 +203,17 @@ def test_explain(provider, using, device):
     assert served is not None, said
     if provider != "automatic":
         assert served[1] == provider and ("torch's own" if provider == "torch" else "fused") in served[2]
-    elif device == "cpu" and providers.unavailable_reason("cpu") is not None:
+    elif device == "cpu" and dispatch.unavailable_reason("cpu") is not None:
         assert served[1] == "torch" and "torch's own operators" in served[2]
 
 
 def test_automatic_choice_without_the_native_library_is_torchs_result_to_the_last_bit(generator, monkeypatch):
-    monkeypatch.setitem(providers._reasons, "cpu", "its library is not built")
+    monkeypatch.setitem(dispatch._reasons, "cpu", "its library is not built")
     x, bias = torch.randn(5, 33, generator=generator), torch.randn(33, generator=generator)
     for activation, function in TORCHS.items():
         assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))
         assert torch.equal(bias_act_dropout(x, None, activation), function(x))
-        with providers.recording():  # the way that a call goes which is looked at
+        with dispatch.recording():  # the way that a call goes which is looked at
             assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))
 
 
@@ -223,9 +223,9 @@ def test_a_provider_without_the_op_says_so(monkeypatch):
     module.unavailable_reason, module.refusal = (lambda: None), (lambda op, *args: None)
     module.add_layer_norm_fwd = lambda *args: None
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(providers, "PROVIDERS", {"norms": (module.__name__,), **providers.PROVIDERS})
+    monkeypatch.setattr(dispatch, "PROVIDERS", {"norms": (module.__name__,), **dispatch.PROVIDERS})
     for cache in ("_modules", "_serving", "_functions", "_reasons"):
-        monkeypatch.setattr(providers, cache, {})
+        monkeypatch.setattr(dispatch, cache, {})
     x = torch.ones(2, 4)
     with fusednorm.use_provider("norms"), pytest.raises(ValueError, match=r"'norms'.*it has no bias_act_dropout"):
         bias_act_dropout(x, None)

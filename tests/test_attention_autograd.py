@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import scaled_dot_product_attention, varlen_attention
-from fusednorm.providers import triton_attention
+from fusednorm.providers.triton import attention as triton_attention
 
 OP = "attention_fwd"
 

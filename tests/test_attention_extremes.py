@@ -229,12 +229,12 @@ def test_boundaries_of_any_stride(using, device, generator):
 @pytest.mark.parametrize("causal", [True, False])
 def test_hooks_on_saved_tensors_may_bring_another_layout(route, causal, monkeypatch):
     if route == "torch":
-        monkeypatch.setattr(fusednorm.providers, "shortcut", None)
+        monkeypatch.setattr(fusednorm.dispatch, "shortcut", None)
     if route != "native":
-        monkeypatch.setattr(fusednorm._attention_function, "ours_is_faster", lambda *_: False)
-        shortcut = fusednorm._shortcut.load()[0]
+        monkeypatch.setattr(fusednorm.autograd.attention, "ours_is_faster", lambda *_: False)
+        shortcut = fusednorm.dispatch.fastpath.load()[0]
         if shortcut is None and route == "shortcut":
-            pytest.skip(fusednorm._shortcut.load()[1])
+            pytest.skip(fusednorm.dispatch.fastpath.load()[1])
     q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
     expected = torch.autograd.grad(scaled_dot_product_attention(q, k, v, is_causal=causal).sin().sum(), [q, k, v])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT if t.ndim == 4 else t):

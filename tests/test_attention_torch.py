@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusednorm
-from fusednorm import _attention_function, providers, scaled_dot_product_attention, varlen_attention
-from fusednorm.providers import choice_gpu, triton_attention
+from fusednorm import dispatch, scaled_dot_product_attention, varlen_attention
+from fusednorm.autograd import attention as autograd_attention
+from fusednorm.dispatch import rules_gpu
+from fusednorm.providers.triton import attention as triton_attention
 
 N = 9
 KEYS = torch.arange(N) < 7
@@ -48,8 +50,8 @@ def options_of(name: str) -> dict:
 def without_kernels(monkeypatch):
     """As in the pure-Python install: no kernel of ours serves anything."""
     for name in ("triton", "cuda", "cpu"):
-        monkeypatch.setitem(providers._reasons, name, "it is not built")
-    monkeypatch.setattr(providers, "shortcut", None)
+        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
+    monkeypatch.setattr(dispatch, "shortcut", None)
 
 
 @pytest.fixture(params=["requested", "no kernel of ours"])
@@ -263,7 +265,7 @@ def test_automatic_choice_keeps_the_error_budget_at_any_number_of_dimensions(gen
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Fake tensors on CUDA, whose values nobody can look at, and Triton's kernels for them."""
-    monkeypatch.setitem(providers._reasons, "triton", None)
+    monkeypatch.setitem(dispatch._reasons, "triton", None)
     monkeypatch.setattr(triton_attention, "refusal", lambda op, *args: None)
     monkeypatch.setattr(triton_attention, "reluctance", lambda op, *args: None)
     before = torch.are_deterministic_algorithms_enabled()
@@ -282,7 +284,7 @@ def why_ours(needs_grad=True, dims=4, provider="triton", **changed) -> tuple[str
         "left": -1, "right": -1, "softcap": 0.0,
     }  # fmt: skip
     given = tuple((args | changed).values())
-    return _attention_function._torch_differs(given, False, provider, dims), _attention_function._how_torch_serves(
+    return autograd_attention._torch_differs(given, False, provider, dims), autograd_attention._how_torch_serves(
         given, None
     )
 
@@ -319,8 +321,8 @@ def test_where_no_kernel_of_ours_takes_it_torchs_does_on_a_gpu(on_a_gpu):
         assert why_ours(provider="torch", **changed)[0] == "", changed
 
 
-def call(**changed) -> choice_gpu.Attention:
-    usual = choice_gpu.Attention(attn_mask=False, fused=True, needs_grad=True, deterministic=False, by_shape=True)
+def call(**changed) -> rules_gpu.Attention:
+    usual = rules_gpu.Attention(attn_mask=False, fused=True, needs_grad=True, deterministic=False, by_shape=True)
     return usual._replace(**changed)
 
 
@@ -337,5 +339,5 @@ def call(**changed) -> choice_gpu.Attention:
     ids=str,
 )
 def test_the_rule_for_a_gpu_where_nothing_was_measured(described, why):
-    found = choice_gpu.why_not_torchs(described)
+    found = rules_gpu.why_not_torchs(described)
     assert found == why if not why else why in found

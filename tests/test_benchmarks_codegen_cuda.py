@@ -13,7 +13,7 @@ from benchmarks import codegen_cuda
 from benchmarks import codegen_cuda_forms as forms
 from benchmarks.codegen_cuda_kernel import Kernel
 from benchmarks.codegen_cuda_sass import Instruction, hot_loop, instructions, kernels, loops
-from fusednorm.providers import cuda
+from fusednorm.providers.cuda import norm as cuda
 
 # A loop over rows with another in it and a branch that skips, then a larger loop without loads, and behind the end a
 # wait that branches back into the first.

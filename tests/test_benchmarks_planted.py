@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import run
-from fusednorm import providers
-from fusednorm.providers import reference
+from fusednorm import dispatch
+from fusednorm.providers.reference import norm as reference
 
 FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none", "--quick"]
 FORWARD, BACKWARD = "add_layer_norm_fwd", "add_layer_norm_bwd"
@@ -33,9 +33,9 @@ def plant(monkeypatch):
         own = {FORWARD: getattr(reference, FORWARD), BACKWARD: getattr(reference, BACKWARD)}
         vars(module).update(own | ops, unavailable_reason=lambda: None, refusal=lambda op, *args: None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(providers, "PROVIDERS", {"planted": (module.__name__,), **providers.PROVIDERS})
+        monkeypatch.setattr(dispatch, "PROVIDERS", {"planted": (module.__name__,), **dispatch.PROVIDERS})
         for cache in ("_modules", "_serving", "_functions", "_reasons"):
-            monkeypatch.setattr(providers, cache, {})
+            monkeypatch.setattr(dispatch, cache, {})
 
     return replace
 

@@ -14,9 +14,9 @@ from benchmarks import tune, tune_forms, tune_variants
 from benchmarks.cases import Case
 from benchmarks.tune_forms import Variant, cuda_form, triton_form
 from benchmarks.tune_variants import Backward, Forward, Pinned
-from fusednorm.providers import triton_norm
-from fusednorm.providers import triton_norm_table as table
-from fusednorm.providers.triton_config import Config
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton.config import Config
 
 CPU = torch.device("cpu")
 emulated = pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
@@ -188,7 +188,7 @@ INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter i
 @pytest.mark.parametrize("name", [name for name in GPU_CASES if re.search("bfloat16/.*x(256|8192)$", name)])
 def test_what_is_compiled_ahead_is_what_a_call_launches(name, monkeypatch):
     from benchmarks.tune_compile import launches
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     case, launched = GPU_CASES[name], []
 

@@ -13,8 +13,12 @@ from torch._dynamo import testing
 
 import fusednorm
 from benchmarks import choose
-from fusednorm import _once, _shortcut, providers
-from fusednorm.providers import choice, cpu, reference, reference_activation
+from fusednorm import _once, dispatch
+from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.reference import activation as reference_activation
+from fusednorm.providers.reference import norm as reference
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
 
@@ -126,7 +130,7 @@ def test_every_committed_table_names_known_providers_and_operations():
         for name, entries in table.shapes.items():
             operation, itemsize, direction = name.split("/")
             assert operation in choose.OPS and itemsize in "248" and direction in choose.DIRECTIONS
-            assert entries and all(m.provider in providers.PROVIDERS and m.ratio > 0 for m in entries)
+            assert entries and all(m.provider in dispatch.PROVIDERS and m.ratio > 0 for m in entries)
 
 
 # --- from the table to a call ---
@@ -141,10 +145,10 @@ def planted(tmp_path, monkeypatch):
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
     module.bias_act_dropout_fwd = reference_activation.bias_act_dropout_fwd
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    every = {"first": (module.__name__,), **{name: providers.PROVIDERS[name] for name in ("torch", "reference")}}
-    monkeypatch.setattr(providers, "PROVIDERS", every)
+    every = {"first": (module.__name__,), **{name: dispatch.PROVIDERS[name] for name in ("torch", "reference")}}
+    monkeypatch.setattr(dispatch, "PROVIDERS", every)
     for cache in ("_modules", "_serving", "_functions", "_reasons"):
-        monkeypatch.setattr(providers, cache, {})
+        monkeypatch.setattr(dispatch, cache, {})
     monkeypatch.setattr(_once, "_said", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     entries = [[4, 64, "torch", 2.0], [64, 1024, "first", 3.0]]

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import _bare, providers
-from fusednorm.providers import choice
+from fusednorm import _bare, dispatch
+from fusednorm.dispatch import crossovers as choice
 
 MIB = 1 << 20
 
@@ -19,11 +19,11 @@ MIB = 1 << 20
 def on_a_gpu(monkeypatch):
     """Fake tensors on CUDA, Triton's kernels for them, no CUDA library, and nothing measured."""
     monkeypatch.setattr(choice, "_architecture", lambda index: "sm_00")
-    monkeypatch.setitem(providers._reasons, "triton", None)
-    monkeypatch.setitem(providers._reasons, "cuda", "it is not built")
-    monkeypatch.setattr(providers, "shortcut", None)
+    monkeypatch.setitem(dispatch._reasons, "triton", None)
+    monkeypatch.setitem(dispatch._reasons, "cuda", "it is not built")
+    monkeypatch.setattr(dispatch, "shortcut", None)
     monkeypatch.setattr(choice._shortcut, "load", lambda: (None, "it is not built"))
-    for module in providers.get("triton"):
+    for module in dispatch.get("triton"):
         monkeypatch.setattr(module, "refusal", lambda op, *args: None)
         monkeypatch.setattr(module, "reluctance", lambda op, *args: None)
     choice.forget()
@@ -41,7 +41,7 @@ def vector() -> torch.Tensor:
 
 
 def chosen(op: str, *args) -> str:
-    return providers.choose(op, args)[0]
+    return dispatch.choose(op, args)[0]
 
 
 def norm_args(x, **changed):
@@ -97,7 +97,7 @@ def test_batch_invariant_does_not_go_by_bytes(on_a_gpu):
 
 def test_normed_is_kept_by_our_kernel(on_a_gpu):
     """Memory-efficient calls do not fall through torch's operators to the reference."""
-    assert providers.choose("add_layer_norm_fwd", norm_args(rows(1)), ("torch", "it keeps z"))[0] == "triton"
+    assert dispatch.choose("add_layer_norm_fwd", norm_args(rows(1)), ("torch", "it keeps z"))[0] == "triton"
 
 
 def test_explain_says_so(on_a_gpu):

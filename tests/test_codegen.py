@@ -142,7 +142,7 @@ def test_gate_for_every_dtype(dtype, tmp_path):
 
 PLANT = """
 from benchmarks import codegen
-from fusednorm.providers import triton_norm_table as table
+from fusednorm.providers.triton import norm_config as table
 {plant}
 chosen = [v for v in codegen.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]
 longest = max(chosen, key=lambda v: v.config.chunks)

@@ -144,7 +144,7 @@ def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
 
 PLANT = """
 from benchmarks import codegen_attention as gate
-from fusednorm.providers import triton_attention_table as table
+from fusednorm.providers.triton import attention_config as table
 table.{plant}
 chosen = gate.variants(gate.modes(["causal"], [128], ["bfloat16"]), 90)
 chosen = [v for v in chosen if v.launch.kernel == "{kernel}"]
@@ -203,8 +203,8 @@ def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
     """The same capability with less of it: what a GPU is asked for, not what a table says of its kind."""
     import torch
 
-    from fusednorm.providers import triton_attention_table as table
-    from fusednorm.providers import triton_host as host
+    from fusednorm.providers.triton import attention_config as table
+    from fusednorm.providers.triton import host
 
     properties = type("Properties", (), {"shared_memory_per_block_optin": 101376})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -225,8 +225,8 @@ def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
 
 def test_desktop_blackwell_gets_the_tiles_of_sm_80():
     """Its matrix units are these, not those of sm_100."""
-    from fusednorm.providers import triton_attention_table as table
-    from fusednorm.providers import triton_host as host
+    from fusednorm.providers.triton import attention_config as table
+    from fusednorm.providers.triton import host
 
     chooses = (table.forward, table.backward_keys, table.backward_queries, table.backward_mask, table.splits)
     for columns, *switches in itertools.product((64, 128, 256), *[(False, True)] * 3):

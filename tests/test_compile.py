@@ -10,7 +10,7 @@ from shapes import FUSED, PLAIN
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import dispatch
 
 # A compiler may add in another order: about 100 float32 terms of order one, half an ulp each.
 REORDERED = {"rtol": 1e-5, "atol": 1e-5}
@@ -97,11 +97,11 @@ def test_marking_nothing_dynamic_settles_after_two_sizes(function, using, device
 @pytest.mark.parametrize("function", ["layer_norm", "add_layer_norm"])
 def test_first_call_of_the_process_may_be_the_compiled_one(function, using, device, monkeypatch):
     """Nothing is left to be imported or looked up while Dynamo traces."""
-    monkeypatch.setattr(providers, "_reasons", {})
+    monkeypatch.setattr(dispatch, "_reasons", {})
     for cache in ("_modules", "_serving", "_functions"):
-        monkeypatch.setattr(providers, cache, {})
+        monkeypatch.setattr(dispatch, cache, {})
     for name in ("torch", "cpu", "cuda"):  # by the package itself
-        providers.get(name)
+        dispatch.get(name)
     with using:
         compiled = torch.compile(caller(function, {}), fullgraph=True, backend="aot_eager")
         with_gradients(compiled, 7, device)
@@ -202,9 +202,9 @@ ONE_GRAPH = {
 def library(request, monkeypatch):
     """With the native library as it is, and without."""
     if request.param == "pure_python":
-        monkeypatch.setitem(providers._reasons, "cpu", "its library is not built")
-        monkeypatch.setattr(providers, "shortcut", None)
-    elif providers.unavailable_reason("cpu") is not None:
+        monkeypatch.setitem(dispatch._reasons, "cpu", "its library is not built")
+        monkeypatch.setattr(dispatch, "shortcut", None)
+    elif dispatch.unavailable_reason("cpu") is not None:
         pytest.skip("the native library is not built")
     return request.param
 

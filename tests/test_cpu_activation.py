@@ -14,7 +14,7 @@ from test_cpu_norm import ROOT, assert_same_bits, instruction_sets, needs_librar
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
-from fusednorm.providers import choice
+from fusednorm.dispatch import crossovers as choice
 
 __all__ = ["instruction_sets", "threads"]  # fixtures
 
@@ -275,7 +275,7 @@ def test_without_the_library_masks_are_the_same(tmp_path):
     program = f"""
 import torch
 from pathlib import Path
-from fusednorm.providers import cpu
+from fusednorm.providers.cpu import norm as cpu
 cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
 import fusednorm
 assert "cpu" not in fusednorm.available_providers()

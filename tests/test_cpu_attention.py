@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusednorm import providers
-from fusednorm.providers import cpu
+from fusednorm import dispatch
+from fusednorm.providers.cpu import norm as cpu
 
-_missing = providers.unavailable_reason("cpu")
+_missing = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(_missing is not None, reason=f"provider cpu: {_missing}")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

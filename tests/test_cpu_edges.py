@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import providers
-from fusednorm.providers import cpu, native
+from fusednorm import dispatch
+from fusednorm.providers import native
+from fusednorm.providers.cpu import norm as cpu
 
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 
 

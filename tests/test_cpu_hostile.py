@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fusednorm import providers
+from fusednorm import dispatch
 
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 HERE = Path(__file__).parent
 

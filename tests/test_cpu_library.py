@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import __main__, providers
-from fusednorm.providers import cpu
+from fusednorm import __main__, dispatch
+from fusednorm.providers.cpu import norm as cpu
 
 ROOT = Path(fusednorm.__file__).parents[1]
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 needs_library = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 
 
@@ -24,12 +24,12 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 import fusednorm
-from fusednorm import __main__, providers
-from fusednorm.providers import cpu
+from fusednorm import __main__, dispatch
+from fusednorm.providers.cpu import norm as cpu
 for path in sys.argv[1:]:
     cpu.LIBRARY = Path(path)
     cpu._load.cache_clear()
-    providers._reasons.clear()
+    dispatch._reasons.clear()
     assert "cpu" not in fusednorm.available_providers(), path
     normed, z = fusednorm.add_layer_norm(torch.ones(2, 8), torch.ones(2, 8), 8)
     assert z.eq(2).all()
@@ -146,7 +146,7 @@ def test_one_build_serves_another_torch(tmp_path):
     assert OTHER is not None
     program = """
 import sys, torch, fusednorm
-from fusednorm.providers import cpu
+from fusednorm.providers.cpu import norm as cpu
 with fusednorm.use_provider("cpu"):
     results = []
     for case in torch.load(sys.argv[1]):

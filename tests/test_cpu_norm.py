@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import providers
-from fusednorm.providers import choice
+from fusednorm import dispatch
+from fusednorm.dispatch import crossovers as choice
 
 ROOT = Path(fusednorm.__file__).parents[1]
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 needs_library = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 # (rows, columns): past the grain of two threads with an odd width; partial sums of several chunks; wide rows

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusednorm import providers
+from fusednorm import dispatch
 
 pytest.importorskip("hypothesis")
 from drawn import CHECKS, LEAD, NARROW, WIDE, calls, hold_to_budget
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}"),
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # eager torch's own

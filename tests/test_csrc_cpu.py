@@ -14,9 +14,9 @@ import emulated
 import pytest
 import torch
 
-from fusednorm import providers
+from fusednorm import dispatch
 
-REASON = providers.unavailable_reason("cpu")
+REASON = dispatch.unavailable_reason("cpu")
 # All of it is slow: the library under sanitizers takes a minute and more to build.
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,7 @@ from shapes import Shape, random_leaves
 
 import fusednorm
 from fusednorm import _ops, bias_act_dropout, dropout_mask
-from fusednorm.providers import cuda_activation
+from fusednorm.providers.cuda import activation as cuda_activation
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
 

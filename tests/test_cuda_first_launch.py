@@ -10,8 +10,10 @@ from conftest import EMULATED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import _shortcut, providers
-from fusednorm.providers import cpu, cuda_host
+from fusednorm import dispatch
+from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cuda import library as cuda_host
 
 NO_IMAGE = "no kernel image is available for execution on the device"
 
@@ -24,14 +26,14 @@ def nothing_asked(request):
         return
     if not EMULATED:
         pytest.skip("the emulation's launches are made to fail, and here is a GPU or no g++")
-    providers._reasons.clear()
+    dispatch._reasons.clear()
     cuda_host.forget_devices()
     yield
     for device in range(3):
         torch.ops.fusednorm_cuda.fail(device, "")
     cuda_host.forget_devices()
-    providers._reasons.clear()
-    assert providers.unavailable_reason("cuda") is None
+    dispatch._reasons.clear()
+    assert dispatch.unavailable_reason("cuda") is None
 
 
 def calls():
@@ -55,7 +57,7 @@ def test_a_launch_on_the_emulation_fails_where_it_is_told_to():
 def test_the_only_gpu_is_asked_before_the_provider_is_said_to_be_there(said):
     """And says what to do; automatic choice goes elsewhere."""
     torch.ops.fusednorm_cuda.fail(0, said)
-    reason = providers.unavailable_reason("cuda")
+    reason = dispatch.unavailable_reason("cuda")
     assert said in reason and "cuda:0" in reason and "FUSEDNORM_CUDA_ARCHITECTURES=native" in reason, reason
     assert "update the driver" in reason
     assert "cuda" not in fusednorm.available_providers()
@@ -67,9 +69,9 @@ def test_the_only_gpu_is_asked_before_the_provider_is_said_to_be_there(said):
 @pytest.fixture
 def three_gpus(monkeypatch):
     """As the library would see them, of which the emulation has none: one launch on each is all that happens there."""
-    assert providers.unavailable_reason("cuda") is None
+    assert dispatch.unavailable_reason("cuda") is None
     cuda_host.forget_devices()
-    monkeypatch.setattr(providers, "_reasons", {})
+    monkeypatch.setattr(dispatch, "_reasons", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if index == 2 else (9, 0))
@@ -86,7 +88,7 @@ def three_gpus(monkeypatch):
 def test_of_several_gpus_only_that_is_refused_which_fails(three_gpus):
     rows, asked, led = three_gpus
     torch.ops.fusednorm_cuda.fail(1, NO_IMAGE)
-    assert providers.unavailable_reason("cuda") is None and asked == []  # a launch takes memory on a GPU
+    assert dispatch.unavailable_reason("cuda") is None and asked == []  # a launch takes memory on a GPU
     assert cuda_host.refusal(rows[0], 8) is None
     assert NO_IMAGE in cuda_host.refusal(rows[1], 8) and "cuda:1" in cuda_host.refusal(rows[1], 8)
     assert "older than compute capability 8.0" in cuda_host.refusal(rows[2], 8)
@@ -109,9 +111,9 @@ def test_no_gpu_is_asked_while_it_captures_a_graph(three_gpus, monkeypatch):
 
 def test_the_shortcut_leads_to_no_gpu_that_was_not_asked(monkeypatch):
     with fusednorm.use_provider("cuda"):
-        taken = lambda: providers.shortcut.rms_norm(x, (8,), None, 1e-5, "cuda")  # noqa: E731
+        taken = lambda: dispatch.shortcut.rms_norm(x, (8,), None, 1e-5, "cuda")  # noqa: E731
         x = torch.randn(4, 8)
-        if providers.shortcut is None:
+        if dispatch.shortcut is None:
             pytest.skip("no shortcut")
         assert taken() is not None
         cuda_host.forget_devices()
@@ -125,7 +127,7 @@ def test_a_library_without_the_first_launch_is_of_another_version(monkeypatch):
     monkeypatch.setattr(cuda_host, "EMULATED", str(cpu.LIBRARY))
     cuda_host._load.cache_clear()
     try:
-        assert "does not load into torch" in providers.unavailable_reason("cuda")
+        assert "does not load into torch" in dispatch.unavailable_reason("cuda")
     finally:
         monkeypatch.undo()
         cuda_host._load.cache_clear()
@@ -133,8 +135,8 @@ def test_a_library_without_the_first_launch_is_of_another_version(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_is_asked_once_and_not_within_a_graph(monkeypatch):
-    if providers.unavailable_reason("cuda") is not None:
-        pytest.skip(str(providers.unavailable_reason("cuda")))
+    if dispatch.unavailable_reason("cuda") is not None:
+        pytest.skip(str(dispatch.unavailable_reason("cuda")))
     asked, launch = [], cuda_host._first_launch
     monkeypatch.setattr(cuda_host, "_first_launch", lambda index: asked.append(index) or launch(index))
     x = torch.randn(4, 64, device="cuda")

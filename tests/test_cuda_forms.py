@@ -9,7 +9,8 @@ from oracle import Call, check
 from shapes import Shape, inputs, random_leaves
 
 import fusednorm
-from fusednorm.providers import cuda, reference
+from fusednorm.providers.cuda import norm as cuda
+from fusednorm.providers.reference import norm as reference
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
 

@@ -14,7 +14,8 @@ from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
 
 import fusednorm
 from fusednorm import _ops
-from fusednorm.providers import cuda, reference
+from fusednorm.providers.cuda import norm as cuda
+from fusednorm.providers.reference import norm as reference
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
 

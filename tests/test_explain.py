@@ -10,7 +10,7 @@ from torch import nn
 
 import fusednorm
 from fusednorm import explain
-from fusednorm._explain import _places, decisions
+from fusednorm.dispatch.explain import _places, decisions
 
 E, H = 16, 2
 

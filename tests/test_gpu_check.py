@@ -286,12 +286,13 @@ def test_the_gpu_files_are_found():
 def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
     pytest.importorskip("triton")
     from benchmarks import gpu_sanitize
-    from fusednorm import providers
-    from fusednorm.providers import triton_host, triton_launch
+    from fusednorm import dispatch
+    from fusednorm.providers.triton import host as triton_host
+    from fusednorm.providers.triton import launch as triton_launch
 
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
-    monkeypatch.setitem(providers._reasons, "triton", None)
+    monkeypatch.setitem(dispatch._reasons, "triton", None)
     with gpu_sanitize.noted() as reached:
         for work in gpu_sanitize.WORKS:
             gpu_sanitize.results(work, "cpu", "triton", *gpu_sanitize.tensors(work))
@@ -304,9 +305,9 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
 def test_sanitized_calls_reach_every_form_of_the_native_kernels():
     pytest.importorskip("triton")
     from benchmarks import gpu_sanitize, gpu_sanitize_cuda
-    from fusednorm import providers
+    from fusednorm import dispatch
 
-    assert providers.unavailable_reason("cuda") is None
+    assert dispatch.unavailable_reason("cuda") is None
     reached: set[str] = set()
     try:
         torch.ops.fusednorm_cuda.emulate(128, 512, 8, 132, 1)  # a GPU with clusters

@@ -9,7 +9,7 @@ import torch
 from conftest import INTERPRETED
 
 import fusednorm
-from fusednorm import _norm_function
+from fusednorm.autograd import norm as autograd_norm
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ class OnDevice(torch.nn.Parameter):
 def invertible(weight, bias=None, *, dtype=torch.float32, zero_centered=False):
     x = torch.zeros(2, len(weight), dtype=dtype)
     options = (1, 1e-5, 0.0, 0.0, dtype, dtype, False, zero_centered, True)
-    return _norm_function._invertible((x, x, weight, bias, None, None, None, *options))
+    return autograd_norm._invertible((x, x, weight, bias, None, None, None, *options))
 
 
 def test_verdict_holds_while_capturing_whatever_the_optimizer_did(capturing):
@@ -58,7 +58,7 @@ def test_verdict_holds_while_capturing_where_z_was_kept(capturing):
 
 def test_weight_never_seen_before_keeps_z_while_capturing_and_is_not_looked_at(capturing, monkeypatch):
     capturing(True)
-    monkeypatch.setattr(_norm_function, "_weights_invert", lambda *_: pytest.fail("a look waits for the device"))
+    monkeypatch.setattr(autograd_norm, "_weights_invert", lambda *_: pytest.fail("a look waits for the device"))
     assert not invertible(OnDevice(torch.ones(8)))
 
 
@@ -79,7 +79,8 @@ def test_verdict_of_a_zero_centered_weight_is_not_taken_for_a_plain_one(capturin
 @pytest.fixture
 def launched(monkeypatch, capturing):
     """Launches of compiled kernels without a GPU, as (name, constants). Nothing runs."""
-    from fusednorm.providers import triton_host, triton_launch
+    from fusednorm.providers.triton import host as triton_host
+    from fusednorm.providers.triton import launch as triton_launch
 
     noted = []
 
@@ -103,7 +104,7 @@ def launched(monkeypatch, capturing):
 
 
 def triton_norm_module():
-    from fusednorm.providers import triton_norm
+    from fusednorm.providers.triton import norm as triton_norm
 
     return triton_norm
 

@@ -222,7 +222,7 @@ def test_compiled_kernels_need_no_numpy():
 import sys, warnings
 sys.modules["numpy"] = None
 warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
-import fusednorm.providers.triton_launch, fusednorm.providers.triton_norm_fwd, fusednorm.providers.triton_norm_bwd
+import fusednorm.providers.triton.launch, fusednorm.providers.triton.norm_fwd, fusednorm.providers.triton.norm_bwd
 """
     python("-c", program, TRITON_INTERPRET="0")
 

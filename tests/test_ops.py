@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusednorm
-from fusednorm import _flops, _ops, providers
+from fusednorm import _flops, _ops, dispatch
 
 F32 = torch.float32
 SCALE = 1.0 / 8**0.5
@@ -119,7 +119,7 @@ EVERY_CALL = pytest.mark.parametrize(
 def named(provider, name) -> str:
     """The provider under test as an op names it."""
     provider = "reference" if provider == "automatic" else provider
-    if providers.serving(provider, name) is None:
+    if dispatch.serving(provider, name) is None:
         pytest.skip(f"provider {provider} has no {name}")
     return provider
 
@@ -173,9 +173,9 @@ def test_opcheck_of_recorded_overloads_with_gradients(name):
 
 @pytest.mark.parametrize("name", _ops.RECORDED)
 def test_recorded_overload_has_the_gradients_of_the_public_way(name):
-    from fusednorm._attention_function import AttentionFunction
-    from fusednorm._norm_function import AddLayerNormFunction
     from fusednorm.activation import BiasActDropoutFunction
+    from fusednorm.autograd.attention import AttentionFunction
+    from fusednorm.autograd.norm import AddLayerNormFunction
 
     functions = {
         "add_layer_norm_fwd": lambda *args: AddLayerNormFunction.apply(*args, False),
@@ -200,12 +200,12 @@ def test_recorded_overload_has_the_gradients_of_the_public_way(name):
 
 FRESH = """
 import os, sys, torch, fusednorm, traceback
-from fusednorm import providers
+from fusednorm import dispatch
 import test_ops
 for name, calls in test_ops.CALLS.items():
     for i, make in enumerate(calls):
         args = make()
-        assert "cpu" not in providers._reasons
+        assert "cpu" not in dispatch._reasons
         if os.fork() == 0:
             code = 1
             try:
@@ -221,7 +221,7 @@ for name, calls in test_ops.CALLS.items():
 
 
 def test_op_of_the_native_library_may_be_the_first_call_of_a_process():
-    if providers.unavailable_reason("cpu") is not None:
+    if dispatch.unavailable_reason("cpu") is not None:
         pytest.skip("the native library is not built")
     lines = python("-c", FRESH, "cpu").splitlines()
     assert lines == [f"{name} {i} 0" for name, calls in CALLS.items() for i in range(len(calls))]

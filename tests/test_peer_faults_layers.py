@@ -19,11 +19,11 @@ from fusednorm import (
     TransformerEncoder,
     TransformerEncoderLayer,
     attention_weights,
+    dispatch,
     dropout_mask,
     explain,
-    providers,
 )
-from fusednorm._explain import decisions
+from fusednorm.dispatch.explain import decisions
 
 OP = "attention_fwd"
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's encoder's
@@ -88,7 +88,7 @@ def test_a_padding_mask_costs_no_expanded_mask_and_no_other_path():
     additive = torch.zeros(B, length).masked_fill(hidden, -torch.inf)
     for mask in (hidden, additive):
         assert steps(src_key_padding_mask=mask) == steps()
-        if providers.unavailable_reason("cpu") is None:  # the reference computes in such tensors
+        if dispatch.unavailable_reason("cpu") is None:  # the reference computes in such tensors
             assert largest(src_key_padding_mask=mask) == 1
 
 
@@ -169,7 +169,7 @@ import sys
 for absent in ("triton", "numpy", "einops", "transformers"):
     sys.modules[absent] = None
 import torch
-from fusednorm.providers import cpu
+from fusednorm.providers.cpu import norm as cpu
 cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
 import fusednorm
 assert fusednorm.available_providers() == ["torch", "reference"], fusednorm.available_providers()

@@ -18,7 +18,7 @@ from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, affine, inputs, random_leaves
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import dispatch
 
 BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
 
@@ -286,8 +286,8 @@ def test_plain_norm_on_torchs_own_operator_adds_at_most_2_microseconds(function,
     ours, eager = getattr(fusednorm, function), getattr(F, function)
     calls = []
     monkeypatch.setattr(torch, function, lambda x, *_: calls.append(1) or x)
-    monkeypatch.setitem(providers._reasons, "cpu", "its library is not built")
-    monkeypatch.setattr(providers, "shortcut", None)
+    monkeypatch.setitem(dispatch._reasons, "cpu", "its library is not built")
+    monkeypatch.setattr(dispatch, "shortcut", None)
     x, weight = torch.randn(4, 64), torch.randn(64, requires_grad=True)
     pairs = [(_seconds(ours, x, weight), _seconds(eager, x, weight)) for _ in range(60)]
     assert len(calls) == 2 * 60 * 500
@@ -296,7 +296,7 @@ def test_plain_norm_on_torchs_own_operator_adds_at_most_2_microseconds(function,
 
 
 @pytest.mark.skipif(
-    providers.unavailable_reason("cpu") is not None, reason=f"provider cpu: {providers.unavailable_reason('cpu')}"
+    dispatch.unavailable_reason("cpu") is not None, reason=f"provider cpu: {dispatch.unavailable_reason('cpu')}"
 )
 def test_native_rms_norm_is_no_slower_than_eager_on_tiny_rows():
     x, weight = torch.randn(4, 64), torch.randn(64)

@@ -168,7 +168,8 @@ def test_zero_rows_leave_no_error_behind(function):
 # triton.jit compiles another variant for a row count that is 1 or a multiple of 16
 @pytest.mark.parametrize("function", FUSED)
 def test_row_counts_compile_nothing_anew(function, monkeypatch):
-    from fusednorm.providers import triton_launch, triton_norm
+    from fusednorm.providers.triton import launch as triton_launch
+    from fusednorm.providers.triton import norm as triton_norm
 
     compiled = []
     compile_kernel = triton_launch.compile_kernel

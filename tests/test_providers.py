@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import _once, providers
-from fusednorm.providers import reference
+from fusednorm import _once, dispatch
+from fusednorm.providers.reference import norm as reference
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def planted(monkeypatch):
         module.add_layer_norm_fwd = op("add_layer_norm_fwd")
         module.add_layer_norm_bwd = op("add_layer_norm_bwd")
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(providers, "PROVIDERS", {name: (module.__name__,), **providers.PROVIDERS})
+        monkeypatch.setattr(dispatch, "PROVIDERS", {name: (module.__name__,), **dispatch.PROVIDERS})
         for cache in ("_modules", "_serving", "_functions", "_reasons"):
-            monkeypatch.setattr(providers, cache, {})
+            monkeypatch.setattr(dispatch, cache, {})
         monkeypatch.setattr(_once, "_said", set())
         return name
 
@@ -56,7 +56,7 @@ def call(x=None, **kwargs):
 def test_available_providers_lists_usable_names_best_first():
     names = fusednorm.available_providers()
     assert "reference" in names
-    assert names == [n for n in providers.PROVIDERS if providers.unavailable_reason(n) is None]
+    assert names == [n for n in dispatch.PROVIDERS if dispatch.unavailable_reason(n) is None]
     assert names[-1] == "reference"
     for name in names:
         with fusednorm.use_provider(name):
@@ -73,7 +73,7 @@ def test_unavailable_name_says_why_and_what_is_usable(planted):
     assert name not in fusednorm.available_providers()
     with pytest.raises(RuntimeError, match=r"'planted'.*no such chip here.*reference"), fusednorm.use_provider(name):
         pytest.fail("entered")
-    assert providers.requested() is None
+    assert dispatch.requested() is None
 
 
 def test_explicit_request_never_falls_back(planted):
@@ -140,19 +140,19 @@ def test_explain_takes_modules_and_leaves_the_random_state_alone():
 
 def test_use_provider_nests_and_restores(planted):
     planted()
-    assert providers.requested() is None
+    assert dispatch.requested() is None
     with fusednorm.use_provider("reference"):
-        assert providers.requested() == "reference"
+        assert dispatch.requested() == "reference"
         with fusednorm.use_provider("planted"):
-            assert providers.requested() == "planted"
-        assert providers.requested() == "reference"
-    assert providers.requested() is None
+            assert dispatch.requested() == "planted"
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() is None
 
 
 def test_use_provider_restores_after_an_exception():
     with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
         raise ZeroDivisionError
-    assert providers.requested() is None
+    assert dispatch.requested() is None
 
 
 def test_use_provider_restores_after_a_failed_entry(planted):
@@ -160,26 +160,26 @@ def test_use_provider_restores_after_a_failed_entry(planted):
     with fusednorm.use_provider("reference"):
         with pytest.raises(RuntimeError), fusednorm.use_provider("planted"):
             pytest.fail("entered")
-        assert providers.requested() == "reference"
-    assert providers.requested() is None
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() is None
 
 
 def test_use_provider_is_a_decorator_also_when_recursive():
     @fusednorm.use_provider("reference")
     def run(depth):
-        assert providers.requested() == "reference"
+        assert dispatch.requested() == "reference"
         return run(depth - 1) if depth else "done"
 
     assert run(3) == "done"
-    assert providers.requested() is None
+    assert dispatch.requested() is None
 
 
 def test_use_provider_instance_may_be_entered_again():
     context = fusednorm.use_provider("reference")
     for _ in range(2):
         with context:
-            assert providers.requested() == "reference"
-        assert providers.requested() is None
+            assert dispatch.requested() == "reference"
+        assert dispatch.requested() is None
 
 
 def test_backward_outside_the_block_uses_the_forwards_provider(planted):
@@ -233,9 +233,9 @@ def test_interleaved_blocks_leave_nothing_behind():
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert providers.requested() == "reference"
+    assert dispatch.requested() == "reference"
     second.__exit__(None, None, None)
-    assert providers.requested() is None and providers.automatic
+    assert dispatch.requested() is None and dispatch.automatic
 
 
 def test_decorating_a_generator_is_refused():

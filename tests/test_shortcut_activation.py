@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import _shortcut, providers
+from fusednorm import dispatch
+from fusednorm.dispatch import fastpath as _shortcut
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -57,7 +58,7 @@ def check(leaves, activation, options, monkeypatch, node=NODE, cotangent=None):
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
     with monkeypatch.context() as long_way:
-        long_way.setattr(providers, "shortcut", None)
+        long_way.setattr(dispatch, "shortcut", None)
         expected, wanted = run(leaves, activation, options, cotangent)
         assert expected.grad_fn.name() != NODE
     assert torch.equal(drawn, torch.get_rng_state())
@@ -81,7 +82,7 @@ def test_shortcut_gives_the_bits_of_the_long_way_by_automatic_choice(activation,
     for shape, bias in itertools.product([(4, 64), (64, 1024), (4, 8192)], [True, False]):
         leaves = leaves_of(shape, dtype, bias=bias)
         with monkeypatch.context() as long_way:
-            long_way.setattr(providers, "shortcut", None)
+            long_way.setattr(dispatch, "shortcut", None)
             outputs = run(leaves, activation, options, torch.ones_like(leaves[0]))
         node = outputs[0].grad_fn.name()
         check(leaves, activation, options, monkeypatch, NODE if node == "BiasActDropoutFunctionBackward" else node)
@@ -132,7 +133,7 @@ def test_shortcut_drops_what_dropout_mask_says(native):
 def taken(x=None, bias=None, activation="relu", dropout_p=0.0, seed=None, by_shape=False):
     x = torch.randn(4, 8) if x is None else x
     bias = torch.ones(8) if bias is None else bias
-    return providers.shortcut.bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape)
+    return dispatch.shortcut.bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape)
 
 
 class _Subclass(torch.Tensor):
@@ -187,7 +188,7 @@ def test_shortcut_leaves_transforms_to_the_long_way(native):
 
 def test_shortcut_goes_by_what_was_measured(monkeypatch):
     asked = []
-    monkeypatch.setattr(providers.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(dispatch.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
     x, bias = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
     assert taken(x, bias, "silu", by_shape=True).grad_fn.name() == "SiluBackward0"
     assert taken(x, bias, "silu", 0.5, by_shape=True) is None

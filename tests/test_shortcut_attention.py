@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fusednorm import _shortcut, providers, scaled_dot_product_attention
+from fusednorm import dispatch, scaled_dot_product_attention
+from fusednorm.dispatch import fastpath as _shortcut
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -42,7 +43,7 @@ def differentiate(out, inputs, cotangent):
 
 def taken(*inputs, key_mask=None, is_causal=False, window=None, scale=None, enable_gqa=False):
     inputs = inputs or [t.detach() for t in operands()]
-    return providers.shortcut.attention(*inputs, key_mask, is_causal, window, scale, enable_gqa)
+    return dispatch.shortcut.attention(*inputs, key_mask, is_causal, window, scale, enable_gqa)
 
 
 def compare(inputs, options, monkeypatch, exact=True):
@@ -54,7 +55,7 @@ def compare(inputs, options, monkeypatch, exact=True):
     with torch.no_grad():
         results.append(scaled_dot_product_attention(*inputs, **options))
     with monkeypatch.context() as long_way:
-        long_way.setattr(providers, "shortcut", None)
+        long_way.setattr(dispatch, "shortcut", None)
         out = scaled_dot_product_attention(*inputs, **options)
         assert out.grad_fn.name() != "FusedAttentionBackward"
         expected = [out, *differentiate(out, inputs, cotangent)]

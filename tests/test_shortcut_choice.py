@@ -6,32 +6,33 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import _shortcut, providers
+from fusednorm import dispatch
+from fusednorm.dispatch import fastpath as _shortcut
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
 
 
 def test_shortcut_stands_aside_for_other_requests_and_while_decisions_are_recorded():
-    assert providers.unavailable_reason("cpu") is None and providers.shortcut is not None
+    assert dispatch.unavailable_reason("cpu") is None and dispatch.shortcut is not None
     with fusednorm.use_provider("reference"):
-        assert providers.shortcut is None
-    with providers.recording():
-        assert providers.shortcut is None
-    assert providers.shortcut is not None and providers.shortcut_asked
+        assert dispatch.shortcut is None
+    with dispatch.recording():
+        assert dispatch.shortcut is None
+    assert dispatch.shortcut is not None and dispatch.shortcut_asked
     with fusednorm.batch_invariant():
-        assert not providers.shortcut_asked
-    assert providers.shortcut_asked
+        assert not dispatch.shortcut_asked
+    assert dispatch.shortcut_asked
 
 
 def test_shortcut_goes_by_what_was_measured(monkeypatch):
     asked = []
-    monkeypatch.setattr(providers.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(dispatch.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
     x, weight = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
-    assert providers.shortcut.add_norm(x, x, 8, weight, None, 1e-5, None, 0.0, None, True, True) is None
-    assert providers.shortcut.add_norm(x, None, 8, None, weight, 1e-5, None, 0.5, None, False, True) is None
+    assert dispatch.shortcut.add_norm(x, x, 8, weight, None, 1e-5, None, 0.0, None, True, True) is None
+    assert dispatch.shortcut.add_norm(x, None, 8, None, weight, 1e-5, None, 0.5, None, False, True) is None
     with torch.no_grad():
-        assert providers.shortcut.rms_norm(x.bfloat16(), 8, None, None, True) is None
+        assert dispatch.shortcut.rms_norm(x.bfloat16(), 8, None, None, True) is None
     assert asked == [
         ("add_rms_norm", torch.float32, 192, 8, True),
         ("bias_dropout_add_layer_norm", torch.float32, 192, 8, True),
@@ -46,6 +47,6 @@ def test_automatic_choice_is_the_same_with_the_shortcut_and_without_for_a_norm_w
     for _ in range(2):
         outputs = fusednorm.add_layer_norm(x, None, 8, weight)[0], fusednorm.layer_norm(x, 8, weight)
         names.append([output.grad_fn.name() for output in outputs])
-        monkeypatch.setattr(providers, "shortcut", None)
+        monkeypatch.setattr(dispatch, "shortcut", None)
     assert names == [["NativeLayerNormBackward0"] * 2] * 2
     assert "torch's own operators" in fusednorm.explain(fusednorm.add_layer_norm, x, None, 8, weight)

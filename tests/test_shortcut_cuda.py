@@ -17,8 +17,9 @@ from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import _shortcut, providers
-from fusednorm.providers import choice
+from fusednorm import dispatch
+from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import fastpath as _shortcut
 
 _missing = _shortcut.load()[1]
 pytestmark = [
@@ -45,14 +46,14 @@ def by_cuda():
 
 def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=None, ndim=1):
     shape = x.shape[x.ndim - ndim :]
-    return providers.shortcut.add_norm(x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda")
+    return dispatch.shortcut.add_norm(x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda")
 
 
 def both_ways(function, monkeypatch):
     """What `function` gives by the shortcut, and by the long way."""
     found = function()
     with monkeypatch.context() as long_way:
-        long_way.setattr(providers, "shortcut", None)
+        long_way.setattr(dispatch, "shortcut", None)
         expected = function()
     assert found[0].grad_fn.name() == NODE and expected[0].grad_fn.name() != NODE
     return found, expected
@@ -191,9 +192,9 @@ def test_shortcut_to_cuda_shows_in_the_profiler(by_cuda):
 
 
 def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
-    assert providers.shortcut_asked == "cuda"
+    assert dispatch.shortcut_asked == "cuda"
     x, bias = randn(4, 8).requires_grad_(), randn(8)
-    assert providers.shortcut.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
+    assert dispatch.shortcut.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
     assert fusednorm.bias_act_dropout(x, bias, "relu").grad_fn.name() == "BiasActDropoutFunctionBackward"
     with pytest.raises(ValueError, match="'cuda' cannot run attention_fwd"):
         fusednorm.scaled_dot_product_attention(*[randn(1, 1, 4, 8)] * 3)
@@ -202,7 +203,7 @@ def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
 def test_automatic_choice_on_the_cpu_is_not_the_emulation():
     with fusednorm.use_provider("cuda"):
         pass
-    assert providers.unavailable_reason("cpu") is None and providers.shortcut_asked is True
+    assert dispatch.unavailable_reason("cpu") is None and dispatch.shortcut_asked is True
     x = torch.randn(4, 8, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fusednorm.add_layer_norm(x, x, 8)
@@ -212,11 +213,11 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
 def test_shortcut_refuses_a_library_of_another_build():
     other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
     with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
-        providers.shortcut.attach_cuda(other.data_ptr(), True, 1)
+        dispatch.shortcut.attach_cuda(other.data_ptr(), True, 1)
     with pytest.raises(ValueError, match="an address"):
-        providers.shortcut.attach_cuda(0, True, 1)
+        dispatch.shortcut.attach_cuda(0, True, 1)
     with pytest.raises(TypeError):
-        providers.shortcut.attach_cuda("here", True, 1)
+        dispatch.shortcut.attach_cuda("here", True, 1)
 
 
 # --- which calls on a GPU it is for ---
@@ -268,7 +269,7 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
 
 @pytest.mark.gpu
 def test_a_small_norm_on_a_gpu_takes_the_shortcut_once_the_library_is_loaded():
-    assert providers.unavailable_reason("cuda") is None
+    assert dispatch.unavailable_reason("cuda") is None
     x, weight = torch.randn(4, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
     for function in (fusednorm.layer_norm, fusednorm.rms_norm):
         expected = choice.cuda_on_gpu(function.__name__, x.dtype, x.numel(), 64, True, 0)

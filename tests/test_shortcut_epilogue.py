@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm import _shortcut, providers
+from fusednorm import dispatch
+from fusednorm.dispatch import fastpath as _shortcut
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -77,7 +78,7 @@ def check(epilogue, leaves, monkeypatch, used=(0, 1), cotangents=None, **options
     found, drawn = gradients(outputs, leaves, used, cotangents), torch.get_rng_state()
     torch.set_rng_state(state)
     with monkeypatch.context() as long_way:
-        long_way.setattr(providers, "shortcut", None)
+        long_way.setattr(dispatch, "shortcut", None)
         expected = call(epilogue, leaves, **options)
         assert "FusedNormBackward" not in {output.grad_fn.name() for output in expected if output.grad_fn}
         wanted = gradients(expected, leaves, used, cotangents)
@@ -200,7 +201,7 @@ def test_layers_with_dropout_take_the_shortcut():
 
 def taken(x_bias=None, dropout_p=0.5, seed=None):
     x = torch.ones(4, 8)
-    return providers.shortcut.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
+    return dispatch.shortcut.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
 
 
 def test_shortcut_takes_every_form_of_a_plain_epilogue():

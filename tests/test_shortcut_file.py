@@ -9,8 +9,10 @@ import torch
 import torch._dynamo.testing
 
 import fusednorm
-from fusednorm import _shortcut, providers
-from fusednorm.providers import choice, cpu
+from fusednorm import dispatch
+from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.providers.cpu import norm as cpu
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
@@ -73,8 +75,8 @@ def test_shortcut_is_no_part_of_a_compiled_graph(monkeypatch):
     )
     x = torch.randn(4, 8)
     with monkeypatch.context() as before:
-        before.setattr(providers, "shortcut", None)
+        before.setattr(dispatch, "shortcut", None)
         run(x)
-    assert providers.shortcut is not None
+    assert dispatch.shortcut is not None
     run(x)
     assert counter.frame_count == 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fusednorm
-from fusednorm import providers
+from fusednorm import dispatch
 
 THREADS = 8
 
@@ -43,16 +43,16 @@ def together(work, threads=THREADS):
 
 
 def untouched():
-    return providers.requested() is None and providers.automatic and providers.by_shape
+    return dispatch.requested() is None and dispatch.automatic and dispatch.by_shape
 
 
 def test_blocks_of_many_threads_leave_nothing_behind(many_switches):
     def work(number):
         for turn in range(400):
             with fusednorm.use_provider(("reference", "torch", "reference")[(number + turn) % 3]):
-                assert providers.requested() in ("reference", "torch")
+                assert dispatch.requested() in ("reference", "torch")
             with fusednorm.batch_invariant():
-                assert not providers.by_shape
+                assert not dispatch.by_shape
 
     together(work)
     assert untouched()
@@ -63,12 +63,12 @@ def test_one_instance_and_one_decorated_function_serve_many_threads(many_switche
 
     @fusednorm.use_provider("reference")
     def decorated():
-        return providers.requested()
+        return dispatch.requested()
 
     def work(number):
         for _ in range(300):
             with block:
-                assert providers.requested() == "reference"
+                assert dispatch.requested() == "reference"
             assert decorated() == "reference"
 
     together(work)
@@ -112,7 +112,7 @@ def test_interleaved_batch_invariant_blocks_each_remove_themselves(order):
         block.__enter__()
     left, still = blocks if order == "first" else blocks[::-1]
     left.__exit__(None, None, None)
-    assert not providers.by_shape
+    assert not dispatch.by_shape
     still.__exit__(None, None, None)
     assert untouched()
 
@@ -127,10 +127,10 @@ def test_tasks_that_interleave_leave_nothing_behind():
     async def every():
         use, invariant = fusednorm.use_provider, fusednorm.batch_invariant
         await asyncio.gather(
-            task(use("reference"), lambda: providers.requested() is not None, 5),
-            task(use("torch"), lambda: providers.requested() is not None, 3),
-            task(invariant(), lambda: not providers.by_shape, 4),
-            task(invariant(), lambda: not providers.by_shape, 2),
+            task(use("reference"), lambda: dispatch.requested() is not None, 5),
+            task(use("torch"), lambda: dispatch.requested() is not None, 3),
+            task(invariant(), lambda: not dispatch.by_shape, 4),
+            task(invariant(), lambda: not dispatch.by_shape, 2),
         )
 
     asyncio.run(every())
@@ -141,9 +141,9 @@ def test_a_block_left_in_another_order_leaves_the_others_choice():
     first, second = fusednorm.use_provider("torch"), fusednorm.use_provider("reference")
     with first:
         second.__enter__()
-        assert providers.requested() == "reference"
+        assert dispatch.requested() == "reference"
         second.__exit__(None, None, None)
-        assert providers.requested() == "torch"
+        assert dispatch.requested() == "torch"
     assert untouched()
 
 
@@ -199,7 +199,7 @@ def test_explain_in_many_threads_at_once(many_switches):
 
 FIRST_USE = """
 import sys, threading, torch, fusednorm
-from fusednorm import providers
+from fusednorm import dispatch
 sys.setswitchinterval(1e-6)
 x, faults, found = torch.randn(4, 8), [], []
 start = threading.Barrier(12)
@@ -218,7 +218,7 @@ def work(number):
 threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-print(faults, len(set(found)), providers.requested(), providers.automatic)
+print(faults, len(set(found)), dispatch.requested(), dispatch.automatic)
 """
 
 
@@ -254,16 +254,16 @@ def test_what_was_used_or_never_made_is_silent():
 
 
 class _TakenAway:
-    """`fusednorm.providers` as a call sees it while another thread enters a block: no fast path at the second look."""
+    """`fusednorm.dispatch` as a call sees it while another thread enters a block: no fast path at the second look."""
 
     def __init__(self):
         self.looks = 0
 
     def __getattr__(self, name):
         if name != "shortcut":
-            return getattr(providers, name)
+            return getattr(dispatch, name)
         self.looks += 1
-        return providers.shortcut if self.looks == 1 else None
+        return dispatch.shortcut if self.looks == 1 else None
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout"])
@@ -271,8 +271,8 @@ def test_the_fast_path_is_looked_up_once_in_a_call(function, monkeypatch):
     from fusednorm import activation, norm
 
     for module in (norm, activation):
-        monkeypatch.setattr(module, "providers", _TakenAway())
+        monkeypatch.setattr(module, "dispatch", _TakenAway())
     x = torch.randn(3, 8)
     args = {"bias_act_dropout": (x, x[0]), "layer_norm": (x, 8), "rms_norm": (x, 8)}.get(function, (x, x, 8))
-    monkeypatch.setattr(providers, "shortcut_asked", "cuda" if function == "layer_norm" else True)
+    monkeypatch.setattr(dispatch, "shortcut_asked", "cuda" if function == "layer_norm" else True)
     getattr(fusednorm, function)(*args)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fusednorm
-from fusednorm import _once, providers
+from fusednorm import _once, dispatch
 
 N = 33
 ACTIVATIONS = {
@@ -28,8 +28,8 @@ ACTIVATIONS = {
 def without_kernels(monkeypatch):
     """As in the pure-Python install: no kernel of ours serves anything."""
     for name in ("triton", "cuda", "cpu"):
-        monkeypatch.setitem(providers._reasons, name, "it is not built")
-    monkeypatch.setattr(providers, "shortcut", None)
+        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
+    monkeypatch.setattr(dispatch, "shortcut", None)
 
 
 @pytest.fixture(params=["requested", "no kernel of ours"])
@@ -172,13 +172,13 @@ def python(program, provider):
 def test_the_environment_names_the_provider_of_the_process():
     program = """
 import torch, fusednorm
-from fusednorm import _once, providers
+from fusednorm import _once, dispatch
 x = torch.randn(4, 8, requires_grad=True)
 print(fusednorm.explain(fusednorm.add_layer_norm, x, x, 8).splitlines()[0])
 print(fusednorm.add_layer_norm(x, x, 8)[0].grad_fn.name(), fusednorm.bias_act_dropout(x, x[0]).grad_fn.name())
 with fusednorm.use_provider("reference"):
-    print(providers.requested())
-print(providers.requested(), providers.shortcut)
+    print(dispatch.requested())
+print(dispatch.requested(), dispatch.shortcut)
 """
     out, err = python(program, "torch")
     expected = ["add_layer_norm: torch, torch's own operators", "NativeLayerNormBackward0 ReluBackward0"]
@@ -213,7 +213,7 @@ for function in (fusednorm.layer_norm, fusednorm.rms_norm):
 MISSING = """
 import warnings
 import torch
-from fusednorm.providers import cpu
+from fusednorm.providers.cpu import norm as cpu
 cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
 import fusednorm
 from fusednorm import _once

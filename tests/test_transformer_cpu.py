@@ -10,10 +10,10 @@ import torch
 from drop_in import twins
 from test_transformer_recompute import kept
 
-from fusednorm import activation_bytes, providers
+from fusednorm import activation_bytes, dispatch
 
 NATIVE = pytest.mark.skipif(
-    providers.unavailable_reason("cpu") is not None, reason="the native library for the CPU is not built"
+    dispatch.unavailable_reason("cpu") is not None, reason="the native library for the CPU is not built"
 )
 D, S, B, P = 512, 256, 8, 0.1
 NORM_FIRST = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])

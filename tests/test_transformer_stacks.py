@@ -19,10 +19,10 @@ from fusednorm import (
     TransformerDecoderLayer,
     TransformerEncoder,
     TransformerEncoderLayer,
+    dispatch,
     explain,
-    providers,
 )
-from fusednorm._explain import decisions
+from fusednorm.dispatch.explain import decisions
 
 OP = "attention_fwd"
 B, S, T, E, H = 3, 6, 5, 16, 4
@@ -254,5 +254,5 @@ def test_stacks_without_layers_and_without_the_native_library():
     x = torch.randn(S, B, E)
     assert TransformerEncoder(TransformerEncoderLayer(E, H), 0)(x) is x
     with fusednorm.use_provider("reference"):
-        assert providers.requested() == "reference"
+        assert dispatch.requested() == "reference"
         assert Transformer(E, H, 1, 1, 24)(x, x).shape == x.shape

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from drop_in import twins
 from torch import nn
 
-from fusednorm import dropout, dropout_mask, providers
+from fusednorm import dispatch, dropout, dropout_mask
 
 B, S, T, E, VOCABULARY = 4, 7, 6, 16, 11
 NORM_FIRST = pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
@@ -103,7 +103,7 @@ def test_training_with_dropout_is_torchs_with_the_same_masks(norm_first, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(dropout, "default_seed", recorded)
-        patch.setattr(providers, "shortcut", None)  # it draws the same seeds in C++
+        patch.setattr(dispatch, "shortcut", None)  # it draws the same seeds in C++
         ours = train(norm_first, 0.2, torch.float64, True, 15)
     assert len(seeds) == 15 * (2 * 4 + 2 * 6)
 

@@ -14,7 +14,7 @@ from shapes import Shape, random_leaves
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout_mask
-from fusednorm.providers import triton_activation
+from fusednorm.providers.triton import activation as triton_activation
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
 
@@ -114,7 +114,7 @@ def test_triton_activation_backward_repeats_bit_for_bit():
 @pytest.fixture
 def launches(monkeypatch):
     """What would be launched: nothing is."""
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     noted = []
 

@@ -18,8 +18,8 @@ from oracle_attention import AttentionCall, check
 
 import fusednorm
 from fusednorm import dropout_mask, scaled_dot_product_attention
-from fusednorm.providers import triton_attention
-from fusednorm.providers import triton_attention_table as table
+from fusednorm.providers.triton import attention as triton_attention
+from fusednorm.providers.triton import attention_config as table
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
 
@@ -306,7 +306,7 @@ def test_triton_attention_backward_repeats_bit_for_bit(small_tiles):
 @pytest.fixture
 def launches(monkeypatch):
     """What would be launched: nothing is."""
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     noted = []
 

@@ -20,7 +20,7 @@ MASKS = ((20, 48), (1, 48), (20, 1))
 @pytest.fixture
 def launched(monkeypatch):
     """(kernel, pointers, numbers, aligned) of each launch."""
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     noted = []
 
@@ -33,7 +33,7 @@ def launched(monkeypatch):
 
 def attend(q, k, v, mask=None, dout=None):
     """Forward and backward by the provider, causal."""
-    from fusednorm.providers import triton_attention
+    from fusednorm.providers.triton import attention as triton_attention
 
     arguments = (mask, None, None, None, None, q.shape[-2], k.shape[-2], 0.1, 0.0, True, False, -1, -1, 0.0)
     out, lse = triton_attention.attention_fwd(q, k, v, *arguments)

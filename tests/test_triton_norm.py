@@ -12,8 +12,9 @@ from oracle import Call, check
 from shapes import Shape, random_leaves
 
 import fusednorm
-from fusednorm.providers import triton_layout, triton_norm
-from fusednorm.providers import triton_norm_table as table
+from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.triton import norm_config as table
+from fusednorm.providers.triton import strides as triton_layout
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
 
@@ -127,7 +128,7 @@ def test_triton_backward_repeats_bit_for_bit():
 
 def test_triton_variants_do_not_depend_on_the_row_count(monkeypatch):
     """What names a compiled variant is the same for any number of rows: nothing is compiled anew."""
-    from fusednorm.providers import triton_launch
+    from fusednorm.providers.triton import launch as triton_launch
 
     variants = set()
 

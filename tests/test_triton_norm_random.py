@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusednorm import providers
+from fusednorm import dispatch
 
 pytest.importorskip("hypothesis")
 from drawn import CHECKS, NARROW, WIDE, calls, hold_to_budget
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 pytestmark = [
     pytest.mark.skipif(
-        providers.unavailable_reason("triton") is not None, reason=f"triton: {providers.unavailable_reason('triton')}"
+        dispatch.unavailable_reason("triton") is not None, reason=f"triton: {dispatch.unavailable_reason('triton')}"
     ),
     pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # eager torch's own
 ]

@@ -212,7 +212,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 extern "C" {
-FUSEDNORM_EXPORT extern const Norms fusednorm_cuda_norms;  // fusednorm/_shortcut.py gives its address to the shortcut
+FUSEDNORM_EXPORT extern const Norms fusednorm_cuda_norms;  // fusednorm/dispatch/fastpath.py gives its address to the shortcut
 const Norms fusednorm_cuda_norms = {kNormsLayout, run_forward, run_backward};
 }
 

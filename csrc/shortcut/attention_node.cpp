@@ -42,7 +42,7 @@ using Wanted = std::array<bool, 3>;  // gradients: of query, key, value
 // Second derivatives, batched cotangents, tensors of other kinds, cotangents beside which torch's 0 * NaN would be NaN.
 variable_list gradients_in_python(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
   pybind11::gil_scoped_acquire gil;
-  const pybind11::object backward = pybind11::module_::import("fusednorm._attention_function").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.attention").attr("shortcut_backward");
   const pybind11::object key_mask =
       kept.key_mask.defined() ? pybind11::cast(kept.key_mask) : pybind11::object(pybind11::none());
   const pybind11::tuple found =

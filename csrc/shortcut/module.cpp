@@ -61,7 +61,7 @@ bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
   return true;
 }
 
-PyObject* choice = nullptr;  // fusednorm.providers.choice
+PyObject* choice = nullptr;  // fusednorm.dispatch.crossovers
 
 // Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
 // library.
@@ -245,7 +245,7 @@ bool kernels_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
          q.numel() > 0 && v.numel() > 0 && (q.size(1) == k.size(1) || (grouped && q.size(1) % k.size(1) == 0));
 }
 
-// As _attention_function.py has it.
+// As autograd/attention.py has it.
 bool torchs_scale(double scale) { return scale > 0.0 && scale <= 128.0; }
 
 // And whether torch's kernels do: as many heads each, features one after another.
@@ -254,7 +254,7 @@ bool torchs_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) 
          at::globalContext().userEnabledFlashSDP();
 }
 
-PyObject* ours_is_faster = nullptr;  // of fusednorm.providers.choice_attention
+PyObject* ours_is_faster = nullptr;  // of fusednorm.dispatch.rules_attention
 
 // Whether the library's kernels were measured to be faster than torch's.
 bool prefers_ours(const AttentionCall& call) {
@@ -369,8 +369,8 @@ PyMODINIT_FUNC PyInit__shortcut() {
     PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
     return nullptr;
   }
-  choice = PyImport_ImportModule("fusednorm.providers.choice");
-  THPObjectPtr of_attention(PyImport_ImportModule("fusednorm.providers.choice_attention"));
+  choice = PyImport_ImportModule("fusednorm.dispatch.crossovers");
+  THPObjectPtr of_attention(PyImport_ImportModule("fusednorm.dispatch.rules_attention"));
   if (of_attention) ours_is_faster = PyObject_GetAttrString(of_attention.get(), "ours_is_faster");
   return choice && ours_is_faster ? PyModule_Create(&definition) : nullptr;
 }

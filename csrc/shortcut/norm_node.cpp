@@ -70,14 +70,14 @@ struct Kept {
 using Wanted = std::array<bool, 5>;  // gradients: of x, residual, weight, bias, x_bias
 using Gradients = std::array<at::Tensor, 5>;
 
-// Second derivatives, batched cotangents, tensors of other kinds, a norm that was not used: by _norm_function.py.
+// Second derivatives, batched cotangents, tensors of other kinds, a norm that was not used: by autograd/norm.py.
 Gradients gradients_in_python(const Facts& facts, const Wanted& wanted, const at::Tensor& dnormed, const at::Tensor& dz,
                               const Kept& kept) {
   pybind11::gil_scoped_acquire gil;
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
   };
-  const pybind11::object backward = pybind11::module_::import("fusednorm._norm_function").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.norm").attr("shortcut_backward");
   const pybind11::tuple found =
       backward(optional(dnormed), optional(dz), kept.z, kept.stats, optional(kept.weight), optional(kept.bias),
                optional(kept.x_bias), optional(kept.seed), facts.normalized_ndim, facts.eps, facts.dropout_p, facts.rms, wanted,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from .. import providers
+from .. import dispatch
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
@@ -64,14 +64,14 @@ def overridden(layer: nn.Module, base: type, methods: tuple[str, ...]) -> str:
 
 def record(layer: nn.Module | str, how: str, reason: str, instead: str = "each submodule by itself") -> None:
     """Tell explain(), if it listens."""
-    if providers.automatic or torch.compiler.is_compiling():
+    if dispatch.automatic or torch.compiler.is_compiling():
         return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if reason:
-        route = providers.Route(name, "unfused", instead, (("the fused path", reason),))
+        route = dispatch.Route(name, "unfused", instead, (("the fused path", reason),))
     else:
-        route = providers.Route(name, "fused", how)
-    providers.record(route)
+        route = dispatch.Route(name, "fused", how)
+    dispatch.record(route)
 
 
 def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _norm_function, providers
+from .. import dispatch
 from .._dtypes import compute_dtype
+from ..autograd import norm as autograd_norm
 from ._layer import FusedLayer, activation_name, rate
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .transformer import TransformerDecoder, TransformerEncoder
@@ -129,7 +130,7 @@ def _layer(layer: Any, run: _Run, previous: Any, followed: bool) -> dict[str, in
 def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds: bool) -> int:
     weight = norm.weight
     # with nothing to add torch's own serves it on a CPU, whose statistics have the parameters' dtype
-    torchs = not adds and not p and providers.requested() in (None, "torch") and (weight is None or weight.is_cpu)
+    torchs = not adds and not p and dispatch.requested() in (None, "torch") and (weight is None or weight.is_cpu)
     statistic = (run.dtype if weight is None else weight.dtype).itemsize if torchs else run.statistic
     statistics = 2 * run.batch * run.length * statistic
     efficient = adds and "norms" in layer.recompute and _invertible(weight, norm.bias, run.dtype)
@@ -138,7 +139,7 @@ def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds
 
 
 def _invertible(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    return bias is None if weight is None else _norm_function._weights_invert(weight, bias, False, dtype)
+    return bias is None if weight is None else autograd_norm._weights_invert(weight, bias, False, dtype)
 
 
 def _attention(attention: Any, layer: Any, run: _Run, cross: bool) -> int:

@@ -1,0 +1,59 @@
+"""The shortcut: norms with bias and dropout, and bare attention, on the CPU in one C++ call each, autograd included.
+
+It leaves out the layers between, which cost more than a small call itself, and takes only what needs none of them:
+plain dense CPU tensors of one dtype, no mode, transform, autocast or tracing. For everything else it returns None, and
+the call goes the long way. It is built over torch's own C++ interface, which is not stable: it serves the torch and the
+Python that it was built with, and is left out where these differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._once import once
+from ..providers.cpu import norm as cpu
+from ..providers.native import check_whole
+
+FILE = Path(__file__).parents[1] / (f"_shortcut.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+
+
+@once
+def load() -> tuple[Any, str]:
+    """(the module, "") or (None, why it cannot be had). It calls the CPU library, which is loaded first."""
+    if os.environ.get("FUSEDNORM_SHORTCUT") == "0":
+        return None, "FUSEDNORM_SHORTCUT=0 leaves it out"
+    reason = cpu.unavailable_reason()
+    if reason is not None:
+        return None, reason
+    if not FILE.exists():
+        others = sorted(path.name for path in FILE.parent.glob("_shortcut.torch-*"))
+        built = f"it was built for others ({', '.join(others)})" if others else "it is not built"
+        return None, f"{built}, and this torch and Python need {FILE.name}"
+    try:
+        check_whole(FILE)
+        loader = importlib.machinery.ExtensionFileLoader("_shortcut", str(FILE))
+        spec = importlib.util.spec_from_loader("_shortcut", loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except Exception as fault:  # half a file, one for another machine: whatever it is, not usable
+        return None, f"{FILE} does not load: {fault}"
+    return module, ""
+
+
+def attach_cuda(library: Path, emulated: bool, devices: int) -> None:
+    """Let it serve norms by the CUDA library, which is loaded, on the GPUs whose bits `devices` has.
+
+    Where the library is `emulated`, on CPU tensors, if bit 0 is there.
+    """
+    module = load()[0]
+    if module is not None:
+        norms = ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_norms")
+        module.attach_cuda(ctypes.addressof(norms), emulated, devices)

@@ -1,0 +1,163 @@
+"""The native CPU provider: the library behind ``torch.ops.fusednorm_cpu``, loaded when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..._once import once
+from ..native import check_whole, options, too_many_dimensions
+
+LIBRARY = Path(__file__).parents[2] / "libfusednorm_cpu.so"
+BUILD = (
+    "python setup.py build_ext --inplace in a source checkout, or pip install --no-build-isolation --force-reinstall "
+    "--no-deps with the path of one (a C++ compiler has to be there)"
+)
+
+_OPERATORS = (
+    *("add_layer_norm_fwd", "add_norm_bare", "add_layer_norm_bwd"),
+    *("bias_act_dropout_fwd", "bias_act_bare", "bias_act_dropout_bwd", "dropout_mask"),
+    *("attention_fwd", "attention_bwd", "all_moderate"),
+)
+_forward: Any = None  # the operators' overloads, once the library is loaded
+_bare: Any = None
+_backward: Any = None
+activation_fwd: Any = None  # for cpu_activation.py
+activation_bare: Any = None
+activation_bwd: Any = None
+dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
+attention_forward: Any = None  # for cpu_attention.py
+attention_backward: Any = None
+all_moderate: Any = None  # (tensor, tensor or None, tensor or None) -> bool
+
+
+def unavailable_reason() -> str | None:
+    return _load()
+
+
+@once
+def _load() -> str | None:
+    """Load the library; what went wrong, or None."""
+    global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask
+    global attention_forward, attention_backward, all_moderate
+    if not LIBRARY.exists():
+        return f"its library is not built; type: {BUILD}"
+    try:
+        check_whole(LIBRARY)
+        torch.ops.load_library(str(LIBRARY))
+        ops = torch.ops.fusednorm_cpu
+        # the overload's own call adds a microsecond to what is inside it
+        found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]
+        _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = found[:-3]
+        attention_forward, attention_backward, all_moderate = found[-3:]
+    except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
+        return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
+    return None
+
+
+def build() -> str:
+    """What the loaded library was built for and runs here, the instruction set in use first."""
+    return f"instruction sets {', '.join(torch.ops.fusednorm_cpu.instruction_sets().split())}"
+
+
+@functools.cache
+def vendor() -> str:
+    """Who made the processor: "amd", "intel", or "" for others."""
+    with _disable_current_modes():  # no operator of the call that happens to ask first
+        return str(torch.ops.fusednorm_cpu.vendor())
+
+
+def refusal(op: str, *args: Any) -> str | None:
+    x = args[0]
+    if not (x.is_cpu or x.is_meta):
+        return f"x is on {x.device}, its kernels run on the CPU"
+    return too_many_dimensions(x)
+
+
+def reluctance(op: str, *args: Any) -> str | None:
+    """Why automatic choice does not take a call that this provider could serve."""
+    if op == "add_layer_norm_fwd" and args[1] is None and not args[15]:  # nothing to add
+        if not args[13]:
+            return "torch's own layer_norm is one pass each way already"
+        if torch.compiler.is_compiling():
+            return "the compiler fuses torch's own rms_norm with what is around it"
+    return None
+
+
+def add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    dropout_p: float,
+    drop_path_p: float,
+    normed_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rms: bool,
+    zero_centered_weight: bool,
+    store_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed, residual_out, stats)."""
+    switches = options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual)
+    return _forward(x, residual, weight, bias, x_bias, layer_scale, seed, switches, eps, dropout_p, drop_path_p)
+
+
+def add_norm_bare(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """(normed, residual_out) of a call without epilogue whose gradient nobody will ask for.
+
+    Without a residual residual_out is empty.
+    """
+    stream = x if residual is None else residual
+    switches = options(normalized_ndim, x.dtype, stream.dtype, rms, False, residual is not None)
+    return _bare(x, residual, weight, bias, switches, eps)
+
+
+def add_layer_norm_bwd(
+    dnormed: Tensor,
+    dresidual_out: Tensor | None,
+    saved: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    dropout_p: float,
+    drop_path_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rms: bool,
+    zero_centered_weight: bool,
+    saved_is_normed: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, residual, weight, bias, x_bias, layer_scale); None where not wanted."""
+    switches = options(
+        *(normalized_ndim, x_dtype, residual_dtype, rms, zero_centered_weight, False, saved_is_normed),
+        tuple(output_mask),
+    )
+    return _backward(
+        # hooks on saved tensors may bring the statistics back in another layout
+        *(dnormed, dresidual_out, saved, stats.contiguous(), weight, bias, x, x_bias, layer_scale, seed),
+        *(switches, dropout_p, drop_path_p),
+    )

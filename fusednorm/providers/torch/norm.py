@@ -1,0 +1,94 @@
+"""Torch's own operators for the norm family: what eager code would call, differentiated by torch's autograd.
+
+Without a seed, dropout is torch's own: ``F.dropout`` draws its mask, and a dropped NaN stays NaN as it does there. With
+a seed the mask is ``dropout_mask``, as in every other provider.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import dropout
+from ..._dtypes import compute_dtype
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def refusal(op: str, *args: object) -> str | None:
+    return None
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    eps: float,
+    dropout_p: float,
+    drop_path_p: float,
+    normed_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rms: bool,
+    zero_centered_weight: bool,
+    store_residual: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(normed, z); z may be x itself."""
+    branch = _branch(x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
+    if residual is None:
+        z = branch.to(residual_dtype)
+    elif branch.dtype == residual.dtype == residual_dtype:
+        z = residual + branch
+    else:
+        acc = compute_dtype(x.dtype, residual_dtype)
+        z = (residual.to(acc) + branch.to(acc)).to(residual_dtype)
+    shape, source = x.shape[x.ndim - normalized_ndim :], z
+    dtypes = {t.dtype for t in (z, weight, bias) if t is not None} | {normed_dtype}
+    if zero_centered_weight or len(dtypes) > 1:
+        acc = compute_dtype(*dtypes)
+        source = z.to(acc)
+        if weight is not None:
+            weight = weight.to(acc) + 1.0 if zero_centered_weight else weight.to(acc)
+        bias = None if bias is None else bias.to(acc)
+    if rms:
+        normed = torch.rms_norm(source, shape, weight, eps)
+    else:
+        normed = torch.layer_norm(source, shape, weight, bias, eps)
+    return normed.to(normed_dtype), z
+
+
+def _branch(
+    x: Tensor,
+    x_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    seed: Tensor | None,
+    normalized_ndim: int,
+    dropout_p: float,
+    drop_path_p: float,
+    residual_dtype: torch.dtype,
+) -> Tensor:
+    """drop_path(layer_scale * dropout(x + x_bias)): in x's dtype as eager code has it, or rounded once under a seed."""
+    same = seed is None and all(t is None or t.dtype == x.dtype for t in (x_bias, layer_scale))
+    acc = x.dtype if same else compute_dtype(x.dtype, residual_dtype)
+    z = x
+    if x_bias is not None:
+        z = z.to(acc) + x_bias.to(acc)
+    if dropout_p:
+        if seed is None:
+            z = F.dropout(z, dropout_p)
+        else:
+            kept = dropout.element_mask(x.shape, dropout_p, seed)
+            z = torch.where(kept, z.to(acc) * dropout.keep_scale(dropout_p), 0.0)
+    if layer_scale is not None:
+        z = z.to(acc) * layer_scale.to(acc)
+    if drop_path_p:
+        factor = dropout.path_factor(x, normalized_ndim, drop_path_p, seed, acc)
+        z = torch.where(factor > 0, z.to(acc) * factor, 0.0)
+    return z

@@ -1,0 +1,174 @@
+"""The Triton kernel of attention's forward: online softmax over tiles of keys, a tile of queries a program.
+
+Tiles that every query sees in full go first, without a mask, then the others; what no query sees is not visited. Where
+the result is not finite and something was masked, it is made again by a sum that leaves out what is not visible.
+"""
+
+# fmt: off
+# One line a group of arguments: one line an argument would bury the kernels under their own signatures.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_common import (
+    RARE,
+    RARE_COLUMNS,
+    add_visible,
+    all_finite,
+    band,
+    capped,
+    kept,
+    key_range,
+    load_mask,
+    load_rows,
+    powers,
+    program,
+    row_pointers,
+    sequence,
+    store_columns,
+    store_rows,
+    visible_tile,
+)
+
+
+@triton.jit
+def _logits(
+    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
+    mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, stride_k, scale, softcap,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Logits of a tile, -inf where not visible, what is visible, and which keys are there."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    there = keys < n_keys
+    if MASKED and key_mask_ptr is not None:
+        shown = tl.load(key_mask_ptr + keys.to(tl.int64) * stride_key_mask, mask=there, other=0)
+        there = there & (shown != 0)
+    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, COLS, MASKED)
+    logits, _ = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
+    visible = there[None, :]
+    if MASKED:
+        visible = visible & (rows < n_queries)[:, None]
+        mask_tile = mask_ptr
+        if MASK != "none":
+            mask_tile = mask_ptr + first_key.to(tl.int64) * stride_mask_k
+        lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
+        mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
+        visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
+        if MASK == "additive":
+            logits += mask
+        logits = tl.where(visible, logits, float("-inf"))
+    return logits, visible, there
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, out_ptr, lse_ptr,
+    n_tiles, n_heads, group, n_queries, n_keys,
+    stride_q_b, stride_q_h, stride_q_s, stride_k_b, stride_k_h, stride_k_s,
+    stride_v_b, stride_v_h, stride_v_s, stride_out_b, stride_out_h, stride_out_s,
+    stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_k, stride_key_mask_b, stride_key_mask_k,
+    stride_lse_b, stride_lse_h,
+    window_left, window_right, scale, factor, softcap, threshold, keep_scale,
+    D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    tile, head, batch = program(n_tiles, n_heads, UPPER)
+    start_q, n_queries = sequence(cu_seqlens_q_ptr, batch, n_queries)
+    start_k, n_keys = sequence(cu_seqlens_k_ptr, batch, n_keys)
+    first_row = tile * BLOCK_M
+    if first_row >= n_queries:
+        return
+    if cu_seqlens_q_ptr is not None:
+        batch = batch * 0
+    b, h, kv = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    lower, upper = band(n_queries, n_keys, window_left, window_right, LOWER_RIGHT)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    rows_ok = rows < n_queries
+    first = start_q.to(tl.int64) + first_row
+    q_ptr += (b * stride_q_b + h * stride_q_h + first * stride_q_s) * VEC
+    k_ptr += (b * stride_k_b + kv * stride_k_h + start_k.to(tl.int64) * stride_k_s) * VEC
+    v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * VEC
+    out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * VEC
+    lse_row = b * stride_lse_b + h * stride_lse_h + first  # the row of the dropout mask too
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * stride_key_mask_b
+
+    q = load_rows(row_pointers(q_ptr, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
+    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC)
+    v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, DV_COLS], tl.float32)
+
+    low, full_low, full_high, high = key_range(
+        first_row, n_queries, n_keys, lower, upper, key_mask_ptr, stride_key_mask_k,
+        BLOCK_M, BLOCK_N, LOWER, UPPER, MASK != "none",
+    )
+    for MASKED in tl.static_range(2):
+        if MASKED:
+            count = full_low - low + high - full_high
+        else:
+            count = full_high - full_low
+        if MASKED or MASK == "none":
+            for n in range(count):
+                if MASKED:
+                    key_tile = tl.where(low + n < full_low, low + n, n - (full_low - low) + full_high)
+                else:
+                    key_tile = full_low + n
+                first_key = key_tile * BLOCK_N
+                logits, visible, there = _logits(
+                    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
+                    mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
+                    stride_k_s, scale, softcap,
+                    PRECISION, FOLD, SOFTCAP, MASK, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, BLOCK_N,
+                )
+                now = tl.maximum(largest, tl.max(logits, 1))
+                # nothing seen yet: -inf - -inf would be NaN
+                base = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
+                p = powers(logits, base[:, None], factor, FOLD, PRECISION)
+                shrink = powers(largest, base, factor, FOLD, PRECISION)
+                total = total * shrink + tl.sum(p, 1)
+                if DROPOUT:
+                    p = tl.where(kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
+                v = load_rows(v_tile + first_key.to(tl.int64) * (stride_v_s * VEC), there, DV, DV_COLS, MASKED == 1)
+                out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+                largest = now
+
+    dead = total == 0.0
+    divisor = tl.where(dead, 1.0, total)
+    natural = scale if FOLD else 1.0
+    lse = tl.where(dead, float("-inf"), largest * natural + tl.log(divisor))
+    tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
+    if DROPOUT:
+        divisor = divisor / keep_scale
+    out_pointers = row_pointers(out_ptr, stride_out_s, BLOCK_M, DV_COLS, VEC)
+    store_rows(out_pointers, out / divisor[:, None], rows_ok, DV, DV_COLS)
+    if LOWER or UPPER or DROPOUT or MASK != "none":
+        if not all_finite(out):
+            base = tl.where(dead, 0.0, largest)
+            begin, end = low * BLOCK_N, tl.minimum(high * BLOCK_N, n_keys)
+            WIDTH: tl.constexpr = RARE_COLUMNS if DV_COLS > RARE_COLUMNS else DV_COLS
+            for column in tl.range(0, DV_COLS, WIDTH, num_stages=1, disable_licm=True):
+                part = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+                for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
+                    first_key = begin + n * RARE
+                    logits, visible, there = _logits(
+                        q, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC), rows, first_key,
+                        n_queries, n_keys, lower, upper,
+                        mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
+                        stride_k_s, scale, softcap,
+                        PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, RARE,
+                    )
+                    p = powers(logits, base[:, None], factor, FOLD, PRECISION)
+                    if DROPOUT:
+                        visible = visible & kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, RARE, False)
+                    part = add_visible(part, p, visible, v_ptr, stride_v_s, first_key, n_keys, column, RARE, DV, VEC)
+                store_columns(out_ptr, stride_out_s, part / divisor[:, None], column, rows_ok, DV, VEC)
