@@ -14,6 +14,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest --durations=15
+# Tests run in as many processes as there are cores, at most 8. Each process computes on one thread.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist worksteal --benchmark-disable
+# The tests of one mark: first those that measure time, one after another, then the others. 5: pytest found none.
+both = a=0; b=0; \
+  $(2) $(PYTEST) -m "$(1) and alone" $(ARGS) || a=$$?; \
+  [ $$a -eq 0 ] || [ $$a -eq 5 ] || exit $$a; \
+  $(2) $(SIDE_BY_SIDE) -m "$(1) and not alone" $(ARGS) || b=$$?; \
+  [ $$b -eq 0 ] || { [ $$b -eq 5 ] && [ $$a -eq 0 ]; }
+# What pytest is told besides: make test ARGS="tests/test_norm.py -k backward"
+ARGS ?=
 # A proxy that refuses connections, so that no fast test passes only because a network was there.
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
@@ -49,11 +60,10 @@ types: $(STAMP) ## mypy over the package
 	$(BIN)/mypy
 
 test-fast: $(STAMP) ## the deterministic tests alone
-	$(OFFLINE) $(PYTEST) -m "not slow"
+	$(call both,not slow,$(OFFLINE))
 
 test-slow: $(STAMP) ## the slow tests alone
-	@# 5: nothing is marked slow
-	$(PYTEST) -m slow || [ $$? -eq 5 ]
+	$(call both,slow,)
 
 test: lint types test-fast ## lint, types and the deterministic tests
 

@@ -28,6 +28,7 @@ from benchmarks.codegen_compile import number as number
 from benchmarks.codegen_compile import tile as tile
 from benchmarks.codegen_compile import tool as tool
 from fusednorm._dtypes import compute_dtype
+from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
@@ -73,17 +74,14 @@ def _call(n: int, words: frozenset[str], dtype: torch.dtype, layout: str, backwa
     seed_or_none = seed if "dropout" in words else None
     p, path_p = 0.1 * ("dropout" in words), 0.1 * ("drop_path" in words)
     if not backward:
-        triton_norm.add_layer_norm_fwd(
-            x, z if add else None, vector, bias, x_bias, scale, seed_or_none,
-            1, 1e-5, p, path_p, dtype, stream, rms, False, add,
-        )  # fmt: skip
+        inputs = NormInputs(x, z if add else None, vector, bias, x_bias, scale, seed_or_none)
+        triton_norm.add_layer_norm_fwd(inputs, NormOptions(1, 1e-5, p, path_p, dtype, stream, rms, False, add))
         return
     stats = torch.zeros(1 if rms else 2, x.shape[:-1].numel(), dtype=compute_dtype(dtype, stream))
     mask = [True, "dropout" in words or stream != dtype, True, not rms, "x_bias" in words, "layer_scale" in words]
-    triton_norm.add_layer_norm_bwd(
-        x, z if add else None, z, stats, vector, bias, x if scale is not None else None, x_bias, scale,
-        seed_or_none, 1, p, path_p, dtype, stream, rms, False, "from_normed" in words, mask,
-    )  # fmt: skip
+    saved = NormSaved(z, stats, vector, bias, x if scale is not None else None, x_bias, scale, seed_or_none)
+    options = NormGradOptions(1, p, path_p, dtype, stream, rms, False, "from_normed" in words)
+    triton_norm.add_layer_norm_bwd(x, z if add else None, saved, options, mask)
 
 
 def _activates(words: frozenset[str]) -> bool:

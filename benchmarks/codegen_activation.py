@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 
+from fusednorm._options import ActivationInputs, ActivationOptions
 from fusednorm.providers.triton import activation as triton_activation
 from fusednorm.providers.triton import activation_config as table
 from fusednorm.providers.triton.config import Config
@@ -21,10 +22,11 @@ def call(x: torch.Tensor, words: Collection[str], backward: bool) -> None:
     activation = next(a for a in ACTIVATIONS if a in words)
     bias, p = x.new_ones(x.shape[-1]), 0.1 * ("dropout" in words)
     seed = torch.zeros(1, dtype=torch.int64) if p else None
+    inputs, options = ActivationInputs(x, bias, seed), ActivationOptions(activation, p)
     if backward:
-        triton_activation.bias_act_dropout_bwd(x, x, bias, seed, activation, p, [True, True])
+        triton_activation.bias_act_dropout_bwd(x, inputs, options, [True, True])
     else:
-        triton_activation.bias_act_dropout_fwd(x, bias, seed, activation, p)
+        triton_activation.bias_act_dropout_fwd(inputs, options)
 
 
 def config(kernel: str, n: int, small: bool, float64: bool, two_strides: bool) -> Config:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusednorm._options import from_flat
 from fusednorm.providers.triton import attention as triton_attention
 from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton.attention_config import columns
@@ -170,10 +171,11 @@ def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
     triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, capability  # type: ignore[method-assign]
     torch.backends.cuda.matmul.fp32_precision = call.precision
     try:
-        out, lse = triton_attention.attention_fwd(*operands, *arguments)
+        inputs, options = from_flat("attention_fwd", (*operands, *arguments))
+        out, lse = triton_attention.attention_fwd(inputs, options)
         wanted = [True, True, True, call.gradient != "none"]
         dlse = lse if call.dlse else None
-        triton_attention.attention_bwd(out, dlse, *operands, out, lse, *arguments, wanted)
+        triton_attention.attention_bwd(out, dlse, inputs, out, lse, options, wanted)
     finally:
         triton_launch.Variant.launch, triton_attention.INTERPRETED = replaced  # type: ignore[method-assign]
         torch.backends.cuda.matmul.fp32_precision = precision

@@ -34,6 +34,8 @@ import triton
 
 from benchmarks.codegen_compile import DEVICES, Variant, compile_all, faults
 from fusednorm import activation
+from fusednorm._options import from_flat
+from fusednorm.autograd import activation as autograd_activation
 from fusednorm.autograd import norm as autograd_norm
 from fusednorm.providers.triton import activation as triton_activation
 from fusednorm.providers.triton import activation_config as triton_activation_table
@@ -122,7 +124,7 @@ def norm_call(call: Call, n: int) -> None:
         *(0.1 * call["drop_path"], call["normed_dtype"] or dtype, stream, call["rms"]),
         *(call["zero_centered"], changed),
     )
-    from_normed = call["memory_efficient"] and autograd_norm._invertible(args)
+    from_normed = call["memory_efficient"] and autograd_norm.invertible(*from_flat("add_layer_norm_fwd", args))
     outputs = autograd_norm._apply(*args, "triton", from_normed)[: 1 + (call["stream_used"] and changed)]
     wanted = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
     if wanted and call["backward"]:
@@ -137,7 +139,7 @@ def activation_call(call: Call, n: int) -> None:
         bias = torch.ones(n, dtype=call["parameter_dtype"] or call["dtype"])
         bias.requires_grad_(call["backward"] and call["d_bias"])
     seed = torch.zeros(1, dtype=torch.int64) if call["dropout"] else None
-    y = activation._apply(x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton")
+    y = autograd_activation.apply(x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton")
     wanted = [leaf for leaf in (x, bias) if leaf is not None and leaf.requires_grad]
     if wanted:
         torch.autograd.grad(y, wanted, _cotangent(y, n, call["layout"]))

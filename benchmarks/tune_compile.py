@@ -18,6 +18,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.tune_forms import norm_of, replaced, triton_configs, triton_form
 from benchmarks.tune_variants import Pinned
+from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton.config import Config
 
@@ -35,16 +36,14 @@ def _call(case: Case) -> None:
     z, bias = rows if op.add else None, None if op.rms else vector
     x_bias, seed_or_none, p = (vector, seed, 0.1) if op.epilogue else (None, None, 0.0)
     if case.direction == "forward":
-        triton_norm.add_layer_norm_fwd(
-            *(rows, z, vector, bias, x_bias, None, seed_or_none, 1, 1e-5, p, 0.0, dtype, dtype, op.rms, False, op.add)
-        )
+        inputs = NormInputs(rows, z, vector, bias, x_bias, None, seed_or_none)
+        triton_norm.add_layer_norm_fwd(inputs, NormOptions(1, 1e-5, p, 0.0, dtype, dtype, op.rms, False, op.add))
         return
     stats = torch.zeros(1 if op.rms else 2, ROWS)
     wanted = [True, op.epilogue, True, not op.rms, op.epilogue, False]  # of a bare add one gradient stands for both
-    triton_norm.add_layer_norm_bwd(
-        *(rows, z, rows, stats, vector, bias, None, x_bias, None, seed_or_none, 1, p, 0.0, dtype, dtype, op.rms),
-        *(False, False, wanted),
-    )
+    saved = NormSaved(rows, stats, vector, bias, None, x_bias, None, seed_or_none)
+    options = NormGradOptions(1, p, 0.0, dtype, dtype, op.rms, False, False)
+    triton_norm.add_layer_norm_bwd(rows, z, saved, options, wanted)
 
 
 def launches(case: Case, config: Config | Pinned) -> list[tuple[Any, tuple[torch.dtype | None, ...]]]:

@@ -17,9 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from . import dispatch
+from . import _options, dispatch
 from ._dtypes import compute_dtype
-from ._op_checks import CHECKS, check_rows
+from ._op_checks import check
+from ._options import (
+    ActivationInputs,
+    ActivationOptions,
+    AttentionInputs,
+    AttentionOptions,
+    Inputs,
+    NormGradOptions,
+    NormInputs,
+    NormOptions,
+    NormSaved,
+    Options,
+)
 from .providers.strides import rows_like
 
 LIBRARY = library.Library("fusednorm", "DEF")
@@ -63,37 +75,39 @@ SCHEMAS = {
 }
 
 
-# the argument whose dtype an output of a backward has that was not asked for
-_LIKE = {"add_layer_norm_bwd": 2, "bias_act_dropout_bwd": 1, "attention_bwd": 2}
-RECORDED = ("add_layer_norm_fwd", "bias_act_dropout_fwd", "attention_fwd")
+RECORDED = tuple(_options.FORWARD)
 
 
 def _run(name: str) -> Callable[..., Any]:
-    like = _LIKE.get(name, 0)
-    check = CHECKS[name]
     ready: dict[str | None, Callable[..., Any]] = {}
 
     def run(*args: Any) -> Any:
-        provider, args = args[-1], args[:-1]
-        check(*args)
+        provider, grouped = args[-1], _options.from_flat(name, args[:-1])
+        check(name, grouped)
         function = ready.get(provider)
         if function is None:
-            function = _function(provider, name, args)
+            function = _function(provider, name, grouped)
             if provider is not None:
                 ready[provider] = function
-        outputs = function(*args)
+        outputs = function(*grouped)
         if isinstance(outputs, Tensor):
             return outputs
         # a provider may leave out what was not asked for; an op has as many outputs as its schema says
-        return tuple([args[like].new_empty(0) if output is None else output for output in outputs])
+        like = _differentiated(name, grouped)
+        return tuple([like.new_empty(0) if output is None else output for output in outputs])
 
     return run
+
+
+def _differentiated(name: str, args: tuple[Any, ...]) -> Tensor:
+    """The tensor whose dtype and device an output has that was not asked for."""
+    return args[{"add_layer_norm_bwd": 2, "bias_act_dropout_bwd": 1, "attention_bwd": 2}.get(name, 0)][0]
 
 
 def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The provider's function for an op, which may be the first that the process asks of the provider."""
     if provider is None:
-        return dispatch.function(chosen(name, args), name)
+        return dispatch.function(chosen(name, *args), name)
     if provider not in dispatch.PROVIDERS:
         known = ", ".join(map(repr, dispatch.PROVIDERS))
         raise ValueError(f"provider: {name} knows no {provider!r}; expected one of {known}")
@@ -108,14 +122,14 @@ def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callabl
     return dispatch.function(provider, name)
 
 
-def chosen(name: str, args: tuple[Any, ...]) -> str:
+def chosen(name: str, inputs: Inputs, options: Options) -> str:
     """For a forward op that names no provider: the requested one, or else the first of the table that can run it.
 
     What was measured to be fastest is not looked at: there torch's own operators are meant, which are no op of ours.
     """
     if dispatch.requested() is not None:
-        return dispatch.choose(name, args)[0]
-    return next(provider for provider in dispatch.PROVIDERS if dispatch.refusal(provider, name, args) is None)
+        return dispatch.choose(name, inputs, options)[0]
+    return next(p for p in dispatch.PROVIDERS if dispatch.refusal(p, name, inputs, options) is None)
 
 
 for _name, _schema in SCHEMAS.items():
@@ -130,110 +144,63 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers what an op gives without data. `library.register_fake` reads source files: 0.5 ms of import each."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LIBRARY.impl(name, function, "Meta")
+        def fake(*args: Any) -> Any:
+            grouped = _options.from_flat(name, args[:-1])
+            check(name, grouped)
+            return function(*grouped)
+
+        for overload in (name, f"{name}.recorded") if name in RECORDED else (name,):
+            LIBRARY.impl(overload, fake, "Meta")
         return function
 
     return register
 
 
 @_fake("add_layer_norm_fwd")
-@_fake("add_layer_norm_fwd.recorded")
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-    provider: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows("add_layer_norm_fwd", x, normalized_ndim, seed, dropout_p or drop_path_p)
-    n_rows = math.prod(x.shape[: x.ndim - normalized_ndim])  # Size.numel() would make a symbolic count constant
+def _(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual_dtype = inputs.x, options.residual_dtype
+    n_rows = math.prod(x.shape[: x.ndim - options.normalized_ndim])  # Size.numel() would make a symbolic count constant
     return (
-        x.new_empty(x.shape, dtype=normed_dtype),
-        x.new_empty(x.shape if store_residual else (0,), dtype=residual_dtype),
-        x.new_empty((1 if rms else 2, n_rows), dtype=compute_dtype(x.dtype, residual_dtype)),
+        x.new_empty(x.shape, dtype=options.normed_dtype),
+        x.new_empty(x.shape if options.store_residual else (0,), dtype=residual_dtype),
+        x.new_empty((1 if options.rms else 2, n_rows), dtype=compute_dtype(x.dtype, residual_dtype)),
     )
 
 
 @_fake("add_layer_norm_bwd")
 def _(
-    dnormed: Tensor,
-    dresidual_out: Tensor | None,
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    saved_is_normed: bool,
-    output_mask: list[bool],
-    provider: str,
+    dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
 ) -> tuple[Tensor, ...]:
-    check_rows("add_layer_norm_bwd", saved, normalized_ndim, seed, dropout_p or drop_path_p)
-    full = [saved.new_empty(saved.shape, dtype=dtype) for dtype in (x_dtype, residual_dtype)]
-    parameters = [None if p is None else p.new_empty(p.shape) for p in (weight, bias, x_bias, layer_scale)]
+    rows = saved.rows
+    full = [rows.new_empty(rows.shape, dtype=dtype) for dtype in (options.x_dtype, options.residual_dtype)]
+    parameters = (saved.weight, saved.bias, saved.x_bias, saved.layer_scale)
+    gradients = full + [None if p is None else p.new_empty(p.shape) for p in parameters]
     return tuple(
-        gradient if wanted and gradient is not None else saved.new_empty(0)
-        for gradient, wanted in zip(full + parameters, output_mask, strict=True)
+        gradient if wanted and gradient is not None else rows.new_empty(0)
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
     )
 
 
 @_fake("bias_act_dropout_fwd")
-@_fake("bias_act_dropout_fwd.recorded")
-def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float, provider: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    return inputs.x.new_empty(inputs.x.shape)
 
 
 @_fake("bias_act_dropout_bwd")
 def _(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    output_mask: list[bool],
-    provider: str,
+    dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
+    x, bias, _ = inputs
     dx, dbias = x.new_empty(x.shape if output_mask[0] else (0,)), x.new_empty(0)
     return dx, dbias if bias is None or not output_mask[1] else bias.new_empty(bias.shape)
 
 
 @_fake("attention_fwd")
-@_fake("attention_fwd.recorded")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
+def _(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    q, _, v, *_ = inputs
     same = v.shape[-1] == q.shape[-1]
     out = rows_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
-    lse = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+    lse = q.shape[:-1] if inputs.cu_seqlens_q is None else (q.shape[1], q.shape[0])
     return out, q.new_empty(lse, dtype=compute_dtype(q.dtype))
 
 
@@ -241,59 +208,38 @@ def _(
 def _(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
-    attn_mask: Tensor | None,
-    *rest: Any,
+    options: AttentionOptions,
+    output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    wanted = zip((q, k, v, attn_mask), rest[-2], strict=True)
-    return tuple(rows_like(t) if w and t is not None else q.new_empty(0) for t, w in wanted)
+    wanted = zip(inputs[:4], output_mask, strict=True)
+    return tuple(rows_like(t) if w and t is not None else inputs.q.new_empty(0) for t, w in wanted)
 
 
-_MOST_TENSORS = 10  # the tensors of an op come first
-# of arguments that nobody watches: no subclass that the dispatcher would have to show the op to
-PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, str, list})
+# Types of arguments that nobody watches: no subclass that the dispatcher would have to show the op to.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype})
 
 
-def _call(name: str, args: tuple[Any, ...], provider: str) -> Any:
-    """Straight to the provider where nobody watches; through the dispatcher under tracing and dispatch modes."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or args[0].is_meta
-        or not PLAIN.issuperset(map(type, args[:_MOST_TENSORS]))
-    ):
-        return getattr(torch.ops.fusednorm, name)(*args, provider)
+def call(name: str, *args: Any, provider: str) -> Any:
+    """Straight to the provider where nobody watches; through the dispatcher under tracing and dispatch modes.
+
+    `args` are those of the provider's function.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _watched(args):
+        return getattr(torch.ops.fusednorm, name)(*_options.to_flat(name, args), provider)
     return dispatch.function(provider, name)(*args)
 
 
-def recorded(name: str, args: tuple[Any, ...]) -> Any:
+def _watched(args: tuple[Any, ...]) -> bool:
+    for arg in args:
+        if not PLAIN.issuperset(map(type, arg)) if isinstance(arg, tuple) else type(arg) not in PLAIN:
+            return True
+    first = args[0]
+    return bool((first[0] if isinstance(first, tuple) else first).is_meta)
+
+
+def recorded(name: str, inputs: Inputs, options: Options) -> Any:
     """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
-    return getattr(torch.ops.fusednorm, name).recorded(*args, dispatch.requested())
-
-
-def add_layer_norm_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _call("add_layer_norm_fwd", args, provider)
-
-
-def add_layer_norm_bwd(*args: Any, provider: str) -> tuple[Tensor, ...]:
-    return _call("add_layer_norm_bwd", args, provider)
-
-
-def bias_act_dropout_fwd(*args: Any, provider: str) -> Tensor:
-    return _call("bias_act_dropout_fwd", args, provider)
-
-
-def bias_act_dropout_bwd(*args: Any, provider: str) -> tuple[Tensor, Tensor]:
-    return _call("bias_act_dropout_bwd", args, provider)
-
-
-def attention_fwd(*args: Any, provider: str) -> tuple[Tensor, Tensor]:
-    return _call("attention_fwd", args, provider)
-
-
-def attention_bwd(*args: Any, provider: str) -> tuple[Tensor, ...]:
-    return _call("attention_bwd", args, provider)
+    return getattr(torch.ops.fusednorm, name).recorded(*inputs, *options, dispatch.requested())

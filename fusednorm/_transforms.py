@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
+
+from ._options import ActivationInputs, AttentionInputs, NormInputs
+
+_I = TypeVar("_I", NormInputs, ActivationInputs, AttentionInputs)
 
 
 def transform_active() -> bool:
@@ -33,17 +39,17 @@ def readable(*tensors: Tensor) -> bool:
     )
 
 
-def distinct(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def dealias_for_compile(inputs: _I) -> _I:
     """A tensor in two roles becomes two: torch.compile refuses the same one twice as input of a Function."""
     seen: list[Tensor] = []
-    result: list[Tensor | None] = []
-    for tensor in tensors:
+    result: list[Any] = []
+    for tensor in inputs:
         if tensor is not None and any(tensor is other for other in seen):
             tensor = tensor.view_as(tensor)
         if tensor is not None:
             seen.append(tensor)
         result.append(tensor)
-    return tuple(result)
+    return type(inputs)(*result)
 
 
 def batched(*cotangents: Tensor | None) -> bool:

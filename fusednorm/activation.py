@@ -1,8 +1,6 @@
-"""``bias_act_dropout``: contract, checks, the way down, and the autograd Function."""
+"""``bias_act_dropout``: contract and checks."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +9,12 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dispatch, dropout
-from ._transforms import batched, distinct, recorded, traced, transform_active
+from ._options import ActivationInputs, ActivationOptions
+from ._transforms import traced
+from .autograd import activation as autograd_activation
 from .dispatch.crossovers import OPERATIONS, torch_on_cpu, torch_on_gpu
 from .providers.cpu import activation as native
-from .providers.reference import activation as reference
 from .providers.torch import activation as torch_activation
-
-Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
 _TORCHS = torch_activation.FUNCTIONS
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
@@ -102,7 +99,7 @@ def bias_act_dropout(
         dispatch.record(dispatch.Route("bias_act_dropout", "torch", "zeros, because everything is dropped"))
         return dropout.all_dropped(x, bias)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
-    return _run((x, bias, seed, activation, dropout_p))
+    return autograd_activation.run(ActivationInputs(x, bias, seed), ActivationOptions(activation, dropout_p))
 
 
 def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
@@ -132,7 +129,7 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
     ):
         return _run_torch(x, bias, activation) if automatic else None
     if needs_grad:
-        return _apply(x, bias, None, activation, 0.0, "cpu")
+        return autograd_activation.apply(x, bias, None, activation, 0.0, "cpu")
     return native.bias_act_bare(x, bias, activation)
 
 
@@ -159,82 +156,3 @@ def _run_torch(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None
     if bias.dtype is x.dtype and bias.ndim == 1 and x.size(-1) == bias.numel() and bias.layout is torch.strided:
         return function(x + bias)
     return None
-
-
-def _run(args: Args) -> Tensor:
-    """Choose the way down once, and take it."""
-    if transform_active():
-        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Route("bias_act_dropout", "reference", how))
-        return reference.bias_act_dropout_fwd(*dropout.with_seed(args, 2, args[4]))
-    provider, refusals = dispatch.choose("bias_act_dropout_fwd", args)
-    if not dispatch.automatic:
-        how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        dispatch.record(dispatch.Route("bias_act_dropout", provider, how, refusals))
-    if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
-        return torch_activation.bias_act_dropout(*args)
-    args = dropout.with_seed(args, 2, args[4])
-    if recorded():
-        return _ops.recorded("bias_act_dropout_fwd", args)
-    x, bias = args[:2]
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-        return _ops.bias_act_dropout_fwd(*args, provider=provider)
-    if _is_compiling():
-        return BiasActDropoutFunction.apply(*distinct(args[:2]), *args[2:], provider)
-    if is_functorch_wrapped_tensor(x):  # escaped from a transform that has ended
-        return BiasActDropoutFunction.apply(*args, provider)
-    return _apply(*args, provider)
-
-
-class BiasActDropoutFunction(torch.autograd.Function):
-    """One op forward, one op backward. What is kept: x, the bias, the seed.
-
-    Under ``create_graph=True`` the backward is the reference's differentiable one.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        activation: str,
-        dropout_p: float,
-        provider: str,
-    ) -> Tensor:
-        ctx.save_for_backward(x, bias, seed)
-        ctx.activation, ctx.dropout_p, ctx.provider = activation, dropout_p, provider
-        return _ops.bias_act_dropout_fwd(x, bias, seed, activation, dropout_p, provider=provider)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, seed = ctx.saved_tensors
-        need = ctx.needs_input_grad[:2]
-        args = (dy, x, bias, seed, ctx.activation, ctx.dropout_p, list(need))
-        if not _is_compiling() and (torch.is_grad_enabled() or batched(dy)):
-            gradients = reference.bias_act_dropout_bwd(*args)
-        else:
-            gradients = _ops.bias_act_dropout_bwd(*args, provider=ctx.provider)
-        return (*[g if wanted else None for g, wanted in zip(gradients, need, strict=True)], None, None, None, None)
-
-
-def shortcut_backward(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: int,
-    dropout_p: float,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
-    args = (dy, x, bias, seed, tuple(_TORCHS)[activation], dropout_p, wanted)
-    if torch.is_grad_enabled() or batched(dy):
-        gradients = reference.bias_act_dropout_bwd(*args)
-    else:
-        gradients = _ops.bias_act_dropout_bwd(*args, provider="cpu")
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
-
-
-# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-_apply = super(torch.autograd.Function, BiasActDropoutFunction).apply

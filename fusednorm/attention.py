@@ -14,8 +14,11 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _attention_checks as checks
 from . import _autocast, dispatch, dropout
 from ._checks import FLOAT_DTYPES, check_flag
+from ._options import AttentionInputs, AttentionOptions
 from ._transforms import traced
 from .autograd import attention as autograd_attention
+from .autograd import attention_torch
+from .dispatch import rules_attention as rules
 
 _FAR = 2**62  # past any position, and a 64-bit number
 
@@ -136,19 +139,19 @@ def scaled_dot_product_attention(
         ):
             needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
             if is_causal or (needs_grad and query.is_cuda):
-                out = autograd_attention.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
+                out = attention_torch.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
                 if out is not None:
                     return out
-            elif not (query.is_cpu and autograd_attention.torch_is_slower(query, key, needs_grad)):
+            elif not (query.is_cpu and rules.torch_is_slower(query, key, needs_grad)):
                 if not needs_grad or traced():
                     return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
                 if (
-                    autograd_attention.flash_takes(query, key, value)
+                    rules.flash_takes(query, key, value)
                     and not _autocast_active()
                     and not torch._C._len_torch_dispatch_stack()
                 ):
                     factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
-                    return autograd_attention.torch_apply(query, key, value, None, False, factor)
+                    return attention_torch.torch_apply(query, key, value, None, False, factor)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
     enable_gqa = check_flag("enable_gqa", enable_gqa)
@@ -174,8 +177,8 @@ def scaled_dot_product_attention(
     q, k, v = (query, key, value) if plain else [_four_dimensional(t, batch, heads) for t in (query, key, value)]
     out, lse = _run(
         "scaled_dot_product_attention",
-        (
-            *(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q), None, None),
+        AttentionInputs(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q)),
+        AttentionOptions(
             *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
             *(*_window(window), softcap),
         ),
@@ -260,26 +263,30 @@ def varlen_attention(
     q, k, v = query, key, value
     out, lse = _run(
         "varlen_attention",
-        (
-            *(q, k, v, None, None, _seed(seed, dropout_p, q)),
-            *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q), dropout_p),
-            *(is_causal, causal_align == "lower_right", *_window(window), softcap),
+        AttentionInputs(q, k, v, None, None, _seed(seed, dropout_p, q), cu_seqlens_q, cu_seqlens_k),
+        AttentionOptions(
+            *(max_seqlen_q, max_seqlen_k, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
+            *(*_window(window), softcap),
         ),
         return_lse,
     )
     return (out, lse) if return_lse else out
 
 
-def _run(call: str, args: tuple[Any, ...], return_lse: bool, dims: int = 4) -> tuple[Tensor, Tensor | None]:
+def _run(
+    call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4
+) -> tuple[Tensor, Tensor | None]:
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
-    if args[11] != 1.0:
-        return autograd_attention.run(call, args, return_lse, dims)
+    if options.dropout_p != 1.0:
+        return autograd_attention.run(call, inputs, options, return_lse, dims)
     dispatch.record(dispatch.Route(call, "torch", "zeros, because everything is dropped"))
-    q, v = args[0], args[2]
-    zero = sum(dropout.all_dropped(t).sum() for t in args[:4] if t is not None and t.is_floating_point())
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero
-    kept = (*args[:5], None, *args[6:11], 0.0, *args[12:])
-    return out.to(q.dtype), autograd_attention.run(call, kept, True, dims)[1] if return_lse else None
+    q, _, v, *_ = inputs
+    zero = sum(dropout.all_dropped(t).sum() for t in inputs[:4] if t is not None and t.is_floating_point())
+    out = (q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero).to(q.dtype)
+    if not return_lse:
+        return out, None
+    inputs, options = inputs._replace(seed=None), options._replace(dropout_p=0.0)
+    return out, autograd_attention.run(call, inputs, options, True, dims)[1]
 
 
 def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
+from ._options import ActivationInputs, AttentionInputs, NormInputs, Options
 from ._transforms import traced, transform_active
 from .providers.cpu import norm as cpu
 
@@ -25,6 +26,7 @@ ROUNDS = 7
 ELEMENT_STREAM = 0  # one decision for each element
 PATH_STREAM = 1  # one decision for each sample (drop path): row = index along dimension 0, column = 0
 
+_I = TypeVar("_I", NormInputs, ActivationInputs, AttentionInputs)
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -54,14 +56,14 @@ def default_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def with_seed(args: tuple[Any, ...], at: int, dropped: float) -> tuple[Any, ...]:
-    """An op's arguments with a seed at their place `at`, drawn where the call has a mask and none was given.
+def with_seed(inputs: _I, options: Options) -> _I:
+    """The inputs with a seed, drawn where the call has a mask and none was given.
 
     It is drawn late, because torch's own dropout draws its own mask.
     """
-    if args[at] is not None or not dropped:
-        return args
-    return (*args[:at], default_seed(args[0].device), *args[at + 1 :])
+    if inputs.seed is not None or not options.dropped:
+        return inputs
+    return inputs._replace(seed=default_seed(inputs[0].device))
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

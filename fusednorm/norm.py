@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _autocast, _bare, _checks, dispatch, dropout
+from ._options import NormInputs, NormOptions
 from .autograd import norm as autograd_norm
-from .autograd.norm import Args
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -291,11 +291,9 @@ def _plain_norm(
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
     _checks.check_parameter("weight", weight, shape, name, x)
     _checks.check_parameter("bias", bias, shape, name, x)
-    args: Args = (
-        *(x, None, weight, bias, None, None, None, len(shape), _checks.check_eps(eps, rms, x.dtype), 0.0, 0.0),
-        *(_autocast.norm_dtype(x, rms), x.dtype, rms, False, False),
-    )
-    return autograd_norm.run("rms_norm" if rms else "layer_norm", args, False)[0]
+    eps = _checks.check_eps(eps, rms, x.dtype)
+    options = NormOptions(len(shape), eps, 0.0, 0.0, _autocast.norm_dtype(x, rms), x.dtype, rms, False, False)
+    return autograd_norm.run("rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias), options, False)[0]
 
 
 def _add_norm(
@@ -356,9 +354,9 @@ def _add_norm(
     unchanged = residual is None and x_bias is None and layer_scale is None and not masked
     store_residual = not unchanged or residual_dtype != x.dtype
     eps = _checks.check_eps(eps, rms, x.dtype, residual_dtype)
-    args: Args = (
-        *(x, residual, weight, bias, x_bias, layer_scale, seed, len(shape), eps),
-        *(dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
+    inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale, seed)
+    options = NormOptions(
+        *(len(shape), eps, dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(zero_centered_weight, store_residual),
     )
-    return autograd_norm.run("add_rms_norm" if rms else "add_layer_norm", args, memory_efficient)
+    return autograd_norm.run("add_rms_norm" if rms else "add_layer_norm", inputs, options, memory_efficient)

@@ -231,7 +231,7 @@ def test_hooks_on_saved_tensors_may_bring_another_layout(route, causal, monkeypa
     if route == "torch":
         monkeypatch.setattr(fusednorm.dispatch, "shortcut", None)
     if route != "native":
-        monkeypatch.setattr(fusednorm.autograd.attention, "ours_is_faster", lambda *_: False)
+        monkeypatch.setattr(fusednorm.dispatch.rules_attention, "ours_is_faster", lambda *_: False)
         shortcut = fusednorm.dispatch.fastpath.load()[0]
         if shortcut is None and route == "shortcut":
             pytest.skip(fusednorm.dispatch.fastpath.load()[1])

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusednorm
 from fusednorm import dispatch, scaled_dot_product_attention, varlen_attention
-from fusednorm.autograd import attention as autograd_attention
+from fusednorm._options import from_flat
+from fusednorm.dispatch import rules_attention as rules
 from fusednorm.dispatch import rules_gpu
 from fusednorm.providers.triton import attention as triton_attention
 
@@ -283,10 +284,8 @@ def why_ours(needs_grad=True, dims=4, provider="triton", **changed) -> tuple[str
         "longest_q": 128, "longest_k": 128, "scale": 0.125, "dropout_p": 0.0, "causal": False, "lower_right": False,
         "left": -1, "right": -1, "softcap": 0.0,
     }  # fmt: skip
-    given = tuple((args | changed).values())
-    return autograd_attention._torch_differs(given, False, provider, dims), autograd_attention._how_torch_serves(
-        given, None
-    )
+    call = from_flat("attention_fwd", tuple((args | changed).values()))
+    return rules.why_not_torch(*call, False, provider, dims), rules.how_torch_serves(*call, None)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradients"])

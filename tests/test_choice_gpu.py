@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
 from fusednorm import _bare, dispatch
+from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 
 MIB = 1 << 20
@@ -41,7 +42,7 @@ def vector() -> torch.Tensor:
 
 
 def chosen(op: str, *args) -> str:
-    return dispatch.choose(op, args)[0]
+    return dispatch.choose(op, *from_flat(op, args))[0]
 
 
 def norm_args(x, **changed):
@@ -51,6 +52,10 @@ def norm_args(x, **changed):
         "residual_dtype": x.dtype, "rms": False, "zero_centered_weight": False, "store_residual": True,
     }  # fmt: skip
     return tuple((args | changed).values())
+
+
+def norm_call(x):
+    return from_flat("add_layer_norm_fwd", norm_args(x))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +102,11 @@ def test_batch_invariant_does_not_go_by_bytes(on_a_gpu):
 
 def test_normed_is_kept_by_our_kernel(on_a_gpu):
     """Memory-efficient calls do not fall through torch's operators to the reference."""
-    assert dispatch.choose("add_layer_norm_fwd", norm_args(rows(1)), ("torch", "it keeps z"))[0] == "triton"
+    assert dispatch.choose("add_layer_norm_fwd", *norm_call(rows(1)), ("torch", "it keeps z"))[0] == "triton"
 
 
 def test_explain_says_so(on_a_gpu):
-    preference = choice.preference("add_layer_norm_fwd", norm_args(rows(1)))
+    preference = choice.preference("add_layer_norm_fwd", *norm_call(rows(1)))
     assert preference == ("torch", "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host")
 
 

@@ -15,6 +15,7 @@ from shapes import Shape, random_leaves
 
 import fusednorm
 from fusednorm import _ops, bias_act_dropout, dropout_mask
+from fusednorm._options import ActivationInputs, ActivationOptions
 from fusednorm.providers.cuda import activation as cuda_activation
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
@@ -182,7 +183,9 @@ def test_cuda_activation_refuses_strides_its_kernels_do_not_read():
 
 
 def test_automatic_choice_never_emulates_the_activation():
-    reluctance = cuda_activation.reluctance("bias_act_dropout_fwd", torch.ones(2, 8))
+    reluctance = cuda_activation.reluctance(
+        "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
+    )
     assert reluctance is not None and "emulation" in reluctance
 
 
@@ -190,8 +193,7 @@ def test_automatic_choice_never_emulates_the_activation():
 def test_cuda_activation_op_gives_what_the_reference_gives(mask):
     """Shapes and dtypes of all outputs, those not asked for too."""
     x, bias = torch.randn(5, 24).bfloat16(), torch.randn(24)
-    results = [
-        _ops.bias_act_dropout_bwd(x, x, bias, None, "relu", 0.0, mask, provider=p) for p in ("cuda", "reference")
-    ]
+    call = x, ActivationInputs(x, bias), ActivationOptions("relu", 0.0), mask
+    results = [_ops.call("bias_act_dropout_bwd", *call, provider=p) for p in ("cuda", "reference")]
     assert len({tuple((t.shape, t.dtype) for t, wanted in zip(r, mask) if wanted) for r in results}) == 1
     assert all(bool(t.numel()) == wanted for r in results for t, wanted in zip(r, mask))

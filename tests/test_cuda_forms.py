@@ -9,6 +9,7 @@ from oracle import Call, check
 from shapes import Shape, inputs, random_leaves
 
 import fusednorm
+from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
 
@@ -153,11 +154,10 @@ def test_cuda_norm_backward_of_rows_four_gigabytes_apart():
     far = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((2, 16), (2**31, 1))
     far.copy_(torch.randn(2, 16))
     z, weight = torch.randn(2, 16).bfloat16(), torch.randn(16).bfloat16()
-    stats = reference.add_layer_norm_fwd(
-        *(z, None, weight, None, None, None, None, 1, 1e-5, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
-    )[2]
-    rest = (None, z, stats, weight, None, None, None, None, None, 1, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
+    options = NormOptions(1, 1e-5, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
+    stats = reference.add_layer_norm_fwd(NormInputs(z, None, weight), options)[2]
+    saved = NormSaved(z, stats, weight), NormGradOptions(1, 0.0, 0.0, z.dtype, z.dtype, False, False, False)
     mask = [True, False, True, False, False, False]
-    ours, near = (cuda.add_layer_norm_bwd(dnormed, *rest, mask) for dnormed in (far, far.contiguous()))
+    ours, near = (cuda.add_layer_norm_bwd(dnormed, None, *saved, mask) for dnormed in (far, far.contiguous()))
     assert torch.equal(ours[2], near[2])
     torch.testing.assert_close(ours[0], near[0])

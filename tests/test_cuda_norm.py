@@ -14,6 +14,7 @@ from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
 
 import fusednorm
 from fusednorm import _ops
+from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
 
@@ -294,7 +295,7 @@ def test_cuda_refuses_what_its_kernels_do_not_read(said):
 
 
 def test_automatic_choice_never_emulates():
-    reluctance = cuda.reluctance("add_layer_norm_fwd", torch.ones(2, 8))
+    reluctance = cuda.reluctance("add_layer_norm_fwd", NormInputs(torch.ones(2, 8)), None)
     assert reluctance is not None and "emulation" in reluctance
 
 
@@ -303,11 +304,10 @@ def test_cuda_op_gives_what_the_reference_gives(function):
     """Shapes and dtypes of all outputs, those not asked for too."""
     rms = function == "rms_norm"
     x, weight = torch.randn(5, 24), torch.randn(24)
-    forward = (x, x, weight, None, None, None, None, 1, 1e-5, 0.0, 0.0, x.dtype, x.dtype, rms, False, True)
-    ours, expected = (_ops.add_layer_norm_fwd(*forward, provider=p) for p in ("cuda", "reference"))
+    forward = NormInputs(x, x, weight), NormOptions(1, 1e-5, 0.0, 0.0, x.dtype, x.dtype, rms, False, True)
+    ours, expected = (_ops.call("add_layer_norm_fwd", *forward, provider=p) for p in ("cuda", "reference"))
     assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in expected]
-    backward = (x, None, expected[1], expected[2], weight, None, None, None, None, None, 1, 0.0, 0.0, x.dtype, x.dtype)
-    mask = [True, False, True, False, False, False]
-    ours = cuda.add_layer_norm_bwd(*backward, rms, False, False, mask)
-    expected = reference.add_layer_norm_bwd(*backward, rms, False, False, mask)
+    options = NormGradOptions(1, 0.0, 0.0, x.dtype, x.dtype, rms, False, False)
+    backward = x, None, NormSaved(expected[1], expected[2], weight), options, [True, False, True, False, False, False]
+    ours, expected = cuda.add_layer_norm_bwd(*backward), reference.add_layer_norm_bwd(*backward)
     assert [t.shape for t in ours] == [t.shape for t in expected]

@@ -9,6 +9,7 @@ import torch
 from conftest import INTERPRETED
 
 import fusednorm
+from fusednorm._options import NormInputs, NormOptions
 from fusednorm.autograd import norm as autograd_norm
 
 
@@ -31,8 +32,8 @@ class OnDevice(torch.nn.Parameter):
 
 def invertible(weight, bias=None, *, dtype=torch.float32, zero_centered=False):
     x = torch.zeros(2, len(weight), dtype=dtype)
-    options = (1, 1e-5, 0.0, 0.0, dtype, dtype, False, zero_centered, True)
-    return autograd_norm._invertible((x, x, weight, bias, None, None, None, *options))
+    options = NormOptions(1, 1e-5, 0.0, 0.0, dtype, dtype, False, zero_centered, True)
+    return autograd_norm.invertible(NormInputs(x, x, weight, bias), options)
 
 
 def test_verdict_holds_while_capturing_whatever_the_optimizer_did(capturing):
@@ -58,7 +59,7 @@ def test_verdict_holds_while_capturing_where_z_was_kept(capturing):
 
 def test_weight_never_seen_before_keeps_z_while_capturing_and_is_not_looked_at(capturing, monkeypatch):
     capturing(True)
-    monkeypatch.setattr(autograd_norm, "_weights_invert", lambda *_: pytest.fail("a look waits for the device"))
+    monkeypatch.setattr(autograd_norm, "weights_invert", lambda *_: pytest.fail("a look waits for the device"))
     assert not invertible(OnDevice(torch.ones(8)))
 
 

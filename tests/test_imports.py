@@ -59,6 +59,7 @@ print(json.dumps(added))
     assert not foreign, f"imported beside torch: {sorted(foreign)}"
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="measured in forks of one process that has imported torch")
 def test_import_costs_under_50_ms_beyond_torch(tmp_path):
     """Each child starts from the same process, with torch imported and nothing of ours.

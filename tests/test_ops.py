@@ -173,7 +173,7 @@ def test_opcheck_of_recorded_overloads_with_gradients(name):
 
 @pytest.mark.parametrize("name", _ops.RECORDED)
 def test_recorded_overload_has_the_gradients_of_the_public_way(name):
-    from fusednorm.activation import BiasActDropoutFunction
+    from fusednorm.autograd.activation import BiasActDropoutFunction
     from fusednorm.autograd.attention import AttentionFunction
     from fusednorm.autograd.norm import AddLayerNormFunction
 

@@ -277,6 +277,7 @@ def test_importing_patches_nothing_of_torch():
 
 
 # flash-attention#783, Liger-Kernel#323: slower than eager, bound by the host
+@pytest.mark.alone
 @pytest.mark.parametrize("function", PLAIN)
 def test_plain_norm_on_torchs_own_operator_adds_at_most_2_microseconds(function, monkeypatch):
     """Where automatic choice on the CPU ends in the very operator that eager calls, what is left is the way to it.
@@ -295,6 +296,7 @@ def test_plain_norm_on_torchs_own_operator_adds_at_most_2_microseconds(function,
     assert over <= 2e-6, f"{over * 1e6:.2f} us"
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(
     dispatch.unavailable_reason("cpu") is not None, reason=f"provider cpu: {dispatch.unavailable_reason('cpu')}"
 )

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
 from fusednorm import dispatch
+from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath as _shortcut
 
@@ -252,16 +253,15 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
 
     def preferred(x, residual=None, drop_path_p=0.0):
         rest = (x.dtype, x.dtype, False, False, True)
-        found = choice.preference("add_layer_norm_fwd", (x, residual, *bare, drop_path_p, *rest))
+        call = from_flat("add_layer_norm_fwd", (x, residual, *bare, drop_path_p, *rest))
+        found = choice.preference("add_layer_norm_fwd", *call)
         return found and found.provider
 
     assert preferred(x) == preferred(x, x) == "cuda"
     # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB a call waits for the host
     assert preferred(large) == preferred(x, x, drop_path_p=0.5) == "torch"
-    assert (
-        "waits for the host"
-        in choice.preference("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True)).why
-    )
+    call = from_flat("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True))
+    assert "waits for the host" in choice.preference("add_layer_norm_fwd", *call).why
     monkeypatch.setattr(_shortcut, "load", lambda: (None, "left out"))
     choice.forget()
     assert preferred(x) == "torch"

@@ -10,6 +10,8 @@ import importlib.util
 import pytest
 import torch
 
+from fusednorm._options import AttentionInputs, AttentionOptions
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 CONTIGUOUS = [(1, 32, 2048, 128), (4, 16, 4096, 128), (1, 16, 8192, 64)]
@@ -35,10 +37,11 @@ def attend(q, k, v, mask=None, dout=None):
     """Forward and backward by the provider, causal."""
     from fusednorm.providers.triton import attention as triton_attention
 
-    arguments = (mask, None, None, None, None, q.shape[-2], k.shape[-2], 0.1, 0.0, True, False, -1, -1, 0.0)
-    out, lse = triton_attention.attention_fwd(q, k, v, *arguments)
+    inputs = AttentionInputs(q, k, v, mask)
+    options = AttentionOptions(q.shape[-2], k.shape[-2], 0.1, causal=True)
+    out, lse = triton_attention.attention_fwd(inputs, options)
     dout = torch.empty_like(out) if dout is None else dout
-    grads = triton_attention.attention_bwd(dout, None, q, k, v, out, lse, *arguments, [True, True, True, False])
+    grads = triton_attention.attention_bwd(dout, None, inputs, out, lse, options, [True, True, True, False])
     return out, grads
 
 

@@ -45,7 +45,7 @@ variable_list gradients_in_python(const Facts& facts, const Wanted& wanted, cons
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
   };
-  const pybind11::object backward = pybind11::module_::import("fusednorm.activation").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.activation").attr("shortcut_backward");
   const pybind11::tuple found =
       backward(dy, kept.x, optional(kept.bias), optional(kept.seed), facts.activation, facts.dropout_p, wanted);
   variable_list gradients(2);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import _bare, _ops, dispatch, dropout
 from .._dtypes import compute_dtype
 from .._once import first_time
-from .._transforms import batched, distinct, recorded, traced, transform_active
+from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
+from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active
 from ..dispatch.crossovers import torch_on_cpu
 from ..providers.reference import norm as reference
 from ..providers.torch import norm as torch_norm
@@ -22,44 +24,42 @@ from ..providers.torch import norm as torch_norm
 _autocast_active = torch._C._is_any_autocast_enabled
 _log = logging.getLogger("fusednorm")
 
-Args = tuple[Any, ...]  # the arguments of fusednorm::add_layer_norm_fwd without the provider, in order
 
-
-def run(call: str, args: Args, memory_efficient: bool) -> tuple[Tensor, Tensor]:
+def run(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool) -> tuple[Tensor, Tensor]:
     """Choose the way down once, and take it: (normed, residual_out)."""
     if transform_active():
         # An autograd.Function would silently drop tangents; torch.layer_norm's forward-over-reverse and third
         # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
         dispatch.record(dispatch.Route(call, "reference", how))
-        normed, residual_out, _ = reference.add_layer_norm_fwd(*dropout.with_seed(args, 6, args[9] or args[10]))
-        return normed, residual_out if args[15] else args[0]
+        normed, residual_out, _ = reference.add_layer_norm_fwd(dropout.with_seed(inputs, options), options)
+        return normed, residual_out if options.store_residual else inputs.x
     if memory_efficient and dispatch.requested() == "torch":
         _tell("torch's own operators were asked for")
         memory_efficient = False
-    from_normed = memory_efficient and _invertible(args)
+    from_normed = memory_efficient and invertible(inputs, options)
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
-    provider, refusals = dispatch.choose("add_layer_norm_fwd", args, without)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6])
+    provider, refusals = dispatch.choose("add_layer_norm_fwd", inputs, options, without)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if not dispatch.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
         dispatch.record(dispatch.Route(call, provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
-        return torch_norm.add_layer_norm(*args)
-    args = dropout.with_seed(args, 6, args[9] or args[10])
+        return torch_norm.add_layer_norm(inputs, options)
+    inputs = dropout.with_seed(inputs, options)
     if recorded():
-        outputs = _ops.recorded("add_layer_norm_fwd", args)
+        outputs = _ops.recorded("add_layer_norm_fwd", inputs, options)
     elif needs_grad:
+        apply = _apply
         if torch.compiler.is_compiling():
-            outputs = AddLayerNormFunction.apply(*distinct(args[:6]), *args[6:], provider, from_normed)
-        elif is_functorch_wrapped_tensor(args[0]):  # escaped from a transform that has ended
-            outputs = AddLayerNormFunction.apply(*args, provider, from_normed)
-        else:
-            outputs = _apply(*args, provider, from_normed)
+            inputs, apply = dealias_for_compile(inputs), AddLayerNormFunction.apply
+        elif is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
+            apply = AddLayerNormFunction.apply
+        outputs = apply(*inputs, *options, provider, from_normed)
     else:
-        outputs = _ops.add_layer_norm_fwd(*args, provider=provider)
+        outputs = _ops.call("add_layer_norm_fwd", inputs, options, provider=provider)
     normed, residual_out = outputs[:2]
-    return normed, residual_out if args[15] else args[0]
+    return normed, residual_out if options.store_residual else inputs.x
 
 
 def run_bare(
@@ -129,106 +129,103 @@ def run_bare(
 
 
 class AddLayerNormFunction(torch.autograd.Function):
-    """One op forward, one op backward. What is kept: z (or normed), the statistics, the parameters, the seed.
+    """One op forward, one op backward. Saved are z (or normed), the statistics, the parameters and the seed.
 
     Under ``create_graph=True`` the backward is the reference's differentiable one, on statistics recomputed from the
-    kept tensor, which is an input or output of this Function: derivatives of any order follow.
+    saved tensor, which is an input or output of this Function: derivatives of any order follow.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        x_bias: Tensor | None,
-        layer_scale: Tensor | None,
-        seed: Tensor | None,
-        normalized_ndim: int,
-        eps: float,
-        dropout_p: float,
-        drop_path_p: float,
-        normed_dtype: torch.dtype,
-        residual_dtype: torch.dtype,
-        rms: bool,
-        zero_centered_weight: bool,
-        store_residual: bool,
-        provider: str,
-        from_normed: bool,
-    ) -> tuple[Tensor | None, ...]:
-        normed, residual_out, stats = _ops.add_layer_norm_fwd(
-            x,
-            residual,
-            weight,
-            bias,
-            x_bias,
-            layer_scale,
-            seed,
-            normalized_ndim,
-            eps,
-            dropout_p,
-            drop_path_p,
-            normed_dtype,
-            residual_dtype,
-            rms,
-            zero_centered_weight,
-            store_residual,
-            provider=provider,
-        )
-        saved = normed if from_normed else residual_out if store_residual else x
-        branch = x if ctx.needs_input_grad[5] else None  # d(layer_scale) alone looks at x again
-        ctx.save_for_backward(saved, stats, weight, bias, branch, x_bias, layer_scale, seed)
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.options = (normalized_ndim, eps, dropout_p, drop_path_p, x.dtype, rms, zero_centered_weight)
-        ctx.normed_dtype, ctx.provider, ctx.from_normed = normed_dtype, provider, from_normed
-        ctx.set_materialize_grads(False)
-        outputs = (normed, residual_out if store_residual else None)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        inputs, options, (provider, from_normed) = NormInputs(*args[:7]), NormOptions(*args[7:16]), args[16:]
+        normed, residual_out, stats = _ops.call("add_layer_norm_fwd", inputs, options, provider=provider)
+        save(ctx, inputs, options, (normed, residual_out, stats), provider, from_normed)
+        outputs = (normed, residual_out if options.store_residual else None)
         return (*outputs, stats) if from_normed else outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        dnormed, dresidual_out = cotangents[:2]
-        dstats = cotangents[2] if len(cotangents) > 2 else None
-        saved, stats, weight, bias, x, x_bias, layer_scale, seed = ctx.saved_tensors
-        normalized_ndim, eps, dropout_p, drop_path_p, x_dtype, rms, zero_centered_weight = ctx.options
-        if dnormed is None and dstats is None:
-            return _stream_backward(ctx, dresidual_out, stats, x, x_bias, layer_scale, seed)
+        saved = NormSaved(*ctx.saved_tensors)  # once: torch.utils.checkpoint lets a backward ask for them once
+        wanted = list(ctx.needs_input_grad[:6])
+        return (*norm_backward(saved, ctx.options, cotangents, wanted, *ctx.rest), *[None] * 12)
+
+
+# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
+_apply = super(torch.autograd.Function, AddLayerNormFunction).apply
+
+
+def save(
+    ctx: Any,
+    inputs: NormInputs,
+    options: NormOptions,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    provider: str,
+    from_normed: bool,
+) -> None:
+    """Keep in `ctx` what `norm_backward` takes."""
+    x, residual, weight, bias, x_bias, layer_scale, seed = inputs
+    normed, residual_out, stats = outputs
+    rows = normed if from_normed else residual_out if options.store_residual else x
+    branch = x if ctx.needs_input_grad[5] else None  # only the gradient of layer_scale reads x
+    ctx.save_for_backward(*NormSaved(rows, stats, weight, bias, branch, x_bias, layer_scale, seed))
+    ctx.options = NormGradOptions(
+        *(options.normalized_ndim, options.dropout_p, options.drop_path_p, x.dtype),
+        *((x if residual is None else residual).dtype, options.rms, options.zero_centered_weight, from_normed),
+    )
+    ctx.rest = options.eps, options.normed_dtype, provider
+    ctx.set_materialize_grads(False)
+
+
+def norm_backward(
+    saved: NormSaved,
+    options: NormGradOptions,
+    cotangents: Sequence[Tensor | None],
+    wanted: list[bool],
+    eps: float,
+    normed_dtype: torch.dtype,
+    provider: str,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, residual, weight, bias, x_bias, layer_scale), None where not wanted.
+
+    `cotangents` are those of normed, residual_out and, only in a double backward through a rebuilt z, the statistics.
+    """
+    dnormed, dresidual_out, dstats = (*cotangents, None, None)[:3]
+    found: Sequence[Tensor | None]
+    if dnormed is None and dstats is None:
+        if dresidual_out is None:
+            return (None,) * 6
+        # normed was not used: its parameters get no gradient, and nothing of the norm may touch z's.
+        dz = dresidual_out.to(saved.stats.dtype)
+        dx, dresidual, *others = reference.residual_out_bwd(dz, saved, options, wanted)
+        found = (dx, dresidual, None, None, *others)
+    else:
         if dnormed is None:
-            dnormed = torch.zeros(saved.shape, dtype=ctx.normed_dtype, device=saved.device)
-        if dstats is not None:  # only in a double backward through a rebuilt z
-            dresidual_out = _plus_rstd_cotangent(
-                dresidual_out, dstats, saved, stats, weight, bias, normalized_ndim, zero_centered_weight
-            )
-        need = ctx.needs_input_grad[:6]
-        # without anything between x and z both have the same gradient: it is computed, and written, once
-        shared = x_dtype == ctx.residual_dtype and layer_scale is None and not dropout_p and not drop_path_p
-        output_mask = [need[0] or (shared and need[1]), need[1] and not shared, *need[2:]]
-        create_graph = not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or batched(dnormed, dresidual_out)
-        )
-        if create_graph and not ctx.from_normed:
-            stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
-        args: Args = (
-            *(dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed),
-            *(normalized_ndim, dropout_p, drop_path_p, x_dtype, ctx.residual_dtype or x_dtype, rms),
-            *(zero_centered_weight, ctx.from_normed, output_mask),
-        )
-        gradients: tuple[Tensor, ...]
-        if create_graph:
-            gradients = reference.add_layer_norm_bwd(*args)
+            dnormed = torch.zeros(saved.rows.shape, dtype=normed_dtype, device=saved.rows.device)
+        if dstats is not None:
+            xhat = reference.saved_xhat(saved, options)
+            extra = reference.rstd_cotangent(dstats[-1], saved.stats[-1], xhat).reshape(saved.rows.shape)
+            dresidual_out = extra if dresidual_out is None else dresidual_out + extra
+        # Without anything between x and z both have the same gradient: it is computed, and written, once.
+        shared = options.x_dtype == options.residual_dtype and saved.layer_scale is None and not options.dropped
+        output_mask = [wanted[0] or (shared and wanted[1]), wanted[1] and not shared, *wanted[2:]]
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(dnormed, dresidual_out)):
+            if not options.saved_is_normed:
+                rows, dtype = saved.rows, saved.stats.dtype
+                stats = reference.statistics(rows, options.normalized_ndim, eps, dtype, options.rms)
+                saved = saved._replace(stats=stats)
+            found = reference.add_layer_norm_bwd(dnormed, dresidual_out, saved, options, output_mask)
         else:
-            gradients = _ops.add_layer_norm_bwd(*args, provider=ctx.provider)
-        dx, dresidual, *dparameters = gradients
-        dresidual = dx if shared else dresidual
-        results = [g if wanted else None for g, wanted in zip((dx, dresidual, *dparameters), need, strict=True)]
-        return (*results, *[None] * 12)
+            args = dnormed, dresidual_out, saved, options, output_mask
+            found = _ops.call("add_layer_norm_bwd", *args, provider=provider)
+        if shared:
+            found = (found[0], found[0], *found[2:])
+    return tuple([g if want else None for g, want in zip(found, wanted, strict=True)])
 
 
 def shortcut_backward(
     dnormed: Tensor | None,
     dresidual_out: Tensor | None,
-    saved: Tensor,
+    rows: Tensor,
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -245,79 +242,16 @@ def shortcut_backward(
 
     `wanted`: of x, residual, weight, bias, x_bias.
     """
-    if dnormed is None:
-        if dresidual_out is None:
-            return (None,) * 5
-        dx, dresidual, dx_bias, _ = reference.stream_bwd(
-            *(dresidual_out.to(stats.dtype), None, x_bias, None, seed, normalized_ndim, dropout_p, 0.0),
-            *(saved.dtype, saved.dtype, [*wanted[:2], wanted[4], False]),
-        )
-        found: tuple[Tensor | None, ...] = (dx, dresidual, None, None, dx_bias)
-    else:
-        create_graph = torch.is_grad_enabled() or batched(dnormed, dresidual_out)
-        if create_graph:
-            stats = reference.statistics(saved, normalized_ndim, eps, stats.dtype, rms)
-        args: Args = (
-            *(dnormed, dresidual_out, saved, stats, weight, bias, None, x_bias, None, seed, normalized_ndim),
-            *(dropout_p, 0.0, saved.dtype, saved.dtype, rms, False, False, [*wanted, False]),
-        )
-        if create_graph:
-            found = reference.add_layer_norm_bwd(*args)
-        else:
-            found = _ops.add_layer_norm_bwd(*args, provider=provider)
-    return tuple(g if want else None for g, want in zip(found[:5], wanted, strict=True))
-
-
-# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-_apply = super(torch.autograd.Function, AddLayerNormFunction).apply
-
-
-def _stream_backward(
-    ctx: Any,
-    dresidual_out: Tensor | None,
-    stats: Tensor,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """`normed` was not used: its parameters get no gradient, and nothing of the norm may touch the stream's.
-
-    The saved tensors are arguments, since torch.utils.checkpoint lets a backward ask for them once.
-    """
-    if dresidual_out is None:
-        return (None,) * 18
-    normalized_ndim, _, dropout_p, drop_path_p, x_dtype, _, _ = ctx.options
-    need = ctx.needs_input_grad[:6]
-    gradients = reference.stream_bwd(
-        *(dresidual_out.to(stats.dtype), x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p),
-        *(x_dtype, ctx.residual_dtype or x_dtype, [*need[:2], *need[4:]]),
-    )
-    dx, dresidual, dx_bias, dlayer_scale = gradients
-    results = zip((dx, dresidual, None, None, dx_bias, dlayer_scale), need, strict=True)
-    return (*[g if wanted else None for g, wanted in results], *[None] * 12)
-
-
-def _plus_rstd_cotangent(
-    dresidual_out: Tensor | None,
-    dstats: Tensor,
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalized_ndim: int,
-    zero_centered_weight: bool,
-) -> Tensor:
-    xhat = reference.saved_xhat(saved, stats, weight, bias, normalized_ndim, zero_centered_weight, True)
-    extra = reference.rstd_cotangent(dstats[-1], stats[-1], xhat).reshape(saved.shape)
-    return extra if dresidual_out is None else dresidual_out + extra
+    saved = NormSaved(rows, stats, weight, bias, None, x_bias, None, seed)
+    options = NormGradOptions(normalized_ndim, dropout_p, 0.0, rows.dtype, rows.dtype, rms, False, False)
+    return norm_backward(saved, options, (dnormed, dresidual_out), [*wanted, False], eps, rows.dtype, provider)
 
 
 # CUDA weight -> {options that the verdict depends on: (identity of the values, verdict)}
 _verdicts = WeakIdKeyDictionary()
 
 
-def _invertible(args: Args) -> bool:
+def invertible(inputs: NormInputs, options: NormOptions) -> bool:
     """Whether z can be rebuilt from `normed` accurately.
 
     normed = w x̂ + b is kept with one rounding u, so x̂ = (normed - b) / w errs by u |x̂ + b/w|: of the order of the
@@ -326,8 +260,8 @@ def _invertible(args: Args) -> bool:
 
     On the CPU every call looks at the weights; on CUDA see `_remembered_verdict`.
     """
-    weight, bias, normed_dtype = args[2], args[3], args[11]
-    finer = [t for t in args[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
+    weight, bias, normed_dtype = inputs.weight, inputs.bias, options.normed_dtype
+    finer = [t for t in inputs[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
     if any(t.requires_grad for t in finer if t is not bias):
         _tell("a gradient is kept in a finer dtype than normed")
         return False
@@ -338,12 +272,12 @@ def _invertible(args: Args) -> bool:
     if traced():
         return False
     if not weight.is_cuda:
-        return _weights_invert(weight, bias, args[14], normed_dtype)
-    return _remembered_verdict(weight, bias, args[14], normed_dtype)
+        return weights_invert(weight, bias, options.zero_centered_weight, normed_dtype)
+    return _remembered_verdict(weight, bias, options.zero_centered_weight, normed_dtype)
 
 
 def _remembered_verdict(weight: Tensor, bias: Tensor | None, zero_centered: bool, normed_dtype: torch.dtype) -> bool:
-    """`_weights_invert`, once for each version of the parameters, because a look waits for the device.
+    """`weights_invert`, once for each version of the parameters, because a look waits for the device.
 
     An edit through ``.data`` bumps no version and is not seen. While a CUDA graph is captured nothing may wait, and
     another verdict would launch other kernels than the warm-up did: the last one holds at any version. Without one z
@@ -356,11 +290,11 @@ def _remembered_verdict(weight: Tensor, bias: Tensor | None, zero_centered: bool
         return known is not None and known[1]
     values = tuple((t._version, t.data_ptr()) for t in (weight, bias) if t is not None)
     if known is None or known[0] != values:
-        known = verdicts[options] = (values, _weights_invert(weight, bias, zero_centered, normed_dtype))
+        known = verdicts[options] = (values, weights_invert(weight, bias, zero_centered, normed_dtype))
     return known[1]
 
 
-def _weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, normed_dtype: torch.dtype) -> bool:
+def weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, normed_dtype: torch.dtype) -> bool:
     with torch.no_grad():
         size = (weight.double() + 1.0 if zero_centered else weight.double()).abs()
         good = size >= torch.finfo(normed_dtype).tiny

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._once import first_time
+from .._options import Inputs, Options
 from .._transforms import traced
 from . import blocks
 from . import crossovers as choice
@@ -171,57 +172,58 @@ def requested() -> str | None:
     return _requested
 
 
-def refusal(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+def refusal(name: str, op: str, inputs: Inputs, options: Options) -> str | None:
     """Why provider `name` cannot take this call, or None if it can."""
     reason = unavailable_reason(name)
     if reason is not None:
         return reason
     module = serving(name, op)
-    return f"it has no {op.rpartition('_')[0]}" if module is None else module.refusal(op, *args)
+    return f"it has no {op.rpartition('_')[0]}" if module is None else module.refusal(op, inputs, options)
 
 
-def reluctance(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | None:
     """Why automatic choice passes over a provider that could take this call, or None if it does not."""
     hook = getattr(serving(name, op), "reluctance", None)
-    return None if hook is None else hook(op, *args)
+    return None if hook is None else hook(op, inputs, options)
 
 
-def _serves(name: str, op: str, args: tuple[Any, ...]) -> bool:
-    return name in PROVIDERS and refusal(name, op, args) is None and reluctance(name, op, args) is None
+def _serves(name: str, *call: Any) -> bool:
+    return name in PROVIDERS and refusal(name, *call) is None and reluctance(name, *call) is None
 
 
 def choose(
-    op: str, args: tuple[Any, ...], without: tuple[str, str] | None = None
+    op: str, inputs: Inputs, options: Options, without: tuple[str, str] | None = None
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The provider for a call of `op` with the op's arguments, and (name, reason) of those passed over.
+    """The provider for a call of `op`, and (name, reason) of those passed over.
 
     An explicit request never falls back: it raises. Automatic choice takes what was measured to be fastest, or else
     the first provider of the table that can serve the call, and logs each refusal once. It passes over the provider
     that `without` names, for the reason given there.
     """
+    call = op, inputs, options
     requested = _requested  # once: another thread may enter or leave a block meanwhile
     if requested is not None:
-        _check_request(requested, op, args)
+        _check_request(requested, *call)
         return requested, ()
     if traced():  # its sizes are tensors, and it may run without this package
         return "torch", ()
     preference = None
     if by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
-        preference = choice.preference(op, args)
-        if preference is not None and not _serves(preference.provider, op, args):
+        preference = choice.preference(*call)
+        if preference is not None and not _serves(preference.provider, *call):
             preference = None
     if without is not None and preference is not None and preference.provider == without[0]:
         preference = None
     refusals: tuple[tuple[str, str], ...] = ()
     for name in PROVIDERS:
-        reason = refusal(name, op, args) or reluctance(name, op, args)
+        reason = refusal(name, *call) or reluctance(name, *call)
         if reason is None and without is not None and name == without[0]:
             reason = without[1]
         if reason is None and preference is not None:
             reason = preference.why if preference.provider != name else None
         if reason is None:
-            passed_over = name == "torch" and args[0].is_cpu and "cpu" in dict(refusals)
-            if passed_over and unavailable_reason("cpu") and not reluctance("cpu", op, args):
+            passed_over = name == "torch" and inputs[0].is_cpu and "cpu" in dict(refusals)
+            if passed_over and unavailable_reason("cpu") and not reluctance("cpu", *call):
                 tell_missing_library()
             return name, refusals
         refusals += ((name, reason),)
@@ -230,11 +232,11 @@ def choose(
     raise RuntimeError(f"no provider can run {op}: {refusals}")
 
 
-def _check_request(name: str, op: str, args: tuple[Any, ...]) -> None:
+def _check_request(name: str, op: str, inputs: Inputs, options: Options) -> None:
     """Raise ValueError if the requested provider cannot run a call, or if there is none of that name."""
     if name not in PROVIDERS:
         raise ValueError(f"FUSEDNORM_PROVIDER: {_unknown(name)}")
-    reason = refusal(name, op, args)
+    reason = refusal(name, op, inputs, options)
     if reason is not None:
         asked = f"`use_provider({name!r})`" if _active else f"FUSEDNORM_PROVIDER={name}"
         raise ValueError(f"provider {name!r} cannot run {op}: {reason}; leave {asked} out for automatic choice")

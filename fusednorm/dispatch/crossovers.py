@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .._once import first_time
+from .._options import (
+    ActivationInputs,
+    ActivationOptions,
+    AttentionInputs,
+    Inputs,
+    NormInputs,
+    NormOptions,
+    Options,
+)
 from ..providers.cpu import norm as cpu
 from . import fastpath as _shortcut
 from .rules_gpu import HOST_BOUND, waits_for_host
@@ -101,41 +109,44 @@ def _measured(rows: Any, columns: Any, provider: Any, ratio: Any) -> Measured:
     return Measured(rows, columns, provider, float(ratio))
 
 
-def operation(op: str, args: tuple[Any, ...]) -> str:
-    """The benchmark's name for what a call of a forward op does."""
-    if op == "bias_act_dropout_fwd":  # with a mask, it decides, and not which activation it is
-        return "bias_gelu_dropout" if args[4] else OPERATIONS[args[3]]
-    residual, x_bias, layer_scale, dropout_p, drop_path_p, rms = args[1], args[4], args[5], args[9], args[10], args[13]
-    epilogue = x_bias is not None or layer_scale is not None or dropout_p or drop_path_p
-    kind = "bias_dropout_add_" if epilogue else "add_" if residual is not None else ""
-    return kind + ("rms_norm" if rms else "layer_norm")
+def operation(inputs: Inputs, options: Options) -> str:
+    """The benchmark's name for what a call of a norm or an activation does."""
+    if isinstance(options, ActivationOptions):  # with a mask, it decides, and not which activation it is
+        return "bias_gelu_dropout" if options.dropout_p else OPERATIONS[options.activation]
+    assert isinstance(inputs, NormInputs) and isinstance(options, NormOptions)
+    epilogue = inputs.x_bias is not None or inputs.layer_scale is not None or options.dropped
+    kind = "bias_dropout_add_" if epilogue else "add_" if inputs.residual is not None else ""
+    return kind + ("rms_norm" if options.rms else "layer_norm")
 
 
-def preference(op: str, args: tuple[Any, ...]) -> Preference | None:
+def preference(op: str, inputs: Inputs, options: Options) -> Preference | None:
     """What was measured to be fastest for a call of a forward op, or None if nothing was measured."""
-    if op == "attention_fwd":  # its cost is no function of rows and columns: the order of the table decides
-        return None
-    x, normalized_ndim = args[0], args[7] if op == "add_layer_norm_fwd" else 1
+    if isinstance(inputs, AttentionInputs):
+        return None  # its cost is no function of rows and columns: the order of the table decides
+    x, normalized_ndim = inputs.x, options.normalized_ndim if isinstance(options, NormOptions) else 1
     # who serves draws the mask: reentrant checkpointing makes a call without gradients, and again with them
-    masked = args[9] or args[10] if op == "add_layer_norm_fwd" else args[4]
-    needs_grad = bool(masked) or (
-        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    )
+    needs_grad = options.dropped or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
     columns = math.prod(x.shape[x.ndim - normalized_ndim :])
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced
         return None
-    if op == "add_layer_norm_fwd" and not x.dtype is args[11] is args[12] is (x if args[1] is None else args[1]).dtype:
-        return None  # mixtures of dtypes are not measured
-    if op == "bias_act_dropout_fwd" and (args[1] is None or args[1].dtype is not x.dtype):
-        return None
-    name = operation(op, args)
-    if x.is_cuda and op == "add_layer_norm_fwd" and args[5] is None and not args[10] and not args[14]:
+    if isinstance(inputs, ActivationInputs):
+        in_fast_path = False
+        if inputs.bias is None or inputs.bias.dtype is not x.dtype:
+            return None
+    else:
+        assert isinstance(options, NormOptions)
+        given = x if inputs.residual is None else inputs.residual
+        if not x.dtype is options.normed_dtype is options.residual_dtype is given.dtype:
+            return None  # mixtures of dtypes are not measured
+        in_fast_path = inputs.layer_scale is None and not options.drop_path_p and not options.zero_centered_weight
+    name = operation(inputs, options)
+    if x.is_cuda and in_fast_path:
         found = _of_a_norm_on_a_gpu(x.dtype, name, rows * columns, columns, needs_grad, x.device.index or 0)
     else:
         found = _nearest(device_key(x.device), name, x.element_size(), needs_grad, rows, columns)
-    seed = args[6] if op == "add_layer_norm_fwd" else args[2]  # with one, torch's operators compute the mask in Python
-    if found is None and x.is_cuda and seed is None and waits_for_host(x.numel() * x.element_size(), needs_grad):
+    # With a seed torch's operators compute the mask in Python.
+    if found is None and x.is_cuda and inputs.seed is None and waits_for_host(x.numel() * x.element_size(), needs_grad):
         return Preference("torch", f"{UNMEASURED}, and a call of up to {LIMITS[needs_grad]} waits for the host")
     return found
 

@@ -1,4 +1,6 @@
-"""Whether our kernels of attention on the CPU or torch's were measured to be the faster ones, where both mean the same.
+"""Whether our kernels of attention or torch's operator serve a call: where both mean the same, the faster one.
+
+On the CPU that was measured.
 
 Torch's are made of the matrix products of the library that it is built with, and MKL is at its best on Intel's
 processors alone. Time of torch's over time of ours, two threads (benchmarks/NOTES.md has the tables):
@@ -12,10 +14,19 @@ processors alone. Time of torch's over time of ours, two threads (benchmarks/NOT
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
+from torch import Tensor
 
+from .. import dispatch
+from .._options import AttentionInputs, AttentionOptions
+from .._transforms import readable, traced
 from ..providers.cpu import norm as cpu
+from ..providers.torch import attention as torch_attention
+from . import rules_gpu
+
+_is_compiling = torch.compiler.is_compiling
 
 
 @functools.lru_cache(4096)
@@ -28,3 +39,129 @@ def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, needs_grad: bool)
     if itemsize == 2:
         return True
     return n_queries >= 32 and n_queries * n_keys >= 64 * 128 if needs_grad else n_queries >= 16
+
+
+def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
+    """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
+    return not (_is_compiling() or traced()) and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
+
+
+def why_not_torch(
+    inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, provider: str, dims: int
+) -> str:
+    """Why torch's operator would not be the function that is documented, or not the faster one, or nothing.
+
+    Where no kernel of ours serves a call, speed is no reason, and what torch has no argument for becomes its mask.
+    """
+    q, k, v, _, _, seed, *_ = inputs
+    ours = provider not in ("torch", "reference")
+    reason = torch_attention.refusal("attention_fwd", inputs, options)
+    if reason:
+        return reason
+    if return_lse:
+        return "it returns no log-sum-exp"
+    if options.dropout_p and (ours or seed is not None):
+        return "its dropout mask is not `dropout_mask`"
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4])
+    if ours:
+        reason = _why_ours(inputs, options, provider, needs_grad, dims)
+        if reason:
+            return reason
+    elif not (_is_compiling() or traced() or (q.numel() and k.numel() and v.numel())):
+        return "an operand is empty"
+    elif masked(inputs, options) and not (q.is_cpu or scales(options.scale)):
+        return "it scales the -inf that it adds to what is masked"
+    if q.is_cpu and masked(inputs, options):
+        if not readable(q, k, v):
+            return _NOT_LOOKED_FOR if ours else ""
+        if not (scales(options.scale) and moderate(q, k, v)):
+            return "NaN, Inf or huge numbers of masked keys and values would reach its results"
+    return ""
+
+
+def masked(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    windowed = options.window_left >= 0 or options.window_right >= 0
+    return bool(inputs.attn_mask is not None or inputs.key_mask is not None or options.causal or windowed)
+
+
+_NOT_LOOKED_FOR = "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
+
+
+def _why_ours(inputs: AttentionInputs, options: AttentionOptions, provider: str, needs_grad: bool, dims: int) -> str:
+    """Why a kernel of ours, which could serve the call, is to be preferred to torch's, or nothing."""
+    q, k, v, attn_mask, key_mask, *_ = inputs
+    causal = options.causal
+    if key_mask is not None or options.window_left >= 0 or options.window_right >= 0:
+        return f"{'key_mask' if key_mask is not None else 'window'} is none of its arguments"
+    if causal and options.lower_right and q.shape[-2] != k.shape[-2]:
+        return "its causal mask is aligned upper-left"
+    if causal and attn_mask is not None:
+        return "it refuses attn_mask beside is_causal, unless its flash attention serves the call"
+    if causal and not scales(options.scale):
+        return "it scales the -inf that it adds to what causality masks"
+    if needs_grad and attn_mask is not None and attn_mask.requires_grad:
+        return "it holds the gradient of attn_mask, which is never summed, in full"
+    if q.is_cpu and needs_grad and dims == 4 and not flash_takes(q, k, v):
+        return "of such operands it keeps every probability"
+    if provider == "cpu" and torch_is_slower(q, k, needs_grad):
+        return "it was measured to be slower than ours for these lengths on such a processor"
+    if provider == "triton":
+        fused = not (needs_grad or causal) or (dims == 4 and fused_takes(q, k, v))
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return rules_gpu.why_not_torchs(
+            rules_gpu.Attention(attn_mask is not None, fused, needs_grad, deterministic, dispatch.by_shape)
+        )
+    return ""
+
+
+def how_torch_serves(inputs: AttentionInputs, options: AttentionOptions, asked: str | None) -> str:
+    if asked is not None:
+        return "torch's own operator"
+    how = "torch's own operator: it means the same here"
+    if masked(inputs, options) and not inputs.q.is_cpu:  # a look would wait for the device
+        how += ", but for NaN and Inf of what is masked, which may reach its results"
+    return how
+
+
+def scales(scale: float) -> bool:
+    """Whether the scale turns no product of moderate numbers, and no -inf, into something else."""
+    return 0.0 < scale <= 128.0
+
+
+def moderate(*tensors: Tensor) -> bool:
+    """Whether up to three tensors have no NaN, and nothing so large that a sum of 256 products of two overflows."""
+    if dispatch.unavailable_reason("cpu") is None:
+        return cpu.all_moderate(*tensors, *[None] * (3 - len(tensors)))
+    for tensor in filter(Tensor.numel, tensors):
+        bound = {torch.float64: 2.0**500, torch.float16: math.inf}.get(tensor.dtype, 2.0**56)
+        smallest, largest = tensor.detach().aminmax()  # both are NaN if an element is
+        if not (-bound < smallest.item() and largest.item() < bound):
+            return False
+    return True
+
+
+def flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's flash attention for the CPU takes these tensors: as many heads each, nothing empty.
+
+    It is asked in full: values shorter than the keys are read out of bounds.
+    """
+    return (
+        not (_is_compiling() or traced())
+        and k.is_cpu
+        and v.is_cpu
+        and q.ndim == 4
+        and q.dtype == k.dtype == v.dtype
+        and fused_takes(q, k, v)
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def fused_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused kernels take 4-D operands of one dtype: heads and head dims alike, rows contiguous."""
+    return (
+        q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape == v.shape
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    )

@@ -139,7 +139,7 @@ def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds
 
 
 def _invertible(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    return bias is None if weight is None else autograd_norm._weights_invert(weight, bias, False, dtype)
+    return bias is None if weight is None else autograd_norm.weights_invert(weight, bias, False, dtype)
 
 
 def _attention(attention: Any, layer: Any, run: _Run, cross: bool) -> int:

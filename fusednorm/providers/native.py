@@ -10,32 +10,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._options import NormGradOptions, NormOptions
+
 MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
 # the options of bias_act_dropout's forward: the number of the activation, above two switches
 ACTIVATIONS = {name: number << 2 for number, name in enumerate(("relu", "gelu", "gelu_tanh", "silu"))}
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+def packed_norm(options: NormOptions) -> int:
+    """All switches of a norm's forward in one integer, as csrc/norm_call.h unpacks them."""
+    normalized_ndim, _, _, _, dtype, residual_dtype, *switches = options
+    return _packed(normalized_ndim, dtype, residual_dtype, (*switches, False))
+
+
+def packed_norm_grad(options: NormGradOptions, output_mask: tuple[bool, ...]) -> int:
+    """All switches of a norm's backward in one integer, as csrc/norm_call.h unpacks them."""
+    normalized_ndim, _, _, dtype, residual_dtype, rms, zero_centered_weight, saved_is_normed = options
+    switches = (rms, zero_centered_weight, False, saved_is_normed)
+    return _packed(normalized_ndim, dtype, residual_dtype, switches, output_mask)
+
+
 @functools.lru_cache(1024)
-def options(
+def _packed(
     normalized_ndim: int,
     dtype: torch.dtype,
     residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-    saved_is_normed: bool = False,
+    switches: tuple[bool, ...],
     output_mask: tuple[bool, ...] = (),
 ) -> int:
-    """All switches in one integer, as csrc/norm_call.h unpacks them.
+    """`switches`: rms, zero_centered_weight, store_residual, saved_is_normed.
 
     `normalized_ndim` stands above the switches, so none of its values is taken for another; the library checks it.
     """
-    switches = (rms, zero_centered_weight, store_residual, saved_is_normed, *output_mask)
     if len(output_mask) > 6:
         raise ValueError(f"output_mask: expected at most 6 entries, one a gradient, got {len(output_mask)}")
     bits = _DTYPES[dtype] | _DTYPES[residual_dtype] << 2
-    return bits | sum(bool(switch) << 4 + i for i, switch in enumerate(switches)) | normalized_ndim << 14
+    ones = (bool(switch) << 4 + i for i, switch in enumerate((*switches, *output_mask)))
+    return bits | sum(ones) | normalized_ndim << 14
 
 
 def too_many_dimensions(x: Tensor) -> str | None:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..._options import ActivationInputs, ActivationOptions
 from ..native import ACTIVATIONS, activation_options
 from . import norm as cpu
 from .norm import refusal as refusal
 
 
-def reluctance(op: str, *args: Any) -> str | None:
+def reluctance(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:
     """Why automatic choice does not take a call that this provider could serve."""
-    if args[4]:
+    if options.dropout_p:
         return None
-    if args[1] is None:
+    if inputs.bias is None:
         return "torch's own operators serve an activation with nothing to add"
     if torch.compiler.is_compiling():
         return "torch.compile fuses an addition and an activation into what stands around them"
-    if args[3] != "relu" and args[0].dtype is torch.float64:
+    if options.activation != "relu" and inputs.x.dtype is torch.float64:
         return "in float64 it computes an element at a time"
     return None
 
 
-def bias_act_dropout_fwd(
-    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
-) -> Tensor:
-    return cpu.activation_fwd(x, bias, seed, ACTIVATIONS[activation], dropout_p)
+def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    return cpu.activation_fwd(*inputs, ACTIVATIONS[options.activation], options.dropout_p)
 
 
 def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -38,13 +34,7 @@ def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
 
 
 def bias_act_dropout_bwd(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    output_mask: Sequence[bool],
+    dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (x, bias), undefined where not wanted."""
-    return cpu.activation_bwd(dy, x, bias, seed, activation_options(activation, output_mask), dropout_p)
+    return cpu.activation_bwd(dy, *inputs, activation_options(options.activation, output_mask), options.dropout_p)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._once import once
-from ..native import check_whole, options, too_many_dimensions
+from ..._options import Inputs, NormGradOptions, NormInputs, NormOptions, NormSaved, Options
+from ..native import check_whole, packed_norm, packed_norm_grad, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cpu.so"
 BUILD = (
@@ -72,44 +73,26 @@ def vendor() -> str:
         return str(torch.ops.fusednorm_cpu.vendor())
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    x = args[0]
+def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
+    x = inputs[0]
     if not (x.is_cpu or x.is_meta):
         return f"x is on {x.device}, its kernels run on the CPU"
     return too_many_dimensions(x)
 
 
-def reluctance(op: str, *args: Any) -> str | None:
+def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
     """Why automatic choice does not take a call that this provider could serve."""
-    if op == "add_layer_norm_fwd" and args[1] is None and not args[15]:  # nothing to add
-        if not args[13]:
+    if isinstance(options, NormOptions) and inputs[1] is None and not options.store_residual:  # nothing to add
+        if not options.rms:
             return "torch's own layer_norm is one pass each way already"
         if torch.compiler.is_compiling():
             return "the compiler fuses torch's own rms_norm with what is around it"
     return None
 
 
-def add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats)."""
-    switches = options(normalized_ndim, normed_dtype, residual_dtype, rms, zero_centered_weight, store_residual)
-    return _forward(x, residual, weight, bias, x_bias, layer_scale, seed, switches, eps, dropout_p, drop_path_p)
+    return _forward(*inputs, packed_norm(options), options.eps, options.dropout_p, options.drop_path_p)
 
 
 def add_norm_bare(
@@ -126,38 +109,17 @@ def add_norm_bare(
     Without a residual residual_out is empty.
     """
     stream = x if residual is None else residual
-    switches = options(normalized_ndim, x.dtype, stream.dtype, rms, False, residual is not None)
-    return _bare(x, residual, weight, bias, switches, eps)
+    options = NormOptions(
+        normalized_ndim, eps, 0.0, 0.0, x.dtype, stream.dtype, rms, False, store_residual=residual is not None
+    )
+    return _bare(x, residual, weight, bias, packed_norm(options), eps)
 
 
 def add_layer_norm_bwd(
-    dnormed: Tensor,
-    dresidual_out: Tensor | None,
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    saved_is_normed: bool,
-    output_mask: list[bool],
+    dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale); None where not wanted."""
-    switches = options(
-        *(normalized_ndim, x_dtype, residual_dtype, rms, zero_centered_weight, False, saved_is_normed),
-        tuple(output_mask),
-    )
-    return _backward(
-        # hooks on saved tensors may bring the statistics back in another layout
-        *(dnormed, dresidual_out, saved, stats.contiguous(), weight, bias, x, x_bias, layer_scale, seed),
-        *(switches, dropout_p, drop_path_p),
-    )
+    # Hooks on saved tensors may bring the statistics back with other strides.
+    saved = saved._replace(stats=saved.stats.contiguous())
+    switches = packed_norm_grad(options, tuple(output_mask))
+    return _backward(dnormed, dresidual_out, *saved, switches, options.dropout_p, options.drop_path_p)

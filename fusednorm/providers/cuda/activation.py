@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..._dtypes import compute_dtype
+from ..._options import ActivationInputs, ActivationOptions
 from ..native import ACTIVATIONS, activation_options
 from . import library as host
 from .library import reluctance as reluctance
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    x = args[0]
+def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:
+    x = inputs.x
     reason = host.refusal(x, x.shape[-1])
     return reason if reason is not None or x.is_meta else host.strides_refusal("x", x, 1)
 
 
-def bias_act_dropout_fwd(
-    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
-) -> Tensor:
+def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    x, bias, seed = inputs
     if not x.numel():
         return x.new_empty(x.shape)
     bias = host.parameter(bias, x.dtype, compute_dtype(x.dtype))
     return host.ops.bias_act_dropout_fwd.default(
-        host.rows(x, x.dtype, 1), bias, seed, ACTIVATIONS[activation], dropout_p
+        host.rows(x, x.dtype, 1), bias, seed, ACTIVATIONS[options.activation], options.dropout_p
     )
 
 
 def bias_act_dropout_bwd(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    output_mask: list[bool],
+    dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (x, bias): a launch, and one that sums the partials."""
+    x, bias, seed = inputs
     wants_dx, wants_dbias = output_mask
     if not x.numel():
         dbias = torch.zeros_like(bias) if bias is not None and wants_dbias else x.new_empty(0)
@@ -49,8 +42,8 @@ def bias_act_dropout_bwd(
         host.rows(x, x.dtype, 1),
         host.parameter(bias, x.dtype, compute_dtype(x.dtype)),
         seed,
-        activation_options(activation, output_mask),
-        dropout_p,
+        activation_options(options.activation, output_mask),
+        options.dropout_p,
     )
     # of a bias that was converted on its way in
     return dx, dbias if bias is None or not wants_dbias else dbias.to(bias.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._once import once
+from ..._options import Inputs, Options
 from ...dispatch import fastpath as _shortcut
 from ..native import check_whole, too_many_dimensions
 from ..strides import contiguous, folded
@@ -127,7 +128,7 @@ def _capturing(index: int) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def reluctance(op: str, *args: Any) -> str | None:
+def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
     """Why automatic choice does not take a call that this provider could serve."""
     return None if EMULATED is None else "kernels run in an emulation of the GPU, which is for tests"
 

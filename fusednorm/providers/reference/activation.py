@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import ActivationInputs, ActivationOptions, Inputs, Options
 
 _ROOT_HALF = math.sqrt(0.5)
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)  # of the normal distribution at 0
@@ -22,7 +23,7 @@ _CUBIC = 0.044715 * _LINEAR
 _SATURATED = 1000.0  # far beyond where the tanh of w is 1 in every dtype; its cube is finite
 
 
-def refusal(op: str, *args: object) -> str | None:
+def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
     return None
 
 
@@ -64,9 +65,8 @@ def _slope(u: Tensor, activation: str) -> Tensor:
     return torch.sigmoid(w) * (1.0 + v * (_LINEAR + 3.0 * _CUBIC * v * v) * torch.sigmoid(-w))
 
 
-def bias_act_dropout_fwd(
-    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
-) -> Tensor:
+def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    (x, bias, seed), (activation, dropout_p) = inputs, options
     y = _activate(_biased(x, bias, _keep(x, seed, dropout_p)), activation)
     if dropout_p:
         y = y * dropout.keep_scale(dropout_p)
@@ -74,15 +74,10 @@ def bias_act_dropout_fwd(
 
 
 def bias_act_dropout_bwd(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    output_mask: list[bool],
+    dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     r"""Gradients of (x, bias), empty where `output_mask` is False: :math:`du = \mathrm{dropout}'(dy)\,act'(x + b)`."""
+    (x, bias, seed), (activation, dropout_p) = inputs, options
     keep = _keep(x, seed, dropout_p)
     u = _biased(x, bias, keep)
     du = dy.to(u.dtype)

@@ -9,33 +9,20 @@ see to that; they are each other's derivatives, so that derivatives of any order
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import AttentionInputs, AttentionOptions
 from ..strides import rows_like
 from .masked_matmul import masked_product, select_matmul
 
 _MOST_ROWS = 1024  # of a block of queries
 _MOST_LOGITS = 2**20  # of a block, for each head: no square of a longer sequence is ever held
-
-
-class _Options(NamedTuple):
-    """The arguments of the ops that are no tensors, in their order."""
-
-    max_seqlen_q: int
-    max_seqlen_k: int
-    scale: float
-    dropout_p: float
-    causal: bool
-    lower_right: bool
-    window_left: int  # -1: unbounded
-    window_right: int
-    softcap: float
 
 
 class _Softmax(NamedTuple):
@@ -48,7 +35,7 @@ class _Softmax(NamedTuple):
     keep: Tensor | None
 
 
-def refusal(op: str, *args: Any) -> str | None:
+def refusal(op: str, inputs: AttentionInputs, options: AttentionOptions) -> str | None:
     return None
 
 
@@ -70,7 +57,7 @@ class _Sequences(NamedTuple):
     seed: Tensor | None
     rows: Tensor | None  # of the dropout mask: (B, H), the first query's
     contiguous: bool  # whether these rows are all the mask's, in order
-    options: _Options
+    options: AttentionOptions
 
     def blocks(self) -> Iterator[slice]:
         n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
@@ -198,7 +185,7 @@ def _sequences(
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
     seed: Tensor | None,
-    options: _Options,
+    options: AttentionOptions,
     rows: Tensor | None = None,
 ) -> _Sequences:
     """`rows` is None for a batch, whose dropout rows are all of the mask's in order."""
@@ -215,16 +202,10 @@ def _sequences(
     return _Sequences(q.to(acc) * options.scale, k, v, attn_mask, key_mask, seed, rows, contiguous, options)
 
 
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    options: _Options,
-) -> Iterator[tuple[_Sequences, slice, slice]]:
+def _packed(inputs: AttentionInputs, options: AttentionOptions) -> Iterator[tuple[_Sequences, slice, slice]]:
     """Each sequence as a batch of one, and where its queries and keys stand."""
+    q, k, v, _, _, seed, cu_seqlens_q, cu_seqlens_k = inputs
+    assert cu_seqlens_q is not None and cu_seqlens_k is not None
     total, heads = q.shape[:2]
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -235,23 +216,14 @@ def _packed(
         yield _sequences(*pieces, None, None, seed, options, rows), queries, keys
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
+def attention(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse) by differentiable operators, which every transform goes through."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        out, lse = _forward(_sequences(q, k, v, attn_mask, key_mask, seed, _Options(*options)))
+    q, v = inputs.q, inputs.v
+    if inputs.cu_seqlens_q is None:
+        out, lse = _forward(_sequences(*inputs[:6], options))
         return out.to(q.dtype), lse
     outs, lses = [q.new_empty((0, q.shape[1], v.shape[-1]))], [q.new_empty(q.shape[1], 0, dtype=compute_dtype(q.dtype))]
-    for sequence, _, _ in _packed(q, k, v, seed, cu_seqlens_q, cu_seqlens_k, _Options(*options)):
+    for sequence, _, _ in _packed(inputs, options):
         out, lse = _forward(sequence)
         outs.append(out[0].transpose(0, 1).to(q.dtype))
         lses.append(lse[0])
@@ -261,28 +233,22 @@ def attention(
 def attention_gradients(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    *arguments: Any,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of (q, k, v, attn_mask), again by differentiable operators."""
-    options, output_mask = _Options(*arguments[:-1]), arguments[-1]
+    q, k, v, attn_mask, *_ = inputs
     acc, scale = compute_dtype(q.dtype), options.scale
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        sequence = _sequences(q, k, v, attn_mask, key_mask, seed, options)
+    if inputs.cu_seqlens_q is None:
+        sequence = _sequences(*inputs[:6], options)
         dq, dk, dv, dmask = _backward(sequence, dout.to(acc), dlse, output_mask[3])
         if attn_mask is not None and dmask is not None:
             dmask = dmask.reshape(attn_mask.shape).to(attn_mask.dtype)
         dk, dv = (_grouped(gradient, t.shape[1]) for gradient, t in ((dk, k), (dv, v)))
         return (dq * scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
     parts = [[t.new_empty((0, *t.shape[1:]))] for t in (q, k, v)]
-    for sequence, queries, _ in _packed(q, k, v, seed, cu_seqlens_q, cu_seqlens_k, options):
+    for sequence, queries, _ in _packed(inputs, options):
         dy = dout[queries].transpose(0, 1)[None].to(acc)
         dlse_part = None if dlse is None else dlse[:, queries].unsqueeze(0)
         dq, dk, dv, _ = _backward(sequence, dy, dlse_part, False)
@@ -310,18 +276,23 @@ def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     return rows_like(like).copy_(result)
 
 
-def attention_fwd(*args: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attention(*args)
-    return _laid_out(out, args[0]), lse.contiguous()
+def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    out, lse = attention(inputs, options)
+    return _laid_out(out, inputs.q), lse.contiguous()
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """`out` and `lse` are for kernels that hold no whole row of logits."""
-    gradients = attention_gradients(dout, dlse, q, k, v, *args)
-    wanted, likes = args[-1], (q, k, v, args[0])
+    gradients = attention_gradients(dout, dlse, inputs, options, output_mask)
     return tuple(
-        _laid_out(gradient, like) if want and gradient is not None and like is not None else None
-        for gradient, like, want in zip(gradients, likes, wanted, strict=True)
+        _laid_out(gradient, like) if wanted and gradient is not None and like is not None else None
+        for gradient, like, wanted in zip(gradients, inputs[:4], output_mask, strict=True)
     )

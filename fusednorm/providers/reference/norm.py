@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import Inputs, NormGradOptions, NormInputs, NormOptions, NormSaved, Options
 
 
 def unavailable_reason() -> str | None:
     return None
 
 
-def refusal(op: str, *args: object) -> str | None:
+def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
     return None
 
 
@@ -43,30 +44,21 @@ def _dropped(x: Tensor, x_bias: Tensor | None, seed: Tensor | None, p: float, ac
     return x
 
 
-def _stream(
-    x: Tensor,
-    residual: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    residual_dtype: torch.dtype,
-) -> Tensor:
+def _residual_out(inputs: NormInputs, options: NormOptions) -> Tensor:
     """z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded once, to the dtype it is stored in."""
-    acc = compute_dtype(x.dtype, residual_dtype)
-    z = _dropped(x, x_bias, seed, dropout_p, acc)
+    x, residual, _, _, x_bias, layer_scale, seed = inputs
+    acc = compute_dtype(x.dtype, options.residual_dtype)
+    z = _dropped(x, x_bias, seed, options.dropout_p, acc)
     if layer_scale is not None:
         z = z.to(acc) * layer_scale.to(acc)
-    if drop_path_p:
+    if options.drop_path_p:
         assert seed is not None
-        factor = dropout.path_factor(x, normalized_ndim, drop_path_p, seed, acc)
+        factor = dropout.path_factor(x, options.normalized_ndim, options.drop_path_p, seed, acc)
         z = torch.where(factor > 0, z.to(acc) * factor, 0.0)
     if residual is not None:
-        same = z.dtype == residual.dtype == residual_dtype
+        same = z.dtype == residual.dtype == options.residual_dtype
         z = residual + z if same else residual.to(acc) + z.to(acc)
-    return z.to(residual_dtype)
+    return z.to(options.residual_dtype)
 
 
 def _effective_weight(weight: Tensor | None, zero_centered_weight: bool, acc: torch.dtype) -> Tensor | None:
@@ -100,61 +92,36 @@ def _normalized_rows(rows: Tensor, stats: Tensor) -> Tensor:
     return centred * stats[-1][:, None]
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _fresh_copy(tensor: Tensor) -> Tensor:
     """A contiguous copy: outputs of an op alias neither its inputs nor one another."""
     return tensor.clone(memory_format=torch.contiguous_format)  # also what would already be fresh: simple before fast
 
 
-def add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats); residual_out is empty unless `store_residual`."""
-    z = _stream(x, residual, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
-    acc = compute_dtype(x.dtype, residual_dtype)
-    rows = z.reshape(_rows_and_columns(x, normalized_ndim)).to(acc)
-    stats = _row_statistics(rows, eps, rms)
+    x, z = inputs.x, _residual_out(inputs, options)
+    acc = compute_dtype(x.dtype, options.residual_dtype)
+    rows = z.reshape(_rows_and_columns(x, options.normalized_ndim)).to(acc)
+    stats = _row_statistics(rows, options.eps, options.rms)
     normed = _normalized_rows(rows, stats)
-    weight = _effective_weight(weight, zero_centered_weight, acc)
+    weight = _effective_weight(inputs.weight, options.zero_centered_weight, acc)
     if weight is not None:
         normed = normed * weight.reshape(-1)
-    if bias is not None:
-        normed = normed + bias.to(acc).reshape(-1)
-    normed = normed.to(normed_dtype).reshape(x.shape)
-    residual_out = _own(z) if store_residual else x.new_empty(0, dtype=residual_dtype)
-    return _own(normed), residual_out, stats
+    if inputs.bias is not None:
+        normed = normed + inputs.bias.to(acc).reshape(-1)
+    normed = normed.to(options.normed_dtype).reshape(x.shape)
+    residual_out = _fresh_copy(z) if options.store_residual else x.new_empty(0, dtype=options.residual_dtype)
+    return _fresh_copy(normed), residual_out, stats
 
 
-def saved_xhat(
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalized_ndim: int,
-    zero_centered_weight: bool,
-    saved_is_normed: bool,
-) -> Tensor:
+def saved_xhat(saved: NormSaved, options: NormGradOptions) -> Tensor:
     """The normalized rows (M, N), from z and its statistics or from the output by inverting weight and bias."""
-    acc = stats.dtype
-    rows = saved.reshape(_rows_and_columns(saved, normalized_ndim)).to(acc)
-    if not saved_is_normed:
-        return _normalized_rows(rows, stats)
-    rows = rows if bias is None else rows - bias.to(acc).reshape(-1)
-    weight = _effective_weight(weight, zero_centered_weight, acc)
+    acc = saved.stats.dtype
+    rows = saved.rows.reshape(_rows_and_columns(saved.rows, options.normalized_ndim)).to(acc)
+    if not options.saved_is_normed:
+        return _normalized_rows(rows, saved.stats)
+    rows = rows if saved.bias is None else rows - saved.bias.to(acc).reshape(-1)
+    weight = _effective_weight(saved.weight, options.zero_centered_weight, acc)
     return rows if weight is None else rows / weight.reshape(-1)
 
 
@@ -163,50 +130,30 @@ def _row_mean(values: Tensor) -> Tensor:
 
 
 def add_layer_norm_bwd(
-    dnormed: Tensor,
-    dresidual_out: Tensor | None,
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    saved_is_normed: bool,
-    output_mask: list[bool],
+    dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""Gradients of (x, residual, weight, bias, x_bias, layer_scale); empty where `output_mask` is False.
 
     With :math:`\hat x = (z - \mu) r`, :math:`g = w \odot dy` and bars for row means,
     :math:`dz = r\,(g - \bar g - \hat x\,\overline{g \hat x}) + d\mathrm{residual}`; RMSNorm lacks :math:`\bar g`.
     """
+    rows, stats = saved.rows, saved.stats
     acc = stats.dtype
-    xhat = saved_xhat(saved, stats, weight, bias, normalized_ndim, zero_centered_weight, saved_is_normed)
+    xhat = saved_xhat(saved, options)
     dy = dnormed.reshape(xhat.shape).to(acc)
-    effective = _effective_weight(weight, zero_centered_weight, acc)
+    effective = _effective_weight(saved.weight, options.zero_centered_weight, acc)
     g = dy if effective is None else dy * effective.reshape(-1)
     dz = g - xhat * _row_mean(g * xhat)
-    if not rms:
+    if not options.rms:
         dz = dz - _row_mean(g)
-    dz = (dz * stats[-1][:, None]).reshape(saved.shape)
+    dz = (dz * stats[-1][:, None]).reshape(rows.shape)
     if dresidual_out is not None:
         dz = dz + dresidual_out.to(acc)
-    dx, dresidual, dx_bias, dlayer_scale = stream_bwd(
-        dz, x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, x_dtype, residual_dtype,
-        [*output_mask[:2], *output_mask[4:]],
-    )  # fmt: skip
-    dweight = _over_rows(dy * xhat, dy.shape[0], weight) if output_mask[2] else dz
-    dbias = _over_rows(dy, dy.shape[0], bias) if output_mask[3] else dz
+    dx, dresidual, dx_bias, dlayer_scale = residual_out_bwd(dz, saved, options, output_mask)
+    dweight = _over_rows(dy * xhat, dy.shape[0], saved.weight) if output_mask[2] else dz
+    dbias = _over_rows(dy, dy.shape[0], saved.bias) if output_mask[3] else dz
     gradients = zip((dx, dresidual, dweight, dbias, dx_bias, dlayer_scale), output_mask, strict=True)
-    return tuple(g if wanted else saved.new_empty(0) for g, wanted in gradients)  # type: ignore[return-value]
+    return tuple(g if wanted else rows.new_empty(0) for g, wanted in gradients)  # type: ignore[return-value]
 
 
 def _over_rows(values: Tensor, n_rows: int, like: Tensor | None) -> Tensor:
@@ -214,39 +161,30 @@ def _over_rows(values: Tensor, n_rows: int, like: Tensor | None) -> Tensor:
     return values.reshape(n_rows, math.prod(like.shape)).sum(0).reshape(like.shape).to(like.dtype)
 
 
-def stream_bwd(
-    dz: Tensor,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    output_mask: list[bool],
+def residual_out_bwd(
+    dz: Tensor, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, residual, x_bias, layer_scale) from z's, which is in the compute dtype; dz where not wanted."""
+    x_bias, layer_scale, seed, dropout_p = saved.x_bias, saved.layer_scale, saved.seed, options.dropout_p
     acc = dz.dtype
-    n_rows = _rows_and_columns(dz, normalized_ndim)[0]
+    n_rows = _rows_and_columns(dz, options.normalized_ndim)[0]
     dbranch = dz
-    if drop_path_p:
+    if options.drop_path_p:
         assert seed is not None
-        factor = dropout.path_factor(dz, normalized_ndim, drop_path_p, seed, acc)
+        factor = dropout.path_factor(dz, options.normalized_ndim, options.drop_path_p, seed, acc)
         dbranch = torch.where(factor > 0, dbranch * factor, 0.0)
     dx = dbranch if layer_scale is None else dbranch * layer_scale.to(acc)
     if dropout_p:
         assert seed is not None
         dx = torch.where(_element_mask(dz, dropout_p, seed), dx * dropout.keep_scale(dropout_p), 0.0)
     dlayer_scale = dz
-    if output_mask[3]:
-        assert x is not None
-        dlayer_scale = _over_rows(dbranch * _dropped(x, x_bias, seed, dropout_p, acc), n_rows, layer_scale)
+    if output_mask[5]:
+        assert saved.x is not None
+        dlayer_scale = _over_rows(dbranch * _dropped(saved.x, x_bias, seed, dropout_p, acc), n_rows, layer_scale)
     return (
-        _own(dx.to(x_dtype)) if output_mask[0] else dz,
-        _own(dz.to(residual_dtype)) if output_mask[1] else dz,
-        _over_rows(dx, n_rows, x_bias) if output_mask[2] else dz,
+        _fresh_copy(dx.to(options.x_dtype)) if output_mask[0] else dz,
+        _fresh_copy(dz.to(options.residual_dtype)) if output_mask[1] else dz,
+        _over_rows(dx, n_rows, x_bias) if output_mask[4] else dz,
         dlayer_scale,
     )
 

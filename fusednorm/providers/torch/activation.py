@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import ActivationInputs, ActivationOptions, Inputs, Options
 
 FUNCTIONS = {
     "relu": torch.relu,
@@ -21,11 +22,12 @@ FUNCTIONS = {
 }
 
 
-def refusal(op: str, *args: object) -> str | None:
+def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
     return None
 
 
-def bias_act_dropout(x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+def bias_act_dropout(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    (x, bias, seed), (activation, dropout_p) = inputs, options
     if seed is None and (bias is None or bias.dtype == x.dtype):
         u = x if bias is None else x + bias
     else:

@@ -14,40 +14,23 @@ from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import AttentionInputs, AttentionOptions
 from ..._transforms import traced
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    if args[6] is not None:
+def refusal(op: str, inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    if inputs.cu_seqlens_q is not None:
         return "torch's attention takes no packed sequences (cu_seqlens)"
-    if args[16]:
+    if options.softcap:
         return "torch's attention has no softcap"
     return None
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    dropout_p: float,
-    causal: bool,
-    lower_right: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    *,
-    dims: int = 4,
-) -> Tensor:
+def attention(inputs: AttentionInputs, options: AttentionOptions, dims: int = 4) -> Tensor:
     """Out of 4-D operands; of `dims` dimensions they were given, which decides over torch's kernel."""
-    mask, causal = as_mask(q, k, attn_mask, key_mask, causal, lower_right, window_left, window_right)
+    q, k, v, seed = *inputs[:3], inputs.seed
+    scale, dropout_p = options.scale, options.dropout_p
+    mask, causal = as_mask(inputs, options)
     if dropout_p and seed is not None:
         return _with_the_documented_mask(q, k, v, mask, seed, scale, dropout_p, causal)
     grouped = False
@@ -55,11 +38,11 @@ def attention(
         grouped = not traced()
         if not grouped:  # the ONNX exporter knows no enable_gqa
             k, v = _repeated(q, k, v)
-    options: dict[str, Any] = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
+    keywords: dict[str, Any] = {"is_causal": causal, "scale": scale, "enable_gqa": grouped}
     if dims == 4:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **options)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **keywords)
     # torch's fused kernels take four dimensions alone: one more leads to the operators that another number leads to
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout_p, **options).squeeze(0)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, dropout_p, **keywords).squeeze(0)
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,19 +51,12 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
-def as_mask(
-    q: Tensor,
-    k: Tensor,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    causal: bool,
-    lower_right: bool,
-    window_left: int,
-    window_right: int,
-) -> tuple[Tensor | None, bool]:
+def as_mask(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor | None, bool]:
     """(the one mask that torch takes, whether it is causal besides)."""
+    q, k, _, attn_mask, key_mask, *_ = inputs
+    causal, window_left, window_right = options.causal, options.window_left, options.window_right
     n_queries, n_keys = q.shape[-2], k.shape[-2]
-    offset = n_keys - n_queries if lower_right else 0
+    offset = n_keys - n_queries if options.lower_right else 0
     alone = attn_mask is None and key_mask is None and window_left < 0 and window_right < 0
     if alone and (not causal or offset == 0):
         return None, causal

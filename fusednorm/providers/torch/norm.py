@@ -12,36 +12,23 @@ from torch import Tensor
 
 from ... import dropout
 from ..._dtypes import compute_dtype
+from ..._options import Inputs, NormInputs, NormOptions, Options
 
 
 def unavailable_reason() -> str | None:
     return None
 
 
-def refusal(op: str, *args: object) -> str | None:
+def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
     return None
 
 
-def add_layer_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool = True,
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]:
     """(normed, z); z may be x itself."""
-    branch = _branch(x, x_bias, layer_scale, seed, normalized_ndim, dropout_p, drop_path_p, residual_dtype)
+    x, residual, weight, bias, *_ = inputs
+    normed_dtype, residual_dtype = options.normed_dtype, options.residual_dtype
+    zero_centered_weight = options.zero_centered_weight
+    branch = _branch(inputs, options)
     if residual is None:
         z = branch.to(residual_dtype)
     elif branch.dtype == residual.dtype == residual_dtype:
@@ -49,7 +36,7 @@ def add_layer_norm(
     else:
         acc = compute_dtype(x.dtype, residual_dtype)
         z = (residual.to(acc) + branch.to(acc)).to(residual_dtype)
-    shape, source = x.shape[x.ndim - normalized_ndim :], z
+    shape, source = x.shape[x.ndim - options.normalized_ndim :], z
     dtypes = {t.dtype for t in (z, weight, bias) if t is not None} | {normed_dtype}
     if zero_centered_weight or len(dtypes) > 1:
         acc = compute_dtype(*dtypes)
@@ -57,26 +44,19 @@ def add_layer_norm(
         if weight is not None:
             weight = weight.to(acc) + 1.0 if zero_centered_weight else weight.to(acc)
         bias = None if bias is None else bias.to(acc)
-    if rms:
-        normed = torch.rms_norm(source, shape, weight, eps)
+    if options.rms:
+        normed = torch.rms_norm(source, shape, weight, options.eps)
     else:
-        normed = torch.layer_norm(source, shape, weight, bias, eps)
+        normed = torch.layer_norm(source, shape, weight, bias, options.eps)
     return normed.to(normed_dtype), z
 
 
-def _branch(
-    x: Tensor,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    residual_dtype: torch.dtype,
-) -> Tensor:
+def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:
     """drop_path(layer_scale * dropout(x + x_bias)): in x's dtype as eager code has it, or rounded once under a seed."""
+    x, _, _, _, x_bias, layer_scale, seed = inputs
+    dropout_p = options.dropout_p
     same = seed is None and all(t is None or t.dtype == x.dtype for t in (x_bias, layer_scale))
-    acc = x.dtype if same else compute_dtype(x.dtype, residual_dtype)
+    acc = x.dtype if same else compute_dtype(x.dtype, options.residual_dtype)
     z = x
     if x_bias is not None:
         z = z.to(acc) + x_bias.to(acc)
@@ -88,7 +68,7 @@ def _branch(
             z = torch.where(kept, z.to(acc) * dropout.keep_scale(dropout_p), 0.0)
     if layer_scale is not None:
         z = z.to(acc) * layer_scale.to(acc)
-    if drop_path_p:
-        factor = dropout.path_factor(x, normalized_ndim, drop_path_p, seed, acc)
+    if options.drop_path_p:
+        factor = dropout.path_factor(x, options.normalized_ndim, options.drop_path_p, seed, acc)
         z = torch.where(factor > 0, z.to(acc) * factor, 0.0)
     return z

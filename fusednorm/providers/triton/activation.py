@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..._dtypes import compute_dtype
+from ..._options import ActivationInputs, ActivationOptions
 from ..strides import contiguous
 from . import activation_config as table
 from . import host
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 _MOST_GROUPS = 65535  # of a grid's second axis; programs go on to further groups of rows
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    return host.refusal(args[0], args[0].shape[-1])
+def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:
+    return host.refusal(inputs.x, inputs.x.shape[-1])
 
 
 @functools.lru_cache(4096)
@@ -43,9 +44,8 @@ def _plan(
     return host.variant(kernel, constants, config, layout[0] == 0), config, host.ceil(n, config.block_n)
 
 
-def bias_act_dropout_fwd(
-    x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
-) -> Tensor:
+def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    (x, bias, seed), (activation, dropout_p) = inputs, options
     m, n = sizes(x, 1)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if m == 0 or n == 0:
@@ -62,15 +62,10 @@ def bias_act_dropout_fwd(
 
 
 def bias_act_dropout_bwd(
-    dy: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    output_mask: list[bool],
+    dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of (x, bias): one launch, and one that sums the partials."""
+    (x, bias, seed), (activation, dropout_p) = inputs, options
     m, n = sizes(x, 1)
     dx = host.like(x, output_mask[0], x.dtype)
     dbias = x.new_empty(0) if bias is None else host.like(bias, output_mask[1], bias.dtype)

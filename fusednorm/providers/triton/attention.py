@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._options import AttentionInputs, AttentionOptions
 from ..strides import contiguous, rows_like
 from . import attention_config as table
 from . import host
@@ -25,41 +26,29 @@ INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    q, longest_q, longest_k = args[0], args[8], args[9]
+def refusal(op: str, inputs: AttentionInputs, options: AttentionOptions) -> str | None:
+    q = inputs.q
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}: the matrix units' are float32, bfloat16 and float16"
-    if longest_q > _LONGEST or longest_k > _LONGEST:
+    if options.max_seqlen_q > _LONGEST or options.max_seqlen_k > _LONGEST:
         return f"a sequence has more than {_LONGEST} positions"
     return host.refusal(q, q.shape[-1])
 
 
-class _Call(NamedTuple):
-    """The arguments that forward and backward share."""
+def _scalars(options: AttentionOptions) -> tuple[int | float, ...]:
+    """What every kernel takes last: the window, the scale, the soft cap and dropout's numbers."""
+    right, scale = 0 if options.causal else options.window_right, options.scale
+    windows = min(max(options.window_left, 0), _LONGEST), min(max(right, 0), _LONGEST)
+    return *windows, scale, scale * math.log2(math.e), options.softcap, *host.numbers(options.dropout_p)
 
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    seed: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    scale: float
-    dropout_p: float
-    causal: bool
-    lower_right: bool
-    window_left: int
-    window_right: int
-    softcap: float
 
-    @property
-    def numbers(self) -> tuple[int | float, ...]:
-        right = 0 if self.causal else self.window_right
-        windows = min(max(self.window_left, 0), _LONGEST), min(max(right, 0), _LONGEST)
-        return *windows, self.scale, self.scale * math.log2(math.e), self.softcap, *host.numbers(self.dropout_p)
+def _batches(inputs: AttentionInputs) -> int:
+    return inputs.q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
 
-    def batches(self, q: Tensor) -> int:
-        return q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+def _masks(inputs: AttentionInputs) -> tuple[Tensor | None, ...]:
+    bounds = contiguous(inputs.cu_seqlens_q), contiguous(inputs.cu_seqlens_k)
+    return _near(inputs.attn_mask), inputs.key_mask, inputs.seed, *bounds
 
 
 # --- addresses ---
@@ -181,14 +170,14 @@ class _Problem(NamedTuple):
         return table.Need(columns, self.dtype.itemsize, self.dropout, heavy, bounded, *self.device, host.version())
 
 
-def _problem(q: Tensor, v: Tensor, call: _Call) -> _Problem:
-    mask = "none" if call.attn_mask is None else "bool" if call.attn_mask.dtype == torch.bool else "additive"
-    lower, upper = call.window_left >= 0, call.causal or call.window_right >= 0
+def _problem(q: Tensor, v: Tensor, attn_mask: Tensor | None, options: AttentionOptions) -> _Problem:
+    mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "additive"
+    lower, upper, softcap = options.window_left >= 0, options.causal or options.window_right >= 0, options.softcap
     # not where folding the scale into the exponent would err by more than float32 does
-    fold = q.element_size() == 2 and not call.softcap and mask != "additive" and _FOLDED[0] < call.scale < _FOLDED[1]
+    fold = q.element_size() == 2 and not softcap and mask != "additive" and _FOLDED[0] < options.scale < _FOLDED[1]
     return _Problem(
-        *(q.shape[-1], v.shape[-1], q.dtype, _precision(q.dtype), fold, call.softcap != 0.0, mask),
-        *(call.dropout_p > 0.0, lower, upper, call.lower_right and (lower or upper)),
+        *(q.shape[-1], v.shape[-1], q.dtype, _precision(q.dtype), fold, softcap != 0.0, mask),
+        *(options.dropout_p > 0.0, lower, upper, options.lower_right and (lower or upper)),
         host.device(q.get_device()) if q.is_cuda else host.compiled_for(INTERPRETED),
     )
 
@@ -230,25 +219,26 @@ def forget_variants() -> None:
 # --- the ops ---
 
 
-def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse) in one launch."""
-    call, packed = _Call(_near(args[0]), *args[1:]), args[3] is not None
+    q, k, v = inputs[:3]
+    packed, n_batches = inputs.cu_seqlens_q is not None, _batches(inputs)
     out = rows_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty((q.shape[1], q.shape[0]) if packed else q.shape[:-1], dtype=torch.float32)
-    if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
+    if lse.numel() == 0 or k.numel() == 0 == v.numel() or n_batches == 0:
         return out.zero_(), lse.fill_(-math.inf)
     q, k, v = _operands(packed, q, k, v)
     written = out if _aligned(out, packed) else _padded(out)
-    variant, tile = _plan("fwd", _problem(q, v, call))
-    n_tiles, n_heads = host.ceil(call.max_seqlen_q, tile.block_m), q.shape[1]
-    masks = (call.attn_mask, call.key_mask, call.seed, contiguous(call.cu_seqlens_q), contiguous(call.cu_seqlens_k))
+    masks = attn_mask, key_mask, *_ = _masks(inputs)
+    variant, tile = _plan("fwd", _problem(q, v, attn_mask, options))
+    n_tiles, n_heads = host.ceil(options.max_seqlen_q, tile.block_m), q.shape[1]
     variant.launch(
-        (n_tiles * n_heads * call.batches(q), 1),
+        (n_tiles * n_heads * n_batches, 1),
         (q, k, v, *masks, written, lse),
         (
-            *(n_tiles, n_heads, n_heads // k.shape[1], call.max_seqlen_q, call.max_seqlen_k),
+            *(n_tiles, n_heads, n_heads // k.shape[1], options.max_seqlen_q, options.max_seqlen_k),
             *_strides_of((q, k, v, written), packed),
-            *(*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask), *_lse_strides(lse), *call.numbers),
+            *(*_mask_strides(attn_mask), *_key_mask_strides(key_mask), *_lse_strides(lse), *_scalars(options)),
         ),
     )
     _deliver(written, out)
@@ -256,7 +246,13 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
 
 
 def attention_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, attn_mask): delta, then a launch over queries and one or two over keys.
 
@@ -264,8 +260,9 @@ def attention_bwd(
     rounded. For `exact` results, and for a mask's gradient, in which such errors add up, the launch over queries makes
     delta and the inverse of the weights' sum itself.
     """
-    call, (wants_q, wants_k, wants_v, wants_mask) = _Call(_near(args[0]), *args[1:-1]), args[-1]
-    packed, mask = args[3] is not None, args[0]
+    q, k, v, mask, *_ = inputs
+    wants_q, wants_k, wants_v, wants_mask = output_mask
+    packed, n_batches = inputs.cu_seqlens_q is not None, _batches(inputs)
     wants_mask = wants_mask and mask is not None and mask.is_floating_point()
     logits = (q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
     exact = q.element_size() == 4 or wants_mask
@@ -274,49 +271,49 @@ def attention_bwd(
     dk, dv = rows_like(k) if wants_k else None, rows_like(v) if wants_v else None
     dmask = rows_like(mask).zero_() if wants_mask and mask is not None else None
     gradients = (dq, dk, dv, dmask)
-    if lse.numel() == 0 or k.numel() == 0 == v.numel() or call.batches(q) == 0:
+    if lse.numel() == 0 or k.numel() == 0 == v.numel() or n_batches == 0:
         return tuple([None if g is None else g.zero_() for g in gradients])
 
     operands = dout, q, k, v = _operands(packed, dout, q, k, v)
     dq, dk, dv = written = [_writable(g, packed) for g in (dq, dk, dv)]
     strides = _strides_of(operands, packed)
-    lse_strides, problem = _lse_strides(lse), _problem(q, v, call)
+    masks = attn_mask, key_mask, *_ = _masks(inputs)
+    lse_strides, problem = _lse_strides(lse), _problem(q, v, attn_mask, options)
     dlse, inverse = contiguous(dlse), torch.empty_like(lse) if exact else None
     delta = torch.empty_like(lse)
     if not exact:
         _delta(delta, dout, out, dlse, packed, problem)
     rows = (lse, delta, dlse if exact else None, inverse)
-    masks = (call.attn_mask, call.key_mask, call.seed, contiguous(call.cu_seqlens_q), contiguous(call.cu_seqlens_k))
-    mask_strides = (*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask))
+    mask_strides = (*_mask_strides(attn_mask), *_key_mask_strides(key_mask))
     group = q.shape[1] // k.shape[1]
-    lengths = (group, call.max_seqlen_q, call.max_seqlen_k)
+    lengths = (group, options.max_seqlen_q, options.max_seqlen_k)
     if dq is not None or direct or exact:
         variant, tile = _plan("dq", problem)
-        n_tiles = host.ceil(call.max_seqlen_q, tile.block_m)
+        n_tiles = host.ceil(options.max_seqlen_q, tile.block_m)
         dmask_strides = _mask_strides(dmask if direct else None)
         variant.launch(
-            (n_tiles * q.shape[1] * call.batches(q), 1),
+            (n_tiles * q.shape[1] * n_batches, 1),
             (*operands, *masks, *rows, dq, dmask if direct else None),
             (
                 *(n_tiles, q.shape[1], *lengths, *strides, *_strides(q if dq is None else dq, packed)),
-                *(*dmask_strides, *mask_strides, *lse_strides, *call.numbers),
+                *(*dmask_strides, *mask_strides, *lse_strides, *_scalars(options)),
             ),
         )
     if wants_k or wants_v:
         strides += _strides_of((k if dk is None else dk, v if dv is None else dv), packed)  # a wanted one's are read
         variant, tile = _plan("dkv", problem)
-        n_tiles = host.ceil(call.max_seqlen_k, tile.block_n)
+        n_tiles = host.ceil(options.max_seqlen_k, tile.block_n)
         for pair in ((dk, None), (None, dv)) if table.splits(problem.need) else ((dk, dv),):
             if pair[0] is not None or pair[1] is not None:
                 variant.launch(
-                    (n_tiles * k.shape[1] * call.batches(q), 1),
+                    (n_tiles * k.shape[1] * n_batches, 1),
                     (*operands, *masks, *rows, *pair),
-                    (n_tiles, k.shape[1], *lengths, *strides, *mask_strides, *lse_strides, *call.numbers),
+                    (n_tiles, k.shape[1], *lengths, *strides, *mask_strides, *lse_strides, *_scalars(options)),
                 )
-    if dmask is not None and dmask.shape[-1] == 1 != call.max_seqlen_k:
+    if dmask is not None and dmask.shape[-1] == 1 != options.max_seqlen_k:
         _gradient_of_shifts(dmask, dlse, lse)
     elif dmask is not None and not direct:
-        _mask_gradient(dmask, problem, operands, masks[:3], rows, call)
+        _mask_gradient(dmask, problem, operands, masks[:3], rows, options)
     for gradient, own in zip(gradients, written):
         _deliver(own, gradient)
     return gradients
@@ -348,7 +345,7 @@ def _mask_gradient(
     operands: list[Tensor],
     masks: tuple[Tensor | None, ...],
     rows: tuple[Tensor | None, ...],
-    call: _Call,
+    options: AttentionOptions,
 ) -> None:
     """Of a mask that is broadcast: partial sums of as many splits as fill the device, then their sum.
 
@@ -372,7 +369,7 @@ def _mask_gradient(
         (
             *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape[:3], splits),
             *_strides_of(operands, False),
-            *(*_mask_strides(call.attn_mask), *_key_mask_strides(call.key_mask), *lse_strides, *call.numbers),
+            *(*_mask_strides(masks[0]), *_key_mask_strides(masks[1]), *lse_strides, *_scalars(options)),
         ),
     )
     flat = dmask if dmask.is_contiguous() else torch.empty_like(dmask, memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import dropout
+from ..._options import Inputs, Options
 from .config import PARTIALS, Config
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _launching_fault() -> str | None:
     return None
 
 
-def reluctance(op: str, *args: Any) -> str | None:
+def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
     """Why automatic choice does not take a call that this provider could serve."""
     if INTERPRETING:
         return "kernels run in Triton's interpreter, which is for tests"

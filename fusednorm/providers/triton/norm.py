@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import compute_dtype
+from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..strides import contiguous
 from . import host
 from . import norm_config as table
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from .launch import Variant
 
 
-def refusal(op: str, *args: Any) -> str | None:
-    x, normalized_ndim, dropout_p = args[0], args[7], args[9]
+def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
+    x, normalized_ndim = inputs.x, options.normalized_ndim
     reason = host.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
-    if reason is None and dropout_p and normalized_ndim > 1 and not x.is_meta:
+    if reason is None and options.dropout_p and normalized_ndim > 1 and not x.is_meta:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
     return reason
 
@@ -107,38 +108,23 @@ def _parameter(parameter: Tensor | None, acc: torch.dtype) -> Tensor | None:
     return parameter
 
 
-def add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    dropout_p: float,
-    drop_path_p: float,
-    normed_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    store_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats) in one launch."""
+    x, residual, *given, seed = inputs
+    normalized_ndim, eps, dropout_p, drop_path_p, normed_dtype, residual_dtype, *switches, store_residual = options
     m, n = sizes(x, normalized_ndim)
     normed = torch.empty_like(x, dtype=normed_dtype, memory_format=torch.contiguous_format)
     residual_out = host.like(x, store_residual, residual_dtype)
-    n_statistics, stats_dtype = 1 if rms else 2, compute_dtype(x.dtype, residual_dtype)
+    n_statistics, stats_dtype = 1 if options.rms else 2, compute_dtype(x.dtype, residual_dtype)
     stats = torch.empty_strided((n_statistics, m), (m, 1), dtype=stats_dtype, device=x.device)
     if m == 0:
         return normed, residual_out, stats
     if n == 0:
         return normed, residual_out, stats.fill_(float("nan"))
-    parameters = tuple([_parameter(p, stats_dtype) for p in (weight, bias, x_bias, layer_scale)])
+    parameters = tuple([_parameter(p, stats_dtype) for p in given])
     outputs = (normed, residual_out if store_residual else None)
     rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
-    flags = (rms, zero_centered_weight, dropout_p > 0.0, drop_path_p > 0.0)
+    flags = (*switches, dropout_p > 0.0, drop_path_p > 0.0)
     wide_rows = x.dtype.itemsize > 2 or residual_dtype.itemsize > 2 or normed_dtype.itemsize > 2
     variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, wide_rows, flags)
     variant.launch(
@@ -154,33 +140,17 @@ def add_layer_norm_fwd(
 
 
 def add_layer_norm_bwd(
-    dnormed: Tensor,
-    dresidual_out: Tensor | None,
-    saved: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    seed: Tensor | None,
-    normalized_ndim: int,
-    dropout_p: float,
-    drop_path_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    rms: bool,
-    zero_centered_weight: bool,
-    saved_is_normed: bool,
-    output_mask: list[bool],
+    dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale): one launch, and one that sums the partials."""
-    m, n = sizes(saved, normalized_ndim)
+    kept, stats, weight, bias, x, x_bias, layer_scale, seed = saved
+    normalized_ndim, dropout_p, drop_path_p, x_dtype, residual_dtype, *norm = options
+    m, n = sizes(kept, normalized_ndim)
     parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
     gradients = [
-        saved.new_empty(0) if like is None or not wanted else host.like(like, True, dtype or like.dtype)
+        kept.new_empty(0) if like is None or not wanted else host.like(like, True, dtype or like.dtype)
         for like, dtype, wanted in zip(
-            (saved, saved, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
+            (kept, kept, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
         )
     ]
     if m == 0 or n == 0:
@@ -190,17 +160,17 @@ def add_layer_norm_bwd(
     output_mask = [wanted and there for wanted, there in zip(output_mask, present, strict=True)]
     written = [g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)]
     scaled = output_mask[5]  # d(layer_scale) alone looks at x and x_bias again
-    used = (weight, bias if saved_is_normed else None, x_bias if scaled else None, layer_scale)
+    used = (weight, bias if options.saved_is_normed else None, x_bias if scaled else None, layer_scale)
     parameters = tuple([_parameter(p, stats.dtype) for p in used])
     rows = layout(
-        (dnormed, dresidual_out, saved, x if scaled else None), (*parameters, *written[:2]), normalized_ndim, n
+        (dnormed, dresidual_out, kept, x if scaled else None), (*parameters, *written[:2]), normalized_ndim, n
     )
     plan = _backward(
         n,
         rows.constants,
         stats.dtype,
-        max(saved.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2,
-        (rms, zero_centered_weight, saved_is_normed),
+        max(kept.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2,
+        tuple(norm),
         (dropout_p > 0.0, drop_path_p > 0.0),
         layer_scale is not None,
         tuple(output_mask[2:]),
@@ -214,7 +184,7 @@ def add_layer_norm_bwd(
             (m, rows.n_units, rows.rows_inner, *rows.strides[:3], *rows.strides[6:9]),
         )
     # persistent programs: the multiprocessors filled, but no more than there are groups of rows
-    programs = host.processors(saved.get_device()) * plan.config.per_sm // plan.slabs
+    programs = host.processors(kept.get_device()) * plan.config.per_sm // plan.slabs
     programs = max(1, min(host.ceil(m, plan.config.block_m), programs))
     accumulators = sum(output_mask[2:])
     partials = stats.new_empty((accumulators, programs, n)) if accumulators else None
@@ -225,7 +195,7 @@ def add_layer_norm_bwd(
             *(*written[:2], partials),
         ),
         (
-            *(m, rows.n_units, rows.rows_inner, rows_per_sample(saved, normalized_ndim), *rows.strides),
+            *(m, rows.n_units, rows.rows_inner, rows_per_sample(kept, normalized_ndim), *rows.strides),
             *host.numbers(dropout_p),
             *host.numbers(drop_path_p),
         ),
