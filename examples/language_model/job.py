@@ -1,12 +1,12 @@
 """Train a small language model twice, with the layers of fusednorm and with torch's, and compare the two runs.
 
-    PYTHONPATH=. python3 benchmarks/train.py --small            # a CPU with two cores: about three minutes
-    PYTHONPATH=. python3 benchmarks/train.py                    # a GPU: 4 layers, width 512
-    PYTHONPATH=. python3 benchmarks/train.py --text book.txt
+    PYTHONPATH=. python3 examples/train.py --small            # a CPU with two cores: about three minutes
+    PYTHONPATH=. python3 examples/train.py                    # a GPU: 4 layers, width 512
+    PYTHONPATH=. python3 examples/train.py --text book.txt
 
-The text is `pydoc_data.topics` (see lm_data.py), the model a pre-norm decoder-only Transformer whose two variants
-share one initial state (lm_model.py). Both take the same batches in the same order, side by side in one process. The
-run fails (exit status 1) when their losses differ by more than the bound of lm_report.py, where its origin stands too
+The text is `pydoc_data.topics` (see data.py), the model a pre-norm decoder-only Transformer whose two variants
+share one initial state (model.py). Both take the same batches in the same order, side by side in one process. The
+run fails (exit status 1) when their losses differ by more than the bound of report.py, where its origin stands too
 (with dropout, which each draws for itself, when they end further apart than two seeds would), or when the reloaded
 checkpoint does not give the same test loss bit for bit.
 
@@ -26,10 +26,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data, lm_loop, lm_report, measure_load, train_report, train_shared
-from benchmarks.lm_loop import Settings
-from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, continue_text, make_twins
+from benchmarks import measure_load
 from benchmarks.report import make_folder
+from examples.language_model import data as lm_data
+from examples.language_model import loop as lm_loop
+from examples.language_model import report as lm_report
+from examples.language_model.loop import Settings
+from examples.language_model.model import VARIANTS, LanguageModel, ModelConfig, continue_text, make_twins
+from examples.training import report as train_report
+from examples.training import shared as train_shared
 
 FULL = {
     "layers": 4,

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure_load, report_plots, train_report
-from benchmarks.train_report import (
+from benchmarks import measure_load, report_plots
+from examples.training import report as train_report
+from examples.training.report import (
     agreement,
     busy_text,
     calls_text,

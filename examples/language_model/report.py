@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure_load, report_plots
-from benchmarks.train_report import (
+from examples.training.report import (
     agreement,
     busy_text,
     calls_text,

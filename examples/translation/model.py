@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusednorm
-from benchmarks.translate_data import BEGIN_ID, END_ID, PAD_ID, Batch
+from examples.translation.data import BEGIN_ID, END_ID, PAD_ID, Batch
 
 VARIANTS = ("eager", "fused")
 

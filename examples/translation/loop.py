@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.train_shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, synchronize
-from benchmarks.translate_data import PAD_ID, Batch, Encoded, batch_of, buckets
-from benchmarks.translate_model import ModelConfig, Translator, loss_of, make_twins
+from examples.training.shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, synchronize
+from examples.translation.data import PAD_ID, Batch, Encoded, batch_of, buckets
+from examples.translation.model import ModelConfig, Translator, loss_of, make_twins
 
 Curves = dict[str, dict[str, list[float]]]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import fusednorm
 from benchmarks import cases
-from benchmarks.lm_data import MissingPackage
+from examples.language_model.data import MissingPackage
 from fusednorm._explain import decisions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +52,7 @@ def parse(
     """Parse, fill in the sizes, and keep the command that trains through the fused op on any machine."""
     arguments = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
-    arguments.fused_command = shlex.join(["python3", "benchmarks/train.py", *given, "--provider", "reference"])
+    arguments.fused_command = shlex.join(["python3", "examples/train.py", *given, "--provider", "reference"])
     for name, value in (small if arguments.small else full).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

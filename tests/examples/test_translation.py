@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import fusednorm
-from benchmarks import train_shared, translate_data, translate_job, translate_report
-from benchmarks.translate_data import (
+from examples.training import shared as train_shared
+from examples.translation import data as translate_data
+from examples.translation import job as translate_job
+from examples.translation import report as translate_report
+from examples.translation.data import (
     BEGIN_ID,
     END_ID,
     PAD_ID,
@@ -26,8 +29,8 @@ from benchmarks.translate_data import (
     padded,
     split_pairs,
 )
-from benchmarks.translate_loop import Settings, evaluate, measure_memory, train_twins
-from benchmarks.translate_model import VARIANTS, ModelConfig, Translator, loss_of, make_twins, translate
+from examples.translation.loop import Settings, evaluate, measure_memory, train_twins
+from examples.translation.model import VARIANTS, ModelConfig, Translator, loss_of, make_twins, translate
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab=61, positions=14, layers=2, width=32, heads=2)

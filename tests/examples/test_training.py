@@ -14,8 +14,14 @@ import pytest
 import torch
 
 import fusednorm
-from benchmarks import lm_data, lm_job, lm_loop, lm_report, train, train_report, train_shared
-from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
+from examples import train
+from examples.language_model import data as lm_data
+from examples.language_model import job as lm_job
+from examples.language_model import loop as lm_loop
+from examples.language_model import report as lm_report
+from examples.language_model.model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
+from examples.training import report as train_report
+from examples.training import shared as train_shared
 
 pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
 
@@ -299,7 +305,7 @@ def finished(finished_run) -> dict:
     route |= {"function": "add_layer_norm", "calls": 3, "refusals": ["triton is not used: no GPU"]}
     report["environment"] |= {"route": [route], "others": 0.01}
     assert report["environment"]["fused_command"] == (
-        f"python3 benchmarks/train.py {' '.join(TINY)} --text '{folder}/a text.txt' --report {folder} "
+        f"python3 examples/train.py {' '.join(TINY)} --text '{folder}/a text.txt' --report {folder} "
         "--provider reference"
     )
     return report

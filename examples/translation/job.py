@@ -1,15 +1,15 @@
 """Train an English-Chinese Transformer twice, `fusednorm.Transformer` and `torch.nn.Transformer`, and compare the two.
 
-    PYTHONPATH=. python3 benchmarks/train.py --task translate --small    # a CPU: about two minutes
-    PYTHONPATH=. python3 benchmarks/train.py --task translate            # a GPU: 3 + 3 layers, width 256, dropout 0.1
+    PYTHONPATH=. python3 examples/train.py --task translate --small    # a CPU: about two minutes
+    PYTHONPATH=. python3 examples/train.py --task translate            # a GPU: 3 + 3 layers, width 256, dropout 0.1
 
-The pairs come from translation catalogues of installed packages (translate_data.py). Both variants start from one
-state (translate_model.py) and take the same batches in the same order, side by side in one process. The run fails
-(exit status 1) when their losses differ by more than the bounds of translate_report.py, where their origin stands too,
+The pairs come from translation catalogues of installed packages (data.py). Both variants start from one
+state (model.py) and take the same batches in the same order, side by side in one process. The run fails
+(exit status 1) when their losses differ by more than the bounds of report.py, where their origin stands too,
 or when the reloaded checkpoint does not give the same test loss bit for bit.
 
 What was learned is shown on pairs held out: chrF of greedy translations, beside that of the model before training and
-of the nearest training source's translation (translate_score.py).
+of the nearest training source's translation (score.py).
 
 Speed is that of every training step, the variants alternating; memory is the most that torch's allocator lends out at
 once while a fresh copy of one variant trains.
@@ -29,9 +29,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data, measure_load, train_shared, translate_report, translate_score
+from benchmarks import measure_load
 from benchmarks.report import make_folder
-from benchmarks.translate_data import (
+from examples.language_model import data as lm_data
+from examples.training import shared as train_shared
+from examples.translation import report as translate_report
+from examples.translation import score as translate_score
+from examples.translation.data import (
     SPECIAL,
     Encoded,
     Pair,
@@ -44,8 +48,8 @@ from benchmarks.translate_data import (
     split_pairs,
     train_tokenizer,
 )
-from benchmarks.translate_loop import Settings, evaluate, measure_memory, train_twins
-from benchmarks.translate_model import VARIANTS, ModelConfig, Translator, make_twins
+from examples.translation.loop import Settings, evaluate, measure_memory, train_twins
+from examples.translation.model import VARIANTS, ModelConfig, Translator, make_twins
 
 FULL = {
     "layers": 3,

@@ -16,15 +16,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-TASKS = ("lm", "translate")
+TASKS = {"lm": "language_model", "translate": "translation"}  # and their folders
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hand the command line to the job of the task, whose own parser reads the rest of it."""
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", choices=TASKS, default="lm")
+    parser.add_argument("--task", choices=tuple(TASKS), default="lm")
     known, _ = parser.parse_known_args(argv)
-    job = importlib.import_module(f"benchmarks.{known.task}_job")
+    job = importlib.import_module(f"examples.{TASKS[known.task]}.job")
     return int(job.main(argv))
 
 

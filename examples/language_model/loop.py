@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks import lm_data
-from benchmarks.lm_model import LanguageModel, ModelConfig, loss_of, make_twins
-from benchmarks.train_shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, time_steps
+from examples.language_model import data as lm_data
+from examples.language_model.model import LanguageModel, ModelConfig, loss_of, make_twins
+from examples.training.shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, time_steps
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,15 @@ import pytest
 import torch
 
 import fusednorm
-from benchmarks import train, train_report, translate_data, translate_job, translate_model, translate_report
-from benchmarks.translate_data import Pair
-from benchmarks.translate_model import VARIANTS
-from benchmarks.translate_score import chrf, nearest, scores
+from examples import train
+from examples.training import report as train_report
+from examples.translation import data as translate_data
+from examples.translation import job as translate_job
+from examples.translation import model as translate_model
+from examples.translation import report as translate_report
+from examples.translation.data import Pair
+from examples.translation.model import VARIANTS
+from examples.translation.score import chrf, nearest, scores
 
 SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 400, "batch": 16, "length": 40, "dropout": 0.0}
 TINY = [

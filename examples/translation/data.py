@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data
+from examples.language_model import data as lm_data
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", lm_data.END
 SPECIAL = (PAD, BEGIN, END)  # ids 0, 1, 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import lm_data
+from examples.language_model import data as lm_data
 
 pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
 
