@@ -1,12 +1,12 @@
 """Train a model twice, with fused and with eager steps, and compare the two runs.
 
-    PYTHONPATH=. python3 benchmarks/train.py --small              # a CPU with two cores: about three minutes
-    PYTHONPATH=. python3 benchmarks/train.py                      # a GPU: 4 layers, width 512
-    PYTHONPATH=. python3 benchmarks/train.py --text book.txt
-    PYTHONPATH=. python3 benchmarks/train.py --task translate --small
-    PYTHONPATH=. python3 benchmarks/train.py --task translate --help    # the options of a task
+    PYTHONPATH=. python3 examples/train.py --small              # a CPU with two cores: about three minutes
+    PYTHONPATH=. python3 examples/train.py                      # a GPU: 4 layers, width 512
+    PYTHONPATH=. python3 examples/train.py --text book.txt
+    PYTHONPATH=. python3 examples/train.py --task translate --small
+    PYTHONPATH=. python3 examples/train.py --task translate --help    # the options of a task
 
-Tasks: `lm`, a language model (lm_job.py; the default), and `translate`, from English to Chinese (translate_job.py).
+Tasks: `lm`, a language model (language_model/; the default), and `translate`, from English to Chinese (translation/).
 """
 
 from __future__ import annotations
