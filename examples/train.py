@@ -7,16 +7,20 @@
     PYTHONPATH=. python3 examples/train.py --task translate --help    # the options of a task
 
 Tasks: `lm`, a language model (language_model/; the default), and `translate`, from English to Chinese (translation/).
+What they share is in training/.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 
-TASKS = {"lm": "language_model", "translate": "translation"}  # and their folders
+from examples.language_model.job import LanguageModelJob
+from examples.training import run
+from examples.translation.job import TranslationJob
+
+TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=tuple(TASKS), default="lm")
     known, _ = parser.parse_known_args(argv)
-    job = importlib.import_module(f"examples.{TASKS[known.task]}.job")
-    return int(job.main(argv))
+    return run.main(TASKS[known.task], argv)
 
 
 if __name__ == "__main__":

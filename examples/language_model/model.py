@@ -1,7 +1,6 @@
-"""A small pre-norm decoder-only Transformer in two variants: the layers of fusednorm, and those of `torch.nn`.
+"""A small pre-norm decoder-only Transformer, of the layers of fusednorm or of `torch.nn`.
 
-Both have the same parameters under the same names, so one `state_dict` loads strictly into either. A decoder that
-attends to nothing but itself is what both call an encoder, with a causal mask.
+A decoder that attends to nothing but itself is what both call an encoder, with a causal mask.
 """
 
 from __future__ import annotations
@@ -10,53 +9,32 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import fusednorm
-
-VARIANTS = ("eager", "fused")
+from examples.training.model import ModelConfig, Twin, library
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    vocab: int
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(ModelConfig):
     context: int
-    layers: int = 4
-    width: int = 512
-    heads: int = 8
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("vocab", "context", "layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
 
-def make_layers(variant: str, config: ModelConfig) -> nn.TransformerEncoder:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
-    kind = fusednorm if variant == "fused" else nn
-    layer = kind.TransformerEncoderLayer(
-        *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
-    )
-    # a padding mask, of which torch would make nested tensors, is never given
-    return kind.TransformerEncoder(layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False)
+class LanguageModel(Twin):
+    """Tokens (batch, length) int64 to logits (batch, length, vocab)."""
 
+    Config = LanguageModelConfig
+    config: LanguageModelConfig
+    future: torch.Tensor
 
-class LanguageModel(nn.Module):
-    """Tokens (batch, length) int64 to logits (batch, length, vocab). The table of tokens gives the logits too."""
-
-    def __init__(self, variant: str, config: ModelConfig) -> None:
-        super().__init__()
-        self.variant, self.config = variant, config
-        self.token = nn.Embedding(config.vocab, config.width)
-        self.position = nn.Embedding(config.context, config.width)
-        self.layers = make_layers(variant, config)
+    def __init__(self, variant: str, config: LanguageModelConfig) -> None:
+        super().__init__(variant, config, config.context)
+        layer = library(variant).TransformerEncoderLayer(
+            *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
+        )
+        # A padding mask, of which torch would make nested tensors, is never given.
+        self.layers = library(variant).TransformerEncoder(
+            layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False
+        )
         self.register_buffer("future", torch.ones(config.context, config.context).triu(1).bool(), persistent=False)
         self.reset_parameters()
 
@@ -73,31 +51,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         length = tokens.shape[1]
-        positions = torch.arange(length, device=tokens.device)
-        x = F.dropout(self.token(tokens) + self.position(positions), self.config.dropout, self.training)
-        x = self.layers(x, mask=self.future[:length, :length], is_causal=True)
-        return F.linear(x, self.token.weight)
-
-
-def make_twins(
-    config: ModelConfig, seed: int, device: torch.device, variants: tuple[str, ...] = VARIANTS
-) -> dict[str, LanguageModel]:
-    """Build the variants with equal parameters: the first is initialised from the seed, the others load its state."""
-    torch.manual_seed(seed)
-    twins = {variant: LanguageModel(variant, config) for variant in variants}
-    first = twins[variants[0]]
-    for model in twins.values():
-        if model is not first:
-            model.load_state_dict(first.state_dict(), strict=True)
-    return {variant: model.to(device) for variant, model in twins.items()}
-
-
-def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy (nats a token) of predicting each row's next token, in float32 at least."""
-    logits = model(rows[:, :-1])
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        return self.logits(self.layers(self.embed(tokens), mask=self.future[:length, :length], is_causal=True))
 
 
 @torch.no_grad()

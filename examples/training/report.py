@@ -1,13 +1,16 @@
-"""What the reports of the training jobs share: the verdict on two curves, tables, curves drawn."""
+"""Judge the two runs of a job, and say what came of them in Markdown."""
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 import unicodedata
 from typing import Any
 
 from benchmarks import measure_load, report_stats
+from examples.training.job import Job
+from examples.training.loop import WARM_UP
 
 # With dropout each variant draws masks of its own: what the test loss after training may differ by, as a share of it.
 # Measured with dropout 0.1 (--small otherwise): 0.2 % after 9 epochs, 1.2 % after 4 of another seed, where training is
@@ -123,6 +126,11 @@ def busy_text(report: dict[str, Any]) -> str | None:
     return measure_load.warning(environment["others"], "the speeds") if environment["device_type"] == "cpu" else None
 
 
+def subtitles(report: dict[str, Any]) -> list[str | None]:
+    """The small print of every picture."""
+    return [f"calls of a fused forward: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
+
+
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
 
@@ -131,39 +139,7 @@ def ratio(numerator: float, denominator: float) -> str:
     return f"{numerator / denominator:.2f}"
 
 
-def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
-    """Losses over epochs, both variants and both sides."""
-    epochs = len(curves["eager"]["train"])
-    # Eager is drawn wide and pale under fused: where the two agree, both stay visible.
-    styles = {
-        "eager": {"linewidth": 6, "alpha": 0.35, "marker": "o", "markersize": 10},
-        "fused": {"linewidth": 1.6, "marker": "o", "markersize": 4},
-    }
-    for variant in ("eager", "fused"):
-        curve = curves[variant]
-        axes.plot(range(1, epochs + 1), curve["train"], color="tab:blue", label=f"{variant}, train", **styles[variant])
-        axes.plot(range(epochs + 1), curve["test"], color="tab:orange", label=f"{variant}, test", **styles[variant])
-
-
-def draw_differences(axes: Any, curves: dict[str, Any], bound: float) -> None:
-    """Difference of the two variants at every training step, and the bound."""
-    steps = [abs(a - b) for a, b in zip(curves["fused"]["steps"], curves["eager"]["steps"])]
-    axes.set(xlabel="training step", ylabel="|fused − eager| (nats per token)", title="Difference of the losses")
-    drawn = [(step, value) for step, value in enumerate(steps, 1) if value > 0]
-    axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound on epochs: {bound:g}")
-    if drawn:
-        # no line: it would pass over steps where the two are equal, which a logarithm cannot show
-        axes.semilogy(*zip(*drawn), ".", color="tab:green", markersize=4, label="a step's training batch")
-        zeros = len(steps) - len(drawn)
-        if zeros:
-            axes.plot([], [], " ", label=f"exactly equal at {zeros} of {len(steps)} steps")
-    else:
-        axes.set(xlim=(0, len(steps)), ylim=(0, 1.3 * bound))
-        axes.text(0.5, 0.4, f"exactly equal at all {len(steps)} steps", ha="center", transform=axes.transAxes)
-    axes.legend()
-
-
-def result_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def result_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (what, eager, fused, fused / eager) for the terminal and the Markdown file."""
     eager, fused = ({**report["speed"][v], **report["memory"][v]} for v in ("eager", "fused"))
     curves = report["curves"]
@@ -237,3 +213,34 @@ def wrapped(line: str) -> str:
         return line
     indent = "  " if line.startswith("- ") else ""
     return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
+    """The Markdown report, which is also what the terminal shows."""
+    checks, environment = report["checks"], report["environment"]
+    reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
+    lines = [
+        f"# {report['title']}",
+        "",
+        *(part for text in notices(report) for part in (text, "")),
+        f"- {job.describe_data(report)}",
+        f"- Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
+        f"- Training: {json.dumps(report['settings'])}.",
+        f"- Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while "
+        f"the models trained, CPU time of other processes: {measure_load.share_text(environment['others'])}.",
+        f"- Calls of one forward of the fused model: {calls_text(report)}.",
+        *refusal_lines(report),
+        "",
+        table(("", "eager", "fused", "fused / eager"), result_rows(report)),
+        "",
+        epoch_table(report["curves"]),
+        "",
+        *job.score_table(report),
+        agreement(report),
+        f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
+        *(f"- {line}" for line in job.describe_quality(report)),
+        f"- Speed: tokens of the loss over the time of all training steps but the first {WARM_UP}, the two variants "
+        "alternating in one process.",
+        "",
+    ]
+    return "\n".join([*map(wrapped, lines), *job.examples(report), ""])

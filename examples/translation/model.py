@@ -1,7 +1,4 @@
-"""An encoder-decoder Transformer in two variants: `fusednorm.Transformer` and `torch.nn.Transformer`, else the same.
-
-Both have the same parameters under the same names, so one `state_dict` loads strictly into either.
-"""
+"""An encoder-decoder Transformer: `fusednorm.Transformer` or `torch.nn.Transformer`, else the same."""
 
 from __future__ import annotations
 
@@ -10,48 +7,23 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import fusednorm
-from examples.translation.data import BEGIN_ID, END_ID, PAD_ID, Batch
-
-VARIANTS = ("eager", "fused")
+from examples.training.model import ModelConfig, Twin, library
+from examples.translation.data import BEGIN_ID, END_ID, PAD_ID
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    vocab: int
+@dataclass(frozen=True, kw_only=True)
+class TranslatorConfig(ModelConfig):
     positions: int
-    layers: int = 3
-    width: int = 256
-    heads: int = 4
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("vocab", "positions", "layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
 
 def make_transformer(variant: str, config: ModelConfig) -> nn.Transformer:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
-    kind = fusednorm.Transformer if variant == "fused" else nn.Transformer
     with warnings.catch_warnings():
         # torch announces that nested tensors do not go with norm_first; nobody asked for them
         warnings.filterwarnings("ignore", "enable_nested_tensor is True")
-        return kind(
-            config.width,
-            config.heads,
-            config.layers,
-            config.layers,
-            4 * config.width,
-            config.dropout,
+        return library(variant).Transformer(
+            *(config.width, config.heads, config.layers, config.layers, 4 * config.width, config.dropout),
             # GELU, not ReLU: where an input lies at ReLU's corner its last bit decides whether a gradient is 0, and the
             # curves of two ways to round part 10,000 times as far.
             activation="gelu",
@@ -60,26 +32,22 @@ def make_transformer(variant: str, config: ModelConfig) -> nn.Transformer:
         )
 
 
-class Translator(nn.Module):
+class Translator(Twin):
     """Source and target tokens (batch, length) int64 to logits (batch, target length, vocab).
 
-    Positions filled with PAD are attended to by no other, so they change no output but their own. One table embeds
-    both languages and gives the logits.
+    Positions filled with PAD are attended to by no other, so they change no output but their own. Both languages have
+    one table of tokens.
     """
 
-    def __init__(self, variant: str, config: ModelConfig) -> None:
-        super().__init__()
-        self.variant, self.config = variant, config
-        self.token = nn.Embedding(config.vocab, config.width)
-        self.position = nn.Embedding(config.positions, config.width)
+    Config = TranslatorConfig
+    config: TranslatorConfig
+
+    def __init__(self, variant: str, config: TranslatorConfig) -> None:
+        super().__init__(variant, config, config.positions)
         self.transformer = make_transformer(variant, config)
+        self.scale = math.sqrt(config.width)
         nn.init.normal_(self.token.weight, std=config.width**-0.5)
         nn.init.normal_(self.position.weight, std=0.1)
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.token(tokens) * math.sqrt(self.config.width) + self.position(positions)
-        return F.dropout(x, self.config.dropout, self.training)
 
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PAD_ID)
@@ -97,33 +65,8 @@ class Translator(nn.Module):
             memory_key_padding_mask=source == PAD_ID,
         )
 
-    def logits(self, decoded: torch.Tensor) -> torch.Tensor:
-        return F.linear(decoded, self.token.weight)
-
     def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.logits(self.decode(target, self.encode(source), source))
-
-
-def make_twins(
-    config: ModelConfig, seed: int, device: torch.device, variants: tuple[str, ...] = VARIANTS
-) -> dict[str, Translator]:
-    """Build the variants with equal parameters: the first is initialised from the seed, the others load its state."""
-    torch.manual_seed(seed)
-    twins = {variant: Translator(variant, config) for variant in variants}
-    first = twins[variants[0]]
-    for model in twins.values():
-        if model is not first:
-            model.load_state_dict(first.state_dict(), strict=True)
-    return {variant: model.to(device) for variant, model in twins.items()}
-
-
-def loss_of(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross entropy (nats a token) of each target's next token, PAD left out, in float32 at least."""
-    logits = model(batch.source, batch.target[:, :-1])
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    wanted = batch.target[:, 1:].flatten()
-    return F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=PAD_ID, label_smoothing=smoothing)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from examples.training.shared import progress_bar
+from examples.training.machine import progress_bar
 from examples.translation.data import Encoded, Pair, buckets, padded
 from examples.translation.model import Translator, translate
 

@@ -1,117 +1,166 @@
-"""The training job: its twins, its checkpoint, its verdict, and one tiny run from text to report."""
+"""What the training jobs share, held for each: twins, loop, checkpoint, memory, verdict."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import sys
-from collections.abc import Iterator
+import math
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fusednorm
-from examples import train
-from examples.language_model import data as lm_data
-from examples.language_model import job as lm_job
-from examples.language_model import loop as lm_loop
-from examples.language_model import report as lm_report
-from examples.language_model.model import VARIANTS, LanguageModel, ModelConfig, loss_of, make_twins
-from examples.training import report as train_report
-from examples.training import shared as train_shared
-
-pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
-
-CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab=97, context=12, layers=2, width=32, heads=2)
-SETTINGS = lm_loop.Settings(epochs=2, batch=4, learning_rate=1e-2, seed=3)
+from examples.training import machine, report
+from examples.training.loop import WARM_UP, evaluate, speed_of, train_twins
+from examples.training.measure import measure_memory
+from examples.training.model import IGNORED, VARIANTS, library, load_checkpoint, loss_of, save_checkpoint
+from examples.training.text import train_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads and lose much where other work runs beside them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quiet(line: str) -> None:
+    """In place of print."""
 
 
-@pytest.fixture(scope="module")
-def split() -> lm_data.Split:
-    return lm_data.split_documents(*lm_data.load_documents())
-
-
-def rows_of(count: int, config: ModelConfig = CONFIG) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(11)
-    return torch.randint(config.vocab, (count, config.context + 1), generator=generator)
+# the twins
 
 
 @pytest.mark.parametrize("provider", [None, "reference"])
-def test_twins_start_with_equal_loss_and_gradients(provider):
-    twins = make_twins(CONFIG, 5, CPU)
-    assert isinstance(twins["fused"].layers, fusednorm.TransformerEncoder)
-    assert type(twins["eager"].layers) is torch.nn.TransformerEncoder
-    assert list(twins["eager"].state_dict()) == list(twins["fused"].state_dict())
-    rows = rows_of(4)
-    gradients, losses = {}, {}
+def test_twins_have_equal_parameters_losses_and_gradients(case, provider):
+    twins, batch = case.twins(), case.batch(6)
+    losses, gradients = {}, {}
     for variant, model in twins.items():
-        with train_shared.provider_context(provider):
-            loss = loss_of(model.train(), rows)
-        loss.backward()
-        losses[variant] = loss.item()
+        with machine.provider_context(provider):
+            losses[variant] = loss_of(model.train(), batch)
+        losses[variant].backward()
         gradients[variant] = {name: p.grad for name, p in model.named_parameters()}
-    assert losses["fused"] == pytest.approx(losses["eager"], rel=1e-6)
+    eager, fused = (twins[v].state_dict() for v in ("eager", "fused"))
+    assert list(eager) == list(fused) and all(torch.equal(eager[name], fused[name]) for name in eager)
+    assert losses["fused"].item() == pytest.approx(losses["eager"].item(), rel=1e-6)
     for name, gradient in gradients["eager"].items():
         # float32 gradients of a whole model: sums over every token, in another order
         torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_only_the_fused_twin_is_ours(case):
+    kinds = {"lm": ("layers", "TransformerEncoder"), "translate": ("transformer", "Transformer")}
+    place, kind = kinds[case.job.task]
+    twins = case.twins()
+    assert type(getattr(twins["fused"], place)) is getattr(fusednorm, kind)
+    assert type(getattr(twins["eager"], place)) is getattr(nn, kind)
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="'quick'; it must be one of eager, fused"):
+        library("quick")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dropout_changes_the_loss_and_eval_ignores_it(variant):
-    model = make_twins(replace(CONFIG, dropout=0.3), 5, CPU)[variant].train()
-    rows = rows_of(4)
-    assert loss_of(model, rows) != loss_of(model, rows)
+def test_dropout_changes_the_loss_and_eval_ignores_it(case, variant):
+    model, batch = case.twins(replace(case.config, dropout=0.3))[variant].train(), case.batch(4)
+    assert loss_of(model, batch) != loss_of(model, batch)
     model.eval()
-    assert loss_of(model, rows) == loss_of(model, rows)
+    assert loss_of(model, batch) == loss_of(model, batch)
 
 
-def test_model_does_not_look_ahead():
-    model = make_twins(CONFIG, 5, CPU)["fused"].eval()
-    rows = rows_of(2)[:, :-1]
-    changed = rows.clone()
-    changed[:, 7:] = (changed[:, 7:] + 1) % CONFIG.vocab
-    assert torch.equal(model(rows)[:, :7], model(changed)[:, :7])
-    assert not torch.equal(model(rows)[:, 7:], model(changed)[:, 7:])
+def test_model_does_not_look_ahead(case):
+    model, tokens = case.twins()["fused"].eval(), torch.arange(3, 13)[None]
+    changed = tokens.clone()
+    changed[:, 6:] += 1
+    given = case.batch(1).inputs[:-1]
+    before, after = model(*given, tokens), model(*given, changed)
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before[:, 6:], after[:, 6:])
 
 
-def test_checkpoint_reloads_to_the_same_loss(tmp_path, split):
-    tokenizer = lm_data.train_tokenizer(split.train[:5], 300)
-    model = make_twins(replace(CONFIG, vocab=300), 5, CPU)["fused"]
+def test_loss_leaves_out_what_is_ignored(case):
+    model, batch = case.twins()["fused"].eval(), case.batch(4)
+    partly = batch.wanted.clone()
+    partly[:, 1:] = IGNORED
+    logits = model(*batch.inputs)[:, 0]
+    expected = nn.functional.cross_entropy(logits, batch.wanted[:, 0])
+    assert loss_of(model, batch._replace(wanted=partly)).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert batch._replace(wanted=partly).tokens() == 4
+
+
+def test_checkpoint_reloads_bit_for_bit(case, tmp_path):
+    pytest.importorskip("tokenizers", reason="the training jobs need tokenizers")
+    tokenizer = train_tokenizer(["one text, another text"], 300, case.job.special)
+    model = case.twins()["fused"]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    rows = rows_of(6)
-    lm_job.save_checkpoint(tmp_path / "folder" / "c.pt", model, tokenizer)
-    reloaded, reloaded_tokenizer = lm_job.load_checkpoint(tmp_path / "folder" / "c.pt", CPU)
-    assert lm_loop.evaluate(reloaded, rows, 4, "float32") == lm_loop.evaluate(model, rows, 4, "float32")
-    assert reloaded_tokenizer.to_str() == tokenizer.to_str()
-    fresh = LanguageModel("fused", model.config)
-    assert lm_loop.evaluate(fresh, rows, 4, "float32") != lm_loop.evaluate(model, rows, 4, "float32")
+    path = tmp_path / "folder" / "c.pt"
+    save_checkpoint(path, model, tokenizer)
+    reloaded, reloaded_tokenizer = load_checkpoint(path, case.job.model, case.device)
+    saved = model.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in reloaded.state_dict().items())
+    assert reloaded.config == model.config and reloaded_tokenizer.to_str() == tokenizer.to_str()
+    fresh = case.job.model("fused", model.config)
+    losses = [evaluate(m, case.side(9), case.settings, case.device) for m in (model, reloaded, fresh)]
+    assert losses[0] == losses[1] != losses[2]
 
 
-def test_training_repeats_bit_for_bit():
-    rows = rows_of(10)
+# training
+
+
+def test_training_repeats_bit_for_bit_with_dropout(case):
     runs = []
     for _ in range(2):
-        with train_shared.deterministic():
-            twins = make_twins(replace(CONFIG, dropout=0.2), 5, CPU)
-            runs.append(lm_loop.train_twins(twins, rows, rows[:3], SETTINGS, say=lambda line: None))
+        with machine.deterministic():
+            twins = case.twins(replace(case.config, dropout=0.2))
+            runs.append(train_twins(twins, case.side(22), case.side(5), case.settings, case.device, quiet)[0])
     assert runs[0] == runs[1]
-    assert len(runs[0]["fused"].steps) == 6 and len(runs[0]["fused"].test) == 3
-    assert runs[0]["fused"].train[-1] < runs[0]["fused"].train[0]
+    fused = runs[0]["fused"]
+    assert len(fused["steps"]) == 12 and len(fused["test"]) == 3 and fused["train"][-1] < fused["train"][0]
+
+
+def test_curves_of_the_twins_agree(case):
+    curves, speed = train_twins(case.twins(), case.side(40), case.side(5), case.settings, case.device, quiet)
+    assert report.verdict(curves, case.job.bounds["float32"], 0.0)["faults"] == []
+    assert all(speed[v]["tokens_per_s"] > 0 and speed[v]["steps"] == 20 - WARM_UP for v in VARIANTS)
+
+
+def test_speed_leaves_out_the_first_steps_where_there_are_more():
+    known = speed_of([9.0] * WARM_UP + [1.0, 3.0], [100] * WARM_UP + [10, 30])
+    assert known["tokens_per_s"] == 10.0 and known["step_ms_median"] == 2000.0 and known["steps"] == 2
+    assert speed_of([2.0], [10])["tokens_per_s"] == 5.0
+
+
+def test_loss_is_a_mean_over_tokens_whatever_the_batch(case):
+    model = case.twins()["fused"]
+    losses = [evaluate(model, case.side(23), replace(case.settings, batch=n), case.device) for n in (1, 4, 23)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_batches_take_all_once_in_an_order_of_the_seed_alone(case):
+    def order(seed: int | None) -> list[list[list[int]]]:
+        return [batch.wanted.tolist() for batch in case.side(50).batches(4, seed)]
+
+    first = order(1)
+    torch.rand(3)
+    assert first == order(1) != order(2) and order(None) == order(None)
+    assert [len(batch) for batch in order(None)] == [4] * 12 + [2]
+    rows = [sorted([t for t in row if t != IGNORED] for batch in order(s) for row in batch) for s in (None, 1, 2)]
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_batch_holds_no_storage_but_its_own(case):
+    for batch in case.side(50).batches(4):
+        for tensor in (*batch.inputs, batch.wanted):
+            assert tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes
+
+
+def test_memory_is_measured_and_repeats(case):
+    def measured(variant: str, width: int = 32) -> dict[str, int]:
+        config = replace(case.config, width=width)
+        return measure_memory(case.job.model, variant, config, case.settings, case.batch(4))
+
+    first, second, eager, wider = measured("fused"), measured("fused"), measured("eager"), measured("fused", 64)
+    assert first == second
+    parameters = sum(p.numel() for p in case.job.model("fused", case.config).parameters())
+    # Parameters, gradients and two moments of AdamW, four bytes each, are held at once.
+    assert min(first["peak_bytes"], eager["peak_bytes"]) > 4 * 4 * parameters
+    assert min(first["saved_bytes"], eager["saved_bytes"]) > 0 and all(wider[key] > first[key] for key in first)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -120,7 +169,7 @@ def test_deterministic_restores_what_it_found(before):
     try:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = True
-        with pytest.raises(KeyError), train_shared.deterministic():
+        with pytest.raises(KeyError), machine.deterministic():
             assert torch.are_deterministic_algorithms_enabled()
             assert not torch.utils.deterministic.fill_uninitialized_memory
             raise KeyError
@@ -131,231 +180,41 @@ def test_deterministic_restores_what_it_found(before):
         torch.utils.deterministic.fill_uninitialized_memory = found[1]
 
 
-def curve(*train_losses: float) -> dict[str, list[float]]:
-    return {"train": list(train_losses), "test": [5.0, *train_losses], "steps": list(train_losses)}
+# the verdict
 
 
-def test_check_curves_accepts_what_is_within_the_bound():
-    assert train_report.check_curves(curve(4.0, 3.0), curve(4.009, 2.991), 0.01) == []
+def verdict(fused: list[float], eager: list[float], dropout: float = 0.0, bound: float = 5e-4) -> dict[str, Any]:
+    """Of two runs with these test losses; those of training are the same, of each epoch."""
+    curves = {name: {"train": t[1:], "test": t, "steps": t} for name, t in (("fused", fused), ("eager", eager))}
+    return report.verdict(curves, bound, dropout)
 
 
-@pytest.mark.parametrize("planted", [3.02, 2.98, float("nan"), float("inf")])
-def test_check_curves_names_a_planted_divergence(planted):
-    faults = train_report.check_curves(curve(4.0, planted), curve(4.0, 3.0), 0.01)
+def test_verdict_accepts_what_is_within_the_bound():
+    checks = verdict([5.0, 3.0004], [5.0, 3.0])
+    assert checks["faults"] == [] and checks["largest_difference"] == pytest.approx(4e-4)
+    checks = verdict([5.0, 9.0, 3.1], [5.0, 3.0, 3.0], dropout=0.1)  # in between the masks decide
+    assert checks["faults"] == [] and checks["end_difference"] == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize("planted", [3.0006, 2.9994, math.nan, math.inf])
+def test_verdict_names_a_planted_difference(planted):
+    faults = verdict([5.0, 4.0, planted], [5.0, 4.0, 3.0])["faults"]
     assert len(faults) == 2 and all("epoch 2" in fault for fault in faults)
 
 
-def test_verdict_with_dropout_compares_where_the_runs_begin_and_end():
-    def judged(fused):
-        return train_report.verdict({"fused": fused, "eager": curve(4.0, 3.0)}, 0.01, 0.1)["faults"]
-
-    assert judged(curve(5.0, 3.1)) == []  # in between the masks decide
-    assert len(judged(curve(4.0, 3.4))) == len(judged(curve(4.0, float("nan")))) == 1
-    early = curve(4.0, 3.0)
-    early["test"][0] = 5.1
-    assert "before training" in judged(early)[0]
+def test_verdict_refuses_curves_of_unequal_length():
+    assert verdict([5.0, 4.0], [5.0, 4.0, 3.0])["faults"] and verdict([5.0], [5.0])["faults"]
 
 
-def test_check_curves_refuses_curves_of_unequal_length():
-    assert train_report.check_curves(curve(4.0), curve(4.0, 3.0), 0.01)
-    assert train_report.check_curves(curve(), curve(), 0.01)
+@pytest.mark.parametrize("bound", [5e-4, 1e-1])
+@pytest.mark.parametrize("planted", [3.2, 2.8, math.nan, math.inf])
+def test_verdict_with_dropout_names_a_planted_difference_at_the_end(planted, bound):
+    for pair in (([5.0, planted], [5.0, 3.0]), ([5.0, 3.0], [5.0, planted]), ([5.0, planted], [5.0, math.nan])):
+        faults = verdict(*pair, 0.1, bound)["faults"]
+        assert len(faults) == 1 and "after training" in faults[0]
 
 
-def test_memory_is_measured_and_repeats():
-    first, second = (lm_loop.measure_memory("eager", CONFIG, SETTINGS, CPU) for _ in range(2))
-    assert first == second
-    parameters = sum(p.numel() for p in LanguageModel("eager", CONFIG).parameters())
-    # Parameters, gradients and two Adam moments, four bytes each, are held at once.
-    assert first["peak_bytes"] > 4 * 4 * parameters
-    wider = lm_loop.measure_memory("eager", replace(CONFIG, width=64), SETTINGS, CPU)
-    assert all(wider[key] > first[key] for key in first)
-
-
-SIZES = {"epochs": 1, "layers": 1, "width": 32, "vocab": 300, "context": 64, "batch": 16, "dropout": 0.0}
-TINY = ["--device", "cpu", *(word for name, size in SIZES.items() for word in (f"--{name}", str(size)))]
-
-
-@pytest.fixture
-def tiny_text(tmp_path, split):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(split.train[:3]), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, split) -> tuple[Path, str]:
-    """The folder that one tiny run wrote, its text within, and what it printed."""
-    folder, before = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
-    (folder / "a text.txt").write_text("".join(split.train[:3]), encoding="utf-8")
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert train.main([*TINY, "--text", str(folder / "a text.txt"), "--report", str(folder)]) == 0
-    torch.set_num_threads(before)
-    return folder, printed.getvalue()
-
-
-def test_run_from_text_to_report(finished_run):
-    folder, printed = finished_run
-    report = json.loads((folder / "train.json").read_text())
-    assert set(report["curves"]) == set(VARIANTS)
-    assert report["checks"]["reload_equal"] is True and report["checks"]["faults"] == []
-    losses = report["curves"]["fused"]["test"]
-    assert losses[1] < losses[0]
-    assert all(report["speed"][v]["tokens_per_s"] > 0 and report["memory"][v]["peak_bytes"] > 0 for v in VARIANTS)
-    assert (folder / "train_checkpoint.pt").stat().st_size > 0
-    if "matplotlib" in sys.modules:
-        assert (folder / "train_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "Curves agree" in (folder / "train.md").read_text(encoding="utf-8")
-    assert "Curves agree" in printed
-
-
-def test_run_with_dropout_says_that_masks_differ(tmp_path, tiny_text):
-    """Torch's masks and ours are drawn apart: the runs are compared where they begin and end."""
-    assert train.main([*TINY, "--dropout", "0.2", "--text", str(tiny_text), "--report", str(tmp_path)]) == 0
-    checks = json.loads((tmp_path / "train.json").read_text())["checks"]
-    assert checks["largest_difference"] < checks["bound"] and 0 < checks["end_difference"] < checks["drawn_bound"]
-    assert "each variant draws its own dropout masks" in " ".join((tmp_path / "train.md").read_text("utf-8").split())
-
-
-@pytest.mark.parametrize(("factor", "message"), [(0.5, "exceeds"), (float("nan"), "not finite")])
-def test_run_fails_on_a_fused_layer_that_is_wrong(tmp_path, tiny_text, capsys, monkeypatch, factor, message):
-    """Fused layers that spoil what they return: the job must say so and end with status 1."""
-    correct = fusednorm.TransformerEncoder.forward
-
-    def wrong(self, src, *args, **kwargs):
-        return correct(self, src, *args, **kwargs) - factor * src
-
-    monkeypatch.setattr(fusednorm.TransformerEncoder, "forward", wrong)
-    status = train.main([*TINY, "--rate", "1e-2", "--text", str(tiny_text), "--report", str(tmp_path / "report")])
-    assert status == 1
-    error = capsys.readouterr().err
-    assert "FAILED: test loss" in error and message in error and "checkpoint" not in error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--text", "no-such-file.txt"], "no-such-file.txt"),
-        (["--dropout", "1.0"], "dropout"),
-        (["--epochs", "0"], "epochs"),
-        (["--layers", "0"], "layers"),
-        (["--vocab", "10"], "vocab"),
-        (["--width", "0"], "width"),
-        (["--width", "200"], "3 heads"),
-        (["--context", "0"], "context"),
-        (["--rate", "nan"], "rate"),
-        (["--rate", "0"], "rate"),
-        (["--provider", "no-such-provider"], "no-such-provider"),
-        (["--provider", "triton"], "--provider triton: usable here are reference"),
-        (["--report", "{file}/folder"], "Not a directory"),
-        (["--report", "{file}"], "File exists"),
-    ],
-)
-def test_bad_arguments_are_refused_before_anything_is_trained(
-    tiny_text, tmp_path, capsys, monkeypatch, arguments, named
-):
-    def trained(*_):
-        raise AssertionError("the tokenizer was trained first")
-
-    monkeypatch.setattr(lm_data, "train_tokenizer", trained)
-    monkeypatch.setattr(fusednorm, "available_providers", lambda: ["reference"])
-    arguments = [word.format(file=tiny_text) for word in arguments]
-    given = [*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report"), *arguments]
-    assert train.main(given) == 2
-    assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("task", [[], ["--task", "lm"], ["--task=lm"]])
-def test_dispatcher_hands_the_command_line_to_the_task(task, capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.main([*task, "--help"])
-    assert ended.value.code == 0 and "--context" in capsys.readouterr().out
-
-
-def test_unknown_task_is_refused_with_the_names_of_those_there_are(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--task", "paint"])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and all(name in error for name in train.TASKS)
-
-
-def test_missing_tokenizers_is_named_with_its_remedy(monkeypatch, capsys, tiny_text):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert train.main([*TINY, "--text", str(tiny_text)]) == 2
-    assert "pip install tokenizers" in capsys.readouterr().err
-
-
-def test_missing_plots_and_bars_degrade(monkeypatch, tmp_path, tiny_text, capsys):
-    for name in ("matplotlib", "matplotlib.figure", "tqdm"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert train.main([*TINY, "--text", str(tiny_text), "--report", str(tmp_path / "report")]) == 0
-    assert not (tmp_path / "report" / "train_curves.png").exists()
-    assert "pip install matplotlib" in capsys.readouterr().out
-
-
-@pytest.fixture
-def finished(finished_run) -> dict:
-    """What one tiny run reports, made plain: torch's own operators served it, on a calm CPU."""
-    folder, _ = finished_run
-    report = json.loads((folder / "train.json").read_text())
-    assert {route["function"] for route in report["environment"]["route"]} == {
-        *("add_layer_norm", "scaled_dot_product_attention", "bias_act_dropout")
-    }
-    route = {"provider": "reference", "how": "torch's own operators: no kernel of ours serves this call"}
-    route |= {"function": "add_layer_norm", "calls": 3, "refusals": ["triton is not used: no GPU"]}
-    report["environment"] |= {"route": [route], "others": 0.01}
-    assert report["environment"]["fused_command"] == (
-        f"python3 examples/train.py {' '.join(TINY)} --text '{folder}/a text.txt' --report {folder} "
-        "--provider reference"
-    )
-    return report
-
-
-def changed(report: dict, **environment) -> dict:
-    return report | {"environment": report["environment"] | environment}
-
-
-def test_report_says_what_was_trained_and_how_to_train_the_fused_op(finished):
-    text = lm_report.summary(finished)
-    top, _, rest = text.partition("Text: ")
-    assert "No kernel of ours ran" in top and finished["environment"]["fused_command"] in top.splitlines()[-2]
-    lines = rest.splitlines()
-    assert "Calls of one forward of the fused model: add_layer_norm (3 by reference)." in lines
-    assert "- For add_layer_norm, triton is not used: no GPU." in lines
-    prose = [line for line in text.partition("```")[0].splitlines() if "python3" not in line]
-    assert max(map(len, prose)) <= 120
-    fused = {
-        "function": "add_layer_norm",
-        "provider": "cpu",
-        "how": "one fused op each way",
-        "calls": 2,
-        "refusals": [],
-    }
-    text = lm_report.summary(changed(finished, route=[fused]))
-    assert "No kernel" not in text and "of the fused model: add_layer_norm (2 by cpu)." in text
-
-
-def test_report_of_a_busy_machine_says_so(finished):
-    assert "BUSY" not in lm_report.summary(finished)
-    assert "THE MACHINE WAS BUSY" in lm_report.summary(changed(finished, others=0.4))
-    assert "BUSY" not in lm_report.summary(changed(finished, others=0.4, device_type="cuda"))
-    assert "not known here" in " ".join(lm_report.summary(changed(finished, others=None)).split())
-
-
-@pytest.mark.parametrize("differences", [(0.0, 0.0, 0.0, 0.0), (0.0, 1e-6, 0.0, 2e-6)])
-def test_picture_joins_no_steps_and_names_what_it_shows(finished, monkeypatch, tmp_path, differences):
-    figure_type = pytest.importorskip("matplotlib.figure").Figure
-    kept = []
-    monkeypatch.setattr(figure_type, "savefig", lambda self, path, **_: (self.canvas.draw(), kept.append(self)))
-    curves = {"eager": finished["curves"]["eager"] | {"steps": [5.0] * 4}}
-    curves["fused"] = curves["eager"] | {"steps": [5.0 + d for d in differences]}
-    assert lm_report.plot(changed(finished, others=0.4) | {"curves": curves}, tmp_path / "x.png")
-    right = kept[0].axes[1]
-    steps = [line for line in right.lines if len(line.get_xdata()) and line.get_label().startswith("a step")]
-    assert all(line.get_linestyle() == "None" for line in steps)
-    assert [list(line.get_xdata()) for line in steps] == ([[2, 4]] if any(differences) else [])
-    said = [text.get_text() for text in [*right.texts, *right.get_legend().get_texts()]]
-    assert ("exactly equal at 2 of 4 steps" if any(differences) else "exactly equal at all 4 steps") in said
-    assert all(tick == round(tick) for tick in right.get_xticks())
-    title = " ".join(kept[0].get_suptitle().split())
-    assert "calls of a fused forward: add_layer_norm (3 by reference)" in title and "THE MACHINE WAS BUSY" in title
+@pytest.mark.parametrize("planted", [5.001, 4.999, math.nan, math.inf])
+def test_verdict_with_dropout_names_a_planted_difference_at_the_start(planted):
+    faults = verdict([planted, 3.0], [5.0, 3.0], 0.1)["faults"]
+    assert len(faults) == 1 and "before training" in faults[0]

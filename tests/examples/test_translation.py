@@ -1,8 +1,7 @@
-"""The task translate: its pairs, its batches, its twins, greedy decoding, training and checkpoint."""
+"""The task translate: its pairs, its batches, greedy decoding, scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,40 +9,26 @@ import pytest
 import torch
 from torch import nn
 
-import fusednorm
-from examples.training import shared as train_shared
-from examples.translation import data as translate_data
-from examples.translation import job as translate_job
-from examples.translation import report as translate_report
+from examples.training.loop import train_twins
+from examples.training.model import IGNORED, VARIANTS, loss_of
+from examples.training.text import train_tokenizer
+from examples.translation import data
 from examples.translation.data import (
     BEGIN_ID,
     END_ID,
     PAD_ID,
-    Batch,
-    Encoded,
     Pair,
+    Sentences,
     batch_of,
     buckets,
     clean,
+    make_batch,
     normalized,
     padded,
     split_pairs,
 )
-from examples.translation.loop import Settings, evaluate, measure_memory, train_twins
-from examples.translation.model import VARIANTS, ModelConfig, Translator, loss_of, make_twins, translate
-
-CPU = torch.device("cpu")
-CONFIG = ModelConfig(vocab=61, positions=14, layers=2, width=32, heads=2)
-SETTINGS = Settings(epochs=2, batch=4, learning_rate=5e-3, decay=0.1, seed=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads and lose much where other work runs beside them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from examples.translation.model import Translator, translate
+from examples.translation.score import chrf, nearest, scores
 
 
 def need(*modules: str) -> None:
@@ -54,19 +39,8 @@ def need(*modules: str) -> None:
 @pytest.fixture(scope="module")
 def raw() -> list[Pair]:
     """All pairs of the three packages."""
-    need(*translate_data.PACKAGES)
-    return translate_data.load_pairs()
-
-
-def drawn(count: int, longest: int = 11) -> Encoded:
-    """Pairs of random tokens, sources and targets of 1 to `longest` tokens beside the marks."""
-    generator = torch.Generator().manual_seed(11)
-
-    def tokens() -> list[int]:
-        size = int(torch.randint(1, longest + 1, (), generator=generator))
-        return torch.randint(3, CONFIG.vocab, (size,), generator=generator).tolist()
-
-    return [([*tokens(), END_ID], [BEGIN_ID, *tokens(), END_ID]) for _ in range(count)]
+    need(*data.PACKAGES)
+    return data.load_pairs()
 
 
 # pairs
@@ -109,7 +83,7 @@ def test_clean_gives_placeholders_width_and_spaces_one_form(text, wanted):
     ],
 )
 def test_pairs_of_no_use_are_told_by_their_fault(source, target, fault):
-    assert translate_data.fault_of(Pair(source, target, "here"), 10) == fault
+    assert data.fault_of(Pair(source, target, "here"), 10) == fault
 
 
 def many(count: int) -> list[Pair]:
@@ -143,9 +117,9 @@ def test_pairs_of_the_packages_split_without_a_leak(raw):
     assert {p.origin for p in split.test} == {p.origin for p in split.train} == {"babel", "django", "jupyterlab"}
     for pair in split.train + split.test:
         assert pair.source.count("{}") == pair.target.count("{}")
-        assert not translate_data.PLACEHOLDER.search(pair.source.replace("{}", ""))
-        assert translate_data.CHINESE.search(pair.target) and not translate_data.CHINESE.search(pair.source)
-    assert raw == translate_data.load_pairs()
+        assert not data.PLACEHOLDER.search(pair.source.replace("{}", ""))
+        assert data.CHINESE.search(pair.target) and not data.CHINESE.search(pair.source)
+    assert raw == data.load_pairs()
 
 
 def test_catalogue_gives_the_plural_and_no_header(tmp_path):
@@ -159,16 +133,16 @@ def test_catalogue_gives_the_plural_and_no_header(tmp_path):
     catalogue.add("Open", "打开", context="menu")
     with (tmp_path / "x.mo").open("wb") as file:
         write_mo(file, catalogue)
-    found = set(translate_data.catalogue_pairs(tmp_path / "x.mo", "x"))
+    found = set(data.catalogue_pairs(tmp_path / "x.mo", "x"))
     assert found == {Pair("Save", "保存", "x"), Pair("%d files", "%d 个文件", "x"), Pair("Open", "打开", "x")}
 
 
 def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
     need("tokenizers")
     split = split_pairs(raw[::20], 40)
-    tokenizer = translate_data.train_tokenizer(split.train, 500)
-    assert [tokenizer.token_to_id(mark) for mark in translate_data.SPECIAL] == [PAD_ID, BEGIN_ID, END_ID]
-    for (source, target), pair in zip(translate_data.encode(tokenizer, split.test), split.test):
+    tokenizer = train_tokenizer([t for p in split.train for t in (p.source, p.target)], 500, data.SPECIAL)
+    assert [tokenizer.token_to_id(mark) for mark in data.SPECIAL] == [PAD_ID, BEGIN_ID, END_ID]
+    for (source, target), pair in zip(data.encode(tokenizer, split.test), split.test):
         assert source[-1] == target[-1] == END_ID and target[0] == BEGIN_ID
         assert tokenizer.decode(source[:-1]) == pair.source and tokenizer.decode(target[1:-1]) == pair.target
 
@@ -176,17 +150,17 @@ def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
 # batches
 
 
-def test_buckets_take_every_pair_once_and_pad_little():
+def test_buckets_take_every_pair_once_and_pad_little(drawn):
     encoded = drawn(103)
     for seed in (None, 1):
         batches = buckets(encoded, 8, seed)
         assert sorted(i for batch in batches for i in batch) == list(range(103))
         assert sorted(map(len, batches)) == [7] + [8] * 12
-        padding = sum(int((batch_of(encoded, batch).target == PAD_ID).sum()) for batch in batches)
+        padding = sum(int((batch_of(encoded, batch).wanted == IGNORED).sum()) for batch in batches)
         assert padding <= 0.1 * sum(len(target) for _, target in encoded)
 
 
-def test_buckets_are_drawn_from_the_seed_alone():
+def test_buckets_are_drawn_from_the_seed_alone(drawn):
     encoded = drawn(103)
     first = buckets(encoded, 8, 1)
     torch.rand(3)
@@ -201,59 +175,22 @@ def test_padded_rows_end_in_pad():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_changes_nothing(variant):
-    model = make_twins(CONFIG, 5, CPU)[variant].eval()
-    encoded = drawn(6, longest=6)
-    batch = batch_of(encoded, range(6))
-    wider = Batch(nn.functional.pad(batch.source, (0, 3)), nn.functional.pad(batch.target, (0, 4)))
+def test_padding_changes_nothing(translation, drawn, variant):
+    model, encoded = translation.twins()[variant].eval(), drawn(6, longest=6)
+    source, target = (padded([pair[side] for pair in encoded]) for side in (0, 1))
+    wider = nn.functional.pad(source, (0, 3)), nn.functional.pad(target, (0, 4))
     with torch.no_grad():
-        torch.testing.assert_close(loss_of(model, wider), loss_of(model, batch), rtol=1e-6, atol=0.0)
-        length = batch.target.shape[1]
-        real = (batch.target != PAD_ID)[..., None]
-        ours, theirs = model(wider.source, wider.target)[:, :length] * real, model(batch.source, batch.target) * real
+        losses = [loss_of(model, make_batch(*given)).item() for given in (wider, (source, target))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        real = (target != PAD_ID)[..., None]
+        ours, theirs = model(*wider)[:, : target.shape[1]] * real, model(source, target) * real
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        alone = batch_of(encoded, [2])
-        row = model(alone.source, alone.target)[0]
+        row = model(*(torch.tensor([tokens]) for tokens in encoded[2]))[0]
         torch.testing.assert_close(theirs[2, : len(row)], row, rtol=1e-5, atol=1e-5)
-    assert translate(model, wider.source) == translate(model, batch.source)
+    assert translate(model, wider[0]) == translate(model, source)
 
 
-# the models
-
-
-@pytest.mark.parametrize("provider", [None, "reference"])
-def test_twins_have_equal_parameters_losses_and_gradients(provider):
-    twins = make_twins(CONFIG, 5, CPU)
-    batch = batch_of(drawn(6), range(6))
-    losses, gradients = {}, {}
-    for variant, model in twins.items():
-        with train_shared.provider_context(provider):
-            losses[variant] = loss_of(model.train(), batch)
-        losses[variant].backward()
-        gradients[variant] = {name: p.grad for name, p in model.named_parameters()}
-    eager, fused = (twins[v].state_dict() for v in ("eager", "fused"))
-    assert list(eager) == list(fused) and all(torch.equal(eager[name], fused[name]) for name in eager)
-    assert losses["fused"].item() == pytest.approx(losses["eager"].item(), rel=1e-6)
-    for name, gradient in gradients["eager"].items():
-        # float32 gradients of a whole model: sums over every token, in another order
-        torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_only_the_fused_twin_is_ours():
-    twins = make_twins(CONFIG, 5, CPU)
-    assert type(twins["fused"].transformer) is fusednorm.Transformer
-    assert type(twins["eager"].transformer) is nn.Transformer
-
-
-def test_decoder_does_not_look_ahead():
-    model = make_twins(CONFIG, 5, CPU)["fused"].eval()
-    batch = batch_of(drawn(1, longest=12), [0])
-    target = torch.arange(3, 13)[None]
-    changed = target.clone()
-    changed[:, 6:] += 1
-    with torch.no_grad():
-        before, after = model(batch.source, target), model(batch.source, changed)
-    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before[:, 6:], after[:, 6:])
+# decoding
 
 
 class Planned(nn.Module):
@@ -305,10 +242,10 @@ def by_hand(model: Translator, source: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_of_a_batch_are_translated_as_by_hand(variant):
-    model = make_twins(CONFIG, 5, CPU)[variant]
-    settings = replace(SETTINGS, epochs=4)
-    curves, _ = train_twins({variant: model}, drawn(40), drawn(4), settings, CPU, say=lambda line: None)
+def test_rows_of_a_batch_are_translated_as_by_hand(translation, drawn, variant):
+    model, settings = translation.twins()[variant], replace(translation.settings, epochs=4)
+    sides = Sentences(drawn(40)), Sentences(drawn(4))
+    curves, _ = train_twins({variant: model}, *sides, settings, translation.device, lambda line: None)
     assert curves[variant]["train"][-1] < curves[variant]["train"][0]
     sources = [source for source, _ in drawn(12)]
     together = translate(model, padded(sources))
@@ -316,59 +253,35 @@ def test_rows_of_a_batch_are_translated_as_by_hand(variant):
     assert len({len(row) for row in together}) > 1
 
 
-# training
+# scores
 
 
-def test_training_repeats_bit_for_bit_with_dropout():
-    encoded, runs = drawn(22), []
-    for _ in range(2):
-        with train_shared.deterministic():
-            twins = make_twins(replace(CONFIG, dropout=0.2), 5, CPU)
-            runs.append(train_twins(twins, encoded, encoded[:5], SETTINGS, CPU, say=lambda line: None)[0])
-    assert runs[0] == runs[1]
-    fused = runs[0]["fused"]
-    assert len(fused["steps"]) == 12 and len(fused["test"]) == 3 and fused["train"][-1] < fused["train"][0]
+def test_nearest_is_the_pair_whose_source_is_most_alike():
+    known = [Pair(source, source.upper(), "x") for source in ("red apple", "green apple", "blue sky", "Blue sky")]
+    found = nearest(known, ["a red apple", "GREEN apples", "sky", "東"])
+    assert [pair.source for pair in found] == ["red apple", "green apple", "blue sky", "red apple"]
 
 
-def test_curves_of_the_twins_agree():
-    encoded = drawn(40)
-    twins = make_twins(CONFIG, 5, CPU)
-    curves, speed = train_twins(twins, encoded, encoded[:5], SETTINGS, CPU, say=lambda line: None)
-    assert translate_report.verdict(curves, "float32", 0.0)["faults"] == []
-    assert all(speed[v]["tokens_per_s"] > 0 and speed[v]["steps"] == 20 for v in VARIANTS)
+def test_nearest_weighs_rare_parts_above_common_ones():
+    known = [Pair(f"open the file {name}", name, "x") for name in ("quartz", "marble", "basalt")]
+    assert nearest(known, ["close the file marble"])[0].target == "marble"
 
 
-def test_loss_is_a_mean_over_tokens_whatever_the_batch():
-    model = make_twins(CONFIG, 5, CPU)["fused"]
-    encoded = drawn(23)
-    losses = [evaluate(model, encoded, replace(SETTINGS, batch=size), CPU) for size in (1, 4, 23)]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+def test_scores_of_planted_translations():
+    need("sacrebleu")
+    pairs = [Pair("a", "保存所有的文件", "one"), Pair("b", "打开新的窗口", "one"), Pair("c", "阿根廷时间", "two")]
+    right = [pair.target for pair in pairs]
+    perfect = scores(right, pairs)
+    assert perfect["chrf"] == pytest.approx(100.0) and perfect["exact"] == 1.0
+    planted = scores([right[0], right[1], "完全不是"], pairs)
+    assert planted["by_origin"]["one"] == {"chrf": pytest.approx(100.0), "pairs": 2}
+    assert planted["by_origin"]["two"] == {"chrf": 0.0, "pairs": 1}
+    assert planted["exact"] == pytest.approx(2 / 3) and 30.0 < planted["chrf"] < 100.0
+    assert scores(["", "", ""], pairs)["chrf"] == 0.0
 
 
-def test_memory_is_measured_and_repeats():
-    batch = batch_of(drawn(4), range(4))
-    first, second = (measure_memory("fused", CONFIG, SETTINGS, batch, CPU) for _ in range(2))
-    assert first == second
-    parameters = sum(p.numel() for p in Translator("fused", CONFIG).parameters())
-    # Parameters, gradients and two moments of AdamW, four bytes each, are held at once.
-    assert first["peak_bytes"] > 4 * 4 * parameters
-    assert first["saved_bytes"] > 0
-
-
-def test_checkpoint_reloads_bit_for_bit(tmp_path, raw):
-    need("tokenizers")
-    tokenizer = translate_data.train_tokenizer(split_pairs(raw[::50], 40).train, 300)
-    model = make_twins(replace(CONFIG, vocab=300), 5, CPU)["fused"]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path / "folder" / "c.pt"
-    translate_job.save_checkpoint(path, model, tokenizer)
-    reloaded, reloaded_tokenizer = translate_job.load_checkpoint(path, CPU)
-    saved = model.state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in reloaded.state_dict().items())
-    assert reloaded.config == model.config and reloaded_tokenizer.to_str() == tokenizer.to_str()
-    encoded = drawn(9)
-    assert evaluate(reloaded, encoded, SETTINGS, CPU) == evaluate(model, encoded, SETTINGS, CPU)
-    fresh = Translator("fused", model.config)
-    assert evaluate(fresh, encoded, SETTINGS, CPU) != evaluate(model, encoded, SETTINGS, CPU)
+def test_chrf_of_half_a_sentence_is_what_its_formula_gives():
+    need("sacrebleu")
+    # precision is 1 for each n; recall 3/6, 2/5, 1/4 for n = 1, 2, 3, and longer ones the half does not have
+    recall = (3 / 6 + 2 / 5 + 1 / 4) / 3
+    assert chrf(["一二三"], ["一二三四五六"]) == pytest.approx(100 * 5 * recall / (4 + recall), abs=1e-9)
