@@ -100,10 +100,11 @@ class LanguageModelJob(Job):
 
     @staticmethod
     def describe_data(report: Report) -> str:
-        of = report["data"]
+        facts = report["data"]
         return (
-            f"Text: {of['source']}, {of['train_tokens']:,} tokens to train on, {of['test_tokens']:,} to test on, "
-            f"vocabulary {of['vocab']:,}; {of['repeated_characters']:,} characters of repeated paragraphs left out."
+            f"Text: {facts['source']}, {facts['train_tokens']:,} tokens to train on, {facts['test_tokens']:,} to test "
+            f"on, vocabulary {facts['vocab']:,}; {facts['repeated_characters']:,} characters of repeated paragraphs "
+            "left out."
         )
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,8 +73,9 @@ class Trainer:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        options = {"betas": settings.betas, "weight_decay": settings.decay}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True, **options)
+        self.optimizer = torch.optim.AdamW(
+            *(model.parameters(), settings.learning_rate, settings.betas), weight_decay=settings.decay, fused=True
+        )
 
     def step(self, batch: Batch, rate: float, seed: int) -> float:
         """`seed` fixes what dropout draws, whichever variant draws first."""
@@ -92,7 +93,7 @@ class Trainer:
 
 
 def train_twins(
-    twins: Mapping[str, Twin],
+    twins: dict[str, Twin],
     train: Side,
     test: Side,
     settings: Settings,

@@ -74,7 +74,7 @@ def make_twins(
 ) -> dict[str, Model]:
     """Build the variants with equal parameters: the first is initialised from the seed, the others load its state."""
     torch.manual_seed(seed)
-    twins = {variant: kind(variant, config) for variant in variants}  # type: ignore[call-arg,arg-type]
+    twins = {variant: kind(variant, config) for variant in variants}  # type: ignore[call-arg]
     first = twins[variants[0]]
     for model in twins.values():
         if model is not first:

@@ -1,12 +1,12 @@
 """Train a model of a job twice, with the layers of fusednorm and with torch's, and compare the two runs.
 
 Both variants start from one state and take the same batches in the same order, side by side in one process. The run
-fails (exit status 1) when their losses differ by more than the job's bound (with dropout, which each draws for itself,
-when they end further apart than two seeds would), or when the reloaded checkpoint does not give the same test loss bit
-for bit.
+fails (exit status 1) in two cases. Their losses differ by more than the job's bound; with dropout, which each draws for
+itself, they end further apart than two seeds would. Or the reloaded checkpoint does not give the same test loss bit for
+bit.
 
-Speed is that of every training step but the first, the variants alternating. Memory is the most that torch's allocator
-lends out at once while a fresh copy of one variant trains.
+Speed is that of all training steps but the first few, the variants alternating. Memory is the most that torch's
+allocator lends out at once while a fresh copy of one variant trains.
 """
 
 from __future__ import annotations

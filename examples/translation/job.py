@@ -115,12 +115,13 @@ class TranslationJob(Job):
 
     @staticmethod
     def describe_data(report: Report) -> str:
-        of = report["data"]
-        sources = ", ".join(f"{origin} {count:,}" for origin, count in of["by_origin"].items())
-        left_out = ", ".join(f"{reason} {count:,}" for reason, count in of["left_out"].items())
+        facts = report["data"]
+        sources = ", ".join(f"{origin} {count:,}" for origin, count in facts["by_origin"].items())
+        left_out = ", ".join(f"{reason} {count:,}" for reason, count in facts["left_out"].items())
         return (
-            f"Pairs: {of['train_pairs']:,} to train on ({of['train_tokens']:,} target tokens), {of['test_pairs']:,} "
-            f"held out; by package: {sources}. Left out: {left_out}; at most {of['length']} characters a side."
+            f"Pairs: {facts['train_pairs']:,} to train on ({facts['train_tokens']:,} target tokens), "
+            f"{facts['test_pairs']:,} held out; by package: {sources}. Left out: {left_out}; at most {facts['length']} "
+            "characters a side."
         )
 
     @staticmethod
