@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ def new_figure() -> Any:
     except ImportError:
         return None
     return Figure(figsize=(11, 4.6), layout="constrained")
+
+
+def save(figure: Any, title: str, below: Iterable[str | None], path: Path) -> None:
+    report_plots.set_title(figure, title, below)
+    figure.savefig(path, dpi=130)
 
 
 def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
@@ -66,6 +72,5 @@ def plot_curves(report: dict[str, Any], path: Path) -> bool:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    report_plots.set_title(figure, report["title"], subtitles(report))
-    figure.savefig(path, dpi=130)
+    save(figure, report["title"], subtitles(report), path)
     return True

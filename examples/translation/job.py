@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_plots import set_title
 from examples.training.job import Job, Report, Size
 from examples.training.loop import Curves
-from examples.training.pictures import new_figure
+from examples.training.pictures import new_figure, save
 from examples.training.report import subtitles, table
 from examples.translation import score
 from examples.translation.data import PACKAGES, SPECIAL, Pair, Sentences, Split, encode, load_pairs, split_pairs
@@ -176,9 +175,8 @@ class TranslationJob(Job):
         axes.set_axisbelow(True)
         axes.legend(ncols=2)
         title = "English to Chinese: chrF of greedy translations of held-out sentences"
-        set_title(figure, title, subtitles(report)[:2])
         path = folder / "translate_chrf.png"
-        figure.savefig(path, dpi=130)
+        save(figure, title, subtitles(report)[:2], path)
         return {path: "chrF"}
 
 
