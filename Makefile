@@ -78,11 +78,11 @@ test-all: test $(OTHER)/.installed test-slow ## test, then the slow tests, one o
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
 	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python benchmarks/fresh_outputs.py --report $(REPORT)
-	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
 
 train: $(STAMP) ## a language model and a translator, fused beside torch's, into bench-report/
-	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
-	PYTHONPATH=. $(BIN)/python benchmarks/train.py --task translate --small --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
+	PYTHONPATH=. $(BIN)/python examples/train.py --task translate --small --report $(REPORT)
 
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import lm_data
+from examples.language_model import data
+from examples.training import text
 
 pytest.importorskip("tokenizers", reason="the training job needs tokenizers")
+SPECIAL = (data.END,)
 
 
 @pytest.fixture(scope="module")
-def split() -> lm_data.Split:
-    return lm_data.split_documents(*lm_data.load_documents())
+def split() -> data.Split:
+    return data.split_documents(*data.load_documents())
 
 
 def long_lines(chunks: list[str]) -> set[str]:
@@ -27,22 +29,22 @@ def long_lines(chunks: list[str]) -> set[str]:
 
 def test_documents_do_repeat_each_other():
     """Why repeated paragraphs are removed: without that, whole paragraphs stand in several documents."""
-    documents, _ = lm_data.load_documents()
-    keys = [lm_data.normalized(p) for document in documents for p in lm_data.paragraphs(document)]
+    documents, _ = data.load_documents()
+    keys = [data.normalized(p) for document in documents for p in data.paragraphs(document)]
     assert len(set(keys)) < 0.95 * len(keys)
 
 
 def test_split_shares_no_text_between_sides(split):
-    sides = [{lm_data.normalized(p) for c in side for p in lm_data.paragraphs(c)} for side in (split.train, split.test)]
+    sides = [{data.normalized(p) for c in side for p in data.paragraphs(c)} for side in (split.train, split.test)]
     assert not sides[0] & sides[1]
     shared = long_lines(split.train) & long_lines(split.test)
     assert len(shared) <= 0.01 * len(long_lines(split.test)), sorted(shared)
 
 
 def test_split_keeps_every_paragraph_once(split):
-    documents, _ = lm_data.load_documents()
-    expected = {lm_data.normalized(p) for document in documents for p in lm_data.paragraphs(document)}
-    kept = [lm_data.normalized(p) for chunk in split.train + split.test for p in lm_data.paragraphs(chunk)]
+    documents, _ = data.load_documents()
+    expected = {data.normalized(p) for document in documents for p in data.paragraphs(document)}
+    kept = [data.normalized(p) for chunk in split.train + split.test for p in data.paragraphs(chunk)]
     assert len(kept) == len(set(kept)) and set(kept) == expected
     test_share = sum(map(len, split.test)) / sum(map(len, split.train + split.test))
     assert 0.05 < test_share < 0.15
@@ -50,44 +52,34 @@ def test_split_keeps_every_paragraph_once(split):
 
 def test_split_refuses_a_text_too_short_for_two_sides():
     with pytest.raises(ValueError, match="longer text"):
-        lm_data.split_documents(["one paragraph\n\none paragraph"])
+        data.split_documents(["one paragraph\n\none paragraph"])
 
 
 def test_tokenizer_round_trip_and_repeatability(split):
-    tokenizer = lm_data.train_tokenizer(split.train[:20], 600)
+    tokenizer = text.train_tokenizer(split.train[:20], 600, SPECIAL)
     assert tokenizer.get_vocab_size() == 600
-    assert tokenizer.to_str() == lm_data.train_tokenizer(split.train[:20], 600).to_str()
-    reloaded = lm_data.load_tokenizer(tokenizer.to_str())
-    for text in [*split.test[:2], "naïve — 日本語 🙂\t\x00\r\n  indented", ""]:
-        assert reloaded.decode(reloaded.encode(text).ids) == text
-    stream = lm_data.encode(tokenizer, ["ab", "ab"])
-    assert stream.dtype == torch.int64 and (stream == tokenizer.token_to_id(lm_data.END)).sum() == 2
+    assert tokenizer.to_str() == text.train_tokenizer(split.train[:20], 600, SPECIAL).to_str()
+    reloaded = text.load_tokenizer(tokenizer.to_str())
+    for sample in [*split.test[:2], "naïve — 日本語 🙂\t\x00\r\n  indented", ""]:
+        assert reloaded.decode(reloaded.encode(sample).ids) == sample
+    stream = data.encode(tokenizer, ["ab", "ab"])
+    assert stream.dtype == torch.int64 and (stream == tokenizer.token_to_id(data.END)).sum() == 2
 
 
 def test_vocabulary_smaller_than_the_alphabet_is_refused():
     with pytest.raises(ValueError, match="257"):
-        lm_data.train_tokenizer(["text"], 256)
+        text.train_tokenizer(["text"], 256, SPECIAL)
 
 
 def test_blocks_predict_each_token_once():
-    rows = lm_data.blocks(torch.arange(30), 7)
+    rows = data.blocks(torch.arange(30), 7)
     assert rows.shape == (4, 8)
     assert torch.equal(rows[:, 1:].flatten(), torch.arange(1, 29))
     with pytest.raises(ValueError, match="more text"):
-        lm_data.blocks(torch.arange(7), 7)
-
-
-def test_epoch_order_depends_on_seed_and_epoch_alone():
-    first = lm_data.epoch_order(50, 1, 0)
-    torch.rand(3)
-    assert torch.equal(first, lm_data.epoch_order(50, 1, 0))
-    assert torch.equal(first.sort().values, torch.arange(50))
-    assert not torch.equal(first, lm_data.epoch_order(50, 1, 1)) and not torch.equal(
-        first, lm_data.epoch_order(50, 2, 0)
-    )
+        data.blocks(torch.arange(7), 7)
 
 
 def test_unigram_loss_is_the_entropy_of_a_known_source():
     stream = torch.tensor([0] * 75_000 + [1] * 25_000)
     entropy = -(0.75 * torch.tensor(0.75).log() + 0.25 * torch.tensor(0.25).log()).item()
-    assert lm_data.unigram_loss(stream, stream, 2) == pytest.approx(entropy, abs=1e-4)
+    assert data.unigram_loss(stream, stream, 2) == pytest.approx(entropy, abs=1e-4)

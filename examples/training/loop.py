@@ -1,29 +1,30 @@
-"""Train both variants side by side on the same batches, time their steps, measure their memory."""
+"""Train all variants side by side on the same batches, and time their steps."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from benchmarks.train_shared import allocated_peak, autocast, progress_bar, rate_at, saved_bytes, synchronize
-from benchmarks.translate_data import PAD_ID, Batch, Encoded, batch_of, buckets
-from benchmarks.translate_model import ModelConfig, Translator, loss_of, make_twins
+from examples.training.machine import autocast, progress_bar, synchronize
+from examples.training.model import Batch, Twin, loss_of
 
 Curves = dict[str, dict[str, list[float]]]
+WARM_UP = 3  # steps that are trained but not timed: kernels are loaded and memory is found in them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     epochs: int
     batch: int
     learning_rate: float
     decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
     dtype: str = "float32"
 
@@ -37,23 +38,32 @@ class Settings:
             raise ValueError(f"decay is {self.decay}; it must be at least 0 and finite")
 
 
-def predicted(batch: Batch) -> int:
-    """How many tokens a batch asks for."""
-    return int((batch.target[:, 1:] != PAD_ID).sum())
+class Side(Protocol):
+    """The data to train on, or the data held out."""
+
+    def batches(self, size: int, seed: int | None = None) -> Sequence[Batch]:
+        """All of it in batches, in an order that hangs on the seed alone."""
+
+
+def rate_at(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine down to a tenth."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, encoded: Encoded, settings: Settings, device: torch.device) -> float:
-    """Mean loss (nats a token) over all pairs, dropout off."""
+def evaluate(model: nn.Module, side: Side, settings: Settings, device: torch.device) -> float:
+    """Mean loss (nats a token) over all batches, dropout off."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     with autocast(device, settings.dtype):
-        for chosen in buckets(encoded, settings.batch):
-            batch = batch_of(encoded, chosen).to(device)
-            count = predicted(batch)
-            total += float(loss_of(model, batch)) * count
-            tokens += count
+        for batch in side.batches(settings.batch):
+            total += float(loss_of(model, batch.to(device))) * batch.tokens()
+            tokens += batch.tokens()
     model.train(was_training)
     return total / tokens
 
@@ -61,10 +71,10 @@ def evaluate(model: nn.Module, encoded: Encoded, settings: Settings, device: tor
 class Trainer:
     """One variant with its AdamW state."""
 
-    def __init__(self, model: Translator, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.decay, fused=True
+            *(model.parameters(), settings.learning_rate, settings.betas), weight_decay=settings.decay, fused=True
         )
 
     def step(self, batch: Batch, rate: float, seed: int) -> float:
@@ -73,7 +83,7 @@ class Trainer:
             group["lr"] = rate
         torch.manual_seed(seed)
         self.model.train()
-        with autocast(batch.source.device, self.settings.dtype):
+        with autocast(batch.wanted.device, self.settings.dtype):
             loss = loss_of(self.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -83,9 +93,9 @@ class Trainer:
 
 
 def train_twins(
-    twins: dict[str, Translator],
-    train: Encoded,
-    test: Encoded,
+    twins: dict[str, Twin],
+    train: Side,
+    test: Side,
     settings: Settings,
     device: torch.device,
     say: Callable[[str], None] = print,
@@ -98,30 +108,29 @@ def train_twins(
     trainers = {variant: Trainer(model, settings) for variant, model in twins.items()}
     curves: Curves = {variant: {"train": [], "test": [], "steps": []} for variant in twins}
     seconds: dict[str, list[float]] = {variant: [] for variant in twins}
+    counts: list[int] = []
     for variant, model in twins.items():
         curves[variant]["test"].append(evaluate(model, test, settings, device))
-    per_epoch, step, trained = math.ceil(len(train) / settings.batch), 0, 0
     for epoch in range(settings.epochs):
-        batches = buckets(train, settings.batch, settings.seed * 1_000_003 + epoch)
-        bar = progress_bar(batches, per_epoch, f"epoch {epoch + 1}/{settings.epochs}")
-        sums, tokens = dict.fromkeys(twins, 0.0), 0
-        for chosen in bar:
-            rate = rate_at(step, settings.epochs * per_epoch, settings.learning_rate)
-            batch = batch_of(train, chosen).to(device)
-            count = predicted(batch)
-            tokens += count
+        batches = train.batches(settings.batch, settings.seed * 1_000_003 + epoch)
+        bar = progress_bar(batches, len(batches), f"epoch {epoch + 1}/{settings.epochs}")
+        sums = dict.fromkeys(twins, 0.0)
+        for batch in bar:
+            step = len(counts)
+            counts.append(batch.tokens())
+            rate = rate_at(step, settings.epochs * len(batches), settings.learning_rate)
+            there = batch.to(device)
             for variant in list(twins) if step % 2 else list(reversed(twins)):
                 synchronize(device)
                 start = time.perf_counter()
-                loss = trainers[variant].step(batch, rate, settings.seed * 1_000_003 + step)
+                loss = trainers[variant].step(there, rate, settings.seed * 1_000_003 + step)
                 synchronize(device)
                 seconds[variant].append(time.perf_counter() - start)
                 curves[variant]["steps"].append(loss)
-                sums[variant] += loss * count
-            step += 1
+                sums[variant] += loss * counts[-1]
             if hasattr(bar, "set_postfix"):
                 bar.set_postfix({v: f"{curves[v]['steps'][-1]:.4f}" for v in twins}, refresh=False)
-        trained += tokens
+        tokens = sum(counts[-len(batches) :])
         for variant, model in twins.items():
             curves[variant]["train"].append(sums[variant] / tokens)
             curves[variant]["test"].append(evaluate(model, test, settings, device))
@@ -129,36 +138,19 @@ def train_twins(
             f"epoch {epoch + 1:2d}/{settings.epochs}   "
             + "   ".join(f"{v}: train {c['train'][-1]:.5f}, test {c['test'][-1]:.5f}" for v, c in curves.items())
         )
-    return curves, {variant: speed_of(times, trained) for variant, times in seconds.items()}
+    return curves, {variant: speed_of(times, counts) for variant, times in seconds.items()}
 
 
-def speed_of(times: list[float], tokens: int) -> dict[str, float]:
-    quartiles = torch.quantile(torch.tensor(times, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double())
+def speed_of(seconds: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
+    """Tokens a second, and the quartiles of a step, after the steps that warm up; of all, if there are no more."""
+    first = WARM_UP if len(seconds) > WARM_UP else 0
+    seconds, tokens = seconds[first:], tokens[first:]
+    quartiles = torch.quantile(torch.tensor(seconds, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double())
     low, median, high = (quartiles * 1e3).tolist()
     return {
-        "tokens_per_s": tokens / sum(times),
+        "tokens_per_s": sum(tokens) / sum(seconds),
         "step_ms_median": median,
         "step_ms_quartile_1": low,
         "step_ms_quartile_3": high,
-        "steps": len(times),
+        "steps": len(seconds),
     }
-
-
-def measure_memory(
-    variant: str, config: ModelConfig, settings: Settings, batch: Batch, device: torch.device
-) -> dict[str, Any]:
-    """Memory of one variant alone: the peak from building it through three training steps, and what a forward keeps."""
-
-    def train() -> None:
-        trainer = Trainer(make_twins(config, settings.seed, device, (variant,))[variant], settings)
-        for step in range(3):
-            trainer.step(batch, settings.learning_rate, step)
-
-    peak = allocated_peak(train, device)
-    model = make_twins(config, settings.seed, device, (variant,))[variant].train()
-
-    def forward() -> torch.Tensor:
-        with autocast(device, settings.dtype):
-            return loss_of(model, batch)
-
-    return {"peak_bytes": peak, "saved_bytes": saved_bytes(model, forward)}

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_shared import progress_bar
-from benchmarks.translate_data import Encoded, Pair, buckets, padded
-from benchmarks.translate_model import Translator, translate
+from examples.training.machine import progress_bar
+from examples.translation.data import Encoded, Pair, buckets, padded
+from examples.translation.model import Translator, translate
 
 
 def chrf(translations: Sequence[str], references: Sequence[str]) -> float:

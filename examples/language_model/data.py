@@ -1,4 +1,4 @@
-"""Text for the training job: load, remove repetitions, split, tokenize, cut into blocks.
+"""Text for the language model: load, remove repetitions, split, tokenize, cut into blocks.
 
 The default text is `pydoc_data.topics`, the English reference text inside every CPython. A fifth of it is
 repeated: whole sections stand in several topics ("compound" contains "with", "specialnames" contains
@@ -8,7 +8,6 @@ removed first, keeping the first of each, and only then is the text split.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from dataclasses import dataclass
@@ -17,13 +16,11 @@ from typing import Any
 
 import torch
 
+from examples.training.model import Batch
+
 END = "<|end|>"
 CHUNK_CHARACTERS = 4000
 TEST_EVERY = 10
-
-
-class MissingPackage(RuntimeError):
-    """A package that this job cannot do without is not installed."""
 
 
 @dataclass(frozen=True)
@@ -100,44 +97,6 @@ def split_documents(documents: list[str], source: str = "text", characters: int 
     )
 
 
-def require_tokenizers() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise MissingPackage("the training job needs the package tokenizers: pip install tokenizers") from error
-
-
-def check_vocab(vocab: int, special: tuple[str, ...] = (END,)) -> None:
-    """Refuse a vocabulary that cannot hold every byte and the special tokens."""
-    least = 256 + len(special)
-    if vocab < least:
-        raise ValueError(f"vocab is {vocab}; a byte-level vocabulary has at least {least} entries")
-
-
-def train_tokenizer(texts: list[str], vocab: int, special: tuple[str, ...] = (END,)) -> Any:
-    """Train a byte-level BPE tokenizer of at most `vocab` entries; it can encode any text without loss.
-
-    The special tokens, which no text is cut into, have the first ids, in their order.
-    """
-    tokenizers = require_tokenizers()
-    check_vocab(vocab, special)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=list(special),
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def load_tokenizer(serialized: str) -> Any:
-    return require_tokenizers().Tokenizer.from_str(serialized)
-
-
 def encode(tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Return one int64 stream: every text's tokens, each text closed by END."""
     end = tokenizer.token_to_id(END)
@@ -156,10 +115,18 @@ def blocks(stream: torch.Tensor, context: int) -> torch.Tensor:
     return torch.stack([stream[i * context : (i + 1) * context + 1] for i in range(count)])
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of `count` blocks in an epoch; it depends on nothing else, so every variant sees the same one."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator)
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens (n, context + 1), each of which predicts all its tokens but the first."""
+
+    tokens: torch.Tensor
+
+    def batches(self, size: int, seed: int | None = None) -> list[Batch]:
+        rows = self.tokens
+        if seed is not None:
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+        # Copies: what a forward keeps of a view is the storage of all rows.
+        return [Batch((part[:, :-1].clone(),), part[:, 1:].clone()) for part in rows.split(size)]
 
 
 def unigram_loss(train: torch.Tensor, targets: torch.Tensor, vocab: int) -> float:

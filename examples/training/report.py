@@ -1,13 +1,16 @@
-"""What the reports of the training jobs share: the verdict on two curves, tables, curves drawn."""
+"""Judge the two runs of a job, and say what came of them in Markdown."""
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 import unicodedata
 from typing import Any
 
 from benchmarks import measure_load, report_stats
+from examples.training.job import Job
+from examples.training.loop import WARM_UP
 
 # With dropout each variant draws masks of its own: what the test loss after training may differ by, as a share of it.
 # Measured with dropout 0.1 (--small otherwise): 0.2 % after 9 epochs, 1.2 % after 4 of another seed, where training is
@@ -36,16 +39,12 @@ def check_curves(fused: dict[str, list[float]], eager: dict[str, list[float]], b
     return faults
 
 
-def largest_difference(fused: dict[str, list[float]], eager: dict[str, list[float]]) -> float:
-    return max(abs(a - b) for side in ("train", "test") for a, b in zip(fused[side], eager[side]))
-
-
 def verdict(curves: dict[str, dict[str, list[float]]], bound: float, dropout: float) -> dict[str, Any]:
     """What is wrong with the pair of runs, in words, and the bounds that say so."""
     fused, eager = curves["fused"], curves["eager"]
     if dropout == 0.0:
-        faults = check_curves(fused, eager, bound)
-        return {"bound": bound, "faults": faults, "largest_difference": largest_difference(fused, eager)}
+        largest = max(abs(a - b) for side in ("train", "test") for a, b in zip(fused[side], eager[side]))
+        return {"bound": bound, "faults": check_curves(fused, eager, bound), "largest_difference": largest}
     # Each variant draws masks of its own, so that their curves differ as two seeds do. What does not hang on masks is
     # held to the bound, the loss before training; what training comes to, to a share of it.
     start, end = ((c["test"][0], c["test"][-1]) for c in (fused, eager))
@@ -85,16 +84,10 @@ def agreement(report: dict[str, Any]) -> str:
     )
 
 
-def routes_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """How each call is served of which that is known: one stands for all, or all are listed."""
-    route = report["environment"]["route"]
-    return route if isinstance(route, list) else [route]
-
-
 def calls_text(report: dict[str, Any]) -> str:
     """Who serves each function of the fused model, in a few words."""
     parts: dict[str, list[str]] = {}
-    for route in routes_of(report):
+    for route in report["environment"]["route"]:
         parts.setdefault(route["function"], []).append(f"{route['calls']} by {route['provider']}")
     return ", ".join(f"{function} ({', '.join(counts)})" for function, counts in parts.items())
 
@@ -102,7 +95,7 @@ def calls_text(report: dict[str, Any]) -> str:
 def refusal_lines(report: dict[str, Any]) -> list[str]:
     """Which other providers do not serve the calls, and why, once for all calls that have the same reason."""
     functions: dict[str, dict[str, None]] = {}
-    for route in routes_of(report):
+    for route in report["environment"]["route"]:
         for line in route["refusals"]:
             functions.setdefault(line, {})[route["function"]] = None
     return [f"- For {', '.join(names)}, {line}." for line, names in functions.items()]
@@ -111,7 +104,7 @@ def refusal_lines(report: dict[str, Any]) -> list[str]:
 def notices(report: dict[str, Any]) -> list[str]:
     """What a reader must know before any figure."""
     environment, found = report["environment"], []
-    if report_stats.no_kernel(routes_of(report)):
+    if report_stats.no_kernel(report["environment"]["route"]):
         found.append(report_stats.NO_KERNEL)
         found += ["This command trains through the fused op here:", f"    PYTHONPATH=. {environment['fused_command']}"]
     return [*found, *filter(None, [busy_text(report)])]
@@ -123,84 +116,39 @@ def busy_text(report: dict[str, Any]) -> str | None:
     return measure_load.warning(environment["others"], "the speeds") if environment["device_type"] == "cpu" else None
 
 
-def mebibytes(value: float) -> str:
-    return f"{value / 2**20:.1f} MiB"
+def subtitles(report: dict[str, Any]) -> list[str | None]:
+    """The small print of every picture."""
+    return [f"calls of a fused forward: {calls_text(report)}", report["environment"]["device"], busy_text(report)]
 
 
-def ratio(numerator: float, denominator: float) -> str:
-    return f"{numerator / denominator:.2f}"
+# What is measured, its entry, how a variant's value is said, and the ratio of the two.
+RESULTS = (
+    ("train loss, last epoch (nats/token)", "train", "{train:.5f}", "{:.5f}"),
+    ("test loss, last epoch (nats/token)", "test", "{test:.5f}", "{:.5f}"),
+    ("training speed (tokens/s)", "tokens_per_s", "{tokens_per_s:,.0f}", "{:.2f}"),
+    (
+        "step, median [quartiles] (ms)",
+        "step_ms_median",
+        "{step_ms_median:.1f} [{step_ms_quartile_1:.1f}, {step_ms_quartile_3:.1f}]",
+        "{:.2f}",
+    ),
+    ("peak memory of training", "peak_bytes", "{peak_mib:.1f} MiB", "{:.2f}"),
+    ("kept by one forward for its backward", "saved_bytes", "{saved_mib:.1f} MiB", "{:.2f}"),
+)
 
 
-def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
-    """Losses over epochs, both variants and both sides."""
-    epochs = len(curves["eager"]["train"])
-    # Eager is drawn wide and pale under fused: where the two agree, both stay visible.
-    styles = {
-        "eager": {"linewidth": 6, "alpha": 0.35, "marker": "o", "markersize": 10},
-        "fused": {"linewidth": 1.6, "marker": "o", "markersize": 4},
-    }
-    for variant in ("eager", "fused"):
-        curve = curves[variant]
-        axes.plot(range(1, epochs + 1), curve["train"], color="tab:blue", label=f"{variant}, train", **styles[variant])
-        axes.plot(range(epochs + 1), curve["test"], color="tab:orange", label=f"{variant}, test", **styles[variant])
-
-
-def draw_differences(axes: Any, curves: dict[str, Any], bound: float) -> None:
-    """Difference of the two variants at every training step, and the bound."""
-    steps = [abs(a - b) for a, b in zip(curves["fused"]["steps"], curves["eager"]["steps"])]
-    axes.set(xlabel="training step", ylabel="|fused − eager| (nats per token)", title="Difference of the losses")
-    drawn = [(step, value) for step, value in enumerate(steps, 1) if value > 0]
-    axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound on epochs: {bound:g}")
-    if drawn:
-        # no line: it would pass over steps where the two are equal, which a logarithm cannot show
-        axes.semilogy(*zip(*drawn), ".", color="tab:green", markersize=4, label="a step's training batch")
-        zeros = len(steps) - len(drawn)
-        if zeros:
-            axes.plot([], [], " ", label=f"exactly equal at {zeros} of {len(steps)} steps")
-    else:
-        axes.set(xlim=(0, len(steps)), ylim=(0, 1.3 * bound))
-        axes.text(0.5, 0.4, f"exactly equal at all {len(steps)} steps", ha="center", transform=axes.transAxes)
-    axes.legend()
-
-
-def result_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def result_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (what, eager, fused, fused / eager) for the terminal and the Markdown file."""
-    eager, fused = ({**report["speed"][v], **report["memory"][v]} for v in ("eager", "fused"))
-    curves = report["curves"]
-
-    def losses(side: str) -> tuple[str, str, str, str]:
-        a, b = curves["eager"][side][-1], curves["fused"][side][-1]
-        return f"{side} loss, last epoch (nats/token)", f"{a:.5f}", f"{b:.5f}", f"{b / a:.5f}" if a else "–"
-
+    found = {}
+    for variant in ("eager", "fused"):
+        entries = report["speed"][variant] | report["memory"][variant]
+        losses = {side: report["curves"][variant][side][-1] for side in ("train", "test")}
+        mebibytes = {f"{name}_mib": entries[f"{name}_bytes"] / 2**20 for name in ("peak", "saved")}
+        found[variant] = entries | losses | mebibytes
+    eager, fused = found["eager"], found["fused"]
     return [
-        losses("train"),
-        losses("test"),
-        (
-            "training speed (tokens/s)",
-            f"{eager['tokens_per_s']:,.0f}",
-            f"{fused['tokens_per_s']:,.0f}",
-            ratio(fused["tokens_per_s"], eager["tokens_per_s"]),
-        ),
-        (
-            "step, median [quartiles] (ms)",
-            *(
-                f"{s['step_ms_median']:.1f} [{s['step_ms_quartile_1']:.1f}, {s['step_ms_quartile_3']:.1f}]"
-                for s in (eager, fused)
-            ),
-            ratio(fused["step_ms_median"], eager["step_ms_median"]),
-        ),
-        (
-            "peak memory of training",
-            mebibytes(eager["peak_bytes"]),
-            mebibytes(fused["peak_bytes"]),
-            ratio(fused["peak_bytes"], eager["peak_bytes"]),
-        ),
-        (
-            "kept by one forward for its backward",
-            mebibytes(eager["saved_bytes"]),
-            mebibytes(fused["saved_bytes"]),
-            ratio(fused["saved_bytes"], eager["saved_bytes"]),
-        ),
+        (what, said.format(**eager), said.format(**fused), ratio.format(fused[key] / eager[key]) if eager[key] else "–")
+        for what, key, said, ratio in RESULTS
     ]
 
 
@@ -237,3 +185,34 @@ def wrapped(line: str) -> str:
         return line
     indent = "  " if line.startswith("- ") else ""
     return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
+    """The Markdown report, which is also what the terminal shows."""
+    checks, environment = report["checks"], report["environment"]
+    reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
+    lines = [
+        f"# {report['title']}",
+        "",
+        *(part for text in notices(report) for part in (text, "")),
+        f"- {job.describe_data(report)}",
+        f"- Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
+        f"- Training: {json.dumps(report['settings'])}.",
+        f"- Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while "
+        f"the models trained, CPU time of other processes: {measure_load.share_text(environment['others'])}.",
+        f"- Calls of one forward of the fused model: {calls_text(report)}.",
+        *refusal_lines(report),
+        "",
+        table(("", "eager", "fused", "fused / eager"), result_rows(report)),
+        "",
+        epoch_table(report["curves"]),
+        "",
+        *job.score_table(report),
+        agreement(report),
+        f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
+        *(f"- {line}" for line in job.describe_quality(report)),
+        f"- Speed: tokens of the loss over the time of all training steps but the first {WARM_UP}, the two variants "
+        "alternating in one process.",
+        "",
+    ]
+    return "\n".join([*map(wrapped, lines), *job.examples(report), ""])

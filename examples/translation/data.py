@@ -1,4 +1,4 @@
-"""English-Chinese pairs from the translation catalogues of installed packages: load, clean, split, tokenize, batch.
+"""English-Chinese pairs from the translation catalogues of installed packages: load, clean, split, encode, batch.
 
 Three packages bring them: Django (messages of the framework and its applications), jupyterlab-language-pack-zh-CN
 (messages of JupyterLab and its extensions) and Babel (the Unicode locale data: names of languages, territories,
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data
+from examples.training.model import IGNORED, Batch
 
-PAD, BEGIN, END = "<|pad|>", "<|begin|>", lm_data.END
+PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL = (PAD, BEGIN, END)  # ids 0, 1, 2
 PAD_ID, BEGIN_ID, END_ID = range(3)
 PACKAGES = {"django": "django", "babel": "babel", "jupyterlab_language_pack_zh_CN": "jupyterlab-language-pack-zh-CN"}
@@ -48,23 +48,6 @@ class Split:
     train: list[Pair]
     test: list[Pair]
     left_out: dict[str, int]
-
-
-def require_packages() -> None:
-    """Refuse to start where a package is missing, naming all that are."""
-    wanted = {**PACKAGES, "sacrebleu": "sacrebleu", "tokenizers": "tokenizers"}
-    missing = [package for module, package in wanted.items() if not found(module)]
-    if missing:
-        raise lm_data.MissingPackage(
-            f"the task translate needs the package(s) {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
-
-
-def found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # sys.modules holds None: importing it would fail
-        return False
 
 
 def load_pairs() -> list[Pair]:
@@ -183,22 +166,6 @@ def split_pairs(pairs: Sequence[Pair], length: int) -> Split:
     return Split(train, test, left_out)
 
 
-def train_tokenizer(pairs: Sequence[Pair], vocab: int) -> Any:
-    """One byte-level BPE vocabulary for both languages, so that names and marks are copied as they are."""
-    return lm_data.train_tokenizer([text for pair in pairs for text in (pair.source, pair.target)], vocab, SPECIAL)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (pairs, length), padded at the end with PAD: the source with END, the target between BEGIN and END."""
-
-    source: torch.Tensor
-    target: torch.Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.source.to(device), self.target.to(device))
-
-
 Encoded = list[tuple[list[int], list[int]]]
 
 
@@ -209,12 +176,19 @@ def encode(tokenizer: Any, pairs: Sequence[Pair]) -> Encoded:
 
 
 def padded(rows: Sequence[list[int]]) -> torch.Tensor:
+    """Token ids (rows, length), filled at the end with PAD."""
     width = max(map(len, rows))
     return torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
+def make_batch(source: torch.Tensor, target: torch.Tensor) -> Batch:
+    """A target stands between BEGIN and END: the decoder is given all but the last token, and asked for the next."""
+    wanted = target[:, 1:]
+    return Batch((source, target[:, :-1]), wanted.masked_fill(wanted == PAD_ID, IGNORED))
+
+
 def batch_of(encoded: Encoded, chosen: Sequence[int]) -> Batch:
-    return Batch(padded([encoded[i][0] for i in chosen]), padded([encoded[i][1] for i in chosen]))
+    return make_batch(padded([encoded[i][0] for i in chosen]), padded([encoded[i][1] for i in chosen]))
 
 
 def buckets(encoded: Encoded, size: int, seed: int | None = None) -> list[list[int]]:
@@ -228,3 +202,13 @@ def buckets(encoded: Encoded, size: int, seed: int | None = None) -> list[list[i
     if generator is not None:
         batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
     return batches
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Pairs of sentences, in batches of about equal length."""
+
+    encoded: Encoded
+
+    def batches(self, size: int, seed: int | None = None) -> list[Batch]:
+        return [batch_of(self.encoded, chosen) for chosen in buckets(self.encoded, size, seed)]

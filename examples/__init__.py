@@ -1,0 +1,1 @@
+"""What a user copies: small examples, and two training jobs (`train.py`)."""

@@ -1,0 +1,68 @@
+"""A small pre-norm decoder-only Transformer, of the layers of fusednorm or of `torch.nn`.
+
+A decoder that attends to nothing but itself is what both call an encoder, with a causal mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from examples.training.model import ModelConfig, Twin, library
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(ModelConfig):
+    context: int
+
+
+class LanguageModel(Twin):
+    """Tokens (batch, length) int64 to logits (batch, length, vocab)."""
+
+    Config = LanguageModelConfig
+    config: LanguageModelConfig
+    future: torch.Tensor
+
+    def __init__(self, variant: str, config: LanguageModelConfig) -> None:
+        super().__init__(variant, config, config.context)
+        layer = library(variant).TransformerEncoderLayer(
+            *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
+        )
+        # A padding mask, of which torch would make nested tensors, is never given.
+        self.layers = library(variant).TransformerEncoder(
+            layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False
+        )
+        self.register_buffer("future", torch.ones(config.context, config.context).triu(1).bool(), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                continue
+            if parameter.dim() < 2:
+                nn.init.zeros_(parameter)
+                continue
+            # The two projections of each layer that write to the residual stream start smaller, as in GPT-2.
+            last = name.endswith(("out_proj.weight", "linear2.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if last else 0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        return self.logits(self.layers(self.embed(tokens), mask=self.future[:length, :length], is_causal=True))
+
+
+@torch.no_grad()
+def continue_text(model: LanguageModel, tokens: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Sample up to `count` tokens at temperature 0.7 after the (1, n) prompt; the draw depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    for _ in range(count):
+        logits = model(tokens[:, -model.config.context :])[:, -1].float().cpu()
+        if not logits.isfinite().all():
+            break  # training diverged; the verdict on the curves says so
+        drawn = torch.multinomial(torch.softmax(logits / 0.7, dim=-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+    return tokens

@@ -1,0 +1,110 @@
+"""What a training job has to say for itself; all else, every job shares (run.py, loop.py, report.py)."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from examples.training.loop import Curves, Settings, Side
+from examples.training.model import ModelConfig, Twin
+
+Report = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """An option whose default depends on --small. None is torch's choice."""
+
+    full: int | float | None
+    small: int | float | None
+    meaning: str = ""
+
+
+class Job(ABC):
+    """Data, a model, and what the model's quality is measured by."""
+
+    task: ClassVar[str]  # what --task names it by
+    files: ClassVar[str]  # what the names of its files begin with
+    description: ClassVar[str]
+    title: ClassVar[str]
+    packages: ClassVar[Mapping[str, str]]  # what it cannot do without: modules, and what pip calls their packages
+    special: ClassVar[tuple[str, ...]]  # tokens that no text is cut into
+    betas: ClassVar[tuple[float, float]]  # of AdamW
+    head_width: ClassVar[int]
+    sizes: ClassVar[Mapping[str, Size]]
+    # Largest allowed difference of the two variants' losses, nats a token, at any epoch, without dropout. The variants
+    # compute one function and differ in where and in which order they round. Training amplifies that as it would any
+    # change of the last bit, so a bound is measured, not derived.
+    bounds: ClassVar[Mapping[str, float]]
+    model: ClassVar[type[Twin]]
+
+    source: str  # of the data; load() sets it
+    train: Side  # encode() sets these
+    test: Side
+
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.arguments, self.device = arguments, device
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Options of this job alone."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> dict[str, int]:
+        """The field of the model's sizes that says how many positions it has; an estimate before encode()."""
+
+    @abstractmethod
+    def load(self) -> Sequence[str]:
+        """Read and split the data; return the texts that the tokenizer is trained on."""
+
+    @abstractmethod
+    def encode(self, tokenizer: Any) -> str:
+        """Cut the texts into tokens; say how much there is to train on."""
+
+    @abstractmethod
+    def data_facts(self) -> Report:
+        """What the report says of the data."""
+
+    def before(self, twins: Mapping[str, Any]) -> None:
+        """What is measured before training."""
+
+    @abstractmethod
+    def after(self, twins: Mapping[str, Any], reloaded: Any, tokenizer: Any, curves: Curves) -> Report:
+        """What is measured after training; the fused model was reloaded from its checkpoint."""
+
+    @staticmethod
+    @abstractmethod
+    def describe_data(report: Report) -> str: ...
+
+    @staticmethod
+    def score_table(report: Report) -> list[str]:
+        """Lines that follow the tables of the losses."""
+        return []
+
+    @staticmethod
+    @abstractmethod
+    def describe_quality(report: Report) -> list[str]: ...
+
+    @staticmethod
+    @abstractmethod
+    def examples(report: Report) -> list[str]:
+        """Lines that end the report: what the trained model gives."""
+
+    @staticmethod
+    def draw(report: Report, folder: Path) -> dict[Path, str]:
+        """Pictures beside the curves, each with its caption."""
+        return {}
+
+    def config(self, vocab: int) -> ModelConfig:
+        sizes = {name: getattr(self.arguments, name) for name in ("layers", "width", "dropout")}
+        heads = max(1, self.arguments.width // self.head_width)
+        return self.model.Config(vocab=vocab, heads=heads, **sizes, **self.positions)
+
+    def settings(self) -> Settings:
+        given = {name: getattr(self.arguments, name) for name in ("epochs", "batch", "decay", "seed", "dtype")}
+        return Settings(learning_rate=self.arguments.rate, betas=self.betas, **given)

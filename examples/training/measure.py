@@ -1,0 +1,116 @@
+"""What a training run is measured by: who serves its calls, what memory it takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.training.loop import Settings, Trainer
+from examples.training.machine import autocast, synchronize
+from examples.training.model import Batch, ModelConfig, Twin, loss_of, make_twins
+from fusednorm.dispatch.explain import decisions
+
+
+def routes(model: nn.Module, *inputs: torch.Tensor) -> list[dict[str, Any]]:
+    """Who serves the calls of one forward, how, how many they are, and why not another."""
+    made = Counter(route._replace(where="") for route in decisions(model.train(), *inputs))
+    return [
+        {
+            "function": route.call,
+            "provider": route.provider,
+            "how": route.how,
+            "calls": calls,
+            "refusals": [f"{who} is not used: {why}" for who, why in route.refusals],
+        }
+        for route, calls in made.items()
+        if route.call[0].islower()  # of functions; modules say whether they are fused
+    ]
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that one forward keeps for its backward: distinct storages, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # held until the storages are counted: an address freed could be another tensor's
+    total = sum(kept.values())
+    del result
+    return total
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence what C++ writes to stderr: the profiler announces its start and stop there, and no setting stops it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def allocated_peak(work: Callable[[], None], device: torch.device) -> int:
+    """Largest sum of bytes that torch's allocator had lent out at once during `work`, beyond what it had before.
+
+    CUDA: the caching allocator's own count. CPU: the profiler's record of every allocation; unlike the resident size
+    of the process it repeats to the byte.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    # acc_events: without it torch warns that events of earlier cycles are dropped; there is one cycle.
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        work()
+    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(records, key=lambda record: record.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure_memory(
+    kind: type[Twin], variant: str, config: ModelConfig, settings: Settings, batch: Batch
+) -> dict[str, int]:
+    """Memory of one variant alone: the peak from building it through three training steps, and what a forward keeps."""
+    device = batch.wanted.device
+
+    def build() -> Twin:
+        return make_twins(kind, config, settings.seed, device, (variant,))[variant]
+
+    def train() -> None:
+        trainer = Trainer(build(), settings)
+        for step in range(3):
+            trainer.step(batch, settings.learning_rate, step)
+
+    peak = allocated_peak(train, device)
+    model = build().train()
+
+    def forward() -> torch.Tensor:
+        with autocast(device, settings.dtype):
+            return loss_of(model, batch)
+
+    return {"peak_bytes": peak, "saved_bytes": saved_bytes(model, forward)}

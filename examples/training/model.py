@@ -1,0 +1,119 @@
+"""What all models here share: two variants from one initial state, embeddings, batches, the loss, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fusednorm
+from examples.training.text import load_tokenizer
+
+VARIANTS = ("eager", "fused")
+IGNORED = -100  # what cross_entropy leaves out, unless told otherwise
+
+
+def library(variant: str) -> Any:
+    """Where a variant's layers come from: both have them under the same names, with the same arguments."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
+    return fusednorm if variant == "fused" else nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "dropout" and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+
+class Twin(nn.Module):
+    """A model in one of two variants, whose parameters have the same names: one `state_dict` loads into either.
+
+    One table embeds the tokens, times `scale`, and gives the logits.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    scale: float | None = None
+
+    def __init__(self, variant: str, config: ModelConfig, positions: int) -> None:
+        super().__init__()
+        self.variant, self.config = variant, config
+        self.token = nn.Embedding(config.vocab, config.width)
+        self.position = nn.Embedding(positions, config.width)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.token(tokens) if self.scale is None else self.token(tokens) * self.scale
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return F.dropout(x + self.position(positions), self.config.dropout, self.training)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.token.weight)
+
+
+Model = TypeVar("Model", bound=Twin)
+
+
+def make_twins(
+    kind: type[Model], config: ModelConfig, seed: int, device: torch.device, variants: tuple[str, ...] = VARIANTS
+) -> dict[str, Model]:
+    """Build the variants with equal parameters: the first is initialised from the seed, the others load its state."""
+    torch.manual_seed(seed)
+    twins = {variant: kind(variant, config) for variant in variants}  # type: ignore[call-arg]
+    first = twins[variants[0]]
+    for model in twins.values():
+        if model is not first:
+            model.load_state_dict(first.state_dict(), strict=True)
+    return {variant: model.to(device) for variant, model in twins.items()}
+
+
+class Batch(NamedTuple):
+    """What a model is called with, and which token it should give at each position, or IGNORED."""
+
+    inputs: tuple[torch.Tensor, ...]
+    wanted: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(tuple(tensor.to(device) for tensor in self.inputs), self.wanted.to(device))
+
+    def tokens(self) -> int:
+        """How many tokens the batch asks for."""
+        return int((self.wanted != IGNORED).sum())
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross entropy (nats a token) of each position's next token, in float32 at least."""
+    logits = model(*batch.inputs)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), batch.wanted.flatten(), ignore_index=IGNORED)
+
+
+def save_checkpoint(path: Path, model: Twin, tokenizer: Any) -> None:
+    """Write what a later process needs: parameters, model sizes, tokenizer; plain types and tensors only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"variant": model.variant, "config": asdict(model.config), "state": model.state_dict()}
+    torch.save(content | {"tokenizer": tokenizer.to_str()}, path)
+
+
+def load_checkpoint(path: Path, kind: type[Model], device: torch.device) -> tuple[Model, Any]:
+    """Rebuild model and tokenizer; `weights_only=True` executes nothing that the file contains."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    model = kind(saved["variant"], kind.Config(**saved["config"])).to(device)  # type: ignore[call-arg]
+    model.load_state_dict(saved["state"], strict=True)
+    return model, load_tokenizer(saved["tokenizer"])

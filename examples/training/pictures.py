@@ -1,0 +1,76 @@
+"""The curves of the two variants, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report_plots
+from examples.training.report import subtitles
+
+
+def new_figure() -> Any:
+    """An empty picture of the reports' size, or None where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(11, 4.6), layout="constrained")
+
+
+def save(figure: Any, title: str, below: Iterable[str | None], path: Path) -> None:
+    report_plots.set_title(figure, title, below)
+    figure.savefig(path, dpi=130)
+
+
+def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
+    """Losses over epochs, both variants and both sides."""
+    epochs = len(curves["eager"]["train"])
+    # Eager is drawn wide and pale under fused: where the two agree, both stay visible.
+    styles = {
+        "eager": {"linewidth": 6, "alpha": 0.35, "marker": "o", "markersize": 10},
+        "fused": {"linewidth": 1.6, "marker": "o", "markersize": 4},
+    }
+    for variant in ("eager", "fused"):
+        curve = curves[variant]
+        axes.plot(range(1, epochs + 1), curve["train"], color="tab:blue", label=f"{variant}, train", **styles[variant])
+        axes.plot(range(epochs + 1), curve["test"], color="tab:orange", label=f"{variant}, test", **styles[variant])
+
+
+def draw_differences(axes: Any, curves: dict[str, Any], bound: float) -> None:
+    """Difference of the two variants at every training step, and the bound."""
+    steps = [abs(a - b) for a, b in zip(curves["fused"]["steps"], curves["eager"]["steps"])]
+    axes.set(xlabel="training step", ylabel="|fused − eager| (nats per token)", title="Difference of the losses")
+    drawn = [(step, value) for step, value in enumerate(steps, 1) if value > 0]
+    axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound on epochs: {bound:g}")
+    if drawn:
+        # no line: it would pass over steps where the two are equal, which a logarithm cannot show
+        axes.semilogy(*zip(*drawn), ".", color="tab:green", markersize=4, label="a step's training batch")
+        zeros = len(steps) - len(drawn)
+        if zeros:
+            axes.plot([], [], " ", label=f"exactly equal at {zeros} of {len(steps)} steps")
+    else:
+        axes.set(xlim=(0, len(steps)), ylim=(0, 1.3 * bound))
+        axes.text(0.5, 0.4, f"exactly equal at all {len(steps)} steps", ha="center", transform=axes.transAxes)
+    axes.legend()
+
+
+def plot_curves(report: dict[str, Any], path: Path) -> bool:
+    """Draw both curves and their difference; return False where matplotlib is missing."""
+    figure = new_figure()
+    if figure is None:
+        return False
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, report["curves"])
+    if "unigram_loss" in report:
+        left.axhline(report["unigram_loss"], color="0.4", linestyle=":", label="unigram baseline, test")
+    left.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
+    left.legend()
+    draw_differences(right, report["curves"], report["checks"]["bound"])
+    right.margins(y=0.3)  # room for the legend
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, report["title"], subtitles(report), path)
+    return True

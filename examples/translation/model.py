@@ -1,0 +1,94 @@
+"""An encoder-decoder Transformer: `fusednorm.Transformer` or `torch.nn.Transformer`, else the same."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from examples.training.model import ModelConfig, Twin, library
+from examples.translation.data import BEGIN_ID, END_ID, PAD_ID
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslatorConfig(ModelConfig):
+    positions: int
+
+
+def make_transformer(variant: str, config: ModelConfig) -> nn.Transformer:
+    with warnings.catch_warnings():
+        # torch announces that nested tensors do not go with norm_first; nobody asked for them
+        warnings.filterwarnings("ignore", "enable_nested_tensor is True")
+        return library(variant).Transformer(
+            *(config.width, config.heads, config.layers, config.layers, 4 * config.width, config.dropout),
+            # GELU, not ReLU: where an input lies at ReLU's corner its last bit decides whether a gradient is 0, and the
+            # curves of two ways to round part 10,000 times as far.
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+
+
+class Translator(Twin):
+    """Source and target tokens (batch, length) int64 to logits (batch, target length, vocab).
+
+    Positions filled with PAD are attended to by no other, so they change no output but their own. Both languages have
+    one table of tokens.
+    """
+
+    Config = TranslatorConfig
+    config: TranslatorConfig
+
+    def __init__(self, variant: str, config: TranslatorConfig) -> None:
+        super().__init__(variant, config, config.positions)
+        self.transformer = make_transformer(variant, config)
+        self.scale = math.sqrt(config.width)
+        nn.init.normal_(self.token.weight, std=config.width**-0.5)
+        nn.init.normal_(self.position.weight, std=0.1)
+
+    def encode(self, source: torch.Tensor) -> torch.Tensor:
+        return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PAD_ID)
+
+    def decode(self, target: torch.Tensor, memory: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of each position of the target, (batch, target length, width)."""
+        length = target.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
+        return self.transformer.decoder(
+            self.embed(target),
+            memory,
+            tgt_mask=future,
+            tgt_is_causal=True,
+            tgt_key_padding_mask=target == PAD_ID,
+            memory_key_padding_mask=source == PAD_ID,
+        )
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.decode(target, self.encode(source), source))
+
+
+@torch.no_grad()
+def translate(model: Translator, source: torch.Tensor) -> list[list[int]]:
+    """Take the likeliest next token until END or the last position; return token ids without BEGIN and END."""
+    was_training = model.training
+    model.eval()
+    rows: list[list[int]] = [[] for _ in source]
+    going = list(range(len(source)))  # the rows without END so far: only these are decoded further
+    memory = model.encode(source)
+    target = source.new_full((len(source), 1), BEGIN_ID)
+    for _ in range(model.config.positions):
+        logits = model.logits(model.decode(target, memory, source)[:, -1])
+        logits[:, [PAD_ID, BEGIN_ID]] = -torch.inf  # neither stands inside a translation
+        chosen = logits.argmax(-1)
+        goes_on = chosen != END_ID
+        target = torch.cat([target, chosen[:, None]], dim=1)[goes_on]
+        memory, source = memory[goes_on], source[goes_on]
+        going = [row for row, on in zip(going, goes_on.tolist()) if on]
+        for row, token in zip(going, chosen[goes_on].tolist()):
+            rows[row].append(token)
+        if not going:
+            break
+    model.train(was_training)
+    return rows

@@ -1,0 +1,396 @@
+"""The command `train.py`: one tiny run of each task from its data to its report, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusednorm
+from examples import train
+from examples.language_model.data import load_documents, split_documents
+from examples.training import report, run, text
+from examples.training.machine import threads
+from examples.training.model import VARIANTS
+from examples.training.pictures import plot_curves
+from examples.translation import job as translation
+from examples.translation.data import PAD_ID, Pair, load_pairs
+from examples.translation.model import Translator
+
+COMMON = {"epochs": 1, "layers": 1, "width": 32, "batch": 16, "dropout": 0.0}
+SIZES = {"lm": COMMON | {"vocab": 300, "context": 64}, "translate": COMMON | {"vocab": 400, "length": 40}}
+
+
+def tiny(task: str) -> list[str]:
+    sizes = (word for name, size in SIZES[task].items() for word in (f"--{name}", str(size)))
+    return ["--task", task, "--small", "--device", "cpu", *sizes]
+
+
+def need(task: str) -> None:
+    for module in train.TASKS[task].packages:
+        pytest.importorskip(module, reason=f"{module} is missing; the extra translate brings it: '.[translate]'")
+
+
+@pytest.fixture(params=train.TASKS)
+def task(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@contextlib.contextmanager
+def little_data(task: str, folder: Path) -> Iterator[list[str]]:
+    """The arguments of a tiny run; a little of the real data."""
+    need(task)
+    documents, _ = load_documents()
+    (folder / "a text.txt").write_text("".join(split_documents(documents).train[:3]), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(translation, "load_pairs", lambda: load_pairs()[::16])
+        yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
+
+
+@pytest.fixture
+def given(task, tmp_path) -> Iterator[list[str]]:
+    with little_data(task, tmp_path) as arguments:
+        yield [*arguments, "--report", str(tmp_path / "report")]
+
+
+class Run:
+    """One tiny run: its job, its folder, what it was given and what it printed."""
+
+    def __init__(self, task: str, folder: Path) -> None:
+        self.job, self.folder = train.TASKS[task], folder
+        with little_data(task, folder) as arguments, contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.given = [*arguments, "--report", str(folder)]
+            assert train.main(self.given) == 0
+        self.printed = printed.getvalue()
+
+    def report(self, **environment: Any) -> dict[str, Any]:
+        """As it was written, of a calm machine."""
+        written = json.loads((self.folder / f"{self.job.files}.json").read_text(encoding="utf-8"))
+        return written | {"environment": written["environment"] | {"others": 0.01} | environment}
+
+    def summary(self, changed: dict[str, Any] | None = None, **environment: Any) -> str:
+        return report.summary(self.job, self.report(**environment) | (changed or {}))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Callable[[str], Run]:
+    """One run of each task that is asked for, on one thread."""
+
+    @functools.cache
+    def made(task: str) -> Run:
+        with threads(1):
+            return Run(task, tmp_path_factory.mktemp("a report"))
+
+    return made
+
+
+@pytest.fixture(params=train.TASKS)
+def finished(request, finished_run) -> Run:
+    return finished_run(request.param)
+
+
+@pytest.fixture
+def translated(finished_run) -> Run:
+    return finished_run("translate")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+# runs
+
+
+def test_run_from_data_to_report(finished):
+    written, folder, files = finished.report(), finished.folder, finished.job.files
+    assert set(written["curves"]) == set(VARIANTS)
+    assert written["checks"]["reload_equal"] is True and written["checks"]["faults"] == []
+    losses = written["curves"]["fused"]["test"]
+    assert losses[1] < losses[0]
+    assert all(written["speed"][v]["tokens_per_s"] > 0 and written["memory"][v]["peak_bytes"] > 0 for v in VARIANTS)
+    assert written["environment"]["threads"] == 1
+    assert (folder / f"{files}_checkpoint.pt").stat().st_size > 0
+    markdown = (folder / f"{files}.md").read_text(encoding="utf-8")
+    for said in (markdown, finished.printed):
+        assert "Curves agree" in said and "bitwise equal" in said
+    if "matplotlib" in sys.modules:
+        pictures = {path.name: path for path in folder.glob("*.png")}
+        own = {"translate_chrf.png"} if finished.job.task == "translate" else set()
+        assert set(pictures) == {f"{files}_curves.png"} | own
+        for name, path in pictures.items():
+            assert path.read_bytes().startswith(b"\x89PNG") and f"({name})" in markdown
+
+
+def test_run_scores_what_was_learned(finished):
+    written, markdown = finished.report(), (finished.folder / f"{finished.job.files}.md").read_text(encoding="utf-8")
+    if finished.job.task == "lm":
+        quality = written["quality"]
+        assert quality["perplexity"] == pytest.approx(math.exp(written["curves"]["fused"]["test"][-1]))
+        assert quality["unigram_perplexity"] == pytest.approx(math.exp(written["unigram_loss"]))
+        assert f"{written['sample']['prompt']} [...] {written['sample']['continuation']}" in markdown
+        return
+    assert set(written["scores"]) == {"untrained", "nearest", *VARIANTS}
+    assert written["scores"]["nearest"]["chrf"] > 5
+    for example in written["examples"]:
+        assert example["source"] in markdown and example["reference"] in markdown
+
+
+def test_run_with_dropout_says_that_masks_differ(tmp_path):
+    """Torch's masks and ours are drawn apart: the runs are compared where they begin and end."""
+    with little_data("lm", tmp_path) as arguments:
+        assert train.main([*arguments, "--dropout", "0.2", "--report", str(tmp_path)]) == 0
+    checks = json.loads((tmp_path / "train.json").read_text())["checks"]
+    assert checks["largest_difference"] < checks["bound"] and 0 < checks["end_difference"] < checks["drawn_bound"]
+    assert "each variant draws its own dropout masks" in words((tmp_path / "train.md").read_text("utf-8"))
+
+
+def test_run_leaves_the_number_of_threads_as_it_was(task, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(run, "train_and_report", lambda job: torch.get_num_threads())
+    assert train.main([*tiny(task), "--threads", "3"]) == 3 and torch.get_num_threads() == before
+
+
+encoder = fusednorm.TransformerEncoder.forward
+
+
+def half(self, src, *args, **kwargs):
+    return encoder(self, src, *args, **kwargs) - 0.5 * src
+
+
+def spoiled(self, src, *args, **kwargs):
+    return encoder(self, src, *args, **kwargs) - math.nan * src
+
+
+def without_padding_mask(self, source):
+    mask = None if self.variant == "fused" else source == PAD_ID
+    return self.transformer.encoder(self.embed(source), src_key_padding_mask=mask)
+
+
+def not_a_number(self, decoded):
+    found = torch.nn.functional.linear(decoded, self.token.weight)
+    return found * math.nan if self.variant == "fused" and self.training else found
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "method", "wrong", "message"),
+    [
+        ("lm", fusednorm.TransformerEncoder, "forward", half, "exceeds"),
+        ("lm", fusednorm.TransformerEncoder, "forward", spoiled, "not finite"),
+        ("translate", Translator, "encode", without_padding_mask, "exceeds"),
+        ("translate", Translator, "logits", not_a_number, "not finite"),
+    ],
+)
+def test_run_fails_on_a_fused_model_that_is_wrong(given, capsys, monkeypatch, task, kind, method, wrong, message):
+    """Layers that spoil what they return, padding that is attended to, a loss that is not finite: status 1."""
+    monkeypatch.setattr(kind, method, wrong)
+    assert train.main([*given, "--rate", "1e-2"]) == 1
+    error = capsys.readouterr().err
+    assert "FAILED: test loss" in error and message in error and "checkpoint" not in error
+
+
+def test_missing_plots_and_bars_degrade(given, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert train.main(given) == 0
+    assert not list((tmp_path / "report").glob("*.png"))
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+# what is refused
+
+REFUSED = [
+    (["--epochs", "0"], "epochs"),
+    (["--layers", "0"], "layers"),
+    (["--batch", "0"], "batch"),
+    (["--width", "0"], "width"),
+    (["--width", "{three heads and more}"], "3 heads"),
+    (["--vocab", "{too few}"], "a byte-level vocabulary has at least {least}"),
+    (["--dropout", "1.0"], "dropout"),
+    (["--rate", "nan"], "rate"),
+    (["--rate", "0"], "rate"),
+    (["--decay", "-1"], "decay"),
+    (["--threads", "0"], "threads"),
+    (["--provider", "no-such-provider"], "no-such-provider"),
+    (["--provider", "triton"], "--provider triton: usable here are reference"),
+    (["--report", "{file}/folder"], "Not a directory"),
+    (["--report", "{file}"], "File exists"),
+]
+OF_ONE_TASK = [
+    ("lm", ["--context", "0"], "context"),
+    ("lm", ["--text", "no-such-file.txt"], "no-such-file.txt"),
+    ("translate", ["--length", "1"], "longer sentences"),
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "named"), [(task, *refused) for task in train.TASKS for refused in REFUSED] + OF_ONE_TASK
+)
+def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, task, arguments, named):
+    def trained(*_):
+        raise AssertionError("the tokenizer was trained first")
+
+    # Pairs that no package brings, so that what is refused is refused without the packages too.
+    monkeypatch.setattr(translation, "load_pairs", lambda: [Pair(f"Word {i}", f"词 {i}", "here") for i in range(100)])
+    monkeypatch.setattr(text, "require_packages", lambda *_: None)
+    monkeypatch.setattr(text, "train_tokenizer", trained)
+    monkeypatch.setattr(fusednorm, "available_providers", lambda: ["reference"])
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    least = {"lm": 257, "translate": 259}[task]
+    width = {"lm": 200, "translate": 100}[task]
+    words = {"file": tmp_path / "file", "least": least, "too few": least - 1, "three heads and more": width}
+    given = [word.format(**words) for word in arguments]
+    assert train.main([*tiny(task), "--report", str(tmp_path / "report"), *given]) == 2
+    assert named.format(**words) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "foreign"),
+    [
+        ([], "--context", "--length"),
+        (["--task", "lm"], "--text", "--length"),
+        (["--task=lm"], "--context", "--length"),
+        (["--task", "translate"], "--length", "--context"),
+    ],
+)
+def test_help_has_the_options_of_the_task(arguments, own, foreign, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and own in said and foreign not in said
+
+
+def test_unknown_task_is_refused_with_the_names_of_those_there_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--task", "paint"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and all(name in error for name in train.TASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"),
+    [
+        ("lm", ["tokenizers"]),
+        ("translate", ["sacrebleu"]),
+        ("translate", ["django", "jupyterlab_language_pack_zh_CN"]),
+        ("translate", ["babel", "tokenizers"]),
+    ],
+)
+def test_missing_packages_are_named_with_their_remedy(monkeypatch, capsys, tmp_path, task, missing):
+    for module in train.TASKS["translate"].packages:
+        monkeypatch.setitem(sys.modules, module, None if module in missing else sys)
+    assert train.main([*tiny(task), "--report", str(tmp_path / "report")]) == 2
+    error = capsys.readouterr().err
+    names = " ".join(name.replace("_", "-") for name in missing)
+    assert f"pip install {names}\n" in error and "Traceback" not in error
+    assert not (tmp_path / "report").exists()
+
+
+# the report
+
+
+def test_report_says_who_served_which_calls_and_why_not_another(finished):
+    served = {route["function"] for route in finished.report()["environment"]["route"]}
+    assert served == {"add_layer_norm", "scaled_dot_product_attention", "bias_act_dropout"}
+    refused = "triton is not used: no GPU"
+    route = [
+        {"function": "add_layer_norm", "provider": "cpu", "how": "x", "calls": 5, "refusals": [refused]},
+        {"function": "add_layer_norm", "provider": "reference", "how": "x", "calls": 1, "refusals": [refused]},
+        {"function": "bias_act_dropout", "provider": "cpu", "how": "x", "calls": 2, "refusals": [refused]},
+    ]
+    said = words(finished.summary(route=route))
+    assert "add_layer_norm (5 by cpu, 1 by reference), bias_act_dropout (2 by cpu)." in said
+    assert said.count(refused) == 1 and f"For add_layer_norm, bias_act_dropout, {refused}." in said
+
+
+def test_report_says_first_that_no_kernel_ran_and_how_to_train_the_fused_op(finished):
+    quoted = " ".join(f"'{word}'" if " " in word else word for word in finished.given)
+    command = finished.report()["environment"]["fused_command"]
+    assert command == f"python3 examples/train.py {quoted} --provider reference"
+    how = {"torch's own operators: no kernel of ours serves this call": True, "one fused op each way": False}
+    for said, none_ran in how.items():
+        route = [{"function": "add_layer_norm", "provider": "x", "how": said, "calls": 3, "refusals": []}]
+        top = finished.summary(route=route).partition("- Model: ")[0]
+        assert ("No kernel of ours ran" in top) is none_ran and (f"    PYTHONPATH=. {command}\n" in top) is none_ran
+
+
+def test_report_keeps_its_lines_short_and_its_tables_straight(finished):
+    lines = finished.summary().partition("```")[0].splitlines()
+    prose = [line for line in lines if not line.startswith(("|", "    "))]
+    assert max(map(len, prose)) <= 120
+    tables = [[]]
+    for line in lines:
+        tables[-1].append(report.columns(line)) if line.startswith("|") else tables.append([])
+    assert all(len(set(widths)) == 1 for widths in tables if widths)
+    assert sum(map(bool, tables)) == {"lm": 2, "translate": 4}[finished.job.task]
+
+
+def test_report_of_a_busy_machine_says_so(finished):
+    assert "BUSY" not in finished.summary()
+    assert "THE MACHINE WAS BUSY" in finished.summary(others=0.4)
+    assert "BUSY" not in finished.summary(others=0.4, device_type="cuda")
+    assert "not known here" in words(finished.summary(others=None))
+
+
+def test_report_of_a_run_with_dropout_says_what_its_bounds_are(finished):
+    curves = {v: {"train": [t], "test": [5.0, t], "steps": [t]} for v, t in (("fused", 3.1), ("eager", 3.0))}
+    checks = finished.report()["checks"] | report.verdict(curves, 5e-4, 0.1)
+    said = words(finished.summary({"checks": checks}))
+    assert "Runs agree: yes." in said and "after it by 3.33% (bound 5%)" in said
+
+
+def test_report_escapes_what_would_end_a_cell(translated):
+    example = {"source": "a | b", "reference": "甲 | 乙", "fused": "", "nearest": "x", "nearest_source": "y"}
+    row = translated.summary({"examples": [example]}).splitlines()[-1]
+    assert "a \\| b" in row and "甲 \\| 乙" in row and "(nothing)" in row
+
+
+def test_report_says_when_the_model_is_below_the_nearest_source(translated):
+    scores = translated.report()["scores"]
+    scores["fused"]["chrf"], scores["nearest"]["chrf"] = 10.0, 30.0
+    assert "chrF of the fused model is 20.0 BELOW" in words(translated.summary({"scores": scores}))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Any]:
+    """The pictures that are drawn, in place of their files."""
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is missing; the extra bench brings it")
+    kept: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: (self.canvas.draw(), kept.append(self)))
+    return kept
+
+
+@pytest.mark.parametrize("differences", [(0.0, 0.0, 0.0, 0.0), (0.0, 1e-6, 0.0, 2e-6)])
+def test_picture_joins_no_steps_and_names_what_it_shows(finished, drawn, tmp_path, differences):
+    written = finished.report(others=0.4)
+    curves = {"eager": written["curves"]["eager"] | {"steps": [5.0] * 4}}
+    curves["fused"] = curves["eager"] | {"steps": [5.0 + d for d in differences]}
+    assert plot_curves(written | {"curves": curves}, tmp_path / "x.png")
+    left, right = drawn[0].axes
+    assert left.get_ylabel() == "loss (nats per token)" and "nats per token" in right.get_ylabel()
+    steps = [line for line in right.lines if len(line.get_xdata()) and line.get_label().startswith("a step")]
+    assert all(line.get_linestyle() == "None" for line in steps)
+    assert [list(line.get_xdata()) for line in steps] == ([[2, 4]] if any(differences) else [])
+    said = [text.get_text() for text in [*right.texts, *right.get_legend().get_texts()]]
+    assert ("exactly equal at 2 of 4 steps" if any(differences) else "exactly equal at all 4 steps") in said
+    assert all(tick == round(tick) for axes in (left, right) for tick in axes.get_xticks())
+    title = words(drawn[0].get_suptitle())
+    assert f"calls of a fused forward: {report.calls_text(written)}" in title and "THE MACHINE WAS BUSY" in title
+
+
+def test_picture_of_scores_names_what_it_shows(translated, drawn, tmp_path):
+    written = translated.report()
+    assert translated.job.draw(written, tmp_path) == {tmp_path / "translate_chrf.png": "chrF"}
+    (bars,) = drawn[0].axes
+    assert [text.get_text() for text in bars.get_legend().get_texts()] == list(translation.NAMES.values())
+    shown = [patch.get_height() for patch in bars.patches]
+    assert shown[:: len(shown) // 4] == [written["scores"][name]["chrf"] for name in translation.NAMES]
+    assert len(shown) == 4 * (1 + len(written["scores"]["fused"]["by_origin"]))
