@@ -66,8 +66,8 @@ test-all: export FUSEDNORM_OTHER_PYTHON ?= $(CURDIR)/$(OTHER)/bin/python
 test-all: test $(OTHER)/.installed test-slow ## test, then the slow tests, one of them in a second torch (5 GB more)
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
-	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
-	PYTHONPATH=. $(BIN)/python benchmarks/fresh_outputs.py --report $(REPORT)
+	$(BIN)/python -m benchmarks.run --report $(REPORT)
+	$(BIN)/python -m benchmarks.huge_pages --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python benchmarks/train.py --small --report $(REPORT)
 
 train: $(STAMP) ## a language model and a translator, fused beside torch's, into bench-report/

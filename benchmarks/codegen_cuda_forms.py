@@ -157,7 +157,7 @@ HEAD = f"""## What follows for each width
 add + LayerNorm in bfloat16, with weight and bias, on {INPUT_BYTES >> 20} MiB of x. The form is the one that
 `csrc/cuda/norm_table.h` chooses: rows of a block x threads of a row x vectors a thread. At a time: the blocks that
 are resident on {PROCESSORS} multiprocessors; of clusters it is the most, as the GPU's groups of multiprocessors may
-leave a rest. Each visits so many rows, or fewer. MB are those of `benchmarks/cases.py`, the least that must move, and
+leave a rest. Each visits so many rows, or fewer. MB are those of `benchmarks/cases`, the least that must move, and
 the floor is their time at {BANDWIDTH / 1e12} TB/s, **an assumed copy bandwidth of an H200, which this project has not
 measured**. No kernel is said to be that fast.
 

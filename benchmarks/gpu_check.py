@@ -12,7 +12,7 @@ targets are about with the table of them (targets).
 
 All of them end inside --minutes, what one leaves goes to the later ones, and each result is on disk as soon as it is
 known: OUTDIR/summary.md and summary.json. Beside them: environment.txt (the machine, and the build), tests.log,
-tests.xml, sanitizer.log, benchmark.log and benchmark.json, of which benchmarks/report.py makes tables and pictures;
+tests.xml, sanitizer.log, benchmark.log and benchmark.json, of which benchmarks.report.pages makes tables and pictures;
 tune.log, tune.json, targets.log and targets.json. The stages of a plain call leave eight files at most, and so do the
 four of the last line above, which `make gpu-norms` runs.
 

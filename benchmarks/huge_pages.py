@@ -1,6 +1,6 @@
 """What a large result costs where its memory is new: page faults, and huge pages against them (CPU, Linux).
 
-    PYTHONPATH=. python3 benchmarks/fresh_outputs.py [--report DIR] [--shape 16384x4096 ...]
+    python3 -m benchmarks.huge_pages [--report DIR] [--shape 16384x4096 ...]
 
 `run.py` keeps freed memory in the process and so measures kernels. A program whose C library gives large tensors back
 pays a page fault for every 4 KB of a fresh result instead. This measures add + LayerNorm that way: eager torch, eager
@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, report
-from benchmarks.report_stats import seconds_text
+from benchmarks import measure
+from benchmarks.report import pages as report
+from benchmarks.report.stats import seconds_text
 
 SHAPES = ((1024, 3072), (4096, 4096), (16384, 4096))
 VARIANTS = {
@@ -57,7 +58,7 @@ def samples(rows: int, columns: int, rounds: int) -> dict[str, list[list[float]]
     """(seconds, page faults) of every call, by variant."""
     children = {}
     for name, (who, setting) in VARIANTS.items():
-        command = [sys.executable, "-m", "benchmarks.fresh_outputs", "--serve", who, "--shape", f"{rows}x{columns}"]
+        command = [sys.executable, "-m", "benchmarks.huge_pages", "--serve", who, "--shape", f"{rows}x{columns}"]
         environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | setting
         children[name] = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", type=_shape, metavar="ROWSxCOLUMNS", help="default: three sizes")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="calls of each variant (default 9)")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write fresh_outputs.md there too")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write huge_pages.md there too")
     parser.add_argument("--serve", choices=("eager", "fused"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     shapes = options.shape or SHAPES
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     print(text(rows))
     if options.report:
         report.make_folder(options.report)
-        (options.report / "fresh_outputs.md").write_text(text(rows) + "\n", encoding="utf-8")
+        (options.report / "huge_pages.md").write_text(text(rows) + "\n", encoding="utf-8")
     return 0
 
 

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data, lm_loop, lm_report, measure_load, train_report, train_shared
+from benchmarks import lm_data, lm_loop, lm_report, train_report, train_shared
 from benchmarks.lm_loop import Settings
 from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, continue_text, make_twins
-from benchmarks.report import make_folder
+from benchmarks.measure import load as measure_load
+from benchmarks.report.pages import make_folder
 
 FULL = {
     "layers": 4,
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> int:
     test_loss = curves["fused"]["test"][-1]
     test_tokens, test_bytes = test_stream.numel(), sum(len(chunk.encode()) for chunk in split.test)
     print("measuring speed and memory", flush=True)
-    others = measure_load.OthersMeter()
+    others = measure_load.BackgroundLoad()
     speed = lm_loop.measure_speed(twins, train[: settings.batch], settings)
     taken = others.share()
     report = {

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure_load, report_plots
+from benchmarks.measure import load as measure_load
+from benchmarks.report import plots as report_plots
 from benchmarks.train_report import (
     agreement,
     busy_text,

@@ -7,7 +7,8 @@ import textwrap
 import unicodedata
 from typing import Any
 
-from benchmarks import measure_load, report_stats
+from benchmarks.measure import load as measure_load
+from benchmarks.report import stats as report_stats
 
 # With dropout each variant draws masks of its own: what the test loss after training may differ by, as a share of it.
 # Measured with dropout 0.1 (--small otherwise): 0.2 % after 9 epochs, 1.2 % after 4 of another seed, where training is

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import lm_data, measure_load, train_shared, translate_report, translate_score
-from benchmarks.report import make_folder
+from benchmarks import lm_data, train_shared, translate_report, translate_score
+from benchmarks.measure import load as measure_load
+from benchmarks.report.pages import make_folder
 from benchmarks.translate_data import (
     SPECIAL,
     Encoded,
@@ -155,7 +156,7 @@ def train_and_report(arguments: argparse.Namespace, device: torch.device) -> int
         return translate_score.translate_all(model, by, test, TRANSLATED_AT_ONCE, device, label)
 
     before = translated(twins["fused"], tokenizer, "untrained")
-    others = measure_load.OthersMeter()
+    others = measure_load.BackgroundLoad()
     curves, speed = train_twins(twins, train, test, settings, device, partial(print, flush=True))
     taken = others.share()
     checkpoint = folder / "translate_checkpoint.pt"

@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, measure, report, run, tune_forms, tune_report
+from benchmarks import cases, measure, run, tune_forms, tune_report
 from benchmarks.cases import Case
-from benchmarks.machine import clocks, environment
+from benchmarks.measure.machine import clocks, environment
+from benchmarks.report import pages as report
 from benchmarks.tune_compile import Compiling
 from benchmarks.tune_forms import Variant
 from benchmarks.tune_process import Message, Step, supervised

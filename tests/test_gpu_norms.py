@@ -47,7 +47,7 @@ def test_targets_and_tune_are_told_how_long_they_have(tmp_path):
     measure, table = targets.commands(300.0)
     raw = f"{tmp_path}/targets.json"
     assert measure[2:] == ["benchmarks/run.py", "--targets", "--device", "cuda", "--limit", "246", "--json", raw]
-    assert table[2:] == ["benchmarks/targets.py", raw]
+    assert table[2:] == ["benchmarks/publish/targets.py", raw]
     # run.py has all but the table's time; it is interrupted 10 s before its end
     assert 300 - targets.brief - 10 > 246 + 25
     assert "/the/peers" in targets.env["PYTHONPATH"].split(os.pathsep)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-from benchmarks.cases_activation import Activation
-from benchmarks.cases_attention import Attention
-from benchmarks.cases_layers import Layer
+from benchmarks.cases.activation import Activation
+from benchmarks.cases.attention import Attention
+from benchmarks.cases.layers import Layer
 from fusednorm import providers
 
 Call = Callable[[], tuple[Tensor, ...]]

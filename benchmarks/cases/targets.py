@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from benchmarks.cases import FULL, TINY, Case
-from benchmarks.targets import NORMS, PEERS
+from benchmarks.publish.targets import NORMS, PEERS
 
 LARGE = 1 << 25  # elements: 64 MiB in bfloat16
 WIDTHS = tuple(1 << n for n in range(10, 16))

@@ -13,7 +13,7 @@ BUSY = 0.10  # share of the cores' time taken by others above which figures are 
 SHORTEST = 0.5  # seconds: the kernel counts hundredths on each core, which over less says nothing
 
 
-class OthersMeter:
+class BackgroundLoad:
     """Starts when it is made; `share` tells what part of the cores' time other processes took since then."""
 
     def __init__(self, proc: Path = Path("/proc")) -> None:

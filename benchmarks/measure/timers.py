@@ -1,30 +1,18 @@
-"""How it is measured: the machine's state, correctness before timing, timers, and the roofline."""
+"""Samples of a call's time on a CPU and on a GPU, and the interval of their median."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import gc
 import math
-import os
 import random
-import sys
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases import OPS, Call, Case, Leaves
-
-DRAWS = 8
-PEER_TOLERANCE = 16  # a baseline further than this many budgets from float64 computes something else
 MIN_ROUNDS, SLOW_ROUNDS, MAX_ROUNDS = 9, 5, 61
 SAMPLE_SECONDS = 2e-4  # calls are repeated within a sample until it takes as long
 
@@ -40,162 +28,6 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
         skip += 1
     skip = max(skip - 1, 0)
     return ordered[skip], ordered[n - 1 - skip]
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@contextlib.contextmanager
-def steady_machine(threads: int | None) -> Iterator[dict[str, Any]]:
-    """Fix the threads and keep freed memory in the process; both are undone afterwards.
-
-    glibc maps every large tensor anew and gives it back when freed, so each call pays a page fault for every 4 KB
-    it writes: a fresh output then measures the kernel's page allocator and not the operator.
-    """
-    before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or min(before, cores))
-    kept = _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20})
-    try:
-        yield {
-            "threads": torch.get_num_threads(),
-            "cores": cores,
-            "allocator": "glibc mallopt M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1: freed memory is kept, no new pages a call"
-            if kept
-            else "the C library's own (no glibc mallopt): large fresh results may measure page faults",
-        }
-    finally:
-        if kept:
-            _mallopt({_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10})
-        torch.set_num_threads(before)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def _mallopt(settings: Mapping[int, int]) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return [mallopt(name, value) for name, value in settings.items()] == [1] * len(settings)
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes on the device, or None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-# --- correctness ---
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Inputs of a case, and what float64 and eager make of them."""
-
-    leaves: Leaves
-    cotangents: tuple[Tensor, ...]
-    mask_seed: int
-    exact: Mapping[str, Tensor]
-    eager_error: Mapping[str, float]
-
-
-@functools.lru_cache(maxsize=1)
-def _problem(op_name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, draw: int) -> Problem:
-    op, generator = OPS[op_name], torch.Generator(device).manual_seed(1000 + draw)
-    leaves = {}
-    for name, size in op.inputs(shape).items():
-        values = torch.randn(size, generator=generator, device=device)
-        leaves[name] = op.values(name, values).to(dtype)
-    cotangents = tuple(torch.randn(shape, generator=generator, device=device).to(dtype) for _ in op.outputs())
-    mask = op.mask_of(shape, seed=draw, device=device)
-    wide = {name: leaf.double() for name, leaf in leaves.items()}
-    exact = results(lambda t: lambda: op.twin(t, mask), op.outputs(), wide, tuple(c.double() for c in cotangents))
-    eager = results(lambda t: lambda: op.twin(t, mask), op.outputs(), leaves, cotangents)
-    errors = {name: _largest(eager[name].double() - exact[name]) for name in exact}
-    return Problem(leaves, cotangents, draw, exact, errors)
-
-
-def problem(case: Case, device: torch.device, draw: int = 0) -> Problem:
-    return _problem(case.op, case.shape, case.torch_dtype, device, draw)
-
-
-def forget_problem() -> None:
-    """Free the inputs and float64 results of the last case."""
-    _problem.cache_clear()
-
-
-def results(
-    build: Callable[[Leaves], Call], names: Sequence[str], leaves: Leaves, cotangents: tuple[Tensor, ...] | None
-) -> dict[str, Tensor]:
-    """Outputs by name and, with cotangents, every input's gradient."""
-    leaves = {name: leaf.detach().clone().requires_grad_(cotangents is not None) for name, leaf in leaves.items()}
-    outputs = build(leaves)()
-    found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
-    if cotangents is not None:
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-        found |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return found
-
-
-def _largest(difference: Tensor) -> float:
-    value = difference.abs().max().item() if difference.numel() else 0.0
-    return value if math.isfinite(value) else math.inf
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`worst` is the largest error in budgets: at most 1 is right."""
-
-    worst: float
-    detail: str
-
-    @property
-    def ok(self) -> bool:
-        return self.worst <= 1.0
-
-
-def check(case: Case, device: torch.device, build: Callable[[Leaves, int], Call] | None = None) -> Verdict:
-    """The error budget at the very shape measured: max|ours - fp64| <= 2 max|eager - fp64| + one rounding.
-
-    Two largest errors of one draw say little on a small tensor (eager may be lucky), so a case a little over the
-    budget is judged by the largest errors over several draws.
-    """
-    op, cotangents = case.operation, None
-    build = build or op.fused
-    errors: dict[str, float] = {}
-    allowed: dict[str, float] = {}
-    for draw in range(DRAWS):
-        inputs = problem(case, device, draw)
-        if case.direction != "forward":
-            cotangents = inputs.cotangents
-        ours = results(lambda t, seed=inputs.mask_seed: build(t, seed), op.outputs(), inputs.leaves, cotangents)
-        for name, result in ours.items():
-            exact = inputs.exact[name]
-            if result.shape != exact.shape or result.dtype != case.torch_dtype:
-                return Verdict(math.inf, f"{name} is {result.dtype} {tuple(result.shape)}")
-            errors[name] = max(errors.get(name, 0.0), _largest(result.double() - exact))
-            rounding = torch.finfo(case.torch_dtype).eps / 2 * exact.abs().max().item()
-            budget = 2 * inputs.eager_error[name] + max(rounding, torch.finfo(case.torch_dtype).tiny)
-            allowed[name] = max(allowed.get(name, 0.0), budget)
-        name = max(errors, key=lambda name: errors[name] / allowed[name])
-        worst = errors[name] / allowed[name]
-        detail = f"max|{name} - fp64| is {errors[name]:.3g}, {worst:.3g} x the budget {allowed[name]:.3g}"
-        if not 1 < worst <= 4:
-            break
-    return Verdict(worst, detail)
-
-
-# --- timers ---
 
 
 class CpuTimer:
@@ -339,58 +171,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-# --- the roofline ---
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Seconds of a device copy by the bytes it moves (read and written), and matmul rates, of this run."""
-
-    copies: tuple[tuple[int, float], ...]
-    matmul: Mapping[str, float]
-
-    @property
-    def bandwidth(self) -> float:
-        """Of the largest copy, in bytes a second."""
-        return self.copies[-1][0] / self.copies[-1][1]
-
-    def copy_seconds(self, moved: int) -> float:
-        """Time of a copy of the same size, interpolated: small ones are bound by launch, or run in a cache."""
-        sizes = [size for size, _ in self.copies]
-        at = bisect_left(sizes, moved)
-        if at == 0:
-            return self.copies[0][1]
-        if at == len(sizes):
-            return moved / self.bandwidth
-        (low, fast), (high, slow) = self.copies[at - 1], self.copies[at]
-        return fast * (slow / fast) ** (math.log(moved / low) / math.log(high / low))
-
-    def seconds(self, moved: int, flops: int, dtype: torch.dtype) -> float:
-        """The shortest time that copy and matmul rates allow."""
-        rate = self.matmul.get(str(dtype).removeprefix("torch."))
-        return max(self.copy_seconds(moved), flops / rate if rate else 0.0)
-
-
-def measure_roofline(
-    device: torch.device, timer: Any, moved_at_most: int, dtypes: Sequence[torch.dtype], seconds: float
-) -> Roofline:
-    """Copies up to the first size that moves more than any case, and a square matmul of each dtype."""
-    largest, size = min(max(4 * moved_at_most, 1 << 20), 1 << 33), 4096 if device.type == "cuda" else 1024
-    largest = min(largest, (available_memory(device) or 4 * largest) // 4)
-    copies: list[tuple[int, float]] = []
-    moved = 1 << 12
-    while moved <= largest:
-        source, target = (torch.zeros(moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
-        samples = timer.measure({"copy": lambda s=source, t=target: t.copy_(s)}, seconds)["copy"]["samples"]
-        best = min(samples)  # a bound is what was reached at best, and to move less takes no longer
-        copies = [(smaller, min(took, best)) for smaller, took in copies] + [(moved, best)]
-        moved *= 4
-        del source, target
-    rates = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        samples = timer.measure({"matmul": lambda a=a, b=b: a @ b}, seconds)["matmul"]["samples"]
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(samples)
-    return Roofline(tuple(copies), rates)

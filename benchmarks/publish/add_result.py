@@ -1,8 +1,8 @@
 """Keep a result among the committed raw data, from which the README's figures are made.
 
-    PYTHONPATH=. python3 benchmarks/run.py --report bench-report        # on a machine that does nothing else
-    PYTHONPATH=. python3 benchmarks/keep.py bench-report/benchmark.json # to benchmarks/results/DEVICE/DATE-COMMIT.json
-    PYTHONPATH=. python3 benchmarks/readme.py                           # README.md follows
+    python3 -m benchmarks.run --report bench-report        # on a machine that does nothing else
+    python3 -m benchmarks.publish.add_result bench-report/benchmark.json # to benchmarks/results/DEVICE/DATE-COMMIT.json
+    python3 -m benchmarks.publish.readme                           # README.md follows
 
 Every sample stays, as it was measured; only where the file would exceed 2 MB are times rounded to four digits, and
 then its "method" says so. A result that cannot stand as evidence is refused.
@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_stats import AUTOMATIC, Record, busy_text, measured
+from benchmarks.report.stats import AUTOMATIC, Record, busy_text, measured
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 LARGEST = 2_000_000  # bytes of a file in the repository
 TIMES = ("samples", "inclusive")
 
@@ -89,7 +89,7 @@ def compact(result: Record) -> str:
     return head[:-1] + ',"cases":[\n' + ",\n".join(map(dumps, result["cases"])) + "\n]}\n"
 
 
-def keep(result: Record, folder: Path | None = None, force: bool = False) -> Path:
+def add(result: Record, folder: Path | None = None, force: bool = False) -> Path:
     """Write the result to its place and give that.
 
     Raises:
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="though the commit is unclear or the place is taken")
     arguments = parser.parse_args(argv)
     try:
-        path = keep(json.loads(arguments.result.read_text(encoding="utf-8")), force=arguments.force)
+        path = add(json.loads(arguments.result.read_text(encoding="utf-8")), force=arguments.force)
     except (OSError, ValueError) as error:
         print(f"not kept: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """From raw results to the table that automatic choice goes by.
 
-    PYTHONPATH=. python3 benchmarks/run.py --grid --provider triton --json T.json    # each provider forced in turn,
-    PYTHONPATH=. python3 benchmarks/run.py --grid --provider cuda --json C.json      # on the same device
-    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json                   # what would change
-    PYTHONPATH=. python3 benchmarks/choose.py T.json C.json --write           # fusednorm/providers/choice/<device>.json
+    python3 -m benchmarks.run --grid --provider triton --json T.json    # each provider forced in turn,
+    python3 -m benchmarks.run --grid --provider cuda --json C.json      # on the same device
+    python3 -m benchmarks.publish.crossovers T.json C.json                   # what would change
+    python3 -m benchmarks.publish.crossovers T.json C.json --write           # fusednorm/providers/choice/<device>.json
 
 For each operation, element size, shape and direction (`forward` for calls without gradients, `both` for those with) it
 names the provider whose time, host included, is the shortest. `torch` stands for torch's own operators, but for
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
 from benchmarks.cases import OPS
-from benchmarks.report_stats import LOSS, Record, measured, no_kernel, ratio
+from benchmarks.report import pages as report
+from benchmarks.report.stats import LOSS, Record, measured, no_kernel, ratio
 from fusednorm.providers import PROVIDERS, choice
 
 Key = tuple[str, int, int]  # operation, element size and direction; rows, columns
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="raw results of one device")
     parser.add_argument("--write", action="store_true", help="renew the table in the package")
     options = parser.parse_args(argv)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         results = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
         sources = [

@@ -1,7 +1,7 @@
 """Write the README's figures from the committed raw data: nobody types them.
 
-PYTHONPATH=. python3 benchmarks/readme.py            # README.md
-PYTHONPATH=. python3 benchmarks/readme.py --check    # exit status 1 where it does not follow the data
+python3 -m benchmarks.publish.readme            # README.md
+python3 -m benchmarks.publish.readme --check    # exit status 1 where it does not follow the data
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import keep
 from benchmarks.cases import DIRECTION_TITLES
-from benchmarks.report import table
-from benchmarks.report_stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
+from benchmarks.publish import add_result
+from benchmarks.report.pages import table
+from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-NOTE = "<!-- written by benchmarks/readme.py from benchmarks/results: do not edit -->"
+NOTE = "<!-- written by benchmarks/publish/readme.py from benchmarks/results: do not edit -->"
 NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. With one, these commands make them:
 
-- `PYTHONPATH=. python benchmarks/run.py --report bench-report` measures,
-- `PYTHONPATH=. python benchmarks/keep.py bench-report/benchmark.json` puts the raw data where they are committed,
-- `PYTHONPATH=. python benchmarks/readme.py` writes the figures here."""
+- `python -m benchmarks.run --report bench-report` measures,
+- `python -m benchmarks.publish.add_result bench-report/benchmark.json` puts the raw data where they are committed,
+- `python -m benchmarks.publish.readme` writes the figures here."""
 LEGEND = (
     "Eager's time over ours, above 1 we are faster: geometric mean over the sizes [worst to best], and the median "
     "share of the roofline (a device copy of the bytes that must move); the newest result of each device."
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if there is a difference")
     arguments = parser.parse_args(argv)
     old = README.read_text(encoding="utf-8")
-    new = replaced(old, block(keep.newest()))
+    new = replaced(old, block(add_result.newest()))
     if arguments.check:
         print("README.md follows the data" if new == old else "README.md does not follow the data")
         return int(new != old)

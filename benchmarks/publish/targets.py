@@ -1,8 +1,8 @@
 """What this package means to reach, beside what was measured: the table of targets, made from committed raw data.
 
-    PYTHONPATH=. python3 benchmarks/targets.py                              # benchmarks/results/targets.md
-    PYTHONPATH=. python3 benchmarks/targets.py --check                      # exit status 1 where it is another one
-    PYTHONPATH=. python3 benchmarks/targets.py bench-report/benchmark.json  # the table of a run, printed
+    python3 -m benchmarks.publish.targets                              # benchmarks/results/targets.md
+    python3 -m benchmarks.publish.targets --check                      # exit status 1 where it is another one
+    python3 -m benchmarks.publish.targets bench-report/benchmark.json  # the table of a run, printed
 
 `run.py --targets` measures what a GPU's targets are about; its kept result is taken before one of another sweep.
 
@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import keep
-from benchmarks.report import table
-from benchmarks.report_stats import LOSS, Record, believable, measured, ratio, roofline_fraction
+from benchmarks.publish import add_result
+from benchmarks.report.pages import table
+from benchmarks.report.stats import LOSS, Record, believable, measured, ratio, roofline_fraction
 
-TABLE = keep.RESULTS / "targets.md"
+TABLE = add_result.RESULTS / "targets.md"
 MIB = 1 << 20
 PEERS = ("quack", "liger_kernel", "flash_attn")
 NORMS = ("layer_norm", "rms_norm")
@@ -206,7 +206,7 @@ def text(result: Record) -> str:
 
 
 def page(kept_results: Sequence[tuple[Path, Record]]) -> str:
-    parts = ["# Targets", "Written by `benchmarks/targets.py` from the raw data beside it: do not edit."]
+    parts = ["# Targets", "Written by `benchmarks/publish/targets.py` from the raw data beside it: do not edit."]
     if all(result["environment"]["device_type"] == "cpu" for _, result in kept_results):
         parts.append("No result of a GPU is among the raw data: none of the targets on one is met or missed yet.")
         parts.append(table(["target", "wanted"], [[t.text, t.wanted] for t in GPU]))
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.result:
         print(text(json.loads(arguments.result.read_text(encoding="utf-8"))))
         return 0
-    new = page(keep.newest(for_targets=True))
+    new = page(add_result.newest(for_targets=True))
     if arguments.check:
         follows = TABLE.exists() and TABLE.read_text(encoding="utf-8") == new
         print(f"{TABLE.name} {'follows' if follows else 'does not follow'} the data")

@@ -1,6 +1,6 @@
 """From raw samples to tables, a Markdown page with plots, and a comparison of two runs.
 
-PYTHONPATH=. python3 benchmarks/report.py RESULT.json --report DIR    # the page again, from raw data
+python3 -m benchmarks.report.pages RESULT.json --report DIR    # the page again, from raw data
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
-from benchmarks import report_html
 from benchmarks.cases import DIRECTION_TITLES, OPS
-from benchmarks.measure_load import share_text
-from benchmarks.report_plots import plots
-from benchmarks.report_stats import (
+from benchmarks.measure.load import share_text
+from benchmarks.report import html_page
+from benchmarks.report.plots import plots
+from benchmarks.report.stats import (
     BELIEVABLE,
     LOSS,
     NO_KERNEL,
@@ -327,7 +327,7 @@ def write(result: Record, folder: Path) -> list[Path]:
     if pictures is None:
         print("no pictures: matplotlib is not installed", file=sys.stderr)
     text = markdown(result, pictures or [])
-    page = report_html.page(text, folder, pictures or [])
+    page = html_page.page(text, folder, pictures or [])
     if page is None:
         print("no benchmark.html: markdown-it-py is not installed", file=sys.stderr)
     files = {"benchmark.json": json.dumps(result) + "\n", "benchmark.md": text, "benchmark.html": page}

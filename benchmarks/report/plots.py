@@ -10,7 +10,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
-from benchmarks.report_stats import (
+from benchmarks.report.stats import (
     Record,
     believable,
     busy_text,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import geometric_mean, median
 from typing import Any
 
-from benchmarks import measure_load
 from benchmarks.cases import OPS
+from benchmarks.measure import load as measure_load
 from benchmarks.measure import median_interval
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference

@@ -1,6 +1,6 @@
 """Which provider was fastest when it was measured: what automatic choice goes by, where something was measured.
 
-`choice/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
+`benchmarks/publish/crossovers.py` writes `choice/<device>.json` from raw results: for each operation, element size and
 direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
 fastest there. A call goes by the nearest of these shapes. `torch` stands for torch's own operators. Where nothing
 was measured the order of the provider table decides, but for small calls on a GPU, which wait for the host: norms take
