@@ -76,10 +76,10 @@ train: $(STAMP) ## a language model and a translator, fused beside torch's, into
 
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
-	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu $(ARGS)
+	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu $(ARGS)
 
 gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into bench-report/gpu-norms; installs nothing
-	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu-norms \
+	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu-norms \
 	  --stages environment,build,tune,targets $(ARGS)
 
 clean: ## remove the environment, caches and reports

@@ -16,9 +16,13 @@ import torch
 from conftest import EMULATED
 
 import fusednorm
-from benchmarks import measure, tune, tune_forms, tune_process, tune_report
+from benchmarks import measure
 from benchmarks.cases import Case
-from benchmarks.tune_forms import Variant, replaced
+from tools.tune import forms as tune_forms
+from tools.tune import norms as tune
+from tools.tune import process as tune_process
+from tools.tune import report as tune_report
+from tools.tune.forms import Variant, replaced
 
 CPU = torch.device("cpu")
 ADD_LAYER_NORM = fusednorm.add_layer_norm

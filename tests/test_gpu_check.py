@@ -16,8 +16,10 @@ import pytest
 import torch
 from conftest import EMULATED
 
-from benchmarks import gpu_check, gpu_stages, gpu_tests
-from benchmarks.gpu_stages import Stage
+from tools.gpu_check import check as gpu_check
+from tools.gpu_check import run_tests as gpu_tests
+from tools.gpu_check import stages as gpu_stages
+from tools.gpu_check.stages import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = "import time; time.sleep(60)"
@@ -114,7 +116,8 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(how, tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from benchmarks import gpu_check, gpu_stages
+from tools.gpu_check import check as gpu_check
+from tools.gpu_check import stages as gpu_stages
 def stages(outdir, device, peers):
     def stage(name, code):
         return gpu_stages.Stage(name, name + ".log", 10, lambda _: [[sys.executable, "-S", "-c", code]])
@@ -258,7 +261,7 @@ def test_tests_after_a_fault_of_the_device_get_a_new_process(planted, tmp_path):
 
 def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
     xml, log = tmp_path / "tests.xml", tmp_path / "log"
-    command = [sys.executable, "benchmarks/gpu_tests.py", str(planted), "--device=cpu", "--xml", str(xml)]
+    command = [sys.executable, "-m", "tools.gpu_check.run_tests", str(planted), "--device=cpu", "--xml", str(xml)]
     with log.open("wb") as output:
         env = os.environ | {"PYTHONPATH": str(ROOT), "PLANTED_HANG": "1"}
         process = subprocess.Popen([*command, "--workers=1"], cwd=ROOT, env=env, stdout=output)
@@ -285,9 +288,9 @@ def test_the_gpu_files_are_found():
 
 def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_sanitize
     from fusednorm import providers
     from fusednorm.providers import triton_host, triton_launch
+    from tools.gpu_check import sanitize as gpu_sanitize
 
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
@@ -303,8 +306,9 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
 @pytest.mark.skipif(not EMULATED, reason="no g++ to build the kernels for the host")
 def test_sanitized_calls_reach_every_form_of_the_native_kernels():
     pytest.importorskip("triton")
-    from benchmarks import gpu_sanitize, gpu_sanitize_cuda
     from fusednorm import providers
+    from tools.gpu_check import sanitize as gpu_sanitize
+    from tools.gpu_check import sanitize_cuda as gpu_sanitize_cuda
 
     assert providers.unavailable_reason("cuda") is None
     reached: set[str] = set()

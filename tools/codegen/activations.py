@@ -1,4 +1,4 @@
-"""What the code-generation gate compiles and expects of the activation kernels; `codegen.py` does it."""
+"""What the code-generation gate compiles and expects of the activation kernels; `norms.py` does it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """What the Triton attention kernels compile to: registers, spills, matrix instructions. No GPU is needed.
 
-    PYTHONPATH=. python3 benchmarks/codegen_attention.py                      # sm_90, the modes most used: a table
-    PYTHONPATH=. python3 benchmarks/codegen_attention.py --arch 80 86 89 90 100 120 --cover 2 --dims all --dtypes all
-    PYTHONPATH=. python3 benchmarks/codegen_attention.py --write              # renew results/codegen_attention.md
+    python3 -m tools.codegen.attention                      # sm_90, the modes most used: a table
+    python3 -m tools.codegen.attention --arch 80 86 89 90 100 120 --cover 2 --dims all --dtypes all
+    python3 -m tools.codegen.attention --write              # renew results/codegen_attention.md
 
-What is compiled is what a launch would compile, as in `codegen.py`; `codegen_attention_calls.py` enumerates the calls.
+What is compiled is what a launch would compile, as in `norms.py`; `attention_calls.py` enumerates the calls.
 `--cover 1` compiles calls among which each value of each switch stands, `--cover 2` each pair of values, `--cover all`
 every call (thousands of variants for a head dim and dtype). Triton keeps what it compiled, so a run that was stopped
 goes on where it was. Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which
@@ -15,24 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import codegen_attention_calls as calls
-from benchmarks.codegen import number, tool
 from fusednorm.providers import (
     triton_attention_bwd,
     triton_attention_bwd_dq,
@@ -40,6 +32,9 @@ from fusednorm.providers import (
     triton_host,
     triton_launch,
 )
+from tools.codegen import attention_calls as calls
+from tools.codegen.compile import in_processes, number, opcodes_of, read_binary
+from tools.codegen.results import conclude
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -169,13 +164,8 @@ def figures(variant: Variant, arch: int) -> Figures:
         stages=launch.stages,
         target=GPUTarget("cuda", arch, 32),
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", file.name)
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
-    opcodes.pop("NOP", None)
+    usage, sass = read_binary(compiled.asm["cubin"])
+    opcodes = opcodes_of(sass)
 
     def count(*starts: str) -> int:
         return sum(n for opcode, n in opcodes.items() if opcode.startswith(starts))
@@ -206,8 +196,7 @@ def _compile(job: tuple[Variant, int]) -> Figures:
 def compile_all(named: Sequence[tuple[str, calls.Call]], architectures: Iterable[int]) -> list[Figures]:
     """Figures of every variant on every architecture, compiled by a process for each core."""
     jobs = [(variant, arch) for arch in architectures for variant in variants(named, arch)]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(_compile, jobs), total=len(jobs), desc="compiled", file=sys.stderr))
+    return list(in_processes(_compile, jobs))
 
 
 def row(kernel: str, wants: str, mode: str, d: int, arch: int, tile: str, warps: int, stages: int) -> str:
@@ -246,7 +235,7 @@ def worst(found: Iterable[tuple[str, Figures]]) -> str:
 
 _HEADER = """# What the Triton attention kernels compile to
 
-Triton {version}, bfloat16, ahead of time; `PYTHONPATH=. python3 benchmarks/codegen_attention.py --write` renews this
+Triton {version}, bfloat16, ahead of time; `python3 -m tools.codegen.attention --write` renews this
 file.
 
 Spilled: bytes of local memory. HGMMA are the asynchronous matrix instructions of sm_90, DEPBAR the waits for them: as
@@ -268,7 +257,7 @@ def read(path: Path) -> list[tuple[str, Figures]]:
     return [(found["triton"], Figures(**f)) for f in found["figures"]]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="default: 90")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
@@ -280,7 +269,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here instead of a table")
     parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen_attention.md")
     parser.add_argument("--figures", type=Path, nargs="+", default=[], help="with --write: summarise these too")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     dims = calls.head_dims() if "all" in options.dims else [int(d) for d in options.dims]
     dtypes = list(calls.DTYPES) if "all" in options.dtypes else options.dtypes
     if options.cover and not options.write:
@@ -288,18 +277,18 @@ def main() -> int:
     else:
         named = modes(options.modes, dims, dtypes)
     results = compile_all(named, TABULATED if options.write else options.arch)
+    page, text = None, ""
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
     elif options.write:
-        path = Path(__file__).parent / "results" / "codegen_attention.md"
+        page = "codegen_attention.md"
         covered = [pair for file in options.figures for pair in read(file)]
         more = _WORST + worst(covered) if covered else ""
-        path.write_text(_HEADER.format(version=triton.__version__) + markdown(results) + more)
+        text = _HEADER.format(version=triton.__version__) + markdown(results) + more
     else:
         sys.stdout.write(markdown(results))
     broken = [f"{f.name}: {fault}" for f in results for fault in faults(f)]
-    print(f"{len(results)} variants, {len(broken)} faults", *broken, sep="\n", file=sys.stderr)
-    return 1 if broken else 0
+    return conclude(f"{len(results)} variants", broken, page, text)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -52,6 +52,7 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
+Job, Result = TypeVar("Job"), TypeVar("Result")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -169,21 +170,16 @@ def figures(variant: Variant, arch: int) -> Figures:
         found.failure = f"{type(error).__name__}: {error}"[-300:]
         return found
     found.shared = compiled.metadata.shared
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        found.registers, found.stack = number("REG", usage), number("STACK", usage)
-        found.local = number("LOCAL", usage)
-        if variant.loads is not None:
-            _count(found, variant, tool("nvdisasm", file.name))
+    usage, sass = read_binary(compiled.asm["cubin"], disassemble=variant.loads is not None)
+    found.registers, found.stack, found.local = (number(name, usage) for name in ("REG", "STACK", "LOCAL"))
+    if sass:
+        _count(found, variant, sass)
     return found
 
 
 def _count(found: Figures, variant: Variant, sass: str) -> None:
-    """Count instructions and accesses to memory. Disassembling takes as long as compiling."""
-    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
-    opcodes.pop("NOP", None)
+    """Count instructions and accesses to memory."""
+    opcodes = opcodes_of(sass)
     wide, narrow = Counter[str](), Counter[str]()
     for opcode, count in opcodes.items():
         if opcode.startswith(("LDG", "STG")):
@@ -194,6 +190,22 @@ def _count(found: Figures, variant: Variant, sass: str) -> None:
     found.instructions = sum(opcodes.values())
     found.per_element = round(found.instructions * 32 * variant.warps / elements, 1)
     found.loads, found.stores, found.narrow = wide["LDG"], wide["STG"], dict(narrow)
+
+
+def read_binary(cubin: bytes, disassemble: bool = True) -> tuple[str, str]:
+    """What cuobjdump says of the resources, and the instructions. Disassembling takes as long as compiling."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        return usage, tool("nvdisasm", file.name) if disassemble else ""
+
+
+def opcodes_of(sass: str) -> Counter[str]:
+    """How often each instruction stands in a program; a NOP fills up and is none."""
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
+    opcodes.pop("NOP", None)
+    return opcodes
 
 
 def number(name: str, usage: str) -> int:
@@ -217,5 +229,10 @@ def _compile(job: tuple[Variant, int]) -> Figures:
 
 def compile_all(jobs: Sequence[tuple[Variant, int]], processes: int | None = None) -> Iterator[Figures]:
     """Figures of every variant for its architecture, compiled by a process for each core."""
+    yield from in_processes(_compile, jobs, processes)
+
+
+def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int | None = None) -> Iterator[Result]:
+    """The result of each job, in order, by a process for each core."""
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from tqdm(pool.map(_compile, jobs), total=len(jobs), desc="compiled", file=sys.stderr)
+        yield from tqdm(pool.map(work, jobs), total=len(jobs), desc="compiled", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What nvcc makes of the CUDA C++ kernels: registers, spills, access widths, instructions. No GPU is needed.
 
-    PYTHONPATH=. python3 benchmarks/codegen_cuda.py               # sm_90a, most sources: tables
-    PYTHONPATH=. python3 benchmarks/codegen_cuda.py --arch 80 90a 100 --sources norm_float64
-    PYTHONPATH=. python3 benchmarks/codegen_cuda.py --write       # renew benchmarks/results/codegen_cuda.md
+    python3 -m tools.codegen.cuda               # sm_90a, most sources: tables
+    python3 -m tools.codegen.cuda --arch 80 90a 100 --sources norm_float64
+    python3 -m tools.codegen.cuda --write       # renew benchmarks/results/codegen_cuda.md
 
 Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which `tests/test_cuda_codegen.py` holds; 2 when nvcc or
 cuobjdump is missing.
@@ -23,13 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks import codegen_cuda_forms as forms
-from benchmarks.codegen_cuda_forms import CUDA, MOST_THREADS, REGISTER_FILE, resident_blocks
-from benchmarks.codegen_cuda_kernel import PAIRS, SHARED_BYTES, Kernel, expected
-from benchmarks.codegen_cuda_sass import hot_loop, kernels
+from tools.codegen import cuda_forms as forms
+from tools.codegen import results
+from tools.codegen.cuda_forms import CUDA, MOST_THREADS, REGISTER_FILE, resident_blocks
+from tools.codegen.cuda_kernel import PAIRS, SHARED_BYTES, Kernel, expected
+from tools.codegen.cuda_sass import hot_loop, kernels
 
 ARCHITECTURES = ("80", "90a", "100")
-PAGE = Path(__file__).parent / "results" / "codegen_cuda.md"
+PAGE = results.FOLDER / "codegen_cuda.md"
 ON_PAGE, ARCH_ON_PAGE = ["norm_bfloat16", "activation", "norm_float32", "partials"], "90a"
 NVCC = shutil.which("nvcc")
 _TRITON = find_spec("triton")
@@ -184,7 +185,7 @@ def page(compiled: Sequence[Kernel]) -> str:
 
 HEAD = """# What the CUDA C++ kernels compile to
 
-{version}, sm_90a, ahead of time; `PYTHONPATH=. python3 benchmarks/codegen_cuda.py --write` renews this file.
+{version}, sm_90a, ahead of time; `python3 -m tools.codegen.cuda --write` renews this file.
 
 **Nothing on this page is a measurement of speed.** The first table is read from the binary, the second follows from
 it.
@@ -213,26 +214,24 @@ way at a time; this is one. Parameters and statistics, which caches hold, are le
 """
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=[ARCH_ON_PAGE], choices=ARCHITECTURES, help="default: 90a")
     parser.add_argument("--sources", nargs="+", default=ON_PAGE, choices=PAIRS, help=f"default: {' '.join(ON_PAGE)}")
     parser.add_argument("--write", action="store_true", help="renew the page, which has the defaults")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if missing():
-        print(f"codegen_cuda.py: {missing()}", file=sys.stderr)
+        print(missing(), file=sys.stderr)
         return 2
     architectures, sources = ([ARCH_ON_PAGE], ON_PAGE) if options.write else (options.arch, options.sources)
     with tempfile.TemporaryDirectory() as folder:
         compiled = [k for arch in architectures for k in compile_sources(sources, arch, Path(folder))]
-    if options.write:
-        PAGE.write_text(page(compiled))
-    else:
+    if not options.write:
         sys.stdout.write(markdown(compiled))
         if ARCH_ON_PAGE in architectures and "norm_bfloat16" in sources:
             sys.stdout.write("\n" + for_widths(compiled))
-    print(f"{len(compiled)} kernels, {len(broken(compiled))} faults", *broken(compiled), sep="\n", file=sys.stderr)
-    return 1 if broken(compiled) else 0
+    written = (PAGE.name, page(compiled)) if options.write else ()
+    return results.conclude(f"{len(compiled)} kernels", broken(compiled), *written)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from benchmarks.cases import OPS
 from fusednorm.providers.triton_host import ceil
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 REGISTER_FILE, MOST_THREADS, MOST_BLOCKS, WARP = 65536, 2048, 32, 32  # of a multiprocessor
 PROCESSORS = 132  # of an H100 or H200
 BANDWIDTH = 4.3e12  # bytes a second that an H200 is assumed to copy at

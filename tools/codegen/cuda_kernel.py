@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.codegen_cuda_forms import resident_blocks
+from tools.codegen.cuda_forms import resident_blocks
 
 STAGED, VECTORS, ELEMENTS = range(3)  # how the backward reads its rows
 SHARED_BYTES = 48 << 10

@@ -1,8 +1,8 @@
 """Every call of the norms and activations that compiles something of its own, from the code's own switches.
 
-    PYTHONPATH=. python3 benchmarks/codegen_calls.py                              # on all architectures: hours
-    PYTHONPATH=. python3 benchmarks/codegen_calls.py --which pairs --arch 90
-    PYTHONPATH=. python3 benchmarks/codegen_calls.py --which random --sample 500 --seed 7
+    python3 -m tools.codegen.norm_calls                              # on all architectures: hours
+    python3 -m tools.codegen.norm_calls --which pairs --arch 90
+    python3 -m tools.codegen.norm_calls --which random --sample 500 --seed 7
 
 A call is one value for each axis of `NORM` or `ACTIVATION`. The product of the axes has more than 10^9 calls, so they
 are chosen four ways. Calls that compile alike are compiled once.
@@ -12,7 +12,7 @@ activations  every value of every axis of the activations with every other, at o
 pairs        calls in which any two values of any two axes occur together, the widths of the tables' choices included
 random       a thousand calls, drawn from the whole product
 
-Exit status: 0; 1 when a variant breaks the gate (see `codegen_compile.faults`).
+Exit status: 0; 1 when a variant breaks the gate (see `compile.faults`).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.codegen_compile import DEVICES, Variant, compile_all, faults
 from fusednorm import _norm_function, activation
 from fusednorm.providers import triton_activation, triton_activation_table, triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
 from fusednorm.providers.triton_config import PARTIALS, Config
+from tools.codegen.compile import DEVICES, Variant, compile_all, faults
 
 DTYPES = tuple(triton_launch.TYPES)
 NO_YES = (False, True)
@@ -324,7 +324,7 @@ def chosen(ways: Iterable[str], seed: int, only: str = "", sample: int | None = 
     return random.Random(seed).sample(variants, sample)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--which", nargs="+", default=list(_WAYS)[:3], choices=_WAYS, help="default: all but random")
     parser.add_argument("--arch", type=int, nargs="+", default=list(DEVICES), choices=DEVICES, help="default: all")
@@ -333,7 +333,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of `pairs`, `random` and the sample; default: 0")
     parser.add_argument("--processes", type=int, help="default: one for each core")
     parser.add_argument("--json", type=Path, help="append the figures to this file, a line each, as they come")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     variants = chosen(options.which, options.seed, options.only, options.sample)
     broken, jobs = 0, [(variant, arch) for arch in options.arch for variant in variants]
     for f in compile_all(jobs, options.processes):

@@ -1,8 +1,8 @@
 """What the Triton kernels compile to: registers, spills, access widths, instructions. No GPU is needed.
 
-    PYTHONPATH=. python3 benchmarks/codegen.py                              # sm_90, bfloat16, every mode: a table
-    PYTHONPATH=. python3 benchmarks/codegen.py --arch 80 90 100 --layouts aligned odd strided --dtypes all
-    PYTHONPATH=. python3 benchmarks/codegen.py --write                      # renew benchmarks/results/codegen.md
+    python3 -m tools.codegen.norms                              # sm_90, bfloat16, every mode: a table
+    python3 -m tools.codegen.norms --arch 80 90 100 --layouts aligned odd strided --dtypes all
+    python3 -m tools.codegen.norms --write                      # renew benchmarks/results/codegen.md
 
 What is compiled is what a launch would compile: each variant is noted from a real call of the provider whose launch is
 replaced. Exit status: 0; 1 when a variant breaks the gate (see `faults`), which `tests/test_codegen.py` holds.
@@ -21,16 +21,13 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import codegen_activation as activation
-from benchmarks.codegen_compile import DEVICES, Figures, Variant, compile_all, faults
-from benchmarks.codegen_compile import figures as figures
-from benchmarks.codegen_compile import number as number
-from benchmarks.codegen_compile import tile as tile
-from benchmarks.codegen_compile import tool as tool
 from fusednorm._dtypes import compute_dtype
 from fusednorm.providers import triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
 from fusednorm.providers.triton_config import PARTIALS
+from tools.codegen import activations
+from tools.codegen.compile import DEVICES, Figures, Variant, compile_all, faults
+from tools.codegen.results import conclude
 
 ARCHITECTURES = (80, 90, 100)
 LAYOUTS = ("aligned", "odd", "strided")
@@ -44,7 +41,7 @@ MODES = {
     "bias_dropout": frozenset({"residual", "dropout", "x_bias"}),
     "wide_stream": frozenset({"residual", "wide_stream"}),
     "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
-    **activation.MODES,
+    **activations.MODES,
 }
 _MAX_WIDTH = 40960  # past the widest row that any configuration holds in registers
 
@@ -60,7 +57,7 @@ def _rows(n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
 
 def _call(n: int, words: frozenset[str], dtype: torch.dtype, layout: str, backward: bool) -> None:
     if _activates(words):
-        activation.call(_rows(n, dtype, layout), words, backward)
+        activations.call(_rows(n, dtype, layout), words, backward)
         return
     x, vector, seed = _rows(n, dtype, layout), torch.ones(n, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     stream = torch.float32 if "wide_stream" in words else dtype
@@ -86,7 +83,7 @@ def _call(n: int, words: frozenset[str], dtype: torch.dtype, layout: str, backwa
 
 
 def _activates(words: frozenset[str]) -> bool:
-    return not words.isdisjoint(activation.ACTIVATIONS)
+    return not words.isdisjoint(activations.ACTIVATIONS)
 
 
 def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Variant]:
@@ -120,8 +117,8 @@ def _config(kernel: str, n: int, words: Collection[str], dtype: torch.dtype, lay
     if kernel == "sum_partials":
         return PARTIALS
     small = layout != "aligned" or dtype == torch.float64
-    if kernel.startswith(activation.STEM):
-        return activation.config(kernel, n, small, dtype == torch.float64, layout == "strided")
+    if kernel.startswith(activations.STEM):
+        return activations.config(kernel, n, small, dtype == torch.float64, layout == "strided")
     wide_rows = dtype.itemsize > 2 or "wide_stream" in words
     if "fwd" in kernel:
         return table.forward(n, "dropout" in words, wide_rows, small)
@@ -147,8 +144,8 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
         stream, separate = elements * 4 // 16, True
     if kernel == "sum_partials":
         return sums, 0
-    if kernel.startswith(activation.STEM):
-        return activation.accesses(kernel, config, itemsize)
+    if kernel.startswith(activations.STEM):
+        return activations.accesses(kernel, config, itemsize)
     if kernel.endswith("sums"):
         return vectors * (2 + normed) + stream, 0
     if "fwd" in kernel:
@@ -164,7 +161,7 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
 def _widths(mode: str, dtype: str, layout: str, backward: bool) -> Iterator[int]:
     """A width for every configuration that the table can choose in a mode."""
     if _activates(MODES[mode]):
-        yield from activation.WIDTHS
+        yield from activations.WIDTHS
         return
     seen = set()
     for n in (64, 128, *range(256, _MAX_WIDTH, 256)):
@@ -205,7 +202,7 @@ def markdown(results: Sequence[Figures]) -> str:
 
 _HEADER = f"""# What the Triton kernels compile to
 
-Triton {triton.__version__}, ahead of time; `PYTHONPATH=. python3 benchmarks/codegen.py --write` renews this file.
+Triton {triton.__version__}, ahead of time; `python3 -m tools.codegen.norms --write` renews this file.
 
 128-bit loads and stores are those of one thread in the binary, beside what the byte model asks for: every operand once,
 every result once. Spilled: bytes of local memory. Instructions an element are static: a loop counts once, set-up, final
@@ -215,7 +212,7 @@ price of Philox: one call for four elements.
 """
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=DEVICES, help="default: 90")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
@@ -223,20 +220,19 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", default=["aligned"], choices=LAYOUTS)
     parser.add_argument("--json", type=Path, help="write the figures here instead of a table")
     parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen.md")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     dtypes = list(DTYPES) if "all" in options.dtypes else options.dtypes
     chosen = variants(options.modes, dtypes, options.layouts)
     results = list(compile_all([(variant, arch) for arch in options.arch for variant in chosen]))
+    page, text = None, ""
     if options.json:
         options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
     elif options.write:
-        (Path(__file__).parent / "results").mkdir(exist_ok=True)
-        (Path(__file__).parent / "results" / "codegen.md").write_text(_HEADER + markdown(results))
+        page, text = "codegen.md", _HEADER + markdown(results)
     else:
         sys.stdout.write(markdown(results))
     broken = [f"{f.name}: {fault}" for f in results for fault in faults(f)]
-    print(f"{len(results)} variants, {len(broken)} faults", *broken, sep="\n", file=sys.stderr)
-    return 1 if broken else 0
+    return conclude(f"{len(results)} variants", broken, page, text)
 
 
 if __name__ == "__main__":

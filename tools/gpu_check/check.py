@@ -1,9 +1,9 @@
 """Check everything that needs a GPU, on a machine that has only just been switched on and may soon be gone.
 
-    PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR
-    PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --device cpu            # the same stages without a GPU
-    PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --stages tests,sanitizer --minutes 5
-    PYTHONPATH=. python3 benchmarks/gpu_check.py OUTDIR --stages environment,build,tune,targets
+    python3 -m tools.gpu_check.check OUTDIR
+    python3 -m tools.gpu_check.check OUTDIR --device cpu            # the same stages without a GPU
+    python3 -m tools.gpu_check.check OUTDIR --stages tests,sanitizer --minutes 5
+    python3 -m tools.gpu_check.check OUTDIR --stages environment,build,tune,targets
 
 Needs torch, Triton and pytest, no network, and nothing installed of this repository. Stages: what the machine is; a
 build of native code, if there is any; the tests that a GPU runs; compute-sanitizer over a few calls; a quick benchmark.
@@ -35,12 +35,11 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import gpu_stages
-from benchmarks.gpu_environment import commit, find_tool
-from benchmarks.gpu_stages import Stage
+from tools.gpu_check import stages as gpu_stages
+from tools.gpu_check.environment import commit, find_tool
+from tools.gpu_check.stages import Stage
 
-ROOT = Path(__file__).resolve().parent.parent
-HERE = "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "build", "tests", "sanitizer", "benchmark")
 ASKED_FOR = ("tune", "targets")  # beside the five they would not fit nine minutes
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -115,7 +114,7 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
     }
 
     def sanitize(_: float) -> list[list[str]]:
-        driver = [*python, f"{HERE}/gpu_sanitize.py"]
+        driver = [*python, "-m", "tools.gpu_check.sanitize"]
         # children are compilers; an error shows in the exit status
         options = ["--error-exitcode", "9", "--target-processes", "application-only", "--print-limit", "20"]
         tool = find_tool("compute-sanitizer") or "compute-sanitizer"
@@ -126,22 +125,22 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         return f"{max(3.0, 0.95 * limit - 25.0):.0f}"
 
     def tune(limit: float) -> list[list[str]]:
-        command = [*python, f"{HERE}/tune.py", "--device", device, "--limit", in_time(limit)]
+        command = [*python, "-m", "tools.tune.norms", "--device", device, "--limit", in_time(limit)]
         return [[*command, "--json", str(outdir / "tune.json")]]
 
     def targets(limit: float) -> list[list[str]]:
         raw, seconds = str(outdir / "targets.json"), in_time(limit - TABLE_SECONDS)
-        command = [*python, f"{HERE}/run.py", "--targets", "--device", device, "--limit", seconds]
-        return [[*command, "--json", raw], [*python, f"{HERE}/targets.py", raw]]
+        command = [*python, "-m", "benchmarks.run", "--targets", "--device", device, "--limit", seconds]
+        return [[*command, "--json", raw], [*python, "-m", "benchmarks.publish.targets", raw]]
 
     def benchmark(limit: float) -> list[list[str]]:
         # imports come before that limit begins to count, the last case and the report after it
         cases_for = max(3.0, 0.8 * limit - 15.0)
-        command = [*python, f"{HERE}/run.py", "--quick", "--device", device, "--limit", f"{cases_for:.0f}"]
+        command = [*python, "-m", "benchmarks.run", "--quick", "--device", device, "--limit", f"{cases_for:.0f}"]
         return [[*command, "--json", str(outdir / "benchmark.json")]]
 
-    environment = [*python, f"{HERE}/gpu_environment.py"]
-    tests = [*python, f"{HERE}/gpu_tests.py", "--device", device, "--xml", str(outdir / "tests.xml")]
+    environment = [*python, "-m", "tools.gpu_check.environment"]
+    tests = [*python, "-m", "tools.gpu_check.run_tests", "--device", device, "--xml", str(outdir / "tests.xml")]
     build = [*python, "setup.py", "build_ext", "--inplace"]
     named = os.environ.get("FUSEDNORM_CUDA_ARCHITECTURES") or (find_tool("nvidia-smi") and "native")
     native = {"FUSEDNORM_CUDA_ARCHITECTURES": named} if named else {}  # a fraction of the work of every generation
@@ -197,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not name:
         print(
             f"{why}: there is nothing to check here. Without a GPU, the same stages run with --device cpu:\n"
-            f"  PYTHONPATH=. {sys.executable} benchmarks/gpu_check.py {arguments.outdir} --device cpu",
+            f"  {sys.executable} -m tools.gpu_check.check {arguments.outdir} --device cpu",
             file=sys.stderr,
         )
         return 2
@@ -206,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "GPU": name,
         "commit": commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["benchmarks/gpu_check.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["tools.gpu_check.check", *(sys.argv[1:] if argv is None else argv)]),
     }
     with tempfile.TemporaryDirectory(prefix="fusednorm-peers-") as folder:
         peers = unpack_peers(arguments.peers.resolve(), Path(folder)) if arguments.peers else []

@@ -1,6 +1,6 @@
 """Print what a GPU check has to know of the machine it ran on.
 
-    PYTHONPATH=. python3 benchmarks/gpu_environment.py
+    python3 -m tools.gpu_check.environment
 
 Exit status: 0; 1 where torch, or `python -m fusednorm info`, does not work.
 """
@@ -16,7 +16,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "pytest", "pytest-benchmark", "hypothesis", "expecttest", "ninja"),
     *("setuptools", "matplotlib", "tqdm", "tokenizers", "liger-kernel", "quack-kernels", "flash-linear-attention"),

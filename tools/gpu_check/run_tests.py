@@ -1,6 +1,6 @@
 """Run the tests that a GPU runs, in several processes, and lose none of them to one that crashes or hangs.
 
-    PYTHONPATH=. python3 benchmarks/gpu_tests.py --xml tests.xml
+    python3 -m tools.gpu_check.run_tests --xml tests.xml
 
 Those are the tests marked gpu, and those of the norm that have a device as a parameter. Most of their time goes into
 compiling kernels, so they are dealt out to several processes; tests marked alone come first, in one. A kernel that
@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NORM_TESTS = ("test_norm.py", "test_edges.py", "test_peer_faults_norm.py")
 BROKEN_DEVICE = 71  # a worker's exit status
 LONGEST_TEST = 90.0  # seconds, compilation included
@@ -144,7 +144,7 @@ class Worker:
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.shards))
         if self.options["device"] == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
-        command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider", "-q"]
+        command = [sys.executable, "-m", "pytest", "-p", "tools.gpu_check.run_tests", "-p", "no:cacheprovider", "-q"]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [*command, "--tb=short", *self.files], cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT

@@ -1,7 +1,7 @@
 """A few calls that reach every form of the Triton and CUDA C++ kernels, for compute-sanitizer to watch each access.
 
-    PYTHONPATH=. python3 benchmarks/gpu_sanitize.py
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool memcheck python3 benchmarks/gpu_sanitize.py
+    python3 -m tools.gpu_check.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 -m tools.gpu_check.sanitize
 
 Tensors are made on the CPU and copied, so that nearly all that runs on the device is ours. Every result is held against
 the reference on the CPU. Exit status: 0; 1 when a result is wrong or a form of the kernels was not reached.
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import fusednorm
-from benchmarks import gpu_sanitize_cuda
 from fusednorm import providers
 from fusednorm.providers import triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
+from tools.gpu_check import sanitize_cuda
 
 
 class Work(NamedTuple):
@@ -182,13 +182,13 @@ def fault(work: Work, device: str) -> str:
 
 
 def native_forms(work: Work, device: str) -> set[str]:
-    """What of gpu_sanitize_cuda.FORMS a call reaches."""
+    """What of sanitize_cuda.FORMS a call reaches."""
     named = {"two row strides"} if work.strided else set()
     named |= {"epilogue"} if work.parameters or "drop_path_p" in work.options else set()
     named |= {work.name} if work.name.startswith("many rounds") else set()
     named |= {"float32 stream"} if "residual_dtype" in work.options else set()
     x = torch.empty(1, work.columns, dtype=work.dtype, device=device)
-    return named | gpu_sanitize_cuda.reached(work.function, x)
+    return named | sanitize_cuda.reached(work.function, x)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         for work in CUDA_WORKS:
             hold(work)
             native |= native_forms(work, device)
-        missing += [f"cuda {form}" for form in gpu_sanitize_cuda.forms(device) if form not in native]
+        missing += [f"cuda {form}" for form in sanitize_cuda.forms(device) if form not in native]
         calls += len(CUDA_WORKS)
     else:
         print(f"the CUDA C++ kernels are left out: {unavailable}")

@@ -1,4 +1,4 @@
-"""Which forms of the CUDA C++ kernels the calls of gpu_sanitize.py reach: their own tables say it."""
+"""Which forms of the CUDA C++ kernels the calls of sanitize.py reach: their own tables say it."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.tune_forms import norm_of, replaced, triton_configs, triton_form
-from benchmarks.tune_variants import Pinned
 from fusednorm.providers import triton_norm
 from fusednorm.providers.triton_config import Config
+from tools.tune.forms import norm_of, replaced, triton_configs, triton_form
+from tools.tune.variants import Pinned
 
 ROWS = 8  # no row count is compiled in
 

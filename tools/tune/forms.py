@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 import fusednorm
-from benchmarks import tune_variants
 from benchmarks.cases import Case, Norm
-from benchmarks.tune_variants import Backward, Forward, Pinned
 from fusednorm import providers
 from fusednorm.providers import cuda_host, triton_host, triton_norm
 from fusednorm.providers import triton_norm_table as table
 from fusednorm.providers.triton_config import Config
+from tools.tune import variants as tune_variants
+from tools.tune.variants import Backward, Forward, Pinned
 
 TABLE = "table"
 NO_OVERLAP = "no overlap"  # the kernel that sums the partials is launched when the backward has ended

@@ -1,9 +1,9 @@
 """Try other forms of the norm kernels than their tables choose, at each width, and see whether one is faster.
 
-    PYTHONPATH=. python3 benchmarks/tune.py --json tune.json                # on a GPU: all of bfloat16, then float32
-    PYTHONPATH=. python3 benchmarks/tune.py --only '^add_.*/backward/bf' --json tune.json --limit 120
-    PYTHONPATH=. python3 benchmarks/tune.py --compile 90                    # no GPU: fills Triton's cache for sm_90
-    PYTHONPATH=. python3 benchmarks/tune_report.py tune.json                # the tables again
+    python3 -m tools.tune.norms --json tune.json                # on a GPU: all of bfloat16, then float32
+    python3 -m tools.tune.norms --only '^add_.*/backward/bf' --json tune.json --limit 120
+    python3 -m tools.tune.norms --compile 90                    # no GPU: fills Triton's cache for sm_90
+    python3 -m tools.tune.report tune.json                # the tables again
 
 Every form is checked against float64 at the very shape before it is timed, in turns with the others, with eager and
 with a copy of as many bytes; a wrong one gets no time. What a form raises is kept beside it, and one that never returns
@@ -28,13 +28,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, measure, run, tune_forms, tune_report
+from benchmarks import cases, measure, run
 from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
-from benchmarks.tune_compile import Compiling
-from benchmarks.tune_forms import Variant
-from benchmarks.tune_process import Message, Step, supervised
+from tools.tune import forms as tune_forms
+from tools.tune import report as tune_report
+from tools.tune.compile_ahead import Compiling
+from tools.tune.forms import Variant
+from tools.tune.process import Message, Step, supervised
 
 OPERATIONS = ("add_layer_norm", "bias_dropout_add_layer_norm", "layer_norm", "rms_norm")  # the most important first
 DIRECTIONS = ("backward", "forward")

@@ -1,6 +1,6 @@
 """What tune.py measured, as tables: the table's form, the best one, and where another is faster beyond the spread.
 
-PYTHONPATH=. python3 benchmarks/tune_report.py tune.json    # from raw data
+python3 -m tools.tune.report tune.json    # from raw data
 """
 
 from __future__ import annotations
