@@ -192,9 +192,7 @@ FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0
     ids=["reserved", "stored", "loaded_often", "addressed"],
 )
 def test_the_gate_calls_a_spill_what_touches_the_stack(more, spilled):
-    program = (
-        f"from benchmarks import codegen_attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
-    )
+    program = f"from tools.codegen import attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]
     assert int(run.stdout) == spilled

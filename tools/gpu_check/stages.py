@@ -1,33 +1,29 @@
 """Stages of a check on a machine that may be taken away: each bounded, each result on disk as soon as it is known.
 
-A stage runs commands one after another, each in a process group of its own, its output straight into a file. When its
-time is up the command is interrupted, as by Ctrl-C, and shortly after the whole group is killed. The time that a stage
-leaves goes to the later ones.
+A stage runs commands one after another, each within its time (`supervise.run`). The time that a stage leaves goes to
+the later ones.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from tools import supervise
+from tools.supervise import tail
 
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
 RUNNING, CUT_OFF, NOT_RUN = "running", "cut off", "not run"
 GOOD = (PASSED, SKIPPED)
-TAIL_LINES, TAIL_BYTES = 12, 1 << 16
 SHORTEST = 2.0  # seconds under which a stage is not begun
 REPORT_EVERY = 15.0
-POLL = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,82 +41,8 @@ class Stage:
     brief: float | None = None  # seconds kept for each command after the first; None: all commands have equal shares
 
 
-class Ended(NamedTuple):
-    status: str
-    code: int | None
-
-
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def tail(path: Path, start: int = 0) -> list[str]:
-    """The last lines with anything in them, of what was written from `start` on."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(start, size - TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    lines = (line.rpartition("\r")[2].rstrip()[:300] for line in text.split("\n"))
-    return list(deque((line for line in lines if line), maxlen=TAIL_LINES))
-
-
-# --- one command ---
-
-
-def _has_ended(process: subprocess.Popen) -> bool:
-    """Without reaping it: its number, which is its group's, is then not given to anybody else."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def run_command(command: Sequence[str], log: Path, env: Mapping[str, str], limit: float, tick: Callable) -> Ended:
-    """Run to the end or for `limit` seconds; nothing of its process group outlives this."""
-    start = time.monotonic()
-    interrupt_at = limit - min(10.0, limit / 5)  # an interrupted program can still write what it has
-    with log.open("ab", buffering=0) as output:
-        output.write(f"$ {' '.join(command)}\n".encode())
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
-                start_new_session=True,
-                # a background job of a shell ignores interrupts, and its children would too
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-        except OSError as error:
-            output.write(f"{error}\n".encode())
-            return Ended(FAILED, None)
-    interrupted = killed = False
-    try:
-        while not _has_ended(process):
-            elapsed = time.monotonic() - start
-            if elapsed > limit:
-                killed = True
-                break
-            if elapsed > interrupt_at and not interrupted:
-                interrupted = True
-                process.send_signal(signal.SIGINT)
-            tick()
-            time.sleep(POLL)
-    finally:
-        _kill_group(process)
-        process.wait()
-    if interrupted or killed:
-        return Ended(TIMED_OUT, None)
-    return Ended(FAILED if process.returncode else PASSED, process.returncode)
-
-
-# --- all of them ---
 
 
 class Run:
@@ -202,12 +124,12 @@ class Run:
             for number, command in enumerate(commands):
                 later, share = len(commands) - number - 1, limit - (time.monotonic() - begun)
                 share = share / (later + 1) if stage.brief is None else max(share - later * stage.brief, 0.0)
-                ended = run_command(command, log, stage.env, share, tick)
-                statuses.append(ended.status)
-                if ended.status == FAILED:
-                    reasons.append(f"{_short(command)}: exit status {ended.code}")
-                elif ended.status == TIMED_OUT:
+                ended = supervise.run(command, log, stage.env, share, tick)
+                statuses.append(TIMED_OUT if ended.timed_out else PASSED if ended.code == 0 else FAILED)
+                if ended.timed_out:
                     reasons.append(f"{_short(command)}: its {share:.0f} s were up")
+                elif ended.code != 0:
+                    reasons.append(f"{_short(command)}: exit status {ended.code}")
             status = next((s for s in (FAILED, TIMED_OUT) if s in statuses), PASSED)
         finally:
             seconds = round(time.monotonic() - begun, 1)
@@ -255,7 +177,7 @@ def _end(lines: Sequence[str]) -> str:
 
 def _short(command: Sequence[str]) -> str:
     """What a reader tells commands by: no interpreter, no folders, no later options."""
-    words = [os.path.basename(word) for word in command if word not in (sys.executable, "-u")]
+    words = [os.path.basename(word) for word in command if word not in (sys.executable, "-u", "-m")]
     return " ".join(words[:3])[:80]
 
 

@@ -32,11 +32,11 @@ from benchmarks import cases, measure, run
 from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
+from tools.supervise import Message, Step, supervised
 from tools.tune import forms as tune_forms
 from tools.tune import report as tune_report
 from tools.tune.compile_ahead import Compiling
 from tools.tune.forms import Variant
-from tools.tune.process import Message, Step, supervised
 
 OPERATIONS = ("add_layer_norm", "bias_dropout_add_layer_norm", "layer_norm", "rms_norm")  # the most important first
 DIRECTIONS = ("backward", "forward")
