@@ -76,8 +76,8 @@ test-all: export FUSEDNORM_OTHER_PYTHON ?= $(CURDIR)/$(OTHER)/bin/python
 test-all: test $(OTHER)/.installed test-slow ## test, then the slow tests, one of them in a second torch (5 GB more)
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
-	PYTHONPATH=. $(BIN)/python benchmarks/run.py --report $(REPORT)
-	PYTHONPATH=. $(BIN)/python benchmarks/fresh_outputs.py --report $(REPORT)
+	$(BIN)/python -m benchmarks.run --report $(REPORT)
+	$(BIN)/python -m benchmarks.huge_pages --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
 
 train: $(STAMP) ## a language model and a translator, fused beside torch's, into bench-report/
@@ -86,10 +86,10 @@ train: $(STAMP) ## a language model and a translator, fused beside torch's, into
 
 gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
-	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu $(ARGS)
+	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu $(ARGS)
 
 gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into bench-report/gpu-norms; installs nothing
-	PYTHONPATH=. $$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_check.py $(REPORT)/gpu-norms \
+	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu-norms \
 	  --stages environment,build,tune,targets $(ARGS)
 
 clean: ## remove the environment, caches and reports

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DROPOUT_P, EPS, Call, Leaves, Norm, Operation
-from benchmarks.cases_attention import BACKENDS
+from benchmarks.cases.attention import BACKENDS
 
 
 class BaselineError(Exception):

@@ -1,8 +1,8 @@
 """Measure fusednorm against eager torch and other baselines on the best device here (a GPU, else the CPU).
 
-    PYTHONPATH=. python3 benchmarks/run.py --report DIR               # tables, raw JSON, Markdown, pictures
-    PYTHONPATH=. python3 benchmarks/run.py --only 'rms.*4096' --baselines all
-    PYTHONPATH=. python3 benchmarks/run.py --compare OLD.json
+    python3 -m benchmarks.run --report DIR               # tables, raw JSON, Markdown, pictures
+    python3 -m benchmarks.run --only 'rms.*4096' --baselines all
+    python3 -m benchmarks.run --compare OLD.json
 
 Every case is checked against float64 at its own shape before it is timed; a wrong one gets no figure.
 Exit status: 0; 1 when a case was wrong or none was measured; 3 when --compare found a case slower beyond the spread.
@@ -28,11 +28,14 @@ from typing import Any
 import torch
 
 import fusednorm
-from benchmarks import cases, cases_targets, measure, measure_load, report
+from benchmarks import cases, measure
 from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
 from benchmarks.cases import Case
-from benchmarks.machine import clocks, environment
-from benchmarks.report_stats import AUTOMATIC
+from benchmarks.cases import targets as cases_targets
+from benchmarks.measure import load as measure_load
+from benchmarks.measure.machine import clocks, environment
+from benchmarks.report import pages as report
+from benchmarks.report.stats import AUTOMATIC
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5, "targets": 0.05}
@@ -43,14 +46,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="level", action="store_const", const="quick", default="default")
-    size.add_argument("--grid", dest="level", action="store_const", const="grid", help="what choose.py asks for")
+    size.add_argument(
+        "--grid", dest="level", action="store_const", const="grid", help="what publish.crossovers asks for"
+    )
     size.add_argument("--full", dest="level", action="store_const", const="full", help="all widths, rows, directions")
     size.add_argument(
         "--targets",
         dest="level",
         action="store_const",
         const="targets",
-        help="what a GPU's targets are about (see targets.py), most important first; on a CPU the default sweep",
+        help="what a GPU's targets are about (see publish.targets), most important first; on a CPU the default sweep",
     )
     parser.add_argument("--only", metavar="REGEX", help="cases whose name contains a match (see --list)")
     parser.add_argument("--list", action="store_true", help="print the cases with their byte and FLOP models, and stop")
@@ -164,7 +169,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
         for name in (name for name in baselines if applies(name, op)):
             try:
                 calls[name] = bind(BASELINES[name][1](op, leaves))
-                _vet(name, case, device, calls[name], record["notes"])
+                validate_baseline(name, case, device, calls[name], record["notes"])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # what a baseline cannot do is no fault of ours
@@ -187,7 +192,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
     return record
 
 
-def _vet(name: str, case: Case, device: torch.device, call: Any, notes: dict[str, str]) -> None:
+def validate_baseline(name: str, case: Case, device: torch.device, call: Any, notes: dict[str, str]) -> None:
     """Run a baseline once and, unless it draws its own mask, hold it against float64."""
     call()
     if name == "eager":  # what the budget is measured by
@@ -238,7 +243,7 @@ def run(
     used, absent = present(arguments.baselines, device)
     forced = fusednorm.use_provider(arguments.provider) if arguments.provider else nullcontext()
     with measure.steady_machine(arguments.threads) as machine, forced:
-        timer, others = measure.timer_for(device), measure_load.OthersMeter()
+        timer, others = measure.timer_for(device), measure_load.BackgroundLoad()
         dtypes = list(dict.fromkeys(case.operation.flop_dtype(case.torch_dtype) for case in chosen))
         kept = [case for case in chosen if case.name not in left_out]
         most = max((case.bytes_moved for case in kept), default=0)

@@ -1,6 +1,6 @@
 """Host time of the way to a Triton launch, with the driver left out: no GPU is needed.
 
-    PYTHONPATH=. python3 -m pytest benchmarks/test_launch.py --benchmark-columns=min,median,iqr
+    python3 -m pytest benchmarks/test_launch.py --benchmark-columns=min,median,iqr
 
 Everything that Python does for a call is done on CPU tensors, to the point where the compiled kernel would be run.
 Eager beside it does the same and computes 4 x 64 numbers. What the launch itself takes is the driver's.

@@ -1,6 +1,6 @@
 """Eager beside fused in pytest-benchmark's tables: every operation at two sizes, forward, and with backward.
 
-    PYTHONPATH=. python3 -m pytest benchmarks/test_operations.py --benchmark-columns=min,median,iqr
+    python3 -m pytest benchmarks/test_operations.py --benchmark-columns=min,median,iqr
 
 For a quick look while a kernel is being changed; figures that are kept come from run.py, which interleaves the
 variants and flushes the GPU's cache. Here too nothing is timed that is wrong.

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import fusednorm
-from benchmarks import baselines, cases, measure, report, run
+from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
+from benchmarks.report import pages as report
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -9,11 +9,12 @@ import torch
 from conftest import EMULATED
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import codegen_cuda
-from benchmarks import codegen_cuda_forms as forms
-from benchmarks.codegen_cuda_kernel import Kernel
-from benchmarks.codegen_cuda_sass import Instruction, hot_loop, instructions, kernels, loops
 from fusednorm.providers.cuda import norm as cuda
+from tools.codegen import cuda as codegen_cuda
+from tools.codegen import cuda_forms as forms
+from tools.codegen import results
+from tools.codegen.cuda_kernel import Kernel
+from tools.codegen.cuda_sass import Instruction, hot_loop, instructions, kernels, loops
 
 # A loop over rows with another in it and a branch that skips, then a larger loop without loads, and behind the end a
 # wait that branches back into the first.
@@ -142,12 +143,28 @@ def test_what_is_concluded_of_a_kernel(which):
 
 
 def test_the_tool_says_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["codegen_cuda.py"])
     monkeypatch.setattr(codegen_cuda, "CUOBJDUMP", None)
     monkeypatch.setattr(codegen_cuda, "NVCC", "nvcc")
-    assert codegen_cuda.main() == 2 and "no cuobjdump" in capsys.readouterr().err
+    assert codegen_cuda.main([]) == 2 and "no cuobjdump" in capsys.readouterr().err
     monkeypatch.setattr(codegen_cuda, "NVCC", None)
-    assert codegen_cuda.main() == 2 and "nvcc is not installed" in capsys.readouterr().err
+    assert codegen_cuda.main([]) == 2 and "nvcc is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spilled", [0, 8])
+def test_the_page_is_not_written_of_kernels_that_break_the_gate(spilled, monkeypatch, tmp_path, capsys):
+    compiled = [kernel("sum_partials", ("float",), (), spilled=spilled)]
+    monkeypatch.setattr(codegen_cuda, "missing", lambda: None)
+    monkeypatch.setattr(codegen_cuda, "compile_sources", lambda *_: compiled)
+    monkeypatch.setattr(codegen_cuda, "page", lambda kernels: codegen_cuda.markdown(kernels))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    page = tmp_path / codegen_cuda.PAGE.name
+    page.write_text("as it was")
+    assert codegen_cuda.main(["--write"]) == bool(spilled)
+    said = capsys.readouterr().err
+    if spilled:
+        assert page.read_text() == "as it was" and "is not written" in said and "spills" in said
+    else:
+        assert page.read_text() == codegen_cuda.markdown(compiled)
 
 
 @pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from test_benchmarks_report import record, result
 
-from benchmarks import report
+from benchmarks.report import pages as report
 
 
 class Reader(HTMLParser):

@@ -9,7 +9,8 @@ import re
 import pytest
 from test_benchmarks_report import record, result
 
-from benchmarks import cases, keep, readme
+from benchmarks import cases
+from benchmarks.publish import add_result, readme
 
 FUSED = {"how": "one fused op each way", "provider": "triton"}
 
@@ -26,23 +27,23 @@ def measured(*records, commit="0123456789ab", date="2030-01-02T03:04:05+00:00", 
 
 
 def test_readme_follows_the_committed_data():
-    """After a change of the raw data: PYTHONPATH=. python3 benchmarks/readme.py"""
+    """After a change of the raw data: python3 -m benchmarks.publish.readme"""
     text = readme.README.read_text(encoding="utf-8")
-    assert text == readme.replaced(text, readme.block(keep.newest()))
+    assert text == readme.replaced(text, readme.block(add_result.newest()))
 
 
 def test_committed_results_are_evidence_and_lie_in_their_place():
-    for path in keep.RESULTS.glob("*/*.json"):
+    for path in add_result.RESULTS.glob("*/*.json"):
         of = json.loads(path.read_text(encoding="utf-8"))
-        assert keep.refusals(of) == [] and keep.place(of, keep.RESULTS) == path
-        assert path.stat().st_size <= keep.LARGEST
+        assert add_result.refusals(of) == [] and add_result.place(of, add_result.RESULTS) == path
+        assert path.stat().st_size <= add_result.LARGEST
 
 
 def test_check_tells_an_edit_by_hand(monkeypatch, tmp_path, capsys):
     edited = tmp_path / "README.md"
     edited.write_text(f"before\n{readme.BEGIN}\n9.99 times as fast\n{readme.END}\nafter\n")
     monkeypatch.setattr(readme, "README", edited)
-    monkeypatch.setattr(keep, "newest", list)
+    monkeypatch.setattr(add_result, "newest", list)
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
     text = edited.read_text()
@@ -62,8 +63,8 @@ def test_the_table_follows_the_data(tmp_path):
         record("add_rms_norm", direction="both", eager=3.0, roofline_seconds=9e-6, **FUSED),
         device="NVIDIA H200",
     )
-    path = keep.keep(gpu, tmp_path)
-    text = readme.block(keep.newest(tmp_path), tmp_path)
+    path = add_result.add(gpu, tmp_path)
+    text = readme.block(add_result.newest(tmp_path), tmp_path)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| `")}
     assert list(rows) == ["`layer_norm`, forward", "`add_rms_norm`, forward + backward"]
     cells = [cell.strip() for cell in rows["`layer_norm`, forward"].split("|")[2:4]]
@@ -86,8 +87,8 @@ def test_the_newest_result_of_each_device_counts_gpus_first(tmp_path):
         for device, day, eager in (("a processor", 30, 1.0), ("NVIDIA H200", 12, 3.0), ("NVIDIA H200", 11, 7.0))
     ]
     for of in kept:
-        keep.keep(of, tmp_path)
-    text = readme.block(keep.newest(tmp_path), tmp_path)
+        add_result.add(of, tmp_path)
+    text = readme.block(add_result.newest(tmp_path), tmp_path)
     assert re.findall(r"\*\*(.*?)\*\*", text) == ["NVIDIA H200", "a processor"]
     assert "3.00 [" in text and "7.00 [" not in text
     only_cpu = readme.block([(tmp_path / "x.json", kept[0])], tmp_path)
@@ -96,39 +97,39 @@ def test_the_newest_result_of_each_device_counts_gpus_first(tmp_path):
 
 def test_a_kept_result_has_its_place_and_every_sample(tmp_path):
     of = measured(device="Intel(R) Xeon(R) Processor @ 2.50GHz")
-    path = keep.keep(of, tmp_path)
+    path = add_result.add(of, tmp_path)
     assert path.relative_to(tmp_path).as_posix() == "intel-xeon-processor-2.50ghz/2030-01-02-0123456789ab.json"
     assert json.loads(path.read_text()) == json.loads(json.dumps(of))
     with pytest.raises(ValueError, match="is there already"):
-        keep.keep(of, tmp_path)
-    assert keep.keep(of, tmp_path, force=True) == path
+        add_result.add(of, tmp_path)
+    assert add_result.add(of, tmp_path, force=True) == path
 
 
 def test_the_sweep_of_the_targets_makes_their_table_and_another_the_figures(tmp_path):
     def kept(level, day):
         of = measured(date=f"2030-01-{day}T03:04:05+00:00", device="NVIDIA H200")
         of["method"]["level"] = level
-        return keep.keep(of, tmp_path)
+        return add_result.add(of, tmp_path)
 
     old = kept("targets", 11)
     assert old.name == "2030-01-11-0123456789ab-targets.json"
-    found = [[path for path, _ in keep.newest(tmp_path, of)] for of in (False, True)]
+    found = [[path for path, _ in add_result.newest(tmp_path, of)] for of in (False, True)]
     assert found == [[old], [old]]  # better than none
     default, same_day, newer = kept("default", 10), kept("default", 11), kept("targets", 12)
     assert len({old, default, same_day, newer}) == 4
-    found = [[path for path, _ in keep.newest(tmp_path, of)] for of in (False, True)]
+    found = [[path for path, _ in add_result.newest(tmp_path, of)] for of in (False, True)]
     assert found == [[same_day], [newer]]
 
 
 def test_times_of_a_large_result_are_rounded_and_that_is_said(monkeypatch, tmp_path):
     of = measured()
     of["cases"][0]["variants"]["fused"]["samples"][0] = 1.23456789e-5
-    monkeypatch.setattr(keep, "LARGEST", len(keep.compact(of)) - 1)
-    written = json.loads(keep.keep(of, tmp_path).read_text())
+    monkeypatch.setattr(add_result, "LARGEST", len(add_result.compact(of)) - 1)
+    written = json.loads(add_result.add(of, tmp_path).read_text())
     assert written["cases"][0]["variants"]["fused"]["samples"][0] == 1.235e-5
     assert written["method"].pop("kept") == "samples rounded to four digits"
     assert written["roofline"] == of["roofline"]
-    assert len(keep.compact(written)) < len(keep.compact(of))
+    assert len(add_result.compact(written)) < len(add_result.compact(of))
 
 
 def wrong(status):
@@ -148,27 +149,27 @@ def wrong(status):
 def test_what_is_no_evidence_is_refused(of, message, tmp_path):
     for force in (False, True):
         with pytest.raises(ValueError, match=message):
-            keep.keep(of, tmp_path, force=force)
+            add_result.add(of, tmp_path, force=force)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("commit", ["0123456789ab+changes", None])
 def test_code_in_no_commit_is_refused_unless_forced(commit, monkeypatch, tmp_path, capsys):
     (tmp_path / "raw.json").write_text(json.dumps(measured(commit=commit)))
-    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
-    assert keep.main([str(tmp_path / "raw.json")]) == 1
+    monkeypatch.setattr(add_result, "RESULTS", tmp_path / "kept")
+    assert add_result.main([str(tmp_path / "raw.json")]) == 1
     assert "commit" in capsys.readouterr().err and not (tmp_path / "kept").exists()
-    assert keep.main([str(tmp_path / "raw.json"), "--force"]) == 0
+    assert add_result.main([str(tmp_path / "raw.json"), "--force"]) == 0
     (path,) = (tmp_path / "kept").glob("*/*.json")
     assert path.name == f"2030-01-02-{commit or 'unknown'}.json"
 
 
 def test_a_file_too_large_for_the_repository_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "raw.json").write_text(json.dumps(measured()))
-    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
-    assert keep.main([str(tmp_path / "raw.json")]) == 0 and capsys.readouterr().err == ""
-    monkeypatch.setattr(keep, "LARGEST", 100)
-    assert keep.main([str(tmp_path / "raw.json"), "--force"]) == 0
+    monkeypatch.setattr(add_result, "RESULTS", tmp_path / "kept")
+    assert add_result.main([str(tmp_path / "raw.json")]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(add_result, "LARGEST", 100)
+    assert add_result.main([str(tmp_path / "raw.json"), "--force"]) == 0
     assert "fewer --baselines" in capsys.readouterr().err
 
 
@@ -183,7 +184,7 @@ def test_a_provider_asked_for_is_kept_beside_and_makes_no_figures(tmp_path):
     """Such results feed the choice of a provider; the README tells what a user gets."""
     asked_for = measured(date="2031-01-02T03:04:05+00:00")
     asked_for["method"]["provider"] = "triton"
-    path = keep.keep(asked_for, tmp_path)
-    assert path.name == "2031-01-02-0123456789ab-triton.json" and keep.newest(tmp_path) == []
-    automatic = keep.keep(measured(), tmp_path)
-    assert [found for found, _ in keep.newest(tmp_path)] == [automatic]
+    path = add_result.add(asked_for, tmp_path)
+    assert path.name == "2031-01-02-0123456789ab-triton.json" and add_result.newest(tmp_path) == []
+    automatic = add_result.add(measured(), tmp_path)
+    assert [found for found, _ in add_result.newest(tmp_path)] == [automatic]

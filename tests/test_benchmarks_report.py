@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import baselines, cases, measure_load, report, report_plots, run
+from benchmarks import baselines, cases, run
+from benchmarks.measure import load as measure_load
+from benchmarks.report import pages as report
+from benchmarks.report import plots as report_plots
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PLAIN = "torch's own operators: no kernel of ours serves this call"
@@ -72,7 +75,7 @@ class Proc:
     """A made-up /proc: this process, a child, a grandchild and a stranger, on the cores of this process."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.cores = folder, measure_load.OthersMeter(folder).cores
+        self.folder, self.cores = folder, measure_load.BackgroundLoad(folder).cores
         me = os.getpid()
         self.parents = {me: 1, me + 1: me, me + 2: me + 1, me + 3: 1}
         self.spent = dict.fromkeys(self.parents, 0.0)
@@ -107,7 +110,7 @@ def clock(monkeypatch):
 def test_only_the_time_of_others_counts(tmp_path, clock):
     proc = Proc(tmp_path)
     proc.spend(me=3, stranger=50)  # before
-    meter = measure_load.OthersMeter(tmp_path)
+    meter = measure_load.BackgroundLoad(tmp_path)
     clock(10.0)
     proc.spend(me=4, child=2, grandchild=1)
     assert meter.share() == pytest.approx(0.0, abs=0.01)
@@ -116,9 +119,9 @@ def test_only_the_time_of_others_counts(tmp_path, clock):
 
 
 def test_what_nobody_tells_is_not_guessed(tmp_path, clock):
-    assert measure_load.OthersMeter(tmp_path / "absent").share() is None
+    assert measure_load.BackgroundLoad(tmp_path / "absent").share() is None
     proc = Proc(tmp_path)
-    meter = measure_load.OthersMeter(tmp_path)
+    meter = measure_load.BackgroundLoad(tmp_path)
     clock(0.1)
     assert meter.share() is None  # too short
     clock(10.0)

@@ -12,8 +12,10 @@ import torch
 from test_benchmarks_kept import measured
 from test_benchmarks_report import record
 
-from benchmarks import cases_targets, keep, measure, run, targets
+from benchmarks import measure, run
 from benchmarks.baselines import BASELINES
+from benchmarks.cases import targets as cases_targets
+from benchmarks.publish import add_result, targets
 
 LARGE = {"shape": (32768, 4096), "dtype": "bfloat16"}
 STEP = {"op": "encoder_layer", "shape": (4, 2048, 1024), "dtype": "bfloat16", "direction": "both"}
@@ -32,8 +34,8 @@ def the(found, beginning):
 
 
 def test_table_follows_the_committed_data():
-    """After a change of the raw data: PYTHONPATH=. python3 benchmarks/targets.py"""
-    assert targets.TABLE.read_text(encoding="utf-8") == targets.page(keep.newest(for_targets=True))
+    """After a change of the raw data: python3 -m benchmarks.publish.targets"""
+    assert targets.TABLE.read_text(encoding="utf-8") == targets.page(add_result.newest(for_targets=True))
 
 
 def test_nothing_measured_is_neither_met_nor_missed():

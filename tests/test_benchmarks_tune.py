@@ -16,9 +16,13 @@ import torch
 from conftest import EMULATED
 
 import fusednorm
-from benchmarks import measure, tune, tune_forms, tune_process, tune_report
+from benchmarks import measure
 from benchmarks.cases import Case
-from benchmarks.tune_forms import Variant, replaced
+from tools import supervise
+from tools.tune import forms as tune_forms
+from tools.tune import norms as tune
+from tools.tune import report as tune_report
+from tools.tune.forms import Variant, replaced
 
 CPU = torch.device("cpu")
 ADD_LAYER_NORM = fusednorm.add_layer_norm
@@ -150,7 +154,7 @@ def lose():
 def test_a_form_that_kills_its_process_or_hangs_costs_itself_alone():
     plan = {"a": {"1": None, "2": kill}, "b": {"1": hang, "2": lose, "3": None}, "c": {"1": None}}
     start = time.monotonic()
-    messages = list(tune_process.supervised(lambda done, lost: surviving(plan, done, lost), 1.0))
+    messages = list(supervise.supervised(lambda done, lost: surviving(plan, done, lost), 1.0))
     assert messages == [
         ("case", {"name": "a", "kept": ["its process ended with exit code -9"]}),
         ("case", {"name": "b", "kept": ["no answer in 1 s", "no device"]}),
@@ -165,7 +169,7 @@ def test_a_process_that_tries_nothing_is_not_started_again():
         yield "facts", {}
         kill()
 
-    messages = list(tune_process.supervised(work, 5.0))
+    messages = list(supervise.supervised(work, 5.0))
     assert messages == [("facts", {}), ("stopped", "its process ended with exit code -9")]
 
 

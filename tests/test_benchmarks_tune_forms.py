@@ -10,13 +10,15 @@ import torch
 from conftest import EMULATED, INTERPRETED
 
 import fusednorm
-from benchmarks import tune, tune_forms, tune_variants
 from benchmarks.cases import Case
-from benchmarks.tune_forms import Variant, cuda_form, triton_form
-from benchmarks.tune_variants import Backward, Forward, Pinned
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton.config import Config
+from tools.tune import forms as tune_forms
+from tools.tune import norms as tune
+from tools.tune import variants as tune_variants
+from tools.tune.forms import Variant, cuda_form, triton_form
+from tools.tune.variants import Backward, Forward, Pinned
 
 CPU = torch.device("cpu")
 emulated = pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
@@ -187,8 +189,8 @@ INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter i
 @INTERPRETER
 @pytest.mark.parametrize("name", [name for name in GPU_CASES if re.search("bfloat16/.*x(256|8192)$", name)])
 def test_what_is_compiled_ahead_is_what_a_call_launches(name, monkeypatch):
-    from benchmarks.tune_compile import launches
     from fusednorm.providers.triton import launch as triton_launch
+    from tools.tune.compile_ahead import launches
 
     case, launched = GPU_CASES[name], []
 

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo import testing
 
 import fusednorm
-from benchmarks import choose
+from benchmarks.publish import crossovers
 from fusednorm import _once, dispatch
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath as _shortcut
@@ -39,7 +39,7 @@ def result(*records, **environment):
 
 
 def winners(*results):
-    shapes = choose.table(results, ["raw.json"])["shapes"]
+    shapes = crossovers.table(results, ["raw.json"])["shapes"]
     return {(name, r, c): (provider, times) for name, entries in shapes.items() for r, c, provider, times in entries}
 
 
@@ -103,23 +103,23 @@ def test_cases_without_a_figure_do_not_count():
 
 def test_results_of_two_devices_are_refused():
     with pytest.raises(ValueError, match="several devices"):
-        choose.table([result(), result(device="another")], [])
+        crossovers.table([result(), result(device="another")], [])
 
 
 def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choice, "FOLDER", tmp_path / "choice")
     raw = tmp_path / "raw.json"
     raw.write_text(json.dumps(result(record("layer_norm", (4, 64), "forward", "triton", 6, 12))))
-    assert choose.main([str(raw)]) == 0
+    assert crossovers.main([str(raw)]) == 0
     assert "torch" in capsys.readouterr().out and not choice.FOLDER.exists()
-    assert choose.main([str(raw), "--write"]) == 0
+    assert crossovers.main([str(raw), "--write"]) == 0
     assert json.loads((tmp_path / "choice" / "sm_90.json").read_text()) == {
         "device": "a GPU",
         "source": "raw.json",
         "shapes": {"layer_norm/2/forward": [[4, 64, "torch", 2.0]]},
     }
     capsys.readouterr()
-    assert choose.main([str(raw)]) == 0
+    assert crossovers.main([str(raw)]) == 0
     assert "No shape changes" in capsys.readouterr().out
 
 
@@ -129,7 +129,7 @@ def test_every_committed_table_names_known_providers_and_operations():
         assert table is not None and table.shapes
         for name, entries in table.shapes.items():
             operation, itemsize, direction = name.split("/")
-            assert operation in choose.OPS and itemsize in "248" and direction in choose.DIRECTIONS
+            assert operation in crossovers.OPS and itemsize in "248" and direction in crossovers.DIRECTIONS
             assert entries and all(m.provider in dispatch.PROVIDERS and m.ratio > 0 for m in entries)
 
 
@@ -161,7 +161,7 @@ def planted(tmp_path, monkeypatch):
             "bias_dropout_add_layer_norm/4/both": [[4, 64, "first", 2.0]],
         },
     }
-    (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(choose.text(table))
+    (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(crossovers.text(table))
     choice.forget()
     yield
     choice.forget()
@@ -273,7 +273,7 @@ def test_a_compiled_call_does_not_depend_on_measured_shapes(planted):
 def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     choice._architecture.cache_clear()
-    assert choice.device_key(torch.device("cuda", 3)) == "sm_90" == choose.device_key(result())
+    assert choice.device_key(torch.device("cuda", 3)) == "sm_90" == crossovers.device_key(result())
     choice._architecture.cache_clear()
 
 
@@ -281,7 +281,7 @@ def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
 def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
     monkeypatch.setattr(cpu, "vendor", lambda: maker)
     here = choice.device_key(torch.device("cpu"))
-    there = choose.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
+    there = crossovers.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
     assert here == there == (key if _shortcut.load()[0] is not None else "cpu_without_shortcut")
 
 

@@ -1,8 +1,8 @@
 """The code-generation gate: what the Triton kernels compile to, ahead of time, without a GPU.
 
 No spills, as many programs on a multiprocessor as the table assumes, and on the aligned path no access to memory that
-the byte model does not have. `benchmarks/codegen.py` has the model, at every configuration the table can choose;
-`benchmarks/codegen_calls.py` has every call, from the code's own switches. A part is compiled in every run; samples
+the byte model does not have. `tools/codegen/norms.py` has the model, at every configuration the table can choose;
+`tools/codegen/norm_calls.py` has every call, from the code's own switches. A part is compiled in every run; samples
 for all architectures, and under the oldest supported Triton, by `make test-all`; the whole by the command line.
 """
 
@@ -35,15 +35,15 @@ def compile_in_process(*arguments: str, first_on_path: Path | None = None) -> su
 def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
     """Run the gate; returns its figures."""
     path = tmp_path / "figures.json"
-    run = compile_in_process("benchmarks/codegen.py", "--json", str(path), *arguments, first_on_path=triton)
+    run = compile_in_process("-m", "tools.codegen.norms", "--json", str(path), *arguments, first_on_path=triton)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(path.read_text())
 
 
 def calls(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict]:
-    """Compile calls that `benchmarks/codegen_calls.py` chooses; returns their figures."""
+    """Compile calls that `tools/codegen/norm_calls.py` chooses; returns their figures."""
     path = tmp_path / "calls.jsonl"
-    run = compile_in_process("benchmarks/codegen_calls.py", "--json", str(path), *arguments, first_on_path=triton)
+    run = compile_in_process("-m", "tools.codegen.norm_calls", "--json", str(path), *arguments, first_on_path=triton)
     assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -98,7 +98,7 @@ def test_no_spills_where_a_multiprocessor_holds_fewer_warps(tmp_path):
     ],
 )
 def test_fault_of_figures(arch, changed, said):
-    from benchmarks.codegen_compile import Figures, faults
+    from tools.codegen.compile import Figures, faults
 
     figures = Figures("", "", "", "", 64, arch, "", warps=4, per_sm=2, model_loads=None, model_stores=None)
     for name, value in ({"registers": 32} | changed).items():
@@ -127,7 +127,7 @@ def test_gate_for_every_epilogue(which, tmp_path, request):
 @pytest.mark.parametrize("which", ["installed", "oldest"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gate_for_every_architecture(arch, which, tmp_path, request):
-    """Another sample of the calls for each; all of them: `benchmarks/codegen_calls.py`."""
+    """Another sample of the calls for each; all of them: `tools/codegen/norm_calls.py`."""
     triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
     seed = 2 * ARCHITECTURES.index(arch) + (which == "oldest")
     figures = calls(tmp_path, "--arch", str(arch), "--sample", "24", "--seed", str(seed), triton=triton)
@@ -141,12 +141,12 @@ def test_gate_for_every_dtype(dtype, tmp_path):
 
 
 PLANT = """
-from benchmarks import codegen
 from fusednorm.providers.triton import norm_config as table
+from tools.codegen import compile, norms
 {plant}
-chosen = [v for v in codegen.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]
+chosen = [v for v in norms.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]
 longest = max(chosen, key=lambda v: v.config.chunks)
-print(*codegen.faults(codegen.figures(longest, 90)), sep="\\n")
+print(*compile.faults(compile.figures(longest, 90)), sep="\\n")
 """
 
 
@@ -157,7 +157,7 @@ print(*codegen.faults(codegen.figures(longest, 90)), sep="\\n")
         ("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills"),
         ("table._BACKWARD_REGISTERS = ((8, 0),) * 4", "spills"),
         ("table._BACKWARD_REGISTERS = ((8, 0),) * 4; table.Config.registers = 255", "the table assumes"),
-        ("codegen.Variant.aligned = False", "128-bit accesses"),
+        ("compile.Variant.aligned = False", "128-bit accesses"),
     ],
     ids=[
         "nothing",
@@ -174,11 +174,51 @@ def test_gate_fails_on_what_is_planted(plant, said):
     assert bool(run.stdout.strip()) == bool(said), run.stdout
 
 
+WRITE = """
+import sys
+from pathlib import Path
+from tools.codegen import compile, results, {command} as command
+results.FOLDER = Path({folder!r})
+command.compile_all = lambda *_: [{figures}]
+sys.exit(command.main(["--write", {options}]))
+"""
+NORM_FIGURES = (
+    "compile.Figures('add_layer_norm_fwd', 'add', 'aligned', 'bfloat16', 64, 90, '1 x [8, 64]', 4, 1, None, None, "
+    "registers=32, stack={stack})"
+)
+ATTENTION_FIGURES = (
+    "command.Figures('attention_fwd', '', 'full', 64, 'float32', 80, '64 x 64', 4, 1, 32, {stack}, 0, 0, 0, 9)"
+)
+
+
+@pytest.mark.parametrize("stack", [0, 8], ids=["within_the_gate", "spills"])
+@pytest.mark.parametrize(
+    ("command", "figures", "options", "page"),
+    [
+        ("norms", NORM_FIGURES, "'--modes', 'add'", "codegen.md"),
+        ("attention", ATTENTION_FIGURES, "'--modes', 'full'", "codegen_attention.md"),
+    ],
+    ids=["norms", "attention"],
+)
+def test_a_page_is_not_written_of_kernels_that_break_the_gate(command, figures, options, page, stack, tmp_path):
+    (tmp_path / page).write_text("as it was")
+    planted = figures.format(stack=stack)
+    program = WRITE.format(command=command, folder=str(tmp_path), figures=planted, options=options)
+    run = compile_in_process("-c", program)
+    text = (tmp_path / page).read_text()
+    if stack:
+        assert run.returncode == 1 and text == "as it was", run.stderr[-4000:]
+        assert "spills: 8 bytes of stack" in run.stderr and f"{page} is not written" in run.stderr
+    else:
+        assert run.returncode == 0 and text.startswith("# What the Triton"), run.stderr[-4000:]
+        assert "| 32 | 0 |" in text
+
+
 def test_committed_table_has_every_configuration_of_today():
     program = """
-from benchmarks import codegen
-for v in codegen.variants(codegen.MODES, ["bfloat16"], ["aligned"]):
-    print(f"| {v.kernel} | {v.mode} | {v.dtype} | {v.n} | {codegen.tile(v.config)} | {v.config.warps} |")
+from tools.codegen import compile, norms
+for v in norms.variants(norms.MODES, ["bfloat16"], ["aligned"]):
+    print(f"| {v.kernel} | {v.mode} | {v.dtype} | {v.n} | {compile.tile(v.config)} | {v.config.warps} |")
 """
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]

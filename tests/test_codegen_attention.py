@@ -1,7 +1,7 @@
 """The code-generation gate of the Triton attention kernels, without a GPU.
 
 No spills, shared memory that there is, and on sm_90 asynchronous matrix instructions that do not wait for each other
-one by one. `benchmarks/codegen_attention.py` makes the figures, of calls that `benchmarks/codegen_attention_calls.py`
+one by one. `tools/codegen/attention.py` makes the figures, of calls that `tools/codegen/attention_calls.py`
 enumerates. A part is compiled in every run; on all architectures and under the oldest supported Triton the heaviest
 call of every kind, by `make test-all`; every pair of switches by the command line.
 """
@@ -24,7 +24,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
     """Run the gate; returns its figures."""
     path = tmp_path / "figures.json"
-    run = compile_in_process("benchmarks/codegen_attention.py", "--json", str(path), *arguments, first_on_path=triton)
+    run = compile_in_process("-m", "tools.codegen.attention", "--json", str(path), *arguments, first_on_path=triton)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(path.read_text())
 
@@ -38,7 +38,8 @@ def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
 
 
 HEAVY = """
-from benchmarks import codegen_attention as gate, codegen_attention_calls as calls
+from tools.codegen import attention as gate
+from tools.codegen import attention_calls as calls
 switches = dict(key_mask=True, logits="softcap", lower=True, upper=True, dropout=True)
 heaviest = calls.Call(256, 256, "bfloat16", mask="float32", gradient="direct", **switches)
 found = gate.variants([gate.described(heaviest)], {arch})
@@ -73,7 +74,7 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     """Every value of every switch reaches a variant of its own, and few calls have every pair of values."""
     program = """
 import json
-from benchmarks import codegen_attention_calls as calls
+from tools.codegen import attention_calls as calls
 dims, dtypes = (40, 64), ("bfloat16", "float16")
 every = list(calls.every(dims, dtypes))
 covering = calls.covering(dims, dtypes, 2)
@@ -143,8 +144,8 @@ def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
 
 
 PLANT = """
-from benchmarks import codegen_attention as gate
 from fusednorm.providers.triton import attention_config as table
+from tools.codegen import attention as gate
 table.{plant}
 chosen = gate.variants(gate.modes(["causal"], [128], ["bfloat16"]), 90)
 chosen = [v for v in chosen if v.launch.kernel == "{kernel}"]
@@ -191,9 +192,7 @@ FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0
     ids=["reserved", "stored", "loaded_often", "addressed"],
 )
 def test_the_gate_calls_a_spill_what_touches_the_stack(more, spilled):
-    program = (
-        f"from benchmarks import codegen_attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
-    )
+    program = f"from tools.codegen import attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
     run = compile_in_process("-c", program)
     assert run.returncode == 0, run.stderr[-4000:]
     assert int(run.stdout) == spilled
@@ -241,7 +240,7 @@ def test_committed_table_of_attention_has_every_configuration_of_today():
     if not committed[2].startswith(f"Triton {here}."):
         pytest.skip(f"Triton {here} takes other tiles in places, and the table is of another: {committed[2]}")
     program = """
-from benchmarks import codegen_attention as gate
+from tools.codegen import attention as gate
 for arch in gate.TABULATED:
     for v in gate.variants(gate.modes(gate.MODES, gate.DIMS, ["bfloat16"]), arch):
         print(gate.row(v.launch.kernel, v.launch.wants, v.mode, v.d, arch, gate.tile(v.launch), *v.launch[4:6]))

@@ -1,7 +1,7 @@
 """The code-generation gate of the CUDA kernels: what nvcc makes of them, without a GPU.
 
 No spills, registers within what the table counts on, shared memory within a block's, and on the aligned path exactly
-the 16-byte accesses of the byte model. `benchmarks/codegen_cuda.py` compiles, and knows what there should be. One
+the 16-byte accesses of the byte model. `tools/codegen/cuda.py` compiles, and knows what there should be. One
 architecture and two dtypes in every run, all of them by `make test-all`.
 """
 
@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import EMULATED
 
-from benchmarks import codegen_cuda
-from benchmarks.codegen_cuda import ARCH_ON_PAGE, ARCHITECTURES, ON_PAGE, PAGE, faults, hold
-from benchmarks.codegen_cuda_forms import CUDA
-from benchmarks.codegen_cuda_kernel import PAIRS, STAGED, Kernel
+from tools.codegen import cuda as codegen_cuda
+from tools.codegen.cuda import ARCH_ON_PAGE, ARCHITECTURES, ON_PAGE, PAGE, faults, hold
+from tools.codegen.cuda_forms import CUDA
+from tools.codegen.cuda_kernel import PAIRS, STAGED, Kernel
 
 pytestmark = pytest.mark.skipif(codegen_cuda.missing() is not None, reason=str(codegen_cuda.missing()))
 
@@ -67,7 +67,7 @@ def test_cuda_gate_fails_on_what_is_planted(said, hopper):
 
 
 def test_committed_page_is_what_is_compiled(hopper):
-    """After a change of the kernels or of their table: PYTHONPATH=. python3 benchmarks/codegen_cuda.py --write"""
+    """After a change of the kernels or of their table: python3 -m tools.codegen.cuda --write"""
     committed = PAGE.read_text()
     if codegen_cuda.version() not in committed:  # another compiler takes other registers, for the same kernels
         rows = [line for line in committed.splitlines() if line.startswith(("| add_", "| bias_", "| sum_"))]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,8 +17,11 @@ import pytest
 import torch
 from conftest import EMULATED
 
-from benchmarks import gpu_check, gpu_stages, gpu_tests
-from benchmarks.gpu_stages import Stage
+from tools import supervise
+from tools.gpu_check import check as gpu_check
+from tools.gpu_check import run_tests as gpu_tests
+from tools.gpu_check import stages as gpu_stages
+from tools.gpu_check.stages import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = "import time; time.sleep(60)"
@@ -62,9 +66,9 @@ child.wait()
 """
     start = time.monotonic()
     log = tmp_path / "log"
-    ended = gpu_stages.run_command([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
+    ended = supervise.run([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
     assert time.monotonic() - start < 6
-    assert ended.status == gpu_stages.TIMED_OUT
+    assert ended == (None, True)
     child = int(pid.read_text())
     wait_for(lambda: gone(child))
 
@@ -72,9 +76,9 @@ child.wait()
 def test_what_a_stage_leaves_behind_dies_with_it(tmp_path):
     program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', {HANG!r}]).pid)"
     log = tmp_path / "log"
-    ended = gpu_stages.run_command([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
-    assert ended == (gpu_stages.PASSED, 0)
-    child = int(gpu_stages.tail(log)[-1])
+    ended = supervise.run([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
+    assert ended == (0, False)
+    child = int(supervise.tail(log)[-1])
     wait_for(lambda: gone(child))
 
 
@@ -114,7 +118,8 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(how, tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from benchmarks import gpu_check, gpu_stages
+from tools.gpu_check import check as gpu_check
+from tools.gpu_check import stages as gpu_stages
 def stages(outdir, device, peers):
     def stage(name, code):
         return gpu_stages.Stage(name, name + ".log", 10, lambda _: [[sys.executable, "-S", "-c", code]])
@@ -229,7 +234,7 @@ def test_tests_after_a_crash_still_run(planted, tmp_path, capfd):
     expected = {"test_right": "passed", "test_wrong": "failure", "test_skipped": "skipped", "test_dies": "failure"}
     assert outcomes(xml) == expected | {"test_last": "passed", "test_hangs": "passed"}
     out = capfd.readouterr().out
-    assert "status 9" in out and "assert 1 == 2" in out and "(not today)" in out
+    assert "exit code 9" in out and "assert 1 == 2" in out and "(not today)" in out
     assert out.splitlines()[-1].startswith("6 of 6 tests") and "2 failed, 3 passed, 1 skipped" in out
 
 
@@ -239,7 +244,7 @@ def test_a_test_that_does_not_end_is_given_up(planted, tmp_path, monkeypatch, ca
     planted.write_text(PLANTED.replace("def test_dies(): os._exit(9)", ""))
     assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "1"]) == 1
     out = capfd.readouterr().out
-    assert "did not end in 1 s" in out
+    assert "no answer in 1 s" in out
     assert "5 of 5 tests" in out.splitlines()[-1]
 
 
@@ -258,7 +263,7 @@ def test_tests_after_a_fault_of_the_device_get_a_new_process(planted, tmp_path):
 
 def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
     xml, log = tmp_path / "tests.xml", tmp_path / "log"
-    command = [sys.executable, "benchmarks/gpu_tests.py", str(planted), "--device=cpu", "--xml", str(xml)]
+    command = [sys.executable, "-m", "tools.gpu_check.run_tests", str(planted), "--device=cpu", "--xml", str(xml)]
     with log.open("wb") as output:
         env = os.environ | {"PYTHONPATH": str(ROOT), "PLANTED_HANG": "1"}
         process = subprocess.Popen([*command, "--workers=1"], cwd=ROOT, env=env, stdout=output)
@@ -271,10 +276,45 @@ def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
 
 
 def test_workers_share_the_tests_without_loss(planted, tmp_path):
-    planted.write_text("import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_n(n): pass\n")
+    dealt, alone = tmp_path / gpu_tests.NORM_TESTS[0], planted
+    note = f"import os, pytest\ndef note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+    dealt.write_text(note + "@pytest.mark.parametrize('n', range(7))\ndef test_n(n): note()\n")
+    alone.write_text(note + "@pytest.mark.parametrize('n', range(4))\ndef test_m(n): note()\n")
     xml = tmp_path / "tests.xml"
-    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "2", "--xml", str(xml)]) == 0
-    assert outcomes(xml) == {f"test_n[{n}]": "passed" for n in range(7)}
+    files = [str(dealt), str(alone)]
+    assert gpu_tests.main([*files, "--device", "cpu", "--workers", "2", "--xml", str(xml)]) == 0
+    assert outcomes(xml) == {
+        f"test_{name}[{n}]": "passed" for name, count in (("n", 7), ("m", 4)) for n in range(count)
+    }
+    ran = Counter((tmp_path / "pids").read_text().split())
+    assert sorted(ran.values()) == [3, 4, 4]  # two processes share the one file, a third has the other
+
+
+def test_a_file_that_cannot_be_collected_fails_once_and_stops_no_other(planted, tmp_path, capfd):
+    broken, xml = tmp_path / "test_broken.py", tmp_path / "tests.xml"
+    mark = f"import pytest\npytestmark = pytest.mark.{'gpu'}\n"
+    planted.write_text(mark + "def test_right(): pass\n")
+    broken.write_text("import no_such_module\n")
+    command = [str(planted), str(broken), "--device", "cuda", "--workers", "2", "--xml", str(xml)]
+    assert gpu_tests.main(command) == 1
+    cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
+    assert len(cases) == 2 and "no_such_module" in cases[0][0].text
+    assert outcomes(xml)["test_right"] == "passed"
+    assert capfd.readouterr().out.count("FAILED     0.00s") == 1
+
+
+def test_tests_marked_alone_run_before_all_others_in_one_process(planted, tmp_path):
+    mark = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"
+    note = f"def note(n): open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.getpid()}} {{n}}\\n')\n"
+    other = tmp_path / "test_other.py"
+    for file, first in ((planted, 0), (other, 10)):
+        tests = f"def test_{first}(): note('beside')\n@pytest.mark.alone\ndef test_{first + 1}(): note('alone')\n"
+        file.write_text(mark + note + tests)
+    assert gpu_tests.main([str(planted), str(other), "--device", "cuda", "--workers", "2"]) == 0
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [phase for _, phase in seen] == ["alone", "alone", "beside", "beside"]
+    assert len({pid for pid, phase in seen if phase == "alone"}) == 1
+    assert len({pid for pid, phase in seen if phase == "beside"}) == 2
 
 
 def test_the_gpu_files_are_found():
@@ -285,10 +325,10 @@ def test_the_gpu_files_are_found():
 
 def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_sanitize
     from fusednorm import dispatch
     from fusednorm.providers.triton import host as triton_host
     from fusednorm.providers.triton import launch as triton_launch
+    from tools.gpu_check import sanitize as gpu_sanitize
 
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
@@ -304,8 +344,9 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
 @pytest.mark.skipif(not EMULATED, reason="no g++ to build the kernels for the host")
 def test_sanitized_calls_reach_every_form_of_the_native_kernels():
     pytest.importorskip("triton")
-    from benchmarks import gpu_sanitize, gpu_sanitize_cuda
     from fusednorm import dispatch
+    from tools.gpu_check import sanitize as gpu_sanitize
+    from tools.gpu_check import sanitize_cuda as gpu_sanitize_cuda
 
     assert dispatch.unavailable_reason("cuda") is None
     reached: set[str] = set()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, run
+from benchmarks import run
+from tools.gpu_check import check as gpu_check
 
 ROOT = Path(__file__).resolve().parent.parent
 NORMS = ("environment", "build", "tune", "targets")  # what `make gpu-norms` runs
@@ -43,16 +44,17 @@ def test_targets_and_tune_are_told_how_long_they_have(tmp_path):
     by_name = {s.name: s for s in gpu_check.stages(tmp_path, "cuda", ["/the/peers"])}
     tune, targets = by_name["tune"], by_name["targets"]
     (command,) = tune.commands(120.0)
-    assert command[2:] == ["benchmarks/tune.py", "--device", "cuda", "--limit", "89", "--json", f"{tmp_path}/tune.json"]
+    until = ["--device", "cuda", "--limit"]
+    assert command[2:] == ["-m", "tools.tune.norms", *until, "89", "--json", f"{tmp_path}/tune.json"]
     measure, table = targets.commands(300.0)
     raw = f"{tmp_path}/targets.json"
-    assert measure[2:] == ["benchmarks/run.py", "--targets", "--device", "cuda", "--limit", "246", "--json", raw]
-    assert table[2:] == ["benchmarks/targets.py", raw]
+    assert measure[2:] == ["-m", "benchmarks.run", "--targets", *until, "246", "--json", raw]
+    assert table[2:] == ["-m", "benchmarks.publish.targets", raw]
     # run.py has all but the table's time; it is interrupted 10 s before its end
     assert 300 - targets.brief - 10 > 246 + 25
     assert "/the/peers" in targets.env["PYTHONPATH"].split(os.pathsep)
     assert "/the/peers" not in tune.env["PYTHONPATH"].split(os.pathsep)
-    assert run.parse([*measure[3:5], "cpu", *measure[6:]]).limit == 246
+    assert run.parse([*measure[4:6], "cpu", *measure[7:]]).limit == 246
 
 
 def test_make_runs_the_stages_of_the_norms():

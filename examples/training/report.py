@@ -8,7 +8,8 @@ import textwrap
 import unicodedata
 from typing import Any
 
-from benchmarks import measure_load, report_stats
+from benchmarks.measure import load as measure_load
+from benchmarks.report import stats as report_stats
 from examples.training.job import Job
 from examples.training.loop import WARM_UP
 

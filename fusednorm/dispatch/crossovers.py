@@ -1,10 +1,11 @@
-"""Which provider was fastest when it was measured: what automatic choice goes by, where something was measured.
+"""Which provider was fastest where something was measured.
 
-`measured/<device>.json` is written by `benchmarks/choose.py` from raw results: for each operation, element size and
-direction (`forward` of calls without gradients, `both` of those with), the shapes measured and the provider that was
-fastest there. A call goes by the nearest of these shapes. `torch` stands for torch's own operators. Where nothing
-was measured the order of the provider table decides, but for small calls on a GPU, which wait for the host: norms take
-the shortcut to the CUDA library, where there is one, and what it does not take goes to torch's operators.
+`benchmarks/publish/crossovers.py` writes `measured/<device>.json` from raw results. It holds the shapes measured for each
+operation, element size and direction, and the provider that was fastest there. The direction is `forward` for calls
+without gradients and `both` for those with. A call goes by the nearest of these shapes. `torch` is torch's own operators.
+
+Where nothing was measured the order of the provider table decides, but for small calls on a GPU, which wait for the host.
+There norms take the fast path to the CUDA library, if there is one. What it does not take goes to torch's operators.
 """
 
 from __future__ import annotations

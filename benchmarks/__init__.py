@@ -1,0 +1,1 @@
+"""What measures the package's speed; README.md has the commands."""

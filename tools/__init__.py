@@ -1,0 +1,1 @@
+"""Commands for developers and for bare GPU machines; README.md lists them."""
