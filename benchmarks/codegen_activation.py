@@ -6,12 +6,12 @@ from collections.abc import Collection
 
 import torch
 
+from fusednorm._activations import ACTIVATIONS
 from fusednorm.providers import triton_activation
 from fusednorm.providers import triton_activation_table as table
 from fusednorm.providers.triton_config import Config
 
 STEM = "bias_act_dropout"
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 56, 2040)  # every tile, and the narrowest and the widest not filled
 MODES = {a: frozenset({a}) for a in ACTIVATIONS} | {f"{a}_dropout": frozenset({a, "dropout"}) for a in ACTIVATIONS}
 

@@ -34,6 +34,7 @@ import triton
 
 from benchmarks.codegen_compile import DEVICES, Variant, compile_all, faults
 from fusednorm import _norm_function, activation
+from fusednorm._activations import ACTIVATIONS
 from fusednorm.providers import triton_activation, triton_activation_table, triton_launch, triton_norm
 from fusednorm.providers import triton_norm_table as table
 from fusednorm.providers.triton_config import PARTIALS, Config
@@ -70,7 +71,7 @@ NORM: Axes = {
 }
 ACTIVATION: Axes = {
     "backward": NO_YES,
-    "activation": tuple(activation._TORCHS),
+    "activation": tuple(ACTIVATIONS),
     "dropout": NO_YES,
     "bias": NO_YES,
     "d_x": NO_YES,

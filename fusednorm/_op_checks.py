@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .providers.native import ACTIVATIONS
+from ._activations import ACTIVATIONS
 
 
 def check_rows(name: str, x: Tensor, normalized_ndim: int, seed: Tensor | None, dropped: float) -> None:

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dropout, providers
+from ._activations import FUNCTIONS as _TORCHS
+from ._activations import TABLE
 from ._transforms import batched, distinct, recorded, traced, transform_active
 from .providers import cpu_activation as native
 from .providers import reference_activation as reference
@@ -19,7 +21,6 @@ from .providers.choice import OPERATIONS, torch_on_cpu, torch_on_gpu
 
 Args = tuple[Any, ...]  # the arguments of fusednorm::bias_act_dropout_fwd without the provider, in order
 
-_TORCHS = torch_activation.FUNCTIONS
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
@@ -228,7 +229,7 @@ def shortcut_backward(
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
-    args = (dy, x, bias, seed, tuple(_TORCHS)[activation], dropout_p, wanted)
+    args = (dy, x, bias, seed, TABLE[activation].name, dropout_p, wanted)
     if torch.is_grad_enabled() or batched(dy):
         gradients = reference.bias_act_dropout_bwd(*args)
     else:

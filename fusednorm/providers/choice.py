@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from .. import _shortcut
+from .._activations import ACTIVATIONS
 from .._once import first_time
 from . import cpu
 from .choice_gpu import HOST_BOUND, waits_for_host
 
-OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
+OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
 FOLDER = Path(__file__).with_name("choice")
 SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
 

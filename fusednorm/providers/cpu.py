@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._once import once
-from .native import check_whole, options, too_many_dimensions
+from .native import check_activations, check_whole, options, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[1] / "libfusednorm_cpu.so"
 BUILD = (
@@ -50,6 +50,7 @@ def _load() -> str | None:
     try:
         check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))
+        check_activations(LIBRARY)
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
         found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]

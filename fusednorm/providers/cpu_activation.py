@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import cpu
 from .cpu import refusal as refusal
-from .native import ACTIVATIONS, activation_options
+from .native import FORWARD_OPTIONS, activation_options
 
 
 def reluctance(op: str, *args: Any) -> str | None:
@@ -29,12 +29,12 @@ def reluctance(op: str, *args: Any) -> str | None:
 def bias_act_dropout_fwd(
     x: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
 ) -> Tensor:
-    return cpu.activation_fwd(x, bias, seed, ACTIVATIONS[activation], dropout_p)
+    return cpu.activation_fwd(x, bias, seed, FORWARD_OPTIONS[activation], dropout_p)
 
 
 def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     """act(x + bias) of which nobody will ask for a gradient."""
-    return cpu.activation_bare(x, bias, ACTIVATIONS[activation])
+    return cpu.activation_bare(x, bias, FORWARD_OPTIONS[activation])
 
 
 def bias_act_dropout_bwd(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._dtypes import compute_dtype
 from . import cuda_host as host
 from .cuda_host import reluctance as reluctance
-from .native import ACTIVATIONS, activation_options
+from .native import FORWARD_OPTIONS, activation_options
 
 
 def refusal(op: str, *args: Any) -> str | None:
@@ -26,7 +26,7 @@ def bias_act_dropout_fwd(
         return x.new_empty(x.shape)
     bias = host.parameter(bias, x.dtype, compute_dtype(x.dtype))
     return host.ops.bias_act_dropout_fwd.default(
-        host.rows(x, x.dtype, 1), bias, seed, ACTIVATIONS[activation], dropout_p
+        host.rows(x, x.dtype, 1), bias, seed, FORWARD_OPTIONS[activation], dropout_p
     )
 
 

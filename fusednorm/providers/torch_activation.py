@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dropout
+from .._activations import FUNCTIONS
 from .._dtypes import compute_dtype
-
-FUNCTIONS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def refusal(op: str, *args: object) -> str | None:
