@@ -65,6 +65,7 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 FLAGS += [
     "-Wall",
     "-Wextra",
+    "-Werror=switch",  # a member of an enumeration without a case
     f"-fmacro-prefix-map={ROOT}/=",
 ]  # error messages name sources as the repository does
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "activations.h"
+
 namespace fusednorm {
 
 enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
@@ -13,9 +15,6 @@ enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 constexpr int64_t kItemSize[] = {8, 4, 2, 2};
 
 constexpr int kMaxDims = 64;  // torch itself has no limit
-
-enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu };
-constexpr int64_t kActivations = 4;
 
 // A dimension after folding; the fewest that address the elements in order.
 struct Dim {

@@ -45,7 +45,9 @@ struct ActivationOptions {
   bool wants_dx, wants_dbias;  // of the backward
 };
 
-inline ActivationOptions unpack_activation_options(int64_t bits) { return {bits >> 2, bool(bits & 1), bool(bits >> 1 & 1)}; }
+inline ActivationOptions unpack_activation_options(int64_t bits) {
+  return {bits >> kActivationShift, bool(bits & 1), bool(bits >> 1 & 1)};
+}
 
 // The dimensions of rows.
 inline int64_t leading_dims(const Sizes& s, const Options& o) {
@@ -55,8 +57,8 @@ inline int64_t leading_dims(const Sizes& s, const Options& o) {
 }
 
 inline Activation activation_of(const ActivationOptions& o) {
-  STD_TORCH_CHECK(o.activation >= 0 && o.activation < kActivations, "options: expected an activation from 0 to ",
-                  kActivations - 1, ", got ", o.activation);
+  STD_TORCH_CHECK(o.activation >= 0 && o.activation < kActivationCount, "options: expected an activation from 0 to ",
+                  kActivationCount - 1, ", got ", o.activation);
   return Activation(o.activation);
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._activations import ACTIVATIONS
 from ._options import ActivationInputs, ActivationOptions, AttentionInputs, AttentionOptions
-from .providers.native import ACTIVATIONS
 
 
 def check_rows(name: str, rows: Tensor, seed: Tensor | None, normalized_ndim: int, dropped: bool) -> None:

@@ -9,14 +9,13 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, _ops, dispatch, dropout
+from ._activations import FUNCTIONS as _TORCHS
 from ._options import ActivationInputs, ActivationOptions
 from ._transforms import traced
 from .autograd import activation as autograd_activation
 from .dispatch.crossovers import OPERATIONS, torch_on_cpu, torch_on_gpu
 from .providers.cpu import activation as native
-from .providers.torch import activation as torch_activation
 
-_TORCHS = torch_activation.FUNCTIONS
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling

@@ -68,7 +68,7 @@ def backward_args() -> dict[str, Any]:
 
 def activation_args() -> dict[str, Any]:
     operands = {"x": torch.randn(4, 8), "bias": torch.rand(8), "seed": ONE.clone()}
-    return operands | {"options": native.ACTIVATIONS["gelu"], "dropout_p": 0.5}
+    return operands | {"options": native.FORWARD_OPTIONS["gelu"], "dropout_p": 0.5}
 
 
 def activation_backward_args() -> dict[str, Any]:

@@ -24,6 +24,11 @@ TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "silu": F.silu,
 }
+NEGATIVE_TAIL = {  # how exact it is for u from -9 to -1, relatively; the tanh form's exponent is not split
+    "gelu": 2.0**-21,
+    "gelu_tanh": 2.0**-16,
+    "silu": 2.0**-21,
+}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle_activation import TORCHS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,7 @@ from benchmarks.cases import OPS, Case
 
 # Counted by hand for 4 rows of 64, in elements of the tensor T = 4 * 64 and the parameter P = 64.
 T, P = 4 * 64, 64
-ACTIVATIONS = ("bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu", "bias_gelu_dropout")
+ACTIVATIONS = (*(f"bias_{name}" for name in TORCHS), "bias_gelu_dropout")
 ATTENTIONS = ("attention", "attention_causal", "attention_padded", "attention_window", "attention_dropout")
 # of as many elements; 16 queries, of which each has one log-sum-exp
 ATTENTION_SHAPE = (1, 4, 4, 16)

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drop_in import error, grid, results, twins
+from oracle_activation import TORCHS
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fusednorm
 from fusednorm import TransformerDecoderLayer, TransformerEncoderLayer, explain
+from fusednorm.modules._layer import activation_name
 
 OP = "attention_fwd"
 B, S, M, E, H = 3, 6, 5, 16, 4
@@ -56,12 +58,14 @@ class Squared(nn.Module):
 
 
 @EVERY_LAYER
-@pytest.mark.parametrize(
-    "activation", ["relu", "gelu", F.silu, torch.tanh, nn.ReLU(), nn.GELU("tanh"), nn.SiLU(), Squared()]
-)
+@pytest.mark.parametrize("activation", [*TORCHS, F.silu, torch.tanh, nn.ReLU(), nn.GELU("tanh"), nn.SiLU(), Squared()])
 def test_every_activation_gives_torchs_results(name, activation):
     for form in FORMS[:2]:
-        theirs, ours = twins(name, **sizes(name), activation=activation, **form)
+        theirs, ours = twins(name, **sizes(name), activation=TORCHS.get(activation, activation), **form)
+        if isinstance(activation, str):
+            ours = getattr(fusednorm, name)(**sizes(name), activation=activation, **form)
+            ours.load_state_dict(theirs.state_dict())
+            assert activation_name(ours.activation) == activation
         args = inputs(name, form["batch_first"])
         assert error(results(ours, args, masks(name)), results(theirs, args, masks(name))) < 1e-13
 

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-
-_FUNCTIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu}
-_FLOPS = {"relu": (2, 4), "gelu": (6, 13), "gelu_tanh": (10, 20), "silu": (4, 10)}
+from fusednorm._activations import ACTIVATIONS, FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,12 @@ class Activation:
 
     def twin(self, t: Mapping[str, Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
         """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
-        y = _FUNCTIONS[self.activation](t["x"] + t["bias"])
+        y = FUNCTIONS[self.activation](t["x"] + t["bias"])
         return (y if mask is None else torch.where(mask, y * (1.0 / (1.0 - self.dropout_p)), 0.0),)
 
     def eager(self, t: Mapping[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """What a user of plain torch writes."""
-        x, bias, function, p = t["x"], t["bias"], _FUNCTIONS[self.activation], self.dropout_p
+        x, bias, function, p = t["x"], t["bias"], FUNCTIONS[self.activation], self.dropout_p
         if p:
             return lambda: (F.dropout(function(x + bias), p),)
         return lambda: (function(x + bias),)
@@ -76,7 +74,7 @@ class Activation:
         with dy and dbias 3, and relu's comparison 1, or gelu's two halves 10. The tanh form and silu are counted alike,
         a tanh as one. Dropout's scale 1 each way.
         """
-        forward, backward = (count + self.draws_mask for count in _FLOPS[self.activation])
+        forward, backward = (count + self.draws_mask for count in ACTIVATIONS[self.activation].flops)
         each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
         return each * math.prod(shape)
 

@@ -20,6 +20,7 @@ from benchmarks.cases.activation import Activation
 from benchmarks.cases.attention import Attention
 from benchmarks.cases.layers import Layer
 from fusednorm import dispatch
+from fusednorm._activations import ACTIVATIONS
 
 Call = Callable[[], tuple[Tensor, ...]]
 Leaves = Mapping[str, Tensor]
@@ -165,7 +166,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 
 # measured for the table of automatic choice alone
-_GRID_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+_GRID_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu")
 Operation = Norm | Activation | Attention | Layer
 OPS: dict[str, Operation] = {
     op.name: op

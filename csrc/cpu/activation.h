@@ -151,10 +151,10 @@ template <class F>
 FN_INLINE void with_call_types(const ActivationCall& a, F&& f) {
   const auto with_activation = [&](auto c, auto s) {
     switch (a.activation) {
-      case kRelu: return f(c, s, Constant<kRelu>{});
-      case kGelu: return f(c, s, Constant<kGelu>{});
-      case kGeluTanh: return f(c, s, Constant<kGeluTanh>{});
-      case kSilu: return f(c, s, Constant<kSilu>{});
+#define FN_CASE(enumerator, ...) \
+  case k##enumerator: return f(c, s, Constant<k##enumerator>{});
+      FN_ACTIVATIONS(FN_CASE)
+#undef FN_CASE
     }
   };
   if (a.wide) return with_activation(double{}, double{});

@@ -47,64 +47,82 @@ struct Normal {
   }
 };
 
-// gelu_tanh(u) = u sigmoid(w), w = u (kLinear + kCubic u^2): tanh(v) is 2 sigmoid(2 v) - 1.
-constexpr double kLinear = 1.5957691216057308, kCubic = 0.044715 * kLinear;  // 2 sqrt(2 / pi)
-constexpr double kDensity = 0.3989422804014327;                             // 1 / sqrt(2 pi)
+constexpr double kDensity = 0.3989422804014327;  // 1 / sqrt(2 pi)
 constexpr double kFar = 1e6;  // u^2 no larger than this: w is far past where sigmoid(w) is 0 or 1, and finite
+
+// Of u sigmoid(w), w = u (kLinear + kCubic u^2).
+template <int ACTIVATION>
+constexpr double kLinear = kActivations[ACTIVATION].linear;
+template <int ACTIVATION>
+constexpr double kCubic = kActivations[ACTIVATION].cubic;
+#define FN_HAS_SIGMOID(ACTIVATION) \
+  static_assert(kLinear<ACTIVATION> != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
 
 template <int ACTIVATION>
 FN_INLINE Floats activate(Floats u) {
-  if (ACTIVATION == kRelu) return u <= 0.0f ? Floats{} : u;
-  if (ACTIVATION == kGelu) return u * Normal(u).below;
-  const Floats w = ACTIVATION == kSilu ? u : u * (float(kLinear) + float(kCubic) * (u * u));
-  const Floats e = exponential(-magnitude(w), Floats{});
-  return (u < 0.0f ? u * e : u) / (1.0f + e);
+  if constexpr (ACTIVATION == kRelu) {
+    return u <= 0.0f ? Floats{} : u;
+  } else if constexpr (ACTIVATION == kGelu) {
+    return u * Normal(u).below;
+  } else {
+    FN_HAS_SIGMOID(ACTIVATION);
+    constexpr float linear = float(kLinear<ACTIVATION>), cubic = float(kCubic<ACTIVATION>);
+    const Floats w = cubic == 0 ? u * linear : u * (linear + cubic * (u * u));
+    const Floats e = exponential(-magnitude(w), Floats{});
+    return (u < 0.0f ? u * e : u) / (1.0f + e);
+  }
 }
 
 // d times the slope at u. At an infinite u the slope is NaN, as torch's is; 1 where relu's u is NaN.
 template <int ACTIVATION>
 FN_INLINE Floats pull_back(Floats u, Floats d) {
-  if (ACTIVATION == kRelu) return u <= 0.0f ? Floats{} : d;
-  if (ACTIVATION == kGelu) {
+  if constexpr (ACTIVATION == kRelu) {
+    return u <= 0.0f ? Floats{} : d;
+  } else if constexpr (ACTIVATION == kGelu) {
     const Normal normal(u);
     return d * (normal.below + u * (normal.bell * float(kDensity)));
-  }
-  const auto negative = u < 0.0f;
-  if (ACTIVATION == kSilu) {
-    const Sigmoid sigmoid(u);
+  } else {
+    FN_HAS_SIGMOID(ACTIVATION);
+    constexpr float linear = float(kLinear<ACTIVATION>), cubic = float(kCubic<ACTIVATION>);
+    Floats square = u * u;
+    square = square > float(kFar) ? Floats{} + float(kFar) : square;
+    const Sigmoid sigmoid(cubic == 0 ? u * linear : u * (linear + cubic * square));
+    const auto negative = u < 0.0f;
     const Floats at = negative ? sigmoid.small : sigmoid.large, opposite = negative ? sigmoid.large : sigmoid.small;
-    return d * (at * (1.0f + u * opposite));
+    const Floats growth = cubic == 0 ? Floats{} + linear : linear + float(3 * kCubic<ACTIVATION>) * square;  // w'
+    return d * (at + (at * u) * (opposite * growth));  // in this order no finite u gives 0 times infinity
   }
-  Floats square = u * u;
-  square = square > float(kFar) ? Floats{} + float(kFar) : square;
-  const Sigmoid sigmoid(u * (float(kLinear) + float(kCubic) * square));
-  const Floats at = negative ? sigmoid.small : sigmoid.large, opposite = negative ? sigmoid.large : sigmoid.small;
-  const Floats growth = float(kLinear) + float(3 * kCubic) * square;  // w' is u times this
-  return d * (at + (at * u) * (opposite * growth));  // in this order no finite u gives 0 times infinity
 }
 
 // In double by the functions of libm, an element at a time.
 template <int ACTIVATION>
 FN_INLINE double activate(double u) {
-  if (ACTIVATION == kRelu) return u <= 0 ? 0.0 : u;
-  if (ACTIVATION == kGelu) return u * (0.5 * __builtin_erfc(-u * 0.70710678118654752));
-  const double w = ACTIVATION == kSilu ? u : u * (kLinear + kCubic * (u * u));
-  return u / (1.0 + __builtin_exp(-w));
+  if constexpr (ACTIVATION == kRelu) {
+    return u <= 0 ? 0.0 : u;
+  } else if constexpr (ACTIVATION == kGelu) {
+    return u * (0.5 * __builtin_erfc(-u * 0.70710678118654752));
+  } else {
+    FN_HAS_SIGMOID(ACTIVATION);
+    constexpr double linear = kLinear<ACTIVATION>, cubic = kCubic<ACTIVATION>;
+    const double w = cubic == 0 ? u * linear : u * (linear + cubic * (u * u));
+    return u / (1.0 + __builtin_exp(-w));
+  }
 }
 
 template <int ACTIVATION>
 FN_INLINE double pull_back(double u, double d) {
-  if (ACTIVATION == kRelu) return u <= 0 ? 0.0 : d;
-  if (ACTIVATION == kGelu)
+  if constexpr (ACTIVATION == kRelu) {
+    return u <= 0 ? 0.0 : d;
+  } else if constexpr (ACTIVATION == kGelu) {
     return d * (0.5 * __builtin_erfc(-u * 0.70710678118654752) + u * (__builtin_exp(-0.5 * u * u) * kDensity));
-  double w = u, growth = 1;
-  if (ACTIVATION == kGeluTanh) {
+  } else {
+    FN_HAS_SIGMOID(ACTIVATION);
+    constexpr double linear = kLinear<ACTIVATION>, cubic = kCubic<ACTIVATION>;
     const double square = u * u > kFar ? kFar : u * u;
-    w = u * (kLinear + kCubic * square);
-    growth = kLinear + 3 * kCubic * square;
+    const double w = cubic == 0 ? u * linear : u * (linear + cubic * square), growth = linear + 3 * cubic * square;
+    const double e = __builtin_exp(-__builtin_fabs(w)), large = 1 / (1 + e), small = e * large;
+    return d * (u < 0 ? small + (small * u) * (large * growth) : large + (large * u) * (small * growth));
   }
-  const double e = __builtin_exp(-__builtin_fabs(w)), large = 1 / (1 + e), small = e * large;
-  return d * (u < 0 ? small + (small * u) * (large * growth) : large + (large * u) * (small * growth));
 }
 
 template <int ACTIVATION>

@@ -13,23 +13,7 @@ FN_DEVICE double error_function(double v) { return erf(v); }
 
 constexpr double kRootHalf = 0.70710678118654752440;
 constexpr double kDensity = 0.39894228040143267794;  // of the normal distribution at 0
-// gelu_tanh(u) = u sigmoid(w), w = u (kLinear + kCubic u^2): tanh(v) is 2 sigmoid(2 v) - 1
-constexpr double kLinear = 1.59576912160573071176, kCubic = 0.044715 * kLinear;
-constexpr double kSaturated = 1000.0;  // far beyond where the tanh of w is 1 in every dtype; its cube is finite
-
-template <class C>
-struct Relu {
-  FN_DEVICE static C value(C u) { return u <= 0 ? C(0) : u; }  // NaN stays NaN
-  FN_DEVICE static C slope(C u) { return u <= 0 ? C(0) : C(1); }
-};
-
-template <class C>
-struct Gelu {
-  FN_DEVICE static C value(C u) { return C(0.5) * u * (C(1) + error_function(u * C(kRootHalf))); }
-  FN_DEVICE static C slope(C u) {
-    return C(0.5) * (C(1) + error_function(u * C(kRootHalf))) + u * (exponential(C(-0.5) * u * u) * C(kDensity));
-  }
-};
+constexpr double kSaturated = 1000.0;  // past where a sigmoid(w) with a cube in w is 0 or 1 in every dtype; its cube is finite
 
 // sigmoid(w) and its derivative, neither with a cancellation nor an overflow.
 template <class C>
@@ -39,35 +23,50 @@ FN_DEVICE void sigmoid_and_slope(C w, C& sigmoid, C& slope) {
   slope = small * larger * larger;
 }
 
-template <class C>
-struct GeluTanh {
-  FN_DEVICE static C value(C u) { return u / (C(1) + exponential(-u * (C(kLinear) + C(kCubic) * u * u))); }
+// An activation and its derivative in the compute type: u sigmoid(w), w = u (kLinear + kCubic u^2).
+template <class C, Activation ACTIVATION>
+struct Function {
+  static constexpr double kLinear = kActivations[ACTIVATION].linear, kCubic = kActivations[ACTIVATION].cubic;
+  static_assert(kLinear != 0, "an activation that is not u sigmoid(w) needs a specialization of its own");
+
+  FN_DEVICE static C value(C u) { return u / (C(1) + exponential(-u * (C(kLinear) + of_square(kCubic, u)))); }
   FN_DEVICE static C slope(C u) {
-    const C v = u > C(kSaturated) ? C(kSaturated) : u < C(-kSaturated) ? C(-kSaturated) : u;
+    C v = u;
+    if constexpr (kCubic != 0) v = u > C(kSaturated) ? C(kSaturated) : u < C(-kSaturated) ? C(-kSaturated) : u;
     C sigmoid, slope;
-    sigmoid_and_slope(v * (C(kLinear) + C(kCubic) * v * v), sigmoid, slope);
-    return sigmoid + v * (C(kLinear) + C(3 * kCubic) * v * v) * slope;
+    sigmoid_and_slope(v * (C(kLinear) + of_square(kCubic, v)), sigmoid, slope);
+    return sigmoid + v * ((C(kLinear) + of_square(3 * kCubic, v)) * slope);  // so no finite v gives 0 times infinity
+  }
+
+ private:
+  FN_DEVICE static C of_square(double factor, C u) {
+    if constexpr (kCubic == 0) return C(0);
+    return C(factor) * u * u;
   }
 };
 
 template <class C>
-struct Silu {
-  FN_DEVICE static C value(C u) { return u / (C(1) + exponential(-u)); }
+struct Function<C, kRelu> {
+  FN_DEVICE static C value(C u) { return u <= 0 ? C(0) : u; }  // NaN stays NaN
+  FN_DEVICE static C slope(C u) { return u <= 0 ? C(0) : C(1); }
+};
+
+template <class C>
+struct Function<C, kGelu> {
+  FN_DEVICE static C value(C u) { return C(0.5) * u * (C(1) + error_function(u * C(kRootHalf))); }
   FN_DEVICE static C slope(C u) {
-    C sigmoid, slope;
-    sigmoid_and_slope(u, sigmoid, slope);
-    return sigmoid + u * slope;
+    return C(0.5) * (C(1) + error_function(u * C(kRootHalf))) + u * (exponential(C(-0.5) * u * u) * C(kDensity));
   }
 };
 
-// step(activation) with the one that is asked for: a branch that all threads take alike, not a kernel for each.
+// step(function) with the one that is asked for: a branch that all threads take alike, not a kernel for each.
 template <class C, class F>
 FN_DEVICE void with_activation(Activation activation, const F& step) {
   switch (activation) {
-    case kRelu: return step(Relu<C>{});
-    case kGelu: return step(Gelu<C>{});
-    case kGeluTanh: return step(GeluTanh<C>{});
-    case kSilu: return step(Silu<C>{});
+#define FN_CASE(enumerator, ...) \
+  case k##enumerator: return step(Function<C, k##enumerator>{});
+    FN_ACTIVATIONS(FN_CASE)
+#undef FN_CASE
   }
 }
 

@@ -159,12 +159,13 @@ at::Tensor bias_act_dropout(const BiasActCall& call) {
 
 at::Tensor bias_act_by_torch(const BiasActCall& call) {
   const at::Tensor u = call.bias.defined() ? at::add(call.x, call.bias) : call.x;
-  switch (call.activation) {
+  switch (fusednorm::Activation(call.activation)) {
     case fusednorm::kRelu: return at::relu(u);
     case fusednorm::kGelu: return at::gelu(u, "none");
     case fusednorm::kGeluTanh: return at::gelu(u, "tanh");
-    default: return at::silu(u);
+    case fusednorm::kSilu: return at::silu(u);
   }
+  TORCH_CHECK(false, "no activation has the number ", call.activation);
 }
 
 }  // namespace fusednorm_shortcut

@@ -9,7 +9,7 @@ namespace fusednorm_shortcut {
 
 struct BiasActCall {
   at::Tensor x, bias, seed;  // the last two undefined where not given
-  int64_t activation;        // as in ../data.h
+  int64_t activation;        // as in ../activations.h
   double dropout_p;
   bool needs_grad;
 };

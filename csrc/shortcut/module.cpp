@@ -192,14 +192,20 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// The place of an activation's name in ../data.h, -1 of no name.
+// The number of an activation's name, -1 of no name.
 int64_t activation_of(PyObject* name) {
-  const char* const names[] = {"relu", "gelu", "gelu_tanh", "silu"};
   if (PyUnicode_CheckExact(name))
-    for (int64_t i = 0; i < 4; ++i)
-      if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0) return i;
+    for (int64_t i = 0; i < fusednorm::kActivationCount; ++i)
+      if (PyUnicode_CompareWithASCIIString(name, fusednorm::kActivations[i].name) == 0) return i;
   return -1;
 }
+
+// Of choice.OPERATIONS, by the activation's number.
+const char* const kBiasActOperations[] = {
+#define FN_OPERATION(enumerator, name, ...) "bias_" name,
+    FN_ACTIVATIONS(FN_OPERATION)
+#undef FN_OPERATION
+};
 
 // False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
 bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
@@ -213,10 +219,9 @@ bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
   call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
-  const char* const operations[] = {"bias_relu", "bias_gelu", "bias_gelu_tanh", "bias_silu"};
   if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, true);
   const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
-  by_torch = !with_bias || (by_shape && (slow || prefers_torch(operations[call.activation], call.x, columns, call.needs_grad)));
+  by_torch = !with_bias || (by_shape && (slow || prefers_torch(kBiasActOperations[call.activation], call.x, columns, call.needs_grad)));
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }
 

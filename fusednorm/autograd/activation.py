@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import _ops, dispatch, dropout
+from .._activations import TABLE
 from .._options import ActivationInputs, ActivationOptions, from_flat
 from .._transforms import batched, dealias_for_compile, recorded, transform_active
 from ..providers.reference import activation as reference
@@ -84,5 +85,5 @@ def shortcut_backward(
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
-    options = ActivationOptions(tuple(torch_activation.FUNCTIONS)[activation], dropout_p)
+    options = ActivationOptions(TABLE[activation].name, dropout_p)
     return activation_backward(dy, ActivationInputs(x, bias, seed), options, wanted, "cpu")

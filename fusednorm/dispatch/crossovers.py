@@ -1,11 +1,13 @@
 """Which provider was fastest where something was measured.
 
-`benchmarks/publish/crossovers.py` writes `measured/<device>.json` from raw results. It holds the shapes measured for each
-operation, element size and direction, and the provider that was fastest there. The direction is `forward` for calls
-without gradients and `both` for those with. A call goes by the nearest of these shapes. `torch` is torch's own operators.
+`benchmarks/publish/crossovers.py` writes `measured/<device>.json` from raw results. It holds the shapes measured for
+each operation, element size and direction, and the provider that was fastest there. The direction is `forward` for
+calls without gradients and `both` for those with. A call goes by the nearest of these shapes. `torch` is torch's own
+operators.
 
-Where nothing was measured the order of the provider table decides, but for small calls on a GPU, which wait for the host.
-There norms take the fast path to the CUDA library, if there is one. What it does not take goes to torch's operators.
+Where nothing was measured the order of the provider table decides. Small calls on a GPU are an exception, because they
+wait for the host. There norms take the fast path to the CUDA library, if there is one. Other small calls go to torch's
+operators.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._activations import ACTIVATIONS
 from .._once import first_time
 from .._options import (
     ActivationInputs,
@@ -33,7 +36,7 @@ from ..providers.cpu import norm as cpu
 from . import fastpath as _shortcut
 from .rules_gpu import HOST_BOUND, waits_for_host
 
-OPERATIONS = {name: f"bias_{name}" for name in ("relu", "gelu", "gelu_tanh", "silu")}
+OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
 FOLDER = Path(__file__).with_name("measured")
 SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _autocast, _checks
+from .._activations import ACTIVATIONS
 
 
 class IndivisibleError(ValueError, AssertionError):
@@ -63,16 +64,23 @@ def check_eps(name: str, eps: Any, optional: bool = False) -> None:
     )
 
 
-def check_activation(activation: Any) -> None:
+def check_activation(activation: Any) -> Any:
+    """What torch's layers take for it: of names they know two, "relu" and "gelu"."""
+    names = "/".join(ACTIVATIONS)
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise RuntimeError(f"activation should be {names}, not {activation}")  # torch's kind and words
+        return activation if activation in ("relu", "gelu") else ACTIVATIONS[activation].torch_function
     if isinstance(activation, type):
         raise TypeError(
             f"activation: expected a function or a module, got the class {activation.__name__}; pass an instance, "
             f"{activation.__name__}()"
         )
-    if not isinstance(activation, str) and not callable(activation):
+    if not callable(activation):
         raise TypeError(
-            f"activation: expected 'relu', 'gelu' or a function, got {_said(activation)}; pass one that takes a tensor"
+            f"activation: expected a function or one of {names}, got {_said(activation)}; pass one that takes a tensor"
         )
+    return activation
 
 
 def check_layer(name: str, layer: Any) -> None:

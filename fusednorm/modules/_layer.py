@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, dropout, norm
+from .._activations import TABLE
 from ..activation import bias_act_dropout
 from . import _recompute
 from ._arguments import check_activation, check_count, check_eps, check_heads, check_rate
@@ -54,14 +55,21 @@ def add_norm(module: nn.LayerNorm, stream: Stream, memory_efficient: bool) -> tu
 
 def activation_name(activation: Any) -> str | None:
     """What ``bias_act_dropout`` calls it, or None if it does not know it."""
-    for function, name in ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu")):
-        if activation is function:
-            return name
-    if not isinstance(activation, nn.Module) or obstacle("activation", activation, (nn.ReLU, nn.GELU, nn.SiLU)):
+    for known in TABLE:
+        if activation is known.torch_function:
+            return known.name
+    if activation is F.relu:  # another function than torch.relu
+        return "relu"
+    if not isinstance(activation, nn.Module) or obstacle("activation", activation, tuple(_MODULES)):
         return None
-    if isinstance(activation, nn.GELU):
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
-    return "relu" if isinstance(activation, nn.ReLU) else "silu"
+    return _MODULES[type(activation)](activation)
+
+
+_MODULES: dict[type, Callable[[Any], str | None]] = {
+    nn.ReLU: lambda module: "relu",
+    nn.GELU: lambda module: {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate),
+    nn.SiLU: lambda module: "silu",
+}
 
 
 def rate(module: nn.Dropout) -> float:
@@ -110,7 +118,7 @@ class FusedLayer(WholeLoading):
         check_heads(d_model, nhead, ("d_model", "nhead"))
         check_count("dim_feedforward", dim_feedforward)
         check_rate("dropout", dropout)
-        check_activation(activation)
+        activation = check_activation(activation)
         check_eps("layer_norm_eps", layer_norm_eps)
         _checks.check_dtype("dtype", dtype)
         super().__init__(  # torch's layer, the other base of each

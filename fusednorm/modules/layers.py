@@ -26,6 +26,7 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
     activation and dropout one :func:`fusednorm.bias_act_dropout`. Dropout masks are never stored.
 
     Args:
+        activation: a name that :func:`fusednorm.bias_act_dropout` knows, or a function.
         recompute: what the backward rebuilds instead of keeping: "norms" (the sum before a norm, from the norm's
             output), "activation" (the second linear layer's input), "attention" (projections and attention, from the
             block's input). :func:`fusednorm.activation_bytes` says what each saves.

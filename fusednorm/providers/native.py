@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._activations import ACTIVATIONS
 from .._options import NormGradOptions, NormOptions
 
 MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
-# the options of bias_act_dropout's forward: the number of the activation, above two switches
-ACTIVATIONS = {name: number << 2 for number, name in enumerate(("relu", "gelu", "gelu_tanh", "silu"))}
+ACTIVATION_SHIFT = 2  # kActivationShift of csrc/activations.h: an activation's number stands above two switches
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -78,6 +79,20 @@ def check_whole(library: Path) -> None:
                 raise OSError("the file is cut off")
 
 
-def activation_options(activation: str, output_mask: Sequence[bool]) -> int:
-    """The options of bias_act_dropout's backward, as csrc/norm_call.h unpacks them."""
-    return bool(output_mask[0]) | bool(output_mask[1]) << 1 | ACTIVATIONS[activation]
+def check_activations(library: Path) -> None:
+    """Raise ValueError for a loaded library whose activations have other numbers than ours."""
+    names = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_activations")))
+    built = (names.value or b"").decode().split()
+    if built != list(ACTIVATIONS):
+        raise ValueError(f"it was built for the activations {', '.join(built)}, not {', '.join(ACTIVATIONS)}")
+
+
+def activation_options(activation: str, output_mask: Sequence[bool] = (False, False)) -> int:
+    """The options of bias_act_dropout, as csrc/norm_call.h unpacks them; `output_mask` is the backward's."""
+    if len(output_mask) != ACTIVATION_SHIFT:
+        raise ValueError(f"output_mask: expected {ACTIVATION_SHIFT} entries, one a gradient, got {len(output_mask)}")
+    bits = sum(bool(wanted) << i for i, wanted in enumerate(output_mask))
+    return bits | ACTIVATIONS[activation].number << ACTIVATION_SHIFT
+
+
+FORWARD_OPTIONS = {activation: activation_options(activation) for activation in ACTIVATIONS}

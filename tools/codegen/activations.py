@@ -6,13 +6,13 @@ from collections.abc import Collection
 
 import torch
 
+from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import ActivationInputs, ActivationOptions
 from fusednorm.providers.triton import activation as triton_activation
 from fusednorm.providers.triton import activation_config as table
 from fusednorm.providers.triton.config import Config
 
 STEM = "bias_act_dropout"
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 56, 2040)  # every tile, and the narrowest and the widest not filled
 MODES = {a: frozenset({a}) for a in ACTIVATIONS} | {f"{a}_dropout": frozenset({a, "dropout"}) for a in ACTIVATIONS}
 

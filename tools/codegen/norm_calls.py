@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import triton
 
-from fusednorm import activation
+from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import from_flat
 from fusednorm.autograd import activation as autograd_activation
 from fusednorm.autograd import norm as autograd_norm
@@ -76,7 +76,7 @@ NORM: Axes = {
 }
 ACTIVATION: Axes = {
     "backward": NO_YES,
-    "activation": tuple(activation._TORCHS),
+    "activation": tuple(ACTIVATIONS),
     "dropout": NO_YES,
     "bias": NO_YES,
     "d_x": NO_YES,

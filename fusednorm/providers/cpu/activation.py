@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._options import ActivationInputs, ActivationOptions
-from ..native import ACTIVATIONS, activation_options
+from ..native import FORWARD_OPTIONS, activation_options
 from . import norm as cpu
 from .norm import refusal as refusal
 
@@ -25,12 +25,12 @@ def reluctance(op: str, inputs: ActivationInputs, options: ActivationOptions) ->
 
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
-    return cpu.activation_fwd(*inputs, ACTIVATIONS[options.activation], options.dropout_p)
+    return cpu.activation_fwd(*inputs, FORWARD_OPTIONS[options.activation], options.dropout_p)
 
 
 def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     """act(x + bias) of which nobody will ask for a gradient."""
-    return cpu.activation_bare(x, bias, ACTIVATIONS[activation])
+    return cpu.activation_bare(x, bias, FORWARD_OPTIONS[activation])
 
 
 def bias_act_dropout_bwd(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._once import once
 from ..._options import Inputs, NormGradOptions, NormInputs, NormOptions, NormSaved, Options
-from ..native import check_whole, packed_norm, packed_norm_grad, too_many_dimensions
+from ..native import check_activations, check_whole, packed_norm, packed_norm_grad, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cpu.so"
 BUILD = (
@@ -28,11 +28,11 @@ _OPERATORS = (
 _forward: Any = None  # the operators' overloads, once the library is loaded
 _bare: Any = None
 _backward: Any = None
-activation_fwd: Any = None  # for cpu_activation.py
+activation_fwd: Any = None  # for activation.py
 activation_bare: Any = None
 activation_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
-attention_forward: Any = None  # for cpu_attention.py
+attention_forward: Any = None  # for attention.py
 attention_backward: Any = None
 all_moderate: Any = None  # (tensor, tensor or None, tensor or None) -> bool
 
@@ -51,6 +51,7 @@ def _load() -> str | None:
     try:
         check_whole(LIBRARY)
         torch.ops.load_library(str(LIBRARY))
+        check_activations(LIBRARY)
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
         found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
-from ..native import ACTIVATIONS, activation_options
+from ..native import FORWARD_OPTIONS, activation_options
 from . import library as host
 from .library import reluctance as reluctance
 
@@ -24,7 +24,7 @@ def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -
         return x.new_empty(x.shape)
     bias = host.parameter(bias, x.dtype, compute_dtype(x.dtype))
     return host.ops.bias_act_dropout_fwd.default(
-        host.rows(x, x.dtype, 1), bias, seed, ACTIVATIONS[options.activation], options.dropout_p
+        host.rows(x, x.dtype, 1), bias, seed, FORWARD_OPTIONS[options.activation], options.dropout_p
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..._once import once
 from ..._options import Inputs, Options
 from ...dispatch import fastpath as _shortcut
-from ..native import check_whole, too_many_dimensions
+from ..native import check_activations, check_whole, too_many_dimensions
 from ..strides import contiguous, folded
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cuda.so"
@@ -56,6 +56,7 @@ def _load() -> str | None:
         if EMULATED is None:  # the library is linked to no torch: it takes these symbols from the process
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
+        check_activations(library)
         for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd"):
             getattr(ops, name)  # a library of an older version lacks some
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from ... import dropout
+from ..._activations import sigmoid_form
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions, Inputs, Options
 
 _ROOT_HALF = math.sqrt(0.5)
 _DENSITY = 1.0 / math.sqrt(2.0 * math.pi)  # of the normal distribution at 0
-# gelu_tanh(u) = u sigmoid(w), w = u (_LINEAR + _CUBIC u^2): tanh(v) is 2 sigmoid(2 v) - 1
-_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
-_CUBIC = 0.044715 * _LINEAR
-_SATURATED = 1000.0  # far beyond where the tanh of w is 1 in every dtype; its cube is finite
+_SATURATED = 1000.0  # past where a sigmoid(w) with a cube in w is 0 or 1 in every dtype; its cube is finite
 
 
 def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
@@ -46,10 +44,16 @@ def _activate(u: Tensor, activation: str) -> Tensor:
         return torch.relu(u)
     if activation == "gelu":
         return 0.5 * u * (1.0 + torch.erf(u * _ROOT_HALF))
-    if activation == "silu":
-        return u * torch.sigmoid(u)
+    return u * torch.sigmoid(_argument(u, activation)[1])
+
+
+def _argument(u: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Of an activation that is u sigmoid(w): u where w is not saturated, w and its derivative."""
+    linear, cubic = sigmoid_form(activation)
+    if not cubic:
+        return u, u * linear, linear
     v = u.clamp(-_SATURATED, _SATURATED)
-    return u * torch.sigmoid(v * (_LINEAR + _CUBIC * v * v))
+    return v, v * (linear + cubic * v * v), linear + 3.0 * cubic * v * v
 
 
 def _slope(u: Tensor, activation: str) -> Tensor:
@@ -58,11 +62,8 @@ def _slope(u: Tensor, activation: str) -> Tensor:
         return torch.where(u <= 0, 0.0, 1.0).to(u.dtype)
     if activation == "gelu":
         return 0.5 * (1.0 + torch.erf(u * _ROOT_HALF)) + u * torch.exp(-0.5 * u * u) * _DENSITY
-    if activation == "silu":
-        return torch.sigmoid(u) * (1.0 + u * torch.sigmoid(-u))
-    v = u.clamp(-_SATURATED, _SATURATED)
-    w = v * (_LINEAR + _CUBIC * v * v)
-    return torch.sigmoid(w) * (1.0 + v * (_LINEAR + 3.0 * _CUBIC * v * v) * torch.sigmoid(-w))
+    v, w, dw = _argument(u, activation)
+    return torch.sigmoid(w) * (1.0 + v * (dw * torch.sigmoid(-w)))  # in this order no finite u gives 0 times infinity
 
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:

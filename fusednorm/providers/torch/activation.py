@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import dropout
+from ..._activations import FUNCTIONS
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions, Inputs, Options
-
-FUNCTIONS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def refusal(op: str, inputs: Inputs, options: Options) -> str | None:

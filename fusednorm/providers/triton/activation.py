@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..._activations import ACTIVATIONS
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
 from ..strides import contiguous
@@ -40,7 +41,8 @@ def _plan(
     config = (table.backward if backward else table.forward)(n, layout[0] != 0 or float64, float64, layout[2])
     kernel = kernels._bias_act_dropout_bwd_kernel if backward else kernels._bias_act_dropout_fwd_kernel
     even = n % config.block_n == 0
-    constants = (TYPES[acc], activation, dropped, *layout, config.block_m, config.block_n, even)
+    form = ACTIVATIONS[activation].sigmoid or (0.0, 0.0)
+    constants = (TYPES[acc], activation, *form, dropped, *layout, config.block_m, config.block_n, even)
     return host.variant(kernel, constants, config, layout[0] == 0), config, host.ceil(n, config.block_n)
 
 

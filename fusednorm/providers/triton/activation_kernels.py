@@ -18,23 +18,21 @@ from .tile import keep_mask, load_vector, row_offsets, tile_pointers
 
 _ROOT_HALF = tl.constexpr(math.sqrt(0.5))
 _DENSITY = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))  # of the normal distribution at 0
-# gelu_tanh(u) = u sigmoid(w), w = u (_LINEAR + _CUBIC u^2): tanh(v) is 2 sigmoid(2 v) - 1
-_LINEAR = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
-_CUBIC = tl.constexpr(0.044715 * 2.0 * math.sqrt(2.0 / math.pi))
-_SLOPE_CUBIC = tl.constexpr(3.0 * 0.044715 * 2.0 * math.sqrt(2.0 / math.pi))
-_SATURATED = tl.constexpr(1000.0)  # far beyond where the tanh of w is 1 in every dtype; its cube is finite
+_SATURATED = tl.constexpr(1000.0)  # past where sigmoid(w), with a cube in w, is 0 or 1; its own cube is finite
 
 
 @triton.jit
-def _activate(u, ACTIVATION: tl.constexpr):
+def _activate(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     if ACTIVATION == "relu":
         y = tl.where(u <= 0, 0.0, u)  # NaN stays NaN
     elif ACTIVATION == "gelu":
         y = 0.5 * u * (1.0 + tl.math.erf(u * _ROOT_HALF))
-    elif ACTIVATION == "silu":
-        y = u / (1.0 + tl.exp(-u))
-    else:
-        y = u / (1.0 + tl.exp(-u * (_LINEAR + _CUBIC * u * u)))
+    else:  # u sigmoid(w), w = u (LINEAR + CUBIC u^2)
+        tl.static_assert(LINEAR != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
+        if CUBIC == 0:
+            y = u / (1.0 + tl.exp(-u * LINEAR))
+        else:
+            y = u / (1.0 + tl.exp(-u * (LINEAR + CUBIC * u * u)))
     return y
 
 
@@ -47,24 +45,26 @@ def _sigmoid_and_slope(w):
 
 
 @triton.jit
-def _slope(u, ACTIVATION: tl.constexpr):
+def _slope(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
     """The activation's derivative."""
     if ACTIVATION == "relu":
         slope = tl.where(u <= 0, 0.0, 1.0).to(u.dtype)
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.math.erf(u * _ROOT_HALF)) + u * (tl.exp(-0.5 * u * u) * _DENSITY)
-    elif ACTIVATION == "silu":
-        sigmoid, derivative = _sigmoid_and_slope(u)
-        slope = sigmoid + u * derivative
     else:
-        if u.dtype == tl.float64:  # Triton 3.9 makes min.xorsign.abs of a clamp on sm_90; float64 does not have it
-            v = tl.maximum(u, -_SATURATED, propagate_nan=tl.PropagateNan.ALL)
-            v = tl.minimum(v, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
-        else:  # one instruction less an element
-            v = tl.clamp(u, -_SATURATED, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
-        square = v * v
-        sigmoid, derivative = _sigmoid_and_slope(v * (_LINEAR + _CUBIC * square))
-        slope = sigmoid + v * (_LINEAR + _SLOPE_CUBIC * square) * derivative
+        tl.static_assert(LINEAR != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
+        if CUBIC == 0:
+            sigmoid, derivative = _sigmoid_and_slope(u * LINEAR)
+            slope = sigmoid + u * (LINEAR * derivative)  # in this order no finite u gives 0 times infinity
+        else:
+            if u.dtype == tl.float64:  # Triton 3.9 makes min.xorsign.abs of a clamp on sm_90; float64 does not have it
+                v = tl.maximum(u, -_SATURATED, propagate_nan=tl.PropagateNan.ALL)
+                v = tl.minimum(v, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
+            else:  # one instruction less an element
+                v = tl.clamp(u, -_SATURATED, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
+            square = v * v
+            sigmoid, derivative = _sigmoid_and_slope(v * (LINEAR + CUBIC * square))
+            slope = sigmoid + v * (LINEAR + 3.0 * CUBIC * square) * derivative
     return slope
 
 
@@ -72,7 +72,7 @@ def _slope(u, ACTIVATION: tl.constexpr):
 def _bias_act_dropout_fwd_kernel(
     x_ptr, bias_ptr, seed_ptr, y_ptr,
     M, n_units, rows_inner, stride_x_outer, stride_x_row, stride_x_col, threshold, scale,
-    ACC: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr, DROPOUT: tl.constexpr,
     LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
 ):
@@ -90,7 +90,7 @@ def _bias_act_dropout_fwd_kernel(
         u = tl.load(tile_pointers(x_ptr, x_offset, cols, stride_x_col, LAYOUT), mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:
             u += bias
-        y = _activate(u, ACTIVATION)
+        y = _activate(u, ACTIVATION, LINEAR, CUBIC)
         if DROPOUT:
             y = tl.where(keep_mask(seed, rows, first_col, threshold, BLOCK_M, BLOCK_N), y * scale, 0.0)
         out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
@@ -102,7 +102,7 @@ def _bias_act_dropout_bwd_kernel(
     dy_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, partials_ptr,
     M, n_units, rows_inner,
     stride_dy_outer, stride_dy_row, stride_dy_col, stride_x_outer, stride_x_row, stride_x_col, threshold, scale,
-    ACC: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
+    ACC: tl.constexpr, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexpr, DROPOUT: tl.constexpr,
     LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
 ):
@@ -123,7 +123,7 @@ def _bias_act_dropout_bwd_kernel(
         u = tl.load(tile_pointers(x_ptr, x_offset, cols, stride_x_col, LAYOUT), mask=mask, other=0.0).to(ACC)
         if bias_ptr is not None:
             u += bias
-        du *= _slope(u, ACTIVATION)
+        du *= _slope(u, ACTIVATION, LINEAR, CUBIC)
         if DROPOUT:
             # rows past the last one count as dropped: a NaN in the bias must not come into the sums by them
             keep = mask & keep_mask(seed, rows, first_col, threshold, BLOCK_M, BLOCK_N)

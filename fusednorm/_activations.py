@@ -1,0 +1,48 @@
+"""The activations of ``bias_act_dropout``: the one table for the package, its benchmarks and its code-generation gates.
+
+``csrc/activations.h`` is the same table in C++. ``tests/test_activation_table.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    name: str
+    number: int  # among the options of the native operators
+    torch_function: Callable[[Tensor], Tensor]  # a function of a module: layers that have it are pickled
+    flops: tuple[int, int]  # of an element, forward and backward, as benchmarks/cases_activation.py counts them
+    # (linear, cubic) of u sigmoid(w), w = u (linear + cubic u^2); None where it is no such product
+    sigmoid: tuple[float, float] | None = None
+
+
+def gelu_tanh(u: Tensor) -> Tensor:
+    return F.gelu(u, approximate="tanh")
+
+
+_LINEAR = 2.0 * math.sqrt(2.0 / math.pi)  # tanh(v) is 2 sigmoid(2 v) - 1
+
+TABLE = (
+    Activation("relu", 0, torch.relu, (2, 4)),
+    Activation("gelu", 1, F.gelu, (6, 13)),
+    Activation("gelu_tanh", 2, gelu_tanh, (10, 20), (_LINEAR, 0.044715 * _LINEAR)),
+    Activation("silu", 3, F.silu, (4, 10), (1.0, 0.0)),
+)
+
+ACTIVATIONS = {activation.name: activation for activation in TABLE}
+FUNCTIONS = {activation.name: activation.torch_function for activation in TABLE}
+
+
+def sigmoid_form(name: str) -> tuple[float, float]:
+    """(linear, cubic) of an activation for which a kernel has no form of its own."""
+    form = ACTIVATIONS[name].sigmoid
+    if form is None:
+        raise NotImplementedError(f"activation: {name!r} is not u sigmoid(w), and has no kernel of its own here")
+    return form
