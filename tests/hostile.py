@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import dispatch
+from fusednorm._options import NormGradOptions, NormOptions
 from fusednorm.providers import native
 from fusednorm.providers.cpu import norm as cpu
 from fusednorm.providers.cuda import library as cuda_host
@@ -47,7 +48,9 @@ def expect(expected: Any, call: Callable[..., Any], *args: Any, **options: Any) 
 
 
 def norm_options(ndim: int = 1, mask: tuple[bool, ...] = (), saved_is_normed: bool = False) -> int:
-    return native.options(ndim, F32, F32, False, False, not mask, saved_is_normed, mask)
+    if mask:
+        return native.packed_norm_grad(NormGradOptions(ndim, 0.0, 0.0, F32, F32, False, False, saved_is_normed), mask)
+    return native.packed_norm(NormOptions(ndim, 1e-5, 0.0, 0.0, F32, F32, False, False, True))
 
 
 def forward_args() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 import fusednorm
 from fusednorm import dispatch
+from fusednorm._options import NormOptions
 from fusednorm.providers import native
 from fusednorm.providers.cpu import norm as cpu
 
@@ -28,7 +29,7 @@ def assert_as_reference(*args, **options) -> None:
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-OPTIONS = native.options(1, torch.float32, torch.float32, False, False, True)
+OPTIONS = native.packed_norm(NormOptions(1, 1e-5, 0.0, 0.0, torch.float32, torch.float32, False, False, True))
 
 
 def bare(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None):

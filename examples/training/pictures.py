@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_plots
+from benchmarks.report import plots as report_plots
 from examples.training.report import subtitles
 
 

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 
 import fusednorm
-from benchmarks import cases, measure_load
-from benchmarks.report import make_folder
+from benchmarks import cases
+from benchmarks.measure import load as measure_load
+from benchmarks.report.pages import make_folder
 from examples.training import report as reports
 from examples.training import text
 from examples.training.job import Job, Report
@@ -100,7 +101,7 @@ def train_and_report(job: Job) -> int:
     print(f"{amount}, {parameters:,} parameters, {device_name(device)}", flush=True)
 
     job.before(twins)
-    others = measure_load.OthersMeter()
+    others = measure_load.BackgroundLoad()
     curves, speed = train_twins(twins, job.train, job.test, settings, device, partial(print, flush=True))
     taken = others.share()
     checkpoint = folder / f"{job.files}_checkpoint.pt"
