@@ -30,7 +30,7 @@ from benchmarks import lm_data, lm_loop, lm_report, train_report, train_shared
 from benchmarks.lm_loop import Settings
 from benchmarks.lm_model import VARIANTS, LanguageModel, ModelConfig, continue_text, make_twins
 from benchmarks.measure import load as measure_load
-from benchmarks.report.pages import make_folder
+from benchmarks.report.files import make_folder
 
 FULL = {
     "layers": 4,

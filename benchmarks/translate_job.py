@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import lm_data, train_shared, translate_report, translate_score
 from benchmarks.measure import load as measure_load
-from benchmarks.report.pages import make_folder
+from benchmarks.report.files import make_folder
 from benchmarks.translate_data import (
     SPECIAL,
     Encoded,

@@ -1,20 +1,16 @@
 """What is measured: operations, and the shapes, dtypes and directions they are measured at."""
 
+from benchmarks.cases.norm import DROPOUT_P, EPS, Call, Leaves, Norm
 from benchmarks.cases.operations import (
     DIRECTION_TITLES,
     DIRECTIONS,
-    DROPOUT_P,
-    EPS,
     FULL,
     OPS,
     SWEEPS,
     TINY,
     TINY_ATTENTION,
     TINY_LAYER,
-    Call,
     Case,
-    Leaves,
-    Norm,
     Operation,
     Sweep,
     require_provider,
