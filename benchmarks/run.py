@@ -156,8 +156,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
             return record
         op, problem = case.operation, measure.problem(case, device)
         # one set of inputs for all variants: addresses and cache lines are the same for each
-        needs_grad = case.direction != "forward"
-        leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
+        leaves = problem.leaves_for(case.direction)
         build = op.fused(leaves)
         record["provider"], record["how"], record["explain"] = cases.served_by(build)
 
@@ -177,7 +176,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
                 record["notes"][name] = str(what).replace("\n", " ")[:200]
         flop_dtype = op.flop_dtype(case.torch_dtype)
         record["roofline_seconds"] = roofline.seconds(case.bytes_moved, case.flops, flop_dtype)
-        if op.family == "layer" and needs_grad:
+        if op.family == "layer" and case.direction != "forward":
             record["kept_bytes"] = {
                 "fused": op.kept_bytes(leaves, build),
                 "eager": op.kept_bytes(leaves, op.eager(leaves)),

@@ -113,8 +113,7 @@ def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any
 
 
 def _bound(case: Case, inputs: measure.Problem, build: Any) -> Any:
-    needs_grad = case.direction != "forward"
-    leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in inputs.leaves.items()}
+    leaves = inputs.leaves_for(case.direction)
     return cases.runner(build(leaves), leaves.values(), inputs.cotangents, case.direction)
 
 
