@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
-
-Call = Callable[[], tuple[Tensor, ...]]
-Leaves = Mapping[str, Tensor]
+from benchmarks.cases.base import Call, Leaves, Operation
 
 DROPOUT_P = 0.1
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Operation):
     """One of the four norms, plain or after the residual add, or after the whole epilogue.
 
     The epilogue is `residual + dropout(x + x_bias)`; results are (normed,) or (normed, the residual stream).
@@ -30,14 +29,13 @@ class Norm:
     rms: bool = False
     add: bool = False
     epilogue: bool = False
-    family = "norm"  # which of a sweep's shapes it is measured at
+    family = "norm"
 
     @property
-    def draws_mask(self) -> bool:
-        return self.epilogue
+    def dropout_p(self) -> float:
+        return DROPOUT_P if self.epilogue else 0.0
 
     def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that receives a gradient."""
         sizes = {"x": shape}
         if self.add:
             sizes["residual"] = shape
@@ -55,10 +53,6 @@ class Norm:
     def outputs(self) -> tuple[str, ...]:
         return ("normed", "residual_out") if self.add else ("normed",)
 
-    def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
-        """The elements that `fused` keeps with this seed; None without dropout."""
-        return fusednorm.dropout_mask(shape, DROPOUT_P, seed, device) if self.epilogue else None
-
     def _norm(self) -> Callable[..., Tensor]:
         return F.rms_norm if self.rms else F.layer_norm
 
@@ -68,7 +62,6 @@ class Norm:
         return (shape, weight, EPS) if self.rms else (shape, weight, t["bias"], EPS)
 
     def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
         z, norm, settings = t["x"], self._norm(), self._settings(t)
         if self.epilogue:
             z = torch.where(mask, (z + t["x_bias"]) * (1.0 / (1.0 - DROPOUT_P)), 0.0)
@@ -78,7 +71,6 @@ class Norm:
         return (normed, z) if self.add else (normed,)
 
     def eager(self, t: Leaves, dropout_p: float = DROPOUT_P) -> Call:
-        """What a user of plain torch writes."""
         x, residual, x_bias = t["x"], t.get("residual"), t.get("x_bias")
         norm, settings = self._norm(), self._settings(t)
 
@@ -96,7 +88,6 @@ class Norm:
         return epilogue if self.epilogue else add if self.add else plain
 
     def fused(self, t: Leaves, seed: int | None = None) -> Call:
-        """The package's function. Without `seed` it draws one each call, as a user's call does."""
         function = getattr(fusednorm, ("add_" if self.add else "") + ("rms_norm" if self.rms else "layer_norm"))
         x, residual, x_bias, settings = t["x"], t.get("residual"), t.get("x_bias"), self._settings(t)
         if self.epilogue:
@@ -111,7 +102,7 @@ class Norm:
         Forward without gradients stores no statistics; with them (backward, both) it does. The backward reads the
         cotangents and the kept stream. The gradient of a bare add is one tensor for both operands. No mask is stored.
         """
-        rows, width = rows_of(shape), shape[-1]
+        rows, width = math.prod(shape[:-1]), shape[-1]
         tensor, parameter = rows * width * itemsize, width * itemsize
         n_parameters = 1 if self.rms else 2
         statistics = rows * 4 * (1 if self.rms else 2)
@@ -132,7 +123,7 @@ class Norm:
         extra = self.add + 2 * self.epilogue
         forward, backward = (4 if self.rms else 7) + extra, (9 if self.rms else 13) + extra
         each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-        return each * rows_of(shape) * shape[-1]
+        return each * math.prod(shape)
 
     def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose matmul rate bounds the arithmetic: norms compute in float32 whatever they read."""
@@ -140,11 +131,4 @@ class Norm:
 
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of what checking and measuring take: float64 twins, and int64 words under a mask."""
-        return rows_of(shape) * shape[-1] * (12 * itemsize + 14 * 8 + (160 if self.epilogue else 0))
-
-
-def rows_of(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
+        return math.prod(shape) * (12 * itemsize + 14 * 8 + (160 if self.epilogue else 0))

@@ -1,11 +1,12 @@
 """What is measured: operations with their inputs, byte and FLOP models, and the sweeps over shapes.
 
-An operation is an object with the methods of `Norm`; another family (`Activation`, `Attention`, `Layer`) is another
-class with the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+A family of operations is a subclass of `Operation` with entries in `OPS`. A `Case` is one operation at one shape, dtype
+and direction.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,9 @@ from torch import Tensor
 import fusednorm
 from benchmarks.cases.activation import Activation
 from benchmarks.cases.attention import Attention
+from benchmarks.cases.base import Call, Operation
 from benchmarks.cases.layers import Layer
-from benchmarks.cases.norm import DROPOUT_P, Call, Norm, rows_of
+from benchmarks.cases.norm import DROPOUT_P, Norm
 from fusednorm import providers
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -30,7 +32,6 @@ TINY_LAYER = (2, 8, 64)
 
 # measured for the table of automatic choice alone
 _GRID_ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
-Operation = Norm | Activation | Attention | Layer
 OPS: dict[str, Operation] = {
     op.name: op
     for op in (
@@ -81,7 +82,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        return rows_of(self.shape) * self.shape[-1]
+        return math.prod(self.shape)
 
     @property
     def input_bytes(self) -> int:
