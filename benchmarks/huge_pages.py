@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.report import pages as report
+from benchmarks.report.files import make_folder
 from benchmarks.report.stats import seconds_text
 
 SHAPES = ((1024, 3072), (4096, 4096), (16384, 4096))
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for shape in shapes for row in rows_of(shape, samples(*shape, options.rounds))]
     print(text(rows))
     if options.report:
-        report.make_folder(options.report)
+        make_folder(options.report)
         (options.report / "huge_pages.md").write_text(text(rows) + "\n", encoding="utf-8")
     return 0
 

@@ -13,7 +13,6 @@ first half minute on: a kernel that never returns, or a machine that is taken aw
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -35,6 +34,7 @@ from benchmarks.cases import targets as cases_targets
 from benchmarks.measure import load as measure_load
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
+from benchmarks.report.files import make_folder, read_result, write_result
 from benchmarks.report.stats import AUTOMATIC
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
@@ -97,12 +97,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         cases.require_provider(arguments.provider)
         for folder in filter(None, (arguments.report, arguments.json and arguments.json.parent)):
-            report.make_folder(folder)
+            make_folder(folder)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if arguments.compare:
         try:
-            arguments.compare = json.loads(arguments.compare.read_text(encoding="utf-8"))
+            arguments.compare = read_result(arguments.compare)
             arguments.compare["cases"]
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--compare: {error!r}")
@@ -145,8 +145,7 @@ def present(wanted: Iterable[str], device: torch.device) -> tuple[list[str], dic
 
 def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baselines: list[str], seconds: float) -> dict:
     """Check, then time; the record holds figures only if the result was right."""
-    record: dict[str, Any] = {"name": case.name, "size": case.size, **asdict(case)}
-    record |= {"bytes": case.bytes_moved, "flops": case.flops, "input_bytes": case.input_bytes}
+    record = case.record()
     record |= {"status": "wrong", "detail": "", "provider": "?", "how": "?", "notes": {}, "variants": {}}
     try:
         start = time.perf_counter()
@@ -157,8 +156,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
             return record
         op, problem = case.operation, measure.problem(case, device)
         # one set of inputs for all variants: addresses and cache lines are the same for each
-        needs_grad = case.direction != "forward"
-        leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
+        leaves = problem.leaves_for(case.direction)
         build = op.fused(leaves)
         record["provider"], record["how"], record["explain"] = cases.served_by(build)
 
@@ -178,7 +176,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
                 record["notes"][name] = str(what).replace("\n", " ")[:200]
         flop_dtype = op.flop_dtype(case.torch_dtype)
         record["roofline_seconds"] = roofline.seconds(case.bytes_moved, case.flops, flop_dtype)
-        if op.family == "layer" and needs_grad:
+        if op.family == "layer" and case.direction != "forward":
             record["kept_bytes"] = {
                 "fused": op.kept_bytes(leaves, build),
                 "eager": op.kept_bytes(leaves, op.eager(leaves)),
@@ -289,7 +287,7 @@ def run(
                     torch._dynamo.reset()  # every case is another specialisation of the same code
                 records.append(run_case(case, device, timer, roofline, here, seconds))
                 if arguments.json and time.monotonic() - written > WRITE_EVERY:
-                    write(arguments.json, known("cut off"))
+                    write_result(arguments.json, known("cut off"))
                     written = time.monotonic()
         except KeyboardInterrupt:  # what was measured is worth its report
             pass
@@ -297,15 +295,6 @@ def run(
         result = known("interrupted")
     result["method"]["clocks after"] = clocks(device)
     return result
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Whoever reads, or cuts this off, finds the old file or the new one."""
-    special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: not to be replaced
-    beside = path if special else path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    if not special:
-        beside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -344,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     parts.append("Conclusion\n\n" + report.conclusion(result))
     print("\n\n".join(filter(None, parts)))
     if arguments.json:
-        write(arguments.json, result)
+        write_result(arguments.json, result)
     if arguments.report:
         print("\nwritten:", *report.write(result, arguments.report), sep="\n  ")
     print(f"{len(result['cases'])} cases in {result['method']['seconds']:.0f} s, {len(result['left_out'])} left out")

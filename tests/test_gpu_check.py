@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from conftest import EMULATED
+from processes import wait_for
 
-from tools import supervise
 from tools.gpu_check import check as gpu_check
 from tools.gpu_check import run_tests as gpu_tests
 from tools.gpu_check import stages as gpu_stages
@@ -38,48 +38,6 @@ def check(folder: Path, seconds: float, *stages: Stage) -> dict:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["passed"] == well and summary["finished"]
     return {result["name"]: result for result in summary["stages"]} | {"": summary}
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def wait_for(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("deaf", [False, True], ids=["interrupted", "ignores_interrupts"])
-def test_a_stage_is_bounded_and_its_whole_group_dies(deaf, tmp_path):
-    pid = tmp_path / "pid"
-    parent = f"""
-import signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-S", "-c", {HANG!r}])
-{"signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""}
-open({str(pid)!r}, "w").write(str(child.pid))
-child.wait()
-"""
-    start = time.monotonic()
-    log = tmp_path / "log"
-    ended = supervise.run([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
-    assert time.monotonic() - start < 6
-    assert ended == (None, True)
-    child = int(pid.read_text())
-    wait_for(lambda: gone(child))
-
-
-def test_what_a_stage_leaves_behind_dies_with_it(tmp_path):
-    program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', {HANG!r}]).pid)"
-    log = tmp_path / "log"
-    ended = supervise.run([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
-    assert ended == (0, False)
-    child = int(supervise.tail(log)[-1])
-    wait_for(lambda: gone(child))
 
 
 def test_results_and_exit_of_good_and_failing_stages(tmp_path):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import gone, wait_for
 
 from tools import supervise
 from tools.supervise import Child, Lost, Supervised
@@ -17,18 +18,35 @@ from tools.supervise import Child, Lost, Supervised
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+HANG = "import time; time.sleep(60)"
 
 
-def wait_until(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
+@pytest.mark.parametrize("deaf", [False, True], ids=["interrupted", "ignores_interrupts"])
+def test_a_command_is_bounded_and_its_whole_group_dies(deaf, tmp_path):
+    pid = tmp_path / "pid"
+    parent = f"""
+import signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-S", "-c", {HANG!r}])
+{"signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""}
+open({str(pid)!r}, "w").write(str(child.pid))
+child.wait()
+"""
+    start = time.monotonic()
+    log = tmp_path / "log"
+    ended = supervise.run([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
+    assert time.monotonic() - start < 6
+    assert ended == (None, True)
+    child = int(pid.read_text())
+    wait_for(lambda: gone(child))
+
+
+def test_what_a_command_leaves_behind_dies_with_it(tmp_path):
+    program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', {HANG!r}]).pid)"
+    log = tmp_path / "log"
+    ended = supervise.run([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
+    assert ended == (0, False)
+    child = int(supervise.tail(log)[-1])
+    wait_for(lambda: gone(child))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
@@ -47,12 +65,12 @@ open({str(tmp_path / "pid")!r}, "w").write(str(child.pid) + ".")
 time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", parent], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."))
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("."))
     child = int((tmp_path / "pid").read_text().rstrip("."))
-    assert alive(child) and os.getpgid(child) == child
+    assert not gone(child) and os.getpgid(child) == child
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_until(lambda: not alive(child))
+    wait_for(lambda: gone(child))
 
 
 def test_a_command_that_does_not_exist_is_said_in_the_log(tmp_path):
@@ -132,6 +150,6 @@ def test_stopping_hands_over_what_was_said(tmp_path):
             return Child.of_command([sys.executable, "-S", "-c", program], output, {})
 
     of = Supervised(start, lambda step: 60.0, tmp_path)
-    wait_until(lambda: "trying" in of.reports.read_text())
+    wait_for(lambda: "trying" in of.reports.read_text())
     assert of.stop() == [("case", {"name": "a"})] and of.step == "b" and not of.running
     assert of.stop() == []

@@ -1,9 +1,8 @@
-"""What is measured of `bias_act_dropout`: an operation in the form that `cases.py` asks for."""
+"""What is measured of `bias_act_dropout`: an operation in the form that `cases.operations` asks for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
+from benchmarks.cases.base import Call, Leaves, Operation
 from fusednorm._activations import ACTIVATIONS, FUNCTIONS
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(Operation):
     """`dropout(act(x + bias))`, between the two linear layers of a feed-forward block."""
 
     name: str
@@ -23,39 +23,23 @@ class Activation:
     dropout_p: float = 0.0
     family = "feed_forward"
 
-    @property
-    def draws_mask(self) -> bool:
-        return self.dropout_p > 0.0
-
     def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that receives a gradient."""
         return {"x": shape, "bias": shape[-1:]}
-
-    def values(self, name: str, normal: Tensor) -> Tensor:
-        """A leaf from normal numbers."""
-        return 1.5 * normal + 0.25
 
     def outputs(self) -> tuple[str, ...]:
         return ("y",)
 
-    def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
-        """The elements that `fused` keeps with this seed; None without dropout."""
-        return fusednorm.dropout_mask(shape, self.dropout_p, seed, device) if self.draws_mask else None
-
-    def twin(self, t: Mapping[str, Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
+    def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
         y = FUNCTIONS[self.activation](t["x"] + t["bias"])
         return (y if mask is None else torch.where(mask, y * (1.0 / (1.0 - self.dropout_p)), 0.0),)
 
-    def eager(self, t: Mapping[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        """What a user of plain torch writes."""
+    def eager(self, t: Leaves) -> Call:
         x, bias, function, p = t["x"], t["bias"], FUNCTIONS[self.activation], self.dropout_p
         if p:
             return lambda: (F.dropout(function(x + bias), p),)
         return lambda: (function(x + bias),)
 
-    def fused(self, t: Mapping[str, Tensor], seed: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
-        """The package's function. Without `seed` it draws one each call, as a user's call does."""
+    def fused(self, t: Leaves, seed: int | None = None) -> Call:
         x, bias, activation, p = t["x"], t["bias"], self.activation, self.dropout_p
         if p:
             return lambda: (fusednorm.bias_act_dropout(x, bias, activation, p, seed=seed),)

@@ -1,9 +1,8 @@
-"""What is measured of `scaled_dot_product_attention`: an operation in the form that `cases.py` asks for."""
+"""What is measured of `scaled_dot_product_attention`: an operation in the form that `cases.operations` asks for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusednorm
+from benchmarks.cases.base import Call, Leaves, Operation
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -22,7 +22,7 @@ BACKENDS = {
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Operation):
     """Self-attention of queries (B, H, S, D), with the masks that a user of plain torch would write out."""
 
     name: str
@@ -33,22 +33,10 @@ class Attention:
     dropout_p: float = 0.0
     family = "attention"
 
-    @property
-    def draws_mask(self) -> bool:
-        return self.dropout_p > 0.0
-
     def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that receives a gradient."""
         batch, heads, length, dim = shape
         keys = (batch, max(heads // self.group, 1), length, dim)
         return {"query": shape, "key": keys, "value": keys}
-
-    def values(self, name: str, normal: Tensor) -> Tensor:
-        """A leaf from normal numbers."""
-        return 1.5 * normal + 0.25
-
-    def outputs(self) -> tuple[str, ...]:
-        return ("out",)
 
     def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
         """The weights that `fused` keeps with this seed; None without dropout."""
@@ -78,8 +66,7 @@ class Attention:
         behind = at[:, None] - at
         return (behind >= 0) & (behind <= self.window)
 
-    def twin(self, t: Mapping[str, Tensor], mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
+    def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
         if mask is None:
             return self.eager(t)()
         query, key, value = t["query"], *(t[n].repeat_interleave(self.group, 1) for n in ("key", "value"))
@@ -90,7 +77,7 @@ class Attention:
         weights = torch.where(mask, logits.softmax(-1) * (1.0 / (1.0 - self.dropout_p)), 0.0)
         return (weights @ value,)
 
-    def eager(self, t: Mapping[str, Tensor], backend: SDPBackend | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    def eager(self, t: Leaves, backend: SDPBackend | None = None) -> Call:
         """What a user of plain torch writes: its masks are made beforehand. With `backend` that one and no other."""
         query, key, value = t["query"], t["key"], t["value"]
         mask, causal, p = self.attn_mask(query), self.causal and self.window is None, self.dropout_p
@@ -105,8 +92,7 @@ class Attention:
 
         return call if backend is None else forced
 
-    def fused(self, t: Mapping[str, Tensor], seed: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
-        """The package's function. Without `seed` it draws one each call, as a user's call does."""
+    def fused(self, t: Leaves, seed: int | None = None) -> Call:
         query, key, value = t["query"], t["key"], t["value"]
         options: dict[str, object] = {"is_causal": self.causal}
         if self.padded:
@@ -144,10 +130,6 @@ class Attention:
         """Of the matrix products: two forward (logits, output), five backward (logits again, dP, dV, dQ, dK)."""
         products = {"forward": 2, "backward": 5, "both": 7}[direction]
         return products * 2 * shape[3] * shape[1] * self.pairs(shape)
-
-    def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype whose matmul rate bounds the arithmetic."""
-        return dtype
 
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of what checking and measuring take: float64 twins, with all logits and their gradients."""

@@ -1,4 +1,4 @@
-"""What is measured of whole Transformer layers: an operation in the form that `cases.py` asks for.
+"""What is measured of whole Transformer layers: an operation in the form that `cases.operations` asks for.
 
 `both` is a training step of the layer without its optimizer: forward, and the gradients of inputs and parameters.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import fusednorm
+from benchmarks.cases.base import Call, Leaves, Operation
 
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Operation):
     """An encoder or decoder layer on (batch, length, width): heads of 64, a feed-forward block of 4 x width.
 
     The results are checked without dropout, because torch draws other masks than ours: what has a `seed`, and the twin.
@@ -33,10 +34,6 @@ class Layer:
     dropout_p: float = 0.1
     family = "layer"
 
-    @property
-    def draws_mask(self) -> bool:
-        return self.dropout_p > 0.0
-
     def _layer(self, module: Any, width: int, dropout_p: float) -> nn.Module:
         """One of `nn` or `fusednorm`, without memory for its parameters."""
         kind = module.TransformerDecoderLayer if self.decoder else module.TransformerEncoderLayer
@@ -49,7 +46,6 @@ class Layer:
         )
 
     def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that receives a gradient."""
         parameters = {name: tuple(p.shape) for name, p in self._layer(nn, shape[-1], 0.0).named_parameters()}
         return {"x": shape, **({"memory": shape} if self.decoder else {}), **parameters}
 
@@ -67,13 +63,10 @@ class Layer:
             return (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.2 * normal
         return normal
 
-    def outputs(self) -> tuple[str, ...]:
-        return ("out",)
-
     def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> None:
         return None
 
-    def _call(self, module: Any, t: Mapping[str, Tensor], dropout_p: float) -> Callable[[], tuple[Tensor, ...]]:
+    def _call(self, module: Any, t: Leaves, dropout_p: float) -> Call:
         x = t["x"]
         layer = self._layer(module, x.shape[-1], dropout_p).train()
         for name, _ in list(layer.named_parameters()):
@@ -85,17 +78,17 @@ class Layer:
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=x.device, dtype=x.dtype)
         return lambda: (layer(x, memory, tgt_mask=mask, tgt_is_causal=True),)
 
-    def twin(self, t: Mapping[str, Tensor], mask: None) -> tuple[Tensor, ...]:
+    def twin(self, t: Leaves, mask: None) -> tuple[Tensor, ...]:
         """Torch's layer without dropout in the dtype of `t`, float64 included."""
         return self._call(nn, t, 0.0)()
 
-    def eager(self, t: Mapping[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def eager(self, t: Leaves) -> Call:
         return self._call(nn, t, self.dropout_p)
 
-    def fused(self, t: Mapping[str, Tensor], seed: int | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    def fused(self, t: Leaves, seed: int | None = None) -> Call:
         return self._call(fusednorm, t, self.dropout_p if seed is None else 0.0)
 
-    def kept_bytes(self, t: Mapping[str, Tensor], call: Callable[[], Any]) -> int:
+    def kept_bytes(self, t: Leaves, call: Callable[[], Any]) -> int:
         """What one forward keeps for its backward: distinct storages, without inputs and parameters."""
         own = {leaf.untyped_storage().data_ptr() for leaf in t.values()}
         kept: dict[int, int] = {}
@@ -137,10 +130,6 @@ class Layer:
         pairs = batch * (length * (length + 1) // 2 + length**2 if self.decoder else length**2) * width
         forward, backward = 2 * weights + 4 * pairs, 4 * weights + 10 * pairs
         return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-
-    def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype whose matmul rate bounds the arithmetic."""
-        return dtype
 
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of what checking and measuring take: float64 twins with all logits, and parameters."""

@@ -1,32 +1,29 @@
 """What is measured: operations with their inputs, byte and FLOP models, and the sweeps over shapes.
 
-An operation is an object with the methods of `Norm`; another family (`Activation`, `Attention`, `Layer`) is another
-class with the same methods and an entry in `OPS`. A `Case` is one operation at one shape, dtype and direction.
+A family of operations is a subclass of `Operation` with entries in `OPS`. A `Case` is one operation at one shape, dtype
+and direction.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fusednorm
 from benchmarks.cases.activation import Activation
 from benchmarks.cases.attention import Attention
+from benchmarks.cases.base import Call, Operation
 from benchmarks.cases.layers import Layer
+from benchmarks.cases.norm import DROPOUT_P, Norm
 from fusednorm import dispatch
 from fusednorm._activations import ACTIVATIONS
 
-Call = Callable[[], tuple[Tensor, ...]]
-Leaves = Mapping[str, Tensor]
-
-DROPOUT_P = 0.1
-EPS = 1e-5
 DIRECTIONS = ("forward", "backward", "both")
 DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 TINY = (4, 64)  # too small for any device: what is measured is the time of the host
@@ -34,140 +31,8 @@ TINY_ATTENTION = (1, 4, 16, 16)
 TINY_LAYER = (2, 8, 64)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """One of the four norms, plain or after the residual add, or after the whole epilogue.
-
-    The epilogue is `residual + dropout(x + x_bias)`; results are (normed,) or (normed, the residual stream).
-    """
-
-    name: str
-    rms: bool = False
-    add: bool = False
-    epilogue: bool = False
-    family = "norm"  # which of a sweep's shapes it is measured at
-
-    @property
-    def draws_mask(self) -> bool:
-        return self.epilogue
-
-    def inputs(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that receives a gradient."""
-        sizes = {"x": shape}
-        if self.add:
-            sizes["residual"] = shape
-        sizes["weight"] = shape[-1:]
-        if not self.rms:
-            sizes["bias"] = shape[-1:]
-        if self.epilogue:
-            sizes["x_bias"] = shape[-1:]
-        return sizes
-
-    def values(self, name: str, normal: Tensor) -> Tensor:
-        """A leaf from normal numbers: weights around 1."""
-        return 1 + 0.2 * normal if name == "weight" else 1.5 * normal + 0.25
-
-    def outputs(self) -> tuple[str, ...]:
-        return ("normed", "residual_out") if self.add else ("normed",)
-
-    def mask_of(self, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor | None:
-        """The elements that `fused` keeps with this seed; None without dropout."""
-        return fusednorm.dropout_mask(shape, DROPOUT_P, seed, device) if self.epilogue else None
-
-    def _norm(self) -> Callable[..., Tensor]:
-        return F.rms_norm if self.rms else F.layer_norm
-
-    def _settings(self, t: Leaves) -> tuple[Any, ...]:
-        """What follows the tensors in a call. Every variant is called with it, so that none pays more for its form."""
-        shape, weight = tuple(t["weight"].shape), t["weight"]
-        return (shape, weight, EPS) if self.rms else (shape, weight, t["bias"], EPS)
-
-    def twin(self, t: Leaves, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Eager arithmetic in the dtype of `t`, float64 included, with a given dropout mask."""
-        z, norm, settings = t["x"], self._norm(), self._settings(t)
-        if self.epilogue:
-            z = torch.where(mask, (z + t["x_bias"]) * (1.0 / (1.0 - DROPOUT_P)), 0.0)
-        if self.add:
-            z = t["residual"] + z
-        normed = norm(z, *settings)
-        return (normed, z) if self.add else (normed,)
-
-    def eager(self, t: Leaves, dropout_p: float = DROPOUT_P) -> Call:
-        """What a user of plain torch writes."""
-        x, residual, x_bias = t["x"], t.get("residual"), t.get("x_bias")
-        norm, settings = self._norm(), self._settings(t)
-
-        def epilogue() -> tuple[Tensor, ...]:
-            z = residual + F.dropout(x + x_bias, dropout_p)
-            return norm(z, *settings), z
-
-        def add() -> tuple[Tensor, ...]:
-            z = residual + x
-            return norm(z, *settings), z
-
-        def plain() -> tuple[Tensor, ...]:
-            return (norm(x, *settings),)
-
-        return epilogue if self.epilogue else add if self.add else plain
-
-    def fused(self, t: Leaves, seed: int | None = None) -> Call:
-        """The package's function. Without `seed` it draws one each call, as a user's call does."""
-        function = getattr(fusednorm, ("add_" if self.add else "") + ("rms_norm" if self.rms else "layer_norm"))
-        x, residual, x_bias, settings = t["x"], t.get("residual"), t.get("x_bias"), self._settings(t)
-        if self.epilogue:
-            return lambda: function(x, residual, *settings, x_bias=x_bias, dropout_p=DROPOUT_P, seed=seed)
-        if self.add:
-            return lambda: function(x, residual, *settings)
-        return lambda: (function(x, *settings),)
-
-    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
-        """The least traffic: each input read once, each result written once, statistics in float32.
-
-        Forward without gradients stores no statistics; with them (backward, both) it does. The backward reads the
-        cotangents and the kept stream. The gradient of a bare add is one tensor for both operands. No mask is stored.
-        """
-        rows, width = _rows(shape), shape[-1]
-        tensor, parameter = rows * width * itemsize, width * itemsize
-        n_parameters = 1 if self.rms else 2
-        statistics = rows * 4 * (1 if self.rms else 2)
-        forward = (4 if self.add else 2) * tensor + (n_parameters + self.epilogue) * parameter
-        read = (3 if self.add else 2) * tensor + statistics + parameter
-        written = (2 if self.epilogue else 1) * tensor + (n_parameters + self.epilogue) * parameter
-        if direction == "forward":
-            return forward
-        return read + written if direction == "backward" else forward + statistics + read + written
-
-    def flops(self, shape: tuple[int, ...], direction: str) -> int:
-        """Float additions and multiplications, per element (what is done once a row, and integer work, is left out).
-
-        Forward LayerNorm 7: mean 1, centre 1, square and sum 2, scale 1, weight 1, bias 1; RMSNorm 4. Backward
-        LayerNorm 13: x̂ 2, g = w dy 1, the two row sums 3, dz 4, dweight 2, dbias 1; RMSNorm 9. A residual adds 1 each
-        way; bias and dropout's scale 2 each way.
-        """
-        extra = self.add + 2 * self.epilogue
-        forward, backward = (4 if self.rms else 7) + extra, (9 if self.rms else 13) + extra
-        each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-        return each * _rows(shape) * shape[-1]
-
-    def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype whose matmul rate bounds the arithmetic: norms compute in float32 whatever they read."""
-        return torch.float32
-
-    def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
-        """An upper estimate of what checking and measuring take: float64 twins, and int64 words under a mask."""
-        return _rows(shape) * shape[-1] * (12 * itemsize + 14 * 8 + (160 if self.epilogue else 0))
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
 # measured for the table of automatic choice alone
 _GRID_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "relu")
-Operation = Norm | Activation | Attention | Layer
 OPS: dict[str, Operation] = {
     op.name: op
     for op in (
@@ -218,7 +83,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        return _rows(self.shape) * self.shape[-1]
+        return math.prod(self.shape)
 
     @property
     def input_bytes(self) -> int:
@@ -231,6 +96,11 @@ class Case:
     @property
     def flops(self) -> int:
         return self.operation.flops(self.shape, self.direction)
+
+    def record(self) -> dict[str, Any]:
+        """What a result says of the case itself."""
+        models = {"bytes": self.bytes_moved, "flops": self.flops, "input_bytes": self.input_bytes}
+        return {"name": self.name, "size": self.size, **asdict(self), **models}
 
     @property
     def memory_needed(self) -> int:

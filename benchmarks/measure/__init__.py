@@ -1,5 +1,7 @@
 """How a case is measured: checked against float64, then timed beside its baselines and a roofline."""
 
+# ruff: noqa: F401 - what callers take from here
+
 from benchmarks.measure.conditions import available_memory, best_device, steady_machine
 from benchmarks.measure.correctness import (
     DRAWS,
@@ -21,26 +23,3 @@ from benchmarks.measure.timers import (
     median_interval,
     timer_for,
 )
-
-__all__ = [
-    "DRAWS",
-    "MAX_ROUNDS",
-    "MIN_ROUNDS",
-    "PEER_TOLERANCE",
-    "SLOW_ROUNDS",
-    "CpuTimer",
-    "CudaTimer",
-    "Problem",
-    "Roofline",
-    "Verdict",
-    "available_memory",
-    "best_device",
-    "check",
-    "forget_problem",
-    "measure_roofline",
-    "median_interval",
-    "problem",
-    "results",
-    "steady_machine",
-    "timer_for",
-]

@@ -26,6 +26,10 @@ class Problem:
     exact: Mapping[str, Tensor]
     eager_error: Mapping[str, float]
 
+    def leaves_for(self, direction: str) -> dict[str, Tensor]:
+        """Inputs to be timed, at the same addresses each time."""
+        return {name: leaf.detach().requires_grad_(direction != "forward") for name, leaf in self.leaves.items()}
+
 
 @functools.lru_cache(maxsize=1)
 def _problem(op_name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, draw: int) -> Problem:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.files import read_result
 from benchmarks.report.stats import AUTOMATIC, Record, busy_text, measured
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -121,7 +122,7 @@ def newest(folder: Path | None = None, for_targets: bool = False) -> list[tuple[
         return of_targets(result) == for_targets, result["environment"]["date"]
 
     for path in sorted((folder or RESULTS).glob("*/*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(path)
         if provider_asked_for(result):
             continue
         device = path.parent.name
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="though the commit is unclear or the place is taken")
     arguments = parser.parse_args(argv)
     try:
-        path = add(json.loads(arguments.result.read_text(encoding="utf-8")), force=arguments.force)
+        path = add(read_result(arguments.result), force=arguments.force)
     except (OSError, ValueError) as error:
         print(f"not kept: {error}", file=sys.stderr)
         return 1

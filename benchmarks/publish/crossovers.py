@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.cases import OPS
 from benchmarks.report import pages as report
+from benchmarks.report.files import read_result
 from benchmarks.report.stats import LOSS, Record, measured, no_kernel, ratio
 from fusednorm.dispatch import PROVIDERS
 from fusednorm.dispatch import crossovers as choice
@@ -117,7 +118,7 @@ def text(made: Mapping[str, Any]) -> str:
 
 def changes(made: Mapping[str, Any], path: Path) -> str:
     """A table of the shapes whose provider is another than before."""
-    before = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.exists() else {}
+    before = read_result(path)["shapes"] if path.exists() else {}
     rows = []
     for name, entries in made["shapes"].items():
         old = {(r, c): provider for r, c, provider, _ in before.get(name, [])}
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     root = Path(__file__).resolve().parents[2]
     try:
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+        results = [read_result(path) for path in options.results]
         sources = [
             p.resolve().relative_to(root).as_posix() if root in p.resolve().parents else p.name for p in options.results
         ]

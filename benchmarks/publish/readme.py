@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.cases import DIRECTION_TITLES
 from benchmarks.publish import add_result
+from benchmarks.report.files import renew
 from benchmarks.report.pages import table
 from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
 
@@ -114,13 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if there is a difference")
     arguments = parser.parse_args(argv)
-    old = README.read_text(encoding="utf-8")
-    new = replaced(old, block(add_result.newest()))
-    if arguments.check:
-        print("README.md follows the data" if new == old else "README.md does not follow the data")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    text = replaced(README.read_text(encoding="utf-8"), block(add_result.newest()))
+    return renew(README, text, arguments.check)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the spread. What no case of a run stands for was not measured, and is neither me
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.publish import add_result
+from benchmarks.report.files import read_result, renew
 from benchmarks.report.pages import table
 from benchmarks.report.stats import LOSS, Record, believable, measured, ratio, roofline_fraction
 
@@ -224,15 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if there is a difference")
     arguments = parser.parse_args(argv)
     if arguments.result:
-        print(text(json.loads(arguments.result.read_text(encoding="utf-8"))))
+        print(text(read_result(arguments.result)))
         return 0
-    new = page(add_result.newest(for_targets=True))
-    if arguments.check:
-        follows = TABLE.exists() and TABLE.read_text(encoding="utf-8") == new
-        print(f"{TABLE.name} {'follows' if follows else 'does not follow'} the data")
-        return int(not follows)
-    TABLE.write_text(new, encoding="utf-8")
-    return 0
+    return renew(TABLE, page(add_result.newest(for_targets=True)), arguments.check)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 from collections import Counter
@@ -18,6 +17,7 @@ from statistics import median, quantiles
 from benchmarks.cases import DIRECTION_TITLES, OPS
 from benchmarks.measure.load import share_text
 from benchmarks.report import html_page
+from benchmarks.report.files import make_folder, read_result
 from benchmarks.report.plots import plots
 from benchmarks.report.stats import (
     BELIEVABLE,
@@ -313,13 +313,6 @@ def compare(old: Record, new: Record) -> tuple[str, int]:
 # --- files ---
 
 
-def make_folder(folder: Path) -> None:
-    """Make a report's folder before hours are spent on what belongs into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to")
-
-
 def write(result: Record, folder: Path) -> list[Path]:
     """Write benchmark.json, benchmark.md, the pictures and benchmark.html, which holds them all; say what cannot be."""
     make_folder(folder)
@@ -342,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("result", type=Path, help="a JSON file that run.py wrote")
     parser.add_argument("--report", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
-    for path in write(json.loads(arguments.result.read_text(encoding="utf-8")), arguments.report):
+    for path in write(read_result(arguments.result), arguments.report):
         print(path)
     return 0
 

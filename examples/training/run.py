@@ -27,7 +27,7 @@ import torch
 import fusednorm
 from benchmarks import cases
 from benchmarks.measure import load as measure_load
-from benchmarks.report.pages import make_folder
+from benchmarks.report.files import make_folder
 from examples.training import report as reports
 from examples.training import text
 from examples.training.job import Job, Report

@@ -26,7 +26,6 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,11 +34,11 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarks.host import ROOT, ask, commit
 from tools.gpu_check import stages as gpu_stages
-from tools.gpu_check.environment import commit, find_tool
+from tools.gpu_check.environment import UNKNOWN_COMMIT, find_tool
 from tools.gpu_check.stages import Stage
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "build", "tests", "sanitizer", "benchmark")
 ASKED_FOR = ("tune", "targets")  # beside the five they would not fit nine minutes
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -51,15 +50,10 @@ _DEVICE_CODE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.i
 
 def device_name() -> tuple[str, str]:
     """The GPU's name, or why there is none. Asked in another process: a broken driver may never answer."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _DEVICE_CODE], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-    except subprocess.TimeoutExpired:
-        return "", "torch did not say in two minutes whether there is a GPU"
-    if done.returncode:
-        return "", (done.stderr.strip().splitlines() or ["torch cannot be imported"])[-1]
-    return done.stdout.strip(), "torch sees no GPU"
+    answer = ask(sys.executable, "-c", _DEVICE_CODE, seconds=120)
+    if answer.well:
+        return answer.out.strip(), "torch sees no GPU"
+    return "", "torch: " + (answer.errors.strip().splitlines() or ["it cannot be imported"])[-1]
 
 
 def unpack_peers(folder: Path, into: Path) -> list[str]:
@@ -203,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     facts = {
         "GPU": name,
-        "commit": commit(),
+        "commit": commit() or UNKNOWN_COMMIT,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["tools.gpu_check.check", *(sys.argv[1:] if argv is None else argv)]),
     }

@@ -11,12 +11,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
-from importlib import metadata
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.host import ask, commit, cpu_name, lines, version
+
+UNKNOWN_COMMIT = "unknown (no git, or no repository)"
 PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "pytest", "pytest-benchmark", "hypothesis", "expecttest", "ninja"),
     *("setuptools", "matplotlib", "tqdm", "tokenizers", "liger-kernel", "quack-kernels", "flash-linear-attention"),
@@ -35,52 +34,26 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def ask(*command: str, seconds: float = 20) -> tuple[bool, str]:
-    """Whether it went well, and what it printed, or why it printed nothing."""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"no answer in {seconds:g} s"
-    except OSError as error:
-        return False, error.strerror or str(error)
-    return done.returncode == 0, (done.stdout + done.stderr).strip()
-
-
-def commit() -> str:
-    known, head = ask("git", "rev-parse", "--short=12", "HEAD")
-    if not known:
-        return "unknown (no git, or no repository)"
-    return head + ("+changes" if ask("git", "status", "--porcelain")[1] else "")
-
-
 def tool_versions() -> list[str]:
     lines = []
     for name, wanted in (("nvcc", "release"), ("compute-sanitizer", "ersion"), ("ninja", ""), ("g++", "")):
         path = find_tool(name)
-        text = ask(path, "--version")[1] if path else "not found"
+        text = ask(path, "--version").text if path else "not found"
         said = [line for line in text.splitlines() if wanted in line] or text.splitlines() or ["says nothing"]
         lines.append(f"{name:<18} {said[0].strip()}" + (f" ({path})" if path else ""))
     return lines
 
 
 def package_versions() -> list[str]:
-    lines = []
-    for name in PACKAGES:
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = "absent"
-        lines.append(f"{name:<22} {version}")
-    return lines
+    return [f"{name:<22} {version(name) or 'absent'}" for name in PACKAGES]
 
 
 def device_report() -> str:
-    found, text = ask("nvidia-smi", "-q", "-i", "0")
-    if not found:
-        return f"nvidia-smi: {text.splitlines()[0] if text else 'failed'}"
-    return "\n".join(line for line in text.splitlines() if WANTED.match(line.strip()))
+    answer = ask("nvidia-smi", "-q", "-i", "0")
+    said = answer.text.splitlines()
+    if not answer.well:
+        return f"nvidia-smi: {said[0] if said else 'failed'}"
+    return "\n".join(line for line in said if WANTED.match(line.strip()))
 
 
 def show(title: str, text: str) -> None:
@@ -88,10 +61,9 @@ def show(title: str, text: str) -> None:
 
 
 def machine() -> str:
-    memory = next((line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "MemTotal: unknown")
-    processor = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    name = processor.partition(":")[2].strip() or platform.machine()
-    return f"{platform.platform()}\n{name}, {os.cpu_count()} cores, {' '.join(memory.split())}\ncommit {commit()}"
+    memory = next((line for line in lines("/proc/meminfo") if line.startswith("MemTotal")), "MemTotal: unknown")
+    cores = f"{cpu_name()}, {os.cpu_count()} cores, {' '.join(memory.split())}"
+    return f"{platform.platform()}\n{cores}\ncommit {commit() or UNKNOWN_COMMIT}"
 
 
 def main() -> int:
@@ -100,21 +72,14 @@ def main() -> int:
     show("packages", "\n".join(package_versions()))
     show("tools", "\n".join(tool_versions()))
     show("device", device_report())
-    well, info = ask(sys.executable, "-m", "fusednorm", "info", seconds=60)
-    show("python -m fusednorm info", info)
+    info = ask(sys.executable, "-m", "fusednorm", "info", seconds=60)
+    show("python -m fusednorm info", info.text)
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     last = f"{gpu}; torch {torch.__version__} for CUDA {torch.version.cuda}, Python {platform.python_version()}"
-    print(last + ("" if well else "; `python -m fusednorm info` failed"))
-    return 0 if well else 1
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+    print(last + ("" if info.well else "; `python -m fusednorm info` failed"))
+    return 0 if info.well else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.files import replace
 from tools import supervise
 from tools.supervise import tail
 
@@ -160,7 +161,7 @@ class Run:
     def write(self) -> None:
         used = round(time.monotonic() - self.start, 1)
         record = {"format": 1, **self.facts, "finished": self.finished, "passed": self.passed, "seconds": used}
-        _replace(self.folder / "summary.json", json.dumps(record | {"stages": self.results}, indent=1) + "\n")
+        replace(self.folder / "summary.json", json.dumps(record | {"stages": self.results}, indent=1) + "\n")
         facts = [f"- {key}: {value}" for key, value in self.facts.items()]
         facts += [f"- seconds: {used:.0f} of {self.seconds:.0f}"]
         text = ["# GPU check", f"**{self.verdict()}**", "\n".join(facts), self.table()]
@@ -168,7 +169,7 @@ class Run:
             if r["tail"]:
                 text += [f"## {r['name']}: {r['status']}", f"The end of `{r['log']}`:"]
                 text += ["```text\n" + "\n".join(r["tail"]).replace("```", "'''") + "\n```"]
-        _replace(self.folder / "summary.md", "\n\n".join(text) + "\n")
+        replace(self.folder / "summary.md", "\n\n".join(text) + "\n")
 
 
 def _end(lines: Sequence[str]) -> str:
@@ -179,10 +180,3 @@ def _short(command: Sequence[str]) -> str:
     """What a reader tells commands by: no interpreter, no folders, no later options."""
     words = [os.path.basename(word) for word in command if word not in (sys.executable, "-u", "-m")]
     return " ".join(words[:3])[:80]
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader, or a cut, finds the old text or the new one."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

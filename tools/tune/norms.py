@@ -22,16 +22,16 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cases, measure, run
+from benchmarks import cases, measure
 from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
+from benchmarks.report.files import make_folder, write_result
 from tools.supervise import Message, Step, supervised
 from tools.tune import forms as tune_forms
 from tools.tune import report as tune_report
@@ -113,8 +113,7 @@ def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any
 
 
 def _bound(case: Case, inputs: measure.Problem, build: Any) -> Any:
-    needs_grad = case.direction != "forward"
-    leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in inputs.leaves.items()}
+    leaves = inputs.leaves_for(case.direction)
     return cases.runner(build(leaves), leaves.values(), inputs.cotangents, case.direction)
 
 
@@ -122,8 +121,7 @@ def measure_case(
     case: Case, device: torch.device, timer: Any, providers: list[str], seconds: float, lost: Mapping[Step, str]
 ) -> Iterator[Message]:
     """Announces each step, and ends with the record."""
-    record: dict[str, Any] = {"name": case.name, "size": case.size, **asdict(case)}
-    record |= {"bytes": case.bytes_moved, "input_bytes": case.input_bytes, "status": "failed", "detail": ""}
+    record = case.record() | {"status": "failed", "detail": ""}
     record |= {"tables": {}, "tried": {}, "variants": {}, "rejected": {}}
     calls: dict[str, Any] = {}
     start = time.monotonic()
@@ -247,7 +245,7 @@ def collect(messages: Iterator[Message], result: Result, arguments: argparse.Nam
                 result.records.append(content)
                 print(f"[{len(result.records)}/{len(result.plan)}] {content['name']}", file=sys.stderr, flush=True)
             if arguments.json and kind != "trying":
-                run.write(arguments.json, result.known())
+                write_result(arguments.json, result.known())
     except KeyboardInterrupt:  # what was measured is worth its report
         result.stopped = "interrupted"
     finally:
@@ -288,7 +286,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         arguments.only = re.compile(arguments.only)
         if arguments.json:
-            report.make_folder(arguments.json.parent)
+            make_folder(arguments.json.parent)
     except (re.error, OSError) as error:
         parser.error(str(error))
     if arguments.seconds <= 0:
@@ -319,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     collect(supervised(todo, PATIENCE) if planned_for == "cuda" else todo(set(), {}), result, arguments)
     known = result.known()
     if arguments.json:
-        run.write(arguments.json, known)
+        write_result(arguments.json, known)
     if not known["cases"]:
         print(f"nothing was measured: {result.stopped}", file=sys.stderr)
         for provider, reason in known["absent"].items():

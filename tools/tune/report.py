@@ -6,7 +6,6 @@ python3 -m tools.tune.report tune.json    # from raw data
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from collections import Counter
@@ -16,6 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.cases import DIRECTION_TITLES
+from benchmarks.report.files import read_result
 from benchmarks.report.pages import table
 from benchmarks.report.stats import Record, measured, ratio, ratio_text, seconds_text, verdict
 
@@ -158,8 +158,8 @@ def all_right(result: Record) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="a JSON file that tune.py wrote")
-    print(text(json.loads(parser.parse_args(argv).result.read_text(encoding="utf-8"))))
+    parser.add_argument("result", type=Path, help="a JSON file that tune.norms wrote")
+    print(text(read_result(parser.parse_args(argv).result)))
     return 0
 
 
