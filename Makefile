@@ -23,7 +23,7 @@ both = a=0; b=0; \
   [ $$a -eq 0 ] || [ $$a -eq 5 ] || exit $$a; \
   $(2) $(SIDE_BY_SIDE) -m "$(1) and not alone" $(ARGS) || b=$$?; \
   [ $$b -eq 0 ] || { [ $$b -eq 5 ] && [ $$a -eq 0 ]; }
-# What pytest is told besides: make test ARGS="tests/test_norm.py -k backward"
+# What pytest is told besides: make test ARGS="tests/norm/test_norm.py -k backward"
 ARGS ?=
 # A proxy that refuses connections, so that no fast test passes only because a network was there.
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1

@@ -391,5 +391,5 @@ def extensions() -> list[Extension]:
     return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 
-if __name__ == "__main__":  # tests/emulated.py takes the commands
+if __name__ == "__main__":  # tests/helpers/emulated.py takes the commands
     setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})

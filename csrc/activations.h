@@ -1,6 +1,6 @@
 // The activations of bias_act_dropout: the one list of them for both libraries and the shortcut.
 //
-// fusednorm/_activations.py is the same table in Python. tests/test_activation_table.py compares the two, and a library
+// fusednorm/_activations.py is the same table in Python. tests/activation/test_table.py compares the two, and a library
 // that was built with another list does not load.
 #pragma once
 

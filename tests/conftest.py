@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # before triton is imported: its kernels then take CPU tensors
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-    # before the cuda provider is imported: so does its emulation
-    if emulated.compiler() is not None and "FUSEDNORM_EMULATE" not in os.environ:
-        os.environ["FUSEDNORM_EMULATE"] = str(emulated.build_provider(sanitized=False))
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from backends import EMULATED, INTERPRETED  # first: it says what the providers of the package find
 
 import fusednorm
 from fusednorm import _once, dispatch
 from fusednorm.providers.cpu import norm as cpu
 
-if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # test_csrc_cpu.py: another build, one of its instruction sets
+if (
+    "FUSEDNORM_TEST_LIBRARY" in os.environ
+):  # providers/cpu/test_sanitizers.py: another build, one of its instruction sets
     cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
     assert dispatch.unavailable_reason("cpu") is None, dispatch.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
@@ -32,14 +25,6 @@ if "FUSEDNORM_TEST_LIBRARY" in os.environ:  # test_csrc_cpu.py: another build, o
 _once.first_time("no CPU library")  # where it is not built, or made to be missing, that is known: no warning
 
 AUTOMATIC = "automatic"
-EMULATED = "FUSEDNORM_EMULATE" in os.environ
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "numpy")))
-if INTERPRETED:
-    from interpreter import patch_the_language_once, round_bfloat16_to_nearest, sum_pairs_with_numpy
-
-    round_bfloat16_to_nearest()
-    sum_pairs_with_numpy()
-    patch_the_language_once()
 
 
 def _places() -> list:
@@ -52,7 +37,7 @@ def _places() -> list:
         only = None if on_cpu is None else "cpu" if on_cpu else "cuda"
         marks = [pytest.mark.skip(reason=f"provider {name}: {reason}")] if reason else []
         if (name == "triton" and INTERPRETED) or (name == "cuda" and EMULATED):
-            marks.append(pytest.mark.slow)  # test_triton_norm.py and test_cuda_norm.py choose their shapes, and are not
+            marks.append(pytest.mark.slow)  # the tests in tests/providers choose their shapes, and are not
         places += [
             pytest.param((name, device), id=f"{name}-{device}", marks=marks)
             for device in (devices if only is None else [only])
@@ -60,7 +45,10 @@ def _places() -> list:
     return places
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # so that -k takes a folder: pytest -k providers/cpu
+        item.extra_keyword_matches.add(item.path.parent.relative_to(Path(__file__).parent).as_posix())
     if torch.cuda.is_available():
         return
     for item in items:

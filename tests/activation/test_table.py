@@ -22,7 +22,7 @@ from fusednorm.modules._layer import activation_name
 from fusednorm.providers import native
 from tools.codegen import cuda_forms
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEADER = cuda_forms.CUDA.parent / "activations.h"
 NAMES = [activation.name for activation in TABLE]
 EACH = pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED
+from backends import INTERPRETED
 from oracle_attention import AttentionCall
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -19,7 +19,7 @@ from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
 from benchmarks.report import pages as report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = "^(layer_norm|bias_dropout_add_rms_norm)/.*4x64"
 FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none"]

@@ -7,9 +7,9 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_benchmarks_report import record, result
 
 from benchmarks.report import pages as report
+from tests.benchmarks.test_report import record, result
 
 
 class Reader(HTMLParser):

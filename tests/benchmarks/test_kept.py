@@ -7,10 +7,10 @@ import json
 import re
 
 import pytest
-from test_benchmarks_report import record, result
 
 from benchmarks import cases
 from benchmarks.publish import add_result, readme
+from tests.benchmarks.test_report import record, result
 
 FUSED = {"how": "one fused op each way", "provider": "triton"}
 

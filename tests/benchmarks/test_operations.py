@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.cases import TINY, Sweep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_suite_collects_every_case_and_runs_one():

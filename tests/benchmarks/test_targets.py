@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_benchmarks_kept import measured
-from test_benchmarks_report import record
 
 from benchmarks import measure, run
 from benchmarks.baselines import BASELINES
 from benchmarks.cases import targets as cases_targets
 from benchmarks.publish import add_result, targets
+from tests.benchmarks.test_kept import measured
+from tests.benchmarks.test_report import record
 
 LARGE = {"shape": (32768, 4096), "dtype": "bfloat16"}
 STEP = {"op": "encoder_layer", "shape": (4, 2048, 1024), "dtype": "bfloat16", "direction": "both"}

@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
-from test_shortcut import _Dispatches, _Functions, _Subclass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fusednorm import dispatch, scaled_dot_product_attention
 from fusednorm.dispatch import fastpath as _shortcut
+from tests.dispatch.test_fastpath import _Dispatches, _Functions, _Subclass
 
 _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")

@@ -10,9 +10,7 @@ import json
 
 import pytest
 import torch
-from conftest import EMULATED
-from test_shortcut import DTYPES, FORMS, call, differentiate, same
-from test_shortcut import operands as on_the_cpu
+from backends import EMULATED
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +19,8 @@ from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath as _shortcut
+from tests.dispatch.test_fastpath import DTYPES, FORMS, call, differentiate, same
+from tests.dispatch.test_fastpath import operands as on_the_cpu
 
 _missing = _shortcut.load()[1]
 pytestmark = [

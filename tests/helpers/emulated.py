@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")

@@ -1,6 +1,7 @@
 """Calls of the native libraries that have to end in a result or an exception.
 
-``python tests/hostile.py GROUP [SEED]`` makes the calls of one group in a process of its own, which a fault would end.
+``python tests/helpers/hostile.py GROUP [SEED]`` makes the calls of one group in a process of its own, which a fault
+would end.
 It prints each call before it is made, so the last line names the one that did.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import emulated
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HAS_HEADERS = (Path(sysconfig.get_path("include")) / "Python.h").exists()
 pytestmark = pytest.mark.skipif(
     sys.platform not in ("linux", "darwin"), reason="native libraries are for Linux and macOS"

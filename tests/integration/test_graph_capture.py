@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from backends import INTERPRETED
 
 import fusednorm
 from fusednorm._options import NormInputs, NormOptions

@@ -201,7 +201,7 @@ def test_recorded_overload_has_the_gradients_of_the_public_way(name):
 FRESH = """
 import os, sys, torch, fusednorm, traceback
 from fusednorm import dispatch
-import test_ops
+from tests.integration import test_ops as test_ops
 for name, calls in test_ops.CALLS.items():
     for i, make in enumerate(calls):
         args = make()

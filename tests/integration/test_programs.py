@@ -30,7 +30,7 @@ RUNS = [
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
 def test_each_call_may_be_the_first_of_its_process(run):
     """Results and gradients at other inputs than the recorded ones; a trace is saved and loaded between."""
-    said = [json.loads(line) for line in python("tests/programs.py", *run).splitlines()]
+    said = [json.loads(line) for line in python("tests/helpers/programs.py", *run).splitlines()]
     assert [name for name, _ in said] == list(CALLS)
     problems = [f"{name}:\n{problem}" for name, problem in said if problem]
     assert not problems, "\n".join(problems)

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 from drop_in import twins
-from test_transformer_recompute import kept
 
 from fusednorm import activation_bytes, dispatch
+from tests.modules.test_transformer_recompute import kept
 
 NATIVE = pytest.mark.skipif(
     dispatch.unavailable_reason("cpu") is not None, reason="the native library for the CPU is not built"

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from test_codegen import OLDEST, ROOT, compile_in_process, oldest_triton, pytestmark
+
+from tests.tools.test_codegen_norms import OLDEST, ROOT, compile_in_process, oldest_triton, pytestmark
 
 __all__ = ["oldest_triton", "pytestmark"]  # which pytest finds by name
 KERNELS = {"attention_fwd", "attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"}

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 
 from tools.codegen import cuda as codegen_cuda
 from tools.codegen.cuda import ARCH_ON_PAGE, ARCHITECTURES, ON_PAGE, PAGE, faults, hold

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 from torch.profiler import ProfilerActivity, profile
 
 from fusednorm.providers.cuda import norm as cuda

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "triton==3.6.0"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 

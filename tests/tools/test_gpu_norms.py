@@ -13,7 +13,7 @@ import pytest
 from benchmarks import run
 from tools.gpu_check import check as gpu_check
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NORMS = ("environment", "build", "tune", "targets")  # what `make gpu-norms` runs
 
 

@@ -15,7 +15,7 @@ from processes import gone, wait_for
 from tools import supervise
 from tools.supervise import Child, Lost, Supervised
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 HANG = "import time; time.sleep(60)"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 
 import fusednorm
 from benchmarks import measure

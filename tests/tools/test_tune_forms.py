@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import EMULATED, INTERPRETED
+from backends import EMULATED, INTERPRETED
 
 import fusednorm
 from benchmarks.cases import Case

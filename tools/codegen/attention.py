@@ -8,7 +8,7 @@ What is compiled is what a launch would compile, as in `norms.py`; `attention_ca
 `--cover 1` compiles calls among which each value of each switch stands, `--cover 2` each pair of values, `--cover all`
 every call (thousands of variants for a head dim and dtype). Triton keeps what it compiled, so a run that was stopped
 goes on where it was. Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which
-`tests/test_codegen_attention.py` holds.
+`tests/tools/test_codegen_attention.py` holds.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python3 -m tools.codegen.cuda --arch 80 90a 100 --sources norm_float64
     python3 -m tools.codegen.cuda --write       # renew benchmarks/results/codegen_cuda.md
 
-Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which `tests/test_cuda_codegen.py` holds; 2 when nvcc or
-cuobjdump is missing.
+Exit status: 0; 1 when a kernel breaks the gate (see `faults`), which `tests/tools/test_codegen_cuda.py` holds; 2 when
+nvcc or cuobjdump is missing.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     python3 -m tools.codegen.norms --write                      # renew benchmarks/results/codegen.md
 
 What is compiled is what a launch would compile: each variant is noted from a real call of the provider whose launch is
-replaced. Exit status: 0; 1 when a variant breaks the gate (see `faults`), which `tests/test_codegen.py` holds.
+replaced. Exit status: 0; 1 when a variant breaks the gate (see `faults`), which `tests/tools/test_codegen_norms.py`
+holds.
 """
 
 from __future__ import annotations

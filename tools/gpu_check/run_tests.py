@@ -30,7 +30,7 @@ import pytest
 from tools.supervise import POLL, Child, Message, Supervised, reporter
 
 ROOT = Path(__file__).resolve().parents[2]
-NORM_TESTS = ("test_norm.py", "test_edges.py", "test_peer_faults_norm.py")
+NORM_TESTS = ("/norm/test_norm.py", "/norm/test_edges.py", "/reported/test_norm.py")
 BROKEN_DEVICE = 71  # a process's exit status
 LONGEST_TEST = 90.0  # seconds, compilation included
 LONGEST_SILENCE = 180.0  # of a process between tests: it imports torch and collects the tests
@@ -223,12 +223,12 @@ def _why(process: Supervised, reason: str) -> str:
 def test_files() -> list[str]:
     """The norm's tests, and every file with a test marked gpu."""
     every = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p) for p in every if p.name in NORM_TESTS or "pytest.mark.gpu" in p.read_text("utf-8")]
+    return [str(p) for p in every if str(p).endswith(NORM_TESTS) or "pytest.mark.gpu" in p.read_text("utf-8")]
 
 
 def parts(files: list[str], device: str, workers: int) -> list[list[Part]]:
     """What may run side by side, one phase after another; the longest first."""
-    norms = [file for file in files if Path(file).name in NORM_TESTS]
+    norms = [file for file in files if file.endswith(NORM_TESTS)]
     phase = "all" if device == "cpu" else "beside"
     dealt = [Part(phase, norms, index, workers) for index in range(workers if norms else 0)]
     beside = [*dealt, *(Part(phase, [file]) for file in files if file not in norms)]

@@ -1,7 +1,7 @@
 """What the CUDA C++ provider's modules share: the library behind ``torch.ops.fusednorm_cuda``, and tensors for it.
 
 The library is loaded when it is first asked for. Without a GPU its kernels can be run on CPU tensors by an emulation,
-for tests: FUSEDNORM_EMULATE then names the library that `tests/emulated.py` builds from the same sources.
+for tests: FUSEDNORM_EMULATE then names the library that `tests/helpers/emulated.py` builds from the same sources.
 """
 
 from __future__ import annotations

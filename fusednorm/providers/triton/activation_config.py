@@ -2,7 +2,8 @@
 
 A lane has 16 elements in the forward, two 128-bit accesses of a 16-bit dtype, and 8 in the backward, which keeps an
 accumulator for each besides two operands; half of that where addresses or values take twice the registers (rows that
-are not aligned, float64). `tests/test_codegen.py` holds every choice to zero spills and to the programs assumed to fit.
+are not aligned, float64). `tests/tools/test_codegen_norms.py` holds every choice to zero spills and to the programs
+assumed to fit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tiles of the attention kernels, by head dim, dtype, what is masked, and architecture.
 
 Chosen by compiled figures, not by timing: the largest tiles that compile without a spill under both versions of Triton
-(`benchmarks/results/codegen_attention.md`; `tests/test_codegen_attention.py` holds them to it).
+(`benchmarks/results/codegen_attention.md`; `tests/tools/test_codegen_attention.py` holds them to it).
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def refusal(x: Tensor, columns: int) -> str | None:
 
 
 def _bfloat16_is_interpreted() -> bool:
-    """Whether somebody has mended the interpreter (tests/interpreter.py), and says so."""
+    """Whether somebody has mended the interpreter (tests/helpers/interpreter.py), and says so."""
     from triton.runtime import interpreter
 
     return getattr(interpreter.InterpreterBuilder, "interprets_bfloat16", False)

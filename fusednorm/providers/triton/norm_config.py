@@ -1,9 +1,10 @@
 """Launch configurations of the norm kernels: which tile holds a row of N columns, for each direction and epilogue.
 
 A tile is BLOCK_M rows by BLOCK_N columns on a number of warps; a row takes ceil(N / BLOCK_N) tiles, held in registers.
-The limits on that count come from compiled register figures, not from timing. `tests/test_codegen.py` compiles choices
-for every architecture and fails on a spill; `tools/codegen/norms.py` and `norm_calls.py` print the figures. One table
-serves all architectures: a multiprocessor has 65536 registers on each of them, and warps are counted by the fewest.
+The limits on that count come from compiled register figures, not from timing. `tests/tools/test_codegen_norms.py`
+compiles choices for every architecture and fails on a spill; `tools/codegen/norms.py` and `norm_calls.py` print the
+figures. One table serves all architectures: a multiprocessor has 65536 registers on each of them, and warps are counted
+by the fewest.
 
 An aligned tile has 8 columns for each lane: one 128-bit access of a 16-bit dtype. Where addresses or values take twice
 the registers (rows that are not aligned, float64) it has 4: the "small" tables.

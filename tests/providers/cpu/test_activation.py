@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 from oracle_activation import ACTIVATIONS, NEGATIVE_TAIL, TORCHS
-from test_cpu_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
 from fusednorm.dispatch import crossovers as choice
+from tests.providers.cpu.test_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
 
 __all__ = ["instruction_sets", "threads"]  # fixtures
 

@@ -13,12 +13,12 @@ from fusednorm import dispatch
 
 REASON = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def survives(*arguments: str) -> None:
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-X", "faulthandler", str(HERE / "hostile.py"), *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-X", "faulthandler", str(ROOT / "tests" / "helpers" / "hostile.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0 and done.stdout.endswith("survived\n"), done.stdout[-2000:] + done.stderr[-6000:]
 

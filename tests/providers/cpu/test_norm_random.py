@@ -8,9 +8,9 @@ import torch
 from fusednorm import dispatch
 
 pytest.importorskip("hypothesis")
-from drawn import CHECKS, LEAD, NARROW, WIDE, calls, hold_to_budget
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from strategies import CHECKS, LEAD, NARROW, WIDE, calls, hold_to_budget
 
 REASON = dispatch.unavailable_reason("cpu")
 pytestmark = [

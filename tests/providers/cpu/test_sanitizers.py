@@ -23,18 +23,19 @@ pytestmark = [
     pytest.mark.skipif(emulated.compiler() is None, reason="no g++ to build the library with sanitizers"),
     pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}"),
 ]
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[3]
+TESTS = ROOT / "tests"
 INSTRUCTION_SETS = [] if REASON else torch.ops.fusednorm_cpu.instruction_sets().split()
 FILES = (
-    *("test_norm.py", "test_edges.py", "test_cpu_norm.py", "test_cpu_edges.py", "test_cpu_norm_random.py"),
-    "test_cpu_hostile.py",
+    *("norm/test_norm.py", "norm/test_edges.py"),
+    *(f"providers/cpu/test_{name}.py" for name in ("norm", "edges", "norm_random", "hostile")),
 )
-CHOSEN = "(cpu-cpu or test_cpu_) and not best_instruction_set"
+CHOSEN = "(cpu-cpu or providers/cpu) and not best_instruction_set"
 ATTENTION_FILES = (
-    "test_cpu_attention.py",
-    "test_attention.py",
-    "test_attention_masked.py",
-    "test_peer_faults_attention.py",
+    "providers/cpu/test_attention.py",
+    "attention/test_attention.py",
+    "attention/test_masked.py",
+    "reported/test_attention.py",
 )
 ATTENTION_LAYOUTS = (
     "all_moderate or cpu-cpu and (every_layout or every_length or every_head_dim or varlen or empty or broadcast)"
@@ -66,7 +67,7 @@ def run_tests(
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
     command += ["--capture=no", *arguments]  # what is written before a process is ended would be lost
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1800)
 
 
 def plant(fault: str) -> Path:
@@ -96,7 +97,7 @@ def test_every_layout_under_sanitizers(name):
     """
     library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
     chosen, least = (CHOSEN, 900) if name == "baseline" else (LAYOUTS, 600)
-    done = run_tests(library, name, ["libasan.so"], [*(str(HERE / file) for file in FILES), "-k", chosen])
+    done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in FILES), "-k", chosen])
     assert done.returncode == 0, said(done)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)
 
@@ -105,7 +106,7 @@ def test_every_layout_under_sanitizers(name):
 def test_attention_under_sanitizers(name):
     library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
     chosen, least = ("cpu-cpu or all_moderate", 390) if name == "baseline" else (ATTENTION_LAYOUTS, 60)
-    done = run_tests(library, name, ["libasan.so"], [*(str(HERE / file) for file in ATTENTION_FILES), "-k", chosen])
+    done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in ATTENTION_FILES), "-k", chosen])
     assert done.returncode == 0, said(done)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)
 
@@ -113,7 +114,7 @@ def test_attention_under_sanitizers(name):
 @pytest.mark.parametrize("fault", ["write", "read"])
 def test_address_sanitizer_sees_a_planted_fault(fault):
     library = emulated.build_cpu(ADDRESS, UNWATCHED, plant(fault))
-    chosen = [str(HERE / "test_norm.py"), "-k", "cpu-cpu and every_shape and odd_width"]
+    chosen = [str(TESTS / "norm" / "test_norm.py"), "-k", "cpu-cpu and every_shape and odd_width"]
     done = run_tests(library, "baseline", ["libasan.so"], chosen)
     assert done.returncode != 0, said(done)
     assert re.search(rf"AddressSanitizer: heap-buffer-overflow[\s\S]*\n{fault.upper()} of size", done.stderr), said(
@@ -125,8 +126,8 @@ def test_address_sanitizer_sees_a_planted_fault(fault):
 def test_threads_under_thread_sanitizer(fault):
     """Nothing is found in the library as it is, a race where all chunks of rows share one partial sum."""
     library = emulated.build_cpu(THREAD, UNWATCHED, emulated.CSRC if fault is None else plant(fault))
-    threads = emulated.build("threads.so", [HERE / "csrc" / "threads.cpp"], [*THREAD, "-fPIC", "-shared"])
-    chosen = [str(HERE / "test_cpu_norm.py"), "-k", "number_of_threads"]
+    threads = emulated.build("threads.so", [TESTS / "helpers" / "csrc" / "threads.cpp"], [*THREAD, "-fPIC", "-shared"])
+    chosen = [str(TESTS / "providers" / "cpu" / "test_norm.py"), "-k", "number_of_threads"]
     done = run_tests(library, "baseline", ["libtsan.so", str(threads)], chosen)
     assert (done.returncode == 0) == (fault is None), said(done)
     if fault is None:

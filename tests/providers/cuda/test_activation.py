@@ -1,6 +1,6 @@
 """The CUDA kernels of ``bias_act_dropout``, emulated on the CPU: every form, dtype, layout and switch against float64.
 
-`test_csrc_host.py` runs this file once more on a library built with sanitizers. A machine with small blocks lets small
+`test_sanitizers.py` runs this file once more on a library built with sanitizers. A machine with small blocks lets small
 rows take several warps and several slabs.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 from oracle import check
 from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
 from shapes import Shape, random_leaves

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm

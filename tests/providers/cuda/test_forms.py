@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 from oracle import Call, check
 from shapes import Shape, inputs, random_leaves
 

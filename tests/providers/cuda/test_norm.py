@@ -1,6 +1,6 @@
 """The CUDA kernels, emulated on the CPU: every form, dtype, layout and epilogue against float64.
 
-`test_csrc_host.py` runs this file once more on a library built with sanitizers. A machine with small blocks lets small
+`test_sanitizers.py` runs this file once more on a library built with sanitizers. A machine with small blocks lets small
 rows reach the forms of wide ones: warps, blocks, clusters, tiles and slabs.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import EMULATED
+from backends import EMULATED
 from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
 

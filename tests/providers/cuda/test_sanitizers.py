@@ -12,7 +12,8 @@ import emulated
 import pytest
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no g++ to build the kernels for the host")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parents[1]
 
 FAULTS = {
     "missing_barrier": r"never written|race",
@@ -37,7 +38,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faults() -> Path:
-    return emulated.build("faults", [HERE / "csrc" / "faults.cpp"], emulated.SANITIZED)
+    return emulated.build("faults", [TESTS / "helpers" / "csrc" / "faults.cpp"], emulated.SANITIZED)
 
 
 def run(program: Path, name: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +81,7 @@ QUICK = (
     ("chosen", "least"), [(QUICK, 75), pytest.param("", 700, marks=pytest.mark.slow)], ids=["quick", "every_test"]
 )
 def test_kernels_under_sanitizers(chosen, least):
-    """test_cuda_norm.py and test_cuda_activation.py once more, in a process whose memory AddressSanitizer watches."""
+    """test_norm.py and test_activation.py beside this file, in a process whose memory AddressSanitizer watches."""
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
@@ -89,9 +90,9 @@ def test_kernels_under_sanitizers(chosen, least):
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [str(HERE / "test_cuda_norm.py"), str(HERE / "test_cuda_activation.py")]
+    command += [str(HERE / "test_norm.py"), str(HERE / "test_activation.py")]
     command += ["-k", chosen] if chosen else []
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent, timeout=1800)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, timeout=1800)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least and "skipped" not in done.stdout, said

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from backends import INTERPRETED
 from oracle import check
 from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
 from shapes import Shape, random_leaves

@@ -10,16 +10,16 @@ import contextlib
 
 import numpy as np
 import pytest
-import test_attention as general
-import test_attention_masked as masked
 import torch
-from conftest import INTERPRETED
+from backends import INTERPRETED
 from oracle_attention import AttentionCall, check
 
 import fusednorm
 from fusednorm import dropout_mask, scaled_dot_product_attention
 from fusednorm.providers.triton import attention as triton_attention
 from fusednorm.providers.triton import attention_config as table
+from tests.attention import test_attention as general
+from tests.attention import test_masked as masked
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
 

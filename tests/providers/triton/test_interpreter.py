@@ -1,11 +1,12 @@
-"""Triton's own interpreter, without what tests/interpreter.py mends: wrong results are refused by name."""
+"""Triton's own interpreter, without what tests/helpers/interpreter.py mends: wrong results are refused by name."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import pytest
-from test_imports import python
+
+from tests.integration.test_imports import python
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("triton", "numpy"))), reason="Triton's interpreter needs Triton and NumPy"

@@ -11,9 +11,9 @@ import torch
 from fusednorm import dispatch
 
 pytest.importorskip("hypothesis")
-from drawn import CHECKS, NARROW, WIDE, calls, hold_to_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import CHECKS, NARROW, WIDE, calls, hold_to_budget
 
 pytestmark = [
     pytest.mark.skipif(
