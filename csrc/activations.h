@@ -13,7 +13,8 @@
   F(Relu, "relu", 0, 0)                                                       \
   F(Gelu, "gelu", 0, 0)                                                       \
   F(GeluTanh, "gelu_tanh", 1.5957691216057308, 0.044715 * 1.5957691216057308) \
-  F(Silu, "silu", 1, 0)
+  F(Silu, "silu", 1, 0)                                                       \
+  F(QuickGelu, "quick_gelu", 1.702, 0)
 
 namespace fusednorm {
 

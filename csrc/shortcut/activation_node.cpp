@@ -2,7 +2,9 @@
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -164,6 +166,7 @@ at::Tensor bias_act_by_torch(const BiasActCall& call) {
     case fusednorm::kGelu: return at::gelu(u, "none");
     case fusednorm::kGeluTanh: return at::gelu(u, "tanh");
     case fusednorm::kSilu: return at::silu(u);
+    case fusednorm::kQuickGelu: return at::mul(u, at::sigmoid(at::mul(u, 1.702)));
   }
   TORCH_CHECK(false, "no activation has the number ", call.activation);
 }
