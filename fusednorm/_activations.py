@@ -1,6 +1,6 @@
 """The activations of ``bias_act_dropout``: the one table for the package, its benchmarks and its code-generation gates.
 
-``csrc/activations.h`` is the same table in C++. ``tests/test_activation_table.py`` compares the two.
+``csrc/common/activations.h`` is the same table in C++. ``tests/test_activation_table.py`` compares the two.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def unchanged(files: Mapping[str, str]) -> bool:
 def build_provider(sanitized: bool) -> Path:
     """The provider's library with its kernels on the CPU."""
     torch = torch_directory()
-    cuda = CSRC / "cuda"
-    sources = [*cuda.glob("*.cu"), *CSRC.glob("*.cpp"), *cuda.glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
+    sources = [path for pattern in ("*.cu", "*.cpp") for path in (CSRC / "cuda").rglob(pattern)]
+    sources += [*(CSRC / "common").glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
     sources = [source for source in sources if source.name != "machine.cu"]
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
     flags += SANITIZED if sanitized else PLAIN
@@ -114,7 +114,7 @@ def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, c
     for made, command in commands.items():
         vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
         last = vector_flags if vector and vector_flags is not None else flags
-        jobs[made.stem] = [*(part.replace(str(script.COMMON), str(csrc)) for part in command), *last]
+        jobs[made.stem] = [*(part.replace(str(script.CSRC), str(csrc)) for part in command), *last]
     return build_from("libfusednorm_cpu.so", jobs, [*flags, *link, *link_torch(torch)])
 
 

@@ -14,14 +14,14 @@ from oracle_activation import ACTIVATIONS as ORACLE
 from oracle_activation import NEGATIVE_TAIL, TORCHS
 
 import fusednorm
-from benchmarks import cases, codegen_cuda_forms
+from benchmarks import cases
 from fusednorm import _activations, providers
 from fusednorm._activations import ACTIVATIONS, TABLE
 from fusednorm.modules._layer import activation_name
 from fusednorm.providers import choice, native
 
 ROOT = Path(__file__).parents[1]
-HEADER = codegen_cuda_forms.CUDA.parent / "activations.h"
+HEADER = ROOT / "csrc" / "common" / "activations.h"
 NAMES = [activation.name for activation in TABLE]
 EACH = pytest.mark.parametrize("name", NAMES)
 
@@ -117,7 +117,7 @@ def test_a_provider_computes_each(name, provider):
 def test_the_fast_path_names_each_function_of_torch(name):
     """Its switch has no default, and a build takes a missing case for an error."""
     (enumerator,) = (e for e, n, *_ in enumerated() if n == name)
-    source = (ROOT / "csrc" / "shortcut" / "activation_node.cpp").read_text()
+    source = (ROOT / "csrc" / "fastpath" / "activation_node.cpp").read_text()
     assert source.count(f"case fusednorm::k{enumerator}: return ") == 1
     assert "-Werror=switch" in (ROOT / "setup.py").read_text()
 

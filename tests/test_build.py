@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform not in ("linux", "darwin"), reason="native libraries are for Linux and macOS"
 )
 
-# Records its calls, and makes what it is asked for; everything reads csrc/data.h.
+# Records its calls, and makes what it is asked for; everything reads csrc/common/data.h.
 COMPILER = r"""#!/bin/sh
 here=$(dirname "$0")
 case "$1" in
@@ -34,7 +34,7 @@ while [ $# -gt 0 ]; do
 done
 case "$source" in *fault*) echo "$source: error: planted" >&2; exit 1 ;; esac
 echo "$source|$all" >> "$here/calls"
-[ -z "$listing" ] || for name in "$out:" "$source" "$ROOT/csrc/data.h"; do
+[ -z "$listing" ] || for name in "$out:" "$source" "$ROOT/csrc/common/data.h"; do
   printf '%s ' "$(echo "$name" | sed 's/ /\\ /g')"
 done > "$listing"
 echo "$all $$" > "$out"
@@ -110,14 +110,14 @@ class Checkout:
         found = Counter[str]()
         for path in {path for pattern in patterns for path in self.root.glob(f"csrc/{pattern}")}:
             sets = len(emulated.setup_script().INSTRUCTION_SETS) if path.name.endswith("_kernels.cpp") else 1
-            found[path.name] += 2 if path.parent.name == "csrc" else sets
+            found[path.name] += 2 if path.parent.name == "common" else sets
         return found
 
     def libraries(self) -> set[str]:
         return {path.name.partition(".cpython")[0] for path in (self.root / "fusednorm").glob("*.so")}
 
 
-EVERYTHING = ["*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu", *["shortcut/*.cpp"] * HAS_HEADERS]
+EVERYTHING = ["common/*.cpp", "cpu/*/*.cpp", "cuda/*/*.cpp", "cuda/*/*.cu", *["fastpath/*.cpp"] * HAS_HEADERS]
 
 
 @pytest.fixture
@@ -187,12 +187,12 @@ def a_flag_in_setup_py(built):
 
 
 def a_header(built):
-    (built.root / "csrc" / "data.h").touch()
+    (built.root / "csrc" / "common" / "data.h").touch()
     return EVERYTHING
 
 
 def a_source(built):
-    (built.root / "csrc" / "cuda" / "machine.cu").touch()
+    (built.root / "csrc" / "cuda" / "support" / "machine.cu").touch()
     return ["cuda/machine.cu"]
 
 
@@ -217,7 +217,7 @@ def test_a_change_compiles_anew_what_it_concerns(change, built):
 
 
 def test_a_source_that_is_gone_is_no_part_of_the_library(built):
-    source = built.root / "csrc" / "cuda" / "machine.cu"
+    source = built.root / "csrc" / "cuda" / "support" / "machine.cu"
     source.rename(source.with_suffix(".gone"))
     built.build()
     source.with_suffix(".gone").rename(source)
@@ -330,7 +330,7 @@ def test_what_tests_build_is_built_anew_where_a_file_that_it_includes_has_change
 
 
 @pytest.mark.skipif("FUSEDNORM_EMULATE" not in os.environ, reason="the CUDA kernels are not emulated here")
-@pytest.mark.parametrize(("folder", "anew"), [("cpu", False), ("shortcut", False), ("cuda", True), ("emulation", True)])
+@pytest.mark.parametrize(("folder", "anew"), [("cpu", False), ("fastpath", False), ("cuda", True), ("emulation", True)])
 def test_the_emulation_is_built_anew_only_where_it_has_to_be(folder, anew, monkeypatch):
     """A comment in every file of csrc/cpu changes nothing that it is compiled from."""
     read = emulated.digest_of

@@ -44,9 +44,9 @@ LAYOUTS = f"{CHOSEN} and (every_shape or empty or strided or mixed or test_cpu_)
 ADDRESS, THREAD = (("-g1", "-O0", f"-fsanitize={name}", "-Wno-return-type") for name in ("address", "thread"))
 UNWATCHED = ("-O0",)  # instruction sets that are not asked for: in less time
 PLANTED = {
-    "write": ("storage.h", "i < n; ++i) p[i] = lanes[i]", "i <= n; ++i) p[i] = lanes[i]"),
-    "read": ("storage.h", "i < n; ++i) lanes[i] = p[i]", "i <= n; ++i) lanes[i] = p[i]"),
-    "race": ("norm_backward.h", "(C*)a.partials + chunk * a.n_sums * a.partial_stride", "(C*)a.partials"),
+    "write": ("support/storage.h", "i < n; ++i) p[i] = lanes[i]", "i <= n; ++i) p[i] = lanes[i]"),
+    "read": ("support/storage.h", "i < n; ++i) lanes[i] = p[i]", "i <= n; ++i) lanes[i] = p[i]"),
+    "race": ("norm/norm_backward.h", "(C*)a.partials + chunk * a.n_sums * a.partial_stride", "(C*)a.partials"),
 }
 
 

@@ -6,8 +6,6 @@
 
 #include <cstdint>
 
-#include "activations.h"
-
 namespace fusednorm {
 
 enum Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };

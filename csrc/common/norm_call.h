@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "activations.h"
 #include "handles.h"
 
 namespace fusednorm {

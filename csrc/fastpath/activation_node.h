@@ -3,13 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../cpu/bias_act.h"
+#include "../cpu/activation/bias_act.h"
 
 namespace fusednorm_shortcut {
 
 struct BiasActCall {
   at::Tensor x, bias, seed;  // the last two undefined where not given
-  int64_t activation;        // as in ../activations.h
+  int64_t activation;        // as in activations.h
   double dropout_p;
   bool needs_grad;
 };

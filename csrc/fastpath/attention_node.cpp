@@ -15,7 +15,7 @@
 #include <array>
 #include <mutex>
 
-#include "../cpu/attention.h"
+#include "../cpu/attention/attention.h"
 #include "node.h"
 #include "plain.h"
 

@@ -14,7 +14,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../cpu/layout.h"
+#include "../cpu/support/layout.h"
 #include "activation_node.h"
 #include "attention_node.h"
 #include "norm_node.h"

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../cpu/norm.h"
+#include "../cpu/norm/norm.h"
 
 namespace fusednorm_shortcut {
 

@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../handles.h"
+#include "../common/handles.h"
 
 namespace fusednorm_shortcut {
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._activations import ACTIVATIONS
 
-MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
-ACTIVATION_SHIFT = 2  # kActivationShift of csrc/activations.h: an activation's number stands above two switches
+MOST_DIMENSIONS = 64  # kMaxDims of csrc/common/data.h
+ACTIVATION_SHIFT = 2  # kActivationShift of csrc/common/activations.h: an activation's number stands above two switches
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -29,7 +29,7 @@ def options(
     saved_is_normed: bool = False,
     output_mask: tuple[bool, ...] = (),
 ) -> int:
-    """All switches in one integer, as csrc/norm_call.h unpacks them.
+    """All switches in one integer, as csrc/common/norm_call.h unpacks them.
 
     `normalized_ndim` stands above the switches, so none of its values is taken for another; the library checks it.
     """
@@ -77,7 +77,7 @@ def check_activations(library: Path) -> None:
 
 
 def activation_options(activation: str, output_mask: Sequence[bool] = (False, False)) -> int:
-    """The options of bias_act_dropout, as csrc/norm_call.h unpacks them; `output_mask` is the backward's."""
+    """The options of bias_act_dropout, as csrc/common/norm_call.h unpacks them; `output_mask` is the backward's."""
     if len(output_mask) != ACTIVATION_SHIFT:
         raise ValueError(f"output_mask: expected {ACTIVATION_SHIFT} entries, one a gradient, got {len(output_mask)}")
     bits = sum(bool(wanted) << i for i, wanted in enumerate(output_mask))

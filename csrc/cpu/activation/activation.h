@@ -2,8 +2,8 @@
 #pragma once
 
 #include "activation_values.h"
-#include "philox.h"
-#include "rows.h"
+#include "../support/philox.h"
+#include "../support/rows.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

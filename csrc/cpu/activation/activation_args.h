@@ -1,7 +1,8 @@
 // What the bindings of bias_act_dropout and of dropout_mask hand to the kernels: plain data, as in norm_args.h.
 #pragma once
 
-#include "norm_args.h"
+#include "../../common/activations.h"
+#include "../norm/norm_args.h"
 
 namespace fusednorm_cpu {
 

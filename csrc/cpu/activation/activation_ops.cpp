@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../norm_call.h"
+#include "../../common/norm_call.h"
 #include "activation_args.h"
 #include "bias_act.h"
-#include "operands.h"
-#include "pages.h"
-#include "workspace.h"
+#include "../support/operands.h"
+#include "../support/pages.h"
+#include "../support/workspace.h"
 
 namespace fusednorm_cpu {
 

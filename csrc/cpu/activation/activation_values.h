@@ -5,7 +5,7 @@
 #pragma once
 
 #include "activation_args.h"
-#include "exponential.h"
+#include "../support/exponential.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
@@ -56,7 +56,7 @@ constexpr double kLinear = kActivations[ACTIVATION].linear;
 template <int ACTIVATION>
 constexpr double kCubic = kActivations[ACTIVATION].cubic;
 #define FN_HAS_SIGMOID(ACTIVATION) \
-  static_assert(kLinear<ACTIVATION> != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
+  static_assert(kLinear<ACTIVATION> > 0, "an activation that is not u sigmoid(w) needs a branch of its own")
 
 template <int ACTIVATION>
 FN_INLINE Floats activate(Floats u) {

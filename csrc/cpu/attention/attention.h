@@ -1,8 +1,8 @@
 // Attention of the CPU library for those who link it: arguments checked, kernels run, outputs the caller's.
 #pragma once
 
-#include "../handles.h"
-#include "../export.h"
+#include "../../common/handles.h"
+#include "../../common/export.h"
 
 namespace fusednorm_cpu {
 

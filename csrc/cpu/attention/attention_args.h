@@ -1,7 +1,7 @@
 // What the bindings of attention hand to its kernels: plain data, as in norm_args.h.
 #pragma once
 
-#include "norm_args.h"
+#include "../norm/norm_args.h"
 
 namespace fusednorm_cpu {
 

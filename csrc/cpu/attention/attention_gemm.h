@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention_args.h"
-#include "rows.h"
+#include "../support/rows.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

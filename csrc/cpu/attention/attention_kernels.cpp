@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, FN_ISA being its name (setup.py).
 #include "attention_backward.h"
-#include "moderate.h"
+#include "../support/moderate.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

@@ -2,11 +2,11 @@
 // lays them out.
 #include <algorithm>
 
-#include "../norm_call.h"
+#include "../../common/norm_call.h"
 #include "attention.h"
 #include "attention_args.h"
-#include "operands.h"
-#include "workspace.h"
+#include "../support/operands.h"
+#include "../support/workspace.h"
 
 namespace fusednorm_cpu {
 

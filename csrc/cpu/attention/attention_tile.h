@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention_gemm.h"
-#include "philox.h"
+#include "../support/philox.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_tile.h"
-#include "exponential.h"
+#include "../support/exponential.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

@@ -1,8 +1,8 @@
 // The norms of the CPU library for those who link it: arguments checked, outputs allocated, kernels run.
 #pragma once
 
-#include "../export.h"
-#include "../norm_call.h"
+#include "../../common/export.h"
+#include "../../common/norm_call.h"
 
 namespace fusednorm_cpu {
 

@@ -1,8 +1,8 @@
-// What the bindings hand to the kernels: plain data, without inline functions (../data.h says why).
+// What the bindings hand to the kernels: plain data, without inline functions (data.h says why).
 #pragma once
 
-#include "../checked.h"
-#include "../data.h"
+#include "../../common/checked.h"
+#include "../../common/data.h"
 
 namespace fusednorm_cpu {
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "norm_forward.h"
-#include "partials.h"
+#include "../support/partials.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

@@ -1,9 +1,9 @@
 // The forward of every norm of the family: one body for LayerNorm and RMSNorm, with and without the epilogue.
 #pragma once
 
-#include "../epilogue.h"
-#include "philox.h"
-#include "rows.h"
+#include "../../common/epilogue.h"
+#include "../support/philox.h"
+#include "../support/rows.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {

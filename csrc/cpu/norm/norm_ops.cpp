@@ -3,10 +3,10 @@
 #include <cstring>
 #include <utility>
 
-#include "layout.h"
-#include "operands.h"
-#include "pages.h"
-#include "workspace.h"
+#include "../support/layout.h"
+#include "../support/operands.h"
+#include "../support/pages.h"
+#include "../support/workspace.h"
 
 namespace fusednorm_cpu {
 

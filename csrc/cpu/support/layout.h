@@ -1,9 +1,9 @@
 // Whether the library and those who link it are of one build.
 #pragma once
 
-#include "attention.h"
-#include "bias_act.h"
-#include "norm.h"
+#include "../attention/attention.h"
+#include "../activation/bias_act.h"
+#include "../norm/norm.h"
 
 namespace fusednorm_cpu {
 

@@ -2,7 +2,7 @@
 // finite.
 #pragma once
 
-#include "attention_args.h"
+#include "../attention/attention_args.h"
 #include "simd.h"
 
 namespace fusednorm_cpu {

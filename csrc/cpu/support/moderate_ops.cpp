@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "attention.h"
-#include "attention_args.h"
+#include "../attention/attention.h"
+#include "../attention/attention_args.h"
 #include "operands.h"
 #include "workspace.h"
 

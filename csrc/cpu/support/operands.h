@@ -1,8 +1,8 @@
 // Tensors as the kernels address them: fresh outputs, folded dimensions.
 #pragma once
 
-#include "../handles.h"
-#include "norm_args.h"
+#include "../../common/handles.h"
+#include "../norm/norm_args.h"
 
 namespace fusednorm_cpu {
 

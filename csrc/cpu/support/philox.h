@@ -1,8 +1,8 @@
 // Philox over vectors of counters, and the masks of a row.
 #pragma once
 
-#include "../philox.h"
-#include "norm_args.h"
+#include "../../common/philox.h"
+#include "../norm/norm_args.h"
 #include "simd.h"
 
 namespace fusednorm_cpu {

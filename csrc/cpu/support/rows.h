@@ -1,7 +1,7 @@
 // Rows of any dtype and strides to and from rows of the compute type.
 #pragma once
 
-#include "norm_args.h"
+#include "../norm/norm_args.h"
 #include "storage.h"
 
 namespace fusednorm_cpu {

@@ -9,7 +9,7 @@
 #include <memory>
 #include <string>
 
-#include "norm_args.h"
+#include "../norm/norm_args.h"
 
 namespace fusednorm_cpu {
 

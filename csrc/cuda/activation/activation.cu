@@ -1,7 +1,7 @@
 #include "activation.cuh"
 
 #include "activation_launch.h"
-#include "launch.cuh"
+#include "../support/launch.cuh"
 
 namespace fusednorm_cuda {
 

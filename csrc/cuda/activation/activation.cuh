@@ -5,8 +5,8 @@
 #pragma once
 
 #include "activation_values.cuh"
-#include "partials.cuh"
-#include "philox.cuh"
+#include "../support/partials.cuh"
+#include "../support/philox.cuh"
 
 namespace fusednorm_cuda {
 

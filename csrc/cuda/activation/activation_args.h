@@ -1,7 +1,8 @@
 // What the bindings of bias_act_dropout hand to the kernels: plain data.
 #pragma once
 
-#include "args.h"
+#include "../../common/activations.h"
+#include "../support/args.h"
 
 namespace fusednorm_cuda {
 

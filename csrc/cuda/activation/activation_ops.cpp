@@ -1,10 +1,10 @@
 // fusednorm_cuda::bias_act_dropout_fwd and _bwd: arguments checked, outputs allocated, a form chosen, kernels launched.
-#include "../norm_call.h"
+#include "../../common/norm_call.h"
 #include "activation_launch.h"
 #include "activation_table.h"
-#include "machine.h"
-#include "operands.h"
-#include "partials.h"
+#include "../support/machine.h"
+#include "../support/operands.h"
+#include "../support/partials.h"
 
 namespace fusednorm_cuda {
 

@@ -1,7 +1,7 @@
 // Which form bias_act_dropout takes for rows of n columns.
 #pragma once
 
-#include "forms.h"
+#include "../support/forms.h"
 
 namespace fusednorm_cuda {
 

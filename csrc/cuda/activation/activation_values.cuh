@@ -2,7 +2,7 @@
 #pragma once
 
 #include "activation_args.h"
-#include "values.cuh"
+#include "../support/values.cuh"
 
 namespace fusednorm_cuda {
 
@@ -27,7 +27,7 @@ FN_DEVICE void sigmoid_and_slope(C w, C& sigmoid, C& slope) {
 template <class C, Activation ACTIVATION>
 struct Function {
   static constexpr double kLinear = kActivations[ACTIVATION].linear, kCubic = kActivations[ACTIVATION].cubic;
-  static_assert(kLinear != 0, "an activation that is not u sigmoid(w) needs a specialization of its own");
+  static_assert(kLinear > 0, "an activation that is not u sigmoid(w) needs a specialization of its own");
 
   FN_DEVICE static C value(C u) { return u / (C(1) + exponential(-u * (C(kLinear) + of_square(kCubic, u)))); }
   FN_DEVICE static C slope(C u) {

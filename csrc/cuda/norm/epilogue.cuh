@@ -1,10 +1,10 @@
-// What the epilogue (../epilogue.h) finds at a vector of columns.
+// What the epilogue (common/epilogue.h) finds at a vector of columns.
 #pragma once
 
-#include "../epilogue.h"
+#include "../../common/epilogue.h"
 #include "norm_args.h"
-#include "philox.cuh"
-#include "values.cuh"
+#include "../support/philox.cuh"
+#include "../support/values.cuh"
 
 namespace fusednorm_cuda {
 

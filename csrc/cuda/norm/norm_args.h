@@ -1,7 +1,7 @@
 // What the bindings hand to the kernels: plain data.
 #pragma once
 
-#include "args.h"
+#include "../support/args.h"
 
 namespace fusednorm_cuda {
 

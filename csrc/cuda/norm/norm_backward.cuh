@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
-#include "partials.cuh"
-#include "reduce.cuh"
+#include "../support/partials.cuh"
+#include "../support/reduce.cuh"
 
 namespace fusednorm_cuda {
 

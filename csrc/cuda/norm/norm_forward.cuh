@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
-#include "reduce.cuh"
+#include "../support/reduce.cuh"
 
 namespace fusednorm_cuda {
 

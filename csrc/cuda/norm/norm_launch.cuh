@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
+#include "../support/launch.cuh"
 #include "norm_backward.cuh"
 #include "norm_forward.cuh"
 #include "norm_launch.h"

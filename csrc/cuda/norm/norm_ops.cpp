@@ -3,14 +3,14 @@
 #include <initializer_list>
 #include <memory>
 
-#include "../export.h"
-#include "../norm_call.h"
-#include "forced.h"
-#include "machine.h"
+#include "../../common/export.h"
+#include "../../common/norm_call.h"
+#include "../support/forced.h"
+#include "../support/machine.h"
 #include "norm_launch.h"
 #include "norm_table.h"
-#include "operands.h"
-#include "partials.h"
+#include "../support/operands.h"
+#include "../support/partials.h"
 
 namespace fusednorm_cuda {
 

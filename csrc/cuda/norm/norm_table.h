@@ -1,7 +1,7 @@
 // Which form a norm takes for rows of n columns.
 #pragma once
 
-#include "forms.h"
+#include "../support/forms.h"
 
 namespace fusednorm_cuda {
 

@@ -1,7 +1,7 @@
 // What the bindings hand to every kernel: plain data.
 #pragma once
 
-#include "../data.h"
+#include "../../common/data.h"
 
 namespace fusednorm_cuda {
 

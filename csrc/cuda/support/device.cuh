@@ -1,4 +1,4 @@
-// What the kernels take from the machine they run on: CUDA under nvcc, `../emulation` under a host compiler.
+// What the kernels take from the machine they run on: CUDA under nvcc, `csrc/emulation` under a host compiler.
 #pragma once
 
 #include <cstdint>
@@ -167,7 +167,7 @@ class Shared {
 #include <cmath>
 #include <cstring>
 
-#include "../emulation/emulation.h"
+#include "../../emulation/emulation.h"
 
 #define FN_DEVICE inline
 #define FN_KERNEL(threads, blocks) void

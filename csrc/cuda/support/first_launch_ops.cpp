@@ -3,7 +3,7 @@
 #include <cstring>
 #include <exception>
 
-#include "../export.h"
+#include "../../common/export.h"
 #include "first_launch.h"
 #include "machine.h"
 

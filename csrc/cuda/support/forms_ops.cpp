@@ -4,10 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "activation_table.h"
+#include "../activation/activation_table.h"
 #include "forced.h"
 #include "machine.h"
-#include "norm_table.h"
+#include "../norm/norm_table.h"
 #include "operands.h"
 
 namespace fusednorm_cuda {

@@ -1,7 +1,7 @@
 // Tensors as the kernels address them: rows with one or two strides, parameters, fresh outputs.
 #pragma once
 
-#include "../handles.h"
+#include "../../common/handles.h"
 #include "args.h"
 
 namespace fusednorm_cuda {

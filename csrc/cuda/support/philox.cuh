@@ -1,7 +1,7 @@
 // The masks of a vector of columns and of a row.
 #pragma once
 
-#include "../philox.h"
+#include "../../common/philox.h"
 #include "device.cuh"
 
 namespace fusednorm_cuda {

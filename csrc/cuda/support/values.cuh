@@ -1,7 +1,7 @@
 // Sixteen bytes of a row and more, as they lie in memory and as numbers.
 #pragma once
 
-#include "../inline.h"
+#include "../../common/inline.h"
 #include "args.h"
 #include "device.cuh"
 
