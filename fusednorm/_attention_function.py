@@ -135,7 +135,7 @@ def _torch_differs(args: Args, return_lse: bool, provider: str, dims: int) -> st
     if q.is_cpu and _masked(args):
         if not readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
-        if not (_scales(scale) and moderate(q, k, v)):
+        if not (_scales(scale) and bounded(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
     return ""
 
@@ -183,14 +183,14 @@ def _how_torch_serves(args: Args, asked: str | None) -> str:
 
 
 def _scales(scale: float) -> bool:
-    """Whether the scale turns no product of moderate numbers, and no -inf, into something else."""
+    """Whether the scale turns no product of bounded numbers, and no -inf, into something else."""
     return 0.0 < scale <= 128.0
 
 
-def moderate(*tensors: Tensor) -> bool:
+def bounded(*tensors: Tensor) -> bool:
     """Whether up to three tensors have no NaN, and nothing so large that a sum of 256 products of two overflows."""
     if providers.unavailable_reason("cpu") is None:
-        return cpu.all_moderate(*tensors, *[None] * (3 - len(tensors)))
+        return cpu.all_bounded(*tensors, *[None] * (3 - len(tensors)))
     for tensor in filter(Tensor.numel, tensors):
         bound = {torch.float64: 2.0**500, torch.float16: math.inf}.get(tensor.dtype, 2.0**56)
         smallest, largest = tensor.detach().aminmax()  # both are NaN if an element is
@@ -309,7 +309,7 @@ def torch_gradients(
     # hooks on saved tensors may bring them back in another layout, which the kernel does not look at
     q, k, v, out = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out)]
     masked = mask is not None or causal
-    if torch.is_grad_enabled() or batched(dout) or (masked and not moderate(dout)):
+    if torch.is_grad_enabled() or batched(dout) or (masked and not bounded(dout)):
         options = (q.shape[2], k.shape[2], scale, 0.0, causal, False, -1, -1, 0.0)
         found = reference.attention_gradients(
             *(dout, None, q, k, v, mask, None, None, None, None, *options, [True, True, True, False])
@@ -343,7 +343,7 @@ class TorchOperatorFunction(torch.autograd.Function):
         q, k, v, attn_mask, key_mask = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         masked = _masked((q, k, v, attn_mask, key_mask, *[None] * 3, *ctx.options))
-        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not moderate(dout)):
+        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not bounded(dout)):
             operands = (dout, None, q, k, v, attn_mask, key_mask, None, None, None)
             found = reference.attention_gradients(*operands, *ctx.options, list(need))
             gradients = [g if wanted else None for g, wanted in zip(found, need, strict=True)]

@@ -38,12 +38,12 @@ class Handle {
 };
 
 // Takes an argument off the dispatcher's stack.
-inline Handle take_tensor(StableIValue value) { return Handle(torch::stable::detail::to<AtenTensorHandle>(value)); }
+inline Handle parse_tensor(StableIValue value) { return Handle(torch::stable::detail::to<AtenTensorHandle>(value)); }
 
-inline Handle take_optional(StableIValue value) {
+inline Handle parse_optional(StableIValue value) {
   auto* boxed = torch::stable::detail::to<StableIValue*>(value);
   if (!boxed) return Handle();
-  Handle tensor = take_tensor(*boxed);
+  Handle tensor = parse_tensor(*boxed);
   delete boxed;
   return tensor;
 }

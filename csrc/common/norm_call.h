@@ -29,7 +29,7 @@ constexpr char kBiasActDropoutBwd[] =
 
 struct Options {
   int64_t normalized_ndim;
-  Dtype dtype, residual_dtype;  // of normed, or of dx; of the stream
+  Dtype dtype, residual_dtype;  // of normed, or of dx; of the residual
   bool rms, zero_centered, store_residual, saved_is_normed;
   unsigned output_mask;
 };
@@ -83,29 +83,29 @@ struct Gradients {
   Handle of[6];  // x, residual, weight, bias, x_bias, layer_scale; undefined where not wanted
 };
 
-// What a library that the shortcut is not linked to offers it. Both sides must have compiled `layout` alike.
+// What a library that the shortcut is not linked to offers it. Both sides must have compiled `abi` alike.
 struct Norms {
-  int64_t layout;
+  int64_t abi;
   Outputs (*forward)(const ForwardCall& call, bool keep_statistics);
   Gradients (*backward)(const BackwardCall& call);
 };
-constexpr int64_t kNormsLayout = ((int64_t(sizeof(ForwardCall)) * 4096 + sizeof(BackwardCall)) * 4096 + sizeof(Outputs)) * 4096 +
+constexpr int64_t kNormsAbi = ((int64_t(sizeof(ForwardCall)) * 4096 + sizeof(BackwardCall)) * 4096 + sizeof(Outputs)) * 4096 +
                                  sizeof(Gradients);
 
 // In the braces they are taken in this order.
-inline ForwardCall take_forward(StableIValue* stack) {
+inline ForwardCall parse_forward(StableIValue* stack) {
   using torch::stable::detail::to;
-  return {take_tensor(stack[0]),      take_optional(stack[1]),       take_optional(stack[2]),
-          take_optional(stack[3]),    take_optional(stack[4]),       take_optional(stack[5]),
-          take_optional(stack[6]),    unpack_options(to<int64_t>(stack[7])),
+  return {parse_tensor(stack[0]),      parse_optional(stack[1]),       parse_optional(stack[2]),
+          parse_optional(stack[3]),    parse_optional(stack[4]),       parse_optional(stack[5]),
+          parse_optional(stack[6]),    unpack_options(to<int64_t>(stack[7])),
           to<double>(stack[8]),       to<double>(stack[9]),          to<double>(stack[10])};
 }
 
-inline BackwardCall take_backward(StableIValue* stack) {
+inline BackwardCall parse_backward(StableIValue* stack) {
   using torch::stable::detail::to;
-  return {take_tensor(stack[0]),   take_optional(stack[1]), take_tensor(stack[2]),    take_tensor(stack[3]),
-          take_optional(stack[4]), take_optional(stack[5]), take_optional(stack[6]),  take_optional(stack[7]),
-          take_optional(stack[8]), take_optional(stack[9]), unpack_options(to<int64_t>(stack[10])),
+  return {parse_tensor(stack[0]),   parse_optional(stack[1]), parse_tensor(stack[2]),    parse_tensor(stack[3]),
+          parse_optional(stack[4]), parse_optional(stack[5]), parse_optional(stack[6]),  parse_optional(stack[7]),
+          parse_optional(stack[8]), parse_optional(stack[9]), unpack_options(to<int64_t>(stack[10])),
           to<double>(stack[11]),   to<double>(stack[12])};
 }
 

@@ -1,4 +1,4 @@
-// Philox4x32 with 7 rounds: key = (low, high) 32 bits of the seed, counter = (column / 4, row low, row high, stream).
+// Philox4x32 with 7 rounds: key = (low, high) 32 bits of the seed, counter = (column / 4, row low, row high, offset).
 //
 // Source: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
@@ -10,7 +10,7 @@
 namespace fusednorm {
 
 constexpr int kRounds = 7;
-constexpr int kElementStream = 0, kPathStream = 1;
+constexpr int kElementPhiloxOffset = 0, kPathPhiloxOffset = 1;
 
 // Word::Type is a 32-bit word, or a vector of them; multiply gives the whole product, of which high and low are words.
 template <class Word>

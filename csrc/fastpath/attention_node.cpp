@@ -27,27 +27,28 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-struct Facts {
+struct SavedOptions {
   double scale;
   bool native, causal;
   int64_t window_left, window_right;
 };
 
-struct Kept {
+struct Saved {
   at::Tensor query, key, value, out, lse, key_mask;
 };
 
-using Wanted = std::array<bool, 3>;  // gradients: of query, key, value
+using OutputMask = std::array<bool, 3>;  // gradients: of query, key, value
 
 // Second derivatives, batched cotangents, tensors of other kinds, cotangents beside which torch's 0 * NaN would be NaN.
-variable_list gradients_in_python(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
+variable_list gradients_in_python(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dout,
+                                  const Saved& saved) {
   pybind11::gil_scoped_acquire gil;
   const pybind11::object backward = pybind11::module_::import("fusednorm._attention_function").attr("shortcut_backward");
   const pybind11::object key_mask =
-      kept.key_mask.defined() ? pybind11::cast(kept.key_mask) : pybind11::object(pybind11::none());
+      saved.key_mask.defined() ? pybind11::cast(saved.key_mask) : pybind11::object(pybind11::none());
   const pybind11::tuple found =
-      backward(dout, kept.query, kept.key, kept.value, kept.out, kept.lse, key_mask, facts.scale, facts.native, facts.causal,
-               facts.window_left, facts.window_right, wanted[0], wanted[1], wanted[2]);
+      backward(dout, saved.query, saved.key, saved.value, saved.out, saved.lse, key_mask, options.scale, options.native,
+               options.causal, options.window_left, options.window_right, output_mask[0], output_mask[1], output_mask[2]);
   variable_list gradients(3);
   for (size_t i = 0; i < 3; ++i)
     if (!pybind11::object(found[i]).is_none()) gradients[i] = pybind11::cast<at::Tensor>(found[i]);
@@ -59,8 +60,8 @@ fusednorm_cpu::AttentionTensors tensors(const at::Tensor& q, const at::Tensor& k
   return {handle(q), handle(k), handle(v), {}, handle(key_mask), {}, {}, {}};
 }
 
-fusednorm_cpu::AttentionOptions options(const Facts& facts) {
-  return {facts.scale, 0.0, false, facts.window_left, facts.causal ? 0 : facts.window_right, 0.0};
+fusednorm_cpu::AttentionOptions native_options(const SavedOptions& options) {
+  return {options.scale, 0.0, false, options.window_left, options.causal ? 0 : options.window_right, 0.0};
 }
 
 // Memory for a result that lies as `tensor` does, or contiguously where its rows do not: torch's attention gives the same.
@@ -68,65 +69,68 @@ at::Tensor rows_like(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 ? at::empty_like(tensor) : at::empty(tensor.sizes(), tensor.options());
 }
 
-variable_list gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
+variable_list gradients_natively(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dout,
+                                 const Saved& saved) {
   at::AutoDispatchBelowADInplaceOrView below;
-  if (!facts.native) {
-    // hooks on saved tensors may bring them back in another layout, which the kernel does not look at
+  if (!options.native) {
+    // hooks on saved tensors may bring them back with other strides, which the kernel does not look at
     const auto rows = [](const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); };
     auto [dquery, dkey, dvalue] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, rows(kept.query), rows(kept.key), rows(kept.value), rows(kept.out), kept.lse, 0.0, facts.causal, std::nullopt, facts.scale);
+        dout, rows(saved.query), rows(saved.key), rows(saved.value), rows(saved.out), saved.lse, 0.0, options.causal,
+        std::nullopt, options.scale);
     return {dquery, dkey, dvalue};
   }
   RECORD_FUNCTION("fusednorm_cpu::attention_bwd", c10::ArrayRef<const c10::IValue>{});
   variable_list found(3);
-  const std::array<const at::Tensor*, 3> operands{&kept.query, &kept.key, &kept.value};
+  const std::array<const at::Tensor*, 3> operands{&saved.query, &saved.key, &saved.value};
   for (size_t i = 0; i < 3; ++i)
-    if (wanted[i]) found[i] = rows_like(*operands[i]);
+    if (output_mask[i]) found[i] = rows_like(*operands[i]);
   fusednorm_cpu::run_attention_backward(
-      tensors(kept.query, kept.key, kept.value, kept.key_mask), options(facts),
-      // hooks on saved tensors may bring the statistics back in another layout
-      {handle(kept.out), handle(kept.lse.contiguous())}, {handle(dout), {}},
+      tensors(saved.query, saved.key, saved.value, saved.key_mask), native_options(options),
+      // hooks on saved tensors may bring the statistics back with other strides
+      {handle(saved.out), handle(saved.lse.contiguous())}, {handle(dout), {}},
       {handle(found[0]), handle(found[1]), handle(found[2]), {}});
   return found;
 }
 
-variable_list gradients(const Facts& facts, const Wanted& wanted, const at::Tensor& dout, const Kept& kept) {
+variable_list gradients(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dout,
+                        const Saved& saved) {
   if (!dout.defined()) return variable_list(3);
   bool native = !at::GradMode::is_enabled() && plain_thread() && plain(dout);
-  for (const at::Tensor* tensor : {&kept.query, &kept.key, &kept.value, &kept.out, &kept.lse, &kept.key_mask})
+  for (const at::Tensor* tensor : {&saved.query, &saved.key, &saved.value, &saved.out, &saved.lse, &saved.key_mask})
     native = native && plain(*tensor);
-  native = native && (facts.native || !facts.causal || moderate("dout", dout));
-  variable_list found = (native ? gradients_natively : gradients_in_python)(facts, wanted, dout, kept);
+  native = native && (options.native || !options.causal || bounded("dout", dout));
+  variable_list found = (native ? gradients_natively : gradients_in_python)(options, output_mask, dout, saved);
   for (size_t i = 0; i < 3; ++i)
-    if (!wanted[i]) found[i].reset();
+    if (!output_mask[i]) found[i].reset();
   return found;
 }
 
-// What is kept is what AttentionFunction keeps.
+// It saves what AttentionFunction saves.
 struct AttentionBackward : public Node {
   SavedVariable query, key, value, out, lse, key_mask;
-  Facts facts;
+  SavedOptions options;
   bool masked;  // whether there is a key_mask
 
-  std::array<SavedVariable*, 6> saved() { return {&query, &key, &value, &out, &lse, &key_mask}; }
+  std::array<SavedVariable*, 6> all() { return {&query, &key, &value, &out, &lse, &key_mask}; }
 
   std::string name() const override { return "FusedAttentionBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : saved()) variable->reset_data();
+    for (SavedVariable* variable : all()) variable->reset_data();
   }
 
   variable_list apply(variable_list&& cotangents) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    return gradients(facts, wanted(), cotangents[0], kept());
+    return gradients(options, output_mask(), cotangents[0], saved());
   }
 
-  Wanted wanted() const {
+  OutputMask output_mask() const {
     return {task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)};
   }
 
-  Kept kept() {
+  Saved saved() {
     return {query.unpack(), key.unpack(), value.unpack(), out.unpack(pointer_to(this)), lse.unpack(),
             masked ? key_mask.unpack() : at::Tensor()};
   }
@@ -137,42 +141,42 @@ struct AttentionBackward : public Node {
     args.collect(name());
     for (const SavedVariable* variable : {&query, &key, &value, &lse, &key_mask}) args.collect(*variable, false);
     args.collect(out, true);
-    args.collect(facts.scale);
-    for (const bool fact : {facts.native, facts.causal, masked}) args.collect(fact);
-    for (const int64_t side : {facts.window_left, facts.window_right}) args.collect(side);
+    args.collect(options.scale);
+    for (const bool flag : {options.native, options.causal, masked}) args.collect(flag);
+    for (const int64_t side : {options.window_left, options.window_right}) args.collect(side);
   }
 
   variable_list apply_with_saved(const variable_list& cotangents,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
-    for (SavedVariable* variable : saved()) swap.before(*variable);
-    const Kept k = kept();
+    for (SavedVariable* variable : all()) swap.before(*variable);
+    const Saved k = saved();
     variable_list tensors{k.query, k.key, k.value, k.out, k.lse};
     if (masked) tensors.push_back(k.key_mask);
     PackedArgs packed;
     packed.pack(tensors);
-    for (const bool one : wanted()) packed.pack(one);
-    for (const bool fact : {facts.native, facts.causal}) packed.pack(fact);
-    packed.pack(facts.scale);
-    packed.pack(facts.window_left);
-    packed.pack(facts.window_right);
+    for (const bool one : output_mask()) packed.pack(one);
+    for (const bool flag : {options.native, options.causal}) packed.pack(flag);
+    packed.pack(options.scale);
+    packed.pack(options.window_left);
+    packed.pack(options.window_right);
     variable_list found = apply_traced(*this, traced, packed, cotangents, swap);
-    for (SavedVariable* variable : saved()) swap.after(*variable);
+    for (SavedVariable* variable : all()) swap.after(*variable);
     return found;
   }
 
   static variable_list traced(const variable_list& cotangents, const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     const variable_list t = packed.unpack<variable_list>();
-    Wanted wanted;
-    for (bool& one : wanted) one = packed.unpack<bool>();
-    Facts facts;
-    facts.native = packed.unpack<bool>();
-    facts.causal = packed.unpack<bool>();
-    facts.scale = packed.unpack<double>();
-    facts.window_left = packed.unpack<int64_t>();
-    facts.window_right = packed.unpack<int64_t>();
-    return gradients(facts, wanted, cotangents[0], {t[0], t[1], t[2], t[3], t[4], t.size() > 5 ? t[5] : at::Tensor()});
+    OutputMask output_mask;
+    for (bool& one : output_mask) one = packed.unpack<bool>();
+    SavedOptions options;
+    options.native = packed.unpack<bool>();
+    options.causal = packed.unpack<bool>();
+    options.scale = packed.unpack<double>();
+    options.window_left = packed.unpack<int64_t>();
+    options.window_right = packed.unpack<int64_t>();
+    return gradients(options, output_mask, cotangents[0], {t[0], t[1], t[2], t[3], t[4], t.size() > 5 ? t[5] : at::Tensor()});
   }
 };
 
@@ -180,7 +184,7 @@ struct Results {
   at::Tensor out, lse;
 };
 
-Results forward(const AttentionCall& call, const Facts& facts) {
+Results forward(const AttentionCall& call, const SavedOptions& options) {
   at::AutoDispatchBelowADInplaceOrView below;
   if (!call.native) {
     auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(call.query, call.key, call.value, 0.0, call.causal,
@@ -192,25 +196,25 @@ Results forward(const AttentionCall& call, const Facts& facts) {
   const at::TensorOptions statistics = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Results results{v.size(3) == q.size(3) ? rows_like(q) : at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options()),
                   at::empty({q.size(0), q.size(1), q.size(2)}, statistics)};
-  fusednorm_cpu::run_attention_forward(tensors(q, call.key, v, call.key_mask), options(facts), handle(results.out),
+  fusednorm_cpu::run_attention_forward(tensors(q, call.key, v, call.key_mask), native_options(options), handle(results.out),
                                        handle(results.lse));
   return results;
 }
 
 }  // namespace
 
-bool moderate(const char* name, const at::Tensor& tensor) { return fusednorm_cpu::all_moderate(name, handle(tensor)); }
+bool bounded(const char* name, const at::Tensor& tensor) { return fusednorm_cpu::all_bounded(name, handle(tensor)); }
 
 at::Tensor attention(const AttentionCall& call) {
-  const Facts facts{call.scale, call.native, call.causal, call.window_left, call.window_right};
-  const Results results = forward(call, facts);
+  const SavedOptions options{call.scale, call.native, call.causal, call.window_left, call.window_right};
+  const Results results = forward(call, options);
   const at::Tensor& out = results.out;
   if (!call.needs_grad) return out;
   const NodePointer pointer = make_node<AttentionBackward>();
   auto& node = static_cast<AttentionBackward&>(*pointer);
   node.set_next_edges(torch::autograd::collect_next_edges(call.query, call.key, call.value));
   torch::autograd::set_history(out, pointer);
-  node.facts = facts;
+  node.options = options;
   node.masked = call.key_mask.defined();
   node.query = SavedVariable(call.query, false);
   node.key = SavedVariable(call.key, false);

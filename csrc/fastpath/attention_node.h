@@ -15,6 +15,6 @@ struct AttentionCall {
 
 at::Tensor attention(const AttentionCall& call);
 
-bool moderate(const char* name, const at::Tensor& tensor);
+bool bounded(const char* name, const at::Tensor& tensor);
 
 }  // namespace fusednorm_shortcut

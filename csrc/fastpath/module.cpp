@@ -14,7 +14,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../cpu/support/layout.h"
+#include "../cpu/support/abi.h"
 #include "activation_node.h"
 #include "attention_node.h"
 #include "norm_node.h"
@@ -29,7 +29,7 @@ bool floating(at::ScalarType type) {
 }
 
 // A tensor of torch's own class on the device, or undefined for None; false for anything else.
-bool take_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU) {
+bool parse_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   tensor = THPVariable_Unpack(object);
@@ -37,7 +37,7 @@ bool take_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device =
 }
 
 // Whether normalized_shape, an int or a sequence of them, is how x's sizes end; then their number.
-bool take_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
+bool parse_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
   const auto is_size = [](PyObject* number, int64_t size) {
     int overflow = 0;
     return PyLong_CheckExact(number) && PyLong_AsLongLongAndOverflow(number, &overflow) == size && !overflow;
@@ -51,7 +51,7 @@ bool take_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
   return true;
 }
 
-bool take_eps(PyObject* object, bool rms, bool wide, double& eps) {
+bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
   if (object == Py_None && rms)
     eps = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   else if (PyFloat_CheckExact(object))
@@ -88,7 +88,7 @@ bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, 
 }
 
 // Dropout's probability, and its seed on x's device; undefined for None: to be drawn.
-bool take_dropout(PyObject* probability, PyObject* given_seed, const at::Tensor& x, double& p, at::Tensor& seed) {
+bool parse_dropout(PyObject* probability, PyObject* given_seed, const at::Tensor& x, double& p, at::Tensor& seed) {
   if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
   p = PyFloat_AsDouble(probability);
   PyErr_Clear();  // of an int past what a double holds; it is -1 then
@@ -120,18 +120,18 @@ void draw_where_none(double p, const at::Tensor& x, at::Tensor& seed) {
 }
 
 // False where the call is not for the shortcut. x, and what is not of a bare norm, is in `call` already.
-bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
+bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
                PyObject* asked, NormCall& call) {
   if (at::impl::torch_function_mode_enabled()) return false;
   const c10::DispatchKey device = device_key(call.by_cuda);
-  if (!take_tensor(residual, call.residual, device) || !take_tensor(weight, call.weight, device) ||
-      !take_tensor(bias, call.bias, device))
+  if (!parse_tensor(residual, call.residual, device) || !parse_tensor(weight, call.weight, device) ||
+      !parse_tensor(bias, call.bias, device))
     return false;
   const at::IntArrayRef sizes = call.x.sizes();
-  if (!take_shape(shape, sizes, call.normalized_ndim)) return false;
+  if (!parse_shape(shape, sizes, call.normalized_ndim)) return false;
   const at::IntArrayRef normalized = sizes.slice(sizes.size() - call.normalized_ndim);
   const bool wide = call.x.scalar_type() == at::kDouble;
-  if (!take_eps(eps, call.rms, wide, call.eps)) return false;
+  if (!parse_eps(eps, call.rms, wide, call.eps)) return false;
   if (call.residual.defined() && (call.residual.scalar_type() != call.x.scalar_type() || call.residual.sizes() != sizes))
     return false;
   for (const at::Tensor* parameter : {&call.weight, &call.bias, &call.x_bias})
@@ -142,17 +142,17 @@ bool take_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* 
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
-  if (!call.by_cuda && !call.rms && !call.makes_stream()) return false;  // torch's own, as providers/cpu.py has it
+  if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as providers/cpu.py has it
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
   const bool both = call.needs_grad || call.dropout_p > 0;  // as choice.preference has it
   return call.by_cuda ? chooses_cuda(operation, call.x, columns, both) : !prefers_torch(operation, call.x, columns, both);
 }
 
 // The library that is asked for, and x; false where the call is not for the shortcut.
-bool take_first(PyObject* x, PyObject* asked, NormCall& call) {
+bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
   if (x == Py_None || !plain_thread()) return false;
   call.by_cuda = for_cuda(x, asked);
-  return take_tensor(x, call.x, device_key(call.by_cuda));
+  return parse_tensor(x, call.x, device_key(call.by_cuda));
 }
 
 NormResult run(NormCall& call) {
@@ -165,8 +165,8 @@ PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   NormCall call{};
   call.rms = true;
-  if (!take_first(args[0], args[4], call)) Py_RETURN_NONE;
-  if (!take_call(Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4], call)) Py_RETURN_NONE;
+  if (!parse_first(args[0], args[4], call)) Py_RETURN_NONE;
+  if (!parse_call(Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4], call)) Py_RETURN_NONE;
   return THPVariable_Wrap(run(call).normed);
   END_HANDLE_TH_ERRORS
 }
@@ -175,14 +175,14 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   NormCall call{};
   call.rms = args[9] == Py_True;
-  if (!take_first(args[0], args[10], call)) Py_RETURN_NONE;
-  if (!take_tensor(args[6], call.x_bias, device_key(call.by_cuda))) Py_RETURN_NONE;
-  if (!take_dropout(args[7], args[8], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
+  if (!parse_first(args[0], args[10], call)) Py_RETURN_NONE;
+  if (!parse_tensor(args[6], call.x_bias, device_key(call.by_cuda))) Py_RETURN_NONE;
+  if (!parse_dropout(args[7], args[8], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
   const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
                                     "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
   const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
   const char* operation = operations[2 * (epilogue ? 2 : args[1] != Py_None) + call.rms];
-  if (!take_call(args[1], args[2], args[3], args[4], args[5], operation, args[10], call)) Py_RETURN_NONE;
+  if (!parse_call(args[1], args[2], args[3], args[4], args[5], operation, args[10], call)) Py_RETURN_NONE;
   NormResult result = run(call);
   THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
   if (!normed || !pair) throw python_error();
@@ -208,12 +208,12 @@ const char* const kBiasActOperations[] = {
 };
 
 // False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
-bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
+bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   if (args[0] == Py_None || PyUnicode_Check(args[5])) return false;
   if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
-  if (!take_tensor(args[0], call.x) || !take_tensor(args[1], call.bias) || call.x.dim() < 1) return false;
+  if (!parse_tensor(args[0], call.x) || !parse_tensor(args[1], call.bias) || call.x.dim() < 1) return false;
   call.activation = activation_of(args[2]);
-  if (call.activation < 0 || !take_dropout(args[3], args[4], call.x, call.dropout_p, call.seed)) return false;
+  if (call.activation < 0 || !parse_dropout(args[3], args[4], call.x, call.dropout_p, call.seed)) return false;
   const bool with_bias = call.bias.defined(), dropped = call.dropout_p > 0.0, by_shape = args[5] == Py_True;
   const int64_t columns = call.x.sizes().back();
   if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
@@ -221,7 +221,8 @@ bool take_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
   if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, true);
   const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
-  by_torch = !with_bias || (by_shape && (slow || prefers_torch(kBiasActOperations[call.activation], call.x, columns, call.needs_grad)));
+  by_torch = !with_bias || (by_shape && (slow || prefers_torch(kBiasActOperations[call.activation], call.x, columns,
+                                                                      call.needs_grad)));
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }
 
@@ -229,7 +230,7 @@ PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   BiasActCall call{};
   bool by_torch = false;
-  if (!take_activation(args, call, by_torch)) Py_RETURN_NONE;
+  if (!parse_activation(args, call, by_torch)) Py_RETURN_NONE;
   at::Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
@@ -271,7 +272,7 @@ bool prefers_ours(const AttentionCall& call) {
 }
 
 // A side of the window: -1 for None, unbounded.
-bool take_side(PyObject* object, int64_t& side) {
+bool parse_side(PyObject* object, int64_t& side) {
   side = -1;
   if (object == Py_None) return true;
   int overflow = 0;
@@ -280,14 +281,15 @@ bool take_side(PyObject* object, int64_t& side) {
   return !overflow && side >= 0;
 }
 
-bool take_window(PyObject* object, AttentionCall& call) {
+bool parse_window(PyObject* object, AttentionCall& call) {
   call.window_left = call.window_right = -1;
   if (object == Py_None) return true;
   return PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
-         take_side(PyTuple_GET_ITEM(object, 0), call.window_left) && take_side(PyTuple_GET_ITEM(object, 1), call.window_right);
+         parse_side(PyTuple_GET_ITEM(object, 0), call.window_left) &&
+         parse_side(PyTuple_GET_ITEM(object, 1), call.window_right);
 }
 
-bool take_key_mask(PyObject* object, AttentionCall& call) {
+bool parse_key_mask(PyObject* object, AttentionCall& call) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   call.key_mask = THPVariable_Unpack(object);
@@ -296,32 +298,33 @@ bool take_key_mask(PyObject* object, AttentionCall& call) {
 }
 
 // False where the call is not for the shortcut.
-bool take_attention(PyObject* const* args, AttentionCall& call) {
+bool parse_attention(PyObject* const* args, AttentionCall& call) {
   for (int i = 0; i < 3; ++i)
     if (args[i] == Py_None) return false;
   if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
-  if (!take_tensor(args[0], call.query) || !take_tensor(args[1], call.key) || !take_tensor(args[2], call.value)) return false;
+  if (!parse_tensor(args[0], call.query) || !parse_tensor(args[1], call.key) || !parse_tensor(args[2], call.value))
+    return false;
   PyObject *key_mask = args[3], *causal = args[4], *window = args[5], *scale = args[6], *grouped = args[7];
   if (!PyBool_Check(causal) || !PyBool_Check(grouped) || !(scale == Py_None || PyFloat_CheckExact(scale))) return false;
   if (!kernels_take(call.query, call.key, call.value, grouped == Py_True)) return false;
-  if (!take_key_mask(key_mask, call) || !take_window(window, call)) return false;
+  if (!parse_key_mask(key_mask, call) || !parse_window(window, call)) return false;
   call.scale = scale == Py_None ? 1.0 / std::sqrt(double(call.query.size(3))) : PyFloat_AS_DOUBLE(scale);
   call.causal = causal == Py_True;
   call.needs_grad = at::GradMode::is_enabled() &&
                     (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
   call.native = call.key_mask.defined() || call.window_left >= 0 || call.window_right >= 0;
   if (call.native) return true;
-  // torch's kernels add -inf to what causality masks, and scale it: what is masked must be moderate, the scale positive
+  // torch's kernels add -inf to what causality masks, and scale it: what is masked must be bounded, the scale positive
   call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
-                (call.causal && !(torchs_scale(call.scale) && moderate("query", call.query) && moderate("key", call.key) &&
-                                       moderate("value", call.value)));
+                (call.causal && !(torchs_scale(call.scale) && bounded("query", call.query) && bounded("key", call.key) &&
+                                       bounded("value", call.value)));
   return true;
 }
 
 PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
   HANDLE_TH_ERRORS
   AttentionCall call;
-  if (!take_attention(args, call)) Py_RETURN_NONE;
+  if (!parse_attention(args, call)) Py_RETURN_NONE;
   at::Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
@@ -370,7 +373,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, metho
 
 PyMODINIT_FUNC PyInit__shortcut() {
   using namespace fusednorm_shortcut;
-  if (fusednorm_cpu::layout() != fusednorm_cpu::kLayout) {
+  if (fusednorm_cpu::abi() != fusednorm_cpu::kAbi) {
     PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
     return nullptr;
   }

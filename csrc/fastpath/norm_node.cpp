@@ -30,16 +30,16 @@ fusednorm::Dtype dtype_of(at::ScalarType type) {
   }
 }
 
-// `stream`: whether it is another tensor than x; weight, bias, x_bias: whether given.
-struct Facts {
+// `has_residual`: whether z is another tensor than x; weight, bias, x_bias: whether given.
+struct SavedOptions {
   int64_t normalized_ndim;
   double eps, dropout_p;
-  bool rms, by_cuda, stream, weight, bias, x_bias;
+  bool rms, by_cuda, has_residual, weight, bias, x_bias;
 
-  std::array<bool, 6> switches() const { return {rms, by_cuda, stream, weight, bias, x_bias}; }
+  std::array<bool, 6> switches() const { return {rms, by_cuda, has_residual, weight, bias, x_bias}; }
 };
 
-const fusednorm::Norms cpu = {fusednorm::kNormsLayout, fusednorm_cpu::run_forward, fusednorm_cpu::run_backward};
+const fusednorm::Norms cpu = {fusednorm::kNormsAbi, fusednorm_cpu::run_forward, fusednorm_cpu::run_backward};
 const fusednorm::Norms* cuda = nullptr;
 bool cuda_is_emulated = false;
 uint64_t cuda_devices = 0;
@@ -57,83 +57,87 @@ bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like
          (parameter.scalar_type() == like.scalar_type() || parameter.scalar_type() == compute);
 }
 
-// x and the stream have one dtype here.
-fusednorm::Options options(const Facts& facts, at::ScalarType dtype, unsigned output_mask) {
+// x and the residual have one dtype here.
+fusednorm::Options native_options(const SavedOptions& options, at::ScalarType dtype, unsigned gradients) {
   const fusednorm::Dtype both = dtype_of(dtype);
-  return {facts.normalized_ndim, both, both, facts.rms, false, facts.stream, false, output_mask};
+  return {options.normalized_ndim, both, both, options.rms, false, options.has_residual, false, gradients};
 }
 
-struct Kept {
+struct Saved {
   at::Tensor z, stats, weight, bias, x_bias, seed;
 };
 
-using Wanted = std::array<bool, 5>;  // gradients: of x, residual, weight, bias, x_bias
+using OutputMask = std::array<bool, 5>;  // gradients: of x, residual, weight, bias, x_bias
 using Gradients = std::array<at::Tensor, 5>;
 
 // Second derivatives, batched cotangents, tensors of other kinds, a norm that was not used: by _norm_function.py.
-Gradients gradients_in_python(const Facts& facts, const Wanted& wanted, const at::Tensor& dnormed, const at::Tensor& dz,
-                              const Kept& kept) {
+Gradients gradients_in_python(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dnormed,
+                              const at::Tensor& dz, const Saved& saved) {
   pybind11::gil_scoped_acquire gil;
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
   };
   const pybind11::object backward = pybind11::module_::import("fusednorm._norm_function").attr("shortcut_backward");
   const pybind11::tuple found =
-      backward(optional(dnormed), optional(dz), kept.z, kept.stats, optional(kept.weight), optional(kept.bias),
-               optional(kept.x_bias), optional(kept.seed), facts.normalized_ndim, facts.eps, facts.dropout_p, facts.rms, wanted,
-               facts.by_cuda ? "cuda" : "cpu");
+      backward(optional(dnormed), optional(dz), saved.z, saved.stats, optional(saved.weight), optional(saved.bias),
+               optional(saved.x_bias), optional(saved.seed), options.normalized_ndim, options.eps, options.dropout_p,
+               options.rms, output_mask, options.by_cuda ? "cuda" : "cpu");
   Gradients gradients;
   for (size_t i = 0; i < gradients.size(); ++i)
     if (!pybind11::object(found[i]).is_none()) gradients[i] = pybind11::cast<at::Tensor>(found[i]);
   return gradients;
 }
 
-bool library_takes(const Facts& facts, const at::Tensor& dnormed, const at::Tensor& dz, const Kept& kept) {
-  const c10::DispatchKey key = device_key(facts.by_cuda);
-  for (const at::Tensor* tensor : {&dnormed, &dz, &kept.z, &kept.stats, &kept.weight, &kept.bias, &kept.x_bias, &kept.seed})
+bool library_takes(const SavedOptions& options, const at::Tensor& dnormed, const at::Tensor& dz, const Saved& saved) {
+  const c10::DispatchKey key = device_key(options.by_cuda);
+  for (const at::Tensor* tensor : {&dnormed, &dz, &saved.z, &saved.stats, &saved.weight, &saved.bias, &saved.x_bias,
+                                   &saved.seed})
     if (!plain(*tensor, key)) return false;
-  if (!facts.by_cuda) return true;
-  for (const at::Tensor* rows : {&dnormed, &dz, &kept.z})
-    if (!as_cuda_reads(*rows, kept.z)) return false;
-  for (const at::Tensor* parameter : {&kept.weight, &kept.bias, &kept.x_bias})
-    if (!as_cuda_reads_parameter(*parameter, kept.z)) return false;
+  if (!options.by_cuda) return true;
+  for (const at::Tensor* rows : {&dnormed, &dz, &saved.z})
+    if (!as_cuda_reads(*rows, saved.z)) return false;
+  for (const at::Tensor* parameter : {&saved.weight, &saved.bias, &saved.x_bias})
+    if (!as_cuda_reads_parameter(*parameter, saved.z)) return false;
   return true;
 }
 
-Gradients gradients_natively(const Facts& facts, const Wanted& wanted, const at::Tensor& dnormed, const at::Tensor& dz,
-                             const Kept& kept) {
-  RECORD_FUNCTION(facts.by_cuda ? "fusednorm_cuda::add_layer_norm_bwd" : "fusednorm_cpu::add_layer_norm_bwd",
+Gradients gradients_natively(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dnormed,
+                             const at::Tensor& dz, const Saved& saved) {
+  RECORD_FUNCTION(options.by_cuda ? "fusednorm_cuda::add_layer_norm_bwd" : "fusednorm_cpu::add_layer_norm_bwd",
                   c10::ArrayRef<const c10::IValue>{});
-  unsigned output_mask = 0;
-  for (size_t i = 0; i < wanted.size(); ++i) output_mask |= unsigned(wanted[i]) << i;
-  fusednorm::Gradients found = library(facts.by_cuda).backward(
-      // hooks on saved tensors may bring the statistics back in another layout
-      {handle(dnormed), handle(dz), handle(kept.z), handle(kept.stats.contiguous()), handle(kept.weight), handle(kept.bias),
-       {}, handle(kept.x_bias), {}, handle(kept.seed), options(facts, kept.z.scalar_type(), output_mask), facts.dropout_p, 0.0});
+  unsigned bits = 0;
+  for (size_t i = 0; i < output_mask.size(); ++i) bits |= unsigned(output_mask[i]) << i;
+  fusednorm::Gradients found = library(options.by_cuda).backward(
+      // hooks on saved tensors may bring the statistics back with other strides
+      {handle(dnormed), handle(dz), handle(saved.z), handle(saved.stats.contiguous()), handle(saved.weight), handle(saved.bias),
+       {}, handle(saved.x_bias), {}, handle(saved.seed), native_options(options, saved.z.scalar_type(), bits),
+       options.dropout_p, 0.0});
   Gradients gradients;
   for (size_t i = 0; i < gradients.size(); ++i) gradients[i] = take(found.of[i]);
   return gradients;
 }
 
-variable_list gradients(const Facts& facts, const Wanted& wanted, const variable_list& cotangents, const Kept& kept) {
+variable_list gradients(const SavedOptions& options, const OutputMask& output_mask, const variable_list& cotangents,
+                        const Saved& saved) {
   const at::Tensor dnormed = cotangents[0], dz = cotangents.size() > 1 ? cotangents[1] : at::Tensor();
-  const bool shared = !(facts.dropout_p > 0);  // x and residual have the same gradient: it is computed once
-  const Wanted asked{wanted[0] || (shared && wanted[1]), wanted[1] && !shared, wanted[2], wanted[3], wanted[4]};
+  const bool shared = !(options.dropout_p > 0);  // x and residual have the same gradient: it is computed once
+  const OutputMask asked{output_mask[0] || (shared && output_mask[1]), output_mask[1] && !shared, output_mask[2],
+                         output_mask[3], output_mask[4]};
   Gradients found{dz};
-  if (dnormed.defined() || facts.x_bias || !shared) {
+  if (dnormed.defined() || options.x_bias || !shared) {
     const bool native = dnormed.defined() && !at::GradMode::is_enabled() && plain_thread() &&
-                        library_takes(facts, dnormed, dz, kept);
-    found = (native ? gradients_natively : gradients_in_python)(facts, asked, dnormed, dz, kept);
+                        library_takes(options, dnormed, dz, saved);
+    found = (native ? gradients_natively : gradients_in_python)(options, asked, dnormed, dz, saved);
   }
-  if (shared && wanted[1]) found[1] = found[0];
-  if (!wanted[0]) found[0] = at::Tensor();
+  if (shared && output_mask[1]) found[1] = found[0];
+  if (!output_mask[0]) found[0] = at::Tensor();
   return {found.begin(), found.end()};
 }
 
-// What is kept is what AddLayerNormFunction keeps.
+// It saves what AddLayerNormFunction saves.
 struct NormBackward : public Node {
-  SavedVariable saved, stats, weight, bias, x_bias, seed;
-  Facts facts;
+  SavedVariable z, stats, weight, bias, x_bias, seed;
+  SavedOptions options;
 
   std::string name() const override { return "FusedNormBackward"; }
 
@@ -144,51 +148,51 @@ struct NormBackward : public Node {
 
   variable_list apply(variable_list&& cotangents) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    return gradients(facts, wanted(), cotangents, kept());
+    return gradients(options, output_mask(), cotangents, saved());
   }
 
-  std::array<SavedVariable*, 6> all() { return {&saved, &stats, &weight, &bias, &x_bias, &seed}; }
+  std::array<SavedVariable*, 6> all() { return {&z, &stats, &weight, &bias, &x_bias, &seed}; }
 
-  Wanted wanted() const {
-    Wanted found;  // an input that was not given has an edge to nowhere
+  OutputMask output_mask() const {
+    OutputMask found;  // an input that was not given has an edge to nowhere
     for (size_t i = 0; i < found.size(); ++i) found[i] = task_should_compute_output(i);
     return found;
   }
 
-  Kept kept() {
+  Saved saved() {
     const NodePointer self = pointer_to(this);
-    return {facts.stream ? saved.unpack(self) : saved.unpack(),  stats.unpack(),
-            facts.weight ? weight.unpack() : at::Tensor(),       facts.bias ? bias.unpack() : at::Tensor(),
-            facts.x_bias ? x_bias.unpack() : at::Tensor(),       facts.dropout_p > 0 ? seed.unpack() : at::Tensor()};
+    return {options.has_residual ? z.unpack(self) : z.unpack(), stats.unpack(),
+            options.weight ? weight.unpack() : at::Tensor(), options.bias ? bias.unpack() : at::Tensor(),
+            options.x_bias ? x_bias.unpack() : at::Tensor(), options.dropout_p > 0 ? seed.unpack() : at::Tensor()};
   }
 
   // --- compiled autograd: what the node depends on, and the same computation as a function that it can trace ---
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(name());
-    args.collect(saved, facts.stream);
+    args.collect(z, options.has_residual);
     for (const SavedVariable* variable : {&stats, &weight, &bias, &x_bias, &seed}) args.collect(*variable, false);
-    args.collect(facts.normalized_ndim);
-    args.collect(facts.eps);
-    args.collect(facts.dropout_p);
-    for (const bool fact : facts.switches()) args.collect(fact);
+    args.collect(options.normalized_ndim);
+    args.collect(options.eps);
+    args.collect(options.dropout_p);
+    for (const bool flag : options.switches()) args.collect(flag);
   }
 
   variable_list apply_with_saved(const variable_list& cotangents,
                                  torch::dynamo::autograd::SwapSavedVariables& swap) override {
     using namespace torch::dynamo::autograd;
     for (SavedVariable* variable : all()) swap.before(*variable);
-    const Kept k = kept();
+    const Saved k = saved();
     variable_list tensors;
     for (const at::Tensor& tensor : {k.z, k.stats, k.weight, k.bias, k.x_bias, k.seed})
       if (tensor.defined()) tensors.push_back(tensor);
     PackedArgs packed;
     packed.pack(tensors);
-    packed.pack(wanted());
-    packed.pack(facts.switches());
-    packed.pack(facts.normalized_ndim);
-    packed.pack(facts.eps);
-    packed.pack(facts.dropout_p);
+    packed.pack(output_mask());
+    packed.pack(options.switches());
+    packed.pack(options.normalized_ndim);
+    packed.pack(options.eps);
+    packed.pack(options.dropout_p);
     variable_list found = apply_traced(*this, traced, packed, cotangents, swap);
     for (SavedVariable* variable : all()) swap.after(*variable);
     return found;
@@ -197,22 +201,23 @@ struct NormBackward : public Node {
   static variable_list traced(const variable_list& cotangents, const std::vector<c10::IValue>& args) {
     torch::dynamo::autograd::PackedArgs packed(args);
     variable_list tensors = packed.unpack<variable_list>();
-    const auto wanted = packed.unpack<Wanted>();
+    const auto output_mask = packed.unpack<OutputMask>();
     const auto on = packed.unpack<std::array<bool, 6>>();
     const auto normalized_ndim = packed.unpack<int64_t>();
     const auto eps = packed.unpack<double>();
-    const Facts facts{normalized_ndim, eps, packed.unpack<double>(), on[0], on[1], on[2], on[3], on[4], on[5]};
+    const SavedOptions options{normalized_ndim, eps, packed.unpack<double>(), on[0], on[1], on[2], on[3], on[4], on[5]};
     size_t next = 2;
     const auto one = [&](bool is_there) { return is_there ? tensors[next++] : at::Tensor(); };
-    Kept kept{tensors[0], tensors[1], one(facts.weight), one(facts.bias), one(facts.x_bias), one(facts.dropout_p > 0)};
-    return gradients(facts, wanted, cotangents, kept);
+    Saved saved{tensors[0], tensors[1], one(options.weight), one(options.bias), one(options.x_bias),
+                one(options.dropout_p > 0)};
+    return gradients(options, output_mask, cotangents, saved);
   }
 };
 
 }  // namespace
 
 void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices) {
-  TORCH_CHECK(norms->layout == fusednorm::kNormsLayout, "the shortcut and libfusednorm_cuda.so are of different builds");
+  TORCH_CHECK(norms->abi == fusednorm::kNormsAbi, "the shortcut and libfusednorm_cuda.so are of different builds");
   cuda = norms;
   cuda_is_emulated = emulated;
   cuda_devices = devices;
@@ -236,8 +241,8 @@ bool cuda_takes(const NormCall& call) {
 }
 
 NormResult norm(const NormCall& call) {
-  const Facts facts{call.normalized_ndim, call.eps,           call.dropout_p,         call.rms,
-                    call.by_cuda,         call.makes_stream(), call.weight.defined(), call.bias.defined(),
+  const SavedOptions options{call.normalized_ndim, call.eps,           call.dropout_p,         call.rms,
+                    call.by_cuda,         call.has_residual(), call.weight.defined(), call.bias.defined(),
                     call.x_bias.defined()};
   NormResult result;
   fusednorm::Outputs out;
@@ -246,24 +251,24 @@ NormResult norm(const NormCall& call) {
                     c10::ArrayRef<const c10::IValue>{});
     out = library(call.by_cuda).forward(
         {handle(call.x), handle(call.residual), handle(call.weight), handle(call.bias), handle(call.x_bias), {},
-         handle(call.seed), options(facts, call.x.scalar_type(), 0), call.eps, call.dropout_p, 0.0},
+         handle(call.seed), native_options(options, call.x.scalar_type(), 0), call.eps, call.dropout_p, 0.0},
         call.needs_grad);
   }
   result.normed = take(out.normed);
-  if (facts.stream) result.z = take(out.z);
+  if (options.has_residual) result.z = take(out.z);
   if (!call.needs_grad) return result;
   const NodePointer pointer = make_node<NormBackward>();
   auto& node = static_cast<NormBackward&>(*pointer);
   node.set_next_edges(torch::autograd::collect_next_edges(call.x, call.residual, call.weight, call.bias, call.x_bias));
   torch::autograd::set_history(result.normed, pointer);
-  if (facts.stream) torch::autograd::set_history(result.z, pointer);
-  node.facts = facts;
-  node.saved = facts.stream ? SavedVariable(result.z, true) : SavedVariable(call.x, false);
+  if (options.has_residual) torch::autograd::set_history(result.z, pointer);
+  node.options = options;
+  node.z = options.has_residual ? SavedVariable(result.z, true) : SavedVariable(call.x, false);
   node.stats = SavedVariable(take(out.stats), false);
-  if (facts.weight) node.weight = SavedVariable(call.weight, false);
-  if (facts.bias) node.bias = SavedVariable(call.bias, false);
-  if (facts.x_bias) node.x_bias = SavedVariable(call.x_bias, false);
-  if (facts.dropout_p > 0) node.seed = SavedVariable(call.seed, false);
+  if (options.weight) node.weight = SavedVariable(call.weight, false);
+  if (options.bias) node.bias = SavedVariable(call.bias, false);
+  if (options.x_bias) node.x_bias = SavedVariable(call.x_bias, false);
+  if (options.dropout_p > 0) node.seed = SavedVariable(call.seed, false);
   return result;
 }
 

@@ -13,8 +13,8 @@ struct NormCall {
   double eps, dropout_p;
   bool rms, needs_grad, by_cuda;
 
-  // Whether the stream is another tensor than x.
-  bool makes_stream() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }
+  // Whether z, the residual stream, is another tensor than x.
+  bool has_residual() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }
 };
 
 struct NormResult {

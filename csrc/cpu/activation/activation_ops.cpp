@@ -7,7 +7,7 @@
 #include "activation_args.h"
 #include "bias_act.h"
 #include "../support/operands.h"
-#include "../support/pages.h"
+#include "../support/huge_pages.h"
 #include "../support/workspace.h"
 
 namespace fusednorm_cpu {
@@ -119,28 +119,28 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors&
 namespace {
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const BiasActTensors tensors{take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2])};
+  const BiasActTensors tensors{parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2])};
   Handle y = run_activation_forward(tensors, unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4]));
   give(stack, y);
 }
 
 // Three arguments instead of five: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const BiasActTensors tensors{take_tensor(stack[0]), take_tensor(stack[1]), {}};
+  const BiasActTensors tensors{parse_tensor(stack[0]), parse_tensor(stack[1]), {}};
   Handle y = run_activation_forward(tensors, unpack_activation_options(to<int64_t>(stack[2])), 0.0);
   give(stack, y);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dy = take_tensor(stack[0]);
-  const BiasActTensors tensors{take_tensor(stack[1]), take_optional(stack[2]), take_optional(stack[3])};
+  const Handle dy = parse_tensor(stack[0]);
+  const BiasActTensors tensors{parse_tensor(stack[1]), parse_optional(stack[2]), parse_optional(stack[3])};
   BiasActGradients found =
       run_activation_backward(dy, tensors, unpack_activation_options(to<int64_t>(stack[4])), to<double>(stack[5]));
   give(stack, found.dx, found.dbias);
 }
 
 void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle seed = take_tensor(stack[0]);
+  const Handle seed = parse_tensor(stack[0]);
   const int64_t sizes[2] = {to<int64_t>(stack[1]), to<int64_t>(stack[2])}, strides[2] = {std::max<int64_t>(sizes[1], 1), 1};
   STD_TORCH_CHECK(sizes[0] >= 0, "rows: expected a number that is not negative, got ", sizes[0]);
   STD_TORCH_CHECK(sizes[1] >= 0, "columns: expected a number that is not negative, got ", sizes[1]);

@@ -39,7 +39,7 @@ FUSEDNORM_EXPORT void run_attention_backward(const AttentionTensors& tensors, co
                                              const AttentionKept& kept, const AttentionCotangents& cotangents,
                                              const AttentionGradients& wanted);
 
-// Whether a tensor has no NaN and nothing so large that products of two could overflow (moderate.h).
-FUSEDNORM_EXPORT bool all_moderate(const char* name, const Handle& tensor);
+// Whether a tensor has no NaN and nothing so large that products of two could overflow (bounded.h).
+FUSEDNORM_EXPORT bool all_bounded(const char* name, const Handle& tensor);
 
 }  // namespace fusednorm_cpu

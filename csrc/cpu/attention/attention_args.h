@@ -65,7 +65,7 @@ struct AttentionKernels {
   void (*query_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);  // blocks of queries; norms
   void (*key_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of keys
   void (*mask_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // tiles of the mask
-  bool (*moderate)(const void* data, Dtype dtype, int64_t n, int64_t stride);
+  bool (*bounded)(const void* data, Dtype dtype, int64_t n, int64_t stride);
 };
 
 }  // namespace fusednorm_cpu

@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, FN_ISA being its name (setup.py).
 #include "attention_backward.h"
-#include "../support/moderate.h"
+#include "../support/bounded.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
@@ -8,7 +8,7 @@ namespace FN_ISA {
 extern const AttentionKernels attention_kernels = {
     attention_workspace,      attention_forward,       attention_delta,         attention_precise_delta,
     attention_query_gradient, attention_key_gradients, attention_mask_gradient,
-    moderate,
+    bounded,
 };
 
 }  // namespace FN_ISA

@@ -159,30 +159,30 @@ void run(void (*kernel)(const AttentionCall&, void*, int64_t, int64_t), const At
            [&](void* memory, int64_t begin, int64_t end) { kernel(a, memory, begin, end); });
 }
 
-AttentionTensors take_tensors(StableIValue* operands, StableIValue* rest) {
-  return {take_tensor(operands[0]), take_tensor(operands[1]),  take_tensor(operands[2]),  take_optional(rest[0]),
-          take_optional(rest[1]),   take_optional(rest[2]),    take_optional(rest[3]),    take_optional(rest[4])};
+AttentionTensors parse_tensors(StableIValue* operands, StableIValue* rest) {
+  return {parse_tensor(operands[0]), parse_tensor(operands[1]),  parse_tensor(operands[2]),  parse_optional(rest[0]),
+          parse_optional(rest[1]),   parse_optional(rest[2]),    parse_optional(rest[3]),    parse_optional(rest[4])};
 }
 
-AttentionOptions take_options(StableIValue* rest) {
+AttentionOptions parse_options(StableIValue* rest) {
   return {to<double>(rest[5]),  to<double>(rest[6]),  to<bool>(rest[7]),
           to<int64_t>(rest[8]), to<int64_t>(rest[9]), to<double>(rest[10])};
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   StableIValue* rest = stack + 3;
-  const AttentionTensors tensors = take_tensors(stack, rest);
-  run_attention_forward(tensors, take_options(rest), take_tensor(stack[14]), take_tensor(stack[15]));
+  const AttentionTensors tensors = parse_tensors(stack, rest);
+  run_attention_forward(tensors, parse_options(rest), parse_tensor(stack[14]), parse_tensor(stack[15]));
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   StableIValue* rest = stack + 7;
-  const AttentionTensors tensors = take_tensors(stack + 2, rest);
-  const AttentionKept kept{take_tensor(stack[5]), take_tensor(stack[6])};
-  const AttentionCotangents cotangents{take_tensor(stack[0]), take_optional(stack[1])};
-  const AttentionGradients wanted{take_optional(stack[18]), take_optional(stack[19]), take_optional(stack[20]),
-                                  take_optional(stack[21])};
-  run_attention_backward(tensors, take_options(rest), kept, cotangents, wanted);
+  const AttentionTensors tensors = parse_tensors(stack + 2, rest);
+  const AttentionKept kept{parse_tensor(stack[5]), parse_tensor(stack[6])};
+  const AttentionCotangents cotangents{parse_tensor(stack[0]), parse_optional(stack[1])};
+  const AttentionGradients wanted{parse_optional(stack[18]), parse_optional(stack[19]), parse_optional(stack[20]),
+                                  parse_optional(stack[21])};
+  run_attention_backward(tensors, parse_options(rest), kept, cotangents, wanted);
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ void keep_rows_of_keys(const AttentionCall& a, const Head& h, const Tile& t, I* 
   for (int64_t l = 0; l < t.n_queries; l += kQuads) {
     const Words row = Words{} + uint64_t(h.row + t.query + l) + lane;
     for (int64_t j = 0; j < t.n_keys; j += 4) {
-      Words c[4] = {Words{} + uint64_t((t.key + j) / 4), row, row >> 32, Words{} + uint64_t(kElementStream)};
+      Words c[4] = {Words{} + uint64_t((t.key + j) / 4), row, row >> 32, Words{} + uint64_t(kElementPhiloxOffset)};
       philox<Word>(c, a.seed);
       for (int w = 0; w < 4; ++w) {
         const Wide kept = (Wide)(c[w] & 0xffffffffu) >= (Wide{} + int64_t(a.element.threshold));

@@ -51,7 +51,7 @@ struct Backward : Common {
   const void* stats;
   void *dx, *dresidual;
   Dtype dx_dtype, dresidual_dtype;
-  bool streams;  // they are written past the caches: they begin, and their rows, at multiples of 64 bytes
+  bool nontemporal;  // they are written past the caches: they begin, and their rows, at multiples of 64 bytes
   // Partial sums over the rows of a chunk: [chunk][sum][column] of C. Which chunk a row belongs to depends on the shape
   // alone, so the sums do not depend on the number of threads.
   int64_t rows_per_chunk, partial_stride;

@@ -69,7 +69,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
       const Vec<C> g = a.weight ? dy * w : dy;
       Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
       if (b.dresidual_out[r]) d = d + extent.template load<C>(b.dresidual_out[r] + j);
-      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, a.streams);
+      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, a.nontemporal);
       if (dweight) sw = sw + dy * xhat;
       if (dbias) sb = sb + dy;
       if (EPILOGUE) {
@@ -77,7 +77,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* d
         const auto x = [&]() __attribute__((always_inline)) { return extent.template load<C>(b.x[r] + j); };
         d = branch_gradient(at, d, x, dx_bias, dlayer_scale, sx, sl);
       }
-      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j, a.streams);
+      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j, a.nontemporal);
     }
     if (dweight) add(sw, dweight);
     if (dbias) add(sb, dbias);
@@ -149,7 +149,7 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
       row += rows;
     }
   }
-  if (a.streams) end_streaming();
+  if (a.nontemporal) fence_nontemporal();
 }
 
 inline int64_t backward_workspace(const Backward& a) {

@@ -3,9 +3,9 @@
 #include <cstring>
 #include <utility>
 
-#include "../support/layout.h"
+#include "../support/abi.h"
 #include "../support/operands.h"
-#include "../support/pages.h"
+#include "../support/huge_pages.h"
 #include "../support/workspace.h"
 
 namespace fusednorm_cpu {
@@ -74,7 +74,7 @@ class Parameters {
 };
 
 // Whether an output of contiguous rows is to be written past the caches; so far as it is there at all.
-bool streams(const Common& a, const void* data, Dtype dtype) {
+bool takes_nontemporal(const Common& a, const void* data, Dtype dtype) {
   const int64_t row = times(a.n_columns, kItemSize[dtype]);
   return !data || (row % 64 == 0 && (uintptr_t)data % 64 == 0 && times(a.n_rows, row) >= kStreamed);
 }
@@ -88,7 +88,7 @@ bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
 
 }  // namespace
 
-int64_t layout() { return kLayout; }
+int64_t abi() { return kAbi; }
 
 Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Options& o = t.options;
@@ -184,7 +184,7 @@ Gradients run_backward(const BackwardCall& call) {
   a.dx = written[0], a.dresidual = written[1];
   a.direct = (!a.dx || a.dx_dtype == a.row_dtype) && (!a.dresidual || a.dresidual_dtype == a.row_dtype) &&
              direct(a, a.row_dtype, a.dnormed, a.dresidual_out, a.saved, a.x);
-  a.streams = a.direct && streams(a, a.dx, a.dx_dtype) && streams(a, a.dresidual, a.dresidual_dtype);
+  a.nontemporal = a.direct && takes_nontemporal(a, a.dx, a.dx_dtype) && takes_nontemporal(a, a.dresidual, a.dresidual_dtype);
   a.stats = data_of("stats", stats, laid, kItemSize[wide]);
   a.n_sums = 0;
   int* const indices[4] = {&a.sum_dweight, &a.sum_dbias, &a.sum_dx_bias, &a.sum_dlayer_scale};
@@ -217,20 +217,21 @@ Gradients run_backward(const BackwardCall& call) {
 namespace {
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward(take_forward(stack), true);
+  Outputs out = run_forward(parse_forward(stack), true);
   give(stack, out.normed, out.z, out.stats);
 }
 
 // Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward({take_tensor(stack[0]), take_optional(stack[1]), take_optional(stack[2]), take_optional(stack[3]),
+  Outputs out = run_forward({parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2]),
+                             parse_optional(stack[3]),
                              {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
                             false);
   give(stack, out.normed, out.z);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Gradients gradients = run_backward(take_backward(stack));
+  Gradients gradients = run_backward(parse_backward(stack));
   for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
 }
 

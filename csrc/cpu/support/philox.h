@@ -50,7 +50,7 @@ void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t colum
   for (int i = 0; i < kQuads; ++i) lane[i] = i;
   for (int64_t quad = 0; 4 * quad < n; quad += kQuads) {
     Words c[4] = {Words{} + uint64_t(column / 4 + quad) + lane, Words{} + uint32_t(row), Words{} + uint32_t(row >> 32),
-                  Words{} + uint64_t(kElementStream)};
+                  Words{} + uint64_t(kElementPhiloxOffset)};
     philox<Word>(c, seed);
     const Words low = Words{} + 0xffffffffu;
     const Words first = (c[0] & low) | (c[1] << 32), second = (c[2] & low) | (c[3] << 32);
@@ -71,7 +71,7 @@ void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t colum
 
 // Whether the branch of a sample is kept.
 FN_INLINE bool path_kept(uint64_t seed, uint64_t sample, uint32_t threshold) {
-  Words c[4] = {Words{}, Words{} + uint32_t(sample), Words{} + uint32_t(sample >> 32), Words{} + uint64_t(kPathStream)};
+  Words c[4] = {Words{}, Words{} + uint32_t(sample), Words{} + uint32_t(sample >> 32), Words{} + uint64_t(kPathPhiloxOffset)};
   philox<Word>(c, seed);
   return uint32_t(c[0][0]) >= threshold;
 }

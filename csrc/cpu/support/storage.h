@@ -82,8 +82,8 @@ FN_INLINE void past_caches(P* p, const V& v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Other threads see what was streamed before.
-FN_INLINE void end_streaming() {
+// Other threads see what was written past the caches before.
+FN_INLINE void fence_nontemporal() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -124,7 +124,7 @@ struct Storage<Float16> {
 
 // A vector as it is stored in S; `value` is what reading it back gives.
 //
-// `stream` writes past the caches, without reading the line first; p is a multiple of 64 bytes from address 0.
+// `store_nontemporal` writes past the caches, without reading the line first; p is a multiple of 64 bytes from address 0.
 template <class C, class S>
 struct Stored {
   HalfNative<uint16_t> bits[kNative];
@@ -142,7 +142,7 @@ struct Stored {
   FN_INLINE void store(S* p) const {
     FN_EACH(k) __builtin_memcpy(p + k * (kBytes / 4), &bits[k], kBytes / 2);
   }
-  FN_INLINE void stream(S* p) const { FN_EACH(k) past_caches(p + k * (kBytes / 4), bits[k]); }
+  FN_INLINE void store_nontemporal(S* p) const { FN_EACH(k) past_caches(p + k * (kBytes / 4), bits[k]); }
   FN_INLINE Vec<C> value() const {
     Vec<C> r;
     FN_EACH(k) r.v[k] = Storage<S>::widen(bits[k]);
@@ -157,7 +157,7 @@ struct Stored<C, C> {
   static FN_INLINE Stored of(const Vec<C>& a) { return {a}; }
   static FN_INLINE Stored load(const C* p) { return {Vec<C>::load(p)}; }
   FN_INLINE void store(C* p) const { v.store(p); }
-  FN_INLINE void stream(C* p) const { FN_EACH(k) past_caches(p + k * (kBytes / sizeof(C)), v.v[k]); }
+  FN_INLINE void store_nontemporal(C* p) const { FN_EACH(k) past_caches(p + k * (kBytes / sizeof(C)), v.v[k]); }
   FN_INLINE Vec<C> value() const { return v; }
 };
 
@@ -168,9 +168,9 @@ struct Whole {
     return Stored<C, S>::load(p).value();
   }
   template <class C, class S>
-  FN_INLINE void store(const Stored<C, S>& a, S* p, bool streams = false) const {
-    if (streams)
-      a.stream(p);
+  FN_INLINE void store(const Stored<C, S>& a, S* p, bool nontemporal = false) const {
+    if (nontemporal)
+      a.store_nontemporal(p);
     else
       a.store(p);
   }

@@ -8,16 +8,16 @@ namespace fusednorm_cuda {
 namespace {
 
 template <class T>
-void launch_forward(const ActivationForward& a, const Form& f, int programs, void* stream) {
+void launch_forward(const ActivationForward& a, const Form& f, int programs, void* cuda_stream) {
   const auto kernel = f.aligned ? bias_act_dropout_fwd_kernel<T, true> : bias_act_dropout_fwd_kernel<T, false>;
-  launch<const ActivationForward>(kernel, a, {f.tiles, programs, f.threads, f.rows}, stream);
+  launch<const ActivationForward>(kernel, a, {f.tiles, programs, f.threads, f.rows}, cuda_stream);
 }
 
 template <class T>
-void launch_backward(const ActivationBackward& a, const Form& f, int programs, void* stream) {
+void launch_backward(const ActivationBackward& a, const Form& f, int programs, void* cuda_stream) {
   const auto kernel = f.aligned ? bias_act_dropout_bwd_kernel<T, true> : bias_act_dropout_bwd_kernel<T, false>;
   const int shared_bytes = partial_columns(f, 16 / sizeof(T)) * int(sizeof(Compute<T>));
-  launch<const ActivationBackward>(kernel, a, {f.tiles, programs, f.threads, f.rows, 1, shared_bytes}, stream);
+  launch<const ActivationBackward>(kernel, a, {f.tiles, programs, f.threads, f.rows, 1, shared_bytes}, cuda_stream);
 }
 
 template <class T>

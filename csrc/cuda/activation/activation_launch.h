@@ -5,10 +5,10 @@
 
 namespace fusednorm_cuda {
 
-// `stream` is a cudaStream_t; the emulation has none.
+// `cuda_stream` is a cudaStream_t; the emulation has none.
 struct ActivationLaunchers {
-  void (*forward)(const ActivationForward&, const Form&, int programs, void* stream);
-  void (*backward)(const ActivationBackward&, const Form&, int programs, void* stream);
+  void (*forward)(const ActivationForward&, const Form&, int programs, void* cuda_stream);
+  void (*backward)(const ActivationBackward&, const Form&, int programs, void* cuda_stream);
 };
 
 ActivationLaunchers activation_launchers(Dtype dtype);

@@ -32,7 +32,7 @@ Dtype describe_call(ActivationCommon& a, const Sizes& s, const Handle& x, const 
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = take_tensor(stack[0]), bias = take_optional(stack[1]), seed = take_optional(stack[2]);
+  const Handle x = parse_tensor(stack[0]), bias = parse_optional(stack[1]), seed = parse_optional(stack[2]);
   const Sizes s = sizes_of("x", x);
   ActivationForward a{};
   const Dtype dtype = describe_call(a, s, x, bias, seed, unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4]));
@@ -44,13 +44,13 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Limits limit = limits(device);
   const Form form = activation_form(a.n_columns, vector, fits, limit);
   const int programs = activation_programs(a.n_rows, form, dtype == kFloat64, limit);
-  activation_launchers(dtype).forward(a, form, programs, current_stream(device));
+  activation_launchers(dtype).forward(a, form, programs, current_cuda_stream(device));
   give(stack, y);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dy = take_tensor(stack[0]), x = take_tensor(stack[1]), bias = take_optional(stack[2]),
-               seed = take_optional(stack[3]);
+  const Handle dy = parse_tensor(stack[0]), x = parse_tensor(stack[1]), bias = parse_optional(stack[2]),
+               seed = parse_optional(stack[3]);
   const ActivationOptions options = unpack_activation_options(to<int64_t>(stack[4]));
   const Sizes s = sizes_of("x", x);
   ActivationBackward a{};
@@ -72,11 +72,11 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t partial_sizes[2] = {programs, a.n_columns};
   const Handle partials = wants_dbias ? empty(x, 2, partial_sizes, wide ? kFloat64 : kFloat32) : Handle();
   a.partials = partials ? fresh_data(partials) : nullptr;
-  void* const stream = current_stream(device);
-  activation_launchers(dtype).backward(a, form, programs, stream);
+  void* const cuda_stream = current_cuda_stream(device);
+  activation_launchers(dtype).backward(a, form, programs, cuda_stream);
   if (wants_dbias)
     sum_partials({a.partials, programs, a.n_columns, {fresh_data(dbias)}, {dtype_of("bias", bias)}}, 1, wide, limit.early,
-                 stream);
+                 cuda_stream);
   give(stack, dx, dbias);
 }
 

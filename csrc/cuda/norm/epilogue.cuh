@@ -11,7 +11,7 @@ namespace fusednorm_cuda {
 FN_DEVICE Path path_of(const Common& a, uint64_t seed, int64_t row) {
   if (!a.path.on) return Path::kNone;
   const uint64_t sample = uint64_t(row / a.rows_per_sample);
-  uint32_t c[4] = {0, uint32_t(sample), uint32_t(sample >> 32), kPathStream};
+  uint32_t c[4] = {0, uint32_t(sample), uint32_t(sample >> 32), kPathPhiloxOffset};
   philox<Word>(c, seed);
   return c[0] >= a.path.threshold ? Path::kKept : Path::kDropped;
 }

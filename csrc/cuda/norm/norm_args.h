@@ -10,7 +10,7 @@ struct Common {
   int64_t rows_per_sample;  // rows under one index of dimension 0
   int n_columns;
   bool rms, zero_centered;
-  bool residual_is_narrow;  // the residual, or its gradient, has the dtype of x beside a wider stream
+  bool residual_is_narrow;  // the residual, or its gradient, has the dtype of x beside a wider residual stream
   Dropout element, path;
   const int64_t* seed;
   Parameter weight, bias, x_bias, layer_scale;

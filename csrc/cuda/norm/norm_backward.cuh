@@ -129,7 +129,7 @@ class Direct {
 // reads them, so no barrier stands between.
 template <class T, class S, int V>
 class Stages {
-  static constexpr int kWide = sizeof(S) / sizeof(T);  // words of a vector of the stream
+  static constexpr int kWide = sizeof(S) / sizeof(T);  // words of a vector of the residual
 
  public:
   // With two, 1024 threads have 48 KB on their way or more; at 33 bytes a nanosecond, a multiprocessor's share of 4.3 TB/s,
@@ -148,7 +148,7 @@ class Stages {
   // Of the row fetched longest ago, each when it is needed: registers are short.
   FN_DEVICE Raw<T, V> dnormed() const { return word<Raw<T, V>>(0); }
   FN_DEVICE Either<T, S, V> saved() const {
-    keep_order();
+    compiler_fence();
     return {word<Raw<S, V>>(1)};
   }
   FN_DEVICE Raw<S, V> dresidual_out() const { return word<Raw<S, V>>(1 + kWide); }
@@ -267,7 +267,7 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     }
     if (a.dx) Raw<T, V>::of(d).template store<ALIGNED>(static_cast<T*>(a.dx) + int64_t(row) * n, column, width);
   }
-  launch_next();
+  trigger_dependents();
   at_row.end();
   const auto write = [&](int plane, N& sums) {
     write_partials<ALIGNED>(a.partials, plane, column, n, RowGroup<C>::kSharedBytes, sums);

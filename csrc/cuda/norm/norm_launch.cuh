@@ -24,10 +24,10 @@ auto forward_kernel(const Form& f, bool epilogue) {
 }
 
 template <class T, class S>
-void launch_forward(const Forward& a, const Form& f, bool epilogue, void* stream) {
+void launch_forward(const Forward& a, const Form& f, bool epilogue, void* cuda_stream) {
   const int64_t groups = (a.n_rows + f.rows - 1) / f.rows;
   const Grid grid{groups * f.ranks, 1, f.threads, f.rows, f.ranks, RowGroup<Compute<T>>::kSharedBytes};
-  launch<const Forward>(forward_kernel<T, S>(f, epilogue), a, grid, stream);
+  launch<const Forward>(forward_kernel<T, S>(f, epilogue), a, grid, cuda_stream);
 }
 
 template <class T, class S>
@@ -54,13 +54,13 @@ struct BackwardLaunch {
 };
 
 template <class T, class S>
-void launch_backward(const Backward& a, const Form& f, bool epilogue, int programs, void* stream) {
+void launch_backward(const Backward& a, const Form& f, bool epilogue, int programs, void* cuda_stream) {
   if (f.tiles > 1) {
     const auto sums = f.aligned ? add_layer_norm_bwd_sums_kernel<T, S, true> : add_layer_norm_bwd_sums_kernel<T, S, false>;
-    launch<const Backward>(sums, a, {a.n_rows, 1, kSumsThreads, 1, 1, RowGroup<Compute<T>>::kSharedBytes}, stream);
+    launch<const Backward>(sums, a, {a.n_rows, 1, kSumsThreads, 1, 1, RowGroup<Compute<T>>::kSharedBytes}, cuda_stream);
   }
   const BackwardLaunch<T, S> main(f, epilogue, programs);
-  launch<const Backward>(main.kernel, a, main.grid, stream);
+  launch<const Backward>(main.kernel, a, main.grid, cuda_stream);
 }
 
 template <class T, class S>

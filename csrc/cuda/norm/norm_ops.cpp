@@ -16,10 +16,10 @@ namespace fusednorm_cuda {
 
 namespace {
 
-// Of rows of x and normed of one dtype, beside a stream of another.
-Launchers launchers(Dtype dtype, Dtype stream) {
-  const bool wide = stream != dtype;
-  STD_TORCH_CHECK(!wide || (stream == kFloat32 && kItemSize[dtype] == 2), "rows of these dtypes together have no kernel");
+// Of rows of x and normed of one dtype, beside a z of another.
+Launchers launchers(Dtype dtype, Dtype z_dtype) {
+  const bool wide = z_dtype != dtype;
+  STD_TORCH_CHECK(!wide || (z_dtype == kFloat32 && kItemSize[dtype] == 2), "rows of these dtypes together have no kernel");
   switch (dtype) {
     case kFloat64: return float64_launchers();
     case kFloat32: return float32_launchers();
@@ -107,17 +107,17 @@ Outputs run_forward(const ForwardCall& call, bool) {
   while (1 << a.ranks_log2 < form.ranks) ++a.ranks_log2;
   a.tile_scale = 1.0f / float(power_of_two(std::min<int64_t>(tile, a.n_columns)));
   const bool epilogue = x_bias || layer_scale || a.element.on || a.path.on || a.x.inner || a.residual.inner;
-  kernels.forward(a, form, epilogue, current_stream(device));
+  kernels.forward(a, form, epilogue, current_cuda_stream(device));
   return out;
 }
 
 Gradients run_backward(const BackwardCall& call) {
   const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
       call;
-  const Dtype stream = !o.saved_is_normed ? dtype_of("saved", saved)
+  const Dtype z_dtype = !o.saved_is_normed ? dtype_of("saved", saved)
                        : dresidual_out    ? dtype_of("dresidual_out", dresidual_out)
                                           : o.residual_dtype;
-  const Launchers kernels = launchers(o.dtype, stream);
+  const Launchers kernels = launchers(o.dtype, z_dtype);
   const Sizes s = sizes_of("saved", saved);
   check_devices(saved, {{"dnormed", &dnormed}, {"dresidual_out", &dresidual_out}, {"stats", &stats}, {"weight", &weight},
                         {"bias", &bias}, {"x", &x}, {"x_bias", &x_bias}, {"layer_scale", &layer_scale}, {"seed", &seed}});
@@ -127,11 +127,11 @@ Gradients run_backward(const BackwardCall& call) {
   const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
   a.saved_is_normed = o.saved_is_normed;
   a.dnormed = rows_of("dnormed", dnormed, s, lead, o.dtype);
-  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, stream);
-  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : stream);
-  a.residual_is_narrow = o.residual_dtype == o.dtype && stream != o.dtype;
-  STD_TORCH_CHECK(a.residual_is_narrow || o.residual_dtype == stream,
-                  "the residual's gradient has neither the stream's dtype nor x's");
+  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, z_dtype);
+  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : z_dtype);
+  a.residual_is_narrow = o.residual_dtype == o.dtype && z_dtype != o.dtype;
+  STD_TORCH_CHECK(a.residual_is_narrow || o.residual_dtype == z_dtype,
+                  "the residual's gradient has neither z's dtype nor x's");
   const Handle* const parameters[4] = {&weight, &bias, &x_bias, &layer_scale};
   const auto wanted = [&, mask = o.output_mask](int k) { return (mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
   STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
@@ -167,8 +167,8 @@ Gradients run_backward(const BackwardCall& call) {
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
   const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
   const bool staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
-                      in_32_bits(a.n_rows, a.n_columns * kItemSize[stream], a.dnormed, a.dresidual_out, a.saved);
-  const BackwardKind kind{staged, epilogue, stream != o.dtype};
+                      in_32_bits(a.n_rows, a.n_columns * kItemSize[z_dtype], a.dnormed, a.dresidual_out, a.saved);
+  const BackwardKind kind{staged, epilogue, z_dtype != o.dtype};
   const Form table = for_few_rows(backward_form(a.n_columns, vector, fits, kind, limit), a.n_rows, limit);
   const Form form = forced_backward(table, a.n_columns, vector);
   int64_t programs = programs_for(a.n_rows, form, kind.registers(), kernels.shared_bytes(form), limit);
@@ -183,23 +183,23 @@ Gradients run_backward(const BackwardCall& call) {
   const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
   a.partials = partials ? fresh_data(partials) : nullptr;
   a.sums = sums ? fresh_data(sums) : nullptr;
-  void* const queue = current_stream(device);
-  kernels.backward(a, form, epilogue, int(programs), queue);
+  void* const cuda_stream = current_cuda_stream(device);
+  kernels.backward(a, form, epilogue, int(programs), cuda_stream);
   if (n_sums) {
     finalize.partials = a.partials, finalize.programs = int(programs), finalize.n_columns = a.n_columns;
-    sum_partials(finalize, n_sums, compute == kFloat64, limit.early && forced().overlap, queue);
+    sum_partials(finalize, n_sums, compute == kFloat64, limit.early && forced().overlap, cuda_stream);
   }
   return gradients;
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward(take_forward(stack), true);
+  Outputs out = run_forward(parse_forward(stack), true);
   give(stack, out.normed, out.z, out.stats);
 }
 
 // What is not wanted is a tensor without elements: an operator returns no undefined one.
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const BackwardCall call = take_backward(stack);
+  const BackwardCall call = parse_backward(stack);
   Gradients gradients = run_backward(call);
   const int64_t none[1] = {0};
   for (int k = 0; k < 6; ++k) {
@@ -213,7 +213,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
 
 extern "C" {
 FUSEDNORM_EXPORT extern const Norms fusednorm_cuda_norms;  // fusednorm/_shortcut.py gives its address to the shortcut
-const Norms fusednorm_cuda_norms = {kNormsLayout, run_forward, run_backward};
+const Norms fusednorm_cuda_norms = {kNormsAbi, run_forward, run_backward};
 }
 
 STABLE_TORCH_LIBRARY(fusednorm_cuda, m) {

@@ -10,8 +10,8 @@ constexpr int kSlabThreads = 256;
 // What a backward has to hold besides a row decides its registers. Threads of a block that rows share: two blocks a
 // multiprocessor, of which one computes while the other's threads meet.
 struct BackwardKind {
-  bool staged, epilogue, wide_stream;
-  bool plain() const { return staged && !epilogue && !wide_stream; }
+  bool staged, epilogue, wide_residual;
+  bool plain() const { return staged && !epilogue && !wide_residual; }
   int block() const { return plain() ? 512 : 256; }
   int registers() const {  // a thread, as compiled at most
     constexpr int kPlain = 64, kStaged = 96, kEverything = 128;

@@ -26,16 +26,16 @@ constexpr bool kSinceHopper = true;
 FN_DEVICE void sync_threads() { __syncthreads(); }
 
 // The compiler moves no access to memory across.
-FN_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+FN_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 
-// Every block of the cluster has started, and its `Arrivals` too: asked for early, for what is loaded meanwhile. It orders
+// Every block of the cluster has started, and its `MBarrier` too: asked for early, for what is loaded meanwhile. It orders
 // no other memory.
-FN_DEVICE void begin_meeting() {
+FN_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
-FN_DEVICE void end_meeting() {
+FN_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
@@ -68,11 +68,11 @@ FN_DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generi
 
 // What the blocks of a cluster send to this one, counted in bytes by a barrier of 8 bytes in its shared memory. A cluster
 // barrier would do, but orders global memory too: it waits until every store so far has arrived there.
-class Arrivals {
+class MBarrier {
  public:
   static constexpr int kBytes = 8;
 
-  FN_DEVICE explicit Arrivals(int offset) : address_(shared_address(shared_memory + offset)) {}
+  FN_DEVICE explicit MBarrier(int offset) : address_(shared_address(shared_memory + offset)) {}
 
   // By one thread, before the cluster meets for the first time.
   FN_DEVICE void start() const {
@@ -106,12 +106,12 @@ class Arrivals {
 };
 
 // Of kernels launched one after another: the next may start where this one leaves room, and waits until it has ended.
-FN_DEVICE void launch_next() {
+FN_DEVICE void trigger_dependents() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
-FN_DEVICE void wait_for_previous() {
+FN_DEVICE void wait_for_dependency() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
@@ -133,7 +133,7 @@ class Shared {
   FN_DEVICE void set(int i, V value) const { data_[i] = value; }
   // To the shared memory of a block of the cluster, where `arrivals` counts it.
   FN_DEVICE void send([[maybe_unused]] int rank, [[maybe_unused]] int i, [[maybe_unused]] V value,
-                      [[maybe_unused]] const Arrivals& arrivals) const {
+                      [[maybe_unused]] const MBarrier& arrivals) const {
 #if __CUDA_ARCH__ >= 900
     unsigned slot, barrier;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(slot) : "r"(shared_address(data_ + i)), "r"(rank));
@@ -197,13 +197,13 @@ inline void sync_threads(const char* file = __builtin_FILE(), int line = __built
 inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   Machine::get().sync_cluster({file, line});
 }
-inline void begin_meeting() {}
-inline void end_meeting(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { sync_cluster(file, line); }
+inline void cluster_arrive() {}
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { sync_cluster(file, line); }
 inline int cluster_rank() { return int(Machine::get().cluster_rank()); }
 inline int cluster_size() { return int(Machine::get().cluster_size()); }
-inline void keep_order() {}
-inline void launch_next() {}
-inline void wait_for_previous() {}
+inline void compiler_fence() {}
+inline void trigger_dependents() {}
+inline void wait_for_dependency() {}
 inline void commit_copies() { Machine::get().commit_copies(); }
 template <int PENDING>
 void wait_copies(int line = __builtin_LINE()) {
@@ -220,10 +220,10 @@ V shuffle_xor(V value, int offset, const char* file = __builtin_FILE(), int line
 }
 
 // Where the blocks of a cluster wait for what they send one another, all of them meet, and see that it was so much.
-class Arrivals {
+class MBarrier {
  public:
   static constexpr int kBytes = 8;
-  explicit Arrivals(int offset) : offset_(offset) {}
+  explicit MBarrier(int offset) : offset_(offset) {}
   void start() const { Machine::get().mail(unsigned(cluster_rank()), offset_) = {true, 0, 0, 0}; }
   void expect(int bytes) const { Machine::get().expect_mail(offset_, bytes); }
   void wait(bool odd, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
@@ -246,7 +246,7 @@ class Shared {
   void set(int i, V value, int line = __builtin_LINE()) const {
     Machine::get().shared_write(unsigned(cluster_rank()), at(i), value, line);
   }
-  void send(int rank, int i, V value, const Arrivals& arrivals, int line = __builtin_LINE()) const {
+  void send(int rank, int i, V value, const MBarrier& arrivals, int line = __builtin_LINE()) const {
     Machine::get().shared_write(unsigned(rank), at(i), value, line);
     Machine::get().mail(unsigned(rank), arrivals.offset()).received += int64_t(sizeof(V));
   }

@@ -36,10 +36,10 @@ class Apart {
 
 }  // namespace
 
-void first_launch(void* stream) {
+void first_launch(void* cuda_stream) {
   const Apart apart;
-  launch<const Nothing>(first_kernel, {}, {1, 1, 32, 1}, stream);
-  wait_for(stream);
+  launch<const Nothing>(first_kernel, {}, {1, 1, 32, 1}, cuda_stream);
+  wait_for(cuda_stream);
 }
 
 }  // namespace fusednorm_cuda

@@ -4,6 +4,6 @@
 namespace fusednorm_cuda {
 
 // On the current device; returns when it has ended, throws what the driver says against it.
-void first_launch(void* stream);
+void first_launch(void* cuda_stream);
 
 }  // namespace fusednorm_cuda

@@ -12,7 +12,7 @@ extern "C" FUSEDNORM_EXPORT void fusednorm_cuda_first_launch(int device, char* s
   said[0] = 0;
   try {
     const OnDevice guard(device);
-    first_launch(current_stream(device));
+    first_launch(current_cuda_stream(device));
   } catch (const std::exception& fault) {
     const size_t length = std::min(std::strlen(fault.what()), room - 1);
     std::memcpy(said, fault.what(), length);

@@ -21,7 +21,7 @@ std::string text(const char* kernel, const Form& f) {
 }
 
 void forms_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = fusednorm::take_tensor(stack[0]);
+  const Handle x = fusednorm::parse_tensor(stack[0]);
   const bool aligned = torch::stable::detail::to<bool>(stack[1]);
   const Sizes s = sizes_of("x", x);
   STD_TORCH_CHECK(s.ndim > 0 && s.sizes[s.ndim - 1] > 0 && s.sizes[s.ndim - 1] < kMostColumns,

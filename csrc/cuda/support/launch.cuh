@@ -26,7 +26,7 @@ inline void check(cudaError_t error, const char* what) {
 
 // What cudaLaunchKernelEx takes; `attributes` has room for two.
 template <class A>
-cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* stream, cudaLaunchAttribute* attributes) {
+cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* cuda_stream, cudaLaunchAttribute* attributes) {
   constexpr int kWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kWithoutAsking)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes), "shared memory");
@@ -34,7 +34,7 @@ cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* stream,
   config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
   config.blockDim = dim3(unsigned(grid.block_x), unsigned(grid.block_y));
   config.dynamicSmemBytes = size_t(grid.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(cuda_stream);
   config.attrs = attributes;
   if (grid.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
@@ -49,11 +49,13 @@ cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* stream,
 
 #endif
 
+// The one place that launches a kernel. Under emulation a test replaces this function, and nothing else, to launch by
+// other means or to see what would be launched. So it stays a function of its own, and no launch goes past it.
 template <class A>
-void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unused]] void* stream) {
+void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unused]] void* cuda_stream) {
 #if defined(__CUDACC__)
   cudaLaunchAttribute attributes[2]{};
-  const cudaLaunchConfig_t config = configured(kernel, grid, stream, attributes);
+  const cudaLaunchConfig_t config = configured(kernel, grid, cuda_stream, attributes);
   check(cudaLaunchKernelEx(&config, kernel, arguments), "launch of a kernel");
 #else
   Machine::get().run({{unsigned(grid.x), unsigned(grid.y)},
@@ -64,10 +66,10 @@ void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unu
 #endif
 }
 
-// Returns when what was launched on `stream` has ended.
-inline void wait_for([[maybe_unused]] void* stream) {
+// Returns when what was launched on `cuda_stream` has ended.
+inline void wait_for([[maybe_unused]] void* cuda_stream) {
 #if defined(__CUDACC__)
-  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "a kernel");
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(cuda_stream)), "a kernel");
 #endif
 }
 

@@ -20,7 +20,7 @@ class OnDevice {
 };
 
 Limits limits(int device);  // of the emulation: what tests ask for
-inline void* current_stream(int) { return nullptr; }
+inline void* current_cuda_stream(int) { return nullptr; }
 
 }  // namespace fusednorm_cuda
 
@@ -37,10 +37,10 @@ using OnDevice = torch::stable::accelerator::DeviceGuard;
 
 Limits limits(int device);
 
-inline void* current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
+inline void* current_cuda_stream(int device) {
+  void* cuda_stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &cuda_stream));
+  return cuda_stream;
 }
 
 }  // namespace fusednorm_cuda

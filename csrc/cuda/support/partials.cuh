@@ -62,7 +62,7 @@ sum_partials_kernel(FN_ARGUMENT Finalize a) {
   const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y), rows = int(blockDim.y);
   const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
   C total = 0;
-  wait_for_previous();
+  wait_for_dependency();
   if (column < a.n_columns) {
     constexpr int kTogether = 8;
 #pragma unroll 1

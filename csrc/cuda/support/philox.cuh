@@ -19,7 +19,7 @@ FN_DEVICE uint32_t kept_columns(uint64_t seed, int64_t row, int column, uint32_t
   uint32_t kept = 0;
 #pragma unroll
   for (int first = 0; first < V; first += 4) {
-    uint32_t c[4] = {uint32_t(column + first) / 4, uint32_t(row), uint32_t(uint64_t(row) >> 32), kElementStream};
+    uint32_t c[4] = {uint32_t(column + first) / 4, uint32_t(row), uint32_t(uint64_t(row) >> 32), kElementPhiloxOffset};
     philox<Word>(c, seed);
     if constexpr (V == 2) {
       const bool second = column % 4 != 0;

@@ -15,13 +15,13 @@ class RowGroup {
  public:
   static constexpr int kSlots = kMaxSums * kMaxRanks * kMaxWarps;
   static constexpr int kArrivals = 2 * kSlots * int(sizeof(C));  // two turns: see below
-  static constexpr int kSharedBytes = kArrivals + 2 * Arrivals::kBytes;
+  static constexpr int kSharedBytes = kArrivals + 2 * MBarrier::kBytes;
 
   FN_DEVICE explicit RowGroup(int threads)
       : lanes_(threads < kWarp ? threads : kWarp), warps_((threads + kWarp - 1) / kWarp), ranks_(cluster_size()) {
     if (ranks_ == 1) return;
-    if (threadIdx.x == 0) Arrivals(kArrivals).start(), Arrivals(kArrivals + Arrivals::kBytes).start();
-    begin_meeting();
+    if (threadIdx.x == 0) MBarrier(kArrivals).start(), MBarrier(kArrivals + MBarrier::kBytes).start();
+    cluster_arrive();
   }
 
   // Where a row takes more than a warp it must be its block's only one.
@@ -82,8 +82,8 @@ class RowGroup {
       if (self < warps_) total = slots.get(row + self);
     } else {
       const int mine = first + cluster_rank() * kMaxWarps + warp;
-      if (round_ == 0) end_meeting();
-      const Arrivals arrivals(kArrivals + turn * Arrivals::kBytes);
+      if (round_ == 0) cluster_wait();
+      const MBarrier arrivals(kArrivals + turn * MBarrier::kBytes);
       if (threadIdx.x == 0) arrivals.expect(SUMS * ranks_ * warps_ * int(sizeof(C)));
       if (speaks && self < ranks_) slots.send(self, mine, value, arrivals);
       arrivals.wait(round_ & 2);

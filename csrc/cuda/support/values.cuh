@@ -210,7 +210,7 @@ FN_DEVICE Numbers<Compute<T>, V> load_parameter(const Parameter& parameter, int 
   return Raw<T, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
 }
 
-// A vector of S, or where `narrow` of T: of what may have the dtype of x beside a wider stream.
+// A vector of S, or where `narrow` of T: of what may have the dtype of x beside a wider residual.
 template <class T, class S, int V>
 struct Either {
   Raw<S, V> raw;

@@ -8,9 +8,9 @@
 namespace fusednorm_cpu {
 
 // What both sides of the calls must have compiled alike: a file left from another build may not.
-constexpr int64_t kLayout =
-    fusednorm::kNormsLayout * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) +
+constexpr int64_t kAbi =
+    fusednorm::kNormsAbi * 4096 + sizeof(AttentionTensors) * 8 + sizeof(AttentionOptions) +
     sizeof(BiasActTensors) + sizeof(fusednorm::ActivationOptions);
-FUSEDNORM_EXPORT int64_t layout();
+FUSEDNORM_EXPORT int64_t abi();
 
 }  // namespace fusednorm_cpu

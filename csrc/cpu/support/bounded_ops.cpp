@@ -1,4 +1,4 @@
-// fusednorm_cpu::all_moderate: whether all elements of up to three tensors are (moderate.h), in one pass over each.
+// fusednorm_cpu::all_bounded: whether all elements of up to three tensors are (bounded.h), in one pass over each.
 #include <algorithm>
 #include <atomic>
 
@@ -16,7 +16,7 @@ constexpr int64_t kChunk = 1 << 14, kGrain = 1 << 18;  // elements
 }  // namespace
 
 // The elements in the order of their addresses, those that are repeated once.
-bool all_moderate(const char* name, const Handle& tensor) {
+bool all_bounded(const char* name, const Handle& tensor) {
   const Sizes s = sizes_of(name, tensor);
   const Dtype dtype = dtype_of(name, tensor);
   const char* const data = data_of(name, tensor, s, kItemSize[dtype]);
@@ -45,7 +45,7 @@ bool all_moderate(const char* name, const Handle& tensor) {
       int64_t offset = first * inner.stride, run = item / chunks;
       for (int64_t d = folded - 1; d >= 0; run /= dims[d].size, --d) offset += run % dims[d].size * dims[d].stride;
       const int64_t n = std::min(kChunk, inner.size - first);
-      if (!kernels().attention->moderate(data + offset * kItemSize[dtype], dtype, n, inner.stride)) found = true;
+      if (!kernels().attention->bounded(data + offset * kItemSize[dtype], dtype, n, inner.stride)) found = true;
     }
   });
   return !found;
@@ -53,16 +53,16 @@ bool all_moderate(const char* name, const Handle& tensor) {
 
 namespace {
 
-void all_moderate_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle a = take_tensor(stack[0]), b = take_optional(stack[1]), c = take_optional(stack[2]);
-  const bool moderate = all_moderate("a", a) && (!b || all_moderate("b", b)) && (!c || all_moderate("c", c));
-  stack[0] = torch::stable::detail::from(moderate);
+void all_bounded_op(StableIValue* stack, uint64_t, uint64_t) {
+  const Handle a = parse_tensor(stack[0]), b = parse_optional(stack[1]), c = parse_optional(stack[2]);
+  const bool bounded = all_bounded("a", a) && (!b || all_bounded("b", b)) && (!c || all_bounded("c", c));
+  stack[0] = torch::stable::detail::from(bounded);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) { m.def("all_moderate(Tensor a, Tensor? b, Tensor? c) -> bool"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) { m.def("all_bounded(Tensor a, Tensor? b, Tensor? c) -> bool"); }
 
-STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) { m.impl("all_moderate", all_moderate_op); }
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) { m.impl("all_bounded", all_bounded_op); }
 
 }  // namespace fusednorm_cpu
