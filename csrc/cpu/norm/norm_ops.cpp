@@ -224,8 +224,7 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 // Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
 void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
   Outputs out = run_forward({parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2]),
-                             parse_optional(stack[3]),
-                             {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
+                             parse_optional(stack[3]), {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
                             false);
   give(stack, out.normed, out.z);
 }
