@@ -34,7 +34,7 @@ OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-$(STAMP): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*.* csrc/*/*)
+$(STAMP): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*/*.* csrc/*/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "make: $(PYTHON) is older than Python 3.10 or missing; name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV) >/dev/null 2>&1; } || { \

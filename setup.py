@@ -40,10 +40,8 @@ except ImportError:  # without build isolation nobody looks at what pyproject.to
     raise SystemExit('fusednorm: this setuptools is too old: pip install "setuptools>=77.0.3,<82"') from None
 
 ROOT = Path(__file__).resolve().parent  # one spelling, or pip and a call by hand would not share objects
-COMMON = ROOT / "csrc"
-CPU = ROOT / "csrc" / "cpu"
-CUDA = ROOT / "csrc" / "cuda"
-SHORTCUT = ROOT / "csrc" / "shortcut"
+CSRC = ROOT / "csrc"
+COMMON, CPU, CUDA, SHORTCUT = CSRC / "common", CSRC / "cpu", CSRC / "cuda", CSRC / "fastpath"
 TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
@@ -160,7 +158,7 @@ def torch_flags(torch: Path) -> list[str]:
 
 
 def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
-    kernels = sorted(CPU.glob("*_kernels.cpp"))
+    kernels = sorted(CPU.rglob("*_kernels.cpp"))
     jobs = {
         objects / f"{source.stem}_{name}.o": [
             *(*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags, "-c", str(source))
@@ -169,7 +167,7 @@ def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
         for name, flags in INSTRUCTION_SETS.items()
     } | {
         objects / f"{source.stem}.o": [*compiler, *FLAGS, *torch_flags(torch), "-c", str(source)]
-        for source in sorted([*COMMON.glob("*.cpp"), *CPU.glob("*.cpp")])
+        for source in sorted([*COMMON.glob("*.cpp"), *CPU.rglob("*.cpp")])
         if source not in kernels
     }
     # the name that the shortcut finds it by, which is linked to it
@@ -187,10 +185,10 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     flags += code_for(cuda_architectures(cuda))
     jobs = {
         objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
-        for source in sorted(CUDA.glob("*.cu"), key=lambda source: -source.stat().st_size)
+        for source in sorted(CUDA.rglob("*.cu"), key=lambda source: -source.stat().st_size)
     } | {
         objects / f"{source.stem}.o": [*compiler, *FLAGS, "-DUSE_CUDA", *torch_flags(torch), "-c", str(source)]
-        for source in sorted([*COMMON.glob("*.cpp"), *CUDA.glob("*.cpp")])
+        for source in sorted([*COMMON.glob("*.cpp"), *CUDA.rglob("*.cpp")])
     }
     # cudart inside: it shares the GPU's context with torch's own, of whatever version
     return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

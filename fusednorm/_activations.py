@@ -1,6 +1,6 @@
 """The activations of ``bias_act_dropout``: the one table for the package, its benchmarks and its code-generation gates.
 
-``csrc/activations.h`` is the same table in C++. ``tests/activation/test_table.py`` compares the two.
+``csrc/common/activations.h`` is the same table in C++. ``tests/activation/test_table.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def gelu_tanh(u: Tensor) -> Tensor:
     return F.gelu(u, approximate="tanh")
 
 
+def quick_gelu(u: Tensor) -> Tensor:
+    return u * torch.sigmoid(1.702 * u)
+
+
 _LINEAR = 2.0 * math.sqrt(2.0 / math.pi)  # tanh(v) is 2 sigmoid(2 v) - 1
 
 TABLE = (
@@ -34,6 +38,7 @@ TABLE = (
     Activation("gelu", 1, F.gelu, (6, 13)),
     Activation("gelu_tanh", 2, gelu_tanh, (10, 20), (_LINEAR, 0.044715 * _LINEAR)),
     Activation("silu", 3, F.silu, (4, 10), (1.0, 0.0)),
+    Activation("quick_gelu", 4, quick_gelu, (5, 12), (1.702, 0.0)),
 )
 
 ACTIVATIONS = {activation.name: activation for activation in TABLE}

@@ -35,7 +35,7 @@ def bias_act_dropout(
 
     .. math::
         \mathrm{relu}(u) = \max(u, 0), \qquad \mathrm{gelu}(u) = \frac{u}{2}\,(1 + \mathrm{erf}(u / \sqrt 2)), \qquad
-        \mathrm{silu}(u) = u\,\sigma(u),
+        \mathrm{silu}(u) = u\,\sigma(u), \qquad \mathrm{quick\_gelu}(u) = u\,\sigma(1.702\,u),
 
     .. math:: \mathrm{gelu\_tanh}(u) = \frac{u}{2}\,(1 + \tanh(\sqrt{2 / \pi}\,(u + 0.044715\,u^3)))
 
@@ -45,7 +45,7 @@ def bias_act_dropout(
         x: (\*, N), what the first linear layer gives without its bias; float32, bfloat16, float16 or float64, any
             strides.
         bias: (N,), any of these dtypes, or None.
-        activation: "relu", "gelu", "gelu_tanh" (torch's ``approximate="tanh"``) or "silu".
+        activation: "relu", "gelu", "gelu_tanh" (torch's ``approximate="tanh"``), "silu" or "quick_gelu" (CLIP's).
         dropout_p: probability that an element is dropped, in [0, 1]; applied whenever it is > 0. A dropped element
             and its gradients are 0, whatever x is there.
         seed: int or one-element int64 tensor that fixes the mask, which is ``dropout_mask(x.shape, dropout_p, seed)``;
@@ -60,7 +60,9 @@ def bias_act_dropout(
         ValueError: the activation is unknown, or a shape, device or probability does not fit.
 
     Source: D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415; S. Elfwing et al.,
-    "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU.
+    "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU;
+    A. Radford et al., "Learning transferable visual models from natural language supervision", arXiv:2103.00020, for
+    quick_gelu.
     """
     # in this order: a graph is not to depend on it; looked up once: another thread may take it away
     if not _is_compiling() and (cpp := dispatch.shortcut) is not None:

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <string>
 
-#include "../cuda/machine.h"
+#include "../cuda/support/machine.h"
 #include "emulation.h"
 
 namespace fusednorm_cuda {

@@ -104,7 +104,7 @@ def torch_gradients(
     # hooks on saved tensors may bring them back in another layout, which the kernel does not look at
     q, k, v, out = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out)]
     masked = mask is not None or causal
-    if torch.is_grad_enabled() or batched(dout) or (masked and not rules.moderate(dout)):
+    if torch.is_grad_enabled() or batched(dout) or (masked and not rules.bounded(dout)):
         options = AttentionOptions(q.shape[2], k.shape[2], scale, causal=causal)
         inputs = AttentionInputs(q, k, v, mask)
         found = reference.attention_gradients(dout, None, inputs, options, [True, True, True, False])
@@ -136,7 +136,7 @@ class TorchOperatorFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         inputs, need = AttentionInputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:4])
         masked = rules.masked(inputs, ctx.options)
-        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not rules.moderate(dout)):
+        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not rules.bounded(dout)):
             found = reference.attention_gradients(dout, None, inputs, ctx.options, need)
             gradients = [g if wanted else None for g, wanted in zip(found, need, strict=True)]
         else:

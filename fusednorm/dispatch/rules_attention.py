@@ -74,7 +74,7 @@ def why_not_torch(
     if q.is_cpu and masked(inputs, options):
         if not readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
-        if not (scales(options.scale) and moderate(q, k, v)):
+        if not (scales(options.scale) and bounded(q, k, v)):
             return "NaN, Inf or huge numbers of masked keys and values would reach its results"
     return ""
 
@@ -124,14 +124,14 @@ def how_torch_serves(inputs: AttentionInputs, options: AttentionOptions, asked: 
 
 
 def scales(scale: float) -> bool:
-    """Whether the scale turns no product of moderate numbers, and no -inf, into something else."""
+    """Whether the scale turns no product of bounded numbers, and no -inf, into something else."""
     return 0.0 < scale <= 128.0
 
 
-def moderate(*tensors: Tensor) -> bool:
+def bounded(*tensors: Tensor) -> bool:
     """Whether up to three tensors have no NaN, and nothing so large that a sum of 256 products of two overflows."""
     if dispatch.unavailable_reason("cpu") is None:
-        return cpu.all_moderate(*tensors, *[None] * (3 - len(tensors)))
+        return cpu.all_bounded(*tensors, *[None] * (3 - len(tensors)))
     for tensor in filter(Tensor.numel, tensors):
         bound = {torch.float64: 2.0**500, torch.float16: math.inf}.get(tensor.dtype, 2.0**56)
         smallest, largest = tensor.detach().aminmax()  # both are NaN if an element is

@@ -14,19 +14,19 @@ from torch import Tensor
 from .._activations import ACTIVATIONS
 from .._options import NormGradOptions, NormOptions
 
-MOST_DIMENSIONS = 64  # kMaxDims of csrc/data.h
-ACTIVATION_SHIFT = 2  # kActivationShift of csrc/activations.h: an activation's number stands above two switches
+MOST_DIMENSIONS = 64  # kMaxDims of csrc/common/data.h
+ACTIVATION_SHIFT = 2  # kActivationShift of csrc/common/activations.h: an activation's number stands above two switches
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def packed_norm(options: NormOptions) -> int:
-    """All switches of a norm's forward in one integer, as csrc/norm_call.h unpacks them."""
+    """All switches of a norm's forward in one integer, as csrc/common/norm_call.h unpacks them."""
     normalized_ndim, _, _, _, dtype, residual_dtype, *switches = options
     return _packed(normalized_ndim, dtype, residual_dtype, (*switches, False))
 
 
 def packed_norm_grad(options: NormGradOptions, output_mask: tuple[bool, ...]) -> int:
-    """All switches of a norm's backward in one integer, as csrc/norm_call.h unpacks them."""
+    """All switches of a norm's backward in one integer, as csrc/common/norm_call.h unpacks them."""
     normalized_ndim, _, _, dtype, residual_dtype, rms, zero_centered_weight, saved_is_normed = options
     switches = (rms, zero_centered_weight, False, saved_is_normed)
     return _packed(normalized_ndim, dtype, residual_dtype, switches, output_mask)
@@ -88,7 +88,7 @@ def check_activations(library: Path) -> None:
 
 
 def activation_options(activation: str, output_mask: Sequence[bool] = (False, False)) -> int:
-    """The options of bias_act_dropout, as csrc/norm_call.h unpacks them; `output_mask` is the backward's."""
+    """The options of bias_act_dropout, as csrc/common/norm_call.h unpacks them; `output_mask` is the backward's."""
     if len(output_mask) != ACTIVATION_SHIFT:
         raise ValueError(f"output_mask: expected {ACTIVATION_SHIFT} entries, one a gradient, got {len(output_mask)}")
     bits = sum(bool(wanted) << i for i, wanted in enumerate(output_mask))

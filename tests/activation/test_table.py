@@ -20,10 +20,9 @@ from fusednorm._activations import ACTIVATIONS, TABLE
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.modules._layer import activation_name
 from fusednorm.providers import native
-from tools.codegen import cuda_forms
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER = cuda_forms.CUDA.parent / "activations.h"
+HEADER = ROOT / "csrc" / "common" / "activations.h"
 NAMES = [activation.name for activation in TABLE]
 EACH = pytest.mark.parametrize("name", NAMES)
 
@@ -119,7 +118,7 @@ def test_a_provider_computes_each(name, provider):
 def test_the_fast_path_names_each_function_of_torch(name):
     """Its switch has no default, and a build takes a missing case for an error."""
     (enumerator,) = (e for e, n, *_ in enumerated() if n == name)
-    source = (ROOT / "csrc" / "shortcut" / "activation_node.cpp").read_text()
+    source = (ROOT / "csrc" / "fastpath" / "activation_node.cpp").read_text()
     assert source.count(f"case fusednorm::k{enumerator}: return ") == 1
     assert "-Werror=switch" in (ROOT / "setup.py").read_text()
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,46 +34,68 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequen
     """`name` of sources that are all compiled alike."""
     common = [str(compiler()), "-std=c++17", "-x", "c++", *WARNINGS, *flags]
     jobs = {source.name: [*common, "-c", str(source)] for source in sources}
-    return build_from(name, jobs, [*flags, *link], sources)
+    return build_from(name, jobs, [*flags, *link])
 
 
-def build_from(
-    name: str, jobs: Mapping[str, Sequence[str]], link: Sequence[str], sources: Sequence[Path] = (), csrc: Path = CSRC
-) -> Path:
-    """`name`, linked of what the jobs' commands make, from the cache where nothing that it is made of has changed."""
+def build_from(name: str, jobs: Mapping[str, Sequence[str]], link: Sequence[str]) -> Path:
+    """`name`, linked of what the jobs' commands make, from the cache where nothing that it is made of has changed.
+
+    It is made of the commands, and of the files that the compiler lists: sources and what they include.
+    """
     gxx = compiler()
     assert gxx is not None
     script, torch = setup_script(), torch_directory()
     commands = [(list(command), script.identity(list(command), torch)) for command in jobs.values()]
-    digest = hashlib.sha256(repr((commands, link)).encode())
-    for path in sorted({*sources, *(p for p in csrc.rglob("*") if p.is_file())}):
-        digest.update(path.read_bytes())
-    folder = CACHE / digest.hexdigest()[:16]
-    target = folder / name
-    if target.exists():
-        return target
+    of_commands = hashlib.sha256(repr((name, commands, link)).replace(f"{ROOT}{os.sep}", "").encode())
+    folder = CACHE / of_commands.hexdigest()[:16]
+    for listing in folder.glob("*/files.json"):
+        if (listing.parent / name).exists() and unchanged(json.loads(listing.read_text())):
+            return listing.parent / name
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(job: tuple[str, Sequence[str]]) -> Path:
         made = folder / f"{job[0]}.{os.getpid()}.o"
-        run([*job[1], "-o", str(made)])
+        run([*job[1], "-MMD", "-MF", f"{made}.d", "-o", str(made)])
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs.items()))
-    unfinished = target.with_suffix(f".{os.getpid()}")
+    unfinished = folder / f"{name}.{os.getpid()}"
     run([gxx, *map(str, objects), *link, "-o", str(unfinished)])
+    files = {file: digest_of(file) for made in objects for file in files_read(Path(f"{made}.d"))}
+    target = folder / hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16] / name
+    target.parent.mkdir(exist_ok=True)
     unfinished.replace(target)  # whole or not at all, also with several processes building
+    listing = target.with_name(f"files.{os.getpid()}")
+    listing.write_text(json.dumps(files))
+    listing.replace(target.with_name("files.json"))
     for made in objects:
         made.unlink()
+        Path(f"{made}.d").unlink()
     return target
+
+
+def files_read(dependencies: Path) -> set[str]:
+    """The files of a compiler's list, without headers of the system and of torch; below ROOT relative to it."""
+    listed = dependencies.read_text().partition(": ")[2].replace("\\\n", " ")
+    found = (word.replace("\\ ", " ") for word in re.split(r"(?<!\\)\s+", listed) if word)
+    return {os.path.relpath(file, ROOT) if Path(file).is_relative_to(ROOT) else file for file in found}
+
+
+def digest_of(file: str) -> str | None:
+    path = ROOT / file
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def unchanged(files: Mapping[str, str]) -> bool:
+    return all(digest_of(file) == digest for file, digest in files.items())
 
 
 def build_provider(sanitized: bool) -> Path:
     """The provider's library with its kernels on the CPU."""
     torch = torch_directory()
-    cuda = CSRC / "cuda"
-    sources = [*cuda.glob("*.cu"), *CSRC.glob("*.cpp"), *cuda.glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
+    sources = [path for pattern in ("*.cu", "*.cpp") for path in (CSRC / "cuda").rglob(pattern)]
+    sources += [*(CSRC / "common").glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
     sources = [source for source in sources if source.name != "machine.cu"]
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
     flags += SANITIZED if sanitized else PLAIN
@@ -90,8 +114,8 @@ def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, c
     for made, command in commands.items():
         vector = "_kernels_" in made.stem and not made.stem.endswith("_baseline")
         last = vector_flags if vector and vector_flags is not None else flags
-        jobs[made.stem] = [*(part.replace(str(script.COMMON), str(csrc)) for part in command), *last]
-    return build_from("libfusednorm_cpu.so", jobs, [*flags, *link, *link_torch(torch)], csrc=csrc)
+        jobs[made.stem] = [*(part.replace(str(script.CSRC), str(csrc)) for part in command), *last]
+    return build_from("libfusednorm_cpu.so", jobs, [*flags, *link, *link_torch(torch)])
 
 
 def torch_directory() -> Path:

@@ -131,7 +131,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, An
         "attention_fwd": (ops.attention_fwd, attention_args),
         "attention_fwd, packed": (ops.attention_fwd, packed_args),
         "attention_bwd": (ops.attention_bwd, attention_backward_args),
-        "all_moderate": (ops.all_moderate, lambda: dict(zip("abc", torch.randn(3, 4, 8), strict=True))),
+        "all_bounded": (ops.all_bounded, lambda: dict(zip("abc", torch.randn(3, 4, 8), strict=True))),
     }
 
 
@@ -184,7 +184,7 @@ def sizes() -> None:
         changed[name] = changed[name][..., :1].expand(*changed[name].shape[:-1], value)
         said = "key: its shape" if name == "k" else f"head dim of at most 256, got {value}"
         expect(said, ops.attention_fwd, **changed)
-    assert ops.all_moderate(huge(HUGE), empty(0, 2**40), torch.ones(1, 1).expand(2**30, 2**30))
+    assert ops.all_bounded(huge(HUGE), empty(0, 2**40), torch.ones(1, 1).expand(2**30, 2**30))
 
 
 def gradients() -> None:

@@ -17,17 +17,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as their papers write 
     "gelu": lambda u: u * 0.5 * torch.erfc(-u / math.sqrt(2)),
     "gelu_tanh": lambda u: 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
     "silu": lambda u: u / (1 + torch.exp(-u)),
+    "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),  # of no paper: openai/CLIP, clip/model.py
 }
 TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
 }
 NEGATIVE_TAIL = {  # how exact it is for u from -9 to -1, relatively; the tanh form's exponent is not split
     "gelu": 2.0**-21,
     "gelu_tanh": 2.0**-16,
     "silu": 2.0**-21,
+    "quick_gelu": 2.0**-19,  # 1.702 u, which is as small as -15, is rounded
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform not in ("linux", "darwin"), reason="native libraries are for Linux and macOS"
 )
 
-# Records its calls, and makes what it is asked for; everything reads csrc/data.h.
+# Records its calls, and makes what it is asked for; everything reads csrc/common/data.h.
 COMPILER = r"""#!/bin/sh
 here=$(dirname "$0")
 case "$1" in
@@ -33,7 +34,7 @@ while [ $# -gt 0 ]; do
 done
 case "$source" in *fault*) echo "$source: error: planted" >&2; exit 1 ;; esac
 echo "$source|$all" >> "$here/calls"
-[ -z "$listing" ] || for name in "$out:" "$source" "$ROOT/csrc/data.h"; do
+[ -z "$listing" ] || for name in "$out:" "$source" "$ROOT/csrc/common/data.h"; do
   printf '%s ' "$(echo "$name" | sed 's/ /\\ /g')"
 done > "$listing"
 echo "$all $$" > "$out"
@@ -109,14 +110,14 @@ class Checkout:
         found = Counter[str]()
         for path in {path for pattern in patterns for path in self.root.glob(f"csrc/{pattern}")}:
             sets = len(emulated.setup_script().INSTRUCTION_SETS) if path.name.endswith("_kernels.cpp") else 1
-            found[path.name] += 2 if path.parent.name == "csrc" else sets
+            found[path.name] += 2 if path.parent.name == "common" else sets
         return found
 
     def libraries(self) -> set[str]:
         return {path.name.partition(".cpython")[0] for path in (self.root / "fusednorm").glob("*.so")}
 
 
-EVERYTHING = ["*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu", *["shortcut/*.cpp"] * HAS_HEADERS]
+EVERYTHING = ["common/*.cpp", "cpu/*/*.cpp", "cuda/*/*.cpp", "cuda/*/*.cu", *["fastpath/*.cpp"] * HAS_HEADERS]
 
 
 @pytest.fixture
@@ -186,12 +187,12 @@ def a_flag_in_setup_py(built):
 
 
 def a_header(built):
-    (built.root / "csrc" / "data.h").touch()
+    (built.root / "csrc" / "common" / "data.h").touch()
     return EVERYTHING
 
 
 def a_source(built):
-    (built.root / "csrc" / "cuda" / "machine.cu").touch()
+    (built.root / "csrc" / "cuda" / "support" / "machine.cu").touch()
     return ["cuda/machine.cu"]
 
 
@@ -216,7 +217,7 @@ def test_a_change_compiles_anew_what_it_concerns(change, built):
 
 
 def test_a_source_that_is_gone_is_no_part_of_the_library(built):
-    source = built.root / "csrc" / "cuda" / "machine.cu"
+    source = built.root / "csrc" / "cuda" / "support" / "machine.cu"
     source.rename(source.with_suffix(".gone"))
     built.build()
     source.with_suffix(".gone").rename(source)
@@ -293,9 +294,62 @@ def test_what_tests_build_is_built_anew_for_another_torch_and_compiler(changed, 
     jobs = {"empty": [str(emulated.compiler()), "-isystem", include, "-fPIC", "-c", str(source)]}
 
     def build():
-        return emulated.build_from("empty.so", jobs, ["-shared"], [source], csrc=tmp_path / "none")
+        return emulated.build_from("empty.so", jobs, ["-shared"])
 
     first = build()
     assert build() == first
     monkeypatch.setattr(script, changed, lambda *_: "another")
     assert build() != first
+
+
+@pytest.mark.skipif(emulated.compiler() is None, reason="no g++")
+def test_what_tests_build_is_built_anew_where_a_file_that_it_includes_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(emulated, "CACHE", tmp_path / "cache")
+    sources = tmp_path / "with blanks"
+    sources.mkdir()
+    for name in ("included.h", "indirect.h", "beside.h"):
+        (sources / name).write_text("#pragma once\n")
+    (sources / "included.h").write_text('#pragma once\n#include "indirect.h"\n')
+    (sources / "source.cpp").write_text('#include "included.h"\n')
+
+    def build():
+        return emulated.build("made.so", [sources / "source.cpp"], ["-fPIC"], ["-shared"])
+
+    made = {build()}
+    for name in ("included.h", "indirect.h", "source.cpp"):
+        before = (sources / name).read_text()
+        (sources / name).write_text(before + "// a comment\n")
+        made.add(build())
+        (sources / name).write_text(before)
+        assert build() in made
+    assert len(made) == 4
+    monkeypatch.setattr(emulated, "run", lambda command: pytest.fail(f"compiled again: {command}"))
+    (sources / "beside.h").write_text("// a comment\n")
+    (sources / "another.h").write_text("// a comment\n")
+    assert build() in made
+
+
+@pytest.mark.skipif("FUSEDNORM_EMULATE" not in os.environ, reason="the CUDA kernels are not emulated here")
+@pytest.mark.parametrize(("folder", "anew"), [("cpu", False), ("fastpath", False), ("cuda", True), ("emulation", True)])
+def test_the_emulation_is_built_anew_only_where_it_has_to_be(folder, anew, monkeypatch):
+    """A comment in every file of csrc/cpu changes nothing that it is compiled from."""
+    read = emulated.digest_of
+    changed = emulated.CSRC / folder
+    assert any(changed.rglob("*"))
+    compiled = []
+
+    class Compiles(Exception):
+        pass
+
+    def compile_nothing(command):
+        compiled.append(command)
+        raise Compiles
+
+    monkeypatch.setattr(emulated, "run", compile_nothing)
+    emulated.build_provider(sanitized=False)  # conftest.py has built it
+    assert not compiled
+    commented = {str(path.relative_to(ROOT)) for path in changed.rglob("*") if path.is_file()}
+    monkeypatch.setattr(emulated, "digest_of", lambda file: "a comment" if file in commented else read(file))
+    with pytest.raises(Compiles) if anew else contextlib.nullcontext():
+        emulated.build_provider(sanitized=False)
+    assert bool(compiled) == anew

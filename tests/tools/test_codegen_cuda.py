@@ -40,7 +40,7 @@ def test_cuda_gate_everywhere(source, arch, tmp_path):
 
 def test_backward_keeps_to_the_registers_that_the_table_counts_on(hopper):
     """The table makes as many programs as fit at this many registers."""
-    table = (CUDA / "norm_table.h").read_text()
+    table = (CUDA / "norm" / "norm_table.h").read_text()
     counted = {name: int(n) for name, n in re.findall(r"\bk(Plain|Staged|Everything) = (\d+)", table)}
     most = dict.fromkeys(counted, 0)
     for k in hopper:

@@ -79,8 +79,9 @@ def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
 def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
     assert NVCC is not None and CUOBJDUMP is not None, missing()
     cubin = folder / f"{source}_{arch}.cubin"
+    (path,) = CUDA.rglob(f"{source}.cu")
     made = subprocess.run(
-        [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, CUDA / f"{source}.cu"],
+        [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, path],
         capture_output=True,
         text=True,
         timeout=900,

@@ -30,7 +30,7 @@ Registers = Mapping[tuple[str, tuple[str, ...], tuple[int, ...]], int]  # of a k
 
 
 class Form(NamedTuple):
-    """How threads share a row; see csrc/cuda/args.h."""
+    """How threads share a row; see csrc/cuda/support/args.h."""
 
     chunks: int
     threads: int
@@ -74,14 +74,14 @@ def forms(n: int) -> dict[str, Form]:
 
 
 def programs(form: Form, n_rows: int, processors: int = PROCESSORS) -> int:
-    """Blocks, clusters or sets of slabs that visit a plain backward's rows in turns, as csrc/cuda/forms.h counts them.
+    """Blocks, clusters or sets of slabs that visit a plain backward's rows in turns, as support/forms.h counts them.
 
     Of clusters the most there can be: the launch asks the GPU, whose groups of multiprocessors may leave a rest.
     """
     if form.rows > 1 and ceil(n_rows, form.rows) < processors:
         raise ValueError(f"{n_rows} rows are so few that the table puts fewer in a block")
-    fitting = REGISTER_FILE // (constant("norm_table.h", "kPlain") * form.block)
-    blocks = processors * max(1, min(fitting, constant("forms.h", "kProgramsPerProcessor")))
+    fitting = REGISTER_FILE // (constant("norm/norm_table.h", "kPlain") * form.block)
+    blocks = processors * max(1, min(fitting, constant("support/forms.h", "kProgramsPerProcessor")))
     return max(1, min(blocks // (form.ranks * form.tiles), ceil(n_rows, form.rows), 65535))
 
 
@@ -155,7 +155,7 @@ def _width(n: int, n_rows: int, direction: str, form: Form, blocks: int) -> Widt
 HEAD = f"""## What follows for each width
 
 add + LayerNorm in bfloat16, with weight and bias, on {INPUT_BYTES >> 20} MiB of x. The form is the one that
-`csrc/cuda/norm_table.h` chooses: rows of a block x threads of a row x vectors a thread. At a time: the blocks that
+`csrc/cuda/norm/norm_table.h` chooses: rows of a block x threads of a row x vectors a thread. At a time: the blocks that
 are resident on {PROCESSORS} multiprocessors; of clusters it is the most, as the GPU's groups of multiprocessors may
 leave a rest. Each visits so many rows, or fewer. MB are those of `benchmarks/cases`, the least that must move, and
 the floor is their time at {BANDWIDTH / 1e12} TB/s, **an assumed copy bandwidth of an H200, which this project has not

@@ -23,7 +23,7 @@ BUILD = (
 _OPERATORS = (
     *("add_layer_norm_fwd", "add_norm_bare", "add_layer_norm_bwd"),
     *("bias_act_dropout_fwd", "bias_act_bare", "bias_act_dropout_bwd", "dropout_mask"),
-    *("attention_fwd", "attention_bwd", "all_moderate"),
+    *("attention_fwd", "attention_bwd", "all_bounded"),
 )
 _forward: Any = None  # the operators' overloads, once the library is loaded
 _bare: Any = None
@@ -34,7 +34,7 @@ activation_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
 attention_forward: Any = None  # for attention.py
 attention_backward: Any = None
-all_moderate: Any = None  # (tensor, tensor or None, tensor or None) -> bool
+all_bounded: Any = None  # (tensor, tensor or None, tensor or None) -> bool
 
 
 def unavailable_reason() -> str | None:
@@ -45,7 +45,7 @@ def unavailable_reason() -> str | None:
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
     global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask
-    global attention_forward, attention_backward, all_moderate
+    global attention_forward, attention_backward, all_bounded
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
@@ -56,7 +56,7 @@ def _load() -> str | None:
         # the overload's own call adds a microsecond to what is inside it
         found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]
         _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = found[:-3]
-        attention_forward, attention_backward, all_moderate = found[-3:]
+        attention_forward, attention_backward, all_bounded = found[-3:]
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
     return None

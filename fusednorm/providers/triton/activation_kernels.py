@@ -28,7 +28,7 @@ def _activate(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.const
     elif ACTIVATION == "gelu":
         y = 0.5 * u * (1.0 + tl.math.erf(u * _ROOT_HALF))
     else:  # u sigmoid(w), w = u (LINEAR + CUBIC u^2)
-        tl.static_assert(LINEAR != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
+        tl.static_assert(LINEAR > 0, "an activation that is not u sigmoid(w) needs a branch of its own")
         if CUBIC == 0:
             y = u / (1.0 + tl.exp(-u * LINEAR))
         else:
@@ -37,11 +37,11 @@ def _activate(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.const
 
 
 @triton.jit
-def _sigmoid_and_slope(w):
-    """sigmoid(w) and its derivative, neither with a cancellation nor an overflow."""
+def _sigmoid_and_slope(w, sign):
+    """sigmoid(w) and its derivative, neither with a cancellation nor an overflow; `sign` is any number of w's sign."""
     small = tl.exp(-tl.abs(w))
     larger = 1.0 / (1.0 + small)
-    return tl.where(w >= 0, larger, small * larger), small * larger * larger
+    return tl.where(sign >= 0, larger, small * larger), small * larger * larger
 
 
 @triton.jit
@@ -52,10 +52,10 @@ def _slope(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexp
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.math.erf(u * _ROOT_HALF)) + u * (tl.exp(-0.5 * u * u) * _DENSITY)
     else:
-        tl.static_assert(LINEAR != 0, "an activation that is not u sigmoid(w) needs a branch of its own")
+        tl.static_assert(LINEAR > 0, "an activation that is not u sigmoid(w) needs a branch of its own")
         if CUBIC == 0:
-            sigmoid, derivative = _sigmoid_and_slope(u * LINEAR)
-            slope = sigmoid + u * (LINEAR * derivative)  # in this order no finite u gives 0 times infinity
+            sigmoid, derivative = _sigmoid_and_slope(u * LINEAR, u)  # with w itself it spilled
+            slope = sigmoid + LINEAR * (u * derivative)  # in this order no finite u gives 0 times infinity
         else:
             if u.dtype == tl.float64:  # Triton 3.9 makes min.xorsign.abs of a clamp on sm_90; float64 does not have it
                 v = tl.maximum(u, -_SATURATED, propagate_nan=tl.PropagateNan.ALL)
@@ -63,7 +63,7 @@ def _slope(u, ACTIVATION: tl.constexpr, LINEAR: tl.constexpr, CUBIC: tl.constexp
             else:  # one instruction less an element
                 v = tl.clamp(u, -_SATURATED, _SATURATED, propagate_nan=tl.PropagateNan.ALL)
             square = v * v
-            sigmoid, derivative = _sigmoid_and_slope(v * (LINEAR + CUBIC * square))
+            sigmoid, derivative = _sigmoid_and_slope(v * (LINEAR + CUBIC * square), v)
             slope = sigmoid + v * (LINEAR + 3.0 * CUBIC * square) * derivative
     return slope
 

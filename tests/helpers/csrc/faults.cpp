@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
+#include "../../csrc/cuda/support/device.cuh"
 
 namespace fusednorm_cuda {
 
@@ -73,7 +73,7 @@ static void misaligned() {
 static void cluster_sound() {
   const Shared<int> shared(0);
   sync_cluster();
-  shared.send(1 - cluster_rank(), thread(), 10 + cluster_rank(), Arrivals(0));
+  shared.send(1 - cluster_rank(), thread(), 10 + cluster_rank(), MBarrier(0));
   sync_cluster();
   output[cluster_rank() * kThreads + thread()] = float(shared.get(thread()));
 }
@@ -82,16 +82,16 @@ static void cluster_missing_barrier() {
   const Shared<int> shared(0);
   shared.set(thread(), 1);
   sync_threads();  // orders nothing in the other block
-  shared.send(1 - cluster_rank(), thread(), 2, Arrivals(0));
+  shared.send(1 - cluster_rank(), thread(), 2, MBarrier(0));
 }
 
 // Two barriers in turns: what comes for one is counted while threads still look at the other.
 static void arrivals_sound() {
-  const Arrivals turns[2] = {Arrivals(240), Arrivals(248)};
+  const MBarrier turns[2] = {MBarrier(240), MBarrier(248)};
   if (thread() == 0) turns[0].start(), turns[1].start();
   sync_cluster();
   for (int round = 0; round < 4; ++round) {
-    const Arrivals& arrivals = turns[round & 1];
+    const MBarrier& arrivals = turns[round & 1];
     if (thread() == 0) arrivals.expect(4);
     if (thread() == 7) Shared<int>(0).send(1 - cluster_rank(), round, 10 + cluster_rank(), arrivals);
     arrivals.wait(round & 2);
@@ -100,7 +100,7 @@ static void arrivals_sound() {
 }
 
 static void arrivals_that_never_come() {
-  const Arrivals arrivals(248);
+  const MBarrier arrivals(248);
   if (thread() == 0) arrivals.start(), arrivals.expect(8);
   sync_cluster();
   if (thread() == 7) Shared<int>(0).send(1 - cluster_rank(), 0, 1, arrivals);
@@ -108,7 +108,7 @@ static void arrivals_that_never_come() {
 }
 
 static void arrivals_of_another_round() {
-  const Arrivals arrivals(248);
+  const MBarrier arrivals(248);
   if (thread() == 0) arrivals.start(), arrivals.expect(0);
   arrivals.wait(true);
 }

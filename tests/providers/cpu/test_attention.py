@@ -32,38 +32,38 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_moderate_sees_each_element_and_no_other(layout, dtype):
+def test_all_bounded_sees_each_element_and_no_other(layout, dtype):
     large = {torch.float64: 2.0**500, torch.float16: torch.inf}.get(dtype, 2.0**56)
     most = torch.nextafter(torch.tensor(large, dtype=dtype), torch.tensor(0.0, dtype=dtype))
     whole = torch.full((2, 3, 7, 32), -most.item(), dtype=dtype)
     view = LAYOUTS[layout](whole)
-    assert cpu.all_moderate(view, None, None)
+    assert cpu.all_bounded(view, None, None)
     for bad, at in itertools.product((torch.nan, torch.inf, -torch.inf, large, -large), (0, -1)):
         kept = whole.clone()
         LAYOUTS[layout](kept).reshape(-1)  # the same elements
         index = torch.arange(whole.numel()).view(whole.shape)
         seen = LAYOUTS[layout](index).reshape(-1)
         kept.view(-1)[seen[at]] = bad
-        assert not cpu.all_moderate(LAYOUTS[layout](kept), None, None)
-        assert not cpu.all_moderate(torch.ones(3), LAYOUTS[layout](kept), None)
-        assert not cpu.all_moderate(torch.ones(3), None, LAYOUTS[layout](kept))
+        assert not cpu.all_bounded(LAYOUTS[layout](kept), None, None)
+        assert not cpu.all_bounded(torch.ones(3), LAYOUTS[layout](kept), None)
+        assert not cpu.all_bounded(torch.ones(3), None, LAYOUTS[layout](kept))
         others = torch.full_like(whole, bad)
         others.view(-1)[seen] = 1.0
-        assert cpu.all_moderate(LAYOUTS[layout](others), None, None)
+        assert cpu.all_bounded(LAYOUTS[layout](others), None, None)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
-def test_all_moderate_of_nothing(shape):
-    assert cpu.all_moderate(torch.empty(shape), torch.empty(shape), None)
+def test_all_bounded_of_nothing(shape):
+    assert cpu.all_bounded(torch.empty(shape), torch.empty(shape), None)
 
 
-def test_all_moderate_over_several_threads():
+def test_all_bounded_over_several_threads():
     x = torch.zeros(1 << 20)
-    assert cpu.all_moderate(x, None, None)
+    assert cpu.all_bounded(x, None, None)
     for at in (0, 1 << 19, (1 << 20) - 1):
         y = x.clone()
         y[at] = torch.inf
-        assert not cpu.all_moderate(y, x, x)
+        assert not cpu.all_bounded(y, x, x)
 
 
 # --- memory ---

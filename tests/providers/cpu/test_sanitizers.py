@@ -38,16 +38,16 @@ ATTENTION_FILES = (
     "reported/test_attention.py",
 )
 ATTENTION_LAYOUTS = (
-    "all_moderate or cpu-cpu and (every_layout or every_length or every_head_dim or varlen or empty or broadcast)"
+    "all_bounded or cpu-cpu and (every_layout or every_length or every_head_dim or varlen or empty or broadcast)"
 )
 LAYOUTS = f"{CHOSEN} and (every_shape or empty or strided or mixed or test_cpu_)"
 # Without UBSan the compiler does not see that what throws does not return.
 ADDRESS, THREAD = (("-g1", "-O0", f"-fsanitize={name}", "-Wno-return-type") for name in ("address", "thread"))
 UNWATCHED = ("-O0",)  # instruction sets that are not asked for: in less time
 PLANTED = {
-    "write": ("storage.h", "i < n; ++i) p[i] = lanes[i]", "i <= n; ++i) p[i] = lanes[i]"),
-    "read": ("storage.h", "i < n; ++i) lanes[i] = p[i]", "i <= n; ++i) lanes[i] = p[i]"),
-    "race": ("norm_backward.h", "(C*)a.partials + chunk * a.n_sums * a.partial_stride", "(C*)a.partials"),
+    "write": ("support/storage.h", "i < n; ++i) p[i] = lanes[i]", "i <= n; ++i) p[i] = lanes[i]"),
+    "read": ("support/storage.h", "i < n; ++i) lanes[i] = p[i]", "i <= n; ++i) lanes[i] = p[i]"),
+    "race": ("norm/norm_backward.h", "(C*)a.partials + chunk * a.n_sums * a.partial_stride", "(C*)a.partials"),
 }
 
 
@@ -105,7 +105,7 @@ def test_every_layout_under_sanitizers(name):
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_attention_under_sanitizers(name):
     library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
-    chosen, least = ("cpu-cpu or all_moderate", 390) if name == "baseline" else (ATTENTION_LAYOUTS, 60)
+    chosen, least = ("cpu-cpu or all_bounded", 390) if name == "baseline" else (ATTENTION_LAYOUTS, 60)
     done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in ATTENTION_FILES), "-k", chosen])
     assert done.returncode == 0, said(done)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)

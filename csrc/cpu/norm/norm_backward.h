@@ -1,0 +1,180 @@
+// The backward of every norm of the family, a block of rows at a time.
+//
+// With xhat = (z - mean) rstd, g = weight * dy and bars for row means,
+// dz = rstd (g - bar(g) - xhat bar(g xhat)) + dresidual_out; RMSNorm lacks bar(g).
+#pragma once
+
+#include "norm_forward.h"
+#include "../support/partials.h"
+
+namespace fusednorm_cpu {
+namespace FN_ISA {
+
+// The rows of a block, all read and written as S.
+template <class C, class S>
+struct Block {
+  const S *dnormed[kRowBlock], *saved[kRowBlock], *dresidual_out[kRowBlock], *x[kRowBlock];
+  S *dx[kRowBlock], *dresidual[kRowBlock];
+  const S *next_dnormed[kRowBlock], *next_saved[kRowBlock];  // of the next block, to be fetched; or null
+  const Int<C>* masks[kRowBlock];
+  Path path[kRowBlock];
+  C mean[kRowBlock], rstd[kRowBlock], product[kRowBlock], shift[kRowBlock];  // the last two: row means of g xhat and g
+};
+
+template <class C, class S, class E>
+FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, int r, int64_t j) {
+  const Vec<C> v = extent.template load<C>(b.saved[r] + j);
+  if (!a.saved_is_normed) return (v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]);
+  Vec<C> u = v;
+  if (a.bias) u = u - extent.template load<C>((const C*)a.bias + j);
+  if (a.weight) u = u / extent.template load<C>((const C*)a.weight + j);
+  return extent.only(u);  // 0 / 0 past the row's end
+}
+
+// What a block reads later, fetched while the processor would wait for none of it: its own guesses end with a row, and of
+// four rows side by side it makes few. Not of rows so wide that a block of them would not stay in its cache meanwhile.
+constexpr int64_t kMostFetched = 256 << 10, kLeastNext = 2 << 10, kMostNext = 64 << 10;
+
+template <class C, class S>
+FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
+  Sums<C> products, shifts;
+  const bool stays = times(a.n_columns, sizeof(S)) <= kMostFetched;
+  const S *const dresidual_out = stays ? b.dresidual_out[r] : nullptr, *const x = stays ? b.x[r] : nullptr;
+  sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    if (dresidual_out) __builtin_prefetch(dresidual_out + j);
+    if (x) __builtin_prefetch(x + j);
+    Vec<C> g = extent.template load<C>(b.dnormed[r] + j);
+    if (a.weight) g = g * extent.template load<C>((const C*)a.weight + j);
+    products.part[k] = products.part[k] + g * normalized(a, extent, b, r, j);
+    shifts.part[k] = shifts.part[k] + g;
+  }, [&]() __attribute__((always_inline)) { products.fold(), shifts.fold(); });
+  b.product[r] = products.total() / C(a.n_columns);
+  b.shift[r] = a.rms ? C(0) : shifts.total() / C(a.n_columns);
+}
+
+// Gradients of a block's rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
+// additions are a quarter as long, and so is their error.
+template <class C, class S, bool EPILOGUE>
+FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* dweight, C* dbias, C* dx_bias, C* dlayer_scale) {
+  over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
+    const auto load = [&](const C* p) __attribute__((always_inline)) { return extent.template load<C>(p + j); };
+    const auto add = [&](const Vec<C>& v, C* p) __attribute__((always_inline)) {
+      extent.store(Stored<C, C>::of(load(p) + v), p + j);
+    };
+    Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
+    if (a.weight) w = load((const C*)a.weight);
+    for (int r = 0; r < rows; ++r) {
+      if (b.next_dnormed[r]) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
+      const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j);
+      const Vec<C> g = a.weight ? dy * w : dy;
+      Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
+      if (b.dresidual_out[r]) d = d + extent.template load<C>(b.dresidual_out[r] + j);
+      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, a.nontemporal);
+      if (dweight) sw = sw + dy * xhat;
+      if (dbias) sb = sb + dy;
+      if (EPILOGUE) {
+        const At<C, decltype(extent)> at{a, extent, b.masks[r], b.path[r], j};
+        const auto x = [&]() __attribute__((always_inline)) { return extent.template load<C>(b.x[r] + j); };
+        d = branch_gradient(at, d, x, dx_bias, dlayer_scale, sx, sl);
+      }
+      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j, a.nontemporal);
+    }
+    if (dweight) add(sw, dweight);
+    if (dbias) add(sb, dbias);
+    if (EPILOGUE && dx_bias) add(sx, dx_bias);
+    if (EPILOGUE && dlayer_scale) add(sl, dlayer_scale);
+  });
+}
+
+constexpr int kStagedRows = 6;  // dnormed, saved, dresidual_out, x, dx, dresidual
+
+template <class C, class S>
+FN_INLINE void describe_row(const Backward& a, Block<C, S>& b, int r, int64_t row, C* staged, Int<C>* masks) {
+  const bool direct = sizeof(S) != sizeof(C) || a.direct;
+  const int64_t n = a.n_columns, room = padded(n);
+  const Operand* const operands[4] = {&a.dnormed, &a.saved, &a.dresidual_out, &a.x};
+  const S* rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const Operand& o = *operands[i];
+    if (!o.data) {
+      rows[i] = nullptr;
+    } else if (direct) {
+      rows[i] = row_of<S>(o, row);
+    } else {
+      stage_in(o, row, n, staged + i * room);
+      rows[i] = (const S*)(staged + i * room);
+    }
+  }
+  b.dnormed[r] = rows[0], b.saved[r] = rows[1], b.dresidual_out[r] = rows[2], b.x[r] = rows[3];
+  b.dx[r] = !a.dx ? nullptr : direct ? (S*)a.dx + row * n : (S*)(staged + 4 * room);
+  b.dresidual[r] = !a.dresidual ? nullptr : direct ? (S*)a.dresidual + row * n : (S*)(staged + 5 * room);
+  const C* stats = (const C*)a.stats;
+  b.mean[r] = a.rms ? C(0) : stats[row];
+  b.rstd[r] = stats[a.rms ? row : a.n_rows + row];
+  b.path[r] = a.epilogue ? path_of(a, row) : Path::kNone;
+  b.masks[r] = masks;
+  if (masks) row_masks(a, row, masks);
+}
+
+FN_INLINE int64_t staged_rows(const Backward& a) { return (a.direct ? 0 : kStagedRows) + (a.element.on ? 1 : 0); }
+
+template <class C, class S, bool EPILOGUE>
+void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t n = a.n_columns, room = padded(n), per_row = staged_rows(a) * room;
+  for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
+    C* const partials = (C*)a.partials + chunk * a.n_sums * a.partial_stride;
+    for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, n * sizeof(C));
+    const auto sum_at = [&](int index) { return index < 0 ? nullptr : partials + index * a.partial_stride; };
+    C *const dweight = sum_at(a.sum_dweight), *const dbias = sum_at(a.sum_dbias);
+    C *const dx_bias = sum_at(a.sum_dx_bias), *const dlayer_scale = sum_at(a.sum_dlayer_scale);
+    const int64_t begin = chunk * a.rows_per_chunk;
+    const int64_t end = begin + a.rows_per_chunk < a.n_rows ? begin + a.rows_per_chunk : a.n_rows;
+    for (int64_t row = begin; row < end;) {
+      Block<C, S> b;
+      const int rows = end - row >= kRowBlock ? kRowBlock : int(end - row);
+      const int64_t bytes = n * sizeof(S);
+      const bool ahead = sizeof(S) == 2 && bytes >= kLeastNext && bytes <= kMostNext && row + 2 * kRowBlock <= end;
+      for (int r = 0; r < rows; ++r) {
+        b.next_dnormed[r] = ahead ? row_of<S>(a.dnormed, row + kRowBlock + r) : nullptr;
+        b.next_saved[r] = ahead ? row_of<S>(a.saved, row + kRowBlock + r) : nullptr;
+        C* const staged = (C*)workspace + r * per_row;
+        describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
+        row_means(a, b, r);
+      }
+      gradients<C, S, EPILOGUE>(a, b, rows, dweight, dbias, dx_bias, dlayer_scale);
+      for (int r = 0; r < rows && !a.direct; ++r) {
+        if (a.dx) stage_out((const C*)b.dx[r], n, a.dx_dtype, a.dx, (row + r) * n);
+        if (a.dresidual) stage_out((const C*)b.dresidual[r], n, a.dresidual_dtype, a.dresidual, (row + r) * n);
+      }
+      row += rows;
+    }
+  }
+  if (a.nontemporal) fence_nontemporal();
+}
+
+inline int64_t backward_workspace(const Backward& a) {
+  return times(kRowBlock * staged_rows(a), padded(a.n_columns), a.wide ? 8 : 4);
+}
+
+inline void backward(const Backward& a, void* workspace, int64_t first_chunk, int64_t end_chunk) {
+  with_row_types(a, [&](auto c, auto s) {
+    const auto run =
+        a.epilogue ? backward_chunks<decltype(c), decltype(s), true> : backward_chunks<decltype(c), decltype(s), false>;
+    run(a, (char*)workspace, first_chunk, end_chunk);
+  });
+}
+
+// A parameter as an array of the compute type, plus `shift`.
+inline void parameter(const Operand& o, int64_t n, bool wide, double shift, void* out) {
+  const auto run = [&](auto* p) {
+    stage_in(o, 0, n, p);
+    for (int64_t j = 0; j < n && shift != 0; ++j) p[j] += decltype(*p + 0)(shift);
+  };
+  if (wide)
+    run((double*)out);
+  else
+    run((float*)out);
+}
+
+}  // namespace FN_ISA
+}  // namespace fusednorm_cpu

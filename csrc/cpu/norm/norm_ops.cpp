@@ -1,0 +1,272 @@
+// fusednorm_cpu::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, rows given to the kernels.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "../support/abi.h"
+#include "../support/operands.h"
+#include "../support/huge_pages.h"
+#include "../support/workspace.h"
+
+namespace fusednorm_cpu {
+
+namespace {
+
+using torch::stable::detail::to;
+
+// Elements that are worth another thread: at 16384, 1024 rows of 16 ran at 0.6 of the speed, at 2048 nothing gained. A
+// row costs as much as some elements by itself: 256 rows of 16 on one thread ran at 0.9 of eager's speed.
+constexpr int64_t kGrain = 8192, kRowCost = 48;
+// Bytes of a gradient that no cache would keep: written past the caches it takes 5 to 20 % less time (float32; 3 in 16
+// bits), the forward's two outputs take more.
+constexpr int64_t kStreamed = 16 << 20;
+
+// Rows of one partial sum of the parameters' gradients. Eight and more, so that the sums are little beside the rows; but
+// few wide rows would be one thread's (4 rows of 262144 ran at 0.87 of eager's speed, as pairs at 1.24). By sizes alone:
+// the same for any number of threads.
+int64_t chunk_rows(int64_t rows, int64_t columns) {
+  constexpr int64_t kMostChunks = 64, kMostRows = 256, kFew = 8;
+  const int64_t pays = std::clamp<int64_t>(kGrain / std::max<int64_t>(columns, 1), 2, kFew);
+  const int64_t least = std::clamp<int64_t>(rows / kFew, pays, kFew);
+  return std::clamp<int64_t>(pieces(rows, kMostChunks), least, kMostRows);
+}
+
+// Sizes, compute type and masks, from the tensor that has the call's shape. Returns the dimensions of rows.
+int64_t describe_call(Common& a, const Sizes& s, const Options& o, bool wide, const Handle& seed, double dropout_p,
+                   double drop_path_p) {
+  const int64_t lead = leading_dims(s, o);
+  a.n_rows = product(s.sizes, lead);
+  a.n_columns = product(s.sizes + lead, o.normalized_ndim);
+  a.rows_per_sample = rows_per_sample(s, lead);
+  a.mask_columns = s.sizes[s.ndim - 1];
+  a.wide = wide;
+  a.rms = o.rms;
+  a.element = dropout("dropout_p", dropout_p);
+  a.path = dropout("drop_path_p", drop_path_p);
+  a.seed = a.element.on || a.path.on ? uint64_t(*seed_of(seed)) : 0;
+  return lead;
+}
+
+// Parameters as arrays of the compute type: where they lie, or converted into one buffer.
+class Parameters {
+ public:
+  explicit Parameters(const Common& a, const Sizes& s, int64_t lead) : a_(a), shape_(s.sizes + lead), ndim_(s.ndim - lead) {}
+
+  const void* get(const char* name, const Handle& tensor, double shift = 0.0) {
+    if (!tensor) return nullptr;
+    Operand operand;
+    describe(name, tensor, shape_, ndim_, 0, operand);
+    if (!a_.n_rows || !a_.n_columns) return nullptr;  // of an expanded one a copy may be more than there is memory
+    if (operand.unit && operand.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return operand.data;
+    const int64_t bytes = times(padded(a_.n_columns), a_.wide ? 8 : 4);
+    if (!buffer_) buffer_ = allocate("the parameters", times(4, bytes));
+    char* out = (char*)buffer_.get() + used_++ * bytes;
+    kernels().parameter(operand, a_.n_columns, a_.wide, shift, out);
+    return out;
+  }
+
+ private:
+  const Common& a_;
+  const int64_t* shape_;
+  int64_t ndim_;
+  Buffer buffer_;
+  int used_ = 0;
+};
+
+// Whether an output of contiguous rows is to be written past the caches; so far as it is there at all.
+bool takes_nontemporal(const Common& a, const void* data, Dtype dtype) {
+  const int64_t row = times(a.n_columns, kItemSize[dtype]);
+  return !data || (row % 64 == 0 && (uintptr_t)data % 64 == 0 && times(a.n_rows, row) >= kStreamed);
+}
+
+// Whether rows may be read and written as they lie.
+template <class... Operands>
+bool direct(const Common& a, Dtype dtype, const Operands&... operands) {
+  if (a.wide != (dtype == kFloat64)) return false;
+  return ((!operands.data || (operands.unit && operands.dtype == dtype)) && ...);
+}
+
+}  // namespace
+
+int64_t abi() { return kAbi; }
+
+Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
+  const Options& o = t.options;
+  const Sizes s = sizes_of("x", t.x);
+  Forward a;
+  const Dtype x_dtype = dtype_of("x", t.x);
+  const int64_t lead = describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
+  describe("x", t.x, s, lead, a.x);
+  describe("residual", t.residual, s.sizes, s.ndim, lead, a.residual);
+  Parameters parameters(a, s, lead);
+  a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
+  a.bias = parameters.get("bias", t.bias);
+  a.x_bias = parameters.get("x_bias", t.x_bias);
+  a.layer_scale = parameters.get("layer_scale", t.layer_scale);
+  a.epilogue = a.x_bias || a.layer_scale || a.element.on || a.path.on;
+  a.eps = t.eps;
+  a.normed_dtype = o.dtype, a.z_dtype = o.residual_dtype, a.row_dtype = x_dtype;
+  a.direct = o.dtype == x_dtype && o.residual_dtype == x_dtype && direct(a, x_dtype, a.x, a.residual);
+
+  const int64_t none[1] = {0}, stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
+  const Dtype wide = a.wide ? kFloat64 : kFloat32;
+  Outputs out;
+  out.normed = empty(s.ndim, s.sizes, o.dtype);
+  out.z = o.store_residual ? empty(s.ndim, s.sizes, o.residual_dtype) : empty(1, none, o.residual_dtype);
+  out.stats = keep_statistics ? empty(2, stats_sizes, wide) : undefined();
+  const int64_t elements = times(a.n_rows, a.n_columns);
+  if (elements == 0) {  // rows of no elements have statistics, which are NaN: so are all ones
+    if (keep_statistics && a.n_rows)
+      std::memset(fresh_data(out.stats), 0xff, times(stats_sizes[0], a.n_rows, kItemSize[wide]));
+    return out;
+  }
+  double few[256];  // an aligned allocation costs as much as a row of 64
+  const int64_t unkept_bytes = keep_statistics ? 0 : times(2, a.n_rows, kItemSize[wide]);
+  const Buffer many = unkept_bytes > int64_t(sizeof few) ? allocate("the statistics", unkept_bytes) : nullptr;
+  a.normed = fresh_data(out.normed), a.z = o.store_residual ? fresh_data(out.z) : nullptr;
+  a.stats = keep_statistics ? fresh_data(out.stats) : many ? many.get() : few;
+  ask_for_huge_pages(a.normed, times(elements, kItemSize[o.dtype]));
+  if (a.z) ask_for_huge_pages(a.z, times(elements, kItemSize[o.residual_dtype]));
+  const Kernels& k = kernels();
+  parallel(a.n_rows, std::max<int64_t>(kGrain / plus(a.n_columns, kRowCost), 1), k.forward_workspace(a),
+           [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
+  return out;
+}
+
+Gradients run_backward(const BackwardCall& call) {
+  const auto& [dnormed, dresidual_out, saved, stats, weight, bias, x, x_bias, layer_scale, seed, o, dropout_p, drop_path_p] =
+      call;
+  const Sizes s = sizes_of("saved", saved);
+  Backward a;
+  const Dtype wide = dtype_of("stats", stats);  // the dtypes of what is differentiated do not say what it was computed in
+  STD_TORCH_CHECK(wide == kFloat64 || wide == kFloat32, "stats: expected float32 or float64");
+  const int64_t lead = describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
+  const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
+  const Sizes laid = check_shape("stats", stats, stats_sizes, 2);
+  const bool contiguous = (a.n_rows == 1 || laid.strides[1] == 1) && (o.rms || laid.strides[0] == a.n_rows);
+  STD_TORCH_CHECK(contiguous || a.n_rows == 0, "stats: expected a contiguous tensor");
+  const bool wants_layer_scale = (o.output_mask >> 5 & 1) && layer_scale;
+  STD_TORCH_CHECK(x || !wants_layer_scale, "x: the gradient of layer_scale needs it");
+  describe("saved", saved, s, lead, a.saved);
+  describe("dnormed", dnormed, s.sizes, s.ndim, lead, a.dnormed);
+  describe("dresidual_out", dresidual_out, s.sizes, s.ndim, lead, a.dresidual_out);
+  a.x.data = nullptr;
+  if (wants_layer_scale) describe("x", x, s.sizes, s.ndim, lead, a.x);
+  for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
+    if (*parameter) check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
+  Parameters parameters(a, s, lead);
+  a.saved_is_normed = o.saved_is_normed;
+  a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);
+  a.bias = o.saved_is_normed ? parameters.get("bias", bias) : nullptr;
+  a.x_bias = wants_layer_scale ? parameters.get("x_bias", x_bias) : nullptr;
+  a.layer_scale = parameters.get("layer_scale", layer_scale);
+  a.row_dtype = a.saved.dtype;
+  a.dx_dtype = o.dtype, a.dresidual_dtype = o.residual_dtype;
+
+  Gradients outputs;
+  const Handle* const like[6] = {&saved, &saved, &weight, &bias, &x_bias, &layer_scale};
+  const char* const names[6] = {"saved", "saved", "weight", "bias", "x_bias", "layer_scale"};
+  Dtype dtypes[6];
+  void* written[6];
+  const int64_t elements = times(a.n_rows, a.n_columns);
+  bool any_wanted = false;
+  for (int i = 0; i < 6; ++i) {
+    const bool wanted = (o.output_mask >> i & 1) && *like[i];
+    any_wanted |= wanted;
+    dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(names[i], *like[i]);
+    const int64_t first = i < 2 ? 0 : lead;  // a parameter has the shape of the columns
+    outputs.of[i] = wanted ? empty(s.ndim - first, s.sizes + first, dtypes[i]) : undefined();
+    written[i] = wanted ? fresh_data(outputs.of[i]) : nullptr;
+    if (i < 2 && wanted) ask_for_huge_pages(written[i], times(elements, kItemSize[dtypes[i]]));
+    if (i >= 2 && written[i] && !a.n_rows) std::memset(written[i], 0, times(a.n_columns, kItemSize[dtypes[i]]));
+  }
+  if (!elements || !any_wanted) return outputs;
+  a.dx = written[0], a.dresidual = written[1];
+  a.direct = (!a.dx || a.dx_dtype == a.row_dtype) && (!a.dresidual || a.dresidual_dtype == a.row_dtype) &&
+             direct(a, a.row_dtype, a.dnormed, a.dresidual_out, a.saved, a.x);
+  a.nontemporal = a.direct && takes_nontemporal(a, a.dx, a.dx_dtype) && takes_nontemporal(a, a.dresidual, a.dresidual_dtype);
+  a.stats = data_of("stats", stats, laid, kItemSize[wide]);
+  a.n_sums = 0;
+  int* const indices[4] = {&a.sum_dweight, &a.sum_dbias, &a.sum_dx_bias, &a.sum_dlayer_scale};
+  for (int i = 0; i < 4; ++i) *indices[i] = (o.output_mask >> (i + 2) & 1) && *like[i + 2] ? a.n_sums++ : -1;
+  a.epilogue = a.layer_scale || a.element.on || a.path.on || a.sum_dx_bias >= 0;
+  a.rows_per_chunk = chunk_rows(a.n_rows, a.n_columns);
+  const int64_t chunks = pieces(a.n_rows, a.rows_per_chunk);
+  a.partial_stride = padded(a.n_columns);
+  Buffer partials;
+  if (a.n_sums) partials = allocate("partial sums", times(chunks, a.n_sums, a.partial_stride, a.wide ? 8 : 4));
+  a.partials = partials.get();
+  const Kernels& k = kernels();
+  const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
+  parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), k.backward_workspace(a),
+           [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
+  // in blocks of 64 columns, so that no two threads share a cache line
+  const int64_t blocks = pieces(a.n_columns, 64);
+  for (int i = 0; i < 4; ++i)
+    if (*indices[i] >= 0)
+      parallel(blocks, std::max<int64_t>(kGrain / 64 / chunks, 1), 0,
+               [&](void*, int64_t begin, int64_t end) {
+                 const char* sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
+                 const int64_t last = std::min(end * 64, a.n_columns);
+                 k.reduce({sums, chunks, a.n_sums * a.partial_stride, a.wide}, dtypes[i + 2], written[i + 2], begin * 64,
+                          last);
+               });
+  return outputs;
+}
+
+namespace {
+
+void forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Outputs out = run_forward(parse_forward(stack), true);
+  give(stack, out.normed, out.z, out.stats);
+}
+
+// Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
+void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Outputs out = run_forward({parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2]),
+                             parse_optional(stack[3]), {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
+                            false);
+  give(stack, out.normed, out.z);
+}
+
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  Gradients gradients = run_backward(parse_backward(stack));
+  for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
+}
+
+void vendor_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(vendor()); }
+
+void instruction_sets_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(instruction_sets()); }
+
+void use_instruction_set_op(StableIValue* stack, uint64_t, uint64_t) {
+  use_instruction_set(to<std::string>(stack[0]));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
+  m.def(kAddLayerNormFwd);
+  m.def(
+      "add_norm_bare(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int options, float eps) "
+      "-> (Tensor normed, Tensor residual_out)");
+  m.def(kAddLayerNormBwd);
+  m.def("instruction_sets() -> str");
+  m.def("vendor() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+}
+
+// Not for AutogradCPU as well, although that would spare torch's fallback: tensors with the negative bit are resolved
+// between the two.
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
+  m.impl("add_layer_norm_fwd", forward_op);
+  m.impl("add_norm_bare", bare_forward_op);
+  m.impl("add_layer_norm_bwd", backward_op);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", instruction_sets_op);
+  m.impl("vendor", vendor_op);
+  m.impl("use_instruction_set", use_instruction_set_op);
+}
+
+}  // namespace fusednorm_cpu

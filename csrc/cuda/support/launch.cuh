@@ -1,0 +1,97 @@
+// A launch, on the GPU or in the emulation.
+#pragma once
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "device.cuh"
+
+namespace fusednorm_cuda {
+
+struct Grid {
+  int64_t x, y;
+  int block_x, block_y;
+  int cluster = 1;  // blocks along x
+  int shared_bytes = 0;
+  bool early = false;  // may begin before what was launched before it has ended: the kernel waits for that by itself
+};
+
+#if defined(__CUDACC__)
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// What cudaLaunchKernelEx takes; `attributes` has room for two.
+template <class A>
+cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* cuda_stream, cudaLaunchAttribute* attributes) {
+  constexpr int kWithoutAsking = 48 << 10;
+  if (grid.shared_bytes > kWithoutAsking)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes), "shared memory");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
+  config.blockDim = dim3(unsigned(grid.block_x), unsigned(grid.block_y));
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(cuda_stream);
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  }
+  if (grid.early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return config;
+}
+
+#endif
+
+// The one place that launches a kernel. Under emulation a test replaces this function, and nothing else, to launch by
+// other means or to see what would be launched. So it stays a function of its own, and no launch goes past it.
+template <class A>
+void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unused]] void* cuda_stream) {
+#if defined(__CUDACC__)
+  cudaLaunchAttribute attributes[2]{};
+  const cudaLaunchConfig_t config = configured(kernel, grid, cuda_stream, attributes);
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "launch of a kernel");
+#else
+  Machine::get().run({{unsigned(grid.x), unsigned(grid.y)},
+                      {unsigned(grid.block_x), unsigned(grid.block_y)},
+                      grid.cluster,
+                      size_t(grid.shared_bytes),
+                      [=] { kernel(arguments); }});
+#endif
+}
+
+// Returns when what was launched on `cuda_stream` has ended.
+inline void wait_for([[maybe_unused]] void* cuda_stream) {
+#if defined(__CUDACC__)
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(cuda_stream)), "a kernel");
+#endif
+}
+
+// Clusters that run at the same time on `device`, which is the current one: its multiprocessors stand in groups, and a
+// group's rest, smaller than a cluster, stays idle. A grid of one cluster more takes twice as long.
+template <class A>
+int resident_clusters([[maybe_unused]] void (*kernel)(A), const Grid& grid, [[maybe_unused]] int device,
+                      [[maybe_unused]] int processors) {
+#if defined(__CUDACC__)
+  using Key = std::tuple<const void*, int, int, int, int>;
+  thread_local std::map<Key, int> known;
+  const Key key{reinterpret_cast<const void*>(kernel), device, grid.block_x, grid.cluster, grid.shared_bytes};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  cudaLaunchAttribute attributes[2]{};
+  const cudaLaunchConfig_t config = configured(kernel, grid, nullptr, attributes);
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return known[key] = clusters;
+#else
+  return processors / grid.cluster;
+#endif
+}
+
+}  // namespace fusednorm_cuda

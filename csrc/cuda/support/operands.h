@@ -1,0 +1,28 @@
+// Tensors as the kernels address them: rows with one or two strides, parameters, fresh outputs.
+#pragma once
+
+#include "../../common/handles.h"
+#include "args.h"
+
+namespace fusednorm_cuda {
+
+int device_of(const Handle& tensor);
+
+// A contiguous tensor on the device of `like`.
+Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype);
+
+// Of an operand that the kernels read: they would take an address in the host's memory for one in theirs.
+void check_device(const char* name, const Handle& tensor, const Handle& like);
+
+// `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no tensor.
+Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype);
+
+// A contiguous tensor of the row dtype or the compute type.
+Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns, Dtype row_dtype);
+
+// Whether 16-byte accesses reach every row.
+bool aligned(const Rows& rows);
+bool aligned(const void* data);
+inline bool aligned(const Parameter& parameter) { return aligned(parameter.data); }
+
+}  // namespace fusednorm_cuda

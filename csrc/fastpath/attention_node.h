@@ -1,0 +1,20 @@
+// Attention's node of the autograd graph, and the call that makes it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fusednorm_shortcut {
+
+struct AttentionCall {
+  at::Tensor query, key, value, key_mask;  // (batch, heads, length, head dim), not empty; key_mask undefined or (batch, keys)
+  double scale;
+  bool native;  // by the library's kernels; by torch's, which know neither key_mask nor window, otherwise
+  bool causal, needs_grad;
+  int64_t window_left, window_right;  // -1: unbounded
+};
+
+at::Tensor attention(const AttentionCall& call);
+
+bool bounded(const char* name, const at::Tensor& tensor);
+
+}  // namespace fusednorm_shortcut

@@ -1,0 +1,384 @@
+// The Python module: arguments taken from the call as they are, or None for a call that goes the long way.
+#include <Python.h>
+
+#include <ATen/Context.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/randint.h>
+#include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <cmath>
+#include <limits>
+
+#include "../cpu/support/abi.h"
+#include "activation_node.h"
+#include "attention_node.h"
+#include "norm_node.h"
+#include "plain.h"
+
+namespace fusednorm_shortcut {
+
+namespace {
+
+bool floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
+// A tensor of torch's own class on the device, or undefined for None; false for anything else.
+bool parse_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  tensor = THPVariable_Unpack(object);
+  return plain(tensor, device) && floating(tensor.scalar_type()) && tensor.dim() <= fusednorm::kMaxDims;
+}
+
+// Whether normalized_shape, an int or a sequence of them, is how x's sizes end; then their number.
+bool parse_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
+  const auto is_size = [](PyObject* number, int64_t size) {
+    int overflow = 0;
+    return PyLong_CheckExact(number) && PyLong_AsLongLongAndOverflow(number, &overflow) == size && !overflow;
+  };
+  const bool sequence = PyTuple_Check(object) || PyList_CheckExact(object);
+  count = sequence ? PySequence_Fast_GET_SIZE(object) : 1;
+  if (count < 1 || count > int64_t(sizes.size())) return false;
+  if (!sequence) return is_size(object, sizes.back());
+  for (int64_t i = 0; i < count; ++i)
+    if (!is_size(PySequence_Fast_GET_ITEM(object, i), sizes[sizes.size() - count + i])) return false;
+  return true;
+}
+
+bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
+  if (object == Py_None && rms)
+    eps = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  else if (PyFloat_CheckExact(object))
+    eps = PyFloat_AS_DOUBLE(object);
+  else
+    return false;
+  return true;
+}
+
+PyObject* choice = nullptr;  // fusednorm.dispatch.crossovers
+
+// Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
+// library.
+bool for_cuda(PyObject* x, PyObject* asked) {
+  return PyUnicode_Check(asked) || (asked == Py_True && THPVariable_CheckExact(x) && THPVariable_Unpack(x).is_cuda());
+}
+
+// Whether automatic choice takes the CUDA library for tensors on a GPU.
+bool chooses_cuda(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
+  THPObjectPtr found(PyObject_CallMethod(choice, "cuda_on_gpu", "sOLLOL", operation,
+                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
+                                         (long long)columns, needs_grad ? Py_True : Py_False, (long long)x.get_device()));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
+// Whether torch's own operators were measured to be faster.
+bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
+  THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
+                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
+                                         (long long)columns, needs_grad ? Py_True : Py_False));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
+// Dropout's probability, and its seed on x's device; undefined for None: to be drawn.
+bool parse_dropout(PyObject* probability, PyObject* given_seed, const at::Tensor& x, double& p, at::Tensor& seed) {
+  if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
+  p = PyFloat_AsDouble(probability);
+  PyErr_Clear();  // of an int past what a double holds; it is -1 then
+  if (!(p >= 0.0 && p < 1.0)) return false;
+  if (given_seed == Py_None) return true;
+  if (PyLong_CheckExact(given_seed)) {
+    if (!(p > 0.0)) return true;
+    const auto value = int64_t(PyLong_AsUnsignedLongLongMask(given_seed));
+    seed = at::empty({1}, x.options().dtype(at::kLong));
+    if (x.is_cpu())
+      *seed.mutable_data_ptr<int64_t>() = value;
+    else
+      seed.fill_(value);
+    return true;
+  }
+  if (!THPVariable_CheckExact(given_seed)) return false;
+  const at::Tensor& given = THPVariable_Unpack(given_seed);
+  const bool here = plain(given, x.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+  if (!here || given.scalar_type() != at::kLong || given.numel() != 1) return false;
+  if (p > 0.0) seed = given.detach().reshape({1});
+  return true;
+}
+
+// As fusednorm.dropout.default_seed.
+void draw_where_none(double p, const at::Tensor& x, at::Tensor& seed) {
+  if (p > 0.0 && !seed.defined())
+    seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1},
+                       x.options().dtype(at::kLong));
+}
+
+// False where the call is not for the shortcut. x, and what is not of a bare norm, is in `call` already.
+bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
+               PyObject* asked, NormCall& call) {
+  if (at::impl::torch_function_mode_enabled()) return false;
+  const c10::DispatchKey device = device_key(call.by_cuda);
+  if (!parse_tensor(residual, call.residual, device) || !parse_tensor(weight, call.weight, device) ||
+      !parse_tensor(bias, call.bias, device))
+    return false;
+  const at::IntArrayRef sizes = call.x.sizes();
+  if (!parse_shape(shape, sizes, call.normalized_ndim)) return false;
+  const at::IntArrayRef normalized = sizes.slice(sizes.size() - call.normalized_ndim);
+  const bool wide = call.x.scalar_type() == at::kDouble;
+  if (!parse_eps(eps, call.rms, wide, call.eps)) return false;
+  if (call.residual.defined() && (call.residual.scalar_type() != call.x.scalar_type() || call.residual.sizes() != sizes))
+    return false;
+  for (const at::Tensor* parameter : {&call.weight, &call.bias, &call.x_bias})
+    if (parameter->defined() && parameter->sizes() != normalized) return false;
+  call.needs_grad = false;
+  if (at::GradMode::is_enabled())
+    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias})
+      call.needs_grad |= tensor->defined() && tensor->requires_grad();
+  if (call.by_cuda && !cuda_takes(call)) return false;
+  if (asked != Py_True) return true;
+  if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as providers/cpu.py has it
+  const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
+  const bool both = call.needs_grad || call.dropout_p > 0;  // as choice.preference has it
+  return call.by_cuda ? chooses_cuda(operation, call.x, columns, both) : !prefers_torch(operation, call.x, columns, both);
+}
+
+// The library that is asked for, and x; false where the call is not for the shortcut.
+bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
+  if (x == Py_None || !plain_thread()) return false;
+  call.by_cuda = for_cuda(x, asked);
+  return parse_tensor(x, call.x, device_key(call.by_cuda));
+}
+
+NormResult run(NormCall& call) {
+  pybind11::gil_scoped_release no_gil;
+  draw_where_none(call.dropout_p, call.x, call.seed);
+  return norm(call);
+}
+
+PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  NormCall call{};
+  call.rms = true;
+  if (!parse_first(args[0], args[4], call)) Py_RETURN_NONE;
+  if (!parse_call(Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4], call)) Py_RETURN_NONE;
+  return THPVariable_Wrap(run(call).normed);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  NormCall call{};
+  call.rms = args[9] == Py_True;
+  if (!parse_first(args[0], args[10], call)) Py_RETURN_NONE;
+  if (!parse_tensor(args[6], call.x_bias, device_key(call.by_cuda))) Py_RETURN_NONE;
+  if (!parse_dropout(args[7], args[8], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
+  const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
+                                    "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
+  const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
+  const char* operation = operations[2 * (epilogue ? 2 : args[1] != Py_None) + call.rms];
+  if (!parse_call(args[1], args[2], args[3], args[4], args[5], operation, args[10], call)) Py_RETURN_NONE;
+  NormResult result = run(call);
+  THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
+  if (!normed || !pair) throw python_error();
+  PyTuple_SET_ITEM(pair.get(), 0, normed.release());
+  PyTuple_SET_ITEM(pair.get(), 1, result.z.defined() ? THPVariable_Wrap(result.z) : Py_NewRef(args[0]));
+  return pair.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// The number of an activation's name, -1 of no name.
+int64_t activation_of(PyObject* name) {
+  if (PyUnicode_CheckExact(name))
+    for (int64_t i = 0; i < fusednorm::kActivationCount; ++i)
+      if (PyUnicode_CompareWithASCIIString(name, fusednorm::kActivations[i].name) == 0) return i;
+  return -1;
+}
+
+// Of choice.OPERATIONS, by the activation's number.
+const char* const kBiasActOperations[] = {
+#define FN_OPERATION(enumerator, name, ...) "bias_" name,
+    FN_ACTIVATIONS(FN_OPERATION)
+#undef FN_OPERATION
+};
+
+// False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
+bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
+  if (args[0] == Py_None || PyUnicode_Check(args[5])) return false;
+  if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (!parse_tensor(args[0], call.x) || !parse_tensor(args[1], call.bias) || call.x.dim() < 1) return false;
+  call.activation = activation_of(args[2]);
+  if (call.activation < 0 || !parse_dropout(args[3], args[4], call.x, call.dropout_p, call.seed)) return false;
+  const bool with_bias = call.bias.defined(), dropped = call.dropout_p > 0.0, by_shape = args[5] == Py_True;
+  const int64_t columns = call.x.sizes().back();
+  if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
+  call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
+  const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
+  if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, true);
+  const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
+  by_torch = !with_bias || (by_shape && (slow || prefers_torch(kBiasActOperations[call.activation], call.x, columns,
+                                                                      call.needs_grad)));
+  return !by_torch || (by_shape && (one_dtype || !with_bias));
+}
+
+PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  BiasActCall call{};
+  bool by_torch = false;
+  if (!parse_activation(args, call, by_torch)) Py_RETURN_NONE;
+  at::Tensor y;
+  {
+    pybind11::gil_scoped_release no_gil;
+    draw_where_none(call.dropout_p, call.x, call.seed);
+    y = by_torch ? bias_act_by_torch(call) : bias_act_dropout(call);
+  }
+  return THPVariable_Wrap(y);
+  END_HANDLE_TH_ERRORS
+}
+
+constexpr int64_t kMostHeadDim = 256;
+
+// Four dimensions, one dtype, as many positions of keys as of values, heads that divide query's; nothing empty.
+bool kernels_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool grouped) {
+  return q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.scalar_type() == k.scalar_type() &&
+         q.scalar_type() == v.scalar_type() && q.size(0) == k.size(0) && k.size(0) == v.size(0) && k.size(1) == v.size(1) &&
+         k.size(2) == v.size(2) && q.size(3) == k.size(3) && q.size(3) <= kMostHeadDim && v.size(3) <= kMostHeadDim &&
+         q.numel() > 0 && v.numel() > 0 && (q.size(1) == k.size(1) || (grouped && q.size(1) % k.size(1) == 0));
+}
+
+// As autograd/attention.py has it.
+bool torchs_scale(double scale) { return scale > 0.0 && scale <= 128.0; }
+
+// And whether torch's kernels do: as many heads each, features one after another.
+bool torchs_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return q.size(1) == k.size(1) && q.size(3) == v.size(3) && q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1 &&
+         at::globalContext().userEnabledFlashSDP();
+}
+
+PyObject* ours_is_faster = nullptr;  // of fusednorm.dispatch.rules_attention
+
+// Whether the library's kernels were measured to be faster than torch's.
+bool prefers_ours(const AttentionCall& call) {
+  THPObjectPtr found(PyObject_CallFunction(ours_is_faster, "LLLO", (long long)call.query.element_size(),
+                                           (long long)call.query.size(2), (long long)call.key.size(2),
+                                           call.needs_grad ? Py_True : Py_False));
+  if (!found) throw python_error();
+  return found.get() == Py_True;
+}
+
+// A side of the window: -1 for None, unbounded.
+bool parse_side(PyObject* object, int64_t& side) {
+  side = -1;
+  if (object == Py_None) return true;
+  int overflow = 0;
+  if (!PyLong_CheckExact(object)) return false;
+  side = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return !overflow && side >= 0;
+}
+
+bool parse_window(PyObject* object, AttentionCall& call) {
+  call.window_left = call.window_right = -1;
+  if (object == Py_None) return true;
+  return PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
+         parse_side(PyTuple_GET_ITEM(object, 0), call.window_left) &&
+         parse_side(PyTuple_GET_ITEM(object, 1), call.window_right);
+}
+
+bool parse_key_mask(PyObject* object, AttentionCall& call) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  call.key_mask = THPVariable_Unpack(object);
+  return plain(call.key_mask) && call.key_mask.scalar_type() == at::kBool && call.key_mask.dim() == 2 &&
+         call.key_mask.size(0) == call.query.size(0) && call.key_mask.size(1) == call.key.size(2);
+}
+
+// False where the call is not for the shortcut.
+bool parse_attention(PyObject* const* args, AttentionCall& call) {
+  for (int i = 0; i < 3; ++i)
+    if (args[i] == Py_None) return false;
+  if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
+  if (!parse_tensor(args[0], call.query) || !parse_tensor(args[1], call.key) || !parse_tensor(args[2], call.value))
+    return false;
+  PyObject *key_mask = args[3], *causal = args[4], *window = args[5], *scale = args[6], *grouped = args[7];
+  if (!PyBool_Check(causal) || !PyBool_Check(grouped) || !(scale == Py_None || PyFloat_CheckExact(scale))) return false;
+  if (!kernels_take(call.query, call.key, call.value, grouped == Py_True)) return false;
+  if (!parse_key_mask(key_mask, call) || !parse_window(window, call)) return false;
+  call.scale = scale == Py_None ? 1.0 / std::sqrt(double(call.query.size(3))) : PyFloat_AS_DOUBLE(scale);
+  call.causal = causal == Py_True;
+  call.needs_grad = at::GradMode::is_enabled() &&
+                    (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
+  call.native = call.key_mask.defined() || call.window_left >= 0 || call.window_right >= 0;
+  if (call.native) return true;
+  // torch's kernels add -inf to what causality masks, and scale it: what is masked must be bounded, the scale positive
+  call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
+                (call.causal && !(torchs_scale(call.scale) && bounded("query", call.query) && bounded("key", call.key) &&
+                                       bounded("value", call.value)));
+  return true;
+}
+
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  AttentionCall call;
+  if (!parse_attention(args, call)) Py_RETURN_NONE;
+  at::Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    out = attention(call);
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  void* const norms = PyLong_AsVoidPtr(args[0]);
+  if (!norms) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "norms: expected an address");
+  const uint64_t devices = PyLong_AsUnsignedLongLong(args[2]);
+  if (PyErr_Occurred()) return nullptr;
+  attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True, devices);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+template <Py_ssize_t count, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
+  if (given == count) return function(self, args, given);
+  return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+}
+
+PyMethodDef methods[] = {
+    {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
+     "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the shortcut"},
+    {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
+     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, asked) -> "
+     "(normed, residual_out), or None"},
+    {"bias_act_dropout", (PyCFunction)(void*)counted<6, bias_act_dropout>, METH_FASTCALL,
+     "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
+    {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
+     "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
+    {"attach_cuda", (PyCFunction)(void*)counted<3, attach>, METH_FASTCALL,
+     "attach_cuda(norms, emulated, devices): the CUDA library, by the address of what it offers, and a bit for each GPU"},
+    {}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+}  // namespace fusednorm_shortcut
+
+PyMODINIT_FUNC PyInit__shortcut() {
+  using namespace fusednorm_shortcut;
+  if (fusednorm_cpu::abi() != fusednorm_cpu::kAbi) {
+    PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
+    return nullptr;
+  }
+  choice = PyImport_ImportModule("fusednorm.dispatch.crossovers");
+  THPObjectPtr of_attention(PyImport_ImportModule("fusednorm.dispatch.rules_attention"));
+  if (of_attention) ours_is_faster = PyObject_GetAttrString(of_attention.get(), "ours_is_faster");
+  return choice && ours_is_faster ? PyModule_Create(&definition) : nullptr;
+}

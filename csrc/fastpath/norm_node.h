@@ -1,0 +1,36 @@
+// The norms' node of the autograd graph, and the call that makes it, by the CPU library or by the CUDA library.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../cpu/norm/norm.h"
+
+namespace fusednorm_shortcut {
+
+struct NormCall {
+  at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
+  int64_t normalized_ndim;
+  double eps, dropout_p;
+  bool rms, needs_grad, by_cuda;
+
+  // Whether z, the residual stream, is another tensor than x.
+  bool has_residual() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }
+};
+
+struct NormResult {
+  at::Tensor normed, z;  // z is undefined where it is x
+};
+
+NormResult norm(const NormCall& call);
+
+// The CUDA library, which takes tensors on a GPU; or `emulated`, for tests, tensors on the CPU. It stays loaded. `devices` has
+// a bit for each GPU on which its kernels run.
+void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices);
+
+// Whether it is there, and takes the call.
+bool cuda_takes(const NormCall& call);
+
+// Of tensors for the one library or the other.
+c10::DispatchKey device_key(bool by_cuda);
+
+}  // namespace fusednorm_shortcut
