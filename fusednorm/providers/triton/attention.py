@@ -166,7 +166,9 @@ class _Problem(NamedTuple):
     @property
     def need(self) -> table.Need:
         columns = max(table.columns(self.d), table.columns(self.dv))
-        bounded, heavy = self.lower or self.upper, self.softcap or self.mask != "none"
+        # A scale of its own takes a register for each logit, as a softcap does.
+        apart = self.dtype.itemsize == 2 and not self.fold
+        bounded, heavy = self.lower or self.upper, self.softcap or self.mask != "none" or apart
         return table.Need(columns, self.dtype.itemsize, self.dropout, heavy, bounded, *self.device, host.version())
 
 

@@ -29,7 +29,7 @@ class Need(NamedTuple):
     columns: int  # of the wider head dim, padded
     itemsize: int
     dropout: bool
-    heavy: bool  # an attn_mask or a softcap: another number for each element of a tile
+    heavy: bool  # an attn_mask, a softcap or a scale not folded: another number for each element of a tile
     bounded: bool  # causality or a window
     capability: tuple[int, int]
     shared: int  # bytes of shared memory that a program may have
@@ -108,13 +108,14 @@ def part(n: Need) -> int:
     """
     if n.columns <= 128 or n.itemsize == 4:
         return 0
-    if n.registers_hold_operands and n.dropout and not n.heavy and not n.bounded:
-        return 128  # of 64 at a time it spills 8 bytes on sm_80
+    spills_at_64 = n.has_tensor_memory if n.heavy else n.registers_hold_operands  # 32 bytes on sm_100, 8 on sm_80
+    if n.dropout and not n.bounded and spills_at_64:
+        return 128
     return 64 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
 
 
 def part_of_queries(n: Need) -> int:
-    if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy and (n.bounded or n.dropout):
+    if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy:
         return n.columns  # else ptxas makes its matrix instructions wait one by one
     return part(n)
 
@@ -130,13 +131,15 @@ def backward_keys(n: Need) -> Tile:
             return Tile(16, 64 if part(n) else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
+        if n.heavy:
+            return Tile(16, 32, 4 if n.columns <= 64 else 8, 2)
         if more:
             return Tile(16, 64, 8, 2)
         return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
     if n.has_tensor_memory and n.columns > 64:
         return Tile(16, 32 if n.heavy else 64, 8, 2)
     if more:
-        return Tile(16, 128, 8, 2)
+        return Tile(16, 64 if n.has_tensor_memory and n.heavy else 128, 8, 2)
     return Tile(32 if n.columns > 64 or n.bounded or n.has_tensor_memory else 64, 128, 8, 2)
 
 
