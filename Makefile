@@ -23,13 +23,23 @@ both = a=0; b=0; \
   [ $$a -eq 0 ] || [ $$a -eq 5 ] || exit $$a; \
   $(2) $(SIDE_BY_SIDE) -m "$(1) and not alone" $(ARGS) || b=$$?; \
   [ $$b -eq 0 ] || { [ $$b -eq 5 ] && [ $$a -eq 0 ]; }
-# What pytest is told besides: make test ARGS="tests/norm/test_norm.py -k backward"
+# The tests of one part: make test-triton
+FOLDERS_norm := tests/norm tests/reported/test_norm.py
+FOLDERS_attention := tests/attention tests/reported/test_attention.py
+FOLDERS_activation := tests/activation
+FOLDERS_modules := tests/modules tests/reported/test_layers.py
+FOLDERS_dispatch := tests/dispatch
+FOLDERS_triton := tests/providers/triton tests/tools/test_codegen_norms.py tests/tools/test_codegen_attention.py
+FOLDERS_cpu := tests/providers/cpu
+FOLDERS_cuda := tests/providers/cuda tests/tools/test_codegen_cuda.py
+FOLDERS_tools := tests/tools tests/benchmarks tests/examples
+# What pytest is told besides: make test ARGS="tests/norm -k backward"
 ARGS ?=
 # A proxy that refuses connections, so that no fast test passes only because a network was there.
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-fast test-slow test test-all bench train gpu-check gpu-norms clean
+.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train gpu-check gpu-norms clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -61,6 +71,9 @@ types: $(STAMP) ## mypy over the package
 
 test-fast: $(STAMP) ## the deterministic tests alone
 	$(call both,not slow,$(OFFLINE))
+
+test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools: $(STAMP)
+	$(MAKE) --no-print-directory test-fast ARGS="$(FOLDERS_$(subst test-,,$@)) $(ARGS)"
 
 test-slow: $(STAMP) ## the slow tests alone
 	$(call both,slow,)

@@ -1,12 +1,14 @@
-"""Write the README's figures from the committed raw data: nobody types them.
+"""Write the figures of README.md and docs/performance.md from the committed raw data: nobody types them.
 
-python3 -m benchmarks.publish.readme            # README.md
-python3 -m benchmarks.publish.readme --check    # exit status 1 where it does not follow the data
+python3 -m benchmarks.publish.readme            # both pages
+python3 -m benchmarks.publish.readme --check    # exit status 1 where one does not follow the data
+python3 -m benchmarks.publish.readme --picture  # docs/images/speedups.png too; it needs matplotlib
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +21,19 @@ from benchmarks.report.pages import table
 from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+PERFORMANCE = README.parent / "docs" / "performance.md"
+PICTURE = README.parent / "docs" / "images" / "speedups.png"
+# The README's rows, in the order of what a user would swap first.
+SUMMARY = (
+    ("attention_dropout", "both"),
+    ("attention_causal", "both"),
+    ("encoder_layer", "both"),
+    ("bias_dropout_add_layer_norm", "both"),
+    ("bias_gelu_dropout", "both"),
+    ("add_layer_norm", "both"),
+    ("rms_norm", "both"),
+    ("layer_norm", "both"),
+)
 NOTE = "<!-- written by benchmarks/publish/readme.py from benchmarks/results: do not edit -->"
 NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. With one, these commands make them:
 
@@ -84,15 +98,61 @@ def where_we_lose(result: Record) -> str:
 
 def section(path: Path, result: Record, root: Path) -> str:
     e, m = result["environment"], result["method"]
-    where = path.relative_to(root).as_posix()
+    where = os.path.relpath(path, root).replace(os.sep, "/")
     cases = f"{len(measured(result))} cases of the {m['level']} sweep, {len(result['left_out'])} left out"
     origin = f"{facts(result)}; {e['date'][:10]}, commit `{e['commit']}`; {cases}, [raw data]({where})."
     origin += f" {NO_KERNEL}" if no_kernel(measured(result)) else ""
     return "\n\n".join([wrapped(origin), figures(result), wrapped(where_we_lose(result))])
 
 
+def summary(kept: Sequence[tuple[Path, Record]]) -> str:
+    """The README's table: mean speed-ups of a few operations on each device, forward and backward."""
+    found = {path: {(g.op, g.direction, g.dtype): g.mean for g in groups(result)} for path, result in kept}
+    columns = [(path, result["environment"]["device"], dtype) for path, result in kept for dtype in _dtypes(result)]
+    rows = [
+        [f"`{op}`, {DIRECTION_TITLES[direction]}"]
+        + [
+            f"{found[path][op, direction, d]:.2f}" if (op, direction, d) in found[path] else ""
+            for path, _, d in columns
+        ]
+        for op, direction in SUMMARY
+    ]
+    legend = "Eager's time over ours, above 1 we are faster: geometric mean over the sizes of the sweep, 2 threads."
+    return "\n\n".join([NOTE, legend, table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)])
+
+
+def _dtypes(result: Record) -> list[str]:
+    return list(dict.fromkeys(g.dtype for g in groups(result)))
+
+
+def draw(kept: Sequence[tuple[Path, Record]], path: Path) -> None:
+    """Bars of the newest result's mean speed-ups, a bar for each dtype."""
+    from matplotlib.figure import Figure
+
+    _, result = kept[0]
+    found = {(g.op, g.direction, g.dtype): g.mean for g in groups(result)}
+    dtypes = _dtypes(result)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / len(dtypes)
+    for i, dtype in enumerate(dtypes):
+        bars = [found.get((op, direction, dtype), 0.0) for op, direction in SUMMARY]
+        places = [row + (i - (len(dtypes) - 1) / 2) * height for row in range(len(SUMMARY))]
+        drawn = axes.barh(places, bars, height, label=dtype, color=("tab:blue", "tab:orange", "tab:green")[i % 3])
+        axes.bar_label(drawn, [f"{value:.2f}x" if value else "" for value in bars], padding=3, fontsize=9)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(range(len(SUMMARY)), [op for op, _ in SUMMARY])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of eager PyTorch / time of fusednorm, forward + backward (above 1: fusednorm is faster)")
+    axes.set_title(f"{result['environment']['device']}, {result['method']['threads']} threads")
+    axes.legend(loc="lower right")
+    axes.margins(x=0.12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def block(kept: Sequence[tuple[Path, Record]], root: Path = README.parent) -> str:
-    """What stands between the two marks."""
+    """What stands between the two marks of docs/performance.md."""
     parts = [NOTE]
     if all(result["environment"]["device_type"] == "cpu" for _, result in kept):
         parts.append(NO_GPU)
@@ -102,21 +162,28 @@ def block(kept: Sequence[tuple[Path, Record]], root: Path = README.parent) -> st
     return "\n\n".join(parts)
 
 
-def replaced(text: str, new: str) -> str:
-    """The text with another block between the marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def replaced(text: str, new: str, name: str = "figures") -> str:
+    """The text with another block between the marks of a name."""
+    marks = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{BEGIN} and {END} are not both there")
+        raise ValueError(f"{marks[0]} and {marks[1]} are not both there")
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if there is a difference")
+    parser.add_argument("--picture", action="store_true", help="draw docs/images/speedups.png too")
     arguments = parser.parse_args(argv)
-    text = replaced(README.read_text(encoding="utf-8"), block(add_result.newest()))
-    return renew(README, text, arguments.check)
+    kept = add_result.newest()
+    if arguments.picture:
+        draw(kept, PICTURE)
+    pages = ((README, "summary", summary(kept)), (PERFORMANCE, "figures", block(kept, PERFORMANCE.parent)))
+    return max(
+        renew(page, replaced(page.read_text(encoding="utf-8"), new, name), arguments.check) for page, name, new in pages
+    )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,24 @@ def measured(*records, commit="0123456789ab", date="2030-01-02T03:04:05+00:00", 
 
 def test_readme_follows_the_committed_data():
     """After a change of the raw data: python3 -m benchmarks.publish.readme"""
+    kept = add_result.newest()
     text = readme.README.read_text(encoding="utf-8")
-    assert text == readme.replaced(text, readme.block(add_result.newest()))
+    assert text == readme.replaced(text, readme.summary(kept), "summary")
+    text = readme.PERFORMANCE.read_text(encoding="utf-8")
+    assert text == readme.replaced(text, readme.block(kept, readme.PERFORMANCE.parent))
+
+
+def test_the_readme_has_a_row_for_each_operation_of_the_summary():
+    table = readme.summary(add_result.newest())
+    measured_rows = [line for line in table.splitlines() if re.search(r"\d\.\d\d", line)]
+    assert len(measured_rows) == len(readme.SUMMARY)
+    assert readme.summary([]).count("| `") == len(readme.SUMMARY)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    readme.draw(add_result.newest(), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_committed_results_are_evidence_and_lie_in_their_place():
@@ -40,17 +56,21 @@ def test_committed_results_are_evidence_and_lie_in_their_place():
 
 
 def test_check_tells_an_edit_by_hand(monkeypatch, tmp_path, capsys):
-    edited = tmp_path / "README.md"
-    edited.write_text(f"before\n{readme.BEGIN}\n9.99 times as fast\n{readme.END}\nafter\n")
-    monkeypatch.setattr(readme, "README", edited)
+    begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
+    edited, short = tmp_path / "performance.md", tmp_path / "README.md"
+    edited.write_text(f"before\n{begin}\n9.99 times as fast\n{end}\nafter\n")
+    short.write_text("<!-- summary: begin -->\n9.99\n<!-- summary: end -->\n")
+    monkeypatch.setattr(readme, "PERFORMANCE", edited)
+    monkeypatch.setattr(readme, "README", short)
     monkeypatch.setattr(add_result, "newest", list)
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
     text = edited.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}\n") and text.endswith(f"{readme.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
     assert "No GPU figures exist yet" in text and "9.99" not in text
     edited.write_text(text.replace("No GPU figures", "Many GPU figures"))
     assert readme.main(["--check"]) == 1
+    assert "9.99" not in short.read_text()
     with pytest.raises(ValueError, match="not both there"):
         readme.replaced("no marks", "figures")
 

@@ -1,4 +1,4 @@
-"""Every Python block and every shell command of README.md runs."""
+"""Every Python block and every shell command of README.md and of the pages in docs/ runs; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,53 +15,85 @@ import fusednorm
 
 ROOT = Path(fusednorm.__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DEVELOPERS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "design").glob("*.md"))]
 SHELLS = ("sh", "bash", "console", "shell")
 # change the environment that runs the tests; `make test` itself has gone through them
 INSTALLING = ("git clone", ". .venv/", "cd ", "pip install", "python -m pip install", "python3 -m pip install")
 
 
-def blocks(*languages: str) -> list[tuple[int, str]]:
-    """(line, text) of every fenced block in one of the languages."""
-    if not README.exists():
-        return []
-    text = README.read_text(encoding="utf-8")
-    fences = re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(text[: match.start()].count("\n") + 2, match[2]) for match in fences if match[1] in languages]
-
-
-def commands() -> list[tuple[int, str]]:
+def blocks(*languages: str) -> list[tuple[Path, int, str]]:
+    """(page, line, text) of every fenced block in one of the languages."""
     found = []
-    for line, text in blocks(*SHELLS):
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        found += [(page, text[: m.start()].count("\n") + 2, m[2]) for m in fences if m[1] in languages]
+    return found
+
+
+def commands() -> list[tuple[Path, int, str]]:
+    found = []
+    for page, line, text in blocks(*SHELLS):
         joined = text.replace("\\\n", "  ")
         for offset, command in enumerate(joined.splitlines()):
             command = command.removeprefix("$ ").split("  #")[0].strip()
             if command and not command.startswith("#"):
-                found.append((line + offset, command))
+                found.append((page, line + offset, command))
     return found
 
 
-def names(found: list[tuple[int, str]]) -> list[str]:
-    return [f"line_{line}" for line, _ in found]
+def names(found: list[tuple[Path, int, str]]) -> list[str]:
+    return [f"{page.stem}_line_{line}" for page, line, _ in found]
 
 
 PYTHON, COMMANDS = blocks("python", "py"), commands()
 
 
 def test_readme_has_snippets_and_commands():
-    assert PYTHON, f"no Python block in {README.name}"
-    assert COMMANDS, f"no shell command in {README.name}"
+    assert README in {page for page, *_ in PYTHON}, "no Python block"
+    assert README in {page for page, *_ in COMMANDS}, "no shell command"
 
 
-@pytest.mark.parametrize(("line", "text"), PYTHON, ids=names(PYTHON))
-def test_python_block(line, text, tmp_path, monkeypatch):
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DEVELOPERS], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", DEVELOPERS, ids=lambda p: p.stem)
+def test_pages_name_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:fusednorm|csrc|tests|tools|benchmarks|examples|docs)/[\w./]*\w)`", text):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize(("page", "line", "text"), PYTHON, ids=names(PYTHON))
+def test_python_block(page, line, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = compile("\n" * (line - 1) + text, str(README), "exec")
+    code = compile("\n" * (line - 1) + text, str(page), "exec")
     exec(code, {"__name__": "readme"})
 
 
-@pytest.mark.parametrize(("line", "command"), COMMANDS, ids=names(COMMANDS))
-def test_shell_command(line, command, tmp_path):
-    where = f"{README.name}:{line}: {command}"
+@pytest.mark.parametrize(("page", "line", "command"), COMMANDS, ids=names(COMMANDS))
+def test_shell_command(page, line, command, tmp_path):
+    where = f"{page.name}:{line}: {command}"
     while re.match(r"[A-Z_]+=\S* ", command):
         command = command.split(" ", 1)[1]
     words = shlex.split(command)
