@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fusednorm
 from fusednorm import dispatch
+from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import NormGradOptions, NormOptions
 from fusednorm.providers import native
 from fusednorm.providers.cpu import norm as cpu
@@ -266,8 +267,10 @@ def arguments() -> None:
                 options = norm_options(ndim, (True,) * 6 if "bwd" in op else ())
                 expect(f"normalized_ndim from 1 to 2, got {ndim}", call, **args | {"options": options})
         elif "options" in args:
-            for number in (4, 7, -1, 2**60):
-                expect(f"activation from 0 to 3, got {number}", call, **args | {"options": number << 2})
+            last = len(ACTIVATIONS) - 1
+            for number in (last + 1, last + 4, -1, 2**60):
+                options = number << native.ACTIVATION_SHIFT
+                expect(f"activation from 0 to {last}, got {number}", call, **args | {"options": options})
         for name in {"weight", "bias", "x_bias", "layer_scale"} & args.keys():
             expect(f"{name}: its shape", call, **args | {name: torch.rand(1)})
         for name in {"dy", "dnormed", "residual", "dresidual_out"} & args.keys():

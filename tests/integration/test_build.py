@@ -108,7 +108,9 @@ class Checkout:
     def sources(self, *patterns: str) -> Counter[str]:
         """How often each is compiled: kernels for each instruction set, what is common for each library."""
         found = Counter[str]()
-        for path in {path for pattern in patterns for path in self.root.glob(f"csrc/{pattern}")}:
+        matching = {pattern: set(self.root.glob(f"csrc/{pattern}")) for pattern in patterns}
+        assert all(matching.values()), matching
+        for path in set().union(*matching.values()):
             sets = len(emulated.setup_script().INSTRUCTION_SETS) if path.name.endswith("_kernels.cpp") else 1
             found[path.name] += 2 if path.parent.name == "common" else sets
         return found
@@ -153,7 +155,7 @@ def test_what_includes_torch_is_compiled_anew_for_another_torch(built):
     """The version counts: the files of the other one may be older than the objects."""
     built.install_torch("2.14.0+cpu")
     built.build()
-    assert built.compiled() == built.sources(*EVERYTHING) - built.sources("cpu/*_kernels.cpp", "cuda/*.cu")
+    assert built.compiled() == built.sources(*EVERYTHING) - built.sources("cpu/*/*_kernels.cpp", "cuda/*/*.cu")
     assert not HAS_HEADERS or {"_shortcut.torch-2.13.0+cpu", "_shortcut.torch-2.14.0+cpu"} <= built.libraries()
 
 
@@ -169,7 +171,7 @@ def a_new_version_of_the_compilers(built):
 
 def other_architectures(built):
     built.variables["FUSEDNORM_CUDA_ARCHITECTURES"] = "90"
-    return ["cuda/*.cu"]
+    return ["cuda/*/*.cu"]
 
 
 def what_nvcc_reads_from_the_environment(built):
@@ -183,7 +185,7 @@ def a_flag_in_setup_py(built):
     assert '"-Wno-psabi"' in before
     script.write_text(before.replace('"-Wno-psabi"', '"-Wno-psabi", "-DMORE"'))
     os.utime(script, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return ["cpu/*_kernels.cpp"]
+    return ["cpu/*/*_kernels.cpp"]
 
 
 def a_header(built):
@@ -193,7 +195,7 @@ def a_header(built):
 
 def a_source(built):
     (built.root / "csrc" / "cuda" / "support" / "machine.cu").touch()
-    return ["cuda/machine.cu"]
+    return ["cuda/support/machine.cu"]
 
 
 CHANGES = (

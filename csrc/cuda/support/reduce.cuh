@@ -14,13 +14,13 @@ template <class C>
 class RowGroup {
  public:
   static constexpr int kSlots = kMaxSums * kMaxRanks * kMaxWarps;
-  static constexpr int kArrivals = 2 * kSlots * int(sizeof(C));  // two turns: see below
-  static constexpr int kSharedBytes = kArrivals + 2 * MBarrier::kBytes;
+  static constexpr int kMBarriers = 2 * kSlots * int(sizeof(C));  // two turns: see below
+  static constexpr int kSharedBytes = kMBarriers + 2 * MBarrier::kBytes;
 
   FN_DEVICE explicit RowGroup(int threads)
       : lanes_(threads < kWarp ? threads : kWarp), warps_((threads + kWarp - 1) / kWarp), ranks_(cluster_size()) {
     if (ranks_ == 1) return;
-    if (threadIdx.x == 0) MBarrier(kArrivals).start(), MBarrier(kArrivals + MBarrier::kBytes).start();
+    if (threadIdx.x == 0) MBarrier(kMBarriers).start(), MBarrier(kMBarriers + MBarrier::kBytes).start();
     cluster_arrive();
   }
 
@@ -83,7 +83,7 @@ class RowGroup {
     } else {
       const int mine = first + cluster_rank() * kMaxWarps + warp;
       if (round_ == 0) cluster_wait();
-      const MBarrier arrivals(kArrivals + turn * MBarrier::kBytes);
+      const MBarrier arrivals(kMBarriers + turn * MBarrier::kBytes);
       if (threadIdx.x == 0) arrivals.expect(SUMS * ranks_ * warps_ * int(sizeof(C)));
       if (speaks && self < ranks_) slots.send(self, mine, value, arrivals);
       arrivals.wait(round_ & 2);
