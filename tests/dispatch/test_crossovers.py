@@ -141,7 +141,7 @@ def planted(tmp_path, monkeypatch):
     """A table for the CPU: `first` (the reference under another name) for wide rows, torch for narrow ones."""
     module = type(reference)("fusednorm_test_first")
     module.unavailable_reason = lambda: None
-    module.refusal = lambda op, *args: "no float64" if args[0].dtype == torch.float64 else None
+    module.refusal = lambda op, *args: "no float64" if args[0].x.dtype == torch.float64 else None
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
     module.bias_act_dropout_fwd = reference_activation.bias_act_dropout_fwd
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -126,9 +126,7 @@ def test_layers_of_torch_in_our_stacks_are_warned_of():
         stack = TransformerDecoder(nn.TransformerDecoderLayer(E, H, 16), 1)
     text = explain(stack, torch.randn(3, 2, E), torch.randn(3, 2, E))
     assert "layers.0 is torch.nn.TransformerDecoderLayer; use fusednorm.TransformerDecoderLayer" in text
-    with pytest.warns(
-        UserWarning, match="is test_module_messages.OfTheirOwn, .*derive it from fusednorm.TransformerEnc"
-    ):
+    with pytest.warns(UserWarning, match=rf"is {__name__}\.OfTheirOwn, .*derive it from fusednorm.TransformerEnc"):
         TransformerEncoder(OfTheirOwn(E, H, 16), 1)
     theirs = nn.TransformerEncoder(encoder_layer(), 1), nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 16), 1)
     with pytest.warns(UserWarning, match="custom_(en|de)coder: is torch.nn.Transformer.*use fusednorm.Transf") as seen:
@@ -153,7 +151,7 @@ def test_explain_tells_classes_of_one_name_apart():
     layer = encoder_layer(fusednorm)
     layer.linear1 = Linear(E, 16)
     x = torch.randn(2, 3, E)
-    reason = "linear1 is test_module_messages.Linear, not torch.nn.Linear"
+    reason = f"linear1 is {__name__}.Linear, not torch.nn.Linear"
     assert reason in explain(layer, x)
     stack = TransformerEncoder(layer, 2)
     assert f"layers.0.{reason}" in explain(stack, x).splitlines()[1]

@@ -150,7 +150,7 @@ CHANGES = {
     pre_hook: "norm1 has hooks",
     backward_hook: "linear1 has hooks",
     attention_hook: "self_attn has hooks",
-    adapter: "linear1 is test_transformer_layers.lora.<locals>.Adapted, not torch.nn.Linear",
+    adapter: f"linear1 is {__name__}.lora.<locals>.Adapted, not torch.nn.Linear",
     parametrised: "linear1 is torch.nn.utils.parametrize.ParametrizedLinear, not torch.nn.Linear",
     replaced_norm: "norm2 is torch.nn.RMSNorm, not torch.nn.LayerNorm",
     replaced_forward: "linear1.forward was replaced",

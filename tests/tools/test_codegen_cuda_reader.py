@@ -9,6 +9,7 @@ import torch
 from backends import EMULATED
 from torch.profiler import ProfilerActivity, profile
 
+from fusednorm._options import NormGradOptions, NormSaved
 from fusednorm.providers.cuda import norm as cuda
 from tools.codegen import cuda as codegen_cuda
 from tools.codegen import cuda_forms as forms
@@ -174,8 +175,8 @@ def test_partial_sums_are_as_large_as_the_library_makes_them(n_rows, n):
     form = forms.forms(n)["backward"]
     torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
     x, weight, stats = torch.randn(n_rows, n).bfloat16(), torch.ones(n).bfloat16(), torch.ones(2, n_rows)
-    rest = (None, None, None, None, 1, 0.0, 0.0, x.dtype, x.dtype, False, False, False)
+    saved = NormSaved(x, stats, weight, weight), NormGradOptions(1, 0.0, 0.0, x.dtype, x.dtype, False, False, False)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        cuda.add_layer_norm_bwd(x, x, x, stats, weight, weight, *rest, [True, False, True, True, False, False])
+        cuda.add_layer_norm_bwd(x, x, *saved, [True, False, True, True, False, False])
     made = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert forms.partial_bytes(form, n_rows, n, processors=2) in made

@@ -234,7 +234,8 @@ def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
 
 
 def test_workers_share_the_tests_without_loss(planted, tmp_path):
-    dealt, alone = tmp_path / gpu_tests.NORM_TESTS[0], planted
+    dealt, alone = Path(f"{tmp_path}{gpu_tests.NORM_TESTS[0]}"), planted
+    dealt.parent.mkdir()
     note = f"import os, pytest\ndef note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
     dealt.write_text(note + "@pytest.mark.parametrize('n', range(7))\ndef test_n(n): note()\n")
     alone.write_text(note + "@pytest.mark.parametrize('n', range(4))\ndef test_m(n): note()\n")

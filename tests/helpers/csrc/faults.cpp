@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/support/device.cuh"
+#include "../../../csrc/cuda/support/device.cuh"
 
 namespace fusednorm_cuda {
 
