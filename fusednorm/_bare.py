@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
+from ._transforms import wants_gradients
 from .dispatch.crossovers import torch_on_gpu
 
 REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
@@ -86,7 +87,7 @@ def torch_on_a_gpu(
         dtype, inputs = x.dtype, (x, residual, weight, bias)
         if x.shape[x.ndim - len(shape) :] != shape or any(t is not None and t.dtype is not dtype for t in inputs):
             return None
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        needs_grad = wants_gradients(inputs)
         name = ("" if residual is None else "add_") + ("rms_norm" if rms else "layer_norm")
         if not torch_on_gpu(name, dtype, x.numel(), math.prod(shape), needs_grad, x.device.index or 0):
             return None

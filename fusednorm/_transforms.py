@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,15 @@ _I = TypeVar("_I", NormInputs, ActivationInputs, AttentionInputs)
 
 def transform_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd records what is computed of these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def traced() -> bool:

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _checks, _ops, dispatch, dropout
 from ._activations import FUNCTIONS as _TORCHS
 from ._options import ActivationInputs, ActivationOptions
-from ._transforms import traced
+from ._transforms import traced, wants_gradients
 from .autograd import activation as autograd_activation
 from .dispatch.crossovers import OPERATIONS, torch_on_cpu, torch_on_gpu
 from .providers.cpu import activation as native
@@ -135,7 +135,7 @@ def _run_bare(x: Tensor, bias: Tensor | None, activation: str) -> Tensor | None:
 
 
 def _torch_is_faster_on_a_gpu(x: Tensor, bias: Tensor | None, activation: str) -> bool:
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    needs_grad = wants_gradients((x, bias))
     shape = x.dtype, x.numel(), x.size(-1)
     return dispatch.by_shape and torch_on_gpu(OPERATIONS[activation], *shape, needs_grad, x.device.index or 0)
 

@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from .. import _ops, dispatch, dropout
 from .._activations import TABLE
 from .._options import ActivationInputs, ActivationOptions, from_flat
-from .._transforms import batched, dealias_for_compile, recorded, transform_active
+from .._transforms import batched, dealias_for_compile, recorded, transform_active, wants_gradients
 from ..providers.reference import activation as reference
 from ..providers.torch import activation as torch_activation
 
@@ -31,12 +31,11 @@ def run(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
     inputs = dropout.with_seed(inputs, options)
     if recorded():
         return _ops.recorded("bias_act_dropout_fwd", inputs, options)
-    x, bias, _ = inputs
-    if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    if not wants_gradients(inputs):
         return _ops.call("bias_act_dropout_fwd", inputs, options, provider=provider)
     if torch.compiler.is_compiling():
         return BiasActDropoutFunction.apply(*dealias_for_compile(inputs), *options, provider)
-    if is_functorch_wrapped_tensor(x):  # escaped from a transform that has ended
+    if is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
         return BiasActDropoutFunction.apply(*inputs, *options, provider)
     return apply(*inputs, *options, provider)
 

@@ -10,7 +10,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import _onnx, _ops, dispatch, dropout
 from .._options import AttentionInputs, AttentionOptions, from_flat
-from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active
+from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active, wants_gradients
 from ..dispatch import rules_attention as rules
 from ..providers.reference import attention as reference
 from . import attention_torch
@@ -33,7 +33,8 @@ def run(
             "provider 'torch' cannot run attention_fwd: torch's attention returns no log-sum-exp; leave `return_lse` "
             "out, or the request, for automatic choice"
         )
-    differs = rules.why_not_torch(inputs, options, return_lse, provider, dims) if asked is None else ""
+    needs_grad = wants_gradients(inputs)
+    differs = rules.why_not_torch(inputs, options, return_lse, provider, dims, needs_grad) if asked is None else ""
     torchs = asked == "torch" or (asked is None and not differs)
     if provider == "torch" and not torchs:
         provider = "reference"
@@ -45,7 +46,6 @@ def run(
             refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
             provider, how = "torch", rules.how_torch_serves(inputs, options, asked)
         dispatch.record(dispatch.Route(call, provider, how, refusals))
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4])
     if traced() and _onnx.exporting():
         return _onnx.attention(inputs, options, return_lse, dims), None
     if torchs:

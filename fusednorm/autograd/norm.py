@@ -16,7 +16,7 @@ from .. import _bare, _ops, dispatch, dropout
 from .._dtypes import compute_dtype
 from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active
+from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active, wants_gradients
 from ..dispatch.crossovers import torch_on_cpu
 from ..providers.reference import norm as reference
 from ..providers.torch import norm as torch_norm
@@ -40,7 +40,7 @@ def run(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: b
     from_normed = memory_efficient and invertible(inputs, options)
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
     provider, refusals = dispatch.choose("add_layer_norm_fwd", inputs, options, without)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    needs_grad = wants_gradients(inputs)
     if not dispatch.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
         dispatch.record(dispatch.Route(call, provider, how, refusals))

@@ -32,6 +32,7 @@ from .._options import (
     NormOptions,
     Options,
 )
+from .._transforms import wants_gradients
 from ..providers.cpu import norm as cpu
 from . import fastpath as _shortcut
 from .rules_gpu import HOST_BOUND, waits_for_host
@@ -129,7 +130,7 @@ def preference(op: str, inputs: Inputs, options: Options) -> Preference | None:
         return None  # its cost is no function of rows and columns: the order of the table decides
     x, normalized_ndim = inputs.x, options.normalized_ndim if isinstance(options, NormOptions) else 1
     # who serves draws the mask: reentrant checkpointing makes a call without gradients, and again with them
-    needs_grad = options.dropped or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs))
+    needs_grad = options.dropped or wants_gradients(inputs)
     columns = math.prod(x.shape[x.ndim - normalized_ndim :])
     rows = x.numel() // columns if columns else 0
     if not rows or not isinstance(rows, int):  # empty, or symbolic while a graph is traced

@@ -47,7 +47,7 @@ def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
 
 
 def why_not_torch(
-    inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, provider: str, dims: int
+    inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, provider: str, dims: int, needs_grad: bool
 ) -> str:
     """Why torch's operator would not be the function that is documented, or not the faster one, or nothing.
 
@@ -62,7 +62,6 @@ def why_not_torch(
         return "it returns no log-sum-exp"
     if options.dropout_p and (ours or seed is not None):
         return "its dropout mask is not `dropout_mask`"
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:4])
     if ours:
         reason = _why_ours(inputs, options, provider, needs_grad, dims)
         if reason:

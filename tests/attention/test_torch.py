@@ -285,7 +285,7 @@ def why_ours(needs_grad=True, dims=4, provider="triton", **changed) -> tuple[str
         "left": -1, "right": -1, "softcap": 0.0,
     }  # fmt: skip
     call = from_flat("attention_fwd", tuple((args | changed).values()))
-    return rules.why_not_torch(*call, False, provider, dims), rules.how_torch_serves(*call, None)
+    return rules.why_not_torch(*call, False, provider, dims, needs_grad), rules.how_torch_serves(*call, None)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradients"])
