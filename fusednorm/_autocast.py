@@ -38,7 +38,7 @@ def norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
     return _probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)
 
 
-def lowered(*tensors: Tensor | None) -> list[Any]:
+def cast_for_autocast(*tensors: Tensor | None) -> list[Any]:
     """As torch's own function: 16-bit and float32 to autocast's dtype. Whatever else is given is left to the checks."""
     query = tensors[0]
     if not _autocast_active() or not isinstance(query, Tensor):

@@ -97,7 +97,7 @@ def bias_act_dropout(
     if seed is not None:
         _checks.check_seed(seed)
     if dropout_p == 1.0:
-        dispatch.record(dispatch.Route("bias_act_dropout", "torch", "zeros, because everything is dropped"))
+        dispatch.record(dispatch.Decision("bias_act_dropout", "torch", "zeros, because everything is dropped"))
         return dropout.all_dropped(x, bias)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     return autograd_activation.run(ActivationInputs(x, bias, seed), ActivationOptions(activation, dropout_p))

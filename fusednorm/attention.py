@@ -20,7 +20,7 @@ from .autograd import attention as autograd_attention
 from .autograd import attention_torch
 from .dispatch import rules_attention as rules
 
-_FAR = 2**62  # past any position, and a 64-bit number
+_UNBOUNDED = 2**62  # past any position, and a 64-bit number
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _autocast_active = torch._C._is_any_autocast_enabled
@@ -155,7 +155,7 @@ def scaled_dot_product_attention(
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         pass
     enable_gqa = check_flag("enable_gqa", enable_gqa)
-    query, key, value, attn_mask = _autocast.lowered(query, key, value, attn_mask)
+    query, key, value, attn_mask = _autocast.cast_for_autocast(query, key, value, attn_mask)
     plain = _plain(query, key, value, enable_gqa)
     if not plain:
         checks.check_operands(query, key, value, False)
@@ -246,7 +246,7 @@ def varlen_attention(
             seed=seed,
             return_lse=return_lse,
         )
-    query, key, value, _ = _autocast.lowered(query, key, value, None)
+    query, key, value, _ = _autocast.cast_for_autocast(query, key, value, None)
     checks.check_operands(query, key, value, True)
     dropout_p, scale, softcap = checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)
     is_causal, return_lse = check_flag("is_causal", is_causal), check_flag("return_lse", return_lse)
@@ -279,7 +279,7 @@ def _run(
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if options.dropout_p != 1.0:
         return autograd_attention.run(call, inputs, options, return_lse, dims)
-    dispatch.record(dispatch.Route(call, "torch", "zeros, because everything is dropped"))
+    dispatch.record(dispatch.Decision(call, "torch", "zeros, because everything is dropped"))
     q, _, v, *_ = inputs
     zero = sum(dropout.all_dropped(t).sum() for t in inputs[:4] if t is not None and t.is_floating_point())
     out = (q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero).to(q.dtype)
@@ -373,4 +373,4 @@ def _seed(seed: int | Tensor | None, dropout_p: float, q: Tensor) -> Tensor | No
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     left, right = (None, None) if window is None else window
-    return -1 if left is None else min(int(left), _FAR), -1 if right is None else min(int(right), _FAR)
+    return -1 if left is None else min(int(left), _UNBOUNDED), -1 if right is None else min(int(right), _UNBOUNDED)

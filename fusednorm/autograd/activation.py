@@ -20,12 +20,12 @@ def run(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
     """Choose the way down once, and take it."""
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Route("bias_act_dropout", "reference", how))
+        dispatch.record(dispatch.Decision("bias_act_dropout", "reference", how))
         return reference.bias_act_dropout_fwd(dropout.with_seed(inputs, options), options)
     provider, refusals = dispatch.choose("bias_act_dropout_fwd", inputs, options)
     if not dispatch.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        dispatch.record(dispatch.Route("bias_act_dropout", provider, how, refusals))
+        dispatch.record(dispatch.Decision("bias_act_dropout", provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_activation.bias_act_dropout(inputs, options)
     inputs = dropout.with_seed(inputs, options)

@@ -24,7 +24,7 @@ def run(
     """Choose the way down once, and take it: (out, lse). The operands had `dims` dimensions as they were given."""
     if transform_active():
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Route(call, "reference", how))
+        dispatch.record(dispatch.Decision(call, "reference", how))
         return reference.attention(dropout.with_seed(inputs, options), options)
     provider, refusals = dispatch.choose("attention_fwd", inputs, options)
     asked = dispatch.requested()
@@ -45,7 +45,7 @@ def run(
         elif torchs:
             refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
             provider, how = "torch", rules.how_torch_serves(inputs, options, asked)
-        dispatch.record(dispatch.Route(call, provider, how, refusals))
+        dispatch.record(dispatch.Decision(call, provider, how, refusals))
     if traced() and _onnx.exporting():
         return _onnx.attention(inputs, options, return_lse, dims), None
     if torchs:

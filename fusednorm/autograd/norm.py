@@ -31,7 +31,7 @@ def run(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: b
         # An autograd.Function would silently drop tangents; torch.layer_norm's forward-over-reverse and third
         # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
         how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Route(call, "reference", how))
+        dispatch.record(dispatch.Decision(call, "reference", how))
         normed, residual_out, _ = reference.add_layer_norm_fwd(dropout.with_seed(inputs, options), options)
         return normed, residual_out if options.store_residual else inputs.x
     if memory_efficient and dispatch.requested() == "torch":
@@ -43,7 +43,7 @@ def run(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: b
     needs_grad = wants_gradients(inputs)
     if not dispatch.automatic:
         how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        dispatch.record(dispatch.Route(call, provider, how, refusals))
+        dispatch.record(dispatch.Decision(call, provider, how, refusals))
     if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
         return torch_norm.add_layer_norm(inputs, options)
     inputs = dropout.with_seed(inputs, options)

@@ -73,7 +73,7 @@ shortcut: Any = (
 shortcut_asked: bool | str = True  # for what: a choice by what was measured (True), the CPU library (False), or "cuda"
 
 
-class Route(NamedTuple):
+class Decision(NamedTuple):
     """How one call is served."""
 
     call: str
@@ -86,7 +86,7 @@ class Route(NamedTuple):
 class _Listener(NamedTuple):
     thread: int
     names: Mapping[int, str]  # of modules, by their identity
-    routes: list[Route]
+    decisions: list[Decision]
 
 
 def get(name: str) -> tuple[ModuleType, ...]:
@@ -248,13 +248,13 @@ def _unknown(name: object) -> str:
     return f"no provider is called {name!r}{guess or '.'} Known are {', '.join(map(repr, PROVIDERS))}"
 
 
-def record(route: Route) -> None:
+def record(decision: Decision) -> None:
     """Hand a decision to explain(), if it listens to this thread."""
-    for thread, names, routes in tuple(_records):  # another thread may leave meanwhile
+    for thread, names, decisions in tuple(_records):  # another thread may leave meanwhile
         if torch.compiler.is_compiling():  # which traces neither
-            routes.append(route)
+            decisions.append(decision)
         elif thread == threading.get_ident():
-            routes.append(route._replace(where=_caller(names)))
+            decisions.append(decision._replace(where=_caller(names)))
 
 
 def _caller(names: Mapping[int, str]) -> str:
@@ -273,17 +273,17 @@ def _caller(names: Mapping[int, str]) -> str:
 
 
 @contextlib.contextmanager
-def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Route]]:
+def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Decision]]:
     """Collect every decision that this thread makes inside, with the name of the module that made it."""
-    routes: list[Route] = []
+    decisions: list[Decision] = []
     with blocks.lock:
-        _records.append(_Listener(threading.get_ident(), names or {}, routes))
+        _records.append(_Listener(threading.get_ident(), names or {}, decisions))
         _renew()
     try:
-        yield routes
+        yield decisions
     finally:
         with blocks.lock:
-            _records[:] = [listener for listener in _records if listener.routes is not routes]
+            _records[:] = [listener for listener in _records if listener.decisions is not decisions]
             _renew()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from . import Route
+from . import Decision
 
 _Group = tuple[str, str, str]  # what decisions that read alike have in common: call, provider, how
 
@@ -36,37 +36,37 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         raise TypeError(
             f"function: expected a function or a module, as fusednorm.layer_norm, got {_described(function)}"
         )
-    routes = decisions(function, *args, **kwargs)
-    if not routes:
+    found = decisions(function, *args, **kwargs)
+    if not found:
         name = getattr(function, "__name__", type(function).__name__)
         return f"{name}: no function of fusednorm was called"
-    return _text(routes)
+    return _text(found)
 
 
-def decisions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Route]:
+def decisions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Every decision made during a call, in order; torch's random state is restored."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     owner = getattr(function, "func", function)  # of functools.partial
     owner = getattr(owner, "__self__", owner)  # of a bound method
     names = {id(m): name for name, m in owner.named_modules()} if isinstance(owner, nn.Module) else {}
-    with torch.random.fork_rng(devices), dispatch.recording(names) as routes:
+    with torch.random.fork_rng(devices), dispatch.recording(names) as found:
         function(*args, **kwargs)
-    return routes
+    return found
 
 
-def _text(routes: list[Route]) -> str:
-    groups: dict[_Group, list[Route]] = {}
+def _text(decisions: list[Decision]) -> str:
+    groups: dict[_Group, list[Decision]] = {}
     passed_over: dict[tuple[str, str], dict[_Group, None]] = {}  # (who, why) -> by which groups
-    for route in routes:
-        group = route[:3]
-        groups.setdefault(group, []).append(route)
-        for refused in route.refusals:
+    for decision in decisions:
+        group = decision[:3]
+        groups.setdefault(group, []).append(decision)
+        for refused in decision.refusals:
             passed_over.setdefault(refused, {})[group] = None
     asked = [group for group in groups if group[1] in dispatch.PROVIDERS]  # the others say: fused or not
     lines = []
     for group, members in groups.items():
         call, provider, how = group
-        places = _places(route.where for route in members)
+        places = _places(decision.where for decision in members)
         count = f"{len(members)} x " if len(members) > 1 else ""
         lines.append(f"{count}{call}: {provider}, {how}" + (f" (in {places})" if places else ""))
         for (who, why), by in passed_over.items():

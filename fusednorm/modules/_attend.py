@@ -12,7 +12,7 @@ from .. import dropout
 from .._attention_checks import MOST_HEAD_DIM
 from ..attention import scaled_dot_product_attention
 from ._fusible import record
-from ._masks import Masks, widened
+from ._masks import Masks, pad_for_extra_keys
 
 
 class Projections(NamedTuple):
@@ -97,7 +97,7 @@ def attend(
     if extra:
         k = _appended(k, parameters.bias_k, form.add_zero_attn, form)
         v = _appended(v, parameters.bias_v, form.add_zero_attn, form)
-        masks = widened(masks, extra)
+        masks = pad_for_extra_keys(masks, extra)
     q, k, v = (_heads_first(t, form.batch_first) for t in (q, k, v))
     fused = q.shape[-1] <= MOST_HEAD_DIM and form.dropout_p < 1.0
     weights = None
@@ -165,7 +165,7 @@ def attention_weights(
     return weights
 
 
-def presented(weights: Tensor, average: bool, batched: bool) -> Tensor:
+def format_weights(weights: Tensor, average: bool, batched: bool) -> Tensor:
     """As the module returns them."""
     weights = weights.mean(1) if average else weights
     return weights if batched else weights.squeeze(0)

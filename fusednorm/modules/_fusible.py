@@ -26,7 +26,7 @@ def class_path(kind: type) -> str:
     return f"{home}.{kind.__qualname__}"
 
 
-def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
+def why_not_fused(name: str, module: Any, classes: tuple[type, ...]) -> str:
     """Why a submodule has to be called as it is, or nothing. A parametrised module is of a class of its own."""
     kind = type(module)
     if kind not in classes:
@@ -43,12 +43,12 @@ def obstacle(name: str, module: Any, classes: tuple[type, ...]) -> str:
     return ""
 
 
-def first_obstacle(parts: Iterable[tuple[str, Any, tuple[type, ...]]]) -> str:
+def first_not_fused(parts: Iterable[tuple[str, Any, tuple[type, ...]]]) -> str:
     for name in _GLOBAL:
         if getattr(global_hooks, name):
             return EVERYWHERE
     for part in parts:
-        reason = obstacle(*part)
+        reason = why_not_fused(*part)
         if reason:
             return reason
     return ""
@@ -68,10 +68,10 @@ def record(layer: nn.Module | str, how: str, reason: str, instead: str = "each s
         return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if reason:
-        route = dispatch.Route(name, "unfused", instead, (("the fused path", reason),))
+        decision = dispatch.Decision(name, "unfused", instead, (("the fused path", reason),))
     else:
-        route = dispatch.Route(name, "fused", how)
-    dispatch.record(route)
+        decision = dispatch.Decision(name, "fused", how)
+    dispatch.record(decision)
 
 
 def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None:
@@ -82,7 +82,7 @@ def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None
         warnings.warn(f"{name}: is {class_path(type(module))}, which runs unfused; {advice}", stacklevel=3)
 
 
-class WholeLoading(nn.Module):
+class AtomicStateDict(nn.Module):
     """``load_state_dict`` that looks at everything before it loads anything."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

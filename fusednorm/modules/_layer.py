@@ -1,4 +1,4 @@
-"""What the encoder's and the decoder's layer share: the residual stream, the feed-forward block, the obstacles."""
+"""What the encoder's and the decoder's layer share: the residual stream, the feed-forward block, and when it cannot be fused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..activation import bias_act_dropout
 from . import _recompute
 from ._arguments import check_activation, check_count, check_eps, check_heads, check_rate
 from ._attend import Projections, attend
-from ._fusible import WholeLoading, first_obstacle, obstacle, record
+from ._fusible import AtomicStateDict, first_not_fused, record, why_not_fused
 from ._masks import Masks
 from .attention import LINEARS, MultiheadAttention
 from .norm import LayerNorm
@@ -32,7 +32,7 @@ class Stream(NamedTuple):
     dropout_p: float = 0.0
 
 
-def close(stream: Stream) -> Tensor:
+def add_pending(stream: Stream) -> Tensor:
     """The sum, where no norm follows."""
     branch, residual, bias, dropout_p = stream
     if bias is not None:
@@ -60,7 +60,7 @@ def activation_name(activation: Any) -> str | None:
             return known.name
     if activation is F.relu:  # another function than torch.relu
         return "relu"
-    if not isinstance(activation, nn.Module) or obstacle("activation", activation, tuple(_MODULES)):
+    if not isinstance(activation, nn.Module) or why_not_fused("activation", activation, tuple(_MODULES)):
         return None
     return _MODULES[type(activation)](activation)
 
@@ -72,12 +72,12 @@ _MODULES: dict[type, Callable[[Any], str | None]] = {
 }
 
 
-def rate(module: nn.Dropout) -> float:
+def effective_p(module: nn.Dropout) -> float:
     """Of the module's own mode: it may differ from the layer's."""
     return float(module.p) if module.training else 0.0
 
 
-def adopt(layer: nn.Module) -> None:
+def swap_submodules(layer: nn.Module) -> None:
     """Attention and norms of a layer that torch's constructor has just made become ours, parameters as they are."""
     for module in layer.children():
         if type(module) is nn.MultiheadAttention:
@@ -86,7 +86,7 @@ def adopt(layer: nn.Module) -> None:
             module.__class__ = LayerNorm
 
 
-class FusedLayer(WholeLoading):
+class FusedLayer(AtomicStateDict):
     """The constructor of both layers, and their blocks, each as the branch that the next ``add_layer_norm`` adds."""
 
     recompute: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class FusedLayer(WholeLoading):
             *(bias, device, dtype),
         )
         self.recompute = checked
-        adopt(self)
+        swap_submodules(self)
 
     def _obstacle(self) -> str:
         """Why the submodules have to be called one by one, or nothing."""
@@ -140,9 +140,9 @@ class FusedLayer(WholeLoading):
         parts += [(name, modules.get(name), NORMS) for name in self._norms]
         dropouts = ("dropout", *self._dropouts)
         parts += [(name, modules.get(name), (nn.Dropout,)) for name in dropouts]
-        reason = first_obstacle(parts)
+        reason = first_not_fused(parts)
         for name in () if reason else dropouts:
-            if rate(modules[name]) >= 1.0:  # type: ignore[arg-type]
+            if effective_p(modules[name]) >= 1.0:  # type: ignore[arg-type]
                 return f"{name} drops everything"
         return reason
 
@@ -163,10 +163,10 @@ class FusedLayer(WholeLoading):
             product = _recompute.linear_of(attended, projection.weight, tensors)
         else:
             product = F.linear(attention._attend(inputs, masks, sources)[0], projection.weight)
-        return Stream(product, residual, projection.bias, rate(getattr(self, dropout_name)))
+        return Stream(product, residual, projection.bias, effective_p(getattr(self, dropout_name)))
 
     def _feed_forward_branch(self, x: Tensor, residual: Tensor, dropout_name: str) -> Stream:
-        name, p = activation_name(self.activation), rate(self.dropout)
+        name, p = activation_name(self.activation), effective_p(self.dropout)
         second = self.linear2
         if name is None:
             product = F.linear(self.dropout(self.activation(self.linear1(x))), second.weight)
@@ -181,7 +181,7 @@ class FusedLayer(WholeLoading):
                 product = _recompute.linear_of(activated, second.weight, (hidden, bias, seed))
             else:
                 product = F.linear(bias_act_dropout(hidden, bias, name, p), second.weight)
-        return Stream(product, residual, second.bias, rate(getattr(self, dropout_name)))
+        return Stream(product, residual, second.bias, effective_p(getattr(self, dropout_name)))
 
     def _record(self, reason: str) -> None:
         if reason and self.recompute:

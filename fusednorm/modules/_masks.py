@@ -143,7 +143,7 @@ def prepare(
     return Masks(attn_mask + bias, None, is_causal)
 
 
-def widened(masks: Masks, extra: int) -> Masks:
+def pad_for_extra_keys(masks: Masks, extra: int) -> Masks:
     """For keys appended at the end, which every query sees."""
     attn_mask, key_mask, is_causal = masks
     if attn_mask is not None:

@@ -12,14 +12,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _checks, dropout
 from ._arguments import check_count, check_heads, check_operand, check_rate
-from ._attend import Form, Projections, attend, presented
-from ._fusible import WholeLoading, obstacle
+from ._attend import Form, Projections, attend, format_weights
+from ._fusible import AtomicStateDict, why_not_fused
 from ._masks import Masks, Sizes, prepare
 
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
-class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
+class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
     r""":class:`torch.nn.MultiheadAttention` through :func:`fusednorm.scaled_dot_product_attention`.
 
     .. math:: \mathrm{head}_i = \mathrm{attention}(Q W_i^Q, K W_i^K, V W_i^V), \qquad
@@ -110,14 +110,14 @@ class MultiheadAttention(WholeLoading, nn.MultiheadAttention):
         if not sizes.batched:
             inputs = tuple(t.unsqueeze(0 if self.batch_first else 1) for t in inputs)
         merged, weights = self._attend(inputs, masks, sources, need_weights)
-        reason = obstacle("out_proj", self.out_proj, LINEARS)
+        reason = why_not_fused("out_proj", self.out_proj, LINEARS)
         if reason:
             out = self.out_proj(merged)
         else:
             out = torch.nn.functional.linear(merged, self.out_proj.weight, self.out_proj.bias)
         if not sizes.batched:
             out = out.squeeze(0 if self.batch_first else 1)
-        return out, None if weights is None else presented(weights, average_attn_weights, sizes.batched)
+        return out, None if weights is None else format_weights(weights, average_attn_weights, sizes.batched)
 
     def _attend(
         self, inputs: tuple[Tensor, ...], masks: Masks, sources: str, need_weights: bool = False

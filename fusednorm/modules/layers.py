@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._fusible import overridden
-from ._layer import FusedLayer, Stream, add_norm, close
+from ._layer import FusedLayer, Stream, add_norm, add_pending
 from ._masks import Masks, Names, Sizes, prepare
 from .attention import MultiheadAttention
 
@@ -71,7 +71,7 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
         masks = prepare(src_mask, src_key_padding_mask, is_causal, src, sizes, SRC)
         batch = 0 if self.self_attn.batch_first else 1
         x = src if sizes.batched else src.unsqueeze(batch)
-        out = close(self._fused(Stream(x), masks))
+        out = add_pending(self._fused(Stream(x), masks))
         return out if sizes.batched else out.squeeze(batch)
 
     def _obstacle(self) -> str:
@@ -163,7 +163,7 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
         batch = 0 if self.self_attn.batch_first else 1
         if not sizes.batched:
             tgt, memory = tgt.unsqueeze(batch), memory.unsqueeze(batch)
-        out = close(self._fused(Stream(tgt), memory, own, cross))
+        out = add_pending(self._fused(Stream(tgt), memory, own, cross))
         return out if sizes.batched else out.squeeze(batch)
 
     def _sizes(self, tgt: Tensor, memory: Tensor) -> tuple[Sizes, Sizes]:

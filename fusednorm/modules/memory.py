@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from .._dtypes import compute_dtype
 from ..autograd import norm as autograd_norm
-from ._layer import FusedLayer, activation_name, rate
+from ._layer import FusedLayer, activation_name, effective_p
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .transformer import TransformerDecoder, TransformerEncoder
 
@@ -97,7 +97,7 @@ def activation_bytes(
 
 def _branch_rate(layer: Any) -> float:
     """Of the last branch."""
-    return rate(getattr(layer, layer._dropouts[-1]))
+    return effective_p(getattr(layer, layer._dropouts[-1]))
 
 
 def _open_end(layer: Any, run: _Run) -> dict[str, int]:
@@ -114,10 +114,10 @@ def _layer(layer: Any, run: _Run, previous: Any, followed: bool) -> dict[str, in
     parts = {"attention": _attention(layer.self_attn, layer, run, False)}
     if isinstance(layer, TransformerDecoderLayer):
         parts["cross_attention"] = _attention(layer.multihead_attn, layer, run, True)
-    seed = _SEED if rate(layer.dropout) else 0
+    seed = _SEED if effective_p(layer.dropout) else 0
     kept = 1 if "activation" in layer.recompute else 2
     parts["feed_forward"] = run.tensor(layer.linear1.out_features) * kept + seed
-    rates = [rate(getattr(layer, name)) for name in layer._dropouts]
+    rates = [effective_p(getattr(layer, name)) for name in layer._dropouts]
     if layer.norm_first:  # a norm follows the branch before it
         rates = [_branch_rate(previous) if previous is not None else 0.0, *rates[:-1]]
     for i, (name, p) in enumerate(zip(layer._norms, rates, strict=True)):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .._transforms import readable
 from ._arguments import check_count, check_layer
-from ._fusible import EVERYWHERE, WholeLoading, obstacle, record, warn_of_torchs
-from ._layer import NORMS, FusedLayer, Stream, add_norm, close
+from ._fusible import EVERYWHERE, AtomicStateDict, record, warn_of_torchs, why_not_fused
+from ._layer import NORMS, FusedLayer, Stream, add_norm, add_pending
 from ._masks import Names, prepare
 from .layers import MEMORY, TGT, TransformerDecoderLayer, TransformerEncoderLayer
 from .norm import LayerNorm
@@ -20,7 +20,7 @@ from .norm import LayerNorm
 SRC = Names("mask", "src_key_padding_mask", "is_causal", "src")
 
 
-class _Stack(WholeLoading):
+class _Stack(AtomicStateDict):
     """What the two stacks share: whether the residual may travel, the hint, and the last norm."""
 
     layers: Any
@@ -32,7 +32,7 @@ class _Stack(WholeLoading):
             return "there are no layers"
         first = self.layers[0]
         for i, layer in enumerate(self.layers):
-            reason = obstacle(f"layers.{i}", layer, (kind,))
+            reason = why_not_fused(f"layers.{i}", layer, (kind,))
             if reason:
                 return reason
             reason = layer._obstacle()
@@ -49,15 +49,15 @@ class _Stack(WholeLoading):
         travels = self.layers and getattr(self.layers[0], "norm_first", False)
         how = f"{len(self.layers)} layers" + (", each residual step with the next layer's norm" if travels else "")
         if travels and self.norm is not None:
-            last = obstacle("norm", self.norm, NORMS)
+            last = why_not_fused("norm", self.norm, NORMS)
             how += f"; the last norm by itself: {last}" if last else ""
         record(self, how, reason)
 
     def _finish(self, stream: Stream) -> Tensor:
         if self.norm is None:
-            return close(stream)
-        if stream.residual is None or obstacle("norm", self.norm, NORMS):
-            return self.norm(close(stream))
+            return add_pending(stream)
+        if stream.residual is None or why_not_fused("norm", self.norm, NORMS):
+            return self.norm(add_pending(stream))
         return add_norm(self.norm, stream, "norms" in self.layers[-1].recompute)[0]
 
 
@@ -217,7 +217,7 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
         return out if sizes.batched else out.squeeze(batch)
 
 
-class Transformer(WholeLoading, nn.Transformer):
+class Transformer(AtomicStateDict, nn.Transformer):
     r""":class:`torch.nn.Transformer` of this package's layers: same constructor, forward, state_dict and results.
 
     A custom encoder or decoder is used as it is given; one of torch.nn runs unfused, of which the constructor warns.

@@ -2,7 +2,7 @@
 
 Logits, softmax and every sum are in float32 (float64 for float64); the probabilities are not rounded; one rounding at
 the end. A key is *visible* to a query if causal, window, key mask and attention mask (its -inf too) all let it be;
-what is not visible contributes to nothing, NaN and Inf included. Two products (`select_matmul`, `masked_product`)
+what is not visible contributes to nothing, NaN and Inf included. Two products (`masked_pv`, `masked_qk`)
 see to that; they are each other's derivatives, so that derivatives of any order and kind hold to it as well.
 """
 
@@ -19,7 +19,7 @@ from ... import dropout
 from ..._dtypes import compute_dtype
 from ..._options import AttentionInputs, AttentionOptions
 from ..strides import rows_like
-from .masked_matmul import masked_product, select_matmul
+from .masked_matmul import masked_pv, masked_qk
 
 _MOST_ROWS = 1024  # of a block of queries
 _MOST_LOGITS = 2**20  # of a block, for each head: no square of a longer sequence is ever held
@@ -99,7 +99,7 @@ class _Sequences(NamedTuple):
 
     def softmax(self, block: slice) -> _Softmax:
         visible, slope, cap = self.visible(block), None, self.options.softcap
-        logits = masked_product(_rows(self.q, block), self.k, visible)
+        logits = masked_qk(_rows(self.q, block), self.k, visible)
         if cap:
             capped = torch.tanh(logits / cap)
             logits, slope = cap * capped, 1.0 - capped * capped
@@ -132,7 +132,7 @@ def _forward(s: _Sequences) -> tuple[Tensor, Tensor]:
     for block in s.blocks():
         soft = s.softmax(block)
         weights, visible = _dropped(soft.probabilities, soft.visible, soft.keep, s.options.dropout_p)
-        out.append(select_matmul(weights, s.v, visible))
+        out.append(masked_pv(weights, s.v, visible))
         lse.append(soft.lse)
     return torch.cat(out, -2), torch.cat(lse, -1)
 
@@ -146,8 +146,8 @@ def _backward(
     for block in s.blocks():
         soft, dy = s.softmax(block), _rows(dout, block)
         weights, visible = _dropped(soft.probabilities, soft.visible, soft.keep, s.options.dropout_p)
-        dv = dv + select_matmul(weights.mT, dy, visible.mT)
-        dp = masked_product(dy, s.v, visible)
+        dv = dv + masked_pv(weights.mT, dy, visible.mT)
+        dp = masked_qk(dy, s.v, visible)
         if soft.keep is not None:
             dp = dp * dropout.keep_scale(s.options.dropout_p)
         dp = dp - (soft.probabilities * dp).sum(-1, keepdim=True)  # first: with few keys they cancel exactly
@@ -159,8 +159,8 @@ def _backward(
             dmask.append(_summed_to(ds, s.attn_mask.shape))
         if soft.slope is not None:
             ds = ds * soft.slope
-        dq.append(select_matmul(ds, s.k, soft.visible))
-        dk = dk + select_matmul(ds.mT, _rows(s.q, block), soft.visible.mT)
+        dq.append(masked_pv(ds, s.k, soft.visible))
+        dk = dk + masked_pv(ds.mT, _rows(s.q, block), soft.visible.mT)
     if not mask_wanted:
         return torch.cat(dq, -2), dk, dv, None
     assert s.attn_mask is not None

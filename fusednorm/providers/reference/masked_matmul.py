@@ -77,7 +77,7 @@ class SelectMatmul(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[Tensor, int]:
-        return _batched(select_matmul, info.batch_size, in_dims, operands)
+        return _batched(masked_pv, info.batch_size, in_dims, operands)
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
@@ -99,13 +99,13 @@ class SelectMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         a, b, visible = ctx.saved_tensors
-        da = masked_product(dy, b, visible) if ctx.needs_input_grad[0] else None
-        db = select_matmul(a.mT, dy, visible.mT) if ctx.needs_input_grad[1] else None
+        da = masked_qk(dy, b, visible) if ctx.needs_input_grad[0] else None
+        db = masked_pv(a.mT, dy, visible.mT) if ctx.needs_input_grad[1] else None
         return da, db, None
 
     @staticmethod
     def jvp(ctx: Any, a_tangent: Tensor | None, b_tangent: Tensor | None, _: None) -> Tensor:
-        return _tangent(select_matmul, ctx, a_tangent, b_tangent)
+        return _tangent(masked_pv, ctx, a_tangent, b_tangent)
 
 
 class MaskedProduct(torch.autograd.Function):
@@ -113,7 +113,7 @@ class MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor) -> tuple[Tensor, int]:
-        return _batched(masked_product, info.batch_size, in_dims, operands)
+        return _batched(masked_qk, info.batch_size, in_dims, operands)
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, visible: Tensor) -> Tensor:
@@ -128,14 +128,14 @@ class MaskedProduct(torch.autograd.Function):
     def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, y, visible = ctx.saved_tensors
         ds = torch.where(visible, ds, 0.0)
-        dx = select_matmul(ds, y, visible) if ctx.needs_input_grad[0] else None
-        dy = select_matmul(ds.mT, x, visible.mT) if ctx.needs_input_grad[1] else None
+        dx = masked_pv(ds, y, visible) if ctx.needs_input_grad[0] else None
+        dy = masked_pv(ds.mT, x, visible.mT) if ctx.needs_input_grad[1] else None
         return dx, dy, None
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor | None, y_tangent: Tensor | None, _: None) -> Tensor:
-        return _tangent(masked_product, ctx, x_tangent, y_tangent)
+        return _tangent(masked_qk, ctx, x_tangent, y_tangent)
 
 
-select_matmul = SelectMatmul.apply
-masked_product = MaskedProduct.apply
+masked_pv = SelectMatmul.apply
+masked_qk = MaskedProduct.apply

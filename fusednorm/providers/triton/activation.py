@@ -58,7 +58,7 @@ def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -
     variant.launch(
         (slabs, min(host.ceil(m, config.block_m), _MOST_GROUPS)),
         (*rows.tensors, bias, seed, y),
-        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.numbers(dropout_p)),
+        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.dropout_scalars(dropout_p)),
     )
     return y
 
@@ -69,8 +69,8 @@ def bias_act_dropout_bwd(
     """Gradients of (x, bias): one launch, and one that sums the partials."""
     (x, bias, seed), (activation, dropout_p) = inputs, options
     m, n = sizes(x, 1)
-    dx = host.like(x, output_mask[0], x.dtype)
-    dbias = x.new_empty(0) if bias is None else host.like(bias, output_mask[1], bias.dtype)
+    dx = host.empty_unless_wanted(x, output_mask[0], x.dtype)
+    dbias = x.new_empty(0) if bias is None else host.empty_unless_wanted(bias, output_mask[1], bias.dtype)
     if m == 0 or n == 0:
         return dx, dbias.zero_()
     bias = contiguous(bias)
@@ -86,7 +86,7 @@ def bias_act_dropout_bwd(
     variant.launch(
         (slabs, programs),
         (*rows.tensors, bias, seed, written, partials),
-        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.numbers(dropout_p)),
+        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.dropout_scalars(dropout_p)),
     )
     if partials is not None:
         host.sum_partials(partials, (dbias, None, None, None))

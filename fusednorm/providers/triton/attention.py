@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .launch import Variant
 
 _LONGEST = 2**29  # positions, and sums of a few, are 32-bit numbers
-_FAR = 2**23  # a stride at which a tile may span 2**31 elements
+_MAX_STRIDE = 2**23  # a stride at which a tile may span 2**31 elements
 _FOLDED = (1e-30, 1e30)  # scales that may be folded into an exponent
 INTERPRETED = (9, 0)  # the capability whose tiles the interpreter takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def _scalars(options: AttentionOptions) -> tuple[int | float, ...]:
     """What every kernel takes last: the window, the scale, the soft cap and dropout's numbers."""
     right, scale = 0 if options.causal else options.window_right, options.scale
     windows = min(max(options.window_left, 0), _LONGEST), min(max(right, 0), _LONGEST)
-    return *windows, scale, scale * math.log2(math.e), options.softcap, *host.numbers(options.dropout_p)
+    return *windows, scale, scale * math.log2(math.e), options.softcap, *host.dropout_scalars(options.dropout_p)
 
 
 def _batches(inputs: AttentionInputs) -> int:
@@ -48,7 +48,7 @@ def _batches(inputs: AttentionInputs) -> int:
 
 def _masks(inputs: AttentionInputs) -> tuple[Tensor | None, ...]:
     bounds = contiguous(inputs.cu_seqlens_q), contiguous(inputs.cu_seqlens_k)
-    return _near(inputs.attn_mask), inputs.key_mask, inputs.seed, *bounds
+    return _bounded_stride(inputs.attn_mask), inputs.key_mask, inputs.seed, *bounds
 
 
 # --- addresses ---
@@ -77,7 +77,7 @@ def _aligned(tensor: Tensor, packed: bool) -> bool:
     if any(stride % vec and size != 1 for size, stride in zip(shape, outer)):
         return False
     position = 0 if packed else -2
-    return shape[position] == 1 or tensor.stride(position) < _FAR
+    return shape[position] == 1 or tensor.stride(position) < _MAX_STRIDE
 
 
 def _padded(tensor: Tensor) -> Tensor:
@@ -115,9 +115,11 @@ def _deliver(written: Tensor | None, result: Tensor | None) -> None:
         result.copy_(written[..., : result.shape[-1]])
 
 
-def _near(mask: Tensor | None) -> Tensor | None:
+def _bounded_stride(mask: Tensor | None) -> Tensor | None:
     """attn_mask with tiles that span less than 2**31 elements; what does not is a part of something vast."""
-    if mask is None or all(size == 1 or stride < _FAR for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
+    if mask is None or all(
+        size == 1 or stride < _MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])
+    ):
         return mask
     return mask.contiguous()
 

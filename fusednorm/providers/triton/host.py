@@ -139,7 +139,7 @@ def processors(index: int) -> int:
 
 
 @functools.lru_cache(64)
-def numbers(p: float) -> tuple[int, float]:
+def dropout_scalars(p: float) -> tuple[int, float]:
     return dropout.threshold(p), dropout.keep_scale(p)
 
 
@@ -176,7 +176,7 @@ def sum_partials(partials: Tensor, gradients: tuple[Tensor | None, ...]) -> None
     )
 
 
-def like(tensor: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+def empty_unless_wanted(tensor: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
     """A contiguous result of `tensor`'s shape (cheaper than torch.empty of a Size); without elements if not wanted."""
     if wanted:
         return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)

@@ -114,7 +114,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     normalized_ndim, eps, dropout_p, drop_path_p, normed_dtype, residual_dtype, *switches, store_residual = options
     m, n = sizes(x, normalized_ndim)
     normed = torch.empty_like(x, dtype=normed_dtype, memory_format=torch.contiguous_format)
-    residual_out = host.like(x, store_residual, residual_dtype)
+    residual_out = host.empty_unless_wanted(x, store_residual, residual_dtype)
     n_statistics, stats_dtype = 1 if options.rms else 2, compute_dtype(x.dtype, residual_dtype)
     stats = torch.empty_strided((n_statistics, m), (m, 1), dtype=stats_dtype, device=x.device)
     if m == 0:
@@ -132,8 +132,8 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
         (*rows.tensors, *parameters, seed, *outputs, stats),
         (
             *(m, rows.n_units, rows.rows_inner, rows_per_sample(x, normalized_ndim), *rows.strides, eps),
-            *host.numbers(dropout_p),
-            *host.numbers(drop_path_p),
+            *host.dropout_scalars(dropout_p),
+            *host.dropout_scalars(drop_path_p),
         ),
     )
     return normed, residual_out, stats
@@ -148,7 +148,7 @@ def add_layer_norm_bwd(
     m, n = sizes(kept, normalized_ndim)
     parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
     gradients = [
-        kept.new_empty(0) if like is None or not wanted else host.like(like, True, dtype or like.dtype)
+        kept.new_empty(0) if like is None or not wanted else host.empty_unless_wanted(like, True, dtype or like.dtype)
         for like, dtype, wanted in zip(
             (kept, kept, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
         )
@@ -196,8 +196,8 @@ def add_layer_norm_bwd(
         ),
         (
             *(m, rows.n_units, rows.rows_inner, rows_per_sample(kept, normalized_ndim), *rows.strides),
-            *host.numbers(dropout_p),
-            *host.numbers(drop_path_p),
+            *host.dropout_scalars(dropout_p),
+            *host.dropout_scalars(drop_path_p),
         ),
     )
     if partials is not None:
