@@ -1,4 +1,4 @@
-"""What the encoder's and the decoder's layer share: the residual stream, the feed-forward block, and when it cannot be fused."""
+"""What encoder and decoder layers share: the residual stream, the feed-forward block, when neither can be fused."""
 
 from __future__ import annotations
 

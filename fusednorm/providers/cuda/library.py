@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from ..._once import once
 from ..._options import Inputs, Options
-from ...dispatch import fastpath as _shortcut
 from ..native import check_activations, check_whole, too_many_dimensions
 from ..strides import contiguous, folded
 
@@ -33,6 +33,8 @@ _MOST_COLUMNS = 2**30
 ops: Any = torch.ops.fusednorm_cuda  # empty until the library is loaded
 _unusable: dict[int, str | None] = {}  # by GPU, of those asked: why no kernel runs there
 _asking = threading.Lock()
+# What takes (library, emulated, bits of the usable GPUs) when these are known. Dispatch sets it to the fast path's.
+hand_over: Callable[[Path, bool, int], None] | None = None
 
 
 def unavailable_reason() -> str | None:
@@ -71,9 +73,10 @@ def _library() -> Path:
 
 
 def _attach() -> None:
-    """Let the shortcut lead to the GPUs that were asked and are usable."""
+    """Let the fast path lead to the GPUs that were asked and are usable."""
     devices = sum(1 << index for index, reason in _unusable.items() if reason is None and index < 64)
-    _shortcut.attach_cuda(_library(), EMULATED is not None, devices)
+    if hand_over is not None:
+        hand_over(_library(), EMULATED is not None, devices)
 
 
 def unusable(index: int) -> str | None:

@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.dispatch import fastpath as _shortcut
 from fusednorm.providers.cpu import norm as cpu
 from fusednorm.providers.cuda import library as cuda_host
 
@@ -80,7 +79,7 @@ def three_gpus(monkeypatch):
     monkeypatch.setattr(cuda_host, "LIBRARY", Path(cuda_host.EMULATED))
     monkeypatch.setattr(cuda_host, "EMULATED", None)
     monkeypatch.setattr(cuda_host, "_first_launch", lambda index: asked.append(index) or launch(index))
-    monkeypatch.setattr(_shortcut, "attach_cuda", lambda library, emulated, devices: led.append(devices))
+    monkeypatch.setattr(cuda_host, "hand_over", lambda library, emulated, devices: led.append(devices))
     with FakeTensorMode():
         yield [torch.empty(4, 8, device=f"cuda:{index}") for index in range(3)], asked, led
 
