@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest --durations=15
 # Tests run in as many processes as there are cores, at most 8. Each process computes on one thread.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist worksteal --benchmark-disable
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist load --maxschedchunk 32 --benchmark-disable
 # The tests of one mark: first those that measure time, one after another, then the others. 5: pytest found none.
 both = a=0; b=0; \
   $(2) $(PYTEST) -m "$(1) and alone" $(ARGS) || a=$$?; \
