@@ -16,7 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST := PYTHONHASHSEED=0 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg $(BIN)/python -m pytest --durations=15
 # Tests run in as many processes as there are cores, at most 8. Each process computes on one thread.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
-SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist load --maxschedchunk 32 --benchmark-disable
+# A process without work takes tests from another. The slow tests go in their order, since they may be cut off.
+DIST := worksteal
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist $(DIST) --benchmark-disable
 # The tests of one mark: first those that measure time, one after another, then the others. 5: pytest found none.
 both = a=0; b=0; \
   $(2) $(PYTEST) -m "$(1) and alone" $(ARGS) || a=$$?; \
@@ -75,6 +77,7 @@ test-fast: $(STAMP) ## the deterministic tests alone
 test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools: $(STAMP)
 	$(MAKE) --no-print-directory test-fast ARGS="$(FOLDERS_$(subst test-,,$@)) $(ARGS)"
 
+test-slow: DIST := load --maxschedchunk 32
 test-slow: $(STAMP) ## the slow tests alone
 	$(call both,slow,)
 
