@@ -233,11 +233,13 @@ def call(name: str, *args: Any, provider: str) -> Any:
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
+    first = args[0]
+    if isinstance(first, tuple):  # a forward: the options after its inputs hold no tensor
+        return not PLAIN.issuperset(map(type, first)) or first[0].is_meta
     for arg in args:
         if not PLAIN.issuperset(map(type, arg)) if isinstance(arg, tuple) else type(arg) not in PLAIN:
             return True
-    first = args[0]
-    return bool((first[0] if isinstance(first, tuple) else first).is_meta)
+    return bool(first.is_meta)
 
 
 def recorded(name: str, inputs: Inputs, options: Options) -> Any:

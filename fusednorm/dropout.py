@@ -61,9 +61,12 @@ def with_seed(inputs: _I, options: Options) -> _I:
 
     It is drawn late, because torch's own dropout draws its own mask.
     """
-    if inputs.seed is not None or not options.dropped:
+    if not options.dropped or inputs.seed is not None:
         return inputs
-    return inputs._replace(seed=default_seed(inputs[0].device))
+    seed = default_seed(inputs[0].device)
+    if isinstance(inputs, AttentionInputs):
+        return inputs._replace(seed=seed)
+    return type(inputs)(*inputs[:-1], seed)  # half the time of _replace
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

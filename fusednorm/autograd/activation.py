@@ -10,7 +10,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import _ops, dispatch, dropout
 from .._activations import TABLE
-from .._options import ActivationInputs, ActivationOptions, from_flat
+from .._options import ActivationInputs, ActivationOptions
 from .._transforms import batched, dealias_for_compile, recorded, transform_active, wants_gradients
 from ..providers.reference import activation as reference
 from ..providers.torch import activation as torch_activation
@@ -48,7 +48,7 @@ class BiasActDropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        inputs, options = from_flat("bias_act_dropout_fwd", args[:-1])
+        inputs, options = ActivationInputs(*args[:3]), ActivationOptions(*args[3:5])
         ctx.save_for_backward(*inputs)
         ctx.options, ctx.provider = options, args[-1]
         return _ops.call("bias_act_dropout_fwd", inputs, options, provider=args[-1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .. import _onnx, _ops, dispatch, dropout
-from .._options import AttentionInputs, AttentionOptions, from_flat
+from .._options import AttentionInputs, AttentionOptions
 from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active, wants_gradients
 from ..dispatch import rules_attention as rules
 from ..providers.reference import attention as reference
@@ -70,7 +70,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        inputs, options = from_flat("attention_fwd", args[:-1])
+        inputs, options = AttentionInputs(*args[:8]), AttentionOptions(*args[8:17])
         out, lse = _ops.call("attention_fwd", inputs, options, provider=args[-1])
         save(ctx, inputs, options, out, lse, args[-1])
         return out, lse

@@ -89,6 +89,11 @@ def check_activations(library: Path) -> None:
 
 def activation_options(activation: str, output_mask: Sequence[bool] = (False, False)) -> int:
     """The options of bias_act_dropout, as csrc/common/norm_call.h unpacks them; `output_mask` is the backward's."""
+    return _packed_activation(activation, tuple(output_mask))
+
+
+@functools.lru_cache(256)
+def _packed_activation(activation: str, output_mask: tuple[bool, ...]) -> int:
     if len(output_mask) != ACTIVATION_SHIFT:
         raise ValueError(f"output_mask: expected {ACTIVATION_SHIFT} entries, one a gradient, got {len(output_mask)}")
     bits = sum(bool(wanted) << i for i, wanted in enumerate(output_mask))
