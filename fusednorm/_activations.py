@@ -18,7 +18,7 @@ class Activation(NamedTuple):
     name: str
     number: int  # among the options of the native operators
     torch_function: Callable[[Tensor], Tensor]  # a function of a module: layers that have it are pickled
-    flops: tuple[int, int]  # of an element, forward and backward, as benchmarks/cases_activation.py counts them
+    flops: tuple[int, int]  # of an element, forward and backward, as benchmarks/cases/activation.py counts them
     # (linear, cubic) of u sigmoid(w), w = u (linear + cubic u^2); None where it is no such product
     sigmoid: tuple[float, float] | None = None
 

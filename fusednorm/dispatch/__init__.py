@@ -1,8 +1,8 @@
 """The ordered table of providers, and the choice among them.
 
-A provider is one module or several, each with ``refusal(op, *args)`` and a function for each op it implements; the
-first has ``unavailable_reason()``. A module may have ``reluctance(op, *args)``: why automatic choice passes it over,
-whatever the shape. Providers never import one another; this table is the only place that lists them.
+A provider is one module or several. Each has ``refusal(op, inputs, options)`` and a function for each op it implements;
+the first has ``unavailable_reason()``. A module may have ``reluctance(op, inputs, options)``: why automatic choice
+passes it over, whatever the shape. Providers never import one another; this table is the only place that lists them.
 
 ``torch`` stands for torch's own operators. Its functions carry no ``_fwd`` or ``_bwd``: autograd differentiates them.
 Automatic choice takes it where no kernel of ours serves a call, or is faster; it takes ``reference``, our readable
@@ -28,6 +28,7 @@ import torch
 from .._once import first_time
 from .._options import Inputs, Options
 from .._transforms import traced
+from ..providers.cuda import host as cuda_host
 from . import blocks
 from . import crossovers as choice
 from . import fastpath as _shortcut
@@ -372,4 +373,4 @@ class batch_invariant(blocks.Block):
 get("torch")
 get("cpu")
 get("cuda")
-sys.modules["fusednorm.providers.cuda.library"].hand_over = _shortcut.attach_cuda  # type: ignore[attr-defined]
+cuda_host.hand_over = _shortcut.attach_cuda

@@ -24,7 +24,7 @@ from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import NormGradOptions, NormOptions
 from fusednorm.providers import native
 from fusednorm.providers.cpu import norm as cpu
-from fusednorm.providers.cuda import library as cuda_host
+from fusednorm.providers.cuda import host as cuda_host
 
 F32 = torch.float32
 HUGE = 2**60

@@ -18,7 +18,7 @@ OPTIONS = {"memory_efficient": True}
 
 @pytest.fixture
 def rebuilding(provider: str, using):
-    """The context of a provider that rebuilds z; torch's own operators keep it (test_torch_provider.py)."""
+    """The context of a provider that rebuilds z; torch's own operators keep it (dispatch/test_torch_provider.py)."""
     if provider == "torch":
         pytest.skip("torch's own operators keep z whatever is asked for")
     return using

@@ -14,7 +14,7 @@ import torch
 import fusednorm
 from benchmarks.cases import Case, Norm
 from fusednorm import dispatch
-from fusednorm.providers.cuda import library as cuda_host
+from fusednorm.providers.cuda import host as cuda_host
 from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table

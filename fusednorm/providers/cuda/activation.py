@@ -8,8 +8,8 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
 from ..native import FORWARD_OPTIONS, activation_options
-from . import library as host
-from .library import reluctance as reluctance
+from . import host
+from .host import reluctance as reluctance
 
 
 def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
-from . import library as host
-from .library import parameter, rows
-from .library import reluctance as reluctance
-from .library import unavailable_reason as unavailable_reason
+from . import host
+from .host import parameter, rows
+from .host import reluctance as reluctance
+from .host import unavailable_reason as unavailable_reason
 
 _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 

@@ -78,7 +78,7 @@ def capability(index: int) -> tuple[int, int]:
     return _capabilities[index]
 
 
-capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in dispatch/__init__.py
 
 
 def device(index: int) -> Device:

@@ -97,7 +97,7 @@ def unusable(index: int) -> str | None:
         return _unusable[index]
 
 
-unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in providers/__init__.py
+unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in dispatch/__init__.py
 
 
 def forget_devices() -> None:
