@@ -285,7 +285,7 @@ def test_without_a_compiler_the_package_is_pure_python(checkout):
     assert "no C++ compiler is installed" in said and checkout.libraries() == set()
 
 
-@pytest.mark.skipif(emulated.compiler() is None, reason="no g++")
+@pytest.mark.skipif(emulated.compiler() is None, reason="there is no g++, which the test builds with")
 @pytest.mark.parametrize("changed", ["torch_version", "version_of"])
 def test_what_tests_build_is_built_anew_for_another_torch_and_compiler(changed, tmp_path, monkeypatch):
     script, source = emulated.setup_script(), tmp_path / "empty.cpp"
@@ -304,7 +304,7 @@ def test_what_tests_build_is_built_anew_for_another_torch_and_compiler(changed, 
     assert build() != first
 
 
-@pytest.mark.skipif(emulated.compiler() is None, reason="no g++")
+@pytest.mark.skipif(emulated.compiler() is None, reason="there is no g++, which the test builds with")
 def test_what_tests_build_is_built_anew_where_a_file_that_it_includes_has_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(emulated, "CACHE", tmp_path / "cache")
     sources = tmp_path / "with blanks"
@@ -331,7 +331,9 @@ def test_what_tests_build_is_built_anew_where_a_file_that_it_includes_has_change
     assert build() in made
 
 
-@pytest.mark.skipif("FUSEDNORM_EMULATE" not in os.environ, reason="the CUDA kernels are not emulated here")
+@pytest.mark.skipif(
+    "FUSEDNORM_EMULATE" not in os.environ, reason="the kernels run on a GPU here: no emulation is built"
+)
 @pytest.mark.parametrize(("folder", "anew"), [("cpu", False), ("fastpath", False), ("cuda", True), ("emulation", True)])
 def test_the_emulation_is_built_anew_only_where_it_has_to_be(folder, anew, monkeypatch):
     """A comment in every file of csrc/cpu changes nothing that it is compiled from."""
