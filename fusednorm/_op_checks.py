@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ._activations import ACTIVATIONS
-from ._options import ActivationInputs, ActivationOptions, AttentionInputs, AttentionOptions
+from ._options import ActivationInputs, ActivationOptions, AttentionInputs, AttentionOptions, inputs_and_options
 
 
-def check_rows(name: str, rows: Tensor, seed: Tensor | None, normalized_ndim: int, dropped: bool) -> None:
+def _check_rows(name: str, rows: Tensor, normalized_ndim: int) -> None:
     if not 0 < normalized_ndim <= rows.ndim:
         raise ValueError(f"normalized_ndim: {name} expects 1 to {rows.ndim}, x's dimensions, got {normalized_ndim}")
-    _check_seed(name, seed, dropped)
-
-
-def _check_seed(name: str, seed: Tensor | None, dropped: bool) -> None:
-    if dropped and seed is None:
-        raise ValueError(f"seed: {name} needs one where something is dropped, a one-element int64 tensor; got None")
 
 
 def _check_activation(name: str, inputs: ActivationInputs, options: ActivationOptions) -> None:
@@ -27,7 +20,6 @@ def _check_activation(name: str, inputs: ActivationInputs, options: ActivationOp
         raise ValueError(f"x: {name} expects at least one dimension, got a 0-d tensor; reshape it to (1,)")
     if options.activation not in ACTIVATIONS:
         raise ValueError(f"activation: {name} knows {', '.join(map(repr, ACTIVATIONS))}, got {options.activation!r}")
-    _check_seed(name, inputs.seed, options.dropped)
 
 
 def _check_attention(name: str, inputs: AttentionInputs, options: AttentionOptions) -> None:
@@ -38,26 +30,16 @@ def _check_attention(name: str, inputs: AttentionInputs, options: AttentionOptio
     for operand, tensor in zip("qkv", inputs[:3], strict=True):
         if tensor.ndim != expected:
             raise ValueError(f"{operand}: {name} expects {form}, got shape {tuple(tensor.shape)}")
-    _check_seed(name, inputs.seed, options.dropped)
-
-
-# Each takes the operator's name and the arguments of a provider's function.
-CHECKS: dict[str, Callable[..., None]] = {
-    "add_layer_norm_fwd": lambda name, inputs, options: check_rows(
-        name, inputs.x, inputs.seed, options.normalized_ndim, options.dropped
-    ),
-    "add_layer_norm_bwd": lambda name, dnormed, dresidual_out, saved, options, output_mask: check_rows(
-        name, saved.rows, saved.seed, options.normalized_ndim, options.dropped
-    ),
-    "bias_act_dropout_fwd": _check_activation,
-    "bias_act_dropout_bwd": lambda name, dy, inputs, options, output_mask: _check_activation(name, inputs, options),
-    "attention_fwd": _check_attention,
-    "attention_bwd": lambda name, dout, dlse, inputs, out, lse, options, output_mask: _check_attention(
-        name, inputs, options
-    ),
-}
 
 
 def check(name: str, args: tuple[Any, ...]) -> None:
     """Raise ValueError if an operator's arguments, grouped by `_options.from_flat`, do not fit together."""
-    CHECKS[name](name, *args)
+    inputs, options = inputs_and_options(args)
+    if isinstance(inputs, ActivationInputs):
+        _check_activation(name, inputs, options)
+    elif isinstance(inputs, AttentionInputs):
+        _check_attention(name, inputs, options)
+    else:
+        _check_rows(name, inputs[0], options.normalized_ndim)
+    if options.dropped and inputs.seed is None:
+        raise ValueError(f"seed: {name} needs one where something is dropped, a one-element int64 tensor; got None")

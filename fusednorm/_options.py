@@ -137,6 +137,12 @@ def from_flat(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return dout, dlse, inputs, out, lse, options, output_mask
 
 
+def inputs_and_options(args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The tensors and the options among the arguments of a provider's function: its only two tuples."""
+    inputs, options = [arg for arg in args if isinstance(arg, tuple)]
+    return inputs, options
+
+
 def to_flat(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of an operator without the provider's name, from those of a provider's function."""
     if name == "attention_bwd":
