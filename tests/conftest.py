@@ -120,6 +120,25 @@ def ours(provider: str) -> None:
         pytest.skip("torch's own operator was asked for, and there 0 * NaN is NaN")
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the pure-Python install: no kernel of ours serves anything."""
+    for name in ("triton", "cuda", "cpu"):
+        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
+    monkeypatch.setattr(dispatch, "shortcut", None)
+
+
+@pytest.fixture(params=["requested", "no kernel of ours"])
+def torchs(request: pytest.FixtureRequest):
+    """Torch's own operators serve, for either reason."""
+    if request.param == "no kernel of ours":
+        request.getfixturevalue("without_kernels")
+        yield
+        return
+    with fusednorm.use_provider("torch"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Memory from ``torch.empty`` is filled with NaN, so an element that nobody writes shows."""

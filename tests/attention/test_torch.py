@@ -47,24 +47,6 @@ def options_of(name: str) -> dict:
     return options if mask is None or mask.ndim == 2 else options | {"attn_mask": mask.expand(6, N)}
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """As in the pure-Python install: no kernel of ours serves anything."""
-    for name in ("triton", "cuda", "cpu"):
-        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
-    monkeypatch.setattr(dispatch, "shortcut", None)
-
-
-@pytest.fixture(params=["requested", "no kernel of ours"])
-def torchs(request):
-    if request.param == "no kernel of ours":
-        request.getfixturevalue("without_kernels")
-        yield
-        return
-    with fusednorm.use_provider("torch"):
-        yield
-
-
 def operands(generator, dtype=torch.float64, queries=6, heads=4, keys_heads=4):
     q, k, v = draw(generator, "cpu", dtype, (2, heads, queries, 8), (2, keys_heads, N, 8), (2, keys_heads, N, 8))
     return [t.requires_grad_() for t in (q, k, v)]

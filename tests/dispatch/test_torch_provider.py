@@ -14,27 +14,9 @@ import torch.nn.functional as F
 from oracle_activation import TORCHS
 
 import fusednorm
-from fusednorm import _once, dispatch
+from fusednorm import _once
 
 N = 33
-
-
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """As in the pure-Python install: no kernel of ours serves anything."""
-    for name in ("triton", "cuda", "cpu"):
-        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
-    monkeypatch.setattr(dispatch, "shortcut", None)
-
-
-@pytest.fixture(params=["requested", "no kernel of ours"])
-def torchs(request):
-    if request.param == "no kernel of ours":
-        request.getfixturevalue("without_kernels")
-        yield
-        return
-    with fusednorm.use_provider("torch"):
-        yield
 
 
 def leaves(dtype, *shapes):
