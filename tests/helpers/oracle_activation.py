@@ -80,3 +80,31 @@ class ActivationCall:
         if mask is not None:
             y = (y * mask) * keep_scale(self.options["dropout_p"])
         return (y.to(x.dtype),)
+
+
+def hold_to_the_mask(columns: int, dtype: torch.dtype = torch.float32) -> None:
+    """What is dropped, forward and backward, is what `dropout_mask` says."""
+    import fusednorm
+
+    x = torch.ones(9, columns, dtype=dtype, requires_grad=True)
+    y = fusednorm.bias_act_dropout(x, None, "relu", 0.4, seed=-3)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    mask = fusednorm.dropout_mask((9, columns), 0.4, -3)
+    assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
+
+
+def hold_to_torch_at_huge_values(activation: str) -> None:
+    """Finite where torch's is, and NaN stays."""
+    import fusednorm
+
+    huge = [3e38, 1e20, 3e4, 100.0, 20.0]
+    given = torch.tensor([*huge, *(-value for value in huge), float("nan")])
+    found = []
+    for function in (lambda t: fusednorm.bias_act_dropout(t, None, activation), TORCHS[activation]):
+        x = given.clone().requires_grad_()
+        y = function(x)
+        found.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for got, torchs in zip(*found):
+        finite = torchs.isfinite()
+        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for float32
+        assert got[-1].isnan() == torchs[-1].isnan()

@@ -9,7 +9,12 @@ import pytest
 import torch
 from backends import INTERPRETED
 from oracle import check
-from oracle_activation import ACTIVATIONS, TORCHS, ActivationCall
+from oracle_activation import (
+    ACTIVATIONS,
+    ActivationCall,
+    hold_to_the_mask,
+    hold_to_torch_at_huge_values,
+)
 from shapes import Shape, random_leaves
 
 import fusednorm
@@ -73,27 +78,12 @@ def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_activation_drops_what_dropout_mask_drops(columns):
-    x = torch.ones(9, columns, requires_grad=True)
-    y = bias_act_dropout(x, None, "relu", 0.4, seed=-3)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    mask = dropout_mask((9, columns), 0.4, -3)
-    assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
+    hold_to_the_mask(columns)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_triton_activation_of_huge_values_and_nan(activation):
-    """Finite where torch's is, and NaN stays."""
-    huge = [3e38, 1e20, 3e4, 100.0, 20.0]
-    given = torch.tensor([*huge, *(-value for value in huge), float("nan")])
-    found = []
-    for function in (lambda t: bias_act_dropout(t, None, activation), TORCHS[activation]):
-        x = given.clone().requires_grad_()
-        y = function(x)
-        found.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
-    for got, torchs in zip(*found):
-        finite = torchs.isfinite()
-        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for float32
-        assert got[-1].isnan() == torchs[-1].isnan()
+    hold_to_torch_at_huge_values(activation)
 
 
 def test_triton_activation_of_a_column_dropped_whole():
