@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fusednorm
-from benchmarks.cases.base import Call, Leaves, Operation
+from benchmarks.cases.base import Call, Leaves, Operation, saved_bytes
 
 HEAD_DIM = 64
 
@@ -90,20 +90,7 @@ class Layer(Operation):
 
     def kept_bytes(self, t: Leaves, call: Callable[[], Any]) -> int:
         """What one forward keeps for its backward: distinct storages, without inputs and parameters."""
-        own = {leaf.untyped_storage().data_ptr() for leaf in t.values()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = call()  # alive until all is counted: a freed address may come again
-        total = sum(kept.values())
-        del outputs
-        return total
+        return saved_bytes(t.values(), call)
 
     def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
         """The least traffic with everything between two matrix products in one kernel, and logits in none.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.cases.base import saved_bytes
 from examples.training.loop import Settings, Trainer
 from examples.training.machine import autocast, synchronize
 from examples.training.model import Batch, ModelConfig, Twin, loss_of, make_twins
@@ -32,24 +33,6 @@ def routes(model: nn.Module, *inputs: torch.Tensor) -> list[dict[str, Any]]:
         for route, calls in made.items()
         if route.call[0].islower()  # of functions; modules say whether they are fused
     ]
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes that one forward keeps for its backward: distinct storages, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held until the storages are counted: an address freed could be another tensor's
-    total = sum(kept.values())
-    del result
-    return total
 
 
 @contextmanager
@@ -113,4 +96,4 @@ def measure_memory(
         with autocast(device, settings.dtype):
             return loss_of(model, batch)
 
-    return {"peak_bytes": peak, "saved_bytes": saved_bytes(model, forward)}
+    return {"peak_bytes": peak, "saved_bytes": saved_bytes(model.parameters(), forward)}
