@@ -14,8 +14,8 @@ import torch
 import fusednorm
 
 from . import _checks, dispatch
-from .dispatch import fastpath as _shortcut
-from .dispatch.crossovers import OPERATIONS
+from .dispatch import fastpath
+from .dispatch.rules import OPERATIONS
 
 ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION, VARLEN)
@@ -55,9 +55,9 @@ def info() -> str:
         built = getattr(dispatch.get(name)[0], "build", None)
         ready = "ready" if built is None or reason is not None else f"ready, {built()}"
         lines.append(f"  {name:<10} " + (ready if reason is None else f"not here: {reason}"))
-    reason = _shortcut.load()[1]
+    reason = fastpath.load()[1]
     lines.append(
-        "shortcut   "
+        "fast path  "
         + (
             f"not here: {reason}"
             if reason

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, library
 
 from . import _options, dispatch
@@ -25,13 +24,12 @@ from ._options import (
     ActivationOptions,
     AttentionInputs,
     AttentionOptions,
-    Inputs,
     NormGradOptions,
     NormInputs,
     NormOptions,
     NormSaved,
-    Options,
 )
+from .dispatch.resolve import provider_of_raw_op
 from .providers.strides import rows_like
 
 LIBRARY = library.Library("fusednorm", "DEF")
@@ -102,7 +100,7 @@ def _run(name: str) -> Callable[..., Any]:
 def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The provider's function for an op, which may be the first that the process asks of the provider."""
     if provider is None:
-        return dispatch.function(chosen(name, *args), name)
+        return dispatch.function(provider_of_raw_op(name, *args), name)
     if provider not in dispatch.PROVIDERS:
         known = ", ".join(map(repr, dispatch.PROVIDERS))
         raise ValueError(f"provider: {name} knows no {provider!r}; expected one of {known}")
@@ -115,16 +113,6 @@ def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callabl
             "`use_provider` names no provider, and takes what there is"
         )
     return dispatch.function(provider, name)
-
-
-def chosen(name: str, inputs: Inputs, options: Options) -> str:
-    """For a forward op that names no provider: the requested one, or else the first of the table that can run it.
-
-    What was measured to be fastest is not looked at: there torch's own operators are meant, which are no op of ours.
-    """
-    if dispatch.requested() is not None:
-        return dispatch.choose(name, inputs, options)[0]
-    return next(p for p in dispatch.PROVIDERS if dispatch.refusal(p, name, inputs, options) is None)
 
 
 for _name, _schema in SCHEMAS.items():
@@ -211,32 +199,3 @@ def _(
 ) -> tuple[Tensor, ...]:
     wanted = zip(inputs[:4], output_mask, strict=True)
     return tuple(rows_like(t) if w and t is not None else inputs.q.new_empty(0) for t, w in wanted)
-
-
-# Types of arguments that nobody watches: no subclass that the dispatcher would have to show the op to.
-PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype})
-
-
-def call(name: str, *args: Any, provider: str) -> Any:
-    """Straight to the provider where nobody watches; through the dispatcher under tracing and dispatch modes.
-
-    `args` are those of the provider's function.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _watched(args):
-        return getattr(torch.ops.fusednorm, name)(*_options.to_flat(name, args), provider)
-    return dispatch.function(provider, name)(*args)
-
-
-def _watched(args: tuple[Any, ...]) -> bool:
-    first = args[0]
-    if isinstance(first, tuple):  # a forward: the options after its inputs hold no tensor
-        return not PLAIN.issuperset(map(type, first)) or first[0].is_meta
-    for arg in args:
-        if not PLAIN.issuperset(map(type, arg)) if isinstance(arg, tuple) else type(arg) not in PLAIN:
-            return True
-    return bool(first.is_meta)
-
-
-def recorded(name: str, inputs: Inputs, options: Options) -> Any:
-    """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
-    return getattr(torch.ops.fusednorm, name).recorded(*inputs, *options, dispatch.requested())

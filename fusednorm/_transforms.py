@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from ._options import ActivationInputs, AttentionInputs, NormInputs
@@ -60,10 +59,3 @@ def dealias_for_compile(inputs: _I) -> _I:
             seen.append(tensor)
         result.append(tensor)
     return type(inputs)(*result)
-
-
-def batched(*cotangents: Tensor | None) -> bool:
-    """Whether a vmap over the backward (is_grads_batched) hides a batch from kernels that read memory themselves."""
-    return transform_active() or any(
-        t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in cotangents
-    )

@@ -6,24 +6,20 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
-from . import _autocast, dispatch, dropout
+from . import _autocast, dropout
 from ._checks import FLOAT_DTYPES, check_flag
 from ._options import AttentionInputs, AttentionOptions
 from ._transforms import traced
 from .autograd import attention as autograd_attention
-from .autograd import attention_torch
-from .dispatch import rules_attention as rules
+from .dispatch import eager, settings
+from .dispatch.settings import Decision
 
 _UNBOUNDED = 2**62  # past any position, and a 64-bit number
 
-_functorch_active = torch._C._are_functorch_transforms_active
-_autocast_active = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -98,12 +94,12 @@ def scaled_dot_product_attention(
         and return_lse is False
         and type(causal_align) is str
         and causal_align == "upper_left"
-        and (cpp := dispatch.shortcut) is not None
-        and dispatch.automatic
+        and (fast := settings.current.fastpath) is not None
+        and settings.current.provider is None
     ):
-        shortcut = cpp.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
-        if shortcut is not None:
-            return shortcut
+        fast_out = fast.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        if fast_out is not None:
+            return fast_out
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):
         return handle_torch_function(
             scaled_dot_product_attention,
@@ -116,44 +112,21 @@ def scaled_dot_product_attention(
             seed=seed,
             return_lse=return_lse,
         )
-    try:
-        # Torch's own operator at once: no mask, so nothing that it does otherwise, and a check costs more than the
-        # two microseconds that a call may cost over torch's. What torch refuses goes the way below.
-        if (
-            dispatch.automatic
-            and attn_mask is None is key_mask
-            and window is None is seed
-            and type(dropout_p) is type(softcap) is float
-            and dropout_p == 0.0 == softcap
-            and return_lse is False
-            and (is_causal is False or (is_causal is True and query.is_cuda))
-            and (enable_gqa is False or (enable_gqa is True and not traced()))
-            and causal_align == "upper_left"
-            and (query.is_cpu or (query.is_cuda and dispatch.by_shape and query.numel()))
-            and (scale is None or type(scale) is float)
-            and query.layout == key.layout == value.layout == torch.strided
-            and not (key.is_nested or value.is_nested)
-            and key.shape[-2] == value.shape[-2]  # torch reads missing values out of bounds
-            and query.shape[-1] <= checks.MOST_HEAD_DIM >= value.shape[-1]
-            and not (query.is_nested or _functorch_active() or forward_ad._current_level >= 0 or _is_compiling())
-        ):
-            needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-            if is_causal or (needs_grad and query.is_cuda):
-                out = attention_torch.torch_on_a_gpu(query, key, value, is_causal, scale, needs_grad)
-                if out is not None:
-                    return out
-            elif not (query.is_cpu and rules.torch_is_slower(query, key, needs_grad)):
-                if not needs_grad or traced():
-                    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
-                if (
-                    rules.flash_takes(query, key, value)
-                    and not _autocast_active()
-                    and not torch._C._len_torch_dispatch_stack()
-                ):
-                    factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
-                    return attention_torch.torch_apply(query, key, value, None, False, factor)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        pass
+    plans, signature = settings.current.plans, None
+    if (
+        type(dropout_p) is type(softcap) is float
+        and (scale is None or type(scale) is float)
+        and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+        and type(causal_align) is str
+        and window is seed is None
+    ):
+        inputs = AttentionInputs(query, key, value, attn_mask, key_mask)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        flags = is_causal, enable_gqa, return_lse, deterministic
+        signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, *flags)
+        if (way := plans.get(signature)) is not None:
+            out, lse = way(inputs)
+            return (out, lse) if return_lse else out
     enable_gqa = check_flag("enable_gqa", enable_gqa)
     query, key, value, attn_mask = _autocast.cast_for_autocast(query, key, value, attn_mask)
     plain = _plain(query, key, value, enable_gqa)
@@ -172,19 +145,22 @@ def scaled_dot_product_attention(
     if key_mask is not None:
         checks.check_key_mask(key_mask, query, (*batch, n_keys))
         key_mask = key_mask if len(batch) == 1 else key_mask.reshape(math.prod(batch), n_keys)
-    if attn_mask is not None:
+    given_mask = attn_mask
+    if attn_mask is not None and not (plain and attn_mask.ndim == 4):
         attn_mask = _four_dimensional_mask(attn_mask, batch, heads)
     q, k, v = (query, key, value) if plain else [_four_dimensional(t, batch, heads) for t in (query, key, value)]
-    out, lse = _run(
-        "scaled_dot_product_attention",
-        AttentionInputs(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q)),
-        AttentionOptions(
-            *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
-            *(*_window(window), softcap),
-        ),
-        return_lse,
-        dims,
+    inputs = AttentionInputs(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q))
+    options = AttentionOptions(
+        *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
+        *(*_window(window), softcap),
     )
+    call = "scaled_dot_product_attention"
+    if signature is not None and plain and dropout_p != 1.0 and (attn_mask is None or attn_mask is given_mask):
+        way = autograd_attention.way_of_all(call, inputs, options, return_lse, dims)
+        eager.keep(plans, signature, way)
+        out, lse = way(inputs)
+    else:
+        out, lse = _run(call, inputs, options, return_lse, dims)
     if not plain:
         out = out.reshape(*lead, n_queries, v.shape[-1])
     if not return_lse:
@@ -278,15 +254,15 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if options.dropout_p != 1.0:
-        return autograd_attention.run(call, inputs, options, return_lse, dims)
-    dispatch.record(dispatch.Decision(call, "torch", "zeros, because everything is dropped"))
+        return autograd_attention.way(call, inputs, options, return_lse, dims)(inputs)
+    settings.record(Decision(call, "torch", "zeros, because everything is dropped"))
     q, _, v, *_ = inputs
     zero = sum(dropout.all_dropped(t).sum() for t in inputs[:4] if t is not None and t.is_floating_point())
     out = (q.new_zeros((*q.shape[:-1], v.shape[-1])) + zero).to(q.dtype)
     if not return_lse:
         return out, None
     inputs, options = inputs._replace(seed=None), options._replace(dropout_p=0.0)
-    return out, autograd_attention.run(call, inputs, options, True, dims)[1]
+    return out, autograd_attention.way(call, inputs, options, True, dims)(inputs)[1]
 
 
 def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:

@@ -61,7 +61,7 @@ def with_seed(inputs: _I, options: Options) -> _I:
 
     It is drawn late, because torch's own dropout draws its own mask.
     """
-    if not options.dropped or inputs.seed is not None:
+    if inputs.seed is not None or not (options.dropout_p or options.dropped):
         return inputs
     seed = default_seed(inputs[0].device)
     if isinstance(inputs, AttentionInputs):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autocast, _bare, _checks, dispatch, dropout
+from . import _autocast, _checks, dropout
 from ._options import NormInputs, NormOptions
 from .autograd import norm as autograd_norm
+from .dispatch import eager, settings
 
+_REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -49,20 +50,16 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
-    try:
-        # torch's own at once: no native kernel is faster
-        if type(eps) is float and (dispatch.automatic or dispatch.torch_asked) and _bare.unwatched(input):
+    try:  # torch's own at once: no native kernel is faster, and a call takes 7 microseconds
+        if settings.current.layer_norm_is_torchs and type(eps) is float and eager.unwatched_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
-    except _bare.REFUSED:
+    except _REFUSED:
         pass  # the way below takes what torch does not, or says what is wrong with it
-    if (
-        not _is_compiling()
-        and (cpp := dispatch.shortcut) is not None
-        and (dispatch.shortcut_asked == "cuda" or getattr(input, "is_cuda", False))
-    ):
+    fast, asked = settings.current.fastpath, settings.current.fastpath_asked
+    if fast is not None and not _is_compiling() and (asked == "cuda" or getattr(input, "is_cuda", False)):
         bare = None, 0.0, None
-        outputs = cpp.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, dispatch.shortcut_asked)
+        outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, asked)
         if outputs is not None:
             return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -94,27 +91,13 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    # in this order: a graph is not to depend on it; looked up once: another thread may take it away
-    if not _is_compiling() and (cpp := dispatch.shortcut) is not None:
-        shortcut = cpp.rms_norm(input, normalized_shape, weight, eps, dispatch.shortcut_asked)
-        if shortcut is not None:
-            return shortcut
+    if not _is_compiling() and (fast := settings.current.fastpath) is not None:
+        normed = fast.rms_norm(input, normalized_shape, weight, eps, settings.current.fastpath_asked)
+        if normed is not None:
+            return normed
     if has_torch_function_variadic(input, weight):
         _checks.refuse_nested_subclass("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
-    try:
-        if (eps is None or type(eps) is float) and _bare.unwatched(input):
-            shape: Any = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
-            torchs = dispatch.torch_asked or (dispatch.automatic and dispatch.unavailable_reason("cpu") is not None)
-            if torchs and (weight is None or weight.dtype is input.dtype):  # else torch would take the wider dtype
-                if not dispatch.torch_asked:
-                    dispatch.tell_missing_library()
-                return torch.rms_norm(input, shape, weight, eps)
-            outputs = autograd_norm.run_bare(input, None, weight, None, shape, eps, True)
-            if outputs is not None:
-                return outputs[0]
-    except _bare.REFUSED:
-        pass
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
 
 
@@ -177,12 +160,11 @@ def add_layer_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (cpp := dispatch.shortcut) is not None
+        and (fast := settings.current.fastpath) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = cpp.add_norm(
-            x, residual, normalized_shape, weight, bias, eps, *epilogue, False, dispatch.shortcut_asked
-        )
+        asked = settings.current.fastpath_asked
+        outputs = fast.add_norm(x, residual, normalized_shape, weight, bias, eps, *epilogue, False, asked)
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
@@ -242,12 +224,11 @@ def add_rms_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (cpp := dispatch.shortcut) is not None
+        and (fast := settings.current.fastpath) is not None
     ):
         epilogue = x_bias, dropout_p, seed
-        outputs = cpp.add_norm(
-            x, residual, normalized_shape, weight, None, eps, *epilogue, True, dispatch.shortcut_asked
-        )
+        asked = settings.current.fastpath_asked
+        outputs = fast.add_norm(x, residual, normalized_shape, weight, None, eps, *epilogue, True, asked)
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):
@@ -284,16 +265,22 @@ def _plain_norm(
     eps: float | None,
     rms: bool,
 ) -> Tensor:
-    outputs = _bare.torch_on_a_gpu(x, None, weight, bias, normalized_shape, eps, rms)
-    if outputs is not None:
-        return outputs[0]
+    call, inputs = "rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias)
+    plans, key = settings.current.plans, None
+    sizes = eager.sizes(normalized_shape)
+    if sizes is not None and (type(eps) is float or (rms and eps is None)):
+        key = eager.signature(inputs, call, sizes, eps)
+        if (way := plans.get(key)) is not None:
+            return way(inputs)[0]
     _checks.check_tensor(name, x)
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
     _checks.check_parameter("weight", weight, shape, name, x)
     _checks.check_parameter("bias", bias, shape, name, x)
     eps = _checks.check_eps(eps, rms, x.dtype)
     options = NormOptions(len(shape), eps, 0.0, 0.0, _autocast.norm_dtype(x, rms), x.dtype, rms, False, False)
-    return autograd_norm.run("rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias), options, False)[0]
+    way = autograd_norm.way(call, inputs, options)
+    eager.keep(plans, key, way)
+    return way(inputs)[0]
 
 
 def _add_norm(
@@ -313,29 +300,21 @@ def _add_norm(
     memory_efficient: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
+    call = "add_rms_norm" if rms else "add_layer_norm"
+    plans, key = settings.current.plans, None
+    if type(dropout_p) is type(drop_path_p) is float and (type(eps) is float or (rms and eps is None)):
+        sizes = eager.sizes(normalized_shape)
+        # a look at the weights decides whether a call is memory-efficient, and a seed may have to be converted
+        plannable = sizes is not None and memory_efficient is False and seed is None
+        plannable = plannable and (residual_dtype is None or type(residual_dtype) is torch.dtype)
+        if plannable and type(zero_centered_weight) is bool:
+            inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
+            rest = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
+            key = eager.signature(inputs, call, *rest)
+            if (way := plans.get(key)) is not None:
+                return way(inputs)
     zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
     memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)
-    bare = type(dropout_p) is type(drop_path_p) is float and dropout_p == drop_path_p == 0.0
-    bare = bare and x_bias is layer_scale is seed is residual_dtype is None and (eps is None or type(eps) is float)
-    if bare and not (zero_centered_weight or memory_efficient):
-        try:
-            if _bare.unwatched(x):
-                outputs = autograd_norm.run_bare(
-                    x,
-                    residual,
-                    weight,
-                    bias,
-                    (normalized_shape,) if type(normalized_shape) is int else normalized_shape,
-                    eps,
-                    rms,
-                )
-                if outputs is not None:
-                    return outputs
-        except _bare.REFUSED:
-            pass
-        on_a_gpu = _bare.torch_on_a_gpu(x, residual, weight, bias, normalized_shape, eps, rms)
-        if on_a_gpu is not None:
-            return on_a_gpu
     _checks.check_tensor("x", x)
     _checks.check_residual(residual, x)
     shape = _checks.check_normalized_shape("x", x, normalized_shape)
@@ -346,7 +325,7 @@ def _add_norm(
         _checks.check_seed(seed)
     if dropout_p == 1.0 or drop_path_p == 1.0:
         x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
-        dropout_p = drop_path_p = 0.0
+        dropout_p, drop_path_p, key = 0.0, 0.0, None
     masked = bool(dropout_p or drop_path_p)
     seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None
     if residual_dtype is None:
@@ -359,4 +338,6 @@ def _add_norm(
         *(len(shape), eps, dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(zero_centered_weight, store_residual),
     )
-    return autograd_norm.run("add_rms_norm" if rms else "add_layer_norm", inputs, options, memory_efficient)
+    way = autograd_norm.way(call, inputs, options, memory_efficient)
+    eager.keep(plans, key, way)
+    return way(inputs)

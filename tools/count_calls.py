@@ -7,9 +7,8 @@ A reader of a traceback follows these calls. `returns` counts how often a file i
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fusednorm
-from fusednorm import dispatch
+from fusednorm.dispatch import settings
 
 PACKAGE = str(Path(fusednorm.__file__).parent)
 
@@ -47,16 +46,6 @@ def count(call: Callable[[], Any]) -> Count:
     return Count(len(entered), len(set(entered)), len(visits) - len(set(visits)))
 
 
-@contextlib.contextmanager
-def without_the_fast_path() -> Iterator[None]:
-    dispatch.available_providers()  # what is asked for the first time sets the fast path anew
-    before, dispatch.shortcut = dispatch.shortcut, None
-    try:
-        yield
-    finally:
-        dispatch.shortcut = before
-
-
 def add_layer_norm() -> None:
     x = torch.ones(4, 64, requires_grad=True)
     normed, residual = fusednorm.add_layer_norm(x, x, 64, layer_scale=torch.ones(64))
@@ -75,7 +64,7 @@ def encoder_layer() -> Callable[[], None]:
 
 
 def main() -> int:
-    with without_the_fast_path():
+    with settings.without_fastpath():
         found = {
             "add_layer_norm with layer scale, without the fast path, forward and backward": count(add_layer_norm),
             "causal attention, without the fast path": count(causal_attention),

@@ -48,7 +48,7 @@ variable_list gradients_in_python(const SavedOptions& options, const OutputMask&
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
   };
-  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.activation").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.activation").attr("fastpath_backward");
   const pybind11::tuple found =
       backward(dy, saved.x, optional(saved.bias), optional(saved.seed), options.activation, options.dropout_p, output_mask);
   variable_list gradients(2);

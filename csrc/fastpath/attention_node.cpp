@@ -43,7 +43,7 @@ using OutputMask = std::array<bool, 3>;  // gradients: of query, key, value
 variable_list gradients_in_python(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dout,
                                   const Saved& saved) {
   pybind11::gil_scoped_acquire gil;
-  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.attention").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.attention").attr("fastpath_backward");
   const pybind11::object key_mask =
       saved.key_mask.defined() ? pybind11::cast(saved.key_mask) : pybind11::object(pybind11::none());
   const pybind11::tuple found =

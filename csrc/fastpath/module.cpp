@@ -61,7 +61,7 @@ bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
   return true;
 }
 
-PyObject* choice = nullptr;  // fusednorm.dispatch.crossovers
+PyObject* fastpath_serves = nullptr;  // of fusednorm.dispatch.rules
 
 // Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
 // library.
@@ -69,20 +69,12 @@ bool for_cuda(PyObject* x, PyObject* asked) {
   return PyUnicode_Check(asked) || (asked == Py_True && THPVariable_CheckExact(x) && THPVariable_Unpack(x).is_cuda());
 }
 
-// Whether automatic choice takes the CUDA library for tensors on a GPU.
-bool chooses_cuda(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
-  THPObjectPtr found(PyObject_CallMethod(choice, "cuda_on_gpu", "sOLLOL", operation,
-                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
-                                         (long long)columns, needs_grad ? Py_True : Py_False, (long long)x.get_device()));
-  if (!found) throw python_error();
-  return found.get() == Py_True;
-}
-
-// Whether torch's own operators were measured to be faster.
-bool prefers_torch(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
-  THPObjectPtr found(PyObject_CallMethod(choice, "torch_on_cpu", "sOLLO", operation,
-                                         (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
-                                         (long long)columns, needs_grad ? Py_True : Py_False));
+// Whether automatic choice leaves a call to the library that the fast path leads to.
+bool is_chosen(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
+  const long long gpu = x.is_cuda() ? x.get_device() : -1;
+  THPObjectPtr found(PyObject_CallFunction(fastpath_serves, "sOLLOL", operation,
+                                           (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
+                                           (long long)columns, needs_grad ? Py_True : Py_False, gpu));
   if (!found) throw python_error();
   return found.get() == Py_True;
 }
@@ -144,8 +136,7 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
   if (asked != Py_True) return true;
   if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as providers/cpu.py has it
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
-  const bool both = call.needs_grad || call.dropout_p > 0;  // as choice.preference has it
-  return call.by_cuda ? chooses_cuda(operation, call.x, columns, both) : !prefers_torch(operation, call.x, columns, both);
+  return is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference has it
 }
 
 // The library that is asked for, and x; false where the call is not for the shortcut.
@@ -200,7 +191,7 @@ int64_t activation_of(PyObject* name) {
   return -1;
 }
 
-// Of choice.OPERATIONS, by the activation's number.
+// Of rules.OPERATIONS, by the activation's number.
 const char* const kBiasActOperations[] = {
 #define FN_OPERATION(enumerator, name, ...) "bias_" name,
     FN_ACTIVATIONS(FN_OPERATION)
@@ -219,10 +210,10 @@ bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) 
   if (with_bias && (call.bias.dim() != 1 || call.bias.size(0) != columns)) return false;
   call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
-  if (dropped) return !by_shape || !one_dtype || !prefers_torch("bias_gelu_dropout", call.x, columns, true);
+  if (dropped) return !by_shape || !one_dtype || is_chosen("bias_gelu_dropout", call.x, columns, true);
   const bool slow = call.activation != fusednorm::kRelu && call.x.scalar_type() == at::kDouble;
-  by_torch = !with_bias || (by_shape && (slow || prefers_torch(kBiasActOperations[call.activation], call.x, columns,
-                                                                      call.needs_grad)));
+  by_torch = !with_bias || (by_shape && (slow || !is_chosen(kBiasActOperations[call.activation], call.x, columns,
+                                                                    call.needs_grad)));
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }
 
@@ -351,6 +342,11 @@ PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
   return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
 }
 
+PyObject* attribute(const char* module, const char* name) {
+  THPObjectPtr found(PyImport_ImportModule(module));
+  return found ? PyObject_GetAttrString(found.get(), name) : nullptr;
+}
+
 PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
      "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the shortcut"},
@@ -377,8 +373,7 @@ PyMODINIT_FUNC PyInit__shortcut() {
     PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
     return nullptr;
   }
-  choice = PyImport_ImportModule("fusednorm.dispatch.crossovers");
-  THPObjectPtr of_attention(PyImport_ImportModule("fusednorm.dispatch.rules_attention"));
-  if (of_attention) ours_is_faster = PyObject_GetAttrString(of_attention.get(), "ours_is_faster");
-  return choice && ours_is_faster ? PyModule_Create(&definition) : nullptr;
+  fastpath_serves = attribute("fusednorm.dispatch.rules", "fastpath_serves");
+  ours_is_faster = attribute("fusednorm.dispatch.rules_attention", "ours_is_faster");
+  return fastpath_serves && ours_is_faster ? PyModule_Create(&definition) : nullptr;
 }

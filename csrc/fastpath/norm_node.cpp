@@ -77,7 +77,7 @@ Gradients gradients_in_python(const SavedOptions& options, const OutputMask& out
   const auto optional = [](const at::Tensor& t) {
     return t.defined() ? pybind11::cast(t) : pybind11::object(pybind11::none());
   };
-  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.norm").attr("shortcut_backward");
+  const pybind11::object backward = pybind11::module_::import("fusednorm.autograd.norm").attr("fastpath_backward");
   const pybind11::tuple found =
       backward(optional(dnormed), optional(dz), saved.z, saved.stats, optional(saved.weight), optional(saved.bias),
                optional(saved.x_bias), optional(saved.seed), options.normalized_ndim, options.eps, options.dropout_p,

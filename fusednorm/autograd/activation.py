@@ -1,42 +1,64 @@
-"""The way down from ``bias_act_dropout``: choice of provider, and the autograd Function."""
+"""The way down from ``bias_act_dropout``: the autograd Function."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .. import _ops, dispatch, dropout
+from .. import dropout
 from .._activations import TABLE
 from .._options import ActivationInputs, ActivationOptions
-from .._transforms import batched, dealias_for_compile, recorded, transform_active, wants_gradients
+from .._transforms import dealias_for_compile, recorded, wants_gradients
+from ..dispatch import eager
+from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import activation as reference
 from ..providers.torch import activation as torch_activation
 
+Way = Callable[[ActivationInputs], Tensor]
 
-def run(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
-    """Choose the way down once, and take it."""
-    if transform_active():
-        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Decision("bias_act_dropout", "reference", how))
-        return reference.bias_act_dropout_fwd(dropout.with_seed(inputs, options), options)
-    provider, refusals = dispatch.choose("bias_act_dropout_fwd", inputs, options)
-    if not dispatch.automatic:
-        how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        dispatch.record(dispatch.Decision("bias_act_dropout", provider, how, refusals))
-    if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
-        return torch_activation.bias_act_dropout(inputs, options)
-    inputs = dropout.with_seed(inputs, options)
+
+def way(inputs: ActivationInputs, options: ActivationOptions) -> Way:
+    """The way down of a call and of all that are like it: what makes the result of its tensors."""
+    decision = resolve(Request("bias_act_dropout", "bias_act_dropout_fwd", inputs, options))
+    if decision.how == ELEMENTARY:
+        return functools.partial(_elementary, options=options)
+    if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
+        return functools.partial(torch_activation.bias_act_dropout, options=options)
     if recorded():
-        return _ops.recorded("bias_act_dropout_fwd", inputs, options)
+        return functools.partial(_recorded, options=options)
     if not wants_gradients(inputs):
-        return _ops.call("bias_act_dropout_fwd", inputs, options, provider=provider)
+        return functools.partial(_forward, options=options, provider=decision.provider)
+    apply = _apply
     if torch.compiler.is_compiling():
-        return BiasActDropoutFunction.apply(*dealias_for_compile(inputs), *options, provider)
+        inputs, apply = dealias_for_compile(inputs), BiasActDropoutFunction.apply
+        return lambda _: _differentiable(inputs, options, decision.provider, apply)
     if is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
-        return BiasActDropoutFunction.apply(*inputs, *options, provider)
+        apply = BiasActDropoutFunction.apply
+    return functools.partial(_differentiable, options=options, provider=decision.provider, apply=apply)
+
+
+def _elementary(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    return reference.bias_act_dropout_fwd(dropout.with_seed(inputs, options), options)
+
+
+def _recorded(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    return eager.recorded("bias_act_dropout_fwd", dropout.with_seed(inputs, options), options)
+
+
+def _forward(inputs: ActivationInputs, options: ActivationOptions, provider: str) -> Tensor:
+    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
+    return eager.call("bias_act_dropout_fwd", inputs, options, provider=provider)
+
+
+def _differentiable(
+    inputs: ActivationInputs, options: ActivationOptions, provider: str, apply: Callable[..., Any]
+) -> Tensor:
+    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
     return apply(*inputs, *options, provider)
 
 
@@ -51,7 +73,7 @@ class BiasActDropoutFunction(torch.autograd.Function):
         inputs, options = ActivationInputs(*args[:3]), ActivationOptions(*args[3:5])
         ctx.save_for_backward(*inputs)
         ctx.options, ctx.provider = options, args[-1]
-        return _ops.call("bias_act_dropout_fwd", inputs, options, provider=args[-1])
+        return eager.call("bias_act_dropout_fwd", inputs, options, provider=args[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,21 +82,21 @@ class BiasActDropoutFunction(torch.autograd.Function):
 
 
 # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-apply = super(torch.autograd.Function, BiasActDropoutFunction).apply
+_apply = super(torch.autograd.Function, BiasActDropoutFunction).apply
 
 
 def activation_backward(
     dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, wanted: list[bool], provider: str
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, bias), None where not wanted."""
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(dy)):
+    if eager.differentiated(dy):
         gradients = reference.bias_act_dropout_bwd(dy, inputs, options, wanted)
     else:
-        gradients = _ops.call("bias_act_dropout_bwd", dy, inputs, options, wanted, provider=provider)
+        gradients = eager.call("bias_act_dropout_bwd", dy, inputs, options, wanted, provider=provider)
     return tuple([g if want else None for g, want in zip(gradients, wanted, strict=True)])
 
 
-def shortcut_backward(
+def fastpath_backward(
     dy: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -83,6 +105,6 @@ def shortcut_backward(
     dropout_p: float,
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
+    """What the fast path's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
     options = ActivationOptions(TABLE[activation].name, dropout_p)
     return activation_backward(dy, ActivationInputs(x, bias, seed), options, wanted, "cpu")

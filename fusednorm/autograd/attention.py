@@ -1,65 +1,80 @@
-"""The way down from the attention functions: choice of provider, and the autograd Function over our kernels."""
+"""The way down from the attention functions: the autograd Function over our kernels."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .. import _onnx, _ops, dispatch, dropout
+from .. import _onnx, dropout
 from .._options import AttentionInputs, AttentionOptions
-from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active, wants_gradients
-from ..dispatch import rules_attention as rules
+from .._transforms import dealias_for_compile, recorded, traced, wants_gradients
+from ..dispatch import eager, rules_attention, settings
+from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import attention as reference
 from . import attention_torch
 
-_is_compiling = torch.compiler.is_compiling
+Way = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
 
 
-def run(
-    call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4
-) -> tuple[Tensor, Tensor | None]:
-    """Choose the way down once, and take it: (out, lse). The operands had `dims` dimensions as they were given."""
-    if transform_active():
-        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Decision(call, "reference", how))
-        return reference.attention(dropout.with_seed(inputs, options), options)
-    provider, refusals = dispatch.choose("attention_fwd", inputs, options)
-    asked = dispatch.requested()
-    if asked == "torch" and return_lse:
-        raise ValueError(
-            "provider 'torch' cannot run attention_fwd: torch's attention returns no log-sum-exp; leave `return_lse` "
-            "out, or the request, for automatic choice"
-        )
-    needs_grad = wants_gradients(inputs)
-    differs = rules.why_not_torch(inputs, options, return_lse, provider, dims, needs_grad) if asked is None else ""
-    torchs = asked == "torch" or (asked is None and not differs)
-    if provider == "torch" and not torchs:
-        provider = "reference"
-    if not dispatch.automatic:
-        how = "one fused op each way"
-        if differs:
-            refusals = (*[r for r in refusals if r[0] != "torch"], ("torch's own operator", differs))
-        elif torchs:
-            refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
-            provider, how = "torch", rules.how_torch_serves(inputs, options, asked)
-        dispatch.record(dispatch.Decision(call, provider, how, refusals))
+def way(
+    call: str,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    return_lse: bool,
+    dims: int = 4,
+    bounded: bool | None = None,
+) -> Way:
+    """The way down of a call: what makes (out, lse) of its tensors. The operands were given in `dims` dimensions."""
+    decision = resolve(Request(call, "attention_fwd", inputs, options, None, return_lse, dims, bounded))
+    if decision.how == ELEMENTARY:
+        return lambda inputs: reference.attention(dropout.with_seed(inputs, options), options)
     if traced() and _onnx.exporting():
-        return _onnx.attention(inputs, options, return_lse, dims), None
-    if torchs:
-        return attention_torch.run_torch(inputs, options, needs_grad, dims), None
-    inputs = dropout.with_seed(inputs, options)
+        return lambda inputs: (_onnx.attention(inputs, options, return_lse, dims), None)
+    needs_grad = wants_gradients(inputs)
+    if decision.provider == "torch":
+        return attention_torch.way(inputs, options, needs_grad, dims)
     if recorded():
-        return _ops.recorded("attention_fwd", inputs, options)
-    if needs_grad:
-        if _is_compiling():
-            return AttentionFunction.apply(*dealias_for_compile(inputs), *options, provider)
-        if is_functorch_wrapped_tensor(inputs.q):  # escaped from a transform that has ended
-            return AttentionFunction.apply(*inputs, *options, provider)
-        return _apply(*inputs, *options, provider)
-    return _ops.call("attention_fwd", inputs, options, provider=provider)
+        return lambda inputs: eager.recorded("attention_fwd", dropout.with_seed(inputs, options), options)
+    if not needs_grad:
+        return functools.partial(_forward, options=options, provider=decision.provider)
+    apply = _apply
+    if torch.compiler.is_compiling():
+        inputs, apply = dealias_for_compile(inputs), AttentionFunction.apply
+        return lambda _: _differentiable(inputs, options, decision.provider, apply)
+    if is_functorch_wrapped_tensor(inputs.q):  # escaped from a transform that has ended
+        apply = AttentionFunction.apply
+    return functools.partial(_differentiable, options=options, provider=decision.provider, apply=apply)
+
+
+def way_of_all(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int) -> Way:
+    """The way down of all calls of a signature, whatever their operands hold: where that decides, each is looked at."""
+    if settings.requested() is not None or not rules_attention.looks(inputs, options):
+        return way(call, inputs, options, return_lse, dims)
+    ways = [way(call, inputs, options, return_lse, dims, bounded) for bounded in (True, False)]
+    return functools.partial(_looked_at, bounded=rules_attention.look(), ways=ways)
+
+
+def _looked_at(
+    inputs: AttentionInputs, bounded: Callable[[Tensor, Tensor, Tensor], bool], ways: list[Way]
+) -> tuple[Tensor, Tensor | None]:
+    return ways[0 if bounded(*inputs[:3]) else 1](inputs)
+
+
+def _forward(inputs: AttentionInputs, options: AttentionOptions, provider: str) -> tuple[Tensor, Tensor]:
+    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
+    return eager.call("attention_fwd", inputs, options, provider=provider)
+
+
+def _differentiable(
+    inputs: AttentionInputs, options: AttentionOptions, provider: str, apply: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
+    return apply(*inputs, *options, provider)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -71,7 +86,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         inputs, options = AttentionInputs(*args[:8]), AttentionOptions(*args[8:17])
-        out, lse = _ops.call("attention_fwd", inputs, options, provider=args[-1])
+        out, lse = eager.call("attention_fwd", inputs, options, provider=args[-1])
         save(ctx, inputs, options, out, lse, args[-1])
         return out, lse
 
@@ -109,14 +124,14 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, attn_mask), None where not wanted."""
     gradients: tuple[Tensor | None, ...]
-    if not _is_compiling() and (torch.is_grad_enabled() or batched(dout, dlse)):
+    if eager.differentiated(dout, dlse):
         gradients = reference.attention_gradients(dout, dlse, inputs, options, wanted)
     else:
-        gradients = _ops.call("attention_bwd", dout, dlse, inputs, out, lse, options, wanted, provider=provider)
+        gradients = eager.call("attention_bwd", dout, dlse, inputs, out, lse, options, wanted, provider=provider)
     return tuple([g if want else None for g, want in zip(gradients, wanted, strict=True)])
 
 
-def shortcut_backward(
+def fastpath_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -131,7 +146,7 @@ def shortcut_backward(
     window_right: int,
     *wanted: bool,
 ) -> tuple[Tensor | None, ...]:
-    """What the shortcut's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
+    """What the fast path's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
     if not native:
         return attention_torch.torch_gradients(dout, q, k, v, out, lse, None, causal, scale)
     options = AttentionOptions(q.shape[2], k.shape[2], scale, 0.0, causal, False, window_left, window_right)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .._options import AttentionInputs, AttentionOptions, from_flat
-from .._transforms import batched, readable, traced
+from .._transforms import readable, traced
+from ..dispatch import eager
 from ..dispatch import rules_attention as rules
 from ..providers.reference import attention as reference
 from ..providers.torch import attention as torch_attention
@@ -22,42 +23,41 @@ _is_compiling = torch.compiler.is_compiling
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def run_torch(inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int) -> Tensor:
+def way(
+    inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int
+) -> Callable[[AttentionInputs], tuple[Tensor, None]]:
+    """What computes out for calls like this one, None being the log-sum-exp."""
     q, k, v, attn_mask, key_mask, *_ = inputs
-    if key_mask is not None and not (q.is_cpu and readable(q, k, v)):  # nobody sees these keys, and 0 * NaN is NaN
-        k, v = (t.masked_fill(key_mask.logical_not()[:, None, :, None], 0.0) for t in (k, v))
-        inputs = inputs._replace(k=k, v=v)
+    fill = key_mask is not None and not (q.is_cpu and readable(q, k, v))
     flash = dims == 4 and rules.flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
     # what the CPU has besides is made of operators that are differentiable themselves
     complete = q.is_cpu and not flash and not rules.masked(inputs, options) and q.shape[1] == k.shape[1]
+    run = _operator
     if complete or not needs_grad or options.dropout_p or _is_compiling() or traced():
-        return torch_attention.attention(inputs, options, dims)
-    if flash:
-        mask, causal = torch_attention.as_mask(inputs, options)
-        return torch_apply(q, k, v, mask, causal, options.scale)
-    return operator_apply(*inputs, *options, dims)
+        run = _operators
+    elif flash:
+        run = _flash_attention
+    return functools.partial(run, options=options, dims=dims, fill=fill)
 
 
-def torch_on_a_gpu(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, needs_grad: bool
-) -> Tensor | None:
-    """Torch's own operator for a causal call or one with gradients, where automatic choice names it; else None."""
-    factor = 1.0 / q.shape[-1] ** 0.5 if scale is None else scale
-    if (
-        traced()
-        or q.ndim != 4
-        or not q.dtype == k.dtype == v.dtype
-        or not (rules.fused_takes(q, k, v) and k.is_cuda and v.is_cuda)
-        or (causal and not rules.scales(factor))
-        or (needs_grad and (torch.are_deterministic_algorithms_enabled() or torch._C._is_any_autocast_enabled()))
-        or torch._C._len_torch_dispatch_stack()
-        or is_functorch_wrapped_tensor(q)
-    ):
-        return None
-    if not needs_grad:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=factor)
-    options = AttentionOptions(q.shape[2], k.shape[2], factor, causal=causal)
-    return operator_apply(*AttentionInputs(q, k, v), *options, 4)
+def _operators(inputs: AttentionInputs, options: AttentionOptions, dims: int, fill: bool) -> tuple[Tensor, None]:
+    return torch_attention.attention(_filled(inputs) if fill else inputs, options, dims), None
+
+
+def _operator(inputs: AttentionInputs, options: AttentionOptions, dims: int, fill: bool) -> tuple[Tensor, None]:
+    return operator_apply(*(_filled(inputs) if fill else inputs), *options, dims), None
+
+
+def _flash_attention(inputs: AttentionInputs, options: AttentionOptions, dims: int, fill: bool) -> tuple[Tensor, None]:
+    mask, causal = torch_attention.as_mask(inputs, options)
+    return torch_apply(*inputs[:3], mask, causal, options.scale), None
+
+
+def _filled(inputs: AttentionInputs) -> AttentionInputs:
+    """Zeros in place of keys and values that nobody sees: 0 * NaN is NaN."""
+    assert inputs.key_mask is not None
+    hidden = inputs.key_mask.logical_not()[:, None, :, None]
+    return inputs._replace(k=inputs.k.masked_fill(hidden, 0.0), v=inputs.v.masked_fill(hidden, 0.0))
 
 
 class TorchAttentionFunction(torch.autograd.Function):
@@ -104,7 +104,7 @@ def torch_gradients(
     # hooks on saved tensors may bring them back in another layout, which the kernel does not look at
     q, k, v, out = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out)]
     masked = mask is not None or causal
-    if torch.is_grad_enabled() or batched(dout) or (masked and not rules.bounded(dout)):
+    if eager.differentiated(dout) or (masked and not rules.bounded(dout)):
         options = AttentionOptions(q.shape[2], k.shape[2], scale, causal=causal)
         inputs = AttentionInputs(q, k, v, mask)
         found = reference.attention_gradients(dout, None, inputs, options, [True, True, True, False])
@@ -136,7 +136,7 @@ class TorchOperatorFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         inputs, need = AttentionInputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:4])
         masked = rules.masked(inputs, ctx.options)
-        if torch.is_grad_enabled() or batched(dout) or (masked and dout.is_cpu and not rules.bounded(dout)):
+        if eager.differentiated(dout) or (masked and dout.is_cpu and not rules.bounded(dout)):
             found = reference.attention_gradients(dout, None, inputs, ctx.options, need)
             gradients = [g if wanted else None for g, wanted in zip(found, need, strict=True)]
         else:

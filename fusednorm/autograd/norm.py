@@ -1,10 +1,10 @@
-"""The way down from the norm functions: choice of provider, the autograd Function, and its double backward."""
+"""The way down from the norm functions: the autograd Function, and its double backward."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,120 +12,71 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import _bare, _ops, dispatch, dropout
-from .._dtypes import compute_dtype
+from .. import dropout
 from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from .._transforms import batched, dealias_for_compile, recorded, traced, transform_active, wants_gradients
-from ..dispatch.crossovers import torch_on_cpu
+from .._transforms import dealias_for_compile, recorded, traced, wants_gradients
+from ..dispatch import eager, settings
+from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import norm as reference
 from ..providers.torch import norm as torch_norm
 
-_autocast_active = torch._C._is_any_autocast_enabled
 _log = logging.getLogger("fusednorm")
 
+Way = Callable[[NormInputs], tuple[Tensor, Tensor]]
 
-def run(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool) -> tuple[Tensor, Tensor]:
-    """Choose the way down once, and take it: (normed, residual_out)."""
-    if transform_active():
-        # An autograd.Function would silently drop tangents; torch.layer_norm's forward-over-reverse and third
-        # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
-        how = "elementary operators, because a torch.func transform or forward-mode AD is active"
-        dispatch.record(dispatch.Decision(call, "reference", how))
-        normed, residual_out, _ = reference.add_layer_norm_fwd(dropout.with_seed(inputs, options), options)
-        return normed, residual_out if options.store_residual else inputs.x
-    if memory_efficient and dispatch.requested() == "torch":
+
+def way(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool = False) -> Way:
+    """The way down of a call and of all that are like it: what makes (normed, residual_out) of its tensors."""
+    if memory_efficient and settings.requested() == "torch":
         _tell("torch's own operators were asked for")
         memory_efficient = False
     from_normed = memory_efficient and invertible(inputs, options)
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
-    provider, refusals = dispatch.choose("add_layer_norm_fwd", inputs, options, without)
-    needs_grad = wants_gradients(inputs)
-    if not dispatch.automatic:
-        how = "torch's own operators" if provider == "torch" else "one fused op each way"
-        dispatch.record(dispatch.Decision(call, provider, how, refusals))
-    if provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call once without and once with
-        return torch_norm.add_layer_norm(inputs, options)
-    inputs = dropout.with_seed(inputs, options)
+    decision = resolve(Request(call, "add_layer_norm_fwd", inputs, options, without))
+    if decision.how == ELEMENTARY:
+        return functools.partial(_elementary, options=options)
+    if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
+        return functools.partial(torch_norm.add_layer_norm, options=options)
     if recorded():
-        outputs = _ops.recorded("add_layer_norm_fwd", inputs, options)
-    elif needs_grad:
-        apply = _apply
-        if torch.compiler.is_compiling():
-            inputs, apply = dealias_for_compile(inputs), AddLayerNormFunction.apply
-        elif is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
-            apply = AddLayerNormFunction.apply
-        outputs = apply(*inputs, *options, provider, from_normed)
-    else:
-        outputs = _ops.call("add_layer_norm_fwd", inputs, options, provider=provider)
-    normed, residual_out = outputs[:2]
+        return functools.partial(_recorded, options=options)
+    if not wants_gradients(inputs):
+        return functools.partial(_forward, options=options, provider=decision.provider)
+    apply = _apply
+    if torch.compiler.is_compiling():
+        inputs, apply = dealias_for_compile(inputs), AddLayerNormFunction.apply
+        return lambda _: _differentiable(inputs, options, decision.provider, from_normed, apply)
+    if is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
+        apply = AddLayerNormFunction.apply
+    return functools.partial(
+        _differentiable, options=options, provider=decision.provider, from_normed=from_normed, apply=apply
+    )
+
+
+def _elementary(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]:
+    normed, residual_out, _ = reference.add_layer_norm_fwd(dropout.with_seed(inputs, options), options)
     return normed, residual_out if options.store_residual else inputs.x
 
 
-def run_bare(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shape: Any,
-    eps: Any,
-    rms: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """The way down of a call without epilogue on the CPU, with nothing looked up that it does not need.
+def _recorded(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]:
+    outputs = eager.recorded("add_layer_norm_fwd", dropout.with_seed(inputs, options), options)
+    return outputs[0], outputs[1] if options.store_residual else inputs.x
 
-    Torch's operators and the native library check what is left unchecked here and raise, upon which the caller takes
-    the way with messages; so it does for None. Every look-up counts: eager's call itself takes 7 microseconds.
-    """
-    sizes, columns, n = x.shape, shape[-1], len(shape)
-    if sizes[-1] != columns:
-        return None
-    if n > 1:
-        if sizes[-n:] != torch.Size(shape):
-            return None
-        columns = math.prod(shape)
-    dtype, automatic, needs_grad = x.dtype, dispatch.automatic, False
-    if not automatic:
-        torchs = dispatch.torch_asked
-    elif (residual is None and not rms) or traced():
-        torchs = True
-    else:
-        torchs = dispatch.unavailable_reason("cpu") is not None
-        if torchs:
-            dispatch.tell_missing_library()
-    if traced() and not torchs:
-        return None
-    if not torchs:
-        needs_grad = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (residual is not None and residual.requires_grad)
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        )
-        operation = "rms_norm" if residual is None else "add_rms_norm" if rms else "add_layer_norm"
-        torchs = automatic and dispatch.by_shape and torch_on_cpu(operation, dtype, x.numel(), columns, needs_grad)
-    if not torchs and (
-        not _ops.PLAIN.issuperset((type(x), type(residual), type(weight), type(bias)))
-        or torch._C._len_torch_dispatch_stack()
-        or is_functorch_wrapped_tensor(x)
-        or _autocast_active()
-    ):  # not for a call that goes past the dispatcher
-        if not automatic:
-            return None
-        torchs = True
-    if torchs:
-        return _bare.by_torch(x, residual, shape, weight, bias, eps, rms)
-    stream_dtype = dtype if residual is None else residual.dtype
-    if type(eps) is not float:
-        eps = float(torch.finfo(compute_dtype(dtype, stream_dtype)).eps if eps is None and rms else eps)
-    if needs_grad:
-        normed, z = _apply(
-            *(x, residual, weight, bias, None, None, None, n, eps, 0.0, 0.0, dtype, stream_dtype),
-            *(rms, False, residual is not None, "cpu", False),
-        )
-    else:
-        native: Any = dispatch.serving("cpu", "add_layer_norm_fwd")
-        normed, z = native.add_norm_bare(x, residual, weight, bias, n, eps, rms)
-    return normed, x if residual is None else z
+
+def _forward(inputs: NormInputs, options: NormOptions, provider: str) -> tuple[Tensor, Tensor]:
+    if options.dropout_p or options.drop_path_p:
+        inputs = dropout.with_seed(inputs, options)
+    outputs = eager.call("add_layer_norm_fwd", inputs, options, provider=provider)
+    return outputs[0], outputs[1] if options.store_residual else inputs.x
+
+
+def _differentiable(
+    inputs: NormInputs, options: NormOptions, provider: str, from_normed: bool, apply: Callable[..., Any]
+) -> tuple[Tensor, Tensor]:
+    if options.dropout_p or options.drop_path_p:
+        inputs = dropout.with_seed(inputs, options)
+    outputs = apply(*inputs, *options, provider, from_normed)
+    return outputs[0], outputs[1] if options.store_residual else inputs.x
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -138,7 +89,7 @@ class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         inputs, options, (provider, from_normed) = NormInputs(*args[:7]), NormOptions(*args[7:16]), args[16:]
-        normed, residual_out, stats = _ops.call("add_layer_norm_fwd", inputs, options, provider=provider)
+        normed, residual_out, stats = eager.call("add_layer_norm_fwd", inputs, options, provider=provider)
         save(ctx, inputs, options, (normed, residual_out, stats), provider, from_normed)
         outputs = (normed, residual_out if options.store_residual else None)
         return (*outputs, stats) if from_normed else outputs
@@ -208,7 +159,7 @@ def norm_backward(
         # Without anything between x and z both have the same gradient: it is computed, and written, once.
         shared = options.x_dtype == options.residual_dtype and saved.layer_scale is None and not options.dropped
         output_mask = [wanted[0] or (shared and wanted[1]), wanted[1] and not shared, *wanted[2:]]
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(dnormed, dresidual_out)):
+        if eager.differentiated(dnormed, dresidual_out):
             if not options.saved_is_normed:
                 rows, dtype = saved.rows, saved.stats.dtype
                 stats = reference.statistics(rows, options.normalized_ndim, eps, dtype, options.rms)
@@ -216,13 +167,13 @@ def norm_backward(
             found = reference.add_layer_norm_bwd(dnormed, dresidual_out, saved, options, output_mask)
         else:
             args = dnormed, dresidual_out, saved, options, output_mask
-            found = _ops.call("add_layer_norm_bwd", *args, provider=provider)
+            found = eager.call("add_layer_norm_bwd", *args, provider=provider)
         if shared:
             found = (found[0], found[0], *found[2:])
     return tuple([g if want else None for g, want in zip(found, wanted, strict=True)])
 
 
-def shortcut_backward(
+def fastpath_backward(
     dnormed: Tensor | None,
     dresidual_out: Tensor | None,
     rows: Tensor,
@@ -238,7 +189,8 @@ def shortcut_backward(
     wanted: list[bool],
     provider: str,
 ) -> tuple[Tensor | None, ...]:
-    """What the shortcut's node leaves to Python: derivatives of its gradients, tensors that are not plain, no `normed`.
+    """What the fast path's node leaves to Python: derivatives of its gradients, tensors that are not plain, and no
+    gradient of `normed`.
 
     `wanted`: of x, residual, weight, bias, x_bias.
     """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._options import from_flat
+from ..dispatch.resolve import provider_of_raw_op
 from . import activation, attention, norm
 
 
@@ -18,7 +19,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         inputs, options = from_flat("add_layer_norm_fwd", args[:-1])
         outputs = torch.ops.fusednorm.add_layer_norm_fwd.recorded(*args)
-        provider = args[-1] or _ops.chosen("add_layer_norm_fwd", inputs, options)
+        provider = args[-1] or provider_of_raw_op("add_layer_norm_fwd", inputs, options)
         norm.save(ctx, inputs, options, outputs, provider, from_normed=False)
         ctx.mark_non_differentiable(outputs[2], *([] if options.store_residual else [outputs[1]]))
         return outputs
@@ -34,7 +35,7 @@ class _BiasActDropout(torch.autograd.Function):
         inputs, options = from_flat("bias_act_dropout_fwd", args[:-1])
         ctx.save_for_backward(*inputs)
         ctx.options = options
-        ctx.provider = args[-1] or _ops.chosen("bias_act_dropout_fwd", inputs, options)
+        ctx.provider = args[-1] or provider_of_raw_op("bias_act_dropout_fwd", inputs, options)
         return torch.ops.fusednorm.bias_act_dropout_fwd.recorded(*args)
 
     backward = activation.BiasActDropoutFunction.backward
@@ -45,7 +46,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         inputs, options = from_flat("attention_fwd", args[:-1])
         out, lse = torch.ops.fusednorm.attention_fwd.recorded(*args)
-        attention.save(ctx, inputs, options, out, lse, args[-1] or _ops.chosen("attention_fwd", inputs, options))
+        provider = args[-1] or provider_of_raw_op("attention_fwd", inputs, options)
+        attention.save(ctx, inputs, options, out, lse, provider)
         return out, lse
 
     backward = attention.AttentionFunction.backward

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import dispatch
-from . import Decision
+from .registry import PROVIDERS
+from .settings import Decision, recording
 
 _Group = tuple[str, str, str]  # what decisions that read alike have in common: call, provider, how
 
@@ -49,7 +49,7 @@ def decisions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[D
     owner = getattr(function, "func", function)  # of functools.partial
     owner = getattr(owner, "__self__", owner)  # of a bound method
     names = {id(m): name for name, m in owner.named_modules()} if isinstance(owner, nn.Module) else {}
-    with torch.random.fork_rng(devices), dispatch.recording(names) as found:
+    with torch.random.fork_rng(devices), recording(names) as found:
         function(*args, **kwargs)
     return found
 
@@ -62,7 +62,7 @@ def _text(decisions: list[Decision]) -> str:
         groups.setdefault(group, []).append(decision)
         for refused in decision.refusals:
             passed_over.setdefault(refused, {})[group] = None
-    asked = [group for group in groups if group[1] in dispatch.PROVIDERS]  # the others say: fused or not
+    asked = [group for group in groups if group[1] in PROVIDERS]  # the others say: fused or not
     lines = []
     for group, members in groups.items():
         call, provider, how = group

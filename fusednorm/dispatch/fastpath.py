@@ -1,4 +1,4 @@
-"""The shortcut: norms with bias and dropout, and bare attention, on the CPU in one C++ call each, autograd included.
+"""The fast path: norms with bias and dropout, and bare attention, on the CPU in one C++ call each, autograd included.
 
 It leaves out the layers between, which cost more than a small call itself, and takes only what needs none of them:
 plain dense CPU tensors of one dtype, no mode, transform, autocast or tracing. For everything else it returns None, and

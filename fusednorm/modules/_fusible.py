@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from .. import dispatch
+from ..dispatch import settings
+from ..dispatch.settings import Decision
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
@@ -64,14 +65,14 @@ def overridden(layer: nn.Module, base: type, methods: tuple[str, ...]) -> str:
 
 def record(layer: nn.Module | str, how: str, reason: str, instead: str = "each submodule by itself") -> None:
     """Tell explain(), if it listens."""
-    if dispatch.automatic or torch.compiler.is_compiling():
+    if not settings.current.listeners or torch.compiler.is_compiling():
         return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if reason:
-        decision = dispatch.Decision(name, "unfused", instead, (("the fused path", reason),))
+        decision = Decision(name, "unfused", instead, (("the fused path", reason),))
     else:
-        decision = dispatch.Decision(name, "fused", how)
-    dispatch.record(decision)
+        decision = Decision(name, "fused", how)
+    settings.record(decision)
 
 
 def warn_of_torchs(name: str, module: nn.Module, base: type, ours: type) -> None:

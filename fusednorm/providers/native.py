@@ -19,12 +19,14 @@ ACTIVATION_SHIFT = 2  # kActivationShift of csrc/common/activations.h: an activa
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+@functools.lru_cache(4096)
 def packed_norm(options: NormOptions) -> int:
     """All switches of a norm's forward in one integer, as csrc/common/norm_call.h unpacks them."""
     normalized_ndim, _, _, _, dtype, residual_dtype, *switches = options
     return _packed(normalized_ndim, dtype, residual_dtype, (*switches, False))
 
 
+@functools.lru_cache(4096)
 def packed_norm_grad(options: NormGradOptions, output_mask: tuple[bool, ...]) -> int:
     """All switches of a norm's backward in one integer, as csrc/common/norm_call.h unpacks them."""
     normalized_ndim, _, _, dtype, residual_dtype, rms, zero_centered_weight, saved_is_normed = options
@@ -32,7 +34,6 @@ def packed_norm_grad(options: NormGradOptions, output_mask: tuple[bool, ...]) ->
     return _packed(normalized_ndim, dtype, residual_dtype, switches, output_mask)
 
 
-@functools.lru_cache(1024)
 def _packed(
     normalized_ndim: int,
     dtype: torch.dtype,

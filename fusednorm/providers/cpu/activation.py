@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..._options import ActivationInputs, ActivationOptions
 from ..native import FORWARD_OPTIONS, activation_options
 from . import norm as cpu
 from .norm import refusal as refusal
-
-
-def reluctance(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:
-    """Why automatic choice does not take a call that this provider could serve."""
-    if options.dropout_p:
-        return None
-    if inputs.bias is None:
-        return "torch's own operators serve an activation with nothing to add"
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses an addition and an activation into what stands around them"
-    if options.activation != "relu" and inputs.x.dtype is torch.float64:
-        return "in float64 it computes an element at a time"
-    return None
 
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:

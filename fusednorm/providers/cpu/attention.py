@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._dtypes import compute_dtype
 from ..._options import AttentionInputs, AttentionOptions
 from ..strides import rows_like
 from . import norm as cpu
 from .norm import refusal as refusal
 
 
-def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
@@ -26,11 +25,12 @@ def _window(options: AttentionOptions) -> tuple[int, int]:
 def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, k, v, *masks, cu_seqlens_q, cu_seqlens_k = inputs
-    same = v.shape[-1] == q.shape[-1]
-    out = rows_like(q) if same else q.new_empty((*q.shape[:-1], v.shape[-1]))
-    statistics = q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0])
-    lse = q.new_empty(statistics, dtype=compute_dtype(q.dtype))
-    bounds = _bounds(cu_seqlens_q), _bounds(cu_seqlens_k)
+    out = torch.empty_like(q) if q.stride(-1) == 1 else q.new_empty(q.shape)  # as rows_like
+    if v.shape[-1] != q.shape[-1]:
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    lse = q.new_empty(q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0]), dtype=dtype)
+    bounds = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
     cpu.attention_forward(
         *(q, k, v, *masks, *bounds, options.scale, options.dropout_p, options.lower_right),
         *(*_window(options), options.softcap, out, lse),
@@ -55,7 +55,7 @@ def attention_bwd(
     )
     if not lse.numel():  # nothing asks
         return gradients
-    bounds = _bounds(cu_seqlens_q), _bounds(cu_seqlens_k)
+    bounds = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
     cpu.attention_backward(
         # autograd and hooks on saved tensors may bring the statistics in another layout
         *(dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()),

@@ -81,16 +81,6 @@ def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
     return too_many_dimensions(x)
 
 
-def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
-    """Why automatic choice does not take a call that this provider could serve."""
-    if isinstance(options, NormOptions) and inputs[1] is None and not options.store_residual:  # nothing to add
-        if not options.rms:
-            return "torch's own layer_norm is one pass each way already"
-        if torch.compiler.is_compiling():
-            return "the compiler fuses torch's own rms_norm with what is around it"
-    return None
-
-
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats)."""
     return _forward(*inputs, packed_norm(options), options.eps, options.dropout_p, options.drop_path_p)

@@ -9,7 +9,6 @@ from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
 from ..native import FORWARD_OPTIONS, activation_options
 from . import host
-from .host import reluctance as reluctance
 
 
 def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:

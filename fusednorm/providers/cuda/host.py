@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..._once import once
-from ..._options import Inputs, Options
 from ..native import check_activations, check_whole, too_many_dimensions
 from ..strides import contiguous, folded
 
@@ -35,6 +34,8 @@ _unusable: dict[int, str | None] = {}  # by GPU, of those asked: why no kernel r
 _asking = threading.Lock()
 # What takes (library, emulated, bits of the usable GPUs) when these are known. Dispatch sets it to the fast path's.
 hand_over: Callable[[Path, bool, int], None] | None = None
+# Why automatic choice leaves the provider out, or None.
+for_tests = None if EMULATED is None else "kernels run in an emulation of the GPU, which is for tests"
 
 
 def unavailable_reason() -> str | None:
@@ -130,11 +131,6 @@ def _capturing(index: int) -> bool:
         return False
     with torch.cuda.device(index):
         return torch.cuda.is_current_stream_capturing()
-
-
-def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
-    """Why automatic choice does not take a call that this provider could serve."""
-    return None if EMULATED is None else "kernels run in an emulation of the GPU, which is for tests"
 
 
 def refusal(x: Tensor, columns: int) -> str | None:

@@ -11,8 +11,8 @@ from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
 from . import host
+from .host import for_tests as for_tests
 from .host import parameter, rows
-from .host import reluctance as reluctance
 from .host import unavailable_reason as unavailable_reason
 
 _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
+from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad, is_batchedtensor, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from ..._transforms import batched
+from ..._transforms import transform_active
 
 
 def known_finite(tensor: Tensor) -> bool:
@@ -24,7 +24,7 @@ def known_finite(tensor: Tensor) -> bool:
         tensor.is_cpu
         and type(tensor) is Tensor
         and not torch.compiler.is_compiling()
-        and not batched(tensor)
+        and not (transform_active() or is_batchedtensor(tensor) or is_legacy_batchedtensor(tensor))
         and not torch._C._len_torch_dispatch_stack()
         and bool(tensor.isfinite().all())
     )

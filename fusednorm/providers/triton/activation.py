@@ -15,7 +15,6 @@ from ..strides import contiguous
 from . import activation_config as table
 from . import host
 from .config import Config
-from .host import reluctance as reluctance
 from .strides import layout, sizes
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from ..._options import AttentionInputs, AttentionOptions
 from ..strides import contiguous, rows_like
 from . import attention_config as table
 from . import host
-from .host import reluctance as reluctance
 
 if TYPE_CHECKING:
     from .launch import Variant

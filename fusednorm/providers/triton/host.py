@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ... import dropout
-from ..._options import Inputs, Options
 from .config import PARTIALS, Config
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from .launch import Variant
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton reads it when it is imported
+# Why automatic choice leaves the provider out, or None.
+for_tests = "kernels run in Triton's interpreter, which is for tests" if INTERPRETING else None
 _MIN_CAPABILITY = (8, 0)
 SHARED = {  # bytes of shared memory that a program may have, by compute capability; a GPU that is here is asked
     **dict.fromkeys(((8, 0), (8, 7)), 166912),
@@ -51,13 +52,6 @@ def _launching_fault() -> str | None:
         triton.runtime.driver.active.utils  # noqa: B018
     except Exception as fault:  # whatever it is, no kernel can be launched
         return f"Triton cannot launch kernels here: {fault}"
-    return None
-
-
-def reluctance(op: str, inputs: Inputs, options: Options) -> str | None:
-    """Why automatic choice does not take a call that this provider could serve."""
-    if INTERPRETING:
-        return "kernels run in Triton's interpreter, which is for tests"
     return None
 
 

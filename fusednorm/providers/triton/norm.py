@@ -14,7 +14,7 @@ from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..strides import contiguous
 from . import host
 from . import norm_config as table
-from .host import reluctance as reluctance
+from .host import for_tests as for_tests
 from .host import unavailable_reason as unavailable_reason
 from .strides import layout, rows_per_sample, sizes
 

@@ -1,0 +1,126 @@
+"""Calls that nobody watches: plain tensors, and no compiler, tracer, transform, mode or autocast around them.
+
+Such calls of one signature are all served alike, so that their way down is looked up in the settings' plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+from .. import _options
+from .._options import Inputs, Options
+from . import registry, settings
+
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+# Types of arguments that nobody watches: no subclass that the dispatcher would have to show the op to.
+PLAIN = TENSORS | {type(None), bool, int, float, str, list, torch.dtype}
+MOST_PLANS = 4096
+
+_INT = frozenset({int})
+_is_compiling = torch.compiler.is_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_autocast_active = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+_dispatch_keys: Any = torch._C._dispatch_keys
+
+
+def unwatched_on_cpu(x: Tensor) -> bool:
+    """Whether torch's own operator may serve a call on the CPU at once: it does what it must under modes and tracing.
+
+    One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
+    """
+    return (
+        x.is_cpu
+        and not x.is_nested
+        and not _functorch_active()
+        and forward_ad._current_level < 0
+        and not _is_compiling()
+    )
+
+
+def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
+    """What the way down of a call depends on, or None where it is to be chosen for this call alone.
+
+    `rest` is what is no tensor, the name of the function first; equal values have to mean the same. The dispatch keys
+    of a tensor tell its backend and layout, and whether it is nested, quantised, wrapped, conjugated or negated.
+    """
+    if (
+        _is_compiling()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _tracing_state() is not None
+        or _autocast_active()
+        or settings.current.listeners
+    ):
+        return None
+    key = [*rest, _grad_enabled()]
+    for t in inputs:
+        if t is None:
+            key.append(None)
+        elif type(t) in TENSORS:
+            key += (_dispatch_keys(t).raw_repr(), t.dtype, t.shape, t.device, t.requires_grad, t.is_contiguous())
+        else:
+            return None
+    return tuple(key)
+
+
+def sizes(normalized_shape: Any) -> Any:
+    """A ``normalized_shape`` for a signature: an int or a tuple of ints. Else None, which no signature has."""
+    if type(normalized_shape) is int:
+        return normalized_shape
+    if isinstance(normalized_shape, (tuple, list)) and _INT.issuperset(map(type, normalized_shape)):
+        return tuple(normalized_shape)
+    return None
+
+
+def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way: Callable[..., Any]) -> None:
+    """Remember the way down of a signature."""
+    if key is not None:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[key] = way
+
+
+def differentiated(*cotangents: Tensor | None) -> bool:
+    """Whether something differentiates, or batches, what a backward does: it then has to be made of torch's operators.
+
+    Not in a graph, which holds the operator. A vmap over the backward (is_grads_batched) hides a batch from kernels.
+    """
+    if _is_compiling():
+        return False
+    if _grad_enabled() or _functorch_active() or forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in cotangents)
+
+
+def call(name: str, *args: Any, provider: str) -> Any:
+    """Run an op: by the provider's function where nobody watches, else through torch's dispatcher.
+
+    `args` are those of the provider's function.
+    """
+    first = args[0]
+    if isinstance(first, tuple):  # a forward: the options after its inputs hold no tensor
+        watched, first = not PLAIN.issuperset(map(type, first)), first[0]
+    else:
+        watched = False
+        for arg in args:
+            if not PLAIN.issuperset(map(type, arg)) if isinstance(arg, tuple) else type(arg) not in PLAIN:
+                watched = True
+    if watched or _is_compiling() or _dispatch_modes() or first.is_meta:
+        return getattr(torch.ops.fusednorm, name)(*_options.to_flat(name, args), provider)
+    function = registry.functions.get((provider, name)) or registry.function(provider, name)
+    return function(*args)
+
+
+def recorded(name: str, inputs: Inputs, options: Options) -> Any:
+    """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
+    return getattr(torch.ops.fusednorm, name).recorded(*inputs, *options, settings.requested())

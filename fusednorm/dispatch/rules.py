@@ -1,0 +1,144 @@
+"""What automatic choice prefers for norms and activations: measured crossovers first, then estimates.
+
+On a GPU where nothing was measured these hold:
+
+- A small norm goes by the fast path to the CUDA library, if there is one.
+- Other small norms and activations wait for the host. Python's way to a Triton kernel takes 21.8 us forward and 119 us
+  with the backward, eager's 3.1 and 52.6 (benchmarks/NOTES.md). Torch's operators serve these calls.
+- Larger ones go to the first provider of the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from .._activations import ACTIVATIONS
+from .._options import (
+    ActivationInputs,
+    ActivationOptions,
+    AttentionInputs,
+    AttentionOptions,
+    Inputs,
+    NormInputs,
+    NormOptions,
+    Options,
+)
+from .._transforms import wants_gradients
+from . import crossovers, fastpath, registry
+from .crossovers import Preference
+
+OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
+SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
+HOST_BOUND = {False: 32 << 20, True: 64 << 20}  # bytes of x, by whether gradients are wanted
+
+
+class Norm(NamedTuple):
+    """What the preference for a norm or an activation depends on."""
+
+    operation: str  # the benchmarks' name
+    dtype: torch.dtype
+    elements: int
+    columns: int
+    needs_grad: bool
+    gpu: int | None  # its index; None: the CPU
+    in_fastpath: bool
+    seeded: bool  # with a seed torch's operators compute the mask in Python
+
+
+def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | None:
+    """Why automatic choice passes over a provider that could take this call, or None if it does not."""
+    for_tests = getattr(registry.get(name)[0], "for_tests", None)
+    if for_tests is not None:
+        return str(for_tests)
+    if name != "cpu" or isinstance(options, AttentionOptions) or options.dropped:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if isinstance(options, NormOptions):
+        if inputs[1] is not None or options.store_residual:
+            return None
+        if not options.rms:  # nothing to add
+            return "torch's own layer_norm is one pass each way already"
+        return "the compiler fuses torch's own rms_norm with what is around it" if compiling else None
+    if inputs[1] is None:
+        return "torch's own operators serve an activation with nothing to add"
+    if compiling:
+        return "torch.compile fuses an addition and an activation into what stands around them"
+    if options.activation != "relu" and inputs[0].dtype is torch.float64:
+        return "in float64 it computes an element at a time"
+    return None
+
+
+def operation(inputs: Inputs, options: Options) -> str:
+    """The benchmark's name for what a call of a norm or an activation does."""
+    if isinstance(options, ActivationOptions):  # with a mask, it decides, and not which activation it is
+        return "bias_gelu_dropout" if options.dropout_p else OPERATIONS[options.activation]
+    assert isinstance(inputs, NormInputs) and isinstance(options, NormOptions)
+    epilogue = inputs.x_bias is not None or inputs.layer_scale is not None or options.dropped
+    kind = "bias_dropout_add_" if epilogue else "add_" if inputs.residual is not None else ""
+    return kind + ("rms_norm" if options.rms else "layer_norm")
+
+
+def preference(inputs: Inputs, options: Options) -> Preference | None:
+    """What was measured, or is estimated, to be fastest for a call of a forward op; None: the order of the table."""
+    if isinstance(inputs, AttentionInputs):
+        return None  # its cost is no function of rows and columns: the order of the table decides
+    x, normalized_ndim = inputs.x, options.normalized_ndim if isinstance(options, NormOptions) else 1
+    columns = math.prod(x.shape[x.ndim - normalized_ndim :])
+    if not isinstance(x.numel(), int) or not x.numel() or not (x.is_cpu or x.is_cuda):
+        return None  # empty, or symbolic while a graph is traced
+    if isinstance(inputs, ActivationInputs):
+        in_fastpath = False
+        if inputs.bias is None or inputs.bias.dtype is not x.dtype:
+            return None
+    else:
+        assert isinstance(options, NormOptions)
+        given = x if inputs.residual is None else inputs.residual
+        if not x.dtype is options.normed_dtype is options.residual_dtype is given.dtype:
+            return None  # mixtures of dtypes are not measured
+        in_fastpath = inputs.layer_scale is None and not options.drop_path_p and not options.zero_centered_weight
+    # who serves draws the mask: reentrant checkpointing makes a call without gradients, and again with them
+    needs_grad = options.dropped or wants_gradients(inputs)
+    gpu = (x.device.index or 0) if x.is_cuda else None
+    shape = operation(inputs, options), x.dtype, x.numel(), columns
+    return fastest(Norm(*shape, needs_grad, gpu, in_fastpath, inputs.seed is not None))
+
+
+@functools.lru_cache(4096)
+def fastest(norm: Norm) -> Preference | None:
+    device = torch.device("cpu") if norm.gpu is None else torch.device("cuda", norm.gpu)
+    shape = norm.elements // norm.columns, norm.columns
+    found = crossovers.fastest(
+        crossovers.device_key(device), norm.operation, norm.dtype.itemsize, norm.needs_grad, *shape
+    )
+    if found is not None or norm.gpu is None:
+        return found
+    n_bytes = norm.elements * norm.dtype.itemsize
+    if norm.in_fastpath and n_bytes <= SMALL and fastpath.load()[0] is not None:
+        return Preference("cuda", "a norm of up to 8 MiB waits for the host, and the fast path leads to cuda")
+    if not norm.seeded and n_bytes <= HOST_BOUND[norm.needs_grad]:
+        limit = f"{HOST_BOUND[norm.needs_grad] >> 20} MiB"
+        return Preference("torch", f"nothing was measured on this GPU, and a call of up to {limit} waits for the host")
+    return None
+
+
+@functools.lru_cache(4096)
+def fastpath_serves(
+    operation: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool, gpu: int
+) -> bool:
+    """Whether automatic choice leaves a call to the fast path, which asks this; `gpu` is -1 on the CPU."""
+    found = None
+    if elements:
+        index = None if gpu < 0 else gpu
+        found = fastest(Norm(operation, dtype, elements, columns, needs_grad, index, True, False))
+    return (found is None or found.provider != "torch") if gpu < 0 else found is not None and found.provider == "cuda"
+
+
+def forget() -> None:
+    """After a table was changed."""
+    crossovers.forget()
+    fastest.cache_clear()
+    fastpath_serves.cache_clear()

@@ -1,0 +1,215 @@
+"""What decides over every call besides its arguments: one immutable tuple, replaced as a whole.
+
+``use_provider``, ``batch_invariant`` and explain() replace it when they are entered and left. The plans made under one
+setting go with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from . import blocks, fastpath, registry
+
+
+class Decision(NamedTuple):
+    """How one call is served."""
+
+    call: str
+    provider: str
+    how: str
+    refusals: tuple[tuple[str, str], ...] = ()
+    where: str = ""  # the name of the module that made the call, in the model that explain() was given
+
+
+class Listener(NamedTuple):
+    thread: int
+    names: Mapping[int, str]  # of modules, by their identity
+    decisions: list[Decision]
+
+
+class Settings(NamedTuple):
+    provider: str | None  # the requested one; None: automatic choice
+    by_shape: bool  # False inside batch_invariant
+    listeners: tuple[Listener, ...]  # of explain()
+    layer_norm_is_torchs: bool  # a LayerNorm with nothing to add goes to torch at once, unless an argument forbids it
+    fastpath: Any  # the C++ module, while it may serve and the library that it calls is loaded
+    fastpath_asked: bool | str  # for what: automatic choice (True), the CPU library (False), or "cuda"
+    plans: dict[Any, Callable[..., Any]]  # by signature: the way down of a call
+
+
+_default = os.environ.get("FUSEDNORM_PROVIDER") or None  # outside any block; its name is checked at first use
+_providers: list[use_provider] = []  # entered and not left, in order
+_invariant: list[batch_invariant] = []
+_without: list[without_fastpath] = []
+_listeners: list[Listener] = []
+_fastpath: Any = None
+
+
+def _renew() -> None:
+    """Replace the settings, after a block was entered or left. The caller holds the lock."""
+    global current
+    provider = _providers[-1].name if _providers else _default
+    by_shape = not (_invariant and _invariant[-1].enabled)
+    served = provider in (None, "cpu", "cuda") and not (_listeners or _without)
+    current = Settings(
+        provider,
+        by_shape,
+        tuple(_listeners),
+        provider in (None, "torch") and not _listeners,
+        _fastpath if served else None,
+        "cuda" if provider == "cuda" else provider is None and by_shape,
+        {},
+    )
+
+
+def load_fastpath() -> None:
+    """Let the C++ module serve from now on. Called where a plan is made: no import and no first call pays for it."""
+    global _fastpath
+    if _fastpath is not None or current.provider not in (None, "cpu", "cuda") or torch.compiler.is_compiling():
+        return
+    if registry.unavailable_reason(current.provider or "cpu") is None:
+        module = fastpath.load()[0]
+        if module is not None:
+            with blocks.lock:
+                _fastpath = module
+                _renew()
+
+
+def requested() -> str | None:
+    """The provider named by the innermost ``use_provider`` block or by FUSEDNORM_PROVIDER; None: automatic choice."""
+    return current.provider
+
+
+def unknown(name: object) -> str:
+    near = difflib.get_close_matches(str(name), registry.PROVIDERS, 1)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no provider is called {name!r}{guess or '.'} Known are {', '.join(map(repr, registry.PROVIDERS))}"
+
+
+def request_in_words() -> str:
+    """What asks for the provider that is requested."""
+    return f"`use_provider({current.provider!r})`" if _providers else f"FUSEDNORM_PROVIDER={current.provider}"
+
+
+def record(decision: Decision) -> None:
+    """Hand a decision to explain(), if it listens to this thread."""
+    for thread, names, decisions in current.listeners:
+        if torch.compiler.is_compiling():  # which traces neither
+            decisions.append(decision)
+        elif thread == threading.get_ident():
+            decisions.append(decision._replace(where=_caller(names)))
+
+
+def _caller(names: Mapping[int, str]) -> str:
+    """The name of the module whose method, or function of it, is the innermost one that runs.
+
+    The frames say so: a fused layer calls no submodule, and a hook would make it call each.
+    """
+    frame: FrameType | None = sys._getframe(2) if names else None
+    while frame is not None:
+        if frame.f_code.co_argcount:
+            name = names.get(id(frame.f_locals.get(frame.f_code.co_varnames[0])))
+            if name is not None:
+                return name
+        frame = frame.f_back
+    return ""
+
+
+@contextlib.contextmanager
+def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Decision]]:
+    """Collect every decision that this thread makes inside, with the name of the module that made it."""
+    decisions: list[Decision] = []
+    with blocks.lock:
+        _listeners.append(Listener(threading.get_ident(), names or {}, decisions))
+        _renew()
+    try:
+        yield decisions
+    finally:
+        with blocks.lock:
+            _listeners[:] = [listener for listener in _listeners if listener.decisions is not decisions]
+            _renew()
+
+
+class use_provider(blocks.Block):
+    """Run everything inside with one provider, as a context manager or a decorator.
+
+    ``use_provider("torch")`` takes torch's own operators for every function and module. The environment variable
+    ``FUSEDNORM_PROVIDER``, read when the package is imported, names the provider outside of any block.
+
+    The choice holds for the whole process until the block ends; the block entered last decides, whichever thread
+    entered it. The backward of what was computed inside uses the same provider wherever it runs, but what activation
+    checkpointing computes anew runs with the choice of that moment: keep the backward inside the block too. A call
+    that the provider cannot take raises; nothing falls back silently. Under a ``torch.func`` transform or forward-mode
+    AD the elementary operators of the reference serve, whatever is requested.
+
+    Args:
+        name: one of ``available_providers()``.
+
+    Raises:
+        ValueError: no provider has that name.
+        RuntimeError: the provider cannot run here (raised on entry, with the reason).
+    """
+
+    entered = _providers
+    changed = staticmethod(lambda: _renew())
+
+    def __init__(self, name: str) -> None:
+        if name not in registry.PROVIDERS:
+            raise ValueError(f"name: {unknown(name)}")
+        self.name = name
+        self._used = False
+
+    def __repr__(self) -> str:
+        return f"use_provider({self.name!r})"
+
+    def __enter__(self) -> use_provider:
+        self._used = True
+        reason = registry.unavailable_reason(self.name)
+        if reason is not None:
+            raise RuntimeError(
+                f"provider {self.name!r} cannot run here: {reason}; usable are "
+                f"{', '.join(registry.available_providers())}"
+            )
+        return super().__enter__()
+
+
+class batch_invariant(blocks.Block):
+    """Keep a row's result independent of the batch around it, as a context manager or a decorator.
+
+    With an explicit provider this always holds. Automatic choice may take another provider for another number of rows;
+    inside this block it does not look at shapes. Like ``use_provider``, it holds for the whole process until the block
+    ends.
+
+    Args:
+        enabled: False lets the choice look at shapes again, inside an enclosing block.
+    """
+
+    entered = _invariant
+    changed = staticmethod(lambda: _renew())
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._used = False
+
+    def __repr__(self) -> str:
+        return f"batch_invariant({self.enabled})"
+
+
+class without_fastpath(blocks.Block):
+    """Leave the C++ module out, for tests and for counts of what Python does without it."""
+
+    entered = _without
+    changed = staticmethod(lambda: _renew())
+
+
+current: Settings
+_renew()
