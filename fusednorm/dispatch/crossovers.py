@@ -1,9 +1,9 @@
 """Which provider was fastest where something was measured.
 
-`benchmarks/publish/crossovers.py` writes `measured/<device>.json` from raw results. It holds the shapes measured for
-each operation, element size and direction, and the provider that was fastest there. The direction is `forward` for
-calls without gradients and `both` for those with. A call goes by the nearest of these shapes. `torch` is torch's own
-operators.
+`benchmarks/publish/crossovers.py` writes `measured/<device>.json` from raw results. It has a line for each operation,
+element size and direction. The direction is `forward` for calls without gradients and `both` for those with. A line
+is a list of steps `[columns, elements, provider]`. The last step with at most the columns and the elements of a call
+decides. `torch` is torch's own operators.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from . import fastpath
 FOLDER = Path(__file__).with_name("measured")
 
 
-class Measured(NamedTuple):
-    """The fastest provider of one shape, and how it compares with the next."""
+class Step(NamedTuple):
+    """The provider from so many columns and so many elements on."""
 
-    rows: int
     columns: int
+    elements: int
     provider: str
-    ratio: float  # time of the next over its own
 
 
 class Table(NamedTuple):
     device: str
-    source: str  # the raw result it was made from
-    shapes: dict[str, list[Measured]]  # by operation, element size and direction, "add_layer_norm/2/both"
+    source: str  # the raw results it was made from
+    worst_loss: float  # at a measured shape: 0.06 where a choice takes 1.06 times as long as the fastest
+    steps: dict[str, list[Step]]  # by operation, element size and direction, "add_layer_norm/2/both"
 
 
 class Preference(NamedTuple):
@@ -68,10 +68,10 @@ def table(key: str) -> Table | None:
     path = FOLDER / f"{key}.json"
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        shapes = {name: [_measured(*entry) for entry in entries] for name, entries in read["shapes"].items()}
-        if not all(shapes.values()):
-            raise ValueError("an operation has no shapes")
-        return Table(str(read["device"]), str(read["source"]), shapes)
+        device, source, loss = read["device"], read["source"], read["worst_loss"]
+        if not (type(device) is type(source) is str and type(loss) is float and 0 <= loss < math.inf):
+            raise ValueError(f"expected two texts and a number; got {device}, {source}, {loss}")
+        return Table(device, source, loss, {name: _steps(entries) for name, entries in read["steps"].items()})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as fault:
@@ -85,28 +85,46 @@ def table(key: str) -> Table | None:
         return None
 
 
-def _measured(rows: Any, columns: Any, provider: Any, ratio: Any) -> Measured:
-    if not (type(rows) is type(columns) is int and rows > 0 < columns and type(provider) is str and ratio > 0):
-        raise ValueError(f"expected rows, columns, provider, ratio; got {[rows, columns, provider, ratio]}")
-    return Measured(rows, columns, provider, float(ratio))
+def _steps(entries: Any) -> list[Step]:
+    steps = [Step(*entry) for entry in entries]
+    typed = all(
+        type(s.columns) is type(s.elements) is int and s.elements > 0 and type(s.provider) is str for s in steps
+    )
+    places = [(s.columns, s.elements) for s in steps]
+    starts = {(columns, 1) for columns, _ in places}
+    if not typed or places[0] != (1, 1) or places != sorted(set(places) | starts):
+        raise ValueError(f"expected [columns, elements, provider], ascending, each width from 1 element; got {entries}")
+    return steps
 
 
 @functools.lru_cache(4096)
 def fastest(key: str, operation: str, itemsize: int, needs_grad: bool, rows: int, columns: int) -> Preference | None:
     found, name = table(key), f"{operation}/{itemsize}/{'both' if needs_grad else 'forward'}"
-    if found is None or name not in found.shapes:
+    if found is None or name not in found.steps:
         return None
-
-    def distance(m: Measured) -> float:
-        return abs(math.log2(m.rows * m.columns / (rows * columns))) + abs(math.log2(m.columns / columns))
-
-    best = min(found.shapes[name], key=distance)
+    step, later = decisive(found.steps[name], rows, columns)
+    fewer = next((s.elements for s in later if s.columns == step.columns), None)
+    narrower = next((s.columns for s in later if s.columns > step.columns), None)
+    limits = filter(None, (_limits(step.elements, fewer, "elements"), _limits(step.columns, narrower, "columns")))
     why = (
-        f"{best.provider} was measured to be {best.ratio:.2f} times as fast at {best.rows} x {best.columns}, the "
-        f"nearest shape measured for {_in_words(operation)} of {itemsize}-byte elements, "
-        f"{'forward and backward' if needs_grad else 'forward alone'}, on {found.device} ({found.source})"
+        f"{step.provider} was measured to be the fastest, to within {100 * found.worst_loss:.3g} %, for "
+        f"{_in_words(operation)} of {itemsize}-byte elements, "
+        f"{'forward and backward' if needs_grad else 'forward alone'}, {' and '.join(limits) or 'at every size'}, "
+        f"on {found.device} ({found.source})"
     )
-    return Preference(best.provider, why)
+    return Preference(step.provider, why)
+
+
+def decisive(steps: list[Step], rows: int, columns: int) -> tuple[Step, list[Step]]:
+    """The step that decides a shape, and those after it."""
+    place = max(i for i, step in enumerate(steps) if step.columns <= columns and step.elements <= rows * columns)
+    return steps[place], steps[place + 1 :]
+
+
+def _limits(low: int, end: int | None, unit: str) -> str:
+    if end is None:
+        return f"from {low} {unit} on" if low > 1 else ""
+    return f"from {low} to {end - 1} {unit}" if low > 1 else f"below {end} {unit}"
 
 
 def _in_words(operation: str) -> str:

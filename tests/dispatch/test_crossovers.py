@@ -1,9 +1,10 @@
-"""Automatic choice fed by measurement: from raw results to a table, from the table to the provider of a call."""
+"""Automatic choice by crossovers: from the file of a device to the provider of a call."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 
@@ -15,130 +16,13 @@ import fusednorm
 from benchmarks.publish import crossovers
 from fusednorm import _once, dispatch
 from fusednorm.dispatch import crossovers as choice
-from fusednorm.dispatch import fastpath as _shortcut
-from fusednorm.providers.cpu import norm as cpu
 from fusednorm.providers.reference import activation as reference_activation
 from fusednorm.providers.reference import norm as reference
-
-DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
-
-
-def record(op, shape, direction, provider, eager, ours, dtype="bfloat16"):
-    """Times in microseconds, host included; device times say the opposite and must not count."""
-    variants = {
-        name: {"samples": [1.0 / time] * 9, "inclusive": [time * 1e-6] * 9}
-        for name, time in (("eager", eager), ("fused", ours))
-    }
-    how = "one fused op each way"
-    facts = {"op": op, "shape": list(shape), "direction": direction, "dtype": dtype, "provider": provider, "how": how}
-    return facts | {"status": "measured", "variants": variants}
-
-
-def result(*records, **environment):
-    return {"environment": DEVICE | environment, "cases": list(records)}
-
-
-def winners(*results):
-    shapes = crossovers.table(results, ["raw.json"])["shapes"]
-    return {(name, r, c): (provider, times) for name, entries in shapes.items() for r, c, provider, times in entries}
-
-
-def test_the_fastest_provider_of_a_shape_wins():
-    triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
-    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "torch", 90, 45))
-    assert winners(triton, cpu) == {("add_layer_norm/2/forward", 4096, 1024): ("triton", 3.0)}
-
-
-def test_each_direction_has_its_own_winner():
-    slow = result(
-        record("layer_norm", (4, 64), "forward", "triton", 6, 12),
-        record("layer_norm", (4, 64), "both", "triton", 60, 20),
-        record("layer_norm", (4, 64), "backward", "triton", 60, 600),  # no call is a backward alone
-    )
-    assert winners(slow) == {
-        ("layer_norm/2/forward", 4, 64): ("torch", 2.0),
-        ("layer_norm/2/both", 4, 64): ("triton", 3.0),
-    }
-
-
-def test_a_stumble_of_the_machine_decides_nothing():
-    lucky = record("layer_norm", (1, 1024), "both", "triton", 70, 10)
-    lucky["variants"]["eager"]["inclusive"][3] = 8e-6  # what eager takes when every thread has its core
-    assert winners(result(lucky)) == {("layer_norm/2/both", 1, 1024): ("triton", 1.0)}
-    lucky["variants"]["fused"]["inclusive"][5] = 9e-6
-    unlucky = record("layer_norm", (4, 64), "both", "triton", 10, 70)
-    unlucky["variants"]["fused"]["inclusive"][3] = 11e-6
-    assert winners(result(unlucky)) == {("layer_norm/2/both", 4, 64): ("torch", 1.1)}
-
-
-def test_equal_times_leave_a_call_with_the_kernel():
-    assert winners(result(record("layer_norm", (64, 64), "forward", "triton", 10, 10.1))) == {
-        ("layer_norm/2/forward", 64, 64): ("triton", 0.99)
-    }
-
-
-def test_the_slower_of_two_dtypes_of_a_size_counts():
-    both = result(
-        record("layer_norm", (4, 64), "forward", "triton", 10, 5, "float16"),
-        record("layer_norm", (4, 64), "forward", "triton", 10, 20, "bfloat16"),
-    )
-    assert winners(both) == {("layer_norm/2/forward", 4, 64): ("torch", 2.0)}
-
-
-def test_a_provider_not_measured_in_every_dtype_is_no_candidate():
-    whole = [record("layer_norm", (4, 64), "forward", "triton", 10, 9, dtype) for dtype in ("float16", "bfloat16")]
-    half = record("layer_norm", (4, 64), "forward", "cpu", 10, 1)
-    assert winners(result(*whole), result(half))["layer_norm/2/forward", 4, 64][0] == "triton"
-
-
-def test_eager_dropout_is_no_candidate():
-    lost = result(record("bias_dropout_add_layer_norm", (4, 64), "forward", "triton", 10, 20))
-    assert winners(lost) == {("bias_dropout_add_layer_norm/2/forward", 4, 64): ("triton", 1.0)}
-
-
-def test_cases_without_a_figure_do_not_count():
-    wrong = record("layer_norm", (4, 64), "forward", "triton", 10, 1) | {"status": "wrong", "variants": {}}
-    assert winners(result(wrong)) == {}
-
-
-def test_results_of_two_devices_are_refused():
-    with pytest.raises(ValueError, match="several devices"):
-        crossovers.table([result(), result(device="another")], [])
-
-
-def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(choice, "FOLDER", tmp_path / "choice")
-    raw = tmp_path / "raw.json"
-    raw.write_text(json.dumps(result(record("layer_norm", (4, 64), "forward", "triton", 6, 12))))
-    assert crossovers.main([str(raw)]) == 0
-    assert "torch" in capsys.readouterr().out and not choice.FOLDER.exists()
-    assert crossovers.main([str(raw), "--write"]) == 0
-    assert json.loads((tmp_path / "choice" / "sm_90.json").read_text()) == {
-        "device": "a GPU",
-        "source": "raw.json",
-        "shapes": {"layer_norm/2/forward": [[4, 64, "torch", 2.0]]},
-    }
-    capsys.readouterr()
-    assert crossovers.main([str(raw)]) == 0
-    assert "No shape changes" in capsys.readouterr().out
-
-
-def test_every_committed_table_names_known_providers_and_operations():
-    for path in choice.FOLDER.glob("*.json"):
-        table = choice.table(path.stem)
-        assert table is not None and table.shapes
-        for name, entries in table.shapes.items():
-            operation, itemsize, direction = name.split("/")
-            assert operation in crossovers.OPS and itemsize in "248" and direction in crossovers.DIRECTIONS
-            assert entries and all(m.provider in dispatch.PROVIDERS and m.ratio > 0 for m in entries)
-
-
-# --- from the table to a call ---
 
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """A table for the CPU: `first` (the reference under another name) for wide rows, torch for narrow ones."""
+    """A table for the CPU: `first` (the reference under another name) for many elements in wide rows, or else torch."""
     module = type(reference)("fusednorm_test_first")
     module.unavailable_reason = lambda: None
     module.refusal = lambda op, *args: "no float64" if args[0].x.dtype == torch.float64 else None
@@ -151,14 +35,15 @@ def planted(tmp_path, monkeypatch):
         monkeypatch.setattr(dispatch, cache, {})
     monkeypatch.setattr(_once, "_said", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
-    entries = [[4, 64, "torch", 2.0], [64, 1024, "first", 3.0]]
+    steps = [[1, 1, "torch"], [256, 1, "torch"], [256, 4096, "first"]]
     measured = ("bias_dropout_add_layer_norm/{}/forward", "bias_gelu_dropout/{}/both")
     table = {
         "device": "a CPU",
         "source": "raw.json",
-        "shapes": {
-            **{name.format(s): entries for name in measured for s in (4, 8)},
-            "bias_dropout_add_layer_norm/4/both": [[4, 64, "first", 2.0]],
+        "worst_loss": 0.05,
+        "steps": {
+            **{name.format(s): steps for name in measured for s in (4, 8)},
+            "bias_dropout_add_layer_norm/4/both": [[1, 1, "first"]],
         },
     }
     (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(crossovers.text(table))
@@ -176,9 +61,9 @@ def served(rows, columns, dtype=torch.float32, **options):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "provider"),
-    [(4, 64, "torch"), (1, 100, "torch"), (64, 1024, "first"), (10_000, 1024, "first"), (50, 800, "first")],
+    [(4, 64, "torch"), (500, 255, "torch"), (15, 256, "torch"), (16, 256, "first"), (10_000, 1024, "first")],
 )
-def test_the_nearest_measured_shape_decides(planted, rows, columns, provider):
+def test_the_last_step_that_a_call_reaches_decides(planted, rows, columns, provider):
     assert served(rows, columns)[0] == provider
 
 
@@ -209,10 +94,27 @@ def test_an_activation_goes_by_what_was_measured_of_it(planted, shape, activatio
     assert said.startswith(f"bias_act_dropout: {provider},"), said
 
 
-def test_explain_cites_the_entry(planted):
-    text = served(4, 64)[1]
-    assert "first is not used: torch was measured to be 2.00 times as fast at 4 x 64" in text
-    assert "a CPU (raw.json)" in text
+def test_explain_cites_the_step(planted):
+    said = served(4, 64)[1]
+    assert "first is not used: torch was measured to be the fastest, to within 5 %, for add_layer_norm with" in said
+    assert "of 4-byte elements, forward alone, below 256 columns, on a CPU (raw.json)" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "limits"),
+    [
+        (1, 8, "below 32 elements and below 64 columns"),
+        (4, 8, "from 32 to 127 elements and below 64 columns"),
+        (100, 8, "from 128 elements on and below 64 columns"),
+        (1, 64, "from 64 columns on"),
+        (1, 0, "at every size"),
+    ],
+)
+def test_a_reason_names_the_limits_of_the_step(rows, columns, limits, file):
+    steps = [[1, 1, "cpu"], [1, 32, "torch"], [1, 128, "cpu"], [64, 1, "torch"]] if columns else [[1, 1, "cpu"]]
+    file.write_text(json.dumps(WHOLE | {"steps": {"rms_norm/2/both": steps}}))
+    found = choice.fastest(file.stem, "rms_norm", 2, True, rows, columns or 1)
+    assert f", forward and backward, {limits}, on a CPU (raw.json)" in found.why
 
 
 def test_batch_invariant_does_not_look_at_shapes(planted):
@@ -256,7 +158,7 @@ def test_a_reason_is_logged_once_for_a_shape(planted, caplog):
     for _ in range(3):
         x = torch.randn(4, 64)
         fusednorm.add_layer_norm(x, x, 64, x_bias=torch.randn(64))
-    assert len([r for r in caplog.records if "2.00 times as fast" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "to within 5 %" in r.getMessage()]) == 1
 
 
 def test_a_compiled_call_does_not_depend_on_measured_shapes(planted):
@@ -270,36 +172,43 @@ def test_a_compiled_call_does_not_depend_on_measured_shapes(planted):
     assert counter.frame_count == 1
 
 
-def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    choice._architecture.cache_clear()
-    assert choice.device_key(torch.device("cuda", 3)) == "sm_90" == crossovers.device_key(result())
-    choice._architecture.cache_clear()
-
-
-@pytest.mark.parametrize(("maker", "key"), [("amd", "cpu_amd"), ("intel", "cpu"), ("", "cpu")])
-def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
-    monkeypatch.setattr(cpu, "vendor", lambda: maker)
-    here = choice.device_key(torch.device("cpu"))
-    there = crossovers.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
-    assert here == there == (key if _shortcut.load()[0] is not None else "cpu_without_shortcut")
-
-
 # --- a damaged file ---
 
-WHOLE = {"device": "a CPU", "source": "raw.json", "shapes": {"add_layer_norm/4/forward": [[4, 64, "torch", 2.0]]}}
+WHOLE = {
+    "device": "a CPU",
+    "source": "raw.json",
+    "worst_loss": 0.02,
+    "steps": {"add_layer_norm/4/forward": [[1, 1, "torch"]]},
+}
+
+
+def with_steps(*steps):
+    return json.dumps(WHOLE | {"steps": {"add_layer_norm/4/forward": steps}})
+
+
 DAMAGED = {
     "empty": "",
     "half": json.dumps(WHOLE)[:60],
     "no object": "[1, 2]",
     "null": "null",
-    "no shapes": json.dumps({"device": "a CPU", "source": "raw.json"}),
-    "no source": json.dumps({k: v for k, v in WHOLE.items() if k != "source"}),
-    "shapes of another type": json.dumps(WHOLE | {"shapes": [1]}),
-    "an entry too short": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [[4, 64, "torch"]]}}),
-    "an entry of text": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [["4", "64", "torch", "2"]]}}),
-    "an entry of zeros": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": [[0, 0, "torch", 2.0]]}}),
-    "no entries": json.dumps(WHOLE | {"shapes": {"add_layer_norm/4/forward": []}}),
+    **{f"no {key}": json.dumps({k: v for k, v in WHOLE.items() if k != key}) for key in WHOLE},
+    "a device of another type": json.dumps(WHOLE | {"device": None}),
+    "a loss of text": json.dumps(WHOLE | {"worst_loss": "0.02"}),
+    "a loss below zero": json.dumps(WHOLE | {"worst_loss": -0.02}),
+    "a loss that is no number": json.dumps(WHOLE | {"worst_loss": math.nan}),
+    "steps of another type": json.dumps(WHOLE | {"steps": [1]}),
+    "no steps for an operation": with_steps(),
+    "a step too short": with_steps([1, 1]),
+    "a step too long": with_steps([1, 1, "torch", 2.0]),
+    "a step of text": with_steps(["1", "1", "torch"]),
+    "a step of fractions": with_steps([1, 1, "torch"], [1, 2.5, "cpu"]),
+    "a step without a provider": with_steps([1, 1, None]),
+    "a step of zeros": with_steps([0, 0, "torch"]),
+    "a step of negative elements": with_steps([1, 1, "torch"], [2, -2, "cpu"], [2, 1, "cpu"]),
+    "a first step above one": with_steps([1, 64, "torch"]),
+    "a width without its first step": with_steps([1, 1, "torch"], [64, 128, "cpu"]),
+    "steps that descend": with_steps([1, 1, "torch"], [1, 64, "cpu"], [1, 32, "torch"]),
+    "a step twice": with_steps([1, 1, "torch"], [1, 1, "cpu"]),
     "deep": "[" * 100_000,
 }
 
@@ -349,4 +258,4 @@ def test_a_whole_file_and_none_are_silent(file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choice.forget()
-        assert "torch was measured to be 2.00 times as fast at 4 x 64" in served(4, 64, x_bias=None)[1]
+        assert "torch was measured to be the fastest, to within 2 %" in served(4, 64, x_bias=None)[1]

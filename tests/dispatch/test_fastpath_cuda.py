@@ -237,8 +237,9 @@ def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(o
     assert choice.cuda_on_gpu("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
     assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 21, 1024, True, 0)
     assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, (1 << 21) + 1024, 1024, True, 0)
-    measured = {"add_rms_norm/4/both": [[256, 1024, "triton", 2.0], [65536, 1024, "cuda", 2.0]]}
-    (on_a_gpu / "sm_90.json").write_text(json.dumps({"device": "a GPU", "source": "raw.json", "shapes": measured}))
+    steps = {"add_rms_norm/4/both": [[1, 1, "triton"], [1, 1 << 22, "cuda"]]}
+    table = {"device": "a GPU", "source": "raw.json", "worst_loss": 0.0, "steps": steps}
+    (on_a_gpu / "sm_90.json").write_text(json.dumps(table))
     choice.forget()
     assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
     assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 26, 1024, True, 0)

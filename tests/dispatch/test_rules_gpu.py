@@ -86,10 +86,10 @@ def test_a_seeded_mask_is_not_computed_in_python(on_a_gpu):
 
 
 def test_a_measurement_overrides_the_rule(on_a_gpu, monkeypatch):
-    shapes = {"add_layer_norm/4/forward": [choice.Measured(256, 1024, "triton", 1.5)]}
-    measured = functools.cache(lambda key: choice.Table("a GPU", "a file", shapes))
+    steps = {"add_layer_norm/4/forward": [choice.Step(1, 1, "triton")]}
+    measured = functools.cache(lambda key: choice.Table("a GPU", "a file", 0.0, steps))
     monkeypatch.setattr(choice, "table", measured)
-    choice._nearest.cache_clear()
+    choice.fastest.cache_clear()
     assert chosen("add_layer_norm_fwd", *norm_args(rows(1))) == "triton"
     assert chosen("add_layer_norm_fwd", *norm_args(rows(1), rms=True)) == "torch"
 
