@@ -12,7 +12,7 @@ those with. A line is a list of steps `[columns, elements, provider]`. The last 
 elements of a call decides. At most two widths have steps: all rows, or narrow and wide ones.
 
 A line is the shortest list that loses at most 5 % at each measured shape, or else the one that exceeds 5 % least. A
-step begins at the geometric mean of two measured sizes.
+step begins at the geometric mean of two measured sizes. Shapes at which the machine was disturbed do not count.
 """
 
 from __future__ import annotations
