@@ -37,7 +37,7 @@ def no_driver(monkeypatch):
 
     monkeypatch.setattr(triton_launch.Variant, "launch", launch)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
-    monkeypatch.setitem(dispatch._reasons, "triton", None)
+    monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with fusednorm.use_provider("triton"):

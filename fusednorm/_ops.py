@@ -101,8 +101,8 @@ def _function(provider: str | None, name: str, args: tuple[Any, ...]) -> Callabl
     """The provider's function for an op, which may be the first that the process asks of the provider."""
     if provider is None:
         return dispatch.function(provider_of_raw_op(name, *args), name)
-    if provider not in dispatch.PROVIDERS:
-        known = ", ".join(map(repr, dispatch.PROVIDERS))
+    if provider not in dispatch.registry.PROVIDERS:
+        known = ", ".join(map(repr, dispatch.registry.PROVIDERS))
         raise ValueError(f"provider: {name} knows no {provider!r}; expected one of {known}")
     reason = dispatch.unavailable_reason(provider)
     if reason is None and dispatch.serving(provider, name) is None:

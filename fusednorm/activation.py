@@ -59,8 +59,9 @@ def bias_act_dropout(
     A. Radford et al., "Learning transferable visual models from natural language supervision", arXiv:2103.00020, for
     quick_gelu.
     """
-    if not _is_compiling() and (fast := settings.current.fastpath) is not None:
-        y = fast.bias_act_dropout(x, bias, activation, dropout_p, seed, settings.current.fastpath_asked)
+    current = settings.current  # looked up once: another thread may replace it
+    if not _is_compiling() and current.fastpath is not None:
+        y = current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, seed, current.fastpath_asked)
         if y is not None:
             return y
     if has_torch_function_variadic(x, bias, seed):

@@ -94,10 +94,10 @@ def scaled_dot_product_attention(
         and return_lse is False
         and type(causal_align) is str
         and causal_align == "upper_left"
-        and (fast := settings.current.fastpath) is not None
-        and settings.current.provider is None
+        and (current := settings.current).fastpath is not None
+        and current.provider is None
     ):
-        fast_out = fast.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        fast_out = current.fastpath.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
         if fast_out is not None:
             return fast_out
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):

@@ -51,12 +51,13 @@ def layer_norm(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
     try:  # torch's own at once: no native kernel is faster, and a call takes 7 microseconds
-        if settings.current.layer_norm_is_torchs and type(eps) is float and eager.unwatched_on_cpu(input):
+        current = settings.current  # looked up once: another thread may replace it
+        if current.layer_norm_is_torchs and type(eps) is float and eager.unwatched_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _REFUSED:
         pass  # the way below takes what torch does not, or says what is wrong with it
-    fast, asked = settings.current.fastpath, settings.current.fastpath_asked
+    fast, asked = current.fastpath, current.fastpath_asked
     if fast is not None and not _is_compiling() and (asked == "cuda" or getattr(input, "is_cuda", False)):
         bare = None, 0.0, None
         outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, asked)
@@ -91,8 +92,9 @@ def rms_norm(
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    if not _is_compiling() and (fast := settings.current.fastpath) is not None:
-        normed = fast.rms_norm(input, normalized_shape, weight, eps, settings.current.fastpath_asked)
+    current = settings.current  # looked up once: another thread may replace it
+    if not _is_compiling() and current.fastpath is not None:
+        normed = current.fastpath.rms_norm(input, normalized_shape, weight, eps, current.fastpath_asked)
         if normed is not None:
             return normed
     if has_torch_function_variadic(input, weight):
@@ -160,11 +162,10 @@ def add_layer_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (fast := settings.current.fastpath) is not None
+        and (current := settings.current).fastpath is not None
     ):
-        epilogue = x_bias, dropout_p, seed
-        asked = settings.current.fastpath_asked
-        outputs = fast.add_norm(x, residual, normalized_shape, weight, bias, eps, *epilogue, False, asked)
+        epilogue, asked = (x_bias, dropout_p, seed), current.fastpath_asked
+        outputs = current.fastpath.add_norm(x, residual, normalized_shape, weight, bias, eps, *epilogue, False, asked)
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
@@ -224,11 +225,10 @@ def add_rms_norm(
         and type(drop_path_p) is float
         and drop_path_p == 0.0
         and layer_scale is residual_dtype is None
-        and (fast := settings.current.fastpath) is not None
+        and (current := settings.current).fastpath is not None
     ):
-        epilogue = x_bias, dropout_p, seed
-        asked = settings.current.fastpath_asked
-        outputs = fast.add_norm(x, residual, normalized_shape, weight, None, eps, *epilogue, True, asked)
+        epilogue, asked = (x_bias, dropout_p, seed), current.fastpath_asked
+        outputs = current.fastpath.add_norm(x, residual, normalized_shape, weight, None, eps, *epilogue, True, asked)
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):

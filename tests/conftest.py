@@ -14,6 +14,7 @@ from backends import EMULATED, INTERPRETED  # first: it says what the providers 
 import fusednorm
 from fusednorm import _once, dispatch
 from fusednorm.providers.cpu import norm as cpu
+from tests.helpers.dispatching import unavailable
 
 if (
     "FUSEDNORM_TEST_LIBRARY" in os.environ
@@ -22,6 +23,7 @@ if (
     assert dispatch.unavailable_reason("cpu") is None, dispatch.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
 
+dispatch.settings.load_fastpath()  # else the first call of a process loads it, and goes without
 _once.first_time("no CPU library")  # where it is not built, or made to be missing, that is known: no warning
 
 AUTOMATIC = "automatic"
@@ -121,11 +123,10 @@ def ours(provider: str) -> None:
 
 
 @pytest.fixture
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_kernels():
     """As in the pure-Python install: no kernel of ours serves anything."""
-    for name in ("triton", "cuda", "cpu"):
-        monkeypatch.setitem(dispatch._reasons, name, "it is not built")
-    monkeypatch.setattr(dispatch, "shortcut", None)
+    with unavailable("triton", "cuda", "cpu", reason="it is not built"):
+        yield
 
 
 @pytest.fixture(params=["requested", "no kernel of ours"])
@@ -148,6 +149,12 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """A plan made by another test holds what that test had put in a provider's place."""
+    dispatch.settings.current.plans.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .registry import PROVIDERS
+from . import registry
 from .settings import Decision, recording
 
 _Group = tuple[str, str, str]  # what decisions that read alike have in common: call, provider, how
@@ -62,7 +62,7 @@ def _text(decisions: list[Decision]) -> str:
         groups.setdefault(group, []).append(decision)
         for refused in decision.refusals:
             passed_over.setdefault(refused, {})[group] = None
-    asked = [group for group in groups if group[1] in PROVIDERS]  # the others say: fused or not
+    asked = [group for group in groups if group[1] in registry.PROVIDERS]  # the others say: fused or not
     lines = []
     for group, members in groups.items():
         call, provider, how = group

@@ -28,7 +28,7 @@ from .._options import (
     Options,
 )
 from .._transforms import wants_gradients
-from . import crossovers, fastpath, registry
+from . import crossovers, fastpath, registry, settings
 from .crossovers import Preference
 
 OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
@@ -142,3 +142,4 @@ def forget() -> None:
     crossovers.forget()
     fastest.cache_clear()
     fastpath_serves.cache_clear()
+    settings.current.plans.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import types
 
 import pytest
@@ -14,6 +13,7 @@ from shapes import EMPTY_SHAPES, SHAPES, Shape, random_leaves
 
 import fusednorm
 from fusednorm import bias_act_dropout, dispatch, dropout_mask
+from tests.helpers.dispatching import plant, unavailable
 
 OP = "bias_act_dropout_fwd"
 
@@ -207,14 +207,14 @@ def test_explain(provider, using, device):
         assert served[1] == "torch" and "torch's own operators" in served[2]
 
 
-def test_automatic_choice_without_the_native_library_is_torchs_result_to_the_last_bit(generator, monkeypatch):
-    monkeypatch.setitem(dispatch._reasons, "cpu", "its library is not built")
+def test_automatic_choice_without_the_native_library_is_torchs_result_to_the_last_bit(generator):
     x, bias = torch.randn(5, 33, generator=generator), torch.randn(33, generator=generator)
-    for activation, function in TORCHS.items():
-        assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))
-        assert torch.equal(bias_act_dropout(x, None, activation), function(x))
-        with dispatch.recording():  # the way that a call goes which is looked at
+    with unavailable("cpu"):
+        for activation, function in TORCHS.items():
             assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))
+            assert torch.equal(bias_act_dropout(x, None, activation), function(x))
+            with dispatch.recording():  # the way that a call goes which is looked at
+                assert torch.equal(bias_act_dropout(x, bias, activation), function(x + bias))
 
 
 def test_a_provider_without_the_op_says_so(monkeypatch):
@@ -222,10 +222,7 @@ def test_a_provider_without_the_op_says_so(monkeypatch):
     module = types.ModuleType("fusednorm_test_norms_only")
     module.unavailable_reason, module.refusal = (lambda: None), (lambda op, *args: None)
     module.add_layer_norm_fwd = lambda *args: None
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(dispatch, "PROVIDERS", {"norms": (module.__name__,), **dispatch.PROVIDERS})
-    for cache in ("_modules", "_serving", "_functions", "_reasons"):
-        monkeypatch.setattr(dispatch, cache, {})
+    plant(monkeypatch, "norms", module)
     x = torch.ones(2, 4)
     with fusednorm.use_provider("norms"), pytest.raises(ValueError, match=r"'norms'.*it has no bias_act_dropout"):
         bias_act_dropout(x, None)

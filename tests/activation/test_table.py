@@ -17,7 +17,7 @@ import fusednorm
 from benchmarks.cases import operations as cases
 from fusednorm import _activations, dispatch
 from fusednorm._activations import ACTIVATIONS, TABLE
-from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import rules
 from fusednorm.modules._layer import activation_name
 from fusednorm.providers import native
 
@@ -135,7 +135,7 @@ def test_a_form_that_is_missing_is_an_error(name):
 
 
 def test_automatic_choice_and_the_benchmarks_have_each():
-    assert list(choice.OPERATIONS) == NAMES
+    assert list(rules.OPERATIONS) == NAMES
     measured = {op.activation for op in cases.OPS.values() if isinstance(op, cases.Activation) and not op.dropout_p}
     assert measured == set(NAMES)
     for name, flops in ((activation.name, activation.flops) for activation in TABLE):

@@ -16,7 +16,6 @@ import fusednorm
 from fusednorm import dispatch, scaled_dot_product_attention, varlen_attention
 from fusednorm._options import from_flat
 from fusednorm.dispatch import rules_attention as rules
-from fusednorm.dispatch import rules_gpu
 from fusednorm.providers.triton import attention as triton_attention
 
 N = 9
@@ -248,9 +247,9 @@ def test_automatic_choice_keeps_the_error_budget_at_any_number_of_dimensions(gen
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Fake tensors on CUDA, whose values nobody can look at, and Triton's kernels for them."""
-    monkeypatch.setitem(dispatch._reasons, "triton", None)
+    monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
     monkeypatch.setattr(triton_attention, "refusal", lambda op, *args: None)
-    monkeypatch.setattr(triton_attention, "reluctance", lambda op, *args: None)
+    monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     with FakeTensorMode():
@@ -267,7 +266,8 @@ def why_ours(needs_grad=True, dims=4, provider="triton", **changed) -> tuple[str
         "left": -1, "right": -1, "softcap": 0.0,
     }  # fmt: skip
     call = from_flat("attention_fwd", tuple((args | changed).values()))
-    return rules.why_not_torch(*call, False, provider, dims, needs_grad), rules.how_torch_serves(*call, None)
+    asked = rules.Asked(provider, False, dims, needs_grad, dispatch.settings.current.by_shape, None)
+    return rules.why_not_torch(*call, asked), rules.how_torch_serves(*call)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradients"])
@@ -302,8 +302,8 @@ def test_where_no_kernel_of_ours_takes_it_torchs_does_on_a_gpu(on_a_gpu):
         assert why_ours(provider="torch", **changed)[0] == "", changed
 
 
-def call(**changed) -> rules_gpu.Attention:
-    usual = rules_gpu.Attention(attn_mask=False, fused=True, needs_grad=True, deterministic=False, by_shape=True)
+def call(**changed) -> rules.Gpu:
+    usual = rules.Gpu(attn_mask=False, fused=True, needs_grad=True, deterministic=False, by_shape=True)
     return usual._replace(**changed)
 
 
@@ -320,5 +320,5 @@ def call(**changed) -> rules_gpu.Attention:
     ids=str,
 )
 def test_the_rule_for_a_gpu_where_nothing_was_measured(described, why):
-    found = rules_gpu.why_not_torchs(described)
+    found = rules.why_not_torch_on_a_gpu(described)
     assert found == why if not why else why in found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import types
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import run
-from fusednorm import dispatch
 from fusednorm.providers.reference import norm as reference
+from tests.helpers import dispatching
 
 FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none", "--quick"]
 FORWARD, BACKWARD = "add_layer_norm_fwd", "add_layer_norm_bwd"
@@ -32,10 +31,7 @@ def plant(monkeypatch):
         module = types.ModuleType("fusednorm_test_benchmarks_planted")
         own = {FORWARD: getattr(reference, FORWARD), BACKWARD: getattr(reference, BACKWARD)}
         vars(module).update(own | ops, unavailable_reason=lambda: None, refusal=lambda op, *args: None)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(dispatch, "PROVIDERS", {"planted": (module.__name__,), **dispatch.PROVIDERS})
-        for cache in ("_modules", "_serving", "_functions", "_reasons"):
-            monkeypatch.setattr(dispatch, cache, {})
+        dispatching.plant(monkeypatch, "planted", module)
 
     return replace
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import warnings
 
 import pytest
@@ -16,8 +15,10 @@ import fusednorm
 from benchmarks.publish import crossovers
 from fusednorm import _once, dispatch
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import rules
 from fusednorm.providers.reference import activation as reference_activation
 from fusednorm.providers.reference import norm as reference
+from tests.helpers.dispatching import plant
 
 
 @pytest.fixture
@@ -28,11 +29,8 @@ def planted(tmp_path, monkeypatch):
     module.refusal = lambda op, *args: "no float64" if args[0].x.dtype == torch.float64 else None
     module.add_layer_norm_fwd, module.add_layer_norm_bwd = reference.add_layer_norm_fwd, reference.add_layer_norm_bwd
     module.bias_act_dropout_fwd = reference_activation.bias_act_dropout_fwd
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    every = {"first": (module.__name__,), **{name: dispatch.PROVIDERS[name] for name in ("torch", "reference")}}
-    monkeypatch.setattr(dispatch, "PROVIDERS", every)
-    for cache in ("_modules", "_serving", "_functions", "_reasons"):
-        monkeypatch.setattr(dispatch, cache, {})
+    plant(monkeypatch, "first", module)
+    monkeypatch.setitem(dispatch.registry._reasons, "cpu", "it is left out")
     monkeypatch.setattr(_once, "_said", set())
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     steps = [[1, 1, "torch"], [256, 1, "torch"], [256, 4096, "first"]]
@@ -47,9 +45,9 @@ def planted(tmp_path, monkeypatch):
         },
     }
     (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(crossovers.text(table))
-    choice.forget()
+    rules.forget()
     yield
-    choice.forget()
+    rules.forget()
 
 
 def served(rows, columns, dtype=torch.float32, **options):
@@ -217,9 +215,9 @@ DAMAGED = {
 def file(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
     monkeypatch.setattr(_once, "_said", set())
-    choice.forget()
+    rules.forget()
     yield tmp_path / f"{choice.device_key(torch.device('cpu'))}.json"
-    choice.forget()
+    rules.forget()
 
 
 def warned(file):
@@ -228,7 +226,7 @@ def warned(file):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            choice.forget()  # other shapes of the same process
+            rules.forget()  # other shapes of the same process
             fusednorm.add_layer_norm(x, x, 64)
             said = fusednorm.explain(fusednorm.add_layer_norm, x, x, 64)
     assert "measured" not in said
@@ -257,5 +255,5 @@ def test_a_whole_file_and_none_are_silent(file):
     file.write_text(json.dumps(WHOLE))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice.forget()
+        rules.forget()
         assert "torch was measured to be the fastest, to within 2 %" in served(4, 64, x_bias=None)[1]

@@ -53,7 +53,7 @@ def differentiate(outputs, inputs, used, cotangents):
 
 def taken(x=None, residual=None, weight=None, bias=None, shape=None, eps=1e-5, rms=False):
     x, bare = torch.randn(4, 8) if x is None else x, (None, 0.0, None)
-    return dispatch.shortcut.add_norm(
+    return dispatch.settings.current.fastpath.add_norm(
         x, residual, (8,) if shape is None else shape, weight, bias, eps, *bare, rms, False
     )
 
@@ -85,8 +85,7 @@ def test_shortcut_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_sh
         outputs = call(form, *inputs, ndim)
         assert outputs[0].grad_fn.name() == "FusedNormBackward"
         found = differentiate(outputs, inputs, used, cotangents)
-        with monkeypatch.context() as long_way:
-            long_way.setattr(dispatch, "shortcut", None)
+        with dispatch.settings.without_fastpath():
             expected = call(form, *inputs, ndim)
             assert expected[0].grad_fn.name() != "FusedNormBackward"
             gradients = differentiate(expected, inputs, used, cotangents)
@@ -103,8 +102,7 @@ def test_shortcut_gives_the_bits_of_the_long_way_for_any_subset_of_gradients(for
         for subset in itertools.combinations(given, count):
             inputs = [None if t is None else t.detach().requires_grad_(i in subset) for i, t in enumerate(base)]
             outputs = call(form, *inputs)
-            with monkeypatch.context() as long_way:
-                long_way.setattr(dispatch, "shortcut", None)
+            with dispatch.settings.without_fastpath():
                 expected = call(form, *inputs)
             gradients = [differentiate(o, inputs, [0, 1], cotangents) for o in (outputs, expected)]
             assert len(gradients[0]) == count
@@ -129,8 +127,8 @@ def test_shortcut_gives_the_bits_of_the_long_way_for_layouts(layout, by_shortcut
     cotangents = [torch.randn(8, 6, dtype=x.dtype).t(), torch.randn(1, 8, dtype=x.dtype).expand(6, 8)]
     outputs = call("add_layer_norm", *inputs)
     assert outputs[0].grad_fn.name() == "FusedNormBackward"
-    monkeypatch.setattr(dispatch, "shortcut", None)
-    expected = call("add_layer_norm", *inputs)
+    with dispatch.settings.without_fastpath():
+        expected = call("add_layer_norm", *inputs)
     gradients = [differentiate(o, inputs, [0, 1], cotangents) for o in (outputs, expected)]
     for a, b in zip((*outputs, *gradients[0]), (*expected, *gradients[1]), strict=True):
         same(a, b)
@@ -236,14 +234,14 @@ def test_shortcut_is_taken_in_a_backward_too(by_shortcut, monkeypatch):
     def refuse(*_):
         raise AssertionError("the node's gradients were left to Python")
 
-    monkeypatch.setattr(autograd_norm, "shortcut_backward", refuse)
+    monkeypatch.setattr(autograd_norm, "fastpath_backward", refuse)
     inputs = operands("add_layer_norm")
     assert all(g is not None for g in differentiate(call("add_layer_norm", *inputs), inputs, [0], [torch.ones(5, 33)]))
 
 
 def test_shortcut_refuses_a_wrong_number_of_arguments():
     with pytest.raises(TypeError, match="expected 5 arguments, got 1"):
-        dispatch.shortcut.rms_norm(torch.randn(3))
+        dispatch.settings.current.fastpath.rms_norm(torch.randn(3))
 
 
 # --- its node ---

@@ -57,8 +57,7 @@ def check(leaves, activation, options, monkeypatch, node=NODE, cotangent=None):
     assert (y.grad_fn.name() == NODE) == (node == NODE)
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
-    with monkeypatch.context() as long_way:
-        long_way.setattr(dispatch, "shortcut", None)
+    with dispatch.settings.without_fastpath():
         expected, wanted = run(leaves, activation, options, cotangent)
         assert expected.grad_fn.name() != NODE
     assert torch.equal(drawn, torch.get_rng_state())
@@ -81,8 +80,7 @@ def test_shortcut_gives_the_bits_of_the_long_way_by_automatic_choice(activation,
     """Whoever serves the call: the kernels, or torch's own operators."""
     for shape, bias in itertools.product([(4, 64), (64, 1024), (4, 8192)], [True, False]):
         leaves = leaves_of(shape, dtype, bias=bias)
-        with monkeypatch.context() as long_way:
-            long_way.setattr(dispatch, "shortcut", None)
+        with dispatch.settings.without_fastpath():
             outputs = run(leaves, activation, options, torch.ones_like(leaves[0]))
         node = outputs[0].grad_fn.name()
         check(leaves, activation, options, monkeypatch, NODE if node == "BiasActDropoutFunctionBackward" else node)
@@ -133,7 +131,7 @@ def test_shortcut_drops_what_dropout_mask_says(native):
 def taken(x=None, bias=None, activation="relu", dropout_p=0.0, seed=None, by_shape=False):
     x = torch.randn(4, 8) if x is None else x
     bias = torch.ones(8) if bias is None else bias
-    return dispatch.shortcut.bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape)
+    return dispatch.settings.current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape)
 
 
 class _Subclass(torch.Tensor):
@@ -184,20 +182,6 @@ def test_shortcut_leaves_transforms_to_the_long_way(native):
     torch.vmap(lambda t: seen.append(taken(t)) or t)(torch.randn(3, 4, 8))
     torch.func.grad(lambda t: seen.append(taken(t)) or t.sum())(torch.randn(4, 8))
     assert seen == [None, None]
-
-
-def test_shortcut_goes_by_what_was_measured(monkeypatch):
-    asked = []
-    monkeypatch.setattr(dispatch.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
-    x, bias = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
-    assert taken(x, bias, "silu", by_shape=True).grad_fn.name() == "SiluBackward0"
-    assert taken(x, bias, "silu", 0.5, by_shape=True) is None
-    assert taken(x, bias.detach().double(), by_shape=True) is None  # torch would take the wider dtype
-    assert asked == [
-        ("bias_silu", torch.float32, 192, 8, True),
-        ("bias_gelu_dropout", torch.float32, 192, 8, True),
-        ("bias_relu", torch.float32, 192, 8, False),
-    ]
 
 
 # --- its node ---

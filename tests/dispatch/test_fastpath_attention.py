@@ -43,7 +43,7 @@ def differentiate(out, inputs, cotangent):
 
 def taken(*inputs, key_mask=None, is_causal=False, window=None, scale=None, enable_gqa=False):
     inputs = inputs or [t.detach() for t in operands()]
-    return dispatch.shortcut.attention(*inputs, key_mask, is_causal, window, scale, enable_gqa)
+    return dispatch.settings.current.fastpath.attention(*inputs, key_mask, is_causal, window, scale, enable_gqa)
 
 
 def compare(inputs, options, monkeypatch, exact=True):
@@ -54,8 +54,7 @@ def compare(inputs, options, monkeypatch, exact=True):
     results = [out, *differentiate(out, inputs, cotangent)]
     with torch.no_grad():
         results.append(scaled_dot_product_attention(*inputs, **options))
-    with monkeypatch.context() as long_way:
-        long_way.setattr(dispatch, "shortcut", None)
+    with dispatch.settings.without_fastpath():
         out = scaled_dot_product_attention(*inputs, **options)
         assert out.grad_fn.name() != "FusedAttentionBackward"
         expected = [out, *differentiate(out, inputs, cotangent)]

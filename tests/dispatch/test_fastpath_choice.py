@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 import torch
 
@@ -13,40 +16,71 @@ _missing = _shortcut.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
 
 
-def test_shortcut_stands_aside_for_other_requests_and_while_decisions_are_recorded():
-    assert dispatch.unavailable_reason("cpu") is None and dispatch.shortcut is not None
-    with fusednorm.use_provider("reference"):
-        assert dispatch.shortcut is None
-    with dispatch.recording():
-        assert dispatch.shortcut is None
-    assert dispatch.shortcut is not None and dispatch.shortcut_asked
-    with fusednorm.batch_invariant():
-        assert not dispatch.shortcut_asked
-    assert dispatch.shortcut_asked
-
-
-def test_shortcut_goes_by_what_was_measured(monkeypatch):
+@pytest.fixture
+def torch_is_fastest(monkeypatch):
+    """As if torch had been measured to be fastest; yields the questions that are asked, without the device."""
     asked = []
-    monkeypatch.setattr(dispatch.choice, "torch_on_cpu", lambda *question: asked.append(question) or True)
+
+    def fastest(device, *question):
+        asked.append(question)
+        return dispatch.rules.Preference("torch", "measured")
+
+    monkeypatch.setattr(dispatch.rules.crossovers, "fastest", functools.lru_cache(fastest))
+    dispatch.rules.forget()
+    yield asked
+    monkeypatch.undo()
+    dispatch.rules.forget()
+
+
+def test_the_fast_path_stands_aside_for_other_requests_and_while_decisions_are_recorded():
+    assert dispatch.unavailable_reason("cpu") is None and dispatch.settings.current.fastpath is not None
+    with fusednorm.use_provider("reference"):
+        assert dispatch.settings.current.fastpath is None
+    with dispatch.recording():
+        assert dispatch.settings.current.fastpath is None
+    assert dispatch.settings.current.fastpath is not None and dispatch.settings.current.fastpath_asked
+    with fusednorm.batch_invariant():
+        assert not dispatch.settings.current.fastpath_asked
+    assert dispatch.settings.current.fastpath_asked
+
+
+def test_the_fast_path_goes_by_what_was_measured(torch_is_fastest):
     x, weight = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
-    assert dispatch.shortcut.add_norm(x, x, 8, weight, None, 1e-5, None, 0.0, None, True, True) is None
-    assert dispatch.shortcut.add_norm(x, None, 8, None, weight, 1e-5, None, 0.5, None, False, True) is None
+    fast = dispatch.settings.current.fastpath
+    assert fast.add_norm(x, x, 8, weight, None, 1e-5, None, 0.0, None, True, True) is None
+    assert fast.add_norm(x, None, 8, None, weight, 1e-5, None, 0.5, None, False, True) is None
     with torch.no_grad():
-        assert dispatch.shortcut.rms_norm(x.bfloat16(), 8, None, None, True) is None
-    assert asked == [
-        ("add_rms_norm", torch.float32, 192, 8, True),
-        ("bias_dropout_add_layer_norm", torch.float32, 192, 8, True),
-        ("rms_norm", torch.bfloat16, 192, 8, False),
+        assert fast.rms_norm(x.bfloat16(), 8, None, None, True) is None
+    assert torch_is_fastest == [
+        ("add_rms_norm", 4, True, 24, 8),
+        ("bias_dropout_add_layer_norm", 4, True, 24, 8),
+        ("rms_norm", 2, False, 24, 8),
     ]
 
 
-def test_automatic_choice_is_the_same_with_the_shortcut_and_without_for_a_norm_with_nothing_to_add(monkeypatch):
-    """What is computed anew, as in a checkpoint, may not take the shortcut, and keeps what was kept the first time."""
+def test_the_fast_path_of_activations_goes_by_what_was_measured(torch_is_fastest):
+    x, bias = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
+
+    def taken(bias, activation="relu", dropout_p=0.0):
+        return dispatch.settings.current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, None, True)
+
+    assert taken(bias, "silu").grad_fn.name() == "SiluBackward0"
+    assert taken(bias, "silu", 0.5) is None
+    assert taken(bias.detach().double()) is None  # torch would take the wider dtype
+    assert torch_is_fastest == [
+        ("bias_silu", 4, True, 24, 8),
+        ("bias_gelu_dropout", 4, True, 24, 8),
+        ("bias_relu", 4, False, 24, 8),
+    ]
+
+
+def test_automatic_choice_is_the_same_with_the_fast_path_and_without_for_a_norm_with_nothing_to_add():
+    """What is computed anew, as in a checkpoint, may not take the fast path, and keeps what was kept the first time."""
     x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8)
     names = []
-    for _ in range(2):
-        outputs = fusednorm.add_layer_norm(x, None, 8, weight)[0], fusednorm.layer_norm(x, 8, weight)
+    for context in (contextlib.nullcontext(), dispatch.settings.without_fastpath()):
+        with context:
+            outputs = fusednorm.add_layer_norm(x, None, 8, weight)[0], fusednorm.layer_norm(x, 8, weight)
         names.append([output.grad_fn.name() for output in outputs])
-        monkeypatch.setattr(dispatch, "shortcut", None)
     assert names == [["NativeLayerNormBackward0"] * 2] * 2
     assert "torch's own operators" in fusednorm.explain(fusednorm.add_layer_norm, x, None, 8, weight)

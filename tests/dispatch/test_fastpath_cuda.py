@@ -19,6 +19,7 @@ from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import rules
 from tests.dispatch.test_fastpath import DTYPES, FORMS, call, differentiate, same
 from tests.dispatch.test_fastpath import operands as on_the_cpu
 
@@ -47,14 +48,15 @@ def by_cuda():
 
 def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=None, ndim=1):
     shape = x.shape[x.ndim - ndim :]
-    return dispatch.shortcut.add_norm(x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda")
+    return dispatch.settings.current.fastpath.add_norm(
+        x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda"
+    )
 
 
 def both_ways(function, monkeypatch):
     """What `function` gives by the shortcut, and by the long way."""
     found = function()
-    with monkeypatch.context() as long_way:
-        long_way.setattr(dispatch, "shortcut", None)
+    with dispatch.settings.without_fastpath():
         expected = function()
     assert found[0].grad_fn.name() == NODE and expected[0].grad_fn.name() != NODE
     return found, expected
@@ -193,9 +195,9 @@ def test_shortcut_to_cuda_shows_in_the_profiler(by_cuda):
 
 
 def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
-    assert dispatch.shortcut_asked == "cuda"
+    assert dispatch.settings.current.fastpath_asked == "cuda"
     x, bias = randn(4, 8).requires_grad_(), randn(8)
-    assert dispatch.shortcut.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
+    assert dispatch.settings.current.fastpath.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
     assert fusednorm.bias_act_dropout(x, bias, "relu").grad_fn.name() == "BiasActDropoutFunctionBackward"
     with pytest.raises(ValueError, match="'cuda' cannot run attention_fwd"):
         fusednorm.scaled_dot_product_attention(*[randn(1, 1, 4, 8)] * 3)
@@ -204,7 +206,7 @@ def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
 def test_automatic_choice_on_the_cpu_is_not_the_emulation():
     with fusednorm.use_provider("cuda"):
         pass
-    assert dispatch.unavailable_reason("cpu") is None and dispatch.shortcut_asked is True
+    assert dispatch.unavailable_reason("cpu") is None and dispatch.settings.current.fastpath_asked is True
     x = torch.randn(4, 8, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fusednorm.add_layer_norm(x, x, 8)
@@ -214,11 +216,11 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
 def test_shortcut_refuses_a_library_of_another_build():
     other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
     with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
-        dispatch.shortcut.attach_cuda(other.data_ptr(), True, 1)
+        dispatch.settings.current.fastpath.attach_cuda(other.data_ptr(), True, 1)
     with pytest.raises(ValueError, match="an address"):
-        dispatch.shortcut.attach_cuda(0, True, 1)
+        dispatch.settings.current.fastpath.attach_cuda(0, True, 1)
     with pytest.raises(TypeError):
-        dispatch.shortcut.attach_cuda("here", True, 1)
+        dispatch.settings.current.fastpath.attach_cuda("here", True, 1)
 
 
 # --- which calls on a GPU it is for ---
@@ -228,22 +230,22 @@ def test_shortcut_refuses_a_library_of_another_build():
 def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "_architecture", lambda index: "sm_90")
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
-    choice.forget()
+    rules.forget()
     yield tmp_path
-    choice.forget()
+    rules.forget()
 
 
 def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(on_a_gpu):
-    assert choice.cuda_on_gpu("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
-    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 21, 1024, True, 0)
-    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, (1 << 21) + 1024, 1024, True, 0)
+    assert rules.fastpath_serves("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
+    assert rules.fastpath_serves("add_rms_norm", torch.float32, 1 << 21, 1024, True, 0)
+    assert not rules.fastpath_serves("add_rms_norm", torch.float32, (1 << 21) + 1024, 1024, True, 0)
     steps = {"add_rms_norm/4/both": [[1, 1, "triton"], [1, 1 << 22, "cuda"]]}
     table = {"device": "a GPU", "source": "raw.json", "worst_loss": 0.0, "steps": steps}
     (on_a_gpu / "sm_90.json").write_text(json.dumps(table))
-    choice.forget()
-    assert not choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
-    assert choice.cuda_on_gpu("add_rms_norm", torch.float32, 1 << 26, 1024, True, 0)
-    assert choice.cuda_on_gpu("layer_norm", torch.float32, 4 * 64, 64, False, 0)
+    rules.forget()
+    assert not rules.fastpath_serves("add_rms_norm", torch.float32, 1 << 18, 1024, True, 0)
+    assert rules.fastpath_serves("add_rms_norm", torch.float32, 1 << 26, 1024, True, 0)
+    assert rules.fastpath_serves("layer_norm", torch.float32, 4 * 64, 64, False, 0)
 
 
 def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeypatch):
@@ -255,16 +257,16 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
     def preferred(x, residual=None, drop_path_p=0.0):
         rest = (x.dtype, x.dtype, False, False, True)
         call = from_flat("add_layer_norm_fwd", (x, residual, *bare, drop_path_p, *rest))
-        found = choice.preference("add_layer_norm_fwd", *call)
+        found = rules.preference(*call)
         return found and found.provider
 
     assert preferred(x) == preferred(x, x) == "cuda"
     # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB a call waits for the host
     assert preferred(large) == preferred(x, x, drop_path_p=0.5) == "torch"
     call = from_flat("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True))
-    assert "waits for the host" in choice.preference("add_layer_norm_fwd", *call).why
+    assert "waits for the host" in rules.preference(*call).why
     monkeypatch.setattr(_shortcut, "load", lambda: (None, "left out"))
-    choice.forget()
+    rules.forget()
     assert preferred(x) == "torch"
 
 
@@ -273,5 +275,5 @@ def test_a_small_norm_on_a_gpu_takes_the_shortcut_once_the_library_is_loaded():
     assert dispatch.unavailable_reason("cuda") is None
     x, weight = torch.randn(4, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
     for function in (fusednorm.layer_norm, fusednorm.rms_norm):
-        expected = choice.cuda_on_gpu(function.__name__, x.dtype, x.numel(), 64, True, 0)
+        expected = rules.fastpath_serves(function.__name__, x.dtype, x.numel(), 64, True, 0)
         assert (function(x, 64, weight).grad_fn.name() == NODE) == expected

@@ -77,8 +77,7 @@ def check(epilogue, leaves, monkeypatch, used=(0, 1), cotangents=None, **options
     assert "FusedNormBackward" in {output.grad_fn.name() for output in outputs if output.grad_fn}
     found, drawn = gradients(outputs, leaves, used, cotangents), torch.get_rng_state()
     torch.set_rng_state(state)
-    with monkeypatch.context() as long_way:
-        long_way.setattr(dispatch, "shortcut", None)
+    with dispatch.settings.without_fastpath():
         expected = call(epilogue, leaves, **options)
         assert "FusedNormBackward" not in {output.grad_fn.name() for output in expected if output.grad_fn}
         wanted = gradients(expected, leaves, used, cotangents)
@@ -201,7 +200,7 @@ def test_layers_with_dropout_take_the_shortcut():
 
 def taken(x_bias=None, dropout_p=0.5, seed=None):
     x = torch.ones(4, 8)
-    return dispatch.shortcut.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
+    return dispatch.settings.current.fastpath.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
 
 
 def test_shortcut_takes_every_form_of_a_plain_epilogue():

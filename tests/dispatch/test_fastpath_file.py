@@ -59,9 +59,9 @@ def test_shortcut_that_is_broken_is_left_out(content, tmp_path, monkeypatch):
 def test_info_says_whether_there_is_a_shortcut(monkeypatch, tmp_path):
     from fusednorm.__main__ import info
 
-    assert "shortcut   ready" in info()
+    assert "fast path  ready" in info()
     with _file(tmp_path / _shortcut.FILE.name, monkeypatch):
-        assert "shortcut   not here: it is not built" in info()
+        assert "fast path  not here: it is not built" in info()
 
 
 def test_shortcut_is_no_part_of_a_compiled_graph(monkeypatch):
@@ -74,9 +74,8 @@ def test_shortcut_is_no_part_of_a_compiled_graph(monkeypatch):
         fullgraph=True,
     )
     x = torch.randn(4, 8)
-    with monkeypatch.context() as before:
-        before.setattr(dispatch, "shortcut", None)
+    with dispatch.settings.without_fastpath():
         run(x)
-    assert dispatch.shortcut is not None
+    assert dispatch.settings.current.fastpath is not None
     run(x)
     assert counter.frame_count == 1

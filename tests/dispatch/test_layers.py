@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 PROVIDERS = tuple(dispatch.PROVIDERS)
 SHARED = ("native", "strides")  # by several providers
 # Above the providers. `dropout` is a provider's own arithmetic too: the mask that all of them reproduce.
-ABOVE_PROVIDERS = ("autograd", "dispatch", "modules", "norm", "activation", "attention", "_ops", "_bare")
+ABOVE_PROVIDERS = ("autograd", "dispatch", "modules", "norm", "activation", "attention", "_ops")
 
 
 def name_of(path: Path) -> str:

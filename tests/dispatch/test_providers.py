@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import threading
 import types
 
@@ -14,6 +13,7 @@ import torch
 import fusednorm
 from fusednorm import _once, dispatch
 from fusednorm.providers.reference import norm as reference
+from tests.helpers import dispatching
 
 
 @pytest.fixture
@@ -38,10 +38,7 @@ def planted(monkeypatch):
 
         module.add_layer_norm_fwd = op("add_layer_norm_fwd")
         module.add_layer_norm_bwd = op("add_layer_norm_bwd")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(dispatch, "PROVIDERS", {name: (module.__name__,), **dispatch.PROVIDERS})
-        for cache in ("_modules", "_serving", "_functions", "_reasons"):
-            monkeypatch.setattr(dispatch, cache, {})
+        dispatching.plant(monkeypatch, name, module)
         monkeypatch.setattr(_once, "_said", set())
         return name
 
@@ -235,7 +232,7 @@ def test_interleaved_blocks_leave_nothing_behind():
     first.__exit__(None, None, None)
     assert dispatch.requested() == "reference"
     second.__exit__(None, None, None)
-    assert dispatch.requested() is None and dispatch.automatic
+    assert dispatch.requested() is None and not dispatch.settings.current.listeners
 
 
 def test_decorating_a_generator_is_refused():

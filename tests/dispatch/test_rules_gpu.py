@@ -9,9 +9,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
-from fusednorm import _bare, dispatch
+from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import rules
+from fusednorm.dispatch.resolve import Request, resolve
 
 MIB = 1 << 20
 
@@ -20,17 +22,16 @@ MIB = 1 << 20
 def on_a_gpu(monkeypatch):
     """Fake tensors on CUDA, Triton's kernels for them, no CUDA library, and nothing measured."""
     monkeypatch.setattr(choice, "_architecture", lambda index: "sm_00")
-    monkeypatch.setitem(dispatch._reasons, "triton", None)
-    monkeypatch.setitem(dispatch._reasons, "cuda", "it is not built")
-    monkeypatch.setattr(dispatch, "shortcut", None)
-    monkeypatch.setattr(choice._shortcut, "load", lambda: (None, "it is not built"))
+    monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
+    monkeypatch.setitem(dispatch.registry._reasons, "cuda", "it is not built")
+    monkeypatch.setattr(dispatch.fastpath, "load", lambda: (None, "it is not built"))
     for module in dispatch.get("triton"):
         monkeypatch.setattr(module, "refusal", lambda op, *args: None)
-        monkeypatch.setattr(module, "reluctance", lambda op, *args: None)
-    choice.forget()
+    monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
+    rules.forget()
     with FakeTensorMode():
         yield
-    choice.forget()
+    rules.forget()
 
 
 def rows(mib: int, needs_grad: bool = False) -> torch.Tensor:
@@ -42,7 +43,7 @@ def vector() -> torch.Tensor:
 
 
 def chosen(op: str, *args) -> str:
-    return dispatch.choose(op, *from_flat(op, args))[0]
+    return resolve(Request(op, op, *from_flat(op, args))).provider
 
 
 def norm_args(x, **changed):
@@ -89,7 +90,7 @@ def test_a_measurement_overrides_the_rule(on_a_gpu, monkeypatch):
     steps = {"add_layer_norm/4/forward": [choice.Step(1, 1, "triton")]}
     measured = functools.cache(lambda key: choice.Table("a GPU", "a file", 0.0, steps))
     monkeypatch.setattr(choice, "table", measured)
-    choice.fastest.cache_clear()
+    rules.fastest.cache_clear()
     assert chosen("add_layer_norm_fwd", *norm_args(rows(1))) == "triton"
     assert chosen("add_layer_norm_fwd", *norm_args(rows(1), rms=True)) == "torch"
 
@@ -97,30 +98,14 @@ def test_a_measurement_overrides_the_rule(on_a_gpu, monkeypatch):
 def test_batch_invariant_does_not_go_by_bytes(on_a_gpu):
     with fusednorm.batch_invariant():
         assert chosen("add_layer_norm_fwd", *norm_args(rows(1))) == "triton"
-        assert _bare.torch_on_a_gpu(rows(1), None, None, None, 1024, 1e-5, False) is None
 
 
 def test_normed_is_kept_by_our_kernel(on_a_gpu):
     """Memory-efficient calls do not fall through torch's operators to the reference."""
-    assert dispatch.choose("add_layer_norm_fwd", *norm_call(rows(1)), ("torch", "it keeps z"))[0] == "triton"
+    op, call = "add_layer_norm_fwd", norm_call(rows(1))
+    assert resolve(Request(op, op, *call, ("torch", "it keeps z"))).provider == "triton"
 
 
 def test_explain_says_so(on_a_gpu):
-    preference = choice.preference("add_layer_norm_fwd", *norm_call(rows(1)))
+    preference = rules.preference(*norm_call(rows(1)))
     assert preference == ("torch", "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host")
-
-
-def test_bare_calls_go_to_torch_before_the_checks(on_a_gpu):
-    x, weight = rows(1), vector()
-    normed, z = _bare.torch_on_a_gpu(x, x, weight, weight, 1024, 1e-5, False)
-    assert normed.shape == z.shape == x.shape and z is not x
-    for refused in (
-        (rows(33), None, weight, weight, 1024),
-        (x, None, torch.empty(1024, device="cuda", dtype=torch.float16), None, 1024),
-        (x, None, None, None, 1023),
-        (x, rows(2), None, None, 1024),
-        (torch.empty(4, 1024), None, None, None, 1024),
-        ("x", None, None, None, 1024),
-    ):
-        assert _bare.torch_on_a_gpu(*refused, 1e-5, False) is None
-    assert fusednorm.bias_act_dropout(x, weight, "gelu").shape == x.shape

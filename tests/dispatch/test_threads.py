@@ -43,7 +43,7 @@ def together(work, threads=THREADS):
 
 
 def untouched():
-    return dispatch.requested() is None and dispatch.automatic and dispatch.by_shape
+    return dispatch.requested() is None and dispatch.settings.current.by_shape
 
 
 def test_blocks_of_many_threads_leave_nothing_behind(many_switches):
@@ -52,7 +52,7 @@ def test_blocks_of_many_threads_leave_nothing_behind(many_switches):
             with fusednorm.use_provider(("reference", "torch", "reference")[(number + turn) % 3]):
                 assert dispatch.requested() in ("reference", "torch")
             with fusednorm.batch_invariant():
-                assert not dispatch.by_shape
+                assert not dispatch.settings.current.by_shape
 
     together(work)
     assert untouched()
@@ -112,7 +112,7 @@ def test_interleaved_batch_invariant_blocks_each_remove_themselves(order):
         block.__enter__()
     left, still = blocks if order == "first" else blocks[::-1]
     left.__exit__(None, None, None)
-    assert not dispatch.by_shape
+    assert not dispatch.settings.current.by_shape
     still.__exit__(None, None, None)
     assert untouched()
 
@@ -129,8 +129,8 @@ def test_tasks_that_interleave_leave_nothing_behind():
         await asyncio.gather(
             task(use("reference"), lambda: dispatch.requested() is not None, 5),
             task(use("torch"), lambda: dispatch.requested() is not None, 3),
-            task(invariant(), lambda: not dispatch.by_shape, 4),
-            task(invariant(), lambda: not dispatch.by_shape, 2),
+            task(invariant(), lambda: not dispatch.settings.current.by_shape, 4),
+            task(invariant(), lambda: not dispatch.settings.current.by_shape, 2),
         )
 
     asyncio.run(every())
@@ -218,7 +218,7 @@ def work(number):
 threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-print(faults, len(set(found)), dispatch.requested(), dispatch.automatic)
+print(faults, len(set(found)), dispatch.requested(), not dispatch.settings.current.listeners)
 """
 
 
@@ -254,25 +254,28 @@ def test_what_was_used_or_never_made_is_silent():
 
 
 class _TakenAway:
-    """`fusednorm.dispatch` as a call sees it while another thread enters a block: no fast path at the second look."""
+    """The settings as a call sees them while another thread enters a block: no fast path at the second look."""
 
     def __init__(self):
         self.looks = 0
 
     def __getattr__(self, name):
-        if name != "shortcut":
-            return getattr(dispatch, name)
+        found = getattr(dispatch.settings, name)
+        if name != "current":
+            return found
         self.looks += 1
-        return dispatch.shortcut if self.looks == 1 else None
+        return found if self.looks == 1 else found._replace(fastpath=None, fastpath_asked="cuda", plans={})
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout"])
-def test_the_fast_path_is_looked_up_once_in_a_call(function, monkeypatch):
+def test_the_fast_path_and_what_it_is_asked_for_are_looked_up_at_once(function, monkeypatch):
     from fusednorm import activation, norm
 
-    for module in (norm, activation):
-        monkeypatch.setattr(module, "dispatch", _TakenAway())
     x = torch.randn(3, 8)
     args = {"bias_act_dropout": (x, x[0]), "layer_norm": (x, 8), "rms_norm": (x, 8)}.get(function, (x, x, 8))
-    monkeypatch.setattr(dispatch, "shortcut_asked", "cuda" if function == "layer_norm" else True)
-    getattr(fusednorm, function)(*args)
+    expected = getattr(fusednorm, function)(*args)
+    for module in (norm, activation):
+        monkeypatch.setattr(module, "settings", _TakenAway())
+    found = getattr(fusednorm, function)(*args)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -155,7 +155,7 @@ print(fusednorm.explain(fusednorm.add_layer_norm, x, x, 8).splitlines()[0])
 print(fusednorm.add_layer_norm(x, x, 8)[0].grad_fn.name(), fusednorm.bias_act_dropout(x, x[0]).grad_fn.name())
 with fusednorm.use_provider("reference"):
     print(dispatch.requested())
-print(dispatch.requested(), dispatch.shortcut)
+print(dispatch.requested(), dispatch.settings.current.fastpath)
 """
     out, err = python(program, "torch")
     expected = ["add_layer_norm: torch, torch's own operators", "NativeLayerNormBackward0 ReluBackward0"]

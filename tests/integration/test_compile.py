@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusednorm
 from fusednorm import dispatch
+from tests.helpers.dispatching import unavailable
 
 # A compiler may add in another order: about 100 float32 terms of order one, half an ulp each.
 REORDERED = {"rtol": 1e-5, "atol": 1e-5}
@@ -97,9 +98,9 @@ def test_marking_nothing_dynamic_settles_after_two_sizes(function, using, device
 @pytest.mark.parametrize("function", ["layer_norm", "add_layer_norm"])
 def test_first_call_of_the_process_may_be_the_compiled_one(function, using, device, monkeypatch):
     """Nothing is left to be imported or looked up while Dynamo traces."""
-    monkeypatch.setattr(dispatch, "_reasons", {})
-    for cache in ("_modules", "_serving", "_functions"):
-        monkeypatch.setattr(dispatch, cache, {})
+    monkeypatch.setattr(dispatch.registry, "_reasons", {})
+    for cache in ("_modules", "_serving", "functions"):
+        monkeypatch.setattr(dispatch.registry, cache, {})
     for name in ("torch", "cpu", "cuda"):  # by the package itself
         dispatch.get(name)
     with using:
@@ -199,14 +200,15 @@ ONE_GRAPH = {
 
 
 @pytest.fixture(params=["native", "pure_python"])
-def library(request, monkeypatch):
+def library(request):
     """With the native library as it is, and without."""
     if request.param == "pure_python":
-        monkeypatch.setitem(dispatch._reasons, "cpu", "its library is not built")
-        monkeypatch.setattr(dispatch, "shortcut", None)
-    elif dispatch.unavailable_reason("cpu") is not None:
+        with unavailable("cpu"):
+            yield request.param
+        return
+    if dispatch.unavailable_reason("cpu") is not None:
         pytest.skip("the native library is not built")
-    return request.param
+    yield request.param
 
 
 @pytest.mark.parametrize("case", ONE_GRAPH)

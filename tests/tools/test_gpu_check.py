@@ -292,7 +292,7 @@ def test_sanitized_calls_reach_every_form_of_the_kernels(monkeypatch):
 
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *_: None)
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
-    monkeypatch.setitem(dispatch._reasons, "triton", None)
+    monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
     with gpu_sanitize.noted() as reached:
         for work in gpu_sanitize.WORKS:
             gpu_sanitize.results(work, "cpu", "triton", *gpu_sanitize.tensors(work))

@@ -14,6 +14,7 @@ from oracle_activation import ACTIVATIONS, NEGATIVE_TAIL, TORCHS
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import rules
 from tests.providers.cpu.test_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
 
 __all__ = ["instruction_sets", "threads"]  # fixtures
@@ -196,8 +197,8 @@ def test_only_the_gradients_asked_for(dtype):
 def test_the_short_way_is_the_provider(activation, monkeypatch, tmp_path, request):
     """Automatic choice where nothing was measured, and so the order of the providers decides; batch_invariant."""
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
-    choice.forget()
-    request.addfinalizer(choice.forget)
+    rules.forget()
+    request.addfinalizer(rules.forget)
     x, bias = draw(4, 128).float(), draw(128, seed=4).float()
     with fusednorm.use_provider("cpu"):
         expected = bias_act_dropout(x, bias, activation)

@@ -12,6 +12,7 @@ import torch
 import fusednorm
 from fusednorm import dispatch
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.dispatch import rules
 
 ROOT = Path(fusednorm.__file__).parents[1]
 REASON = dispatch.unavailable_reason("cpu")
@@ -112,8 +113,8 @@ def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows, tmp_p
     table = {"device": "a CPU", "source": "raw.json", "worst_loss": 0.0, "steps": steps}
     (tmp_path / f"{choice.device_key(torch.device('cpu'))}.json").write_text(json.dumps(table))
     monkeypatch.setattr(choice, "FOLDER", tmp_path)
-    choice.forget()
-    request.addfinalizer(choice.forget)
+    rules.forget()
+    request.addfinalizer(rules.forget)
 
     def served() -> str:
         x = torch.randn(rows, 128, requires_grad=True)

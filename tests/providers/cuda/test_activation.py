@@ -19,8 +19,9 @@ from oracle_activation import (
 from shapes import Shape, random_leaves
 
 import fusednorm
-from fusednorm import _ops, bias_act_dropout, dropout_mask
+from fusednorm import bias_act_dropout, dropout_mask
 from fusednorm._options import ActivationInputs, ActivationOptions
+from fusednorm.dispatch import eager
 from fusednorm.providers.cuda import activation as cuda_activation
 
 pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
@@ -184,6 +185,6 @@ def test_cuda_activation_op_gives_what_the_reference_gives(mask):
     """Shapes and dtypes of all outputs, those not asked for too."""
     x, bias = torch.randn(5, 24).bfloat16(), torch.randn(24)
     call = x, ActivationInputs(x, bias), ActivationOptions("relu", 0.0), mask
-    results = [_ops.call("bias_act_dropout_bwd", *call, provider=p) for p in ("cuda", "reference")]
+    results = [eager.call("bias_act_dropout_bwd", *call, provider=p) for p in ("cuda", "reference")]
     assert len({tuple((t.shape, t.dtype) for t, wanted in zip(r, mask) if wanted) for r in results}) == 1
     assert all(bool(t.numel()) == wanted for r in results for t, wanted in zip(r, mask))

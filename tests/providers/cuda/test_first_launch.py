@@ -25,13 +25,13 @@ def nothing_asked(request):
         return
     if not EMULATED:
         pytest.skip("the emulation's launches are made to fail, and here is a GPU or no g++")
-    dispatch._reasons.clear()
+    dispatch.registry._reasons.clear()
     cuda_host.forget_devices()
     yield
     for device in range(3):
         torch.ops.fusednorm_cuda.fail(device, "")
     cuda_host.forget_devices()
-    dispatch._reasons.clear()
+    dispatch.registry._reasons.clear()
     assert dispatch.unavailable_reason("cuda") is None
 
 
@@ -70,7 +70,7 @@ def three_gpus(monkeypatch):
     """As the library would see them, of which the emulation has none: one launch on each is all that happens there."""
     assert dispatch.unavailable_reason("cuda") is None
     cuda_host.forget_devices()
-    monkeypatch.setattr(dispatch, "_reasons", {})
+    monkeypatch.setattr(dispatch.registry, "_reasons", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5) if index == 2 else (9, 0))
@@ -110,9 +110,9 @@ def test_no_gpu_is_asked_while_it_captures_a_graph(three_gpus, monkeypatch):
 
 def test_the_shortcut_leads_to_no_gpu_that_was_not_asked(monkeypatch):
     with fusednorm.use_provider("cuda"):
-        taken = lambda: dispatch.shortcut.rms_norm(x, (8,), None, 1e-5, "cuda")  # noqa: E731
+        taken = lambda: dispatch.settings.current.fastpath.rms_norm(x, (8,), None, 1e-5, "cuda")  # noqa: E731
         x = torch.randn(4, 8)
-        if dispatch.shortcut is None:
+        if dispatch.settings.current.fastpath is None:
             pytest.skip("no shortcut")
         assert taken() is not None
         cuda_host.forget_devices()
