@@ -32,7 +32,8 @@ def way(inputs: ActivationInputs, options: ActivationOptions) -> Way:
     if recorded():
         return functools.partial(_recorded, options=options)
     if not wants_gradients(inputs):
-        return functools.partial(_forward, options=options, provider=decision.provider)
+        run = eager.runner("bias_act_dropout_fwd", decision.provider, inputs)
+        return functools.partial(_forward, options=options, run=run)
     apply = _apply
     if torch.compiler.is_compiling():
         inputs, apply = dealias_for_compile(inputs), BiasActDropoutFunction.apply
@@ -50,9 +51,8 @@ def _recorded(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
     return eager.recorded("bias_act_dropout_fwd", dropout.with_seed(inputs, options), options)
 
 
-def _forward(inputs: ActivationInputs, options: ActivationOptions, provider: str) -> Tensor:
-    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
-    return eager.call("bias_act_dropout_fwd", inputs, options, provider=provider)
+def _forward(inputs: ActivationInputs, options: ActivationOptions, run: Callable[..., Any]) -> Tensor:
+    return run(dropout.with_seed(inputs, options) if options.dropout_p else inputs, options)
 
 
 def _differentiable(

@@ -41,7 +41,8 @@ def way(
     if recorded():
         return lambda inputs: eager.recorded("attention_fwd", dropout.with_seed(inputs, options), options)
     if not needs_grad:
-        return functools.partial(_forward, options=options, provider=decision.provider)
+        run = eager.runner("attention_fwd", decision.provider, inputs)
+        return functools.partial(_forward, options=options, run=run)
     apply = _apply
     if torch.compiler.is_compiling():
         inputs, apply = dealias_for_compile(inputs), AttentionFunction.apply
@@ -65,9 +66,8 @@ def _looked_at(
     return ways[0 if bounded(*inputs[:3]) else 1](inputs)
 
 
-def _forward(inputs: AttentionInputs, options: AttentionOptions, provider: str) -> tuple[Tensor, Tensor]:
-    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
-    return eager.call("attention_fwd", inputs, options, provider=provider)
+def _forward(inputs: AttentionInputs, options: AttentionOptions, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    return run(dropout.with_seed(inputs, options) if options.dropout_p else inputs, options)
 
 
 def _differentiable(

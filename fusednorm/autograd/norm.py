@@ -41,7 +41,8 @@ def way(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: b
     if recorded():
         return functools.partial(_recorded, options=options)
     if not wants_gradients(inputs):
-        return functools.partial(_forward, options=options, provider=decision.provider)
+        run = eager.runner("add_layer_norm_fwd", decision.provider, inputs)
+        return functools.partial(_forward, options=options, run=run)
     apply = _apply
     if torch.compiler.is_compiling():
         inputs, apply = dealias_for_compile(inputs), AddLayerNormFunction.apply
@@ -63,10 +64,10 @@ def _recorded(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]
     return outputs[0], outputs[1] if options.store_residual else inputs.x
 
 
-def _forward(inputs: NormInputs, options: NormOptions, provider: str) -> tuple[Tensor, Tensor]:
+def _forward(inputs: NormInputs, options: NormOptions, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     if options.dropout_p or options.drop_path_p:
         inputs = dropout.with_seed(inputs, options)
-    outputs = eager.call("add_layer_norm_fwd", inputs, options, provider=provider)
+    outputs = run(inputs, options)
     return outputs[0], outputs[1] if options.store_residual else inputs.x
 
 
