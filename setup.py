@@ -7,7 +7,7 @@ this machine alone, a fraction of the work. Unnamed, it is for those of ARCHITEC
 torch, a compiler or ninja the package is pure Python. FUSEDNORM_NATIVE=1 makes a missing library an error, 0 skips it.
 
 The libraries target torch's stable ABI and have no Python symbols: one build serves every Python, and every torch from
-the targeted one on. The shortcut, a Python module over torch's own C++ interface, serves the torch and the Python that
+the targeted one on. The fast path, a Python module over torch's own C++ interface, serves the torch and the Python that
 it is built with; its file name says which.
 """
 
@@ -41,7 +41,7 @@ except ImportError:  # without build isolation nobody looks at what pyproject.to
 
 ROOT = Path(__file__).resolve().parent  # one spelling, or pip and a call by hand would not share objects
 CSRC = ROOT / "csrc"
-COMMON, CPU, CUDA, SHORTCUT = CSRC / "common", CSRC / "cpu", CSRC / "cuda", CSRC / "fastpath"
+COMMON, CPU, CUDA, FASTPATH = CSRC / "common", CSRC / "cpu", CSRC / "cuda", CSRC / "fastpath"
 TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
@@ -170,7 +170,7 @@ def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
         for source in sorted([*COMMON.glob("*.cpp"), *CPU.rglob("*.cpp")])
         if source not in kernels
     }
-    # the name that the shortcut finds it by, which is linked to it
+    # the name that the fast path finds it by, which is linked to it
     return jobs, ["-Wl,-install_name,@rpath/libfusednorm_cpu.so" if MACOS else "-Wl,-soname,libfusednorm_cpu.so"]
 
 
@@ -201,12 +201,12 @@ def torch_version(torch: Path) -> str:
     return found[1]
 
 
-def shortcut_name() -> str:
+def fastpath_name() -> str:
     """Of the file; fusednorm/dispatch/fastpath.py looks for the one of its own torch and Python."""
-    return f"_shortcut.torch-{torch_version(torch_directory())}{EXTENSION_SUFFIXES[0]}"
+    return f"_fastpath.torch-{torch_version(torch_directory())}{EXTENSION_SUFFIXES[0]}"
 
 
-def shortcut_commands(objects: Path, torch: Path, compiler: list[str], cpu_library: Path) -> Commands:
+def fastpath_commands(objects: Path, torch: Path, compiler: list[str], cpu_library: Path) -> Commands:
     headers = [
         torch / "include",
         torch / "include" / "torch" / "csrc" / "api" / "include",
@@ -217,7 +217,7 @@ def shortcut_commands(objects: Path, torch: Path, compiler: list[str], cpu_libra
     flags = ["-std=c++20", *FLAGS[1:], *(word for path in headers for word in ("-isystem", str(path)))]
     jobs = {
         objects / f"{source.stem}.o": [*compiler, *flags, "-c", str(source)]
-        for source in sorted(SHORTCUT.glob("*.cpp"))
+        for source in sorted(FASTPATH.glob("*.cpp"))
     }
     origin = "@loader_path" if MACOS else "$ORIGIN"
     return jobs, ["-ltorch_python", str(cpu_library), f"-Wl,-rpath,{origin}"]
@@ -295,7 +295,7 @@ def commands_for(library: Path, objects: Path, after_the_cpus: bool) -> Commands
     elif library.stem == "libfusednorm_cuda":
         jobs, libraries = cuda_commands(objects, torch, compiler)
     elif after_the_cpus:
-        jobs, libraries = shortcut_commands(objects, torch, compiler, library.with_name("libfusednorm_cpu.so"))
+        jobs, libraries = fastpath_commands(objects, torch, compiler, library.with_name("libfusednorm_cpu.so"))
     else:
         raise RuntimeError("it needs libfusednorm_cpu.so, which is not built")
     torchs = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
@@ -351,7 +351,7 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")
-        return os.path.join(*folders, shortcut_name() if name == "_shortcut" else f"{name}.so")
+        return os.path.join(*folders, fastpath_name() if name == "_fastpath" else f"{name}.so")
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
@@ -385,7 +385,7 @@ def extensions() -> list[Extension]:
             raise SystemExit(f"fusednorm: the native library cannot be built: {fault}") from fault
         print(f"fusednorm: pure Python, without the native library: {fault}", file=sys.stderr)
         return []
-    names = ["libfusednorm_cpu", "_shortcut", *(["libfusednorm_cuda"] if cuda_is_wanted() else [])]
+    names = ["libfusednorm_cpu", "_fastpath", *(["libfusednorm_cuda"] if cuda_is_wanted() else [])]
     return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 

@@ -34,7 +34,7 @@ _TAKES = {
 }
 _ENVIRONMENT = """environment:
   FUSEDNORM_PROVIDER=NAME   the provider outside of any use_provider block; torch: torch's own operators
-  FUSEDNORM_SHORTCUT=0      leave out the C++ shortcut of small calls
+  FUSEDNORM_FASTPATH=0      leave out the C++ fast path of small calls
   TRITON_INTERPRET=1        run Triton's kernels on CPU tensors, slowly, to test them
 """
 

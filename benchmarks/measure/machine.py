@@ -11,7 +11,7 @@ import torch
 
 import fusednorm
 from benchmarks.host import ask, commit, cpu_name, version
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 from fusednorm.providers.cpu import norm as cpu
 
 
@@ -28,7 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "fusednorm": fusednorm.__version__,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "providers": fusednorm.available_providers(),
-        "shortcut": _shortcut.load()[0] is not None,
+        "shortcut": fastpath.load()[0] is not None,
         "vendor": cpu.vendor() if cpu.unavailable_reason() is None else None,  # of the processor
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
     }

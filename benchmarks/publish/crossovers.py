@@ -49,7 +49,7 @@ def device_key(result: Record) -> str:
     environment = result["environment"]
     if environment["device_type"] == "cpu":
         if not environment.get("shortcut"):
-            return "cpu_without_shortcut"
+            return "cpu_without_fastpath"
         return "cpu_amd" if environment.get("vendor") == "amd" else "cpu"
     if environment["device_type"] != "cuda":
         return environment["device_type"]

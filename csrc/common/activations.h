@@ -1,4 +1,4 @@
-// The activations of bias_act_dropout: the one list of them for both libraries and the shortcut.
+// The activations of bias_act_dropout: the one list of them for both libraries and the fast path.
 //
 // fusednorm/_activations.py is the same table in Python. tests/activation/test_table.py compares the two, and a library
 // that was built with another list does not load.

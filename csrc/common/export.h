@@ -1,4 +1,4 @@
-// What the shortcut finds in a library.
+// What the fast path finds in a library.
 #pragma once
 
 #define FUSEDNORM_EXPORT __attribute__((visibility("default")))

@@ -83,7 +83,7 @@ struct Gradients {
   Handle of[6];  // x, residual, weight, bias, x_bias, layer_scale; undefined where not wanted
 };
 
-// What a library that the shortcut is not linked to offers it. Both sides must have compiled `abi` alike.
+// What a library that the fast path is not linked to offers it. Both sides must have compiled `abi` alike.
 struct Norms {
   int64_t abi;
   Outputs (*forward)(const ForwardCall& call, bool keep_statistics);

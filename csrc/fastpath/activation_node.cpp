@@ -19,7 +19,7 @@
 #include "node.h"
 #include "plain.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 namespace {
 
@@ -173,4 +173,4 @@ at::Tensor bias_act_by_torch(const BiasActCall& call) {
   TORCH_CHECK(false, "no activation has the number ", call.activation);
 }
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -5,7 +5,7 @@
 
 #include "../cpu/activation/bias_act.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 struct BiasActCall {
   at::Tensor x, bias, seed;  // the last two undefined where not given
@@ -19,4 +19,4 @@ at::Tensor bias_act_dropout(const BiasActCall& call);
 // act(x + bias) by torch's own operators, which may be the faster ones.
 at::Tensor bias_act_by_torch(const BiasActCall& call);
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -19,7 +19,7 @@
 #include "node.h"
 #include "plain.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 namespace {
 
@@ -225,4 +225,4 @@ at::Tensor attention(const AttentionCall& call) {
   return out;
 }
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 struct AttentionCall {
   at::Tensor query, key, value, key_mask;  // (batch, heads, length, head dim), not empty; key_mask undefined or (batch, keys)
@@ -17,4 +17,4 @@ at::Tensor attention(const AttentionCall& call);
 
 bool bounded(const char* name, const at::Tensor& tensor);
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

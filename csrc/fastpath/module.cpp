@@ -20,7 +20,7 @@
 #include "norm_node.h"
 #include "plain.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 namespace {
 
@@ -111,7 +111,7 @@ void draw_where_none(double p, const at::Tensor& x, at::Tensor& seed) {
                        x.options().dtype(at::kLong));
 }
 
-// False where the call is not for the shortcut. x, and what is not of a bare norm, is in `call` already.
+// False where the call is not for the fast path. x, and what is not of a bare norm, is in `call` already.
 bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
                PyObject* asked, NormCall& call) {
   if (at::impl::torch_function_mode_enabled()) return false;
@@ -139,7 +139,7 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
   return is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference has it
 }
 
-// The library that is asked for, and x; false where the call is not for the shortcut.
+// The library that is asked for, and x; false where the call is not for the fast path.
 bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
   if (x == Py_None || !plain_thread()) return false;
   call.by_cuda = for_cuda(x, asked);
@@ -198,7 +198,7 @@ const char* const kBiasActOperations[] = {
 #undef FN_OPERATION
 };
 
-// False where the call is not for the shortcut; `by_torch` where torch's own operators are to serve it.
+// False where the call is not for the fast path; `by_torch` where torch's own operators are to serve it.
 bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) {
   if (args[0] == Py_None || PyUnicode_Check(args[5])) return false;
   if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
@@ -288,7 +288,7 @@ bool parse_key_mask(PyObject* object, AttentionCall& call) {
          call.key_mask.size(0) == call.query.size(0) && call.key_mask.size(1) == call.key.size(2);
 }
 
-// False where the call is not for the shortcut.
+// False where the call is not for the fast path.
 bool parse_attention(PyObject* const* args, AttentionCall& call) {
   for (int i = 0; i < 3; ++i)
     if (args[i] == Py_None) return false;
@@ -349,7 +349,7 @@ PyObject* attribute(const char* module, const char* name) {
 
 PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
-     "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the shortcut"},
+     "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the fast path"},
     {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
      "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, asked) -> "
      "(normed, residual_out), or None"},
@@ -361,14 +361,14 @@ PyMethodDef methods[] = {
      "attach_cuda(norms, emulated, devices): the CUDA library, by the address of what it offers, and a bit for each GPU"},
     {}};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_shortcut", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_fastpath", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath
 
-PyMODINIT_FUNC PyInit__shortcut() {
-  using namespace fusednorm_shortcut;
+PyMODINIT_FUNC PyInit__fastpath() {
+  using namespace fusednorm_fastpath;
   if (fusednorm_cpu::abi() != fusednorm_cpu::kAbi) {
     PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
     return nullptr;

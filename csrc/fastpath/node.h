@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 using NodePointer = decltype(torch::autograd::Edge::function);
 
@@ -46,4 +46,4 @@ torch::autograd::variable_list apply_traced(const torch::autograd::Node& node, T
                                IValuePacker<std::decay_t<decltype(metadata)>>::pack(metadata));
 }
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -13,7 +13,7 @@
 #include "node.h"
 #include "plain.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 namespace {
 
@@ -217,7 +217,7 @@ struct NormBackward : public Node {
 }  // namespace
 
 void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices) {
-  TORCH_CHECK(norms->abi == fusednorm::kNormsAbi, "the shortcut and libfusednorm_cuda.so are of different builds");
+  TORCH_CHECK(norms->abi == fusednorm::kNormsAbi, "the fast path and libfusednorm_cuda.so are of different builds");
   cuda = norms;
   cuda_is_emulated = emulated;
   cuda_devices = devices;
@@ -272,4 +272,4 @@ NormResult norm(const NormCall& call) {
   return result;
 }
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

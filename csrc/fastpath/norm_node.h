@@ -5,7 +5,7 @@
 
 #include "../cpu/norm/norm.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 struct NormCall {
   at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
@@ -33,4 +33,4 @@ bool cuda_takes(const NormCall& call);
 // Of tensors for the one library or the other.
 c10::DispatchKey device_key(bool by_cuda);
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -5,7 +5,7 @@
 #include <memory>
 #include <type_traits>
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 bool plain(const at::Tensor& tensor, c10::DispatchKey device) {
   if (!tensor.defined()) return true;
@@ -47,4 +47,4 @@ at::Tensor take(fusednorm::Handle& handle) {
   return tensor ? std::move(*tensor) : at::Tensor();
 }
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -6,7 +6,7 @@
 
 #include "../common/handles.h"
 
-namespace fusednorm_shortcut {
+namespace fusednorm_fastpath {
 
 bool plain(const at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU);  // an undefined one is
 bool plain_thread();
@@ -15,4 +15,4 @@ bool plain_thread();
 fusednorm::Handle handle(const at::Tensor& tensor);
 at::Tensor take(fusednorm::Handle& handle);
 
-}  // namespace fusednorm_shortcut
+}  // namespace fusednorm_fastpath

@@ -45,11 +45,11 @@ class Preference(NamedTuple):
 
 
 def device_key(device: torch.device) -> str:
-    """The architecture of a GPU, `sm_90`; `cpu_amd` or, of all other makers, `cpu`; `cpu_without_shortcut` where small
+    """The architecture of a GPU, `sm_90`; `cpu_amd` or, of all other makers, `cpu`; `cpu_without_fastpath` where small
     calls go another way."""
     if device.type == "cpu":
         if fastpath.load()[0] is None:
-            return "cpu_without_shortcut"
+            return "cpu_without_fastpath"
         return "cpu_amd" if cpu.vendor() == "amd" else "cpu"
     if device.type != "cuda":
         return device.type

@@ -21,25 +21,25 @@ from .._once import once
 from ..providers.cpu import norm as cpu
 from ..providers.native import check_whole
 
-FILE = Path(__file__).parents[1] / (f"_shortcut.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+FILE = Path(__file__).parents[1] / (f"_fastpath.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
 
 
 @once
 def load() -> tuple[Any, str]:
     """(the module, "") or (None, why it cannot be had). It calls the CPU library, which is loaded first."""
-    if os.environ.get("FUSEDNORM_SHORTCUT") == "0":
-        return None, "FUSEDNORM_SHORTCUT=0 leaves it out"
+    if os.environ.get("FUSEDNORM_FASTPATH") == "0":
+        return None, "FUSEDNORM_FASTPATH=0 leaves it out"
     reason = cpu.unavailable_reason()
     if reason is not None:
         return None, reason
     if not FILE.exists():
-        others = sorted(path.name for path in FILE.parent.glob("_shortcut.torch-*"))
+        others = sorted(path.name for path in FILE.parent.glob("_fastpath.torch-*"))
         built = f"it was built for others ({', '.join(others)})" if others else "it is not built"
         return None, f"{built}, and this torch and Python need {FILE.name}"
     try:
         check_whole(FILE)
-        loader = importlib.machinery.ExtensionFileLoader("_shortcut", str(FILE))
-        spec = importlib.util.spec_from_loader("_shortcut", loader)
+        loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(FILE))
+        spec = importlib.util.spec_from_loader("_fastpath", loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)

@@ -366,7 +366,7 @@ def test_automatic_choice_goes_by_processor_and_lengths(vendor, dtype, queries, 
     assert fusednorm.explain(scaled_dot_product_attention, q, k, k).startswith(
         f"scaled_dot_product_attention: {served}, "
     )
-    out = scaled_dot_product_attention(q, k, k)  # the shortcut asks too
+    out = scaled_dot_product_attention(q, k, k)  # the fast path asks too
     with fusednorm.use_provider("cpu"):
         native = scaled_dot_product_attention(q, k, k)
     torchs = F.scaled_dot_product_attention(q, k, k)

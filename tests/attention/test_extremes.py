@@ -226,14 +226,14 @@ def test_boundaries_of_any_stride(using, device, generator):
         finite_gradients(out, [q, k, v])
 
 
-@pytest.mark.parametrize("route", ["torch", "shortcut", "native"])
+@pytest.mark.parametrize("route", ["torch", "fastpath", "native"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_hooks_on_saved_tensors_may_bring_another_layout(route, causal, monkeypatch):
     left_out = fusednorm.dispatch.settings.without_fastpath() if route == "torch" else contextlib.nullcontext()
     if route != "native":
         monkeypatch.setattr(fusednorm.dispatch.rules_attention, "ours_is_faster", lambda *_: False)
-        shortcut = fusednorm.dispatch.fastpath.load()[0]
-        if shortcut is None and route == "shortcut":
+        fastpath = fusednorm.dispatch.fastpath.load()[0]
+        if fastpath is None and route == "fastpath":
             pytest.skip(fusednorm.dispatch.fastpath.load()[1])
     q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
     bring = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT if t.ndim == 4 else t)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.publish import crossovers
 from benchmarks.report.files import read_result
 from fusednorm.dispatch import crossovers as choice
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 from fusednorm.providers.cpu import norm as cpu
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
@@ -185,5 +185,5 @@ def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
 def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
     monkeypatch.setattr(cpu, "vendor", lambda: maker)
     here = choice.device_key(torch.device("cpu"))
-    there = crossovers.device_key(result(device_type="cpu", vendor=maker, shortcut=_shortcut.load()[0] is not None))
-    assert here == there == (key if _shortcut.load()[0] is not None else "cpu_without_shortcut")
+    there = crossovers.device_key(result(device_type="cpu", vendor=maker, fastpath=fastpath.load()[0] is not None))
+    assert here == there == (key if fastpath.load()[0] is not None else "cpu_without_fastpath")

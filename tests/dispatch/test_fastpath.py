@@ -1,4 +1,4 @@
-"""The shortcut gives what the long way gives, bit for bit, and takes no call that needs something of the long way."""
+"""The fast path gives what the long way gives, bit for bit, and takes no call that needs something of the long way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import fusednorm
 from fusednorm import dispatch
 from fusednorm.autograd import norm as autograd_norm
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 
-_missing = _shortcut.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
+_missing = fastpath.load()[1]
+pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMS = ["rms_norm", "add_rms_norm", "add_layer_norm", "add_layer_norm without residual"]
@@ -59,7 +59,7 @@ def taken(x=None, residual=None, weight=None, bias=None, shape=None, eps=1e-5, r
 
 
 @pytest.fixture
-def by_shortcut():
+def by_fastpath():
     with fusednorm.use_provider("cpu"):
         yield
 
@@ -78,7 +78,7 @@ def same(a, b):
     [((5, 33), 1), ((3, 2, 4, 6), 2), ((7,), 1), ((0, 16), 1), ((4, 0), 1), ((1, 1), 1), ((64, 300), 1)],
     ids=["odd", "two-dimensions", "one-row", "no-rows", "no-columns", "one-element", "several-threads"],
 )
-def test_shortcut_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_shortcut, monkeypatch):
+def test_fastpath_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_fastpath, monkeypatch):
     inputs = operands(form, shape, dtype, ndim)
     cotangents = [torch.randn(shape).to(dtype) for _ in range(2)]
     for used in ([0, 1], [0], [1]):
@@ -94,7 +94,7 @@ def test_shortcut_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_sh
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shortcut_gives_the_bits_of_the_long_way_for_any_subset_of_gradients(form, by_shortcut, monkeypatch):
+def test_fastpath_gives_the_bits_of_the_long_way_for_any_subset_of_gradients(form, by_fastpath, monkeypatch):
     base = operands(form)
     given = [i for i, t in enumerate(base) if t is not None]
     cotangents = [torch.randn(5, 33) for _ in range(2)]
@@ -111,7 +111,7 @@ def test_shortcut_gives_the_bits_of_the_long_way_for_any_subset_of_gradients(for
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced", "parameters of another dtype", "no parameters"])
-def test_shortcut_gives_the_bits_of_the_long_way_for_layouts(layout, by_shortcut, monkeypatch):
+def test_fastpath_gives_the_bits_of_the_long_way_for_layouts(layout, by_fastpath, monkeypatch):
     x, residual, weight, bias = (t.detach() for t in operands("add_layer_norm", (6, 8)))
     if layout == "transposed":
         x, residual = x.t().contiguous().t(), residual.t().contiguous().t()
@@ -151,7 +151,7 @@ class _Dispatches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_shortcut_takes_what_is_plain(by_shortcut):
+def test_fastpath_takes_what_is_plain(by_fastpath):
     assert taken() is not None
     assert taken(weight=nn.Parameter(torch.ones(8)), shape=8) is not None
     assert taken(shape=[8]) is not None and taken(shape=torch.Size([8])) is not None
@@ -196,7 +196,7 @@ def test_shortcut_takes_what_is_plain(by_shortcut):
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_shortcut_leaves_other_arguments_to_the_long_way(arguments, by_shortcut):
+def test_fastpath_leaves_other_arguments_to_the_long_way(arguments, by_fastpath):
     assert taken(**arguments) is None
 
 
@@ -211,7 +211,7 @@ def test_shortcut_leaves_other_arguments_to_the_long_way(arguments, by_shortcut)
     ],
     ids=["autocast", "function mode", "dispatch mode", "fake tensors", "below autograd"],
 )
-def test_shortcut_leaves_calls_that_somebody_watches_to_the_long_way(context, by_shortcut):
+def test_fastpath_leaves_calls_that_somebody_watches_to_the_long_way(context, by_fastpath):
     x = torch.randn(4, 8)
     assert taken(x) is not None
     with context():
@@ -219,7 +219,7 @@ def test_shortcut_leaves_calls_that_somebody_watches_to_the_long_way(context, by
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
-def test_shortcut_leaves_transforms_to_the_long_way(by_shortcut):
+def test_fastpath_leaves_transforms_to_the_long_way(by_fastpath):
     x = torch.randn(3, 4, 8)
     seen = []
     torch.vmap(lambda t: seen.append(taken(t)) or t)(x)
@@ -230,7 +230,7 @@ def test_shortcut_leaves_transforms_to_the_long_way(by_shortcut):
     assert seen == [None, None, None, None]
 
 
-def test_shortcut_is_taken_in_a_backward_too(by_shortcut, monkeypatch):
+def test_fastpath_is_taken_in_a_backward_too(by_fastpath, monkeypatch):
     def refuse(*_):
         raise AssertionError("the node's gradients were left to Python")
 
@@ -239,7 +239,7 @@ def test_shortcut_is_taken_in_a_backward_too(by_shortcut, monkeypatch):
     assert all(g is not None for g in differentiate(call("add_layer_norm", *inputs), inputs, [0], [torch.ones(5, 33)]))
 
 
-def test_shortcut_refuses_a_wrong_number_of_arguments():
+def test_fastpath_refuses_a_wrong_number_of_arguments():
     with pytest.raises(TypeError, match="expected 5 arguments, got 1"):
         dispatch.settings.current.fastpath.rms_norm(torch.randn(3))
 
@@ -248,7 +248,7 @@ def test_shortcut_refuses_a_wrong_number_of_arguments():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shortcut_derivatives_of_second_order_and_batched(form, by_shortcut):
+def test_fastpath_derivatives_of_second_order_and_batched(form, by_fastpath):
     inputs = [t for t in operands(form, (3, 5), torch.float64) if t is not None]
 
     def function(*tensors):
@@ -261,7 +261,7 @@ def test_shortcut_derivatives_of_second_order_and_batched(form, by_shortcut):
     assert torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True)
 
 
-def test_shortcut_graph_is_freed_after_one_backward(by_shortcut):
+def test_fastpath_graph_is_freed_after_one_backward(by_fastpath):
     x, residual, weight, bias = operands("add_layer_norm")
     normed, _ = call("add_layer_norm", x, residual, weight, bias)
     first = torch.autograd.grad(normed, x, torch.ones_like(normed), retain_graph=True)[0]
@@ -270,7 +270,7 @@ def test_shortcut_graph_is_freed_after_one_backward(by_shortcut):
         torch.autograd.grad(normed, x, torch.ones_like(normed))
 
 
-def test_shortcut_notices_what_was_changed_in_place(by_shortcut):
+def test_fastpath_notices_what_was_changed_in_place(by_fastpath):
     inputs = operands("add_layer_norm")
     normed, z = call("add_layer_norm", *inputs)
     z.add_(1.0)
@@ -287,7 +287,7 @@ def test_shortcut_notices_what_was_changed_in_place(by_shortcut):
     same(torch.autograd.grad(normed.mul_(2.0), inputs[0], cotangent)[0], expected)
 
 
-def test_shortcut_keeps_through_hooks_on_saved_tensors(by_shortcut):
+def test_fastpath_keeps_through_hooks_on_saved_tensors(by_fastpath):
     inputs = operands("add_layer_norm")
     cotangents = [torch.randn(5, 33) for _ in range(2)]
     expected = differentiate(call("add_layer_norm", *inputs), inputs, [0, 1], cotangents)
@@ -308,7 +308,7 @@ def test_shortcut_keeps_through_hooks_on_saved_tensors(by_shortcut):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at z's
-def test_shortcut_under_compiled_autograd(by_shortcut):
+def test_fastpath_under_compiled_autograd(by_fastpath):
     from torch._dynamo import compiled_autograd
 
     torch._dynamo.reset()
@@ -323,7 +323,7 @@ def test_shortcut_under_compiled_autograd(by_shortcut):
             same(a, b)
 
 
-def test_shortcut_long_chain_is_destroyed_without_recursion(by_shortcut):
+def test_fastpath_long_chain_is_destroyed_without_recursion(by_fastpath):
     h = weight = torch.ones(8, requires_grad=True)
     for _ in range(20_000):
         h = fusednorm.rms_norm(h, 8, weight)
@@ -331,7 +331,7 @@ def test_shortcut_long_chain_is_destroyed_without_recursion(by_shortcut):
     del h  # a recursion this deep would overflow the stack
 
 
-def test_shortcut_in_several_threads_at_once(by_shortcut):
+def test_fastpath_in_several_threads_at_once(by_fastpath):
     inputs = operands("add_layer_norm", (64, 256))
     cotangents = [torch.randn(64, 256) for _ in range(2)]
     expected = differentiate(call("add_layer_norm", *inputs), inputs, [0, 1], cotangents)
@@ -352,7 +352,7 @@ def test_shortcut_in_several_threads_at_once(by_shortcut):
             same(a, b)
 
 
-def test_shortcut_shows_in_the_profiler(by_shortcut):
+def test_fastpath_shows_in_the_profiler(by_fastpath):
     inputs = operands("add_layer_norm")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call("add_layer_norm", *inputs)[0].sum().backward()
@@ -360,7 +360,7 @@ def test_shortcut_shows_in_the_profiler(by_shortcut):
     assert {"fusednorm_cpu::add_layer_norm_fwd", "fusednorm_cpu::add_layer_norm_bwd"} <= names
 
 
-def test_shortcut_leaks_nothing(by_shortcut):
+def test_fastpath_leaks_nothing(by_fastpath):
     import gc
     import weakref
 

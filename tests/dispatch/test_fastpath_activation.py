@@ -1,4 +1,4 @@
-"""The shortcut's bias_act_dropout gives what the long way gives, bit for bit, and takes no call that needs that way."""
+"""The fast path's bias_act_dropout gives the bits of the long way, and takes no call that needs that way."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 
-_missing = _shortcut.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
+_missing = fastpath.load()[1]
+pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
 
 DROPOUT = pytest.mark.parametrize(
     "options",
@@ -69,14 +69,14 @@ def check(leaves, activation, options, monkeypatch, node=NODE, cotangent=None):
 @pytest.mark.parametrize("shape", [(6, 33), (2, 3, 16), (7,), (0, 16), (4, 0), (64, 300)], ids=str)
 @DROPOUT
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_shortcut_gives_the_bits_of_the_long_way(activation, options, shape, dtype, native, monkeypatch):
+def test_fastpath_gives_the_bits_of_the_long_way(activation, options, shape, dtype, native, monkeypatch):
     check(leaves_of(shape, dtype), activation, options, monkeypatch)
 
 
 @DROPOUT
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_shortcut_gives_the_bits_of_the_long_way_by_automatic_choice(activation, dtype, options, monkeypatch):
+def test_fastpath_gives_the_bits_of_the_long_way_by_automatic_choice(activation, dtype, options, monkeypatch):
     """Whoever serves the call: the kernels, or torch's own operators."""
     for shape, bias in itertools.product([(4, 64), (64, 1024), (4, 8192)], [True, False]):
         leaves = leaves_of(shape, dtype, bias=bias)
@@ -87,14 +87,14 @@ def test_shortcut_gives_the_bits_of_the_long_way_by_automatic_choice(activation,
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_shortcut_for_any_subset_of_gradients(activation, native, monkeypatch):
+def test_fastpath_for_any_subset_of_gradients(activation, native, monkeypatch):
     for wanted in ([True, False], [False, True]):
         leaves = [leaf.detach().requires_grad_(want) for leaf, want in zip(leaves_of(), wanted)]
         check(leaves, activation, {"dropout_p": 0.3, "seed": 1}, monkeypatch)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced", "bias of another dtype", "no bias"])
-def test_shortcut_for_layouts(layout, native, monkeypatch):
+def test_fastpath_for_layouts(layout, native, monkeypatch):
     x, bias = (leaf.detach() for leaf in leaves_of((6, 8)))
     if layout == "transposed":
         x = x.t().contiguous().t()
@@ -109,11 +109,11 @@ def test_shortcut_for_layouts(layout, native, monkeypatch):
     check(leaves, "gelu", {"dropout_p": 0.5, "seed": 4}, monkeypatch, cotangent=cotangent)
 
 
-def test_shortcut_draws_the_seed_that_the_long_way_draws(native, monkeypatch):
+def test_fastpath_draws_the_seed_that_the_long_way_draws(native, monkeypatch):
     check(leaves_of(), "silu", {"dropout_p": 0.5}, monkeypatch)
 
 
-def test_shortcut_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(native, monkeypatch):
+def test_fastpath_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(native, monkeypatch):
     leaves, seed = leaves_of(), torch.tensor([2**40])
     check(leaves, "relu", {"dropout_p": 0.5, "seed": seed}, monkeypatch)
     y = fusednorm.bias_act_dropout(*leaves, "relu", 0.5, seed=seed)
@@ -122,7 +122,7 @@ def test_shortcut_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(nati
         y.sum().backward()
 
 
-def test_shortcut_drops_what_dropout_mask_says(native):
+def test_fastpath_drops_what_dropout_mask_says(native):
     x, p, seed = torch.rand(64, 300) + 0.5, 0.3, 11
     y = fusednorm.bias_act_dropout(x, None, "relu", p, seed=seed)
     assert torch.equal(y != 0, fusednorm.dropout_mask(x.shape, p, seed))
@@ -166,18 +166,18 @@ class _Dispatches(TorchDispatchMode):
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_shortcut_leaves_other_arguments_to_the_long_way(arguments, native):
+def test_fastpath_leaves_other_arguments_to_the_long_way(arguments, native):
     assert taken() is not None
     assert taken(**arguments) is None
 
 
 @pytest.mark.parametrize("context", [lambda: torch.autocast("cpu"), _Dispatches], ids=["autocast", "dispatch mode"])
-def test_shortcut_leaves_calls_that_somebody_watches_to_the_long_way(context, native):
+def test_fastpath_leaves_calls_that_somebody_watches_to_the_long_way(context, native):
     with context():
         assert taken() is None
 
 
-def test_shortcut_leaves_transforms_to_the_long_way(native):
+def test_fastpath_leaves_transforms_to_the_long_way(native):
     seen = []
     torch.vmap(lambda t: seen.append(taken(t)) or t)(torch.randn(3, 4, 8))
     torch.func.grad(lambda t: seen.append(taken(t)) or t.sum())(torch.randn(4, 8))
@@ -189,7 +189,7 @@ def test_shortcut_leaves_transforms_to_the_long_way(native):
 
 @DROPOUT
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
-def test_shortcut_derivatives_of_second_order_and_batched(activation, options, native):
+def test_fastpath_derivatives_of_second_order_and_batched(activation, options, native):
     def function(x, bias):
         return fusednorm.bias_act_dropout(x, bias, activation, **options)
 
@@ -199,7 +199,7 @@ def test_shortcut_derivatives_of_second_order_and_batched(activation, options, n
     assert torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True)
 
 
-def test_shortcut_graph_is_freed_after_one_backward_and_notices_changes(native):
+def test_fastpath_graph_is_freed_after_one_backward_and_notices_changes(native):
     x, bias = leaves_of()
     y = fusednorm.bias_act_dropout(x, bias, "gelu")
     torch.autograd.grad(y, x, torch.ones_like(y))
@@ -212,7 +212,7 @@ def test_shortcut_graph_is_freed_after_one_backward_and_notices_changes(native):
         y.sum().backward()
 
 
-def test_shortcut_keeps_through_hooks_on_saved_tensors_and_checkpoints(native):
+def test_fastpath_keeps_through_hooks_on_saved_tensors_and_checkpoints(native):
     leaves, options, cotangent = leaves_of(), {"dropout_p": 0.5, "seed": 1}, torch.randn(6, 33)
     expected = run(leaves, "gelu", options, cotangent)[1]
     packed = []
@@ -226,7 +226,7 @@ def test_shortcut_keeps_through_hooks_on_saved_tensors_and_checkpoints(native):
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5, "seed": 1}], ids=["bare", "dropout"])
-def test_shortcut_under_compiled_autograd(options, native):
+def test_fastpath_under_compiled_autograd(options, native):
     from torch._dynamo import compiled_autograd
 
     torch._dynamo.reset()
@@ -240,7 +240,7 @@ def test_shortcut_under_compiled_autograd(options, native):
             same(a, b)
 
 
-def test_shortcut_shows_in_the_profiler(native):
+def test_fastpath_shows_in_the_profiler(native):
     leaves = leaves_of()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fusednorm.bias_act_dropout(*leaves, "gelu", 0.1).sum().backward()

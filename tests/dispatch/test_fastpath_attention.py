@@ -1,4 +1,4 @@
-"""Attention by the shortcut gives what the long way gives, bit for bit, and takes no call that needs that way."""
+"""Attention by the fast path gives what the long way gives, bit for bit, and takes no call that needs that way."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fusednorm import dispatch, scaled_dot_product_attention
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 from tests.dispatch.test_fastpath import _Dispatches, _Functions, _Subclass
 
-_missing = _shortcut.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
+_missing = fastpath.load()[1]
+pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEY_MASK = torch.tensor([[True] * 7, [True, False, True, True, False, False, True]])
@@ -47,7 +47,7 @@ def taken(*inputs, key_mask=None, is_causal=False, window=None, scale=None, enab
 
 
 def compare(inputs, options, monkeypatch, exact=True):
-    """Outputs and gradients by the shortcut and the long way, and outputs without gradients, which are the last."""
+    """Outputs and gradients by the fast path and the long way, and outputs without gradients, which are the last."""
     out = scaled_dot_product_attention(*inputs, **options)
     assert out.grad_fn.name() == "FusedAttentionBackward"
     cotangent = torch.randn(out.shape).to(out.dtype)
@@ -72,14 +72,14 @@ def compare(inputs, options, monkeypatch, exact=True):
 @pytest.mark.parametrize("vendor", ["amd", "intel"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_shortcut_attention_gives_the_bits_of_the_long_way(form, dtype, vendor, as_on, monkeypatch):
+def test_fastpath_attention_gives_the_bits_of_the_long_way(form, dtype, vendor, as_on, monkeypatch):
     as_on(vendor)
     compare(operands(dtype), FORMS[form], monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["plain", "all"])
 @pytest.mark.parametrize("queries", [1, 130])
-def test_shortcut_attention_in_several_blocks(form, queries, monkeypatch):
+def test_fastpath_attention_in_several_blocks(form, queries, monkeypatch):
     options = dict(FORMS[form])
     if "key_mask" in options:
         options["key_mask"] = torch.rand(2, 200) < 0.7
@@ -88,7 +88,7 @@ def test_shortcut_attention_in_several_blocks(form, queries, monkeypatch):
 
 @pytest.mark.parametrize("subset", [s for n in (1, 2) for s in itertools.combinations(range(3), n)], ids=str)
 @pytest.mark.parametrize("form", ["causal", "padded"])
-def test_shortcut_attention_gradients_of_any_subset(form, subset, monkeypatch):
+def test_fastpath_attention_gradients_of_any_subset(form, subset, monkeypatch):
     inputs = [t.detach().requires_grad_(i in subset) for i, t in enumerate(operands())]
     compare(inputs, FORMS[form], monkeypatch)
 
@@ -96,7 +96,7 @@ def test_shortcut_attention_gradients_of_any_subset(form, subset, monkeypatch):
 @pytest.mark.parametrize(
     "layout", ["packed", "grouped", "other value dim", "transposed features", "expanded", "inf under causality"]
 )
-def test_shortcut_attention_of_layouts(layout, monkeypatch):
+def test_fastpath_attention_of_layouts(layout, monkeypatch):
     inputs, options = operands(queries=7), {"is_causal": True}
     if layout == "packed":
         inputs = [t.detach().requires_grad_() for t in torch.randn(2, 7, 3, 2, 8).permute(2, 0, 3, 1, 4)]
@@ -120,7 +120,7 @@ def test_shortcut_attention_of_layouts(layout, monkeypatch):
 # --- what it leaves to the long way ---
 
 
-def test_shortcut_attention_takes_what_is_plain():
+def test_fastpath_attention_takes_what_is_plain():
     assert taken() is not None and taken(scale=0.1, is_causal=True, window=(0, None), key_mask=KEY_MASK) is not None
     with torch.inference_mode():
         assert taken(*(torch.randn(2, 2, 5, 8) for _ in range(3))).is_inference()
@@ -151,7 +151,7 @@ def _with(position, tensor):
         _with(1, [1.0]),
     ],
 )
-def test_shortcut_attention_leaves_other_tensors_to_the_long_way(inputs):
+def test_fastpath_attention_leaves_other_tensors_to_the_long_way(inputs):
     assert taken(*inputs) is None
 
 
@@ -177,18 +177,18 @@ def test_shortcut_attention_leaves_other_tensors_to_the_long_way(inputs):
     ],
     ids=str,
 )
-def test_shortcut_attention_leaves_other_options_to_the_long_way(options):
+def test_fastpath_attention_leaves_other_options_to_the_long_way(options):
     assert taken(**options) is None
 
 
 @pytest.mark.parametrize("context", [lambda: torch.autocast("cpu"), _Functions, _Dispatches, FakeTensorMode])
-def test_shortcut_attention_leaves_calls_that_somebody_watches_to_the_long_way(context):
+def test_fastpath_attention_leaves_calls_that_somebody_watches_to_the_long_way(context):
     inputs = [t.detach() for t in operands()]
     with context():
         assert taken(*inputs) is None
 
 
-def test_shortcut_attention_leaves_transforms_to_the_long_way():
+def test_fastpath_attention_leaves_transforms_to_the_long_way():
     x, seen = torch.randn(3, 2, 2, 5, 8), []
     torch.vmap(lambda t: seen.append(taken(t, t, t)) or t)(x)
     torch.func.grad(lambda t: seen.append(taken(t, t, t)) or t.sum())(x[0])
@@ -202,7 +202,7 @@ def test_shortcut_attention_leaves_transforms_to_the_long_way():
 
 
 @pytest.mark.parametrize("form", ["plain", "causal", "all"])
-def test_shortcut_attention_derivatives_of_second_order_and_batched(form):
+def test_fastpath_attention_derivatives_of_second_order_and_batched(form):
     inputs = [t.detach()[:, :1, :4].requires_grad_() for t in operands(torch.float64, 4, 4, dims=(3, 3))]
     options = dict(FORMS[form])
     if "key_mask" in options:
@@ -218,7 +218,7 @@ def test_shortcut_attention_derivatives_of_second_order_and_batched(form):
 
 
 @pytest.mark.parametrize("form", ["causal", "padded"])
-def test_shortcut_attention_keeps_and_frees_as_autograd_does(form):
+def test_fastpath_attention_keeps_and_frees_as_autograd_does(form):
     inputs, options = operands(), FORMS[form]
     out = scaled_dot_product_attention(*inputs, **options)
     cotangent = torch.randn_like(out)
@@ -242,7 +242,7 @@ def test_shortcut_attention_keeps_and_frees_as_autograd_does(form):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("form", ["causal", "all"])
-def test_shortcut_attention_under_compiled_autograd(form):
+def test_fastpath_attention_under_compiled_autograd(form):
     from torch._dynamo import compiled_autograd
 
     torch._dynamo.reset()
@@ -257,7 +257,7 @@ def test_shortcut_attention_under_compiled_autograd(form):
             torch.testing.assert_close(a, b)
 
 
-def test_shortcut_attention_shows_in_the_profiler_and_leaks_nothing():
+def test_fastpath_attention_shows_in_the_profiler_and_leaks_nothing():
     inputs = operands()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out = scaled_dot_product_attention(*inputs, key_mask=KEY_MASK)

@@ -1,4 +1,4 @@
-"""Which calls automatic choice gives to the shortcut: requests, what was measured, and a norm with nothing to add."""
+"""Which calls automatic choice gives to the fast path: requests, what was measured, and a norm with nothing to add."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 
-_missing = _shortcut.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
+_missing = fastpath.load()[1]
+pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The shortcut to the CUDA library: the bits of the long way, and nothing that the library does not read.
+"""The fast path to the CUDA library: the bits of the long way, and nothing that the library does not read.
 
 On a GPU, or without one on the emulation.
 """
@@ -18,14 +18,13 @@ import fusednorm
 from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
-from fusednorm.dispatch import fastpath as _shortcut
-from fusednorm.dispatch import rules
+from fusednorm.dispatch import fastpath, rules
 from tests.dispatch.test_fastpath import DTYPES, FORMS, call, differentiate, same
 from tests.dispatch.test_fastpath import operands as on_the_cpu
 
-_missing = _shortcut.load()[1]
+_missing = fastpath.load()[1]
 pytestmark = [
-    pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}"),
+    pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}"),
     *([] if EMULATED else [pytest.mark.gpu]),
 ]
 NODE = "FusedNormBackward"
@@ -54,7 +53,7 @@ def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=
 
 
 def both_ways(function, monkeypatch):
-    """What `function` gives by the shortcut, and by the long way."""
+    """What `function` gives by the fast path, and by the long way."""
     found = function()
     with dispatch.settings.without_fastpath():
         expected = function()
@@ -74,7 +73,7 @@ def all_same(found, expected):
     [((5, 33), 1), ((3, 2, 4, 6), 2), ((7,), 1), ((1, 1), 1), ((64, 304), 1), ((2, 20000), 1)],
     ids=["odd", "two-dimensions", "one-row", "one-element", "aligned", "wide"],
 )
-def test_shortcut_to_cuda_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_cuda, monkeypatch):
+def test_fastpath_to_cuda_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_cuda, monkeypatch):
     inputs = operands(form, shape, dtype, ndim)
     cotangents = [randn(*shape, dtype=dtype) for _ in range(2)]
 
@@ -92,7 +91,7 @@ def test_shortcut_to_cuda_gives_the_bits_of_the_long_way(form, shape, ndim, dtyp
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_shortcut_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda, monkeypatch):
+def test_fastpath_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda, monkeypatch):
     base = [*operands("add_layer_norm", (6, 40)), randn(40)]
     cotangents = [randn(6, 40) for _ in range(2)]
     for count in range(1, 6):
@@ -106,7 +105,7 @@ def test_shortcut_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda, monkey
             all_same(*wanted)
 
 
-def test_shortcut_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cuda):
+def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cuda):
     x = torch.ones(8, 64, device=DEVICE)
     torch.manual_seed(3)
     seed = fusednorm.dropout.default_seed(x.device)
@@ -117,7 +116,7 @@ def test_shortcut_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cud
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
-def test_shortcut_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda, monkeypatch):
+def test_fastpath_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda, monkeypatch):
     inputs = operands("add_layer_norm", (6, 40), torch.bfloat16, weight_dtype=parameters)
     cotangents = [randn(6, 40, dtype=torch.bfloat16) for _ in range(2)]
     outputs = both_ways(lambda: call("add_layer_norm", *inputs), monkeypatch)
@@ -142,14 +141,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_shortcut_to_cuda_leaves_what_its_kernels_do_not_read_to_the_long_way(case, by_cuda):
+def test_fastpath_to_cuda_leaves_what_its_kernels_do_not_read_to_the_long_way(case, by_cuda):
     x, options = REFUSED[case]()
     assert taken(x, **options) is None
     assert taken(randn(4, 8)) is not None
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "kept transposed by a hook"])
-def test_shortcut_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout, by_cuda, monkeypatch):
+def test_fastpath_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout, by_cuda, monkeypatch):
     inputs = operands("add_layer_norm", (6, 40))
     cotangents = [randn(1, 40).expand(6, 40), randn(40, 6).t()]
     if layout == "transposed":
@@ -165,7 +164,7 @@ def test_shortcut_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout,
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shortcut_to_cuda_second_derivatives_and_batched_cotangents(form, by_cuda, monkeypatch):
+def test_fastpath_to_cuda_second_derivatives_and_batched_cotangents(form, by_cuda, monkeypatch):
     inputs = [None if t is None else t.detach().double().requires_grad_() for t in operands(form, (3, 5))]
     given = [t for t in inputs if t is not None]
     assert call(form, *inputs)[0].grad_fn.name() == NODE
@@ -173,7 +172,7 @@ def test_shortcut_to_cuda_second_derivatives_and_batched_cotangents(form, by_cud
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at z's
-def test_shortcut_to_cuda_under_compiled_autograd(by_cuda):
+def test_fastpath_to_cuda_under_compiled_autograd(by_cuda):
     torch._dynamo.reset()
     inputs = operands("add_layer_norm", (6, 40))
     cotangents = [randn(6, 40) for _ in range(2)]
@@ -185,7 +184,7 @@ def test_shortcut_to_cuda_under_compiled_autograd(by_cuda):
         all_same(found, expected)
 
 
-def test_shortcut_to_cuda_shows_in_the_profiler(by_cuda):
+def test_fastpath_to_cuda_shows_in_the_profiler(by_cuda):
     inputs = operands("add_layer_norm", (6, 40))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call("add_layer_norm", *inputs)[0].sum().backward()
@@ -213,7 +212,7 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
     assert "fusednorm_cpu::add_layer_norm_fwd" in {event.key for event in profile.key_averages()}
 
 
-def test_shortcut_refuses_a_library_of_another_build():
+def test_fastpath_refuses_a_library_of_another_build():
     other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
     with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
         dispatch.settings.current.fastpath.attach_cuda(other.data_ptr(), True, 1)
@@ -235,7 +234,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     rules.forget()
 
 
-def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(on_a_gpu):
+def test_small_norms_on_a_gpu_are_for_the_fastpath_until_something_is_measured(on_a_gpu):
     assert rules.fastpath_serves("layer_norm", torch.bfloat16, 4 * 64, 64, False, 0)
     assert rules.fastpath_serves("add_rms_norm", torch.float32, 1 << 21, 1024, True, 0)
     assert not rules.fastpath_serves("add_rms_norm", torch.float32, (1 << 21) + 1024, 1024, True, 0)
@@ -248,7 +247,7 @@ def test_small_norms_on_a_gpu_are_for_the_shortcut_until_something_is_measured(o
     assert rules.fastpath_serves("layer_norm", torch.float32, 4 * 64, 64, False, 0)
 
 
-def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeypatch):
+def test_the_long_way_on_a_gpu_prefers_what_the_fastpath_takes(on_a_gpu, monkeypatch):
     with FakeTensorMode():
         x = torch.empty(4, 64, device="cuda")
         large = torch.empty(4096, 1024, device="cuda")
@@ -261,17 +260,17 @@ def test_the_long_way_on_a_gpu_prefers_what_the_shortcut_takes(on_a_gpu, monkeyp
         return found and found.provider
 
     assert preferred(x) == preferred(x, x) == "cuda"
-    # the shortcut takes up to 8 MiB and no drop path; up to 32 MiB a call waits for the host
+    # the fast path takes up to 8 MiB and no drop path; up to 32 MiB a call waits for the host
     assert preferred(large) == preferred(x, x, drop_path_p=0.5) == "torch"
     call = from_flat("add_layer_norm_fwd", (x, x, *bare, 0.0, x.dtype, x.dtype, False, False, True))
     assert "waits for the host" in rules.preference(*call).why
-    monkeypatch.setattr(_shortcut, "load", lambda: (None, "left out"))
+    monkeypatch.setattr(fastpath, "load", lambda: (None, "left out"))
     rules.forget()
     assert preferred(x) == "torch"
 
 
 @pytest.mark.gpu
-def test_a_small_norm_on_a_gpu_takes_the_shortcut_once_the_library_is_loaded():
+def test_a_small_norm_on_a_gpu_takes_the_fastpath_once_the_library_is_loaded():
     assert dispatch.unavailable_reason("cuda") is None
     x, weight = torch.randn(4, 64, device="cuda", requires_grad=True), torch.ones(64, device="cuda")
     for function in (fusednorm.layer_norm, fusednorm.rms_norm):

@@ -1,4 +1,4 @@
-"""The shortcut's norms with bias and dropout before them give what the long way gives, bit for bit."""
+"""The fast path's norms with bias and dropout before them give what the long way gives, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.dispatch import fastpath as _shortcut
+from fusednorm.dispatch import fastpath
 
-_missing = _shortcut.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no shortcut: {_missing}")
+_missing = fastpath.load()[1]
+pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
 
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
 EPILOGUES = {
@@ -92,14 +92,14 @@ def check(epilogue, leaves, monkeypatch, used=(0, 1), cotangents=None, **options
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(6, 33), (2, 3, 16), (7,), (0, 16), (4, 0), (64, 300)], ids=str)
 @pytest.mark.parametrize("name", EPILOGUES)
-def test_shortcut_with_an_epilogue_gives_the_bits_of_the_long_way(name, shape, dtype, monkeypatch):
+def test_fastpath_with_an_epilogue_gives_the_bits_of_the_long_way(name, shape, dtype, monkeypatch):
     for used in ((0, 1), (0,), (1,)):
         check(EPILOGUES[name], leaves_of(EPILOGUES[name], shape, dtype), monkeypatch, used)
 
 
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both outputs", "normed", "residual_out"])
 @pytest.mark.parametrize("name", ["bias", "dropout", "both"])
-def test_shortcut_with_an_epilogue_for_any_subset_of_gradients(name, used, monkeypatch):
+def test_fastpath_with_an_epilogue_for_any_subset_of_gradients(name, used, monkeypatch):
     base = leaves_of(EPILOGUES[name])
     for count in range(1, len(base) + 1):
         for subset in itertools.combinations(base, count):
@@ -109,12 +109,12 @@ def test_shortcut_with_an_epilogue_for_any_subset_of_gradients(name, used, monke
             check(EPILOGUES[name], leaves, monkeypatch, used)
 
 
-def test_shortcut_with_a_bias_of_another_dtype(monkeypatch):
+def test_fastpath_with_a_bias_of_another_dtype(monkeypatch):
     epilogue = EPILOGUES["both"]
     check(epilogue, leaves_of(epilogue, dtype=torch.bfloat16, of_bias=torch.float32), monkeypatch)
 
 
-def test_shortcut_draws_the_seed_that_the_long_way_draws(monkeypatch):
+def test_fastpath_draws_the_seed_that_the_long_way_draws(monkeypatch):
     epilogue = {"dropout_p": 0.5}
     check(epilogue, leaves_of(epilogue), monkeypatch)
     torch.manual_seed(3)
@@ -122,7 +122,7 @@ def test_shortcut_draws_the_seed_that_the_long_way_draws(monkeypatch):
     assert not torch.equal(first, call(epilogue, leaves)[1])
 
 
-def test_shortcut_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(monkeypatch):
+def test_fastpath_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(monkeypatch):
     leaves = leaves_of({}, (6, 33))
     seed = torch.tensor(2**40)
     check({"dropout_p": 0.5}, leaves, monkeypatch, seed=seed)
@@ -132,7 +132,7 @@ def test_shortcut_takes_a_seed_in_a_tensor_and_notices_where_it_was_changed(monk
         outputs[0].sum().backward()
 
 
-def test_shortcut_drops_what_dropout_mask_says():
+def test_fastpath_drops_what_dropout_mask_says():
     x, p, seed = torch.randn(64, 300), 0.3, 11
     _, z = call({"dropout_p": p, "seed": seed}, {"x": x})
     mask = fusednorm.dropout_mask(x.shape, p, seed)
@@ -141,7 +141,7 @@ def test_shortcut_drops_what_dropout_mask_says():
 
 
 @pytest.mark.parametrize("name", ["bias", "both", "both of an RMSNorm"])
-def test_shortcut_with_an_epilogue_derivatives_of_second_order_and_batched(name):
+def test_fastpath_with_an_epilogue_derivatives_of_second_order_and_batched(name):
     leaves = leaves_of(EPILOGUES[name], (3, 5), torch.float64)
 
     def function(*tensors):
@@ -152,7 +152,7 @@ def test_shortcut_with_an_epilogue_derivatives_of_second_order_and_batched(name)
     assert torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True)
 
 
-def test_shortcut_with_an_epilogue_through_hooks_on_saved_tensors_and_checkpoints():
+def test_fastpath_with_an_epilogue_through_hooks_on_saved_tensors_and_checkpoints():
     epilogue = EPILOGUES["both"]
     leaves, cotangents = leaves_of(epilogue), [torch.randn(6, 33) for _ in range(2)]
     expected = gradients(call(epilogue, leaves), leaves, (0, 1), cotangents)
@@ -165,7 +165,7 @@ def test_shortcut_with_an_epilogue_through_hooks_on_saved_tensors_and_checkpoint
             same(gradient, expected[name])
 
 
-def test_shortcut_with_a_drawn_seed_under_checkpoint():
+def test_fastpath_with_a_drawn_seed_under_checkpoint():
     leaves = leaves_of({"x_bias": True})
     _, z = checkpoint(call, {"dropout_p": 0.5}, leaves, use_reentrant=False)
     gradient = torch.autograd.grad(z, leaves["x"], torch.ones_like(z))[0]
@@ -175,7 +175,7 @@ def test_shortcut_with_a_drawn_seed_under_checkpoint():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at z's
 @pytest.mark.parametrize("name", ["bias", "dropout", "both"])
-def test_shortcut_with_an_epilogue_under_compiled_autograd(name):
+def test_fastpath_with_an_epilogue_under_compiled_autograd(name):
     from torch._dynamo import compiled_autograd
 
     torch._dynamo.reset()
@@ -191,7 +191,7 @@ def test_shortcut_with_an_epilogue_under_compiled_autograd(name):
                 same(gradient, expected[leaf])
 
 
-def test_layers_with_dropout_take_the_shortcut():
+def test_layers_with_dropout_take_the_fastpath():
     layer = fusednorm.AddLayerNorm(16, dropout_p=0.5)
     x = torch.randn(4, 16, requires_grad=True)
     assert layer(x, x)[0].grad_fn.name() == "FusedNormBackward"
@@ -203,7 +203,7 @@ def taken(x_bias=None, dropout_p=0.5, seed=None):
     return dispatch.settings.current.fastpath.add_norm(x, x, 8, None, None, 1e-5, x_bias, dropout_p, seed, False, False)
 
 
-def test_shortcut_takes_every_form_of_a_plain_epilogue():
+def test_fastpath_takes_every_form_of_a_plain_epilogue():
     assert taken() is not None and taken(dropout_p=0) is not None and taken(dropout_p=0.0, seed=3) is not None
     assert taken(seed=torch.tensor([[3]]), x_bias=torch.ones(8)) is not None
 
@@ -229,5 +229,5 @@ def test_shortcut_takes_every_form_of_a_plain_epilogue():
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_shortcut_leaves_other_epilogues_to_the_long_way(arguments):
+def test_fastpath_leaves_other_epilogues_to_the_long_way(arguments):
     assert taken(**arguments) is None

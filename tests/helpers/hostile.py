@@ -119,14 +119,10 @@ def mask_args() -> dict[str, Any]:
 def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]:
     """Every operator of the CPU library that takes a tensor, with valid arguments for it."""
     ops = torch.ops.fusednorm_cpu
-    norm = ("x", "residual", "weight", "bias", "options", "eps")
-    bias = ("x", "bias", "options")
     return {
         "add_layer_norm_fwd": (ops.add_layer_norm_fwd, forward_args),
-        "add_norm_bare": (ops.add_norm_bare, lambda: {name: forward_args()[name] for name in norm}),
         "add_layer_norm_bwd": (ops.add_layer_norm_bwd, backward_args),
         "bias_act_dropout_fwd": (ops.bias_act_dropout_fwd, activation_args),
-        "bias_act_bare": (ops.bias_act_bare, lambda: {name: activation_args()[name] for name in bias}),
         "bias_act_dropout_bwd": (ops.bias_act_dropout_bwd, activation_backward_args),
         "dropout_mask": (ops.dropout_mask, mask_args),
         "attention_fwd": (ops.attention_fwd, attention_args),
@@ -163,11 +159,11 @@ def sizes() -> None:
     expect((2**40, 0), fusednorm.dropout_mask, (2**40, 0), 0.5, 1)
     ops = torch.ops.fusednorm_cpu
     one_row, columns = huge(2**58)[None], huge(2**58)
-    last = (None, norm_options(), 1e-5)
-    expect(r"out of memory: no tensor of shape \(1, 2882", ops.add_norm_bare, one_row, None, None, *last)
-    expect("out of memory: 46.* bytes for the parameters", ops.add_norm_bare, one_row, None, columns, *last)
+    last = (*[None] * 4, norm_options(), 1e-5, 0.0, 0.0)
+    expect(r"out of memory: no tensor of shape \(1, 2882", ops.add_layer_norm_fwd, one_row, None, None, *last)
+    expect("out of memory: 46.* bytes for the parameters", ops.add_layer_norm_fwd, one_row, None, columns, *last)
     none = torch.ones(0, 1, 1).expand(0, 2**40, 2**40)
-    expect((0, 2**40, 2**40), ops.add_norm_bare, none, None, None, None, norm_options(2), 1e-5)
+    expect((0, 2**40, 2**40), ops.add_layer_norm_fwd, none, *[None] * 6, norm_options(2), 1e-5, 0.0, 0.0)
     args = (empty(HUGE, 0), *[None] * 6, norm_options(), 1e-5, 0.0, 0.0)
     expect(r"out of memory.*shape \(2, 1152", ops.add_layer_norm_fwd, *args)
     nothing = backward_args() | dict.fromkeys(("dnormed", "dresidual_out", "saved", "x"), one_row)

@@ -156,7 +156,7 @@ def test_what_includes_torch_is_compiled_anew_for_another_torch(built):
     built.install_torch("2.14.0+cpu")
     built.build()
     assert built.compiled() == built.sources(*EVERYTHING) - built.sources("cpu/*/*_kernels.cpp", "cuda/*/*.cu")
-    assert not HAS_HEADERS or {"_shortcut.torch-2.13.0+cpu", "_shortcut.torch-2.14.0+cpu"} <= built.libraries()
+    assert not HAS_HEADERS or {"_fastpath.torch-2.13.0+cpu", "_fastpath.torch-2.14.0+cpu"} <= built.libraries()
 
 
 def another_compiler(built):
@@ -261,11 +261,11 @@ def test_a_library_that_does_not_compile_is_left_out_with_the_compilers_words(bu
     assert "libfusednorm_cuda.so" in built.libraries()
 
 
-def test_without_the_cpu_library_there_is_no_shortcut(checkout):
+def test_without_the_cpu_library_there_is_no_fastpath(checkout):
     (checkout.root / "csrc" / "cpu" / "fault.cpp").touch()
     said = checkout.build()
     assert "installing without libfusednorm_cpu" in said
-    assert not HAS_HEADERS or "installing without _shortcut" in said
+    assert not HAS_HEADERS or "installing without _fastpath" in said
     assert checkout.libraries() == {"libfusednorm_cuda.so"}
 
 

@@ -164,7 +164,7 @@ def test_command_help_names_the_environment(arguments, capsys):
         __main__.main(arguments)
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    assert "FUSEDNORM_PROVIDER" in said and "FUSEDNORM_SHORTCUT" in said
+    assert "FUSEDNORM_PROVIDER" in said and "FUSEDNORM_FASTPATH" in said
 
 
 def test_explain_of_a_name_says_what_to_pass():

@@ -1,4 +1,4 @@
-// fusednorm_cpu::bias_act_dropout_fwd, its bare form and _bwd, and dropout_mask: arguments checked, outputs allocated, tiles given to the
+// fusednorm_cpu::bias_act_dropout_fwd and _bwd, and dropout_mask: arguments checked, outputs allocated, tiles given to the
 // kernels. The activation and which gradients are wanted travel in one integer, as in norm_ops.cpp.
 #include <algorithm>
 #include <cstring>
@@ -124,13 +124,6 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, y);
 }
 
-// Three arguments instead of five: for calls so small that this is what they cost.
-void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const BiasActTensors tensors{parse_tensor(stack[0]), parse_tensor(stack[1]), {}};
-  Handle y = run_activation_forward(tensors, unpack_activation_options(to<int64_t>(stack[2])), 0.0);
-  give(stack, y);
-}
-
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle dy = parse_tensor(stack[0]);
   const BiasActTensors tensors{parse_tensor(stack[1]), parse_optional(stack[2]), parse_optional(stack[3])};
@@ -165,14 +158,12 @@ void dropout_mask_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {
   m.def(kBiasActDropoutFwd);
-  m.def("bias_act_bare(Tensor x, Tensor bias, int options) -> Tensor");
   m.def(kBiasActDropoutBwd);
   m.def("dropout_mask(Tensor seed, int rows, int columns, float p) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
   m.impl("bias_act_dropout_fwd", forward_op);
-  m.impl("bias_act_bare", bare_forward_op);
   m.impl("bias_act_dropout_bwd", backward_op);
   m.impl("dropout_mask", dropout_mask_op);
 }

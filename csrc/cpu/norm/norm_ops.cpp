@@ -221,14 +221,6 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, out.normed, out.z, out.stats);
 }
 
-// Six arguments instead of eleven, and no statistics: for calls so small that this is what they cost.
-void bare_forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  Outputs out = run_forward({parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2]),
-                             parse_optional(stack[3]), {}, {}, {}, unpack_options(to<int64_t>(stack[4])), to<double>(stack[5]), 0.0, 0.0},
-                            false);
-  give(stack, out.normed, out.z);
-}
-
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   Gradients gradients = run_backward(parse_backward(stack));
   for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
@@ -246,9 +238,6 @@ void use_instruction_set_op(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
   m.def(kAddLayerNormFwd);
-  m.def(
-      "add_norm_bare(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int options, float eps) "
-      "-> (Tensor normed, Tensor residual_out)");
   m.def(kAddLayerNormBwd);
   m.def("instruction_sets() -> str");
   m.def("vendor() -> str");
@@ -259,7 +248,6 @@ STABLE_TORCH_LIBRARY(fusednorm_cpu, m) {
 // between the two.
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
   m.impl("add_layer_norm_fwd", forward_op);
-  m.impl("add_norm_bare", bare_forward_op);
   m.impl("add_layer_norm_bwd", backward_op);
 }
 

@@ -14,11 +14,6 @@ def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -
     return cpu.activation_fwd(*inputs, FORWARD_OPTIONS[options.activation], options.dropout_p)
 
 
-def bias_act_bare(x: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """act(x + bias) of which nobody will ask for a gradient."""
-    return cpu.activation_bare(x, bias, FORWARD_OPTIONS[activation])
-
-
 def bias_act_dropout_bwd(
     dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:

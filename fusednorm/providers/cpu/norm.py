@@ -21,15 +21,13 @@ BUILD = (
 )
 
 _OPERATORS = (
-    *("add_layer_norm_fwd", "add_norm_bare", "add_layer_norm_bwd"),
-    *("bias_act_dropout_fwd", "bias_act_bare", "bias_act_dropout_bwd", "dropout_mask"),
+    *("add_layer_norm_fwd", "add_layer_norm_bwd"),
+    *("bias_act_dropout_fwd", "bias_act_dropout_bwd", "dropout_mask"),
     *("attention_fwd", "attention_bwd", "all_bounded"),
 )
 _forward: Any = None  # the operators' overloads, once the library is loaded
-_bare: Any = None
 _backward: Any = None
 activation_fwd: Any = None  # for activation.py
-activation_bare: Any = None
 activation_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
 attention_forward: Any = None  # for attention.py
@@ -44,7 +42,7 @@ def unavailable_reason() -> str | None:
 @once
 def _load() -> str | None:
     """Load the library; what went wrong, or None."""
-    global _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask
+    global _forward, _backward, activation_fwd, activation_bwd, dropout_mask
     global attention_forward, attention_backward, all_bounded
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
@@ -55,7 +53,7 @@ def _load() -> str | None:
         ops = torch.ops.fusednorm_cpu
         # the overload's own call adds a microsecond to what is inside it
         found = [getattr(getattr(ops, name).default, "_op", getattr(ops, name).default) for name in _OPERATORS]
-        _forward, _bare, _backward, activation_fwd, activation_bare, activation_bwd, dropout_mask = found[:-3]
+        _forward, _backward, activation_fwd, activation_bwd, dropout_mask = found[:-3]
         attention_forward, attention_backward, all_bounded = found[-3:]
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
@@ -84,26 +82,6 @@ def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats)."""
     return _forward(*inputs, packed_norm(options), options.eps, options.dropout_p, options.drop_path_p)
-
-
-def add_norm_bare(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    normalized_ndim: int,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor]:
-    """(normed, residual_out) of a call without epilogue whose gradient nobody will ask for.
-
-    Without a residual residual_out is empty.
-    """
-    stream = x if residual is None else residual
-    options = NormOptions(
-        normalized_ndim, eps, 0.0, 0.0, x.dtype, stream.dtype, rms, False, store_residual=residual is not None
-    )
-    return _bare(x, residual, weight, bias, packed_norm(options), eps)
 
 
 def add_layer_norm_bwd(

@@ -108,12 +108,12 @@ def test_no_gpu_is_asked_while_it_captures_a_graph(three_gpus, monkeypatch):
     assert NO_IMAGE in cuda_host.refusal(rows[1], 8) and asked == [1] and led[-1] == 0
 
 
-def test_the_shortcut_leads_to_no_gpu_that_was_not_asked(monkeypatch):
+def test_the_fastpath_leads_to_no_gpu_that_was_not_asked(monkeypatch):
     with fusednorm.use_provider("cuda"):
         taken = lambda: dispatch.settings.current.fastpath.rms_norm(x, (8,), None, 1e-5, "cuda")  # noqa: E731
         x = torch.randn(4, 8)
         if dispatch.settings.current.fastpath is None:
-            pytest.skip("no shortcut")
+            pytest.skip("no fast path")
         assert taken() is not None
         cuda_host.forget_devices()
         assert taken() is None
