@@ -182,6 +182,8 @@ def check_normalized_shape(name: str, x: Tensor, normalized_shape: Any) -> tuple
         )
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got ()")
+    if any(isinstance(size, (bool, float, str)) for size in shape):  # 64.0 equals 64
+        raise TypeError(f"normalized_shape: expected an int or a sequence of ints, got {normalized_shape!r}")
     if len(shape) > x.ndim or x.shape[x.ndim - len(shape) :] != shape:
         end = tuple(x.shape[-len(shape) :])
         raise ValueError(

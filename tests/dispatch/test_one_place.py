@@ -15,7 +15,7 @@ from fusednorm.dispatch import eager, settings
 
 PACKAGE = Path(fusednorm.__file__).parent
 # What a choice is made of: whether a provider takes a call, whether it is preferred, and who is asked for.
-QUESTIONS = {
+QUESTIONS = {"refusal", "reluctance", "preference", "why_not_torch", "check_request", "_first"}
     "refusal",
     "reluctance",
     "preference",
