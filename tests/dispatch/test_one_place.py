@@ -16,14 +16,6 @@ from fusednorm.dispatch import eager, settings
 PACKAGE = Path(fusednorm.__file__).parent
 # What a choice is made of: whether a provider takes a call, whether it is preferred, and who is asked for.
 QUESTIONS = {"refusal", "reluctance", "preference", "why_not_torch", "check_request", "_first"}
-    "refusal",
-    "reluctance",
-    "preference",
-    "why_not_torch",
-    "why_not_torch_on_a_gpu",
-    "check_request",
-    "_first",
-}
 
 
 def askers() -> dict[str, set[str]]:
