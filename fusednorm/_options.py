@@ -3,8 +3,6 @@
 The order of the fields is the order of the arguments in the operators' schemas (`_ops.py`).
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -72,7 +72,7 @@ def bias_act_dropout(
     if type(dropout_p) is float and type(activation) is str and seed is None:  # a seed may have to be converted
         inputs = ActivationInputs(x, bias)
         key = eager.signature(inputs, "bias_act_dropout", activation, dropout_p)
-        if (way := plans.get(key)) is not None:
+        if key is not None and (way := plans.get(key)) is not None:
             return way(inputs)
     _checks.check_tensor("x", x)
     _checks.check_last_dimension("bias", bias, "x", x)

@@ -124,7 +124,7 @@ def scaled_dot_product_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
         flags = is_causal, enable_gqa, return_lse, deterministic
         signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, *flags)
-        if (way := plans.get(signature)) is not None:
+        if signature is not None and (way := plans.get(signature)) is not None:
             out, lse = way(inputs)
             return (out, lse) if return_lse else out
     enable_gqa = check_flag("enable_gqa", enable_gqa)

@@ -52,7 +52,7 @@ def layer_norm(
         )
     try:  # torch's own at once: no native kernel is faster, and a call takes 7 microseconds
         current = settings.current  # looked up once: another thread may replace it
-        if current.layer_norm_is_torchs and type(eps) is float and eager.unwatched_on_cpu(input):
+        if current.layer_norm_is_torchs and type(eps) is float and eager.plain_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _REFUSED:
@@ -270,7 +270,7 @@ def _plain_norm(
     sizes = eager.sizes(normalized_shape)
     if sizes is not None and (type(eps) is float or (rms and eps is None)):
         key = eager.signature(inputs, call, sizes, eps)
-        if (way := plans.get(key)) is not None:
+        if key is not None and (way := plans.get(key)) is not None:
             return way(inputs)[0]
     _checks.check_tensor(name, x)
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
@@ -311,7 +311,7 @@ def _add_norm(
             inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
             rest = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
             key = eager.signature(inputs, call, *rest)
-            if (way := plans.get(key)) is not None:
+            if key is not None and (way := plans.get(key)) is not None:
                 return way(inputs)
     zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
     memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)

@@ -1,6 +1,6 @@
-"""Calls that nobody watches: plain tensors, and no compiler, tracer, transform, mode or autocast around them.
+"""Plain eager calls: tensors of torch's own class, and no compiler, tracer, transform, mode or autocast around them.
 
-Such calls of one signature are all served alike, so that their way down is looked up in the settings' plans.
+All plain eager calls of one signature are served alike. So their way down is looked up in the settings' plans.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .._options import Inputs, Options
 from . import registry, settings
 
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
-# Types of arguments that nobody watches: no subclass that the dispatcher would have to show the op to.
+# Types of a plain call's arguments. A subclass of Tensor intercepts operators: the dispatcher has to show it the op.
 PLAIN = TENSORS | {type(None), bool, int, float, str, list, torch.dtype}
 MOST_PLANS = 4096
 
@@ -32,7 +32,7 @@ _autocast_active = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 
 
-def unwatched_on_cpu(x: Tensor) -> bool:
+def plain_on_cpu(x: Tensor) -> bool:
     """Whether torch's own operator may serve a call on the CPU at once: it does what it must under modes and tracing.
 
     One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
@@ -47,10 +47,10 @@ def unwatched_on_cpu(x: Tensor) -> bool:
 
 
 def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
-    """What the way down of a call depends on, or None where it is to be chosen for this call alone.
+    """What the way down of a plain eager call depends on; None for every other call.
 
-    `rest` is what is no tensor, the name of the function first; equal values have to mean the same. Each line counts:
-    eager's own call takes 7 microseconds.
+    `rest` is what is no tensor, the function's name first. Equal values in it have to mean the same. Each look-up
+    counts, because eager's own call takes 7 microseconds.
     """
     if (
         _is_compiling()
@@ -80,6 +80,8 @@ def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
 
 def sizes(normalized_shape: Any) -> Any:
     """A ``normalized_shape`` for a signature: an int or a tuple of ints. Else None, which no signature has."""
+    if _is_compiling():
+        return None
     if type(normalized_shape) is int:
         return normalized_shape
     if isinstance(normalized_shape, (tuple, list)) and _INT.issuperset(map(type, normalized_shape)):
@@ -88,11 +90,12 @@ def sizes(normalized_shape: Any) -> Any:
 
 
 def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way: Callable[..., Any]) -> None:
-    """Remember the way down of a signature."""
-    if key is not None:
-        if len(plans) >= MOST_PLANS:
-            plans.clear()
-        plans[key] = way
+    """Remember the way down of a signature. Not while a CUDA graph is captured: a GPU is then asked nothing."""
+    if key is None or torch.cuda.is_current_stream_capturing():
+        return
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = way
 
 
 def differentiated(*cotangents: Tensor | None) -> bool:
@@ -108,19 +111,19 @@ def differentiated(*cotangents: Tensor | None) -> bool:
 
 
 def call(name: str, *args: Any, provider: str) -> Any:
-    """Run an op: by the provider's function where nobody watches, else through torch's dispatcher.
+    """Run an op: by the provider's function in a plain eager call, else through torch's dispatcher.
 
     `args` are those of the provider's function.
     """
     first = args[0]
     if isinstance(first, tuple):  # a forward: the options after its inputs hold no tensor
-        watched, first = not PLAIN.issuperset(map(type, first)), first[0]
+        intercepted, first = not PLAIN.issuperset(map(type, first)), first[0]
     else:
-        watched = False
+        intercepted = False
         for arg in args:
             if not PLAIN.issuperset(map(type, arg)) if isinstance(arg, tuple) else type(arg) not in PLAIN:
-                watched = True
-    if watched or _is_compiling() or _dispatch_modes() or first.is_meta:
+                intercepted = True
+    if intercepted or _is_compiling() or _dispatch_modes() or first.is_meta:
         return getattr(torch.ops.fusednorm, name)(*_options.to_flat(name, args), provider)
     function = registry.functions.get((provider, name)) or registry.function(provider, name)
     return function(*args)
@@ -128,8 +131,8 @@ def call(name: str, *args: Any, provider: str) -> Any:
 
 def runner(name: str, provider: str, inputs: Inputs) -> Callable[[Inputs, Options], Any]:
     """What runs a forward op for all calls like this one, as `call` does."""
-    watched = _is_compiling() or _dispatch_modes() or not PLAIN.issuperset(map(type, inputs)) or inputs[0].is_meta
-    return functools.partial(call, name, provider=provider) if watched else registry.function(provider, name)
+    plain = PLAIN.issuperset(map(type, inputs)) and not (_is_compiling() or _dispatch_modes() or inputs[0].is_meta)
+    return registry.function(provider, name) if plain else functools.partial(call, name, provider=provider)
 
 
 def recorded(name: str, inputs: Inputs, options: Options) -> Any:
