@@ -91,7 +91,7 @@ def sizes(normalized_shape: Any) -> Any:
 
 def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way: Callable[..., Any]) -> None:
     """Remember the way down of a signature. Not while a CUDA graph is captured: a GPU is then asked nothing."""
-    if key is None or torch.cuda.is_current_stream_capturing():
+    if key is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
     if len(plans) >= MOST_PLANS:
         plans.clear()
