@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from fresh import python
 from oracle_activation import ACTIVATIONS, NEGATIVE_TAIL, TORCHS
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
 from fusednorm.dispatch import crossovers as choice
-from tests.providers.cpu.test_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
+from tests.providers.cpu.test_norm import assert_same_bits, instruction_sets, needs_library, threads
 
 __all__ = ["instruction_sets", "threads"]  # fixtures
 
@@ -281,8 +279,6 @@ assert "cpu" not in fusednorm.available_providers()
 print(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
 print(fusednorm.explain(fusednorm.bias_act_dropout, torch.ones(4, 128), torch.ones(128)))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    mask, route = said.stdout.splitlines()[:2]
+    mask, route = python("-c", program).splitlines()[:2]
     assert mask == str(dropout_mask((6, 7), 0.5, 11).int().tolist())
     assert route.startswith("bias_act_dropout: torch, ")

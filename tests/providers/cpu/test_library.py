@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
 import fusednorm
 from fusednorm import __main__, dispatch
@@ -39,10 +40,7 @@ for path in sys.argv[1:]:
 
 def info_with(*libraries: Path) -> list[str]:
     """What ``python -m fusednorm info`` says of each file in the library's place; all in one process, which lives."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, libraries)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stdout + run.stderr
-    said = run.stdout.strip().split("\n\n")
+    said = python("-c", PROGRAM, *map(str, libraries)).strip().split("\n\n")
     assert len(said) == len(libraries)
     return said
 
@@ -181,9 +179,9 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
         cases.append({"leaves": leaves, "cotangents": cotangents, "columns": 385, "options": options})
     torch.save(cases, tmp_path / "cases.pt")
     results = []
-    for python in (sys.executable, OTHER):
+    for interpreter in (sys.executable, OTHER):
         out = tmp_path / f"{len(results)}.pt"
-        command = [python, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
+        command = [interpreter, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
         run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert run.returncode == 0, run.stderr
         results.append(torch.load(out))
@@ -194,8 +192,7 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
 
 
 def test_importing_the_package_does_not_load_the_library():
-    program = "import fusednorm, torch; assert not torch.ops.loaded_libraries"
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    python("-c", "import fusednorm, torch; assert not torch.ops.loaded_libraries")
 
 
 @needs_library
