@@ -50,6 +50,22 @@ def test_a_missing_library_breaks_nothing(tmp_path):
     assert "setup.py build_ext --inplace" in said
 
 
+def test_without_the_library_masks_are_the_same(tmp_path):
+    program = f"""
+import torch
+from pathlib import Path
+from fusednorm.providers.cpu import norm as cpu
+cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
+import fusednorm
+assert "cpu" not in fusednorm.available_providers()
+print(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
+print(fusednorm.explain(fusednorm.bias_act_dropout, torch.ones(4, 128), torch.ones(128)))
+"""
+    mask, route = python("-c", program).splitlines()[:2]
+    assert mask == str(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
+    assert route.startswith("bias_act_dropout: torch, ")
+
+
 def test_a_library_that_does_not_load_breaks_nothing(tmp_path):
     """Nothing in it, text, a header alone, a folder, and a library that has none of our operators."""
     contents = {"empty": b"", "text": b"not a library", "header": b"\x7fELF\x02\x01" + bytes(200)}
