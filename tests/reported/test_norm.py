@@ -15,16 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Call, check
-from shapes import FUSED, PLAIN, Shape, affine, inputs, random_leaves
+from shapes import FUSED, PLAIN, Shape, affine, inputs, outputs_of, random_leaves
 
 import fusednorm
 from fusednorm import dispatch
 
 BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
-
-
-def outputs_of(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 def call(function, x, *parameters, **options):
