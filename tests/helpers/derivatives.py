@@ -11,6 +11,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+def assert_gradients(
+    run: Callable[[Mapping[str, Tensor]], Any],
+    leaves: Mapping[str, Tensor],
+    second: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """First and second derivatives are those of finite differences; `second` are options of the second alone."""
+    given = tuple(leaf.requires_grad_() for leaf in leaves.values())
+
+    def function(*tensors: Tensor) -> Any:
+        return run(dict(zip(leaves, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(function, given, **options)
+    assert torch.autograd.gradgradcheck(function, given, **options, **(second or {}))
+
+
 def gradients_of(
     wanted: Sequence[str],
     run: Callable[[Mapping[str, Tensor]], Any],
