@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 import torch
 
@@ -11,7 +14,10 @@ OP = "attention_fwd"
 
 Q = torch.ones(2, 4, 5, 8)
 K = torch.ones(2, 4, 7, 8)
-QKV = (Q, K, K)
+QKV, HEADS, SHORT = (Q, K, K), torch.randn(1, 2, 4, 8), torch.randn(1, 1, 4, 8)
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+    NESTED = torch.nested.nested_tensor([torch.randn(4, 8), torch.randn(3, 8)])
 
 
 def keys(*shape: int) -> torch.Tensor:
@@ -71,7 +77,23 @@ SDPA = {
     "softcap_type": (TypeError, QKV, {"softcap": None}, r"softcap.*0\.0 is no cap.*NoneType"),
     "align": (ValueError, QKV, {"causal_align": "bottom"}, r"causal_align.*'lower_right'.*'bottom'"),
     "seed": (TypeError, (Q, K, K, None, 0.5), {"seed": 1.5}, r"seed.*one-element int64"),
+    "key_mask_sparse": (TypeError, (SHORT,) * 3, {"key_mask": keys(1, 4).to_sparse()}, "key_mask: .*to_dense"),
+    "mask_shape_beside_is_causal": (
+        *(ValueError, (torch.ones(1, 2, 6, 8),) * 3, {"attn_mask": keys(5, 6), "is_causal": True}),
+        r"attn_mask.*\(5, 6\)",
+    ),
+    "nested_everywhere": (TypeError, (NESTED,) * 3, {}, "query: nested tensors"),
 }
+for _n, _name in enumerate(("query", "key", "value")):
+    for _other, _said in ((NESTED, "nested tensors are not accepted"), (torch.randn(4, 8).to_sparse(), "to_dense")):
+        _operands = [torch.randn(4, 8) for _ in range(3)]
+        _operands[_n] = _other
+        SDPA[f"{_name}_{_said}"] = (TypeError, tuple(_operands), {}, f"{_name}: .*{_said}")
+for _options in ({}, {"softcap": 1.0}, {"is_causal": True}, {"return_lse": True}):  # every way
+    _said = "scale: expected a number or None, got bool"
+    SDPA[f"scale_bool_{_options}"] = (TypeError, (HEADS,) * 3, {"scale": True, **_options}, _said)
+for _softcap in (1e39, 1e-46, math.inf, -1.0, math.nan):  # which float32 does not hold, or no cap
+    SDPA[f"softcap_{_softcap}"] = (ValueError, (HEADS,) * 3, {"softcap": _softcap}, r"softcap: expected 0\.0")
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["forward", "with_gradient"])
@@ -105,6 +127,7 @@ VARLEN = {
     "begin": (ValueError, (T, T, T, B, bounds(1, 2, 6), 4, 4), r"cu_seqlens_k.*begin with 0.*\[1, 2, 6\]"),
     "end": (ValueError, (T, T, T, B, bounds(0, 2, 5), 4, 4), r"cu_seqlens_k.*length 6.*\[0, 2, 5\].*cumulative"),
     "numbers": (ValueError, (T, T, T, B, bounds(0, 6), 4, 6), r"cu_seqlens_k.*1 sequences.*has 2"),
+    "sparse": (TypeError, (T[:4],) * 3 + (bounds(0, 4), bounds(0, 4).to_sparse(), 4, 4), "cu_seqlens_k: .*to_dense"),
     "longest": (ValueError, (T, T, T, B, B, 3, 4), r"max_seqlen_q.*3.*4 positions"),
     "longest_type": (TypeError, (T, T, T, B, B, 4.0, 4), r"max_seqlen_q.*float"),
     "probability": (ValueError, (T, T, T, B, B, 4, 4, 1.5), r"dropout_p.*1\.5"),
