@@ -188,7 +188,7 @@ def test_a_provider_without_the_op_says_so(monkeypatch):
 
 # --- errors ---
 
-X, BIAS = torch.ones(4, 6), torch.ones(6)
+X, BIAS, ALIGNED = torch.ones(4, 6), torch.ones(6), torch.ones(3, 64)
 ERRORS = {
     "activation": (ValueError, (X, BIAS, "swish"), f"activation.*{', '.join(map(repr, TORCHS))}.*'swish'"),
     "activation_near": (ValueError, (X, BIAS, "gelu-tanh"), r"activation.*'gelu-tanh'; did you mean 'gelu_tanh'\?"),
@@ -207,6 +207,14 @@ ERRORS = {
     "x_nested": (TypeError, (torch.nested.nested_tensor([X], layout=torch.jagged), None), r"x.*nested.*padded"),
     "x_sparse": (TypeError, (X.to_sparse(), None), r"x.*sparse.*to_dense"),
     "x_type": (TypeError, ([1.0], None), r"x.*list"),
+    # rows of whole vectors, which the native library takes by a shorter way
+    "aligned_bias_is_a_matrix": (ValueError, (ALIGNED, torch.ones(1, 64)), "bias"),
+    "aligned_bias_short": (ValueError, (ALIGNED, torch.ones(63)), "bias"),
+    "aligned_bias_integer": (TypeError, (ALIGNED, torch.ones(64).int()), "bias"),
+    "aligned_bias_meta": (ValueError, (ALIGNED, torch.ones(64, device="meta")), "bias"),
+    "aligned_x_integer": (TypeError, (ALIGNED.int(), torch.ones(64)), "x"),
+    "aligned_x_sparse": (TypeError, (ALIGNED.to_sparse(), torch.ones(64)), "x"),
+    "x_0d_with_bias": (ValueError, (torch.ones(()), torch.ones(1)), "x"),
 }
 
 

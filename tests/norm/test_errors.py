@@ -43,6 +43,7 @@ REFUSED = {
         PLAIN[:1], TypeError, "normalized_shape.*ints.*str", x=torch.randn(4, 64), normalized_shape="64"
     ),
     "zero_dimensional_x": refused(EVERY, ValueError, "normalized_shape", x=torch.tensor(1.0), normalized_shape=(1,)),
+    "eps_none": refused(PLAIN[:1], TypeError, "eps", x=torch.randn(2, 8), normalized_shape=8, eps=None),
     "x_list": refused(EVERY, TypeError, "X.*Tensor.*list", x=[[1.0] * WIDTH]),
     "plain_weight_of_ints": refused(PLAIN, TypeError, r"weight.*float32.*torch\.int64", weight=ROW.long()),
     "plain_bias_size": refused(PLAIN[:1], ValueError, r"bias.*\(6,\).*\(7,\)", bias=torch.ones(7)),
