@@ -118,13 +118,8 @@ def test_a_read_only_installation_works(tmp_path):
 
 
 def info(root: Path, **variables: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-m", "fusednorm", "info"],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)} | variables,
-    )
+    command, environment = [sys.executable, "-m", "fusednorm", "info"], os.environ | {"PYTHONPATH": str(root)}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment | variables)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -181,12 +176,8 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
 """
     generator = torch.Generator().manual_seed(3)
     cases = []
-    for dtype, stream in [
-        (torch.float32,) * 2,
-        (torch.float64,) * 2,
-        (torch.float16,) * 2,
-        (torch.bfloat16, torch.float32),
-    ]:
+    same = [(dtype, dtype) for dtype in (torch.float32, torch.float64, torch.float16)]
+    for dtype, stream in (*same, (torch.bfloat16, torch.float32)):
         draw = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
         leaves = {"x": draw(130, 385), "residual": draw(130, 385, dtype=stream)}
         leaves |= {name: draw(385) for name in ("weight", "bias", "x_bias", "layer_scale")}

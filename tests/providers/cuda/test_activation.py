@@ -6,17 +6,12 @@ rows take several warps and several slabs.
 
 from __future__ import annotations
 
+import oracle_activation
 import pytest
 import torch
 from derivatives import gradients_of
 from oracle import check
-from oracle_activation import (
-    ACTIVATIONS,
-    ActivationCall,
-    hold_to_a_column_dropped_whole,
-    hold_to_the_mask,
-    hold_to_torch_at_huge_values,
-)
+from oracle_activation import ACTIVATIONS, ActivationCall
 from shapes import COTANGENTS, Shape, random_leaves
 
 import fusednorm
@@ -101,17 +96,17 @@ def test_cuda_activation_with_cotangents_of_any_layout(layout, generator):
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 @DTYPE
 def test_cuda_activation_drops_what_dropout_mask_drops(dtype, columns):
-    hold_to_the_mask(columns, dtype)
+    oracle_activation.hold_to_the_mask(columns, dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cuda_activation_of_huge_values_and_nan(activation):
-    hold_to_torch_at_huge_values(activation)
+    oracle_activation.hold_to_torch_at_huge_values(activation)
 
 
 @pytest.mark.parametrize("columns", [4, 5], ids=["aligned", "unaligned"])
 def test_cuda_activation_of_a_column_dropped_whole(columns):
-    hold_to_a_column_dropped_whole(columns)
+    oracle_activation.hold_to_a_column_dropped_whole(columns)
 
 
 @pytest.mark.parametrize("machine", [SMALL, LARGE], ids=["small_blocks", "large_blocks"])

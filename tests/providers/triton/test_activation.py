@@ -5,17 +5,12 @@ The interpreter runs a program at a time in Python, so each shape here is the sm
 
 from __future__ import annotations
 
+import oracle_activation
 import pytest
 import torch
 from backends import INTERPRETED
 from oracle import check
-from oracle_activation import (
-    ACTIVATIONS,
-    ActivationCall,
-    hold_to_a_column_dropped_whole,
-    hold_to_the_mask,
-    hold_to_torch_at_huge_values,
-)
+from oracle_activation import ACTIVATIONS, ActivationCall
 from shapes import Shape, named, random_leaves
 
 import fusednorm
@@ -71,16 +66,16 @@ def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_activation_drops_what_dropout_mask_drops(columns):
-    hold_to_the_mask(columns)
+    oracle_activation.hold_to_the_mask(columns)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_triton_activation_of_huge_values_and_nan(activation):
-    hold_to_torch_at_huge_values(activation)
+    oracle_activation.hold_to_torch_at_huge_values(activation)
 
 
 def test_triton_activation_of_a_column_dropped_whole():
-    hold_to_a_column_dropped_whole(4)
+    oracle_activation.hold_to_a_column_dropped_whole(4)
 
 
 def test_triton_activation_backward_repeats_bit_for_bit():
