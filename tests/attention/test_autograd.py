@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backends import INTERPRETED
+from derivatives import assert_gradients, gradients_of, kept_and_recomputed, of_every_kind
 from oracle_attention import AttentionCall
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import scaled_dot_product_attention, varlen_attention
@@ -31,13 +32,6 @@ EVERY = pytest.mark.parametrize("name", OPTIONS)
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def options_of(name: str, device: str) -> dict:
     return {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in OPTIONS[name].items()}
 
@@ -54,20 +48,17 @@ def test_gradcheck_and_gradgradcheck(name, masked, fast_mode, using, device, gen
     """In fast mode along random directions."""
     leaves = operands(generator, device, masked=masked)
     call = AttentionCall(options_of(name, device))
-    given = tuple(leaf.requires_grad_() for leaf in leaves.values())
 
-    def run(*tensors):
-        out, lse = call.ours(dict(zip(leaves, tensors, strict=True)))
+    def both(leaves):
+        out, lse = call.ours(leaves)
         return out, lse.where(lse > -torch.inf, 0.0)
 
-    def out_alone(*tensors):
-        *operands, mask = tensors if masked else (*tensors, None)
-        return scaled_dot_product_attention(*operands, mask, **call.options)
+    def out_alone(leaves):
+        return scaled_dot_product_attention(*leaves.values(), **call.options)
 
     with using:
-        for function in (run, out_alone):
-            assert torch.autograd.gradcheck(function, given, fast_mode=fast_mode)
-            assert torch.autograd.gradgradcheck(function, given, fast_mode=fast_mode)
+        for function in (both, out_alone):
+            assert_gradients(function, leaves, fast_mode=fast_mode)
 
 
 @EVERY
@@ -75,23 +66,11 @@ def test_torch_func(name, using, device, generator):
     """grad, jvp, the Hessian by forward over reverse, gradients of each sample by vmap."""
     leaves = operands(generator, device, masked=True)
     call = AttentionCall(options_of(name, device))
-    weights, tangent = (torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
-    batch = torch.stack([leaves["q"] + i for i in range(3)])
-
-    def derivatives(run):
-        def value(t):
-            return (torch.sin(run(t)[0]) * weights).sum()
-
-        return (
-            torch.func.grad(value)(leaves),
-            torch.func.jvp(lambda q: run(leaves | {"q": q})[0], (leaves["q"],), (tangent,)),
-            torch.func.hessian(lambda k: value(leaves | {"k": k}))(leaves["k"]),
-            torch.vmap(lambda q: torch.func.grad(value)(leaves | {"q": q}))(batch),
-        )
-
+    vectors = [torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device) for _ in range(2)]
     with using:
-        ours = derivatives(call.ours)
-    torch.testing.assert_close(ours, derivatives(lambda t: call.explicit(t, torch.float64)), **FLOAT64)
+        ours = of_every_kind(call.ours, leaves, ("q", "k"), *vectors)
+    exact = of_every_kind(lambda t: call.explicit(t, torch.float64), leaves, ("q", "k"), *vectors)
+    torch.testing.assert_close(ours, exact, **FLOAT64)
 
 
 def test_vmap_over_any_operand(using, device, generator):
@@ -124,18 +103,14 @@ def test_each_subset_of_gradients(name, using, device, generator):
     leaves = operands(generator, device, masked=True)
     dy = torch.randn(1, 2, 4, 3, generator=generator, dtype=torch.float64).to(device)
 
-    def gradients(*wanted: str) -> dict[str, torch.Tensor]:
-        fresh = {n: leaf.clone().requires_grad_(n in wanted) for n, leaf in leaves.items()}
-        out = scaled_dot_product_attention(*fresh.values(), **options_of(name, device))
-        found = torch.autograd.grad(out, [fresh[n] for n in wanted], dy)
-        assert all(leaf.grad is None for leaf in fresh.values())
-        return dict(zip(wanted, found, strict=True))
+    def run(leaves):
+        return scaled_dot_product_attention(*leaves.values(), **options_of(name, device))
 
     with using:
-        every = gradients(*leaves)
+        every = gradients_of([*leaves], run, leaves, [dy])
         for n in range(1, 4):
             for wanted in itertools.combinations(leaves, n):
-                for one, gradient in gradients(*wanted).items():
+                for one, gradient in gradients_of(wanted, run, leaves, [dy]).items():
                     torch.testing.assert_close(gradient, every[one], **FLOAT64)
 
 
@@ -163,21 +138,10 @@ def test_one_tensor_in_every_role(using, device, generator):
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"is_causal": True}, {}], ids=str)
 def test_checkpoint_recomputes_the_same(options, use_reentrant, using, device, generator):
-    leaves = [torch.randn(2, 2, 9, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
-    dy = torch.randn(2, 2, 9, 8, generator=generator).to(device)
-
-    def run(wrap):
-        torch.manual_seed(3)
-        out = wrap(lambda *args: scaled_dot_product_attention(*args, **options))
-        torch.rand(5, device=device)  # the generator moves on between forward and backward
-        for leaf in leaves:
-            leaf.grad = None
-        out.backward(dy)
-        return out.detach(), *[leaf.grad for leaf in leaves]
-
+    *leaves, dy = (torch.randn(2, 2, 9, 8, generator=generator).to(device).requires_grad_() for _ in range(4))
+    attend = functools.partial(scaled_dot_product_attention, **options)
     with using:
-        plain = run(lambda function: function(*leaves))
-        again = run(lambda function: checkpoint(function, *leaves, use_reentrant=use_reentrant))
+        plain, again = kept_and_recomputed(attend, leaves, [dy.detach()], use_reentrant)
     for expected, got in zip(plain, again, strict=True):
         assert torch.equal(expected, got)
 
@@ -192,7 +156,7 @@ def test_checkpoint_recomputes_the_same(options, use_reentrant, using, device, g
     ],
     ids=str,
 )
-def test_compiles_whole_for_every_length(options, using, device, fresh_dynamo):
+def test_compiles_whole_for_every_length(options, using, device):
     counter = CompileCounterWithBackend("aot_eager")
 
     def run(q, k, v, mask, seed):
@@ -218,7 +182,8 @@ def test_compiles_whole_for_every_length(options, using, device, fresh_dynamo):
             assert counter.frame_count == first
 
 
-def test_varlen_compiles_whole(using, device, fresh_dynamo, generator):
+def test_varlen_compiles_whole(using, device, generator):
+    torch._dynamo.reset()
     leaves = [torch.randn(9, 2, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
 
@@ -241,21 +206,8 @@ def op_args(case: str, generator, device) -> tuple:
         q, k, v = (torch.randn(4, heads, 8, generator=generator).to(device) for heads in (4, 2, 2))
         return q, k, v, None, None, seed, *bounds, 2, 2, 0.3, 0.2, True, True, 1, -1, 0.0
     if case == "bare":
-        return (
-            q.transpose(1, 2).contiguous().transpose(1, 2),
-            k,
-            v,
-            *[None] * 5,
-            5,
-            7,
-            0.3,
-            0.0,
-            False,
-            False,
-            -1,
-            -1,
-            0.0,
-        )
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        return q, k, v, *[None] * 5, 5, 7, 0.3, 0.0, False, False, -1, -1, 0.0
     mask = torch.randn(4, 5, 1, generator=generator).to(device)
     key_mask = torch.rand(2, 7, generator=generator).to(device) > 0.3
     return q, k[:, :2], v[:, :2], mask, key_mask, seed, None, None, 5, 7, 0.3, 0.2, True, True, 3, 1, 2.0

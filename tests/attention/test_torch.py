@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from derivatives import kept_and_recomputed
 from oracle_attention import draw
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusednorm
@@ -51,6 +52,11 @@ def operands(generator, dtype=torch.float64, queries=6, heads=4, keys_heads=4):
     return [t.requires_grad_() for t in (q, k, v)]
 
 
+def columns(leaves):
+    """Of which torch's kernel for a CPU is the one that keeps every probability, and not flash's."""
+    return [t.detach().mT.contiguous().mT.requires_grad_() for t in leaves]
+
+
 def outcome(leaves, dout, **options):
     out = scaled_dot_product_attention(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
@@ -62,7 +68,7 @@ def test_it_is_the_documented_function(name, layout, torchs, generator):
     """By each of torch's kernels on a CPU: flash, and the one that keeps every probability."""
     options, leaves = options_of(name), operands(generator, keys_heads=2 if layout == "grouped" else 4)
     if layout == "columns":
-        leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in leaves]
+        leaves = columns(leaves)
     elif layout == "grouped":
         options["enable_gqa"] = True
     elif layout == "without_heads":
@@ -81,7 +87,7 @@ def test_it_is_the_documented_function(name, layout, torchs, generator):
 def test_second_derivatives(name, layout, torchs, generator):
     leaves = operands(generator)
     if layout == "columns":
-        leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in leaves]
+        leaves = columns(leaves)
 
     def run(*tensors):
         return scaled_dot_product_attention(*tensors, **options_of(name))
@@ -109,7 +115,7 @@ def test_what_is_masked_reaches_nothing_without_kernels(layout, bad, without_ker
     """Operands and cotangents on a CPU are looked at."""
     leaves = operands(generator, torch.float32, queries=N)
     if layout == "columns":
-        leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in leaves]
+        leaves = columns(leaves)
     dout = torch.randn(2, 4, N, 8, generator=generator)
     expected = outcome(leaves, dout, is_causal=True)
     hidden = [leaves[0], *[t.detach().clone() for t in leaves[1:]]]
@@ -180,28 +186,15 @@ def test_the_reference_serves_what_it_lacks(options, without_kernels, generator)
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.5}], ids=str)
 def test_checkpoint(options, use_reentrant, torchs, generator):
-    leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in operands(generator)]
+    leaves = columns(operands(generator))
     dout = torch.randn(2, 4, 6, 8, generator=generator, dtype=torch.float64)
-
-    def gradients(wrap):
-        torch.manual_seed(3)
-        out = wrap(lambda *args: scaled_dot_product_attention(*args, **options))
-        torch.rand(3)
-        return torch.autograd.grad(out, leaves, dout) if not use_reentrant else backward(out)
-
-    def backward(out):
-        for leaf in leaves:
-            leaf.grad = None
-        out.backward(dout)
-        return [leaf.grad for leaf in leaves]
-
-    plain = gradients(lambda function: function(*leaves))
-    again = gradients(lambda function: checkpoint(function, *leaves, use_reentrant=use_reentrant))
+    attend = functools.partial(scaled_dot_product_attention, **options)
+    plain, again = kept_and_recomputed(attend, leaves, [dout], use_reentrant)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_a_graph_is_walked_twice_only_if_retained(torchs, generator):
-    leaves = [t.detach().mT.contiguous().mT.requires_grad_() for t in operands(generator)]  # not flash's
+    leaves = columns(operands(generator))
     out = scaled_dot_product_attention(*leaves, is_causal=True)
     node = out.grad_fn
     assert hasattr(node, "inner")

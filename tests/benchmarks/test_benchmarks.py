@@ -3,23 +3,20 @@
 import copy
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fresh import python
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
 from benchmarks.report import pages as report
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = "^(layer_norm|bias_dropout_add_rms_norm)/.*4x64"
 FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none"]
@@ -124,15 +121,8 @@ def test_compare_option_sets_the_exit_status(result, tmp_path, capsys):
     for record in result["cases"]:  # an old run in which ours was fifty times as fast
         record["variants"]["fused"]["samples"] = [s / 50 for s in record["variants"]["fused"]["samples"]]
     (tmp_path / "old.json").write_text(json.dumps(result))
-    arguments = [
-        *FAST,
-        "--quick",
-        "--only",
-        "^layer_norm/forward/float32/4x64",
-        "--compare",
-        str(tmp_path / "old.json"),
-    ]
-    assert run.main(arguments) == 3
+    compared = ["--compare", str(tmp_path / "old.json")]
+    assert run.main([*FAST, "--quick", "--only", "^layer_norm/forward/float32/4x64", *compared]) == 3
     assert "SLOWER" in capsys.readouterr().out
 
 
@@ -379,9 +369,6 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 def test_lists_its_cases_from_a_checkout(capsys):
     assert run.main(["--only", "no such operation"]) == 2
     assert "--list" in capsys.readouterr().err
-    command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--list", "--only", "^rms_norm/forward/float32"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True, check=True
-    )
-    line = next(line for line in done.stdout.splitlines() if "/4x64 " in line)
+    said = python("benchmarks/run.py", "--device", "cpu", "--list", "--only", "^rms_norm/forward/float32")
+    line = next(line for line in said.splitlines() if "/4x64 " in line)
     assert line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]

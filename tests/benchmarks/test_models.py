@@ -19,54 +19,48 @@ ATTENTIONS = ("attention", "attention_causal", "attention_padded", "attention_wi
 ATTENTION_SHAPE = (1, 4, 4, 16)
 LAYER_SHAPE = (1, 4, 64)  # of as many elements again; a matrix is 64 P
 SHAPES = {"attention": ATTENTION_SHAPE, "layer": LAYER_SHAPE}
-HAND_COUNTED = [
+COUNTED = [  # elements forward, elements and statistics backward
     # forward: x read, y written; weight and bias read; with a residual two more, with the epilogue x_bias
-    ("layer_norm", "forward", 2 * T + 2 * P, 0),
-    ("rms_norm", "forward", 2 * T + P, 0),
-    ("add_layer_norm", "forward", 4 * T + 2 * P, 0),
-    ("add_rms_norm", "forward", 4 * T + P, 0),
-    ("bias_dropout_add_layer_norm", "forward", 4 * T + 3 * P, 0),
-    ("bias_dropout_add_rms_norm", "forward", 4 * T + 2 * P, 0),
     # backward: dy and x read, dx written; weight read, dweight and dbias written; mean and rstd of 4 rows read
-    ("layer_norm", "backward", 3 * T + 3 * P, 8),
-    ("rms_norm", "backward", 3 * T + 2 * P, 4),
+    ("layer_norm", 2 * T + 2 * P, 3 * T + 3 * P, 8),
+    ("rms_norm", 2 * T + P, 3 * T + 2 * P, 4),
     # dnormed, dresidual_out and the stream read, one gradient written for both operands
-    ("add_layer_norm", "backward", 4 * T + 3 * P, 8),
-    ("add_rms_norm", "backward", 4 * T + 2 * P, 4),
+    ("add_layer_norm", 4 * T + 2 * P, 4 * T + 3 * P, 8),
+    ("add_rms_norm", 4 * T + P, 4 * T + 2 * P, 4),
     # dropout makes the two gradients differ: one more tensor, and dx_bias
-    ("bias_dropout_add_layer_norm", "backward", 5 * T + 4 * P, 8),
-    ("bias_dropout_add_rms_norm", "backward", 5 * T + 3 * P, 4),
-    # both: the sum, and the statistics are written before they are read
-    ("layer_norm", "both", 5 * T + 5 * P, 16),
-    ("rms_norm", "both", 5 * T + 3 * P, 8),
-    ("add_layer_norm", "both", 8 * T + 5 * P, 16),
-    ("add_rms_norm", "both", 8 * T + 3 * P, 8),
-    ("bias_dropout_add_layer_norm", "both", 9 * T + 7 * P, 16),
-    ("bias_dropout_add_rms_norm", "both", 9 * T + 5 * P, 8),
+    ("bias_dropout_add_layer_norm", 4 * T + 3 * P, 5 * T + 4 * P, 8),
+    ("bias_dropout_add_rms_norm", 4 * T + 2 * P, 5 * T + 3 * P, 4),
     # x and the bias read, y written; dy, x and the bias read, dx and dbias written; no mask
-    *((op, "forward", 2 * T + P, 0) for op in ACTIVATIONS),
-    *((op, "backward", 3 * T + 2 * P, 0) for op in ACTIVATIONS),
-    *((op, "both", 5 * T + 3 * P, 0) for op in ACTIVATIONS),
+    *((op, 2 * T + P, 3 * T + 2 * P, 0) for op in ACTIVATIONS),
     # q, k, v read, out written; with gradients also a number a query; those and dout read, three gradients written
-    *((op, "forward", 4 * T, 0) for op in ATTENTIONS),
-    *((op, "backward", 8 * T, 16) for op in ATTENTIONS),
-    *((op, "both", 12 * T, 32) for op in ATTENTIONS),
+    *((op, 4 * T, 8 * T, 16) for op in ATTENTIONS),
     # keys, values and their gradients are of a quarter of the heads
-    ("attention_grouped", "forward", 2 * T + 2 * T // 4, 0),
-    ("attention_grouped", "backward", 4 * T + 4 * T // 4, 16),
-    ("attention_grouped", "both", 6 * T + 6 * T // 4, 32),
+    ("attention_grouped", 2 * T + 2 * T // 4, 4 * T + 4 * T // 4, 16),
     # what stands between two matrix products is one kernel; q, k, v and the projection are 4 matrices, the block 8
-    ("encoder_layer", "forward", (4 + 4 + 2 + 3 + 5 + 8 + 5 + 3) * T + 12 * 64 * P, 0),
-    ("encoder_layer", "backward", (8 + 8 + 4 + 4 + 10 + 12 + 10 + 4) * T + 24 * 64 * P, 0),
-    ("encoder_layer", "both", 94 * T + 36 * 64 * P, 0),
+    (
+        *("encoder_layer", (4 + 4 + 2 + 3 + 5 + 8 + 5 + 3) * T + 12 * 64 * P),
+        *((8 + 8 + 4 + 4 + 10 + 12 + 10 + 4) * T + 24 * 64 * P, 0),
+    ),
     # three norms and adds of 2, 4 and 3 tensors instead of two of 3; their gradients 4, 5 and 2 instead of 4 and 4
-    ("encoder_layer_pre_norm", "forward", (4 + 4 + 2 + 5 + 8 + 5 + 9) * T + 12 * 64 * P, 0),
-    ("encoder_layer_pre_norm", "backward", (8 + 8 + 4 + 10 + 12 + 10 + 11) * T + 24 * 64 * P, 0),
-    ("encoder_layer_pre_norm", "both", 100 * T + 36 * 64 * P, 0),
+    (
+        *("encoder_layer_pre_norm", (4 + 4 + 2 + 5 + 8 + 5 + 9) * T + 12 * 64 * P),
+        *((8 + 8 + 4 + 10 + 12 + 10 + 11) * T + 24 * 64 * P, 0),
+    ),
     # a second attention: queries, keys and values, attention, projection, norm
-    ("decoder_layer", "forward", (34 + 2 + 3 + 4 + 2 + 3) * T + 16 * 64 * P, 0),
-    ("decoder_layer", "backward", (60 + 4 + 6 + 8 + 4 + 4) * T + 32 * 64 * P, 0),
-    ("decoder_layer", "both", 134 * T + 48 * 64 * P, 0),
+    (
+        *("decoder_layer", (34 + 2 + 3 + 4 + 2 + 3) * T + 16 * 64 * P),
+        *((60 + 4 + 6 + 8 + 4 + 4) * T + 32 * 64 * P, 0),
+    ),
+]
+# both: the sum, and the statistics are written before they are read
+HAND_COUNTED = [
+    counted
+    for op, forward, backward, statistics in COUNTED
+    for counted in (
+        (op, "forward", forward, 0),
+        (op, "backward", backward, statistics),
+        (op, "both", forward + backward, 2 * statistics),
+    )
 ]
 
 

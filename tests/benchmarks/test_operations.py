@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from fresh import python
 
 from benchmarks.cases import TINY, Sweep
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_suite_collects_every_case_and_runs_one():
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark times the suite and is not installed")
     chosen = f"bias_dropout_add_rms_norm and both and bfloat16 and {'x'.join(map(str, TINY))}"
     options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", chosen]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks/test_operations.py", *options],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed, deselected = (int(re.search(rf"(\d+) {what}", done.stdout)[1]) for what in ("passed", "deselected"))
+    said = python("-m", "pytest", "benchmarks/test_operations.py", *options)
+    passed, deselected = (int(re.search(rf"(\d+) {what}", said)[1]) for what in ("passed", "deselected"))
     assert passed == 2  # eager and fused
     layers = [op for op in Sweep((), ()).operations().values() if op.family == "layer"]
     others = len(Sweep((), ()).operations()) - len(layers)

@@ -26,40 +26,18 @@ def record(op="layer_norm", shape=(4, 64), dtype="float32", direction="forward",
     wobble = [1 + spread * (i % 5 - 2) for i in range(11)]
     size = "x".join(map(str, shape))
     itemsize = 4 if dtype == "float32" else 2
-    return {
-        "op": op,
-        "shape": shape,
-        "dtype": dtype,
-        "direction": direction,
-        "size": size,
-        "name": f"{op}/{direction}/{dtype}/{size}",
-        "status": "measured",
-        "detail": "",
-        "provider": "reference",
-        "how": PLAIN,
-        "notes": {},
-        "bytes": 4096,
-        "input_bytes": shape[0] * shape[1] * itemsize,
-        "roofline_seconds": 5e-6,
-        "variants": {
-            "fused": {"samples": [1e-5 * w for w in wobble], "faults": 0},
-            "eager": {"samples": [eager * 1e-5 * w for w in reversed(wobble)], "faults": 0},
-        },
-    } | other
+    made = {"op": op, "shape": shape, "dtype": dtype, "direction": direction, "size": size}
+    made |= {"name": f"{op}/{direction}/{dtype}/{size}", "status": "measured", "detail": ""}
+    made |= {"provider": "reference", "how": PLAIN, "notes": {}, "bytes": 4096, "roofline_seconds": 5e-6}
+    fused = {"samples": [1e-5 * w for w in wobble], "faults": 0}
+    variants = {"fused": fused, "eager": {"samples": [eager * 1e-5 * w for w in reversed(wobble)], "faults": 0}}
+    return made | {"input_bytes": shape[0] * shape[1] * itemsize, "variants": variants} | other
 
 
 def result(*records, left_out=None, others=0.0):
+    environment = {"device_type": "cpu", "device": "a processor", "torch": "2", "triton": None, "python": "3"}
     return {
-        "environment": {
-            "device_type": "cpu",
-            "device": "a processor",
-            "torch": "2",
-            "triton": None,
-            "python": "3",
-            "system": "an OS",
-            "commit": "abc",
-            "date": "today",
-        },
+        "environment": environment | {"system": "an OS", "commit": "abc", "date": "today"},
         "method": {"timer": "wall clock", "threads": 2, "cores": 2, "others": others},
         "roofline": {"copies": [[1 << 20, 1e-4]], "matmul": {"float32": 1e11}},
         "baselines": {"used": ["eager"], "absent": {}},

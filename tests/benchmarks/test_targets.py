@@ -157,13 +157,8 @@ def test_nothing_is_measured_that_no_target_is_about():
 
 def test_the_sweep_fits_minutes_and_begins_with_what_matters():
     chosen, groups = cases_targets.every(), cases_targets.GROUPS
-    assert {name: len(cases) for name, cases in groups.items()} == {
-        "add": 21,
-        "epilogue": 6,
-        "attention": 12,
-        "layer": 1,
-        "plain": 480,
-    }
+    sizes = {"add": 21, "epilogue": 6, "attention": 12, "layer": 1, "plain": 480}
+    assert {name: len(cases) for name, cases in groups.items()} == sizes
     assert len({case.name for case in chosen}) == len(chosen) <= 570
     assert [case.op for case in chosen[:21]] == ["add_layer_norm"] * 21
     assert {case.input_bytes for case in groups["add"] + groups["epilogue"]} == {64 << 20, 256 << 20}
@@ -181,7 +176,15 @@ def test_cases_that_share_inputs_and_float64_results_follow_one_another():
     assert changes == len(set(keys)) < len(keys)
 
 
-def test_only_what_its_target_names_runs_beside_a_case(monkeypatch):
+@pytest.fixture
+def nothing_measured(monkeypatch):
+    """All of a run but the cases, of which each test makes records."""
+    monkeypatch.setattr(run, "progress", iter)
+    monkeypatch.setattr(measure, "available_memory", lambda device: None)
+    monkeypatch.setattr(measure, "measure_roofline", lambda *_: measure.Roofline(((1, 1.0),), {}))
+
+
+def test_only_what_its_target_names_runs_beside_a_case(nothing_measured, monkeypatch):
     arguments = run.parse(["--device", "cpu", "--baselines", "peers,compile"])
     arguments.level = "targets"  # as on a GPU
     beside, resets = {}, []
@@ -191,9 +194,6 @@ def test_only_what_its_target_names_runs_beside_a_case(monkeypatch):
         return stand_in(case, baselines)
 
     monkeypatch.setattr(run, "run_case", noted)
-    monkeypatch.setattr(run, "progress", iter)
-    monkeypatch.setattr(measure, "available_memory", lambda device: None)
-    monkeypatch.setattr(measure, "measure_roofline", lambda *_: measure.Roofline(((1, 1.0),), {}))
     monkeypatch.setattr(torch, "_dynamo", types.SimpleNamespace(reset=lambda: resets.append(1)))
     result = run.run(arguments, cases_targets.every(), torch.device("cpu"), {})
     assert len(result["cases"]) == len(cases_targets.every()) and result["left_out"] == {}
@@ -209,7 +209,7 @@ def test_only_what_its_target_names_runs_beside_a_case(monkeypatch):
     assert len(resets) == 7
 
 
-def test_what_the_time_was_too_short_for_is_named(monkeypatch):
+def test_what_the_time_was_too_short_for_is_named(nothing_measured, monkeypatch):
     arguments = run.parse(["--device", "cpu", "--limit", "50"])
     arguments.level, clock = "targets", [0.0]
 
@@ -218,9 +218,6 @@ def test_what_the_time_was_too_short_for_is_named(monkeypatch):
         return stand_in(case, ["eager"])
 
     monkeypatch.setattr(run, "run_case", ten_seconds)
-    monkeypatch.setattr(run, "progress", iter)
-    monkeypatch.setattr(measure, "available_memory", lambda device: None)
-    monkeypatch.setattr(measure, "measure_roofline", lambda *_: measure.Roofline(((1, 1.0),), {}))
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     result = run.run(arguments, cases_targets.every(), torch.device("cpu"), {})
     assert [r["op"] for r in result["cases"]] == ["add_layer_norm"] * 6

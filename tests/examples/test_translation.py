@@ -13,20 +13,7 @@ from examples.training.loop import train_twins
 from examples.training.model import IGNORED, VARIANTS, loss_of
 from examples.training.text import train_tokenizer
 from examples.translation import data
-from examples.translation.data import (
-    BEGIN_ID,
-    END_ID,
-    PAD_ID,
-    Pair,
-    Sentences,
-    batch_of,
-    buckets,
-    clean,
-    make_batch,
-    normalized,
-    padded,
-    split_pairs,
-)
+from examples.translation.data import BEGIN_ID, END_ID, PAD_ID, Pair, Sentences, padded
 from examples.translation.model import Translator, translate
 from examples.translation.score import chrf, nearest, scores
 
@@ -61,8 +48,8 @@ def raw() -> list[Pair]:
     ],
 )
 def test_clean_gives_placeholders_width_and_spaces_one_form(text, wanted):
-    assert clean(text) == wanted
-    assert clean(wanted) == wanted
+    assert data.clean(text) == wanted
+    assert data.clean(wanted) == wanted
 
 
 @pytest.mark.parametrize(
@@ -92,26 +79,26 @@ def many(count: int) -> list[Pair]:
 
 def test_split_keeps_one_pair_of_each_source_whatever_its_case_spaces_and_punctuation():
     pairs = [Pair("Save  file…", "保存文件", "a"), Pair("save file", "存文件", "b"), *many(50), Pair("x", "x", "c")]
-    split = split_pairs(pairs, 40)
+    split = data.split_pairs(pairs, 40)
     kept = split.train + split.test
     assert len(kept) == 51 and split.left_out == {"repeated": 1, "untranslated": 1}
-    assert [p.target for p in kept if normalized(p.source) == "save file"] == ["保存文件"]
+    assert [p.target for p in kept if data.normalized(p.source) == "save file"] == ["保存文件"]
 
 
 def test_split_moves_no_pair_across_when_others_come_or_go():
-    whole, half = split_pairs(many(400), 40), split_pairs(many(400)[::2], 40)
+    whole, half = data.split_pairs(many(400), 40), data.split_pairs(many(400)[::2], 40)
     assert set(half.train) < set(whole.train) and set(half.test) < set(whole.test)
     assert 0.05 < len(whole.test) / 400 < 0.15
 
 
 def test_split_refuses_pairs_that_leave_a_side_empty():
     with pytest.raises(ValueError, match="allow longer sentences"):
-        split_pairs(many(400), 3)
+        data.split_pairs(many(400), 3)
 
 
 def test_pairs_of_the_packages_split_without_a_leak(raw):
-    split = split_pairs(raw, 120)
-    sides = [{normalized(p.source) for p in side} for side in (split.train, split.test)]
+    split = data.split_pairs(raw, 120)
+    sides = [{data.normalized(p.source) for p in side} for side in (split.train, split.test)]
     assert not sides[0] & sides[1]
     assert sum(map(len, sides)) == len(split.train) + len(split.test) > 4000
     assert {p.origin for p in split.test} == {p.origin for p in split.train} == {"babel", "django", "jupyterlab"}
@@ -139,7 +126,7 @@ def test_catalogue_gives_the_plural_and_no_header(tmp_path):
 
 def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
     need("tokenizers")
-    split = split_pairs(raw[::20], 40)
+    split = data.split_pairs(raw[::20], 40)
     tokenizer = train_tokenizer([t for p in split.train for t in (p.source, p.target)], 500, data.SPECIAL)
     assert [tokenizer.token_to_id(mark) for mark in data.SPECIAL] == [PAD_ID, BEGIN_ID, END_ID]
     for (source, target), pair in zip(data.encode(tokenizer, split.test), split.test):
@@ -153,21 +140,21 @@ def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
 def test_buckets_take_every_pair_once_and_pad_little(drawn):
     encoded = drawn(103)
     for seed in (None, 1):
-        batches = buckets(encoded, 8, seed)
+        batches = data.buckets(encoded, 8, seed)
         assert sorted(i for batch in batches for i in batch) == list(range(103))
         assert sorted(map(len, batches)) == [7] + [8] * 12
-        padding = sum(int((batch_of(encoded, batch).wanted == IGNORED).sum()) for batch in batches)
+        padding = sum(int((data.batch_of(encoded, batch).wanted == IGNORED).sum()) for batch in batches)
         assert padding <= 0.1 * sum(len(target) for _, target in encoded)
 
 
 def test_buckets_are_drawn_from_the_seed_alone(drawn):
     encoded = drawn(103)
-    first = buckets(encoded, 8, 1)
+    first = data.buckets(encoded, 8, 1)
     torch.rand(3)
-    assert first == buckets(encoded, 8, 1) != buckets(encoded, 8, 2)
-    lengths = [len(encoded[i][1]) for batch in buckets(encoded, 8) for i in batch]
+    assert first == data.buckets(encoded, 8, 1) != data.buckets(encoded, 8, 2)
+    lengths = [len(encoded[i][1]) for batch in data.buckets(encoded, 8) for i in batch]
     assert lengths == sorted(lengths)
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in buckets(encoded, 8, 2)}
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in data.buckets(encoded, 8, 2)}
 
 
 def test_padded_rows_end_in_pad():
@@ -180,7 +167,7 @@ def test_padding_changes_nothing(translation, drawn, variant):
     source, target = (padded([pair[side] for pair in encoded]) for side in (0, 1))
     wider = nn.functional.pad(source, (0, 3)), nn.functional.pad(target, (0, 4))
     with torch.no_grad():
-        losses = [loss_of(model, make_batch(*given)).item() for given in (wider, (source, target))]
+        losses = [loss_of(model, data.make_batch(*given)).item() for given in (wider, (source, target))]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
         real = (target != PAD_ID)[..., None]
         ours, theirs = model(*wider)[:, : target.shape[1]] * real, model(source, target) * real

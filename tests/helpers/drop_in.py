@@ -11,33 +11,15 @@ from torch import nn
 
 import fusednorm
 
-NAMES = (
-    "MultiheadAttention",
-    "TransformerEncoderLayer",
-    "TransformerDecoderLayer",
-    "TransformerEncoder",
-    "TransformerDecoder",
-    "Transformer",
-)
 _LAYERS = {nn.TransformerEncoderLayer: "TransformerEncoderLayer", nn.TransformerDecoderLayer: "TransformerDecoderLayer"}
 
 
 def converted(layer: nn.Module) -> nn.Module:
     """Our layer for one of torch's, by its attributes and its state."""
-    first = layer.linear1
-    ours = getattr(fusednorm, _LAYERS[type(layer)])(
-        first.in_features,
-        layer.self_attn.num_heads,
-        first.out_features,
-        layer.dropout.p,
-        layer.activation,
-        layer.norm1.eps,
-        layer.self_attn.batch_first,
-        layer.norm_first,
-        first.bias is not None,
-        first.weight.device,
-        first.weight.dtype,
-    )
+    first, attention = layer.linear1, layer.self_attn
+    sizes = (first.in_features, attention.num_heads, first.out_features, layer.dropout.p, layer.activation)
+    form = (layer.norm1.eps, attention.batch_first, layer.norm_first, first.bias is not None)
+    ours = getattr(fusednorm, _LAYERS[type(layer)])(*sizes, *form, first.weight.device, first.weight.dtype)
     ours.load_state_dict(layer.state_dict())
     return ours
 

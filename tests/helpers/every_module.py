@@ -39,9 +39,11 @@ MAKERS: dict[str, Any] = {
     "TransformerDecoder": _stack("TransformerDecoder"),
     "Transformer": _transformer,
 }
+OPTIONS = {"dropout_p": 0.25, "drop_path_p": 0.5, "layer_scale": 0.5, "x_bias": True, "residual_dtype": torch.float32}
+OPTIONS |= {"zero_centered_weight": True, "memory_efficient": True}
 ADDED = {
-    "AddLayerNorm": lambda **options: fusednorm.AddLayerNorm(E, layer_scale=0.5, x_bias=True, **options),
-    "AddRMSNorm": lambda **options: fusednorm.AddRMSNorm(E, layer_scale=0.5, x_bias=True, **options),
+    "AddLayerNorm": lambda **options: fusednorm.AddLayerNorm(E, **OPTIONS | options),
+    "AddRMSNorm": lambda **options: fusednorm.AddRMSNorm(E, **OPTIONS | options),
 }
 
 

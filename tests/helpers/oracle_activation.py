@@ -93,12 +93,16 @@ def hold_to_the_mask(columns: int, dtype: torch.dtype = torch.float32) -> None:
     assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
 
 
-def hold_to_torch_at_huge_values(activation: str) -> None:
-    """Finite where torch's is, and NaN stays."""
+def hold_to_torch_at_huge_values(
+    activation: str,
+    values: tuple[float, ...] = (3e38, 1e20, 3e4, 100.0, 20.0),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Finite where torch's is, infinite where both are or neither, and NaN stays."""
     import fusednorm
 
-    huge = [3e38, 1e20, 3e4, 100.0, 20.0]
-    given = torch.tensor([*huge, *(-value for value in huge), float("nan")])
+    given = torch.tensor([*values, *(-value for value in values), math.nan], device=device, dtype=dtype)
     found = []
     for function in (lambda t: fusednorm.bias_act_dropout(t, None, activation), TORCHS[activation]):
         x = given.clone().requires_grad_()
@@ -106,5 +110,17 @@ def hold_to_torch_at_huge_values(activation: str) -> None:
         found.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
     for got, torchs in zip(*found):
         finite = torchs.isfinite()
-        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for float32
+        torch.testing.assert_close(got[finite], torchs[finite])  # at torch's own tolerances for the dtype
+        assert torch.equal(got.isinf() & torchs.isinf(), torchs.isinf())
         assert got[-1].isnan() == torchs[-1].isnan()
+
+
+def hold_to_a_column_dropped_whole(columns: int) -> None:
+    """A NaN in its bias comes neither into the result nor, by rows past the last one, into its gradient."""
+    import fusednorm
+
+    seed = next(s for s in range(100) if not fusednorm.dropout_mask((3, columns), 0.5, s)[:, 1].any())
+    bias = torch.zeros(columns).index_fill_(0, torch.tensor(1), math.nan).requires_grad_()
+    y = fusednorm.bias_act_dropout(torch.ones(3, columns), bias, "gelu", 0.5, seed=seed)
+    (dbias,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert y.isfinite().all() and dbias.isfinite().all() and dbias[1] == 0

@@ -20,6 +20,10 @@ def inputs(function: str) -> tuple[str, ...]:
     return ("x", "residual", *affine(function)) if function in FUSED else ("x", *affine(function))
 
 
+def outputs_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 @dataclass(frozen=True)
 class Shape:
     name: str
@@ -80,10 +84,26 @@ SHAPES = [
 EMPTY_SHAPES = [
     Shape("no_rows", (0, 16)),
     Shape("empty_batch", (2, 0, 16)),
+    Shape("no_rows_of_several_warps", (0, 64)),
+    Shape("empty_dimension_of_several_warps", (4, 0, 64)),
     Shape("no_columns", (3, 0)),
     Shape("no_rows_no_columns", (0, 0)),
     Shape("normalized_2d_no_rows", (0, 3, 4), normalized_ndim=2),
 ]
+
+
+def named(*names: str) -> list[Shape]:
+    return [shape for shape in (*SHAPES, *EMPTY_SHAPES) if shape.name in names]
+
+
+COTANGENTS: dict[str, Callable[[Tensor], Tensor]] = {  # of one made contiguous: how it lies in memory
+    "expanded": lambda c: c[..., :1].expand_as(c),  # what ``.sum()`` sends back has strides of zero
+    "one_value": lambda c: c.sum().expand_as(c),
+    "transposed": lambda c: c.mT.contiguous().mT,
+    "step_2": lambda c: torch.stack((c, torch.full_like(c, torch.nan)), -1).flatten(-2)[..., ::2],
+    "slice": lambda c: torch.stack((c, c), 1)[:, 0],
+    "negative_bit": lambda c: torch._neg_view(-c),
+}
 
 
 def random_leaves(

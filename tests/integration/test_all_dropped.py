@@ -117,16 +117,9 @@ def test_under_a_transform_and_compiled(mode):
     torch.testing.assert_close(dresidual, 2.0 * residual.detach())
 
 
-def test_layers_take_what_torchs_take():
-    torchs = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=1.0, batch_first=True)
-    ours = fusednorm.TransformerEncoderLayer(16, 2, 32, dropout=1.0, batch_first=True)
-    ours.load_state_dict(torchs.state_dict())
+def test_a_module_keeps_the_residual():
     x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(ours(x), torchs(x))
-    module = fusednorm.AddLayerNorm(16, dropout_p=1.0)
-    torch.testing.assert_close(module(x, x)[1], x)
-    attention = fusednorm.MultiheadAttention(16, 2, dropout=1.0, batch_first=True)
-    torch.testing.assert_close(attention(x, x, x)[0], attention.out_proj.bias.expand_as(x))
+    torch.testing.assert_close(fusednorm.AddLayerNorm(16, dropout_p=1.0)(x, x)[1], x)
 
 
 def test_explain_says_so():

@@ -22,10 +22,12 @@ VARIANTS = {
     "dropout": {"dropout_p": 0.5, "drop_path_p": 0.5},
     "wider_stream": {"residual_dtype": torch.float64},
     "memory_efficient": {"memory_efficient": True},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "relu_dropout": {"activation": "relu", "dropout_p": 0.5},
 }
 CASES = [(f, "plain") for f in PLAIN]
 CASES += [("add_layer_norm", v) for v in ("plain", "dropout", "memory_efficient")]
-CASES += [("add_rms_norm", "wider_stream")]
+CASES += [("add_rms_norm", "wider_stream"), ("bias_act_dropout", "gelu_tanh"), ("bias_act_dropout", "relu_dropout")]
 EVERY_CASE = pytest.mark.parametrize(("function", "variant"), CASES, ids=["-".join(case) for case in CASES])
 ROWS = [33, 1, 64, 0, 1000]
 
@@ -44,6 +46,8 @@ def caller(function: str, options: dict):
         if function in PLAIN:
             return (public(x, (24,), weight),)
         extra = {"seed": seed} if options.get("dropout_p") else {}
+        if function == "bias_act_dropout":
+            return (public(x, weight, **options, **extra),)
         return public(x, residual, (24,), weight, **options, **extra)
 
     return run
@@ -73,7 +77,7 @@ def test_fullgraph_dynamic_over_row_counts(function, variant, using, device):
         run = caller(function, {k: v for k, v in VARIANTS[variant].items() if k != "memory_efficient"})
         with_gradients(compiled, 10, device)
         first = counter.frame_count
-        for rows in ROWS[:2] if variant == "dropout" else ROWS:  # the masks make the graph a slow one to trace
+        for rows in ROWS[:2] if "dropout" in variant else ROWS:  # the masks make the graph a slow one to trace
             expected, ours = with_gradients(run, rows, device), with_gradients(compiled, rows, device)
             torch.testing.assert_close(ours, expected, **REORDERED)
     again = counter.frame_count - first
@@ -122,14 +126,16 @@ def test_the_chosen_provider_is_guarded():
     assert counter.frame_count == both
 
 
-@pytest.mark.parametrize("function", FUSED)
+@pytest.mark.parametrize("function", [*FUSED, "bias_act_dropout"])
 def test_default_seed_draws_anew_in_every_compiled_call(function, using, device):
     """A seed drawn while tracing would freeze the mask."""
     public = getattr(fusednorm, function)
+
+    def drop(x):
+        return public(x, None, (64,), dropout_p=0.5)[1] if function in FUSED else public(x, None, dropout_p=0.5)
+
     with using:
-        compiled = torch.compile(
-            lambda x: public(x, None, (64,), dropout_p=0.5)[1], fullgraph=True, backend="aot_eager"
-        )
+        compiled = torch.compile(drop, fullgraph=True, backend="aot_eager")
         x = torch.ones(16, 64, device=device)
         first, second = compiled(x), compiled(x)
         torch.manual_seed(9)

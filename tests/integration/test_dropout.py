@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -109,13 +110,10 @@ def test_keep_rate_and_independence(p):
         assert abs(product.mean().item()) < bound, (lag_rows, lag_columns)
 
 
-def test_p_zero_keeps_everything():
-    assert fusednorm.dropout_mask((50, 50), 0.0, 1, "cpu").all()
-
-
-def test_p_below_one_step_of_the_threshold_keeps_everything():
+@pytest.mark.parametrize("p", [0.0, 2.0**-33])
+def test_p_below_one_step_of_the_threshold_keeps_everything(p):
     """floor(p 2^32) = 0."""
-    assert fusednorm.dropout_mask((50, 50), 2.0**-33, 1, "cpu").all()
+    assert fusednorm.dropout_mask((50, 50), p, 1, "cpu").all()
 
 
 def test_p_just_below_one_drops_everything():
@@ -142,30 +140,39 @@ def test_add_norm_applies_exactly_the_mask(function, shape, with_path, using, de
     torch.testing.assert_close(z, expected, rtol=1e-6, atol=0)  # the order of two float32 products
 
 
-@pytest.mark.parametrize("function", FUSED)
-def test_add_norm_takes_an_int_and_a_tensor_seed_alike(function, using, device):
-    x = torch.randn(5, 24, device=device)
+def norm(function: str, device: str, **seed) -> torch.Tensor:
+    x = torch.linspace(-3.0, 3.0, 5 * 64, device=device).view(5, 64)
+    return getattr(fusednorm, function)(x, x, (64,), dropout_p=0.5, **seed)[1]
+
+
+def activation(device: str, **seed) -> torch.Tensor:
+    return fusednorm.bias_act_dropout(torch.ones(8, 64, device=device), None, dropout_p=0.5, **seed)
+
+
+def attention(device: str, **seed) -> torch.Tensor:
+    x = torch.ones(2, 2, 16, 8, device=device)
+    x[..., 0] = torch.arange(16, device=device)
+    return fusednorm.scaled_dot_product_attention(x, x, x, dropout_p=0.5, **seed)
+
+
+DROPPING = {**{name: functools.partial(norm, name) for name in FUSED}, "activation": activation, "attention": attention}
+
+
+@pytest.mark.parametrize("drop", DROPPING.values(), ids=DROPPING)
+def test_an_int_and_a_tensor_seed_are_alike(drop, using, device):
     with using:
-        runs = [
-            getattr(fusednorm, function)(x, x, (24,), dropout_p=0.5, seed=seed)[1]
-            for seed in (-5, torch.tensor([-5], device=device), torch.tensor(-5, device=device))
-        ]
+        runs = [drop(device, seed=s) for s in (-5, torch.tensor([-5], device=device), torch.tensor(-5, device=device))]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("function", FUSED)
-def test_default_seed_comes_from_torchs_generator(function, using, device):
-    x = torch.randn(5, 64, device=device)
-
-    def drop() -> torch.Tensor:
-        return getattr(fusednorm, function)(x, None, (64,), dropout_p=0.5)[1]
-
+@pytest.mark.parametrize("drop", DROPPING.values(), ids=DROPPING)
+def test_default_seed_comes_from_torchs_generator(drop, using, device):
     with using:
         torch.manual_seed(5)
-        first, second = drop(), drop()
+        first, second = drop(device), drop(device)
         torch.manual_seed(5)
-        again = drop()
+        again = drop(device)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
 

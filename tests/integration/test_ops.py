@@ -3,6 +3,8 @@ optional absent, under modes, in a fresh process, and what it says of arguments 
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from fresh import python
@@ -18,18 +20,22 @@ F32 = torch.float32
 SCALE = 1.0 / 8**0.5
 
 
-def norm_forward(seed=None, p=0.0, **given):
-    x = torch.randn(3, 4, 8)
+def norm_forward(seed=None, p=0.0, rms=False, store=True, ndim=1, dtype=F32, **given):
     optional = [given.get(name) for name in ("residual", "weight", "bias", "x_bias", "layer_scale")]
-    return (x, *optional, seed, 1, 1e-5, p, p, F32, F32, False, False, True)
+    return (torch.randn(3, 4, 8).to(dtype), *optional, seed, ndim, 1e-5, p, p, dtype, F32, rms, False, store)
 
 
-def norm_backward(seed=None, p=0.0, mask=(True,) + (False,) * 5, **given):
-    x, *_ = forward = norm_forward(seed, p, **given)
-    _, z, stats = torch.ops.fusednorm.add_layer_norm_fwd(*forward, "reference")
-    names = ("weight", "bias", "x", "x_bias", "layer_scale")
-    optional = [given.get(name) for name in names]
-    return (torch.randn_like(x), None, z, stats, *optional, seed, 1, p, p, F32, F32, False, False, False, list(mask))
+def norm_backward(seed=None, p=0.0, mask=(True,) + (False,) * 5, saved_is_normed=False, stream=False, **given):
+    """The gradient of the stream where there is one; x is saved where a branch is scaled."""
+    *forward, _ = norm_forward(seed, p, **given)
+    normed, z, stats = torch.ops.fusednorm.add_layer_norm_fwd(*forward, True, "reference")
+    optional = [given.get(name) for name in ("weight", "bias", "x", "x_bias", "layer_scale")]
+    dtype, residual_dtype, rms, ndim = forward[11], forward[12], forward[13], forward[7]
+    dz = torch.randn_like(z) if stream else None
+    return (
+        *(torch.randn_like(normed), dz, normed if saved_is_normed else z, stats, *optional, seed, ndim, p, p),
+        *(dtype, residual_dtype, rms, False, saved_is_normed, list(mask)),
+    )
 
 
 def activation(seed=None, p=0.0, bias=None):
@@ -47,8 +53,8 @@ def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False):
     return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, False, -1, -1, 0.0)
 
 
-def attention_backward(mask=(True, True, True, False), dlse=False, **given):
-    forward = attention(**given)
+def attention_backward(mask=(True, True, True, False), dlse=False, seed=None, p=0.0, **given):
+    forward = attention(seed, p, **given)
     out, lse = torch.ops.fusednorm.attention_fwd(*forward, "reference")
     rest = (*forward[:3], out, lse, *forward[3:], list(mask))
     return (torch.randn_like(out), torch.randn_like(lse) if dlse else None, *rest)
@@ -62,27 +68,20 @@ def row() -> Tensor:
     return torch.randn(8)
 
 
+def parameters() -> dict[str, Tensor]:
+    return {name: row() for name in ("weight", "bias", "x_bias", "layer_scale")}
+
+
 # everything optional absent, then everything there
 CALLS = {
     "add_layer_norm_fwd": [
         norm_forward,
-        lambda: norm_forward(
-            seed(), 0.3, residual=torch.randn(3, 4, 8), weight=row(), bias=row(), x_bias=row(), layer_scale=row()
-        ),
+        lambda: norm_forward(seed(), 0.3, residual=torch.randn(3, 4, 8), **parameters()),
     ],
     "add_layer_norm_bwd": [
         norm_backward,
         lambda: norm_backward(mask=(False,) * 6),
-        lambda: norm_backward(
-            seed(),
-            0.3,
-            (True,) * 6,
-            weight=row(),
-            bias=row(),
-            x=torch.randn(3, 4, 8),
-            x_bias=row(),
-            layer_scale=row(),
-        ),
+        lambda: norm_backward(seed(), 0.3, (True,) * 6, x=torch.randn(3, 4, 8), **parameters()),
     ],
     "bias_act_dropout_fwd": [activation, lambda: activation(seed(), 0.3, row())],
     "bias_act_dropout_bwd": [
@@ -100,19 +99,44 @@ CALLS = {
         attention_backward,
         lambda: attention_backward((False, True, False, False), packed=True),
         lambda: attention_backward(
-            (True, True, True, True),
-            True,
-            seed=seed(),
-            p=0.3,
+            *((True, True, True, True), True, seed(), 0.3),
             attn_mask=torch.randn(1, 1, 5, 5),
             key_mask=torch.rand(2, 5) > 0.2,
         ),
     ],
 }
-EVERY_CALL = pytest.mark.parametrize(
-    ("name", "make"),
-    [pytest.param(n, make, id=f"{n}-{i}") for n, calls in CALLS.items() for i, make in enumerate(calls)],
-)
+
+
+RESIDUAL = torch.randn(3, 4, 8)
+EPILOGUE = {"residual": RESIDUAL, "x": RESIDUAL, "x_bias": row(), "layer_scale": row(), "seed": seed(), "p": 0.3}
+MATRICES = {"weight": torch.randn(4, 8), "bias": torch.randn(4, 8)}
+NORMS = {  # what a norm is asked for beside the calls above
+    "layer_norm": {"weight": row(), "bias": row(), "store": False},
+    "rms_norm": {"weight": row(), "rms": True, "store": False},
+    "everything": {"weight": row(), "bias": row(), **EPILOGUE},
+    "rms_everything": {"weight": row(), "rms": True, **EPILOGUE},
+    "normalized_2d": {"residual": RESIDUAL, **MATRICES, "ndim": 2},
+    "bfloat16_on_float32_stream": {"residual": RESIDUAL, "weight": row(), "bias": row(), "dtype": torch.bfloat16},
+}
+
+
+def norm_calls() -> list:
+    """Of each forward, and of each backward with every set of gradients wanted."""
+    calls = []
+    for case, given in NORMS.items():
+        calls.append(pytest.param("add_layer_norm_fwd", lambda o=given: norm_forward(**o), id=f"forward-{case}"))
+        there = [True, *(name in given for name in ("residual", "weight", "bias", "x_bias", "layer_scale"))]
+        masks = {"all": there, "none": [False] * 6, "parameters": [False, False, *there[2:]]}
+        for wanted, saved_is_normed in itertools.product(masks, (False, True)):
+            options = {"mask": masks[wanted], "saved_is_normed": saved_is_normed, "stream": True, **given}
+            name = f"backward-{case}-{wanted}-{'normed' if saved_is_normed else 'z'}"
+            calls.append(pytest.param("add_layer_norm_bwd", lambda o=options: norm_backward(**o), id=name))
+    return calls
+
+
+CALL = ("name", "make")
+FEW = [pytest.param(n, make, id=f"{n}-{i}") for n, calls in CALLS.items() for i, make in enumerate(calls)]
+EVERY_CALL = pytest.mark.parametrize(CALL, FEW)
 
 
 @pytest.fixture
@@ -158,9 +182,21 @@ def test_op_under_a_dispatch_mode_and_with_fake_tensors(name, make, named):
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in plain]
 
 
-@EVERY_CALL
+@pytest.mark.parametrize(CALL, [*FEW, *norm_calls()])
 def test_opcheck(name, make, named):
     library.opcheck(getattr(torch.ops.fusednorm, name).default, (*make(), named))
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm_fwd"])
+@pytest.mark.parametrize("store", [False, True], ids=["no_stream", "stream"])
+def test_op_outputs_are_no_alias_of_inputs_or_each_other(name, store, named):
+    """Fixed arity and no aliasing, also where z equals x."""
+    args = norm_forward(weight=row(), bias=row(), store=store)
+    outputs = torch.ops.fusednorm.add_layer_norm_fwd(*args, named)
+    assert len(outputs) == 3
+    assert outputs[1].numel() == (args[0].numel() if store else 0)
+    storages = [t.untyped_storage().data_ptr() for t in (args[0], *outputs) if t.numel()]
+    assert len(set(storages)) == len(storages)
 
 
 @pytest.mark.parametrize("name", _ops.RECORDED)

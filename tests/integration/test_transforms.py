@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from derivatives import assert_gradients, kept_and_recomputed
 from oracle import Call
 from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 
@@ -54,82 +54,69 @@ def cotangents_of(call, leaves, generator):
 @EVERY_CASE
 def test_gradcheck_and_gradgradcheck(function, variant, using, device, generator):
     call, leaves = problem(function, variant, device, generator)
-    names = list(leaves)
-
-    def run(*values):
-        return call.ours(dict(zip(names, values, strict=True)))
-
-    values = tuple(leaf.requires_grad_() for leaf in leaves.values())
     with using:
-        assert torch.autograd.gradcheck(run, values, check_undefined_grad=False)
-        assert torch.autograd.gradgradcheck(run, values, check_undefined_grad=False, fast_mode=True)
+        assert_gradients(call.ours, leaves, check_undefined_grad=False, second={"fast_mode": True})
 
 
-@EVERY_CASE
-def test_hessian_vector_product_is_the_oracles(function, variant, using, device, generator):
-    call, leaves = problem(function, variant, device, generator)
-    cotangents = cotangents_of(call, leaves, generator)
-    vectors = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves.values()]
-    vectors = [vector.to(device) for vector in vectors]
-
-    def products(run):
-        fresh = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-        first = torch.autograd.grad(scalar(run, cotangents)(fresh), list(fresh.values()), create_graph=True)
-        inner = sum((gradient * vector).sum() for gradient, vector in zip(first, vectors, strict=True))
-        return torch.autograd.grad(inner, list(fresh.values()))
-
-    with using:
-        ours = products(call.ours)
-    for got, expected in zip(ours, products(lambda t: call.exact(t, torch.float64)), strict=True):
-        torch.testing.assert_close(got, expected, **FLOAT64)
+def hessian_vector_product(run, leaves, cotangents, vectors):
+    fresh = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    first = torch.autograd.grad(scalar(run, cotangents)(fresh), list(fresh.values()), create_graph=True)
+    inner = sum((gradient * vector).sum() for gradient, vector in zip(first, vectors.values(), strict=True))
+    return torch.autograd.grad(inner, list(fresh.values()))
 
 
-@EVERY_CASE
-def test_torch_func_grad_is_the_oracles(function, variant, using, device, generator):
-    call, leaves = problem(function, variant, device, generator)
-    cotangents = cotangents_of(call, leaves, generator)
-    with using:
-        ours = torch.func.grad(scalar(call.ours, cotangents))(leaves)
-    exact = torch.func.grad(scalar(lambda t: call.exact(t, torch.float64), cotangents))(leaves)
-    torch.testing.assert_close(ours, exact, **FLOAT64)
+def gradient(run, leaves, cotangents, vectors):
+    return torch.func.grad(scalar(run, cotangents))(leaves)
 
 
-@EVERY_CASE
-def test_jvp_is_the_oracles(function, variant, using, device, generator):
+def jvp(run, leaves, cotangents, vectors):
     """A Function without a forward derivative would give zeros here, silently."""
-    call, leaves = problem(function, variant, device, generator)
-    tangents = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for n, t in leaves.items()}
-    with using:
-        ours = torch.func.jvp(call.ours, (leaves,), (tangents,))
-    exact = torch.func.jvp(lambda t: call.exact(t, torch.float64), (leaves,), (tangents,))
-    torch.testing.assert_close(ours, exact, **FLOAT64)
-    assert any(tangent.abs().max() > 0.01 for tangent in ours[1])
+    outputs, tangents = torch.func.jvp(run, (leaves,), (vectors,))
+    assert any(tangent.abs().max() > 0.01 for tangent in tangents)
+    return outputs, tangents
 
 
+def dual_numbers(run, leaves, cotangents, vectors):
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(leaf, vectors[name]) for name, leaf in leaves.items()}
+        return [forward_ad.unpack_dual(output).tangent.clone() for output in run(duals)]
+
+
+def per_sample_gradients(run, leaves, cotangents, vectors):
+    value, batch = scalar(run, cotangents), torch.stack([leaves["x"] + i for i in range(3)])
+    return torch.vmap(lambda x: torch.func.grad(value)(leaves | {"x": x}))(batch)
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [hessian_vector_product, gradient, jvp, dual_numbers, per_sample_gradients],
+    ids=lambda derivative: derivative.__name__,
+)
 @EVERY_CASE
-def test_forward_mode_dual_numbers(function, variant, using, device, generator):
+def test_derivative_is_the_oracles(function, variant, derivative, using, device, generator):
     call, leaves = problem(function, variant, device, generator)
-    tangents = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for n, t in leaves.items()}
-
-    def run(function):
-        with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(leaf, tangents[name]) for name, leaf in leaves.items()}
-            return [forward_ad.unpack_dual(output).tangent.clone() for output in function(duals)]
-
+    cotangents = cotangents_of(call, leaves, generator)
+    vectors = {n: torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t) for n, t in leaves.items()}
     with using:
-        ours = run(call.ours)
-    torch.testing.assert_close(ours, run(lambda t: call.exact(t, torch.float64)), **FLOAT64)
+        ours = derivative(call.ours, leaves, cotangents, vectors)
+    exact = derivative(lambda t: call.exact(t, torch.float64), leaves, cotangents, vectors)
+    torch.testing.assert_close(ours, exact, **FLOAT64)
 
 
+@pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian"])
 @BOTH
-def test_hessian_by_forward_over_reverse(function, using, device, generator):
-    """torch.layer_norm itself is wrong here (pytorch#175754, pytorch#196700)."""
+def test_jacobians_and_the_hessian_by_forward_over_reverse(function, transform, using, device, generator):
+    """Of torch.layer_norm itself the Hessian is wrong (pytorch#175754, pytorch#196700)."""
     call, leaves = problem(function, "plain", device, generator, shape=Shape("tiny", (2, 3)))
     cotangents = cotangents_of(call, leaves, generator)
+
+    def derivative(run):
+        return getattr(torch.func, transform)(scalar(run, cotangents) if transform == "hessian" else run)(leaves)
+
     with using:
-        ours = torch.func.hessian(scalar(call.ours, cotangents))(leaves)
-    exact = torch.func.hessian(scalar(lambda t: call.exact(t, torch.float64), cotangents))(leaves)
-    torch.testing.assert_close(ours, exact, **THIRD_ORDER)
+        ours = derivative(call.ours)
+    exact = derivative(lambda t: call.exact(t, torch.float64))
+    torch.testing.assert_close(ours, exact, **(THIRD_ORDER if transform == "hessian" else FLOAT64))
 
 
 @BOTH
@@ -148,33 +135,6 @@ def test_vmap_is_a_loop(function, batched, using, device, generator):
         loop = [call.ours({n: t[i] if n in names else t for n, t in stacked.items()}) for i in range(size)]
     for index, output in enumerate(ours):
         torch.testing.assert_close(output, torch.stack([one[index] for one in loop]), **FLOAT64)
-
-
-@EVERY_CASE
-def test_per_sample_gradients_by_vmap_of_grad(function, variant, using, device, generator):
-    call, leaves = problem(function, variant, device, generator)
-    cotangents = cotangents_of(call, leaves, generator)
-    batch = torch.stack([leaves["x"] + i for i in range(3)])
-
-    def per_sample(run):
-        value = scalar(run, cotangents)
-        return torch.vmap(lambda x: torch.func.grad(value)(leaves | {"x": x}))(batch)
-
-    with using:
-        ours = per_sample(call.ours)
-    exact = per_sample(lambda t: call.exact(t, torch.float64))
-    torch.testing.assert_close(ours, exact, **FLOAT64)
-
-
-@pytest.mark.parametrize("transform", ["jacrev", "jacfwd"])
-@BOTH
-def test_jacobians(function, transform, using, device, generator):
-    call, leaves = problem(function, "plain", device, generator, shape=Shape("tiny", (2, 3)))
-    jacobian = getattr(torch.func, transform)
-    with using:
-        ours = jacobian(call.ours)(leaves)
-    exact = jacobian(lambda t: call.exact(t, torch.float64))(leaves)
-    torch.testing.assert_close(ours, exact, **FLOAT64)
 
 
 @EVERY_CASE
@@ -206,25 +166,14 @@ def test_checkpoint_recomputes_the_same_mask(function, memory_efficient, use_ree
     module = {"add_layer_norm": fusednorm.AddLayerNorm, "add_rms_norm": fusednorm.AddRMSNorm}[function](
         32, dropout_p=0.5, drop_path_p=0.3, memory_efficient=memory_efficient, device=device
     )
-    x = torch.randn(6, 32, device=device, requires_grad=True)
-    residual = torch.randn(6, 32, device=device, requires_grad=True)
+    x, residual = (torch.randn(6, 32, device=device, requires_grad=True) for _ in range(2))
     cotangents = [torch.randn(6, 32, device=device) for _ in range(2)]
-    leaves = (x, residual, *module.parameters())
-
-    def run(with_checkpoint: bool):
-        torch.manual_seed(3)
-        wrapped = (lambda *a: checkpoint(module, *a, use_reentrant=use_reentrant)) if with_checkpoint else module
-        outputs = wrapped(x, residual)
-        torch.rand(5, device=device)  # the generator moves on between forward and backward
-        for leaf in leaves:
-            leaf.grad = None
-        torch.autograd.backward(outputs, cotangents)
-        return [output.detach() for output in outputs], [leaf.grad.clone() for leaf in leaves]
-
     with using:
-        plain, recomputed = run(False), run(True)
-    assert (plain[0][1] == residual).any()  # something was dropped
-    for expected, got in zip(plain[0] + plain[1], recomputed[0] + recomputed[1], strict=True):
+        plain, recomputed = kept_and_recomputed(
+            module, (x, residual), cotangents, use_reentrant, [*module.parameters()]
+        )
+    assert (plain[1] == residual).any()  # something was dropped
+    for expected, got in zip(plain, recomputed, strict=True):
         assert torch.equal(expected, got)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from derivatives import kept_and_recomputed
 from drop_in import error, results, twins
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
-from torch.utils.checkpoint import checkpoint
 
 import fusednorm
 from fusednorm import Transformer, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
@@ -110,35 +110,10 @@ def test_compiled_dropout_is_random_and_drops_as_much():
 def test_checkpointing_replays_the_same_dropout(norm_first, reentrant, recompute, using):
     layer = TransformerDecoderLayer(E, H, 32, 0.3, norm_first=norm_first, recompute=recompute, dtype=torch.float64)
     args = tuple(torch.randn(n, B, E, dtype=torch.float64, requires_grad=True) for n in (T, S))
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args):
-            return checkpoint(self.layer, *args, use_reentrant=reentrant)
-
-    if reentrant:  # takes no torch.autograd.grad
-
-        def run(module):
-            for parameter in layer.parameters():
-                parameter.grad = None
-            leaves = [a.detach().requires_grad_() for a in args]
-            out = module(*leaves)
-            out.backward(torch.ones_like(out))
-            return [out, *[leaf.grad for leaf in leaves], *[p.grad for p in layer.parameters()]]
-    else:
-
-        def run(module):
-            return results(module, args)
-
-    found = []
-    for module in (layer, Checkpointed()):
-        torch.manual_seed(9)
-        with using:
-            found.append(run(module))
-    assert error(found[1], found[0]) < 1e-12
+    cotangents = [torch.randn(T, B, E, dtype=torch.float64)]
+    with using:
+        kept, recomputed = kept_and_recomputed(layer, args, cotangents, reentrant, [*layer.parameters()])
+    assert error(recomputed, kept) < 1e-12
 
 
 # --- torch.func ---

@@ -208,34 +208,22 @@ def test_frozen_parameters_and_inputs_without_gradient():
 @pytest.mark.parametrize("form", ["stack", "shared layer", "one tensor twice"])
 def test_recomputed_gradients_that_are_to_be_differentiated_are_the_same(form, part):
     """Inputs that were made of each other, as the decoder's memory and a layer's own output: nothing counts twice."""
-    recompute = (part,)
-    if form == "stack":
-        make = fusednorm.Transformer
-        sizes = (E, H, 2, 2, F, 0.0)
-    else:
-        make = fusednorm.TransformerDecoderLayer if form == "one tensor twice" else fusednorm.TransformerEncoderLayer
-        sizes = (E, H, F, 0.0)
-    torch.manual_seed(2)
-    model = make(*sizes, activation="gelu", batch_first=True, recompute=recompute).double()
+    name = {"stack": "", "shared layer": "EncoderLayer", "one tensor twice": "DecoderLayer"}[form]
+    sizes = (E, H, 2, 2, F, 0.0) if form == "stack" else (E, H, F, 0.0)
     x = torch.randn(2, 5, E, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 4, E, dtype=torch.float64)
-    run = {
-        "stack": lambda: model(x, y),
-        "shared layer": lambda: model(model(x)),
-        "one tensor twice": lambda: model(x, x),
-    }[form]
-    wanted = [x, *model.parameters()]
-    loss = run().sin().sum()
-    plain = torch.autograd.grad(loss, wanted, retain_graph=True)
-    graphed = torch.autograd.grad(loss, wanted, create_graph=True)
-    for a, b in zip(graphed, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    second = torch.autograd.grad(sum(g.square().sum() for g in graphed), x)[0]
-    torch.manual_seed(2)
-    kept = make(*sizes, activation="gelu", batch_first=True).double()
-    kept.load_state_dict(model.state_dict())
-    model = kept
-    loss = run().sin().sum()
-    graphed = torch.autograd.grad(loss, [x, *kept.parameters()], create_graph=True)
-    expected = torch.autograd.grad(sum(g.square().sum() for g in graphed), x)[0]
-    torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-11)
+
+    def derivatives(recompute: tuple[str, ...]) -> tuple[tuple[torch.Tensor, ...], ...]:
+        torch.manual_seed(2)
+        made = getattr(fusednorm, f"Transformer{name}")
+        model = made(*sizes, activation="gelu", batch_first=True, recompute=recompute).double()
+        args = {"stack": (x, y), "one tensor twice": (x, x)}.get(form)
+        loss = (model(*args) if args else model(model(x))).sin().sum()
+        wanted = [x, *model.parameters()]
+        plain = torch.autograd.grad(loss, wanted, retain_graph=True)
+        graphed = torch.autograd.grad(loss, wanted, create_graph=True)
+        return plain, graphed, torch.autograd.grad(sum(g.square().sum() for g in graphed), x)
+
+    plain, graphed, second = derivatives((part,))
+    torch.testing.assert_close(graphed, plain, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(second, derivatives(())[2], rtol=1e-9, atol=1e-11)

@@ -12,16 +12,7 @@ from drop_in import error, grid, results, twins
 from torch import nn
 
 import fusednorm
-from fusednorm import (
-    LayerNorm,
-    Transformer,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-    dispatch,
-    explain,
-)
+from fusednorm import Transformer, TransformerDecoder, TransformerEncoder, TransformerEncoderLayer
 from fusednorm.dispatch.explain import decisions
 
 OP = "attention_fwd"
@@ -87,7 +78,7 @@ def routes(module, *args, **kwargs) -> list[str]:
 
 
 def test_between_pre_norm_layers_every_sum_is_fused_with_the_next_norm():
-    ours = TransformerEncoder(TransformerEncoderLayer(E, H, 24, norm_first=True), 3, LayerNorm(E))
+    ours = TransformerEncoder(TransformerEncoderLayer(E, H, 24, norm_first=True), 3, fusednorm.LayerNorm(E))
     x = torch.randn(S, B, E, requires_grad=True)
     lines = routes(ours, x)
     assert lines[0] == "TransformerEncoder: fused, 3 layers, each residual step with the next layer's norm"
@@ -100,42 +91,30 @@ def nothing(*args):
     pass
 
 
-def with_hook(stack):
-    stack.layers[1].register_forward_hook(nothing)
-
-
 def with_other_class(stack):
     stack.layers[2] = nn.TransformerEncoderLayer(**SIZES, norm_first=True)
     stack.layers[2].load_state_dict(stack.layers[0].state_dict())
 
 
-def with_unfused_layer(stack):
-    stack.layers[0].linear1.register_forward_hook(nothing)
+CHANGES = {  # what explain says, and what is done to a stack
+    "layers.1 has hooks": lambda stack: stack.layers[1].register_forward_hook(nothing),
+    "layers.2 is torch.nn.TransformerEncoderLayer; use fusednorm.TransformerEncoderLayer": with_other_class,
+    "layers.0.linear1 has hooks": lambda stack: stack.layers[0].linear1.register_forward_hook(nothing),
+    "layers.1 is compiled by itself": lambda stack: stack.layers[1].compile(backend="eager"),
+}
 
 
-def with_compiled_layer(stack):
-    stack.layers[1].compile(backend="eager")
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (with_hook, "layers.1 has hooks"),
-        (with_other_class, "layers.2 is torch.nn.TransformerEncoderLayer; use fusednorm.TransformerEncoderLayer"),
-        (with_unfused_layer, "layers.0.linear1 has hooks"),
-        (with_compiled_layer, "layers.1 is compiled by itself"),
-    ],
-)
-def test_layers_that_are_not_plain_are_called_one_by_one(change, reason):
+@pytest.mark.parametrize("reason", CHANGES)
+def test_layers_that_are_not_plain_are_called_one_by_one(reason):
     _, ours = stacks("TransformerEncoder", True, norm_first=True)
     (x,) = inputs(False, S)
     for layer in ours.layers[1:]:
         layer.load_state_dict(ours.layers[0].state_dict())
     with torch.no_grad():  # Dynamo would look for the gradient of what is no leaf, and torch warn of it
         expected = ours(x)
-        change(ours)
+        CHANGES[reason](ours)
         torch.testing.assert_close(ours(x), expected, rtol=0.0, atol=1e-13)
-        first, why = explain(ours, x).splitlines()[:2]
+        first, why = fusednorm.explain(ours, x).splitlines()[:2]
     assert first == "TransformerEncoder: unfused, each submodule by itself" and reason in why
 
 
@@ -160,9 +139,7 @@ def test_our_layers_inside_torchs_own_stacks(norm_first):
     assert ours.use_nested_tensor == (not norm_first)
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
     memory = torch.randn(B, T, E, dtype=torch.float64)
-    decoders = [
-        nn.TransformerDecoder(m(**SIZES, **form), 2) for m in (TransformerDecoderLayer, nn.TransformerDecoderLayer)
-    ]
+    decoders = [nn.TransformerDecoder(m.TransformerDecoderLayer(**SIZES, **form), 2) for m in (fusednorm, nn)]
     decoders[0].load_state_dict(decoders[1].state_dict())
     assert error(results(decoders[0], (*args, memory)), results(decoders[1], (*args, memory))) < 1e-13
 
@@ -254,5 +231,5 @@ def test_stacks_without_layers_and_without_the_native_library():
     x = torch.randn(S, B, E)
     assert TransformerEncoder(TransformerEncoderLayer(E, H), 0)(x) is x
     with fusednorm.use_provider("reference"):
-        assert dispatch.requested() == "reference"
+        assert fusednorm.dispatch.requested() == "reference"
         assert Transformer(E, H, 1, 1, 24)(x, x).shape == x.shape

@@ -8,8 +8,8 @@ from shapes import FUSED, PLAIN
 
 import fusednorm
 
-BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
-RESIDUAL_FORM = pytest.mark.parametrize("function", FUSED)
+EVERY = PLAIN + FUSED
+BOTH = pytest.mark.parametrize("function", EVERY)
 MODULES = {
     "layer_norm": fusednorm.LayerNorm,
     "rms_norm": fusednorm.RMSNorm,
@@ -17,154 +17,94 @@ MODULES = {
     "add_rms_norm": fusednorm.AddRMSNorm,
 }
 WIDTH = 6
+X, ROW = torch.randn(4, WIDTH), torch.ones(WIDTH)
+SIZES = {"residual": (4, WIDTH), "weight": (WIDTH,), "bias": (WIDTH,), "x_bias": (WIDTH,), "layer_scale": (WIDTH,)}
 
 
-def call(function: str, x, normalized_shape=(WIDTH,), residual="like_x", **kwargs):
-    """The functional form, positional as a user writes it."""
-    if function in PLAIN:
-        return getattr(fusednorm, function)(x, normalized_shape, **kwargs)
-    residual = x if isinstance(residual, str) else residual
-    return getattr(fusednorm, function)(x, residual, normalized_shape, **kwargs)
+def call(function: str, x=X, normalized_shape=(WIDTH,), **given):
+    """The functional form, positional as a user writes it; the residual is x itself where none is given."""
+    args = (x, given.pop("residual", x)) if function in FUSED else (x,)
+    return getattr(fusednorm, function)(*args, normalized_shape, **given)
 
 
 def main_argument(function: str) -> str:
     return "input" if function in PLAIN else "x"
 
 
-@BOTH
-@pytest.mark.parametrize("given", [(5,), (4, 5), (3, 4, WIDTH), (WIDTH, WIDTH)], ids=str)
-def test_wrong_trailing_shape_names_normalized_shape(function, given, using):
-    with using, pytest.raises(ValueError, match=r"normalized_shape.*4, 6") as error:
-        call(function, torch.randn(4, WIDTH), given)
-    assert str(given) in str(error.value)
+def refused(functions, error, said, *shown, **given) -> tuple:
+    """A row of the table: the message matches `said`, X being x's name there, and has what is `shown` of the value."""
+    return functions, error, said, shown, given
+
+
+REFUSED = {
+    "empty_normalized_shape": refused(EVERY, ValueError, "normalized_shape.*at least one", normalized_shape=()),
+    "normalized_shape_of_float": refused(EVERY, TypeError, "normalized_shape.*float", normalized_shape=6.0),
+    "normalized_shape_of_text": refused(
+        PLAIN[:1], TypeError, "normalized_shape.*ints.*str", x=torch.randn(4, 64), normalized_shape="64"
+    ),
+    "zero_dimensional_x": refused(EVERY, ValueError, "normalized_shape", x=torch.tensor(1.0), normalized_shape=(1,)),
+    "eps_none": refused(PLAIN[:1], TypeError, "eps", x=torch.randn(2, 8), normalized_shape=8, eps=None),
+    "x_list": refused(EVERY, TypeError, "X.*Tensor.*list", x=[[1.0] * WIDTH]),
+    "plain_weight_of_ints": refused(PLAIN, TypeError, r"weight.*float32.*torch\.int64", weight=ROW.long()),
+    "plain_bias_size": refused(PLAIN[:1], ValueError, r"bias.*\(6,\).*\(7,\)", bias=torch.ones(7)),
+    "weight_on_meta": refused(EVERY, ValueError, "weight.*meta.*cpu", weight=ROW.to("meta")),
+    "weight_array": refused(EVERY, TypeError, r"weight.*ndarray.*torch\.from_numpy\(weight\)", weight=ROW.numpy()),
+    "weight_number": refused(EVERY, TypeError, r"weight.*float.*torch\.full\(shape, 0\.5\)", weight=0.5),
+    "weight_list": refused(EVERY, TypeError, r"weight.*list.*torch\.tensor\(weight\)", weight=[1.0] * WIDTH),
+    "sparse_residual": refused(FUSED, TypeError, "residual.*dense", residual=torch.eye(4, WIDTH).to_sparse()),
+}
+for _dtype in (torch.int64, torch.int8, torch.bool):
+    REFUSED[f"x_{_dtype}"] = refused(EVERY, TypeError, rf"X.*float32.*{_dtype}", x=X.to(_dtype))
+for _shape in ((5,), (4, 5), (3, 4, WIDTH), (WIDTH, WIDTH)):
+    _row = refused(EVERY, ValueError, "normalized_shape.*4, 6", str(_shape), normalized_shape=_shape)
+    REFUSED[f"normalized_shape_{_shape}"] = _row
+for _shape in ((5,), (1,), (1, WIDTH), (WIDTH, WIDTH), ()):
+    REFUSED[f"weight_{_shape}"] = refused(EVERY, ValueError, r"weight.*\(6,\)", str(_shape), weight=torch.ones(_shape))
+# broadcasting would be silent and is refused: a residual stream has one shape
+for _shape in ((3, WIDTH), (1, WIDTH), (WIDTH,), (4, 5), (2, 4, WIDTH)):
+    _row = refused(FUSED, ValueError, r"residual.*\(4, 6\)", str(_shape), residual=torch.ones(_shape))
+    REFUSED[f"residual_{_shape}"] = _row
+for _name, _size in SIZES.items():
+    _given = {_name: torch.ones(_size, dtype=torch.int32)}
+    REFUSED[f"{_name}_of_ints"] = refused(FUSED[:1], TypeError, rf"{_name}.*float32.*torch\.int32", **_given)
+for _name in ("bias", "x_bias", "layer_scale"):
+    _row = refused(FUSED[:1], ValueError, rf"{_name}.*\(6,\).*\(7,\)", **{_name: torch.ones(7)})
+    REFUSED[f"{_name}_size"] = _row
+for _name in ("residual", "x_bias", "layer_scale"):
+    _given = {_name: torch.ones(SIZES[_name], device="meta")}
+    REFUSED[f"{_name}_on_meta"] = refused(FUSED, ValueError, rf"{_name}.*meta.*cpu", **_given)
+for _name in ("dropout_p", "drop_path_p"):
+    REFUSED[f"{_name}_text"] = refused(FUSED, TypeError, rf"{_name}.*str", **{_name: "0.1"})
+    for _p in (-0.1, 1.0001, 1.5, float("nan"), float("inf")):
+        REFUSED[f"{_name}_{_p}"] = refused(FUSED, ValueError, rf"{_name}.*\[0, 1\].*{_p}", **{_name: _p})
+for _seed in (1.5, "1", True, torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32), torch.tensor([1.0])):
+    REFUSED[f"seed_{_seed!r}"] = refused(FUSED, TypeError, "seed.*int.*int64", dropout_p=0.5, seed=_seed)
+for _dtype in (torch.int32, torch.bool, "float32"):
+    _row = refused(FUSED, TypeError, "residual_dtype.*float32", residual_dtype=_dtype)
+    REFUSED[f"residual_dtype_{_dtype}"] = _row
+# `F.layer_norm(x, shape, weight)` with another name: the second argument is the residual here
+ORDER = r"residual.*order.*\(x, residual, normalized_shape, weight\).*None"
+for _shape in (WIDTH, (WIDTH,), [WIDTH]):
+    _row = refused(FUSED, TypeError, ORDER, residual=_shape, normalized_shape=ROW)
+    REFUSED[f"order_of_torchs_arguments_{_shape}"] = _row
+
+
+@pytest.mark.parametrize(("case", "function"), [(case, function) for case in REFUSED for function in REFUSED[case][0]])
+def test_error_names_argument_value_and_what_is_accepted(case, function, using):
+    _, error, said, shown, given = REFUSED[case]
+    with using, pytest.raises(error, match=said.replace("X", main_argument(function))) as raised:
+        call(function, **given)
+    assert all(value in str(raised.value) for value in shown)
 
 
 @BOTH
-def test_empty_normalized_shape(function, using):
-    with using, pytest.raises(ValueError, match=r"normalized_shape.*at least one"):
-        call(function, torch.randn(4, WIDTH), ())
-
-
-@BOTH
-def test_normalized_shape_of_another_type(function, using):
-    with using, pytest.raises(TypeError, match=r"normalized_shape.*float"):
-        call(function, torch.randn(4, WIDTH), 6.0)
-
-
-@BOTH
-def test_zero_dimensional_input(function, using):
-    with using, pytest.raises(ValueError, match="normalized_shape"):
-        call(function, torch.tensor(1.0), (1,))
-
-
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool], ids=str)
-def test_dtype_that_is_not_floating_point(function, dtype, using):
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*float32.*{dtype}"):
-        call(function, torch.ones(4, WIDTH, dtype=dtype))
-
-
-@pytest.mark.parametrize("name", ["residual", "weight", "bias", "x_bias", "layer_scale"])
-def test_other_argument_of_integer_dtype(name, using):
-    given = torch.ones((4, WIDTH) if name == "residual" else (WIDTH,), dtype=torch.int32)
-    with using, pytest.raises(TypeError, match=rf"{name}.*float32.*torch\.int32"):
-        call("add_layer_norm", torch.randn(4, WIDTH), **{name: given})
-
-
-@pytest.mark.parametrize("function", PLAIN)
-def test_plain_norm_weight_of_integer_dtype(function, using):
-    with using, pytest.raises(TypeError, match=r"weight.*float32.*torch\.int64"):
-        call(function, torch.randn(4, WIDTH), weight=torch.ones(WIDTH, dtype=torch.int64))
-
-
-@BOTH
-def test_input_that_is_no_tensor(function, using):
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*Tensor.*list"):
-        call(function, [[1.0] * WIDTH])
-
-
-@BOTH
-@pytest.mark.parametrize("shape", [(5,), (1,), (1, WIDTH), (WIDTH, WIDTH), ()], ids=str)
-def test_weight_of_the_wrong_size(function, shape, using):
-    with using, pytest.raises(ValueError, match=r"weight.*\(6,\)") as error:
-        call(function, torch.randn(4, WIDTH), weight=torch.ones(shape))
-    assert str(tuple(shape)) in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["bias", "x_bias", "layer_scale"])
-def test_other_parameter_of_the_wrong_size(name, using):
-    with using, pytest.raises(ValueError, match=rf"{name}.*\(6,\).*\(7,\)"):
-        call("add_layer_norm", torch.randn(4, WIDTH), **{name: torch.ones(7)})
-
-
-def test_plain_bias_of_the_wrong_size(using):
-    with using, pytest.raises(ValueError, match=r"bias.*\(6,\).*\(7,\)"):
-        call("layer_norm", torch.randn(4, WIDTH), bias=torch.ones(7))
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("shape", [(3, WIDTH), (1, WIDTH), (WIDTH,), (4, 5), (2, 4, WIDTH)], ids=str)
-def test_residual_of_another_shape(function, shape, using):
-    """Broadcasting would be silent and is refused: a residual stream has one shape."""
-    with using, pytest.raises(ValueError, match=r"residual.*\(4, 6\)") as error:
-        call(function, torch.randn(4, WIDTH), residual=torch.randn(shape))
-    assert str(tuple(shape)) in str(error.value)
-
-
-@BOTH
-def test_weight_on_another_device(function, using):
-    with using, pytest.raises(ValueError, match=r"weight.*meta.*cpu"):
-        call(function, torch.randn(4, WIDTH), weight=torch.ones(WIDTH, device="meta"))
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("name", ["residual", "x_bias", "layer_scale"])
-def test_argument_on_another_device(function, name, using):
-    given = torch.ones((4, WIDTH) if name == "residual" else (WIDTH,), device="meta")
-    with using, pytest.raises(ValueError, match=rf"{name}.*meta.*cpu"):
-        call(function, torch.randn(4, WIDTH), **{name: given})
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("name", ["dropout_p", "drop_path_p"])
-@pytest.mark.parametrize("p", [-0.1, 1.0001, 1.5, float("nan"), float("inf")])
-def test_probability_out_of_range(function, name, p, using):
-    with using, pytest.raises(ValueError, match=rf"{name}.*\[0, 1\].*{p}"):
-        call(function, torch.randn(4, WIDTH), **{name: p})
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("name", ["dropout_p", "drop_path_p"])
-def test_probability_of_another_type(function, name, using):
-    with using, pytest.raises(TypeError, match=rf"{name}.*str"):
-        call(function, torch.randn(4, WIDTH), **{name: "0.1"})
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize(
-    "seed",
-    [1.5, "1", True, torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32), torch.tensor([1.0])],
-    ids=["float", "str", "bool", "two", "int32", "float_tensor"],
-)
-def test_seed_of_another_type(function, seed, using):
-    with using, pytest.raises(TypeError, match=r"seed.*int.*int64"):
-        call(function, torch.randn(4, WIDTH), dropout_p=0.5, seed=seed)
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("given", [torch.int32, torch.bool, "float32"], ids=str)
-def test_residual_dtype_that_is_no_float(function, given, using):
-    with using, pytest.raises(TypeError, match=r"residual_dtype.*float32"):
-        call(function, torch.randn(4, WIDTH), residual_dtype=given)
-
-
-@BOTH
+@pytest.mark.parametrize("shape", [(WIDTH,), WIDTH], ids=["tuple", "number"])
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_tensor_is_refused_with_the_remedy(function, layout, using):
+def test_nested_tensor_is_refused_with_the_remedy(function, layout, shape, using):
     nested = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)], layout=layout)
     with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*nested.*pad"):
-        call(function, nested)
+        call(function, nested, shape)
 
 
 @BOTH
@@ -177,105 +117,53 @@ def test_sparse_tensor_is_refused_with_the_remedy(function, layout, using):
         call(function, sparse)
 
 
-@RESIDUAL_FORM
-def test_sparse_residual_is_refused(function, using):
-    with using, pytest.raises(TypeError, match=r"residual.*dense"):
-        call(function, torch.eye(WIDTH), residual=torch.eye(WIDTH).to_sparse())
+@pytest.mark.parametrize(
+    ("shape", "p", "said"),
+    [
+        ((2, 3), -0.5, r"\bp\b.*\[0, 1\].*-0.5"),
+        ((2, 3), 1.5, r"\bp\b.*\[0, 1\].*1.5"),
+        ((2, -3), 0.5, r"shape.*-3"),
+        (("a",), 0.5, r"shape.*sizes.*'a'"),
+    ],
+    ids=["negative_p", "p_over_one", "negative_size", "size_that_is_no_number"],
+)
+def test_dropout_mask_names_what_it_refuses(shape, p, said):
+    with pytest.raises(ValueError, match=said):
+        fusednorm.dropout_mask(shape, p, 0, "cpu")
 
 
-@pytest.mark.parametrize("p", [-0.5, 1.5])
-def test_dropout_mask_probability_out_of_range(p):
-    with pytest.raises(ValueError, match=rf"\bp\b.*\[0, 1\].*{p}"):
-        fusednorm.dropout_mask((2, 3), p, 0, "cpu")
+# refused when the module is built, not at its first training step
+CONSTRUCTED = {
+    "layer_scale_bool": (TypeError, {"layer_scale": True}, "layer_scale.*number.*bool.*copy"),
+    "layer_scale_tensor": (TypeError, {"layer_scale": ROW}, "layer_scale.*number.*Tensor.*copy"),
+    "x_bias": (TypeError, {"x_bias": torch.nn.Parameter(ROW)}, r"x_bias.*True or False.*Parameter.*copy"),
+    "dropout_p": (ValueError, {"dropout_p": 1.5}, r"dropout_p.*\[0, 1\].*1\.5"),
+    "drop_path_p": (ValueError, {"drop_path_p": 1.5}, r"drop_path_p.*\[0, 1\].*1\.5"),
+}
 
 
-def test_dropout_mask_of_negative_size():
-    with pytest.raises(ValueError, match=r"shape.*-3"):
-        fusednorm.dropout_mask((2, -3), 0.5, 0, "cpu")
+@pytest.mark.parametrize("function", FUSED)
+@pytest.mark.parametrize("case", CONSTRUCTED)
+def test_module_is_not_built_of_what_it_cannot_take(case, function):
+    error, given, said = CONSTRUCTED[case]
+    with pytest.raises(error, match=said):
+        MODULES[function](WIDTH, **given)
 
 
-def test_dropout_mask_of_a_size_that_is_no_number():
-    with pytest.raises(ValueError, match=r"shape.*sizes.*'a'"):
-        fusednorm.dropout_mask(("a",), 0.5, 0, "cpu")
+CALLED = {
+    "another_width": (EVERY, ValueError, (torch.randn(4, 5),), r"normalized_shape.*\(6,\).*\(4, 5\)"),
+    "integers": (EVERY, TypeError, (X.long(),), r"X.*float32.*torch\.int64"),
+    "residual": (FUSED, ValueError, (X, torch.randn(1, WIDTH)), r"residual.*\(4, 6\).*\(1, 6\)"),
+}
 
 
-def test_normalized_shape_as_text(using):
-    with using, pytest.raises(TypeError, match=r"normalized_shape.*ints.*str"):
-        fusednorm.layer_norm(torch.randn(4, 64), "64")
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("given", [True, torch.ones(WIDTH)], ids=["bool", "tensor"])
-def test_module_with_a_layer_scale_that_is_no_number(function, given):
-    with pytest.raises(TypeError, match=rf"layer_scale.*number.*{type(given).__name__}.*copy"):
-        MODULES[function](WIDTH, layer_scale=given)
-
-
-@RESIDUAL_FORM
-def test_module_with_an_x_bias_that_is_a_tensor(function):
-    with pytest.raises(TypeError, match=r"x_bias.*True or False.*Parameter.*copy"):
-        MODULES[function](WIDTH, x_bias=torch.nn.Parameter(torch.ones(WIDTH)))
-
-
-@BOTH
-def test_module_given_another_width(function, using):
-    module = MODULES[function](WIDTH)
-    with using, pytest.raises(ValueError, match=r"normalized_shape.*\(6,\).*\(4, 5\)"):
-        module(torch.randn(4, 5))
-
-
-@BOTH
-def test_module_given_integers(function, using):
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*float32.*torch\.int64"):
-        MODULES[function](WIDTH)(torch.ones(4, WIDTH, dtype=torch.int64))
-
-
-@RESIDUAL_FORM
-def test_module_given_a_residual_of_another_shape(function, using):
-    with using, pytest.raises(ValueError, match=r"residual.*\(4, 6\).*\(1, 6\)"):
-        MODULES[function](WIDTH)(torch.randn(4, WIDTH), torch.randn(1, WIDTH))
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("name", ["dropout_p", "drop_path_p"])
-def test_module_with_probability_out_of_range(function, name):
-    """Refused when the module is built, not at its first training step."""
-    with pytest.raises(ValueError, match=rf"{name}.*\[0, 1\].*1\.5"):
-        MODULES[function](WIDTH, **{name: 1.5})
+@pytest.mark.parametrize(("case", "function"), [(case, function) for case in CALLED for function in CALLED[case][0]])
+def test_module_names_what_it_refuses(case, function, using):
+    _, error, args, said = CALLED[case]
+    with using, pytest.raises(error, match=said.replace("X", main_argument(function))):
+        MODULES[function](WIDTH)(*args)
 
 
 def test_module_moved_to_another_device_than_its_input():
     with pytest.raises(ValueError, match=r"weight.*meta.*cpu"):
-        fusednorm.AddLayerNorm(WIDTH, device="meta")(torch.randn(4, WIDTH), torch.randn(4, WIDTH))
-
-
-@RESIDUAL_FORM
-@pytest.mark.parametrize("shape", [WIDTH, (WIDTH,), [WIDTH]], ids=str)
-def test_the_order_of_torchs_arguments(function, shape, using):
-    """`F.layer_norm(x, shape, weight)` with another name: the second argument is the residual here."""
-    with using, pytest.raises(TypeError, match=r"residual.*order.*\(x, residual, normalized_shape, weight\).*None"):
-        getattr(fusednorm, function)(torch.randn(4, WIDTH), shape, torch.ones(WIDTH))
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("given", "remedy"),
-    [
-        (torch.ones(WIDTH).numpy(), r"torch\.from_numpy\(weight\)"),
-        (0.5, r"torch\.full\(shape, 0\.5\)"),
-        ([1.0] * WIDTH, r"torch\.tensor\(weight\)"),
-    ],
-    ids=["array", "number", "list"],
-)
-def test_what_is_no_tensor_is_refused_with_what_makes_one(function, given, remedy, using):
-    with using, pytest.raises(TypeError, match=rf"weight.*{type(given).__name__}.*{remedy}"):
-        call(function, torch.randn(4, WIDTH), weight=given)
-
-
-@BOTH
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_tensor_beside_a_shape_that_is_a_number(function, layout, using):
-    nested = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)], layout=layout)
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*nested.*pad"):
-        call(function, nested, WIDTH)
+        fusednorm.AddLayerNorm(WIDTH, device="meta")(X, X)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from derivatives import gradients_of
 from oracle import DTYPES, Call, check
-from shapes import EMPTY_SHAPES, FUSED, PLAIN, SHAPES, Shape, affine, inputs, random_leaves
+from shapes import COTANGENTS, EMPTY_SHAPES, FUSED, PLAIN, SHAPES, Shape, affine, inputs, random_leaves
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 SEED = 0x1234_5678_9ABC_DEF0
@@ -15,20 +16,11 @@ BATCHED = Shape("batched_3d", (3, 5, 40))
 
 
 @DTYPE
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY_SHAPES, ids=str)
 @pytest.mark.parametrize("function", PLAIN + FUSED)
 def test_norm_at_every_shape(function, shape, dtype, using, device, interpreted, generator):
-    shape = shape.narrowed(interpreted)
-    leaves = random_leaves(shape, inputs(function), dtype, device, generator)
-    with using:
-        check(Call(function, shape.normalized_ndim, shape.view), leaves, generator)
-
-
-@DTYPE
-@pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
-@pytest.mark.parametrize("function", PLAIN + FUSED)
-def test_norm_of_empty_tensors(function, shape, dtype, using, device, generator):
     """Gradients of the parameters over zero rows are zeros, not uninitialized memory."""
+    shape = shape.narrowed(interpreted)
     leaves = random_leaves(shape, inputs(function), dtype, device, generator)
     with using:
         check(Call(function, shape.normalized_ndim, shape.view), leaves, generator)
@@ -122,9 +114,8 @@ MIXED = pytest.mark.parametrize(
 def test_plain_norm_mixed_parameter_dtype(function, dtype, parameter_dtype, using, device, generator):
     """Also where torch's own CPU kernel refuses the mixture."""
     dtypes = dict.fromkeys(("weight", "bias"), parameter_dtype)
-    leaves = random_leaves(ODD, inputs(function), dtype, device, generator, dtypes)
     with using:
-        check(Call(function), leaves, generator)
+        check(Call(function), random_leaves(ODD, inputs(function), dtype, device, generator, dtypes), generator)
 
 
 @MIXED
@@ -178,29 +169,9 @@ def test_add_norm_epilogue_on_strided_input(function, shape, dtype, using, provi
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "step_2"])
 @pytest.mark.parametrize("function", PLAIN + FUSED)
 def test_norm_with_strided_cotangents(function, layout, using, device, generator):
-    """An expanded cotangent is what ``.sum()`` sends back; its strides are zero."""
-
-    def cotangent() -> torch.Tensor:
-        base = {"expanded": (6, 1), "transposed": (24, 6), "step_2": (6, 48)}[layout]
-        values = torch.randn(base, generator=generator).to(device)
-        return {
-            "expanded": lambda t: t.expand(6, 24),
-            "transposed": lambda t: t.t(),
-            "step_2": lambda t: t[:, ::2],
-        }[layout](values)
-
     leaves = random_leaves(Shape("", (6, 24)), inputs(function), torch.float32, device, generator)
-    call = Call(function)
-    count = 2 if function in FUSED else 1
-    cotangents = tuple(cotangent() for _ in range(count))
-    results = []
     with using:
-        for given in (cotangents, tuple(c.contiguous() for c in cotangents)):
-            fresh = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-            results.append(torch.autograd.grad(call.ours(fresh), list(fresh.values()), given))
-    for strided, contiguous in zip(*results, strict=True):
-        # float32 sums in another order, on memory laid out in another way
-        torch.testing.assert_close(strided, contiguous, rtol=1e-6, atol=1e-6)
+        check(Call(function), leaves, generator, lay=COTANGENTS[layout])
 
 
 @pytest.mark.parametrize("function", FUSED)
@@ -208,18 +179,11 @@ def test_add_norm_frozen_inputs_get_no_gradient(function, using, device, generat
     """Every subset of one leaf that requires a gradient gives the same gradient as all together."""
     names = (*inputs(function), "x_bias", "layer_scale")
     leaves = random_leaves(ODD, names, torch.float64, device, generator)
-    call = Call(function, options={"dropout_p": 0.2, "seed": 11})
+    cotangents = [torch.randn(ODD.base, generator=generator, dtype=torch.float64).to(device) for _ in range(2)]
+    run = Call(function, options={"dropout_p": 0.2, "seed": 11}).ours
     with using:
-        every = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-        outputs = call.ours(every)
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(device) for o in outputs]
-        expected = dict(zip(every, torch.autograd.grad(outputs, list(every.values()), cotangents), strict=True))
+        expected = gradients_of(names, run, leaves, cotangents)
         for name in names:
-            one = {n: leaf.clone().requires_grad_(n == name) for n, leaf in leaves.items()}
-            outputs = [(o, c) for o, c in zip(call.ours(one), cotangents, strict=True) if o.requires_grad]
-            (gradient,) = torch.autograd.grad(
-                [o for o, _ in outputs], one[name], [c for _, c in outputs], allow_unused=True
-            )
+            (gradient,) = gradients_of([name], run, leaves, cotangents).values()
             # float64, whose rounding is 1e-16: alone or with others, a gradient may be summed in another order
             torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12, msg=name)
-            assert all(one[n].grad is None for n in names)

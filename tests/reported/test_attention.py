@@ -1,7 +1,8 @@
 """Faults that users reported against other attention functions, as properties this one has. Each names the report.
 
 Reported faults that other files test: a crash of masks that must be expanded (flash-attention#352, #840, #1179, #1898;
-every mask of test_attention), double backward refused (pytorch#116350; gradgradcheck in test_attention_autograd).
+every mask of test_attention), a mask beside is_causal ignored or not checked (pytorch#131254; test_attention's bool
+masks, test_errors), double backward refused (pytorch#116350; gradgradcheck in test_attention_autograd).
 """
 
 from __future__ import annotations
@@ -52,16 +53,6 @@ def test_nan_in_padding_reaches_nothing(ours, using, device, generator):
             gradients = torch.autograd.grad(out, (q, k, v), dout)
             assert out.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
             assert not gradients[1][0, :, 4:].any() and not gradients[2][0, :, 4:].any()
-
-
-# pytorch#131254: beside is_causal a mask of a wrong shape was ignored; and so was every mask on some paths
-def test_a_mask_beside_is_causal_is_heeded_and_checked(using, device, generator):
-    leaves = dict(zip("qkv", operands(generator, device, *[(1, 2, 6, 8)] * 3), strict=True))
-    mask = torch.rand(6, 6, generator=generator).to(device) > 0.5
-    with using:
-        check(AttentionCall({"is_causal": True}, mask), leaves, generator)
-        with pytest.raises(ValueError, match=r"attn_mask.*\(5, 6\)"):
-            scaled_dot_product_attention(*leaves.values(), mask[:5], is_causal=True)
 
 
 # pytorch#108108: which corner is_causal starts from

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DTYPES, Call, check
-from shapes import FUSED, PLAIN, Shape, inputs, random_leaves
+from shapes import FUSED, PLAIN, Shape, inputs, outputs_of, random_leaves
 
 import fusednorm
 
@@ -14,10 +14,6 @@ pytestmark = pytest.mark.gpu
 ALONE = pytest.mark.alone
 BOTH = pytest.mark.parametrize("function", PLAIN + FUSED)
 MANY = 2**31 + 2**16  # elements: past every signed 32-bit offset
-
-
-def outputs_of(result):
-    return result if isinstance(result, tuple) else (result,)
 
 
 def call(function, x, *parameters, **options):

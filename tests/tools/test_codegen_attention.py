@@ -8,26 +8,22 @@ call of every kind, by `make test-all`; every pair of switches by the command li
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-from tests.tools.test_codegen_norms import OLDEST, ROOT, compile_in_process, oldest_triton, pytestmark
+from tests.tools.test_codegen_norms import OLDEST, ROOT, compiled, oldest_triton, pytestmark, triton
+from tests.tools.test_codegen_norms import gate as gate_of
 
-__all__ = ["oldest_triton", "pytestmark"]  # which pytest finds by name
+__all__ = ["oldest_triton", "pytestmark", "triton"]  # which pytest finds by name
 KERNELS = {"attention_fwd", "attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"}
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
-def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
-    """Run the gate; returns its figures."""
-    path = tmp_path / "figures.json"
-    run = compile_in_process("-m", "tools.codegen.attention", "--json", str(path), *arguments, first_on_path=triton)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(path.read_text())
+gate = functools.partial(gate_of, command="attention")
 
 
 def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
@@ -53,21 +49,17 @@ for v in found:
 @pytest.mark.parametrize("arch", ["89", "90"])
 def test_attention_with_every_switch_does_not_spill_at_heads_of_256(arch):
     """Keys' gradients, of which the operands alone are 128 registers on sm_89."""
-    run = compile_in_process("-c", HEAVY.format(arch=arch))
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout == "\n"
+    assert compiled("-c", HEAVY.format(arch=arch)) == "\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["installed", "oldest"])
 @pytest.mark.parametrize(
     ("arch", "dim"), [*((arch, "128") for arch in ARCHITECTURES), ("80", "256"), ("90", "256"), ("120", "256")]
 )
-def test_attention_gate_for_the_heaviest_calls(arch, which, dim, tmp_path, request):
+def test_attention_gate_for_the_heaviest_calls(arch, dim, triton, tmp_path):
     """Of all that get the same tiles."""
-    triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
     found = gate(tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", dim, triton=triton)
-    assert which == "installed" or found["triton"] == OLDEST.split("==")[1]
+    assert triton is None or found["triton"] == OLDEST.split("==")[1]
     assert {f["kernel"] for f in found["figures"]} == KERNELS
 
 
@@ -92,9 +84,7 @@ print(json.dumps({
     "seen": {kernel: [sorted(v) for v in values] for kernel, values in seen.items()},
 }))
 """
-    run = compile_in_process("-c", program)
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout)
+    found = json.loads(compiled("-c", program))
     assert {d for d in found["dims"] if d & (d - 1) == 0} == {8, 16, 32, 64, 128, 256}  # 8 is padded, to 16
     assert len([d for d in found["dims"] if d & (d - 1)]) == 4
 
@@ -105,22 +95,8 @@ print(json.dumps({
     assert len(found["covering"]) < len(found["every"]) // 20
     forward = found["seen"]["attention_fwd"]
     constants, pointers = forward[:15], forward[15:]
-    names = [
-        "d",
-        "d_cols",
-        "dv",
-        "dv_cols",
-        "vec",
-        "precision",
-        "fold",
-        "softcap",
-        "mask",
-        "dropout",
-        "lower",
-        "upper",
-        "lower_right",
-    ]
-    values = dict(zip(names, constants, strict=False))
+    names = "d d_cols dv dv_cols vec precision fold softcap mask dropout lower upper lower_right"
+    values = dict(zip(names.split(), constants, strict=False))
     assert values["precision"] == ["ieee", "tf32"]
     assert values["mask"] == ["additive", "bool", "none"]
     switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right")
@@ -135,10 +111,7 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "modes", "dims"),
-    [
-        ("float32", ["full"], ["40", "64"]),
-        ("float16", ["full", "causal_dropout"], ["40", "64", "256"]),
-    ],
+    [("float32", ["full"], ["40", "64"]), ("float16", ["full", "causal_dropout"], ["40", "64", "256"])],
 )
 def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
     gate(tmp_path, "--modes", *modes, "--dims", *dims, "--dtypes", dtype)
@@ -174,9 +147,7 @@ print(*gate.faults(gate.figures(chosen[0], 90)), sep="\\n")
     ],
 )
 def test_attention_gate_fails_on_what_is_planted(kernel, plant, said):
-    run = compile_in_process("-c", PLANT.format(plant=plant, kernel=kernel))
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert said in run.stdout
+    assert said in compiled("-c", PLANT.format(plant=plant, kernel=kernel))
 
 
 FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0020*/ FADD R2, R10, R11 ;\n"
@@ -194,9 +165,7 @@ FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0
 )
 def test_the_gate_calls_a_spill_what_touches_the_stack(more, spilled):
     program = f"from tools.codegen import attention as gate; print(gate.spilled('STACK:8 REG:215', {FRAME + more!r}))"
-    run = compile_in_process("-c", program)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert int(run.stdout) == spilled
+    assert int(compiled("-c", program)) == spilled
 
 
 def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
@@ -246,9 +215,7 @@ for arch in gate.TABULATED:
     for v in gate.variants(gate.modes(gate.MODES, gate.DIMS, ["bfloat16"]), arch):
         print(gate.row(v.launch.kernel, v.launch.wants, v.mode, v.d, arch, gate.tile(v.launch), *v.launch[4:6]))
 """
-    run = compile_in_process("-c", program)
-    assert run.returncode == 0, run.stderr[-4000:]
     modes = itertools.takewhile(lambda line: not line.startswith("## "), committed)
-    rows, expected = [line for line in modes if line.startswith("| attention_")], run.stdout.splitlines()
+    rows, expected = [line for line in modes if line.startswith("| attention_")], compiled("-c", program).splitlines()
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))

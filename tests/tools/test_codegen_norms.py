@@ -34,19 +34,24 @@ def compile_in_process(*arguments: str, first_on_path: Path | None = None) -> su
     )
 
 
-def gate(tmp_path: Path, *arguments: str, triton: Path | None = None) -> dict:
+def compiled(*arguments: str, triton: Path | None = None) -> str:
+    """What a process that compiles prints; it has to end well."""
+    run = compile_in_process(*arguments, first_on_path=triton)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+def gate(tmp_path: Path, *arguments: str, triton: Path | None = None, command: str = "norms") -> dict:
     """Run the gate; returns its figures."""
     path = tmp_path / "figures.json"
-    run = compile_in_process("-m", "tools.codegen.norms", "--json", str(path), *arguments, first_on_path=triton)
-    assert run.returncode == 0, run.stderr[-4000:]
+    compiled("-m", f"tools.codegen.{command}", "--json", str(path), *arguments, triton=triton)
     return json.loads(path.read_text())
 
 
 def calls(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict]:
     """Compile calls that `tools/codegen/norm_calls.py` chooses; returns their figures."""
     path = tmp_path / "calls.jsonl"
-    run = compile_in_process("-m", "tools.codegen.norm_calls", "--json", str(path), *arguments, first_on_path=triton)
-    assert run.returncode == 0, run.stderr[-4000:]
+    compiled("-m", "tools.codegen.norm_calls", "--json", str(path), *arguments, triton=triton)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -116,22 +121,24 @@ def oldest_triton(tmp_path_factory) -> Path:
     return target
 
 
+@pytest.fixture(params=["installed", "oldest"])
+def triton(request) -> Path | None:
+    """Where the oldest supported Triton is, or None for the installed one."""
+    return request.getfixturevalue("oldest_triton") if request.param == "oldest" else None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["installed", "oldest"])
-def test_gate_for_every_epilogue(which, tmp_path, request):
+def test_gate_for_every_epilogue(triton, tmp_path):
     """No access to memory that the byte model does not have; what it says does not depend on the architecture."""
-    triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
     found = gate(tmp_path, "--arch", "90", triton=triton)
-    assert which == "installed" or found["triton"] == OLDEST.split("==")[1]
+    assert triton is None or found["triton"] == OLDEST.split("==")[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["installed", "oldest"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_gate_for_every_architecture(arch, which, tmp_path, request):
+def test_gate_for_every_architecture(arch, triton, tmp_path):
     """Another sample of the calls for each; all of them: `tools/codegen/norm_calls.py`."""
-    triton = request.getfixturevalue("oldest_triton") if which == "oldest" else None
-    seed = 2 * ARCHITECTURES.index(arch) + (which == "oldest")
+    seed = 2 * ARCHITECTURES.index(arch) + (triton is not None)
     figures = calls(tmp_path, "--arch", str(arch), "--sample", "24", "--seed", str(seed), triton=triton)
     assert len(figures) == 24 and all(f["arch"] == arch for f in figures)
 
@@ -155,25 +162,21 @@ print(*compile.faults(compile.figures(longest, 90)), sep="\\n")
 @pytest.mark.parametrize(
     ("plant", "said"),
     [
-        ("pass", ""),
-        ("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills"),
-        ("table._BACKWARD_REGISTERS = ((8, 0),) * 4", "spills"),
-        ("table._BACKWARD_REGISTERS = ((8, 0),) * 4; table.Config.registers = 255", "the table assumes"),
-        ("compile.Variant.aligned = False", "128-bit accesses"),
-    ],
-    ids=[
-        "nothing",
-        "a_row_on_too_few_warps",
-        "too_many_programs",
-        "registers_not_stated",
-        "pointers_not_known_as_aligned",
+        pytest.param("pass", "", id="nothing"),
+        pytest.param("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills", id="a_row_on_too_few_warps"),
+        pytest.param("table._BACKWARD_REGISTERS = ((8, 0),) * 4", "spills", id="too_many_programs"),
+        pytest.param(
+            "table._BACKWARD_REGISTERS = ((8, 0),) * 4; table.Config.registers = 255",
+            *("the table assumes",),
+            id="registers_not_stated",
+        ),
+        pytest.param("compile.Variant.aligned = False", "128-bit accesses", id="pointers_not_known_as_aligned"),
     ],
 )
 def test_gate_fails_on_what_is_planted(plant, said):
-    run = compile_in_process("-c", PLANT.format(plant=plant))
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert said in run.stdout
-    assert bool(run.stdout.strip()) == bool(said), run.stdout
+    found = compiled("-c", PLANT.format(plant=plant))
+    assert said in found
+    assert bool(found.strip()) == bool(said), found
 
 
 WRITE = """
@@ -222,10 +225,9 @@ from tools.codegen import compile, norms
 for v in norms.variants(norms.MODES, ["bfloat16"], ["aligned"]):
     print(f"| {v.kernel} | {v.mode} | {v.dtype} | {v.n} | {compile.tile(v.config)} | {v.config.warps} |")
 """
-    run = compile_in_process("-c", program)
-    assert run.returncode == 0, run.stderr[-4000:]
+    expected = compiled("-c", program).splitlines()
     committed = (ROOT / "benchmarks/results/codegen.md").read_text().splitlines()
     rows = [line for line in committed if line.startswith(("| add_", "| bias_", "| sum_"))]
-    expected = run.stdout.splitlines()
+
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))

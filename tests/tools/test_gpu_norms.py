@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -87,43 +88,28 @@ def test_targets_stage_end_to_end(tmp_path, monkeypatch):
     assert "their forward + backward under 1 MiB" in (tmp_path / "summary.md").read_text()
 
 
-def test_an_interrupted_benchmark_writes_what_it_has(monkeypatch, tmp_path):
+class Killed(BaseException):
+    """What no program survives."""
+
+
+@pytest.mark.parametrize(("how", "said"), [(KeyboardInterrupt, "interrupted"), (Killed, "cut off")])
+def test_a_benchmark_that_is_cut_off_leaves_what_it_had(how, said, monkeypatch, tmp_path):
     real, calls = run.run_case, []
 
-    def second_is_interrupted(*args):
+    def second_does_not_return(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise how
         return real(*args)
 
-    monkeypatch.setattr(run, "run_case", second_is_interrupted)
+    monkeypatch.setattr(run, "run_case", second_does_not_return)
+    if how is Killed:
+        monkeypatch.setattr(run, "WRITE_EVERY", 0.0)
     raw = tmp_path / "raw.json"
     options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
-    assert run.main([*options, "--only", "^layer_norm/forward/float32"]) == 0
-    result = json.loads(raw.read_text())
-    assert len(result["cases"]) == 1
-    assert set(result["left_out"].values()) == {"interrupted"} and len(result["left_out"]) == 2
-
-
-def test_a_benchmark_that_is_killed_leaves_what_it_had(monkeypatch, tmp_path):
-    class Killed(BaseException):
-        """What no program survives."""
-
-    real, calls = run.run_case, []
-
-    def second_never_returns(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise Killed
-        return real(*args)
-
-    monkeypatch.setattr(run, "run_case", second_never_returns)
-    monkeypatch.setattr(run, "WRITE_EVERY", 0.0)
-    raw = tmp_path / "raw.json"
-    options = ["--device=cpu", "--threads=1", "--seconds=0.02", "--baselines=none", "--quick", f"--json={raw}"]
-    with pytest.raises(Killed):
-        run.main([*options, "--only", "^layer_norm/forward/float32"])
+    with pytest.raises(Killed) if how is Killed else nullcontext():
+        assert run.main([*options, "--only", "^layer_norm/forward/float32"]) == 0
     result = json.loads(raw.read_text())
     assert [r["status"] for r in result["cases"]] == ["measured"] and list(tmp_path.iterdir()) == [raw]
-    assert set(result["left_out"].values()) == {"cut off"} and len(result["left_out"]) == 2
+    assert set(result["left_out"].values()) == {said} and len(result["left_out"]) == 2
     assert result["method"]["level"] == "quick"

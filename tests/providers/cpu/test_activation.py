@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from oracle_activation import ACTIVATIONS, NEGATIVE_TAIL, TORCHS
+from derivatives import gradients_of
+from oracle_activation import ACTIVATIONS, NEGATIVE_TAIL, TORCHS, ActivationCall
 
 import fusednorm
 from fusednorm import bias_act_dropout, dropout, dropout_mask
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import rules
-from tests.providers.cpu.test_norm import ROOT, assert_same_bits, instruction_sets, needs_library, threads
+from tests.providers.cpu.test_norm import (
+    assert_same_bits,
+    instruction_sets,
+    on_instruction_sets,
+    on_threads,
+    pytestmark,
+)
 
-__all__ = ["instruction_sets", "threads"]  # fixtures
+__all__ = ["instruction_sets", "on_instruction_sets", "on_threads", "pytestmark"]  # which pytest finds by name
 
 DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 DTYPE_16 = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -55,49 +59,30 @@ def exact(activation: str, x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
 
 
-@needs_library
 @DTYPE
 @ACTIVATION
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(shape, activation, dtype, threads):
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(everything(shape, dtype, activation, staged=False))
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+def test_results_do_not_depend_on_the_number_of_threads(shape, activation, dtype, on_threads):
+    assert_same_bits(*on_threads(lambda: everything(shape, dtype, activation, staged=False)))
 
 
-@needs_library
 @pytest.mark.parametrize("staged", [False, True], ids=["in_place", "staged"])
 @DTYPE
 @ACTIVATION
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_do_not_depend_on_the_instruction_set(shape, activation, dtype, staged, instruction_sets):
-    results = []
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        results.append(everything(shape, dtype, activation, staged))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+def test_results_do_not_depend_on_the_instruction_set(shape, activation, dtype, staged, on_instruction_sets):
+    assert_same_bits(*on_instruction_sets(lambda: everything(shape, dtype, activation, staged)))
 
 
-@needs_library
 @ACTIVATION
-def test_float32_bits_of_every_exponent_on_every_instruction_set(activation, instruction_sets):
+def test_float32_bits_of_every_exponent_on_every_instruction_set(activation, on_instruction_sets):
     """Each exponent and sign with mantissas at random: subnormal results, overflow, infinities and NaN among them."""
     patterns = torch.randint(0, 1 << 23, (512, 64), generator=torch.Generator().manual_seed(1))
     x = (patterns + (torch.arange(512)[:, None] << 23)).to(torch.int32).view(torch.float32)
-    results = []
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        results.append([t.nan_to_num(nan=7.0) for t in run(x, None, torch.ones_like(x), activation)])
-    for other in results[1:]:
-        for ours, theirs in zip(results[0], other, strict=True):
-            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))  # zeros' signs too
+    results = on_instruction_sets(lambda: run(x, None, torch.ones_like(x), activation))
+    assert_same_bits(*([t.nan_to_num(nan=7.0).view(torch.int32) for t in r] for r in results))  # zeros' signs too
 
 
-@needs_library
 @DTYPE
 @ACTIVATION
 @pytest.mark.parametrize("staged", [False, True], ids=["in_place", "staged"])
@@ -108,7 +93,6 @@ def test_staged_rows_and_rows_in_place_agree(activation, dtype, staged):
     )
 
 
-@needs_library
 @DTYPE_16
 @ACTIVATION
 def test_every_value_of_16_bits(activation, dtype):
@@ -130,7 +114,6 @@ def test_every_value_of_16_bits(activation, dtype):
     assert ((dx.double() - slope).abs() <= 2 * limit + 0.51 * step(slope)).all()
 
 
-@needs_library
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
 def test_the_negative_tail_is_relatively_accurate(activation):
     """Where torch's gelu has no correct digit, and is 0 from -6 on."""
@@ -140,7 +123,6 @@ def test_the_negative_tail_is_relatively_accurate(activation):
     assert ((y.double() - expected).abs() <= NEGATIVE_TAIL[activation] * expected.abs()).all()
 
 
-@needs_library
 @DTYPE
 @ACTIVATION
 def test_special_values_are_torchs(activation, dtype):
@@ -159,7 +141,6 @@ def test_special_values_are_torchs(activation, dtype):
             torch.testing.assert_close(ours, torchs.to(dtype), equal_nan=True)
 
 
-@needs_library
 @ACTIVATION
 def test_infinite_and_nan_cotangents_are_passed_on(activation):
     dy = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]])
@@ -168,7 +149,6 @@ def test_infinite_and_nan_cotangents_are_passed_on(activation):
     assert dx[0, 0] == math.inf and dx[0, 1] == -math.inf and dx[0, 2].isnan() and dx[0, 3].isfinite()
 
 
-@needs_library
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (1, 4096), (1, 4097), (2, 8193), (70_001, 1)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_sizes_around_a_tile(shape, dropout_p):
@@ -181,18 +161,14 @@ def test_sizes_around_a_tile(shape, dropout_p):
     torch.testing.assert_close(dbias, expected.double().sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
-@needs_library
 @DTYPE
 def test_only_the_gradients_asked_for(dtype):
-    x, bias, dy = draw(9, 40).to(dtype), draw(40, seed=4).to(dtype), draw(9, 40, seed=5).to(dtype)
-    _, dx, dbias = run(x, bias, dy, "gelu")
+    leaves, dy = {"x": draw(9, 40).to(dtype), "bias": draw(40, seed=4).to(dtype)}, draw(9, 40, seed=5).to(dtype)
     with fusednorm.use_provider("cpu"):
-        only_x, only_bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
-        assert torch.equal(torch.autograd.grad(bias_act_dropout(only_x, bias, "gelu"), only_x, dy)[0], dx)
-        assert torch.equal(torch.autograd.grad(bias_act_dropout(x, only_bias, "gelu"), only_bias, dy)[0], dbias)
+        both, *alone = (gradients_of(w, ActivationCall("gelu").ours, leaves, [dy]) for w in (leaves, ["x"], ["bias"]))
+    assert torch.equal(alone[0]["x"], both["x"]) and torch.equal(alone[1]["bias"], both["bias"])
 
 
-@needs_library
 @pytest.mark.parametrize("activation", TORCHS)
 def test_the_short_way_is_the_provider(activation, monkeypatch, tmp_path, request):
     """Automatic choice where nothing was measured, and so the order of the providers decides; batch_invariant."""
@@ -208,40 +184,17 @@ def test_the_short_way_is_the_provider(activation, monkeypatch, tmp_path, reques
         assert torch.equal(bias_act_dropout(x.requires_grad_(), bias, activation), expected)
 
 
-@needs_library
-@pytest.mark.parametrize(
-    ("x", "bias", "fault"),
-    [
-        (torch.ones(3, 64), torch.ones(1, 64), ValueError),
-        (torch.ones(3, 64), torch.ones(63), ValueError),
-        (torch.ones(()), torch.ones(1), ValueError),
-        (torch.ones(3, 64, dtype=torch.int32), torch.ones(64), TypeError),
-        (torch.ones(3, 64), torch.ones(64, dtype=torch.int32), TypeError),
-        (torch.ones(3, 64).to_sparse(), torch.ones(64), TypeError),
-        (torch.ones(3, 64), torch.ones(64, device="meta"), ValueError),
-    ],
-    ids=["2d_bias", "short_bias", "0d", "int_x", "int_bias", "sparse", "meta_bias"],
-)
-def test_what_the_library_refuses_is_said_with_the_argument(x, bias, fault):
-    with pytest.raises(fault, match=r"x|bias"):
-        bias_act_dropout(x, bias)
-
-
 # --- dropout_mask ---
 
 
-@needs_library
 @pytest.mark.parametrize("p", [0.0, 2.0**-33, 0.3, 1 - 2.0**-53])
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, SEED])
 @pytest.mark.parametrize(
     "shape", [(), (1,), (130,), (0, 5), (5, 0), (9, 3), (7, 31), (3, 4099), (2, 3, 65), (515, 40)], ids=str
 )
-def test_the_native_mask_is_torchs(shape, seed, p, instruction_sets, monkeypatch):
+def test_the_native_mask_is_torchs(shape, seed, p, on_instruction_sets, monkeypatch):
     """That of the library on every instruction set, and that of torch's integer operators."""
-    masks = []
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        masks.append(dropout_mask(shape, p, seed, "cpu"))
+    masks = on_instruction_sets(lambda: dropout_mask(shape, p, seed, "cpu"))
     monkeypatch.setattr(dropout, "_native_serves", lambda seed: False)
     expected = dropout_mask(shape, p, seed, "cpu")
     for mask in masks:
@@ -249,16 +202,10 @@ def test_the_native_mask_is_torchs(shape, seed, p, instruction_sets, monkeypatch
         assert torch.equal(mask, expected)
 
 
-@needs_library
-def test_the_native_mask_does_not_depend_on_the_number_of_threads(threads):
-    masks = []
-    for count in (1, 2, 3):
-        threads(count)
-        masks.append(dropout_mask((300, 4099), 0.3, SEED))
-    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+def test_the_native_mask_does_not_depend_on_the_number_of_threads(on_threads):
+    assert_same_bits(*on_threads(lambda: [dropout_mask((300, 4099), 0.3, SEED)]))
 
 
-@needs_library
 def test_masks_under_a_transform_and_a_mode_are_torchs():
     """Where kernels that read memory themselves must not be reached."""
     expected = dropout_mask((5, 33), 0.4, 9)
@@ -269,21 +216,3 @@ def test_masks_under_a_transform_and_a_mode_are_torchs():
 
     with FakeTensorMode():
         assert dropout_mask((5, 33), 0.4, 9).shape == (5, 33)
-
-
-def test_without_the_library_masks_are_the_same(tmp_path):
-    program = f"""
-import torch
-from pathlib import Path
-from fusednorm.providers.cpu import norm as cpu
-cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
-import fusednorm
-assert "cpu" not in fusednorm.available_providers()
-print(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
-print(fusednorm.explain(fusednorm.bias_act_dropout, torch.ones(4, 128), torch.ones(128)))
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    mask, route = said.stdout.splitlines()[:2]
-    assert mask == str(dropout_mask((6, 7), 0.5, 11).int().tolist())
-    assert route.startswith("bias_act_dropout: torch, ")

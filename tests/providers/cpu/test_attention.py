@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
 from fusednorm import dispatch
 from fusednorm.providers.cpu import norm as cpu
@@ -109,10 +107,7 @@ for options, provider in [*((text, "cpu") for text in {list(OPTIONS.values())}),
 )
 def test_memory_is_of_the_operands_size():
     """302 MB of float32 logits would not fit in: three operands, their gradients, output and cotangent are 6.3 MB."""
-    root = Path(__file__).resolve().parents[3]
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, timeout=600)
-    assert done.returncode == 0, done.stderr
-    *ours, reference = (1024 * int(line) for line in done.stdout.split())
+    *ours, reference = (1024 * int(line) for line in python("-c", SCRIPT).split())
     most = 8 * 4 * HEADS * LENGTH * DIM + (16 << 20)
     assert len(ours) == len(OPTIONS)
     assert {name: grown for name, grown in zip(OPTIONS, ours, strict=True) if grown >= most} == {}

@@ -65,34 +65,14 @@ def test_more_dimensions_than_the_kernels_take():
         bare(x.detach(), residual, None)
 
 
-def test_freed_memory_is_not_taken_for_an_absent_tensor():
-    def freed(*shape: int) -> torch.Tensor:
-        tensor = torch.ones(shape)
-        tensor.untyped_storage().resize_(0)
-        return tensor
-
-    x, weight = torch.randn(3, 64), torch.randn(64)
-    calls = {"x": (freed(3, 64), x, weight), "residual": (x, freed(3, 64), weight), "weight": (x, x, freed(64))}
-    with fusednorm.use_provider("cpu"):
-        for name, (first, residual, scale) in calls.items():
-            with pytest.raises(RuntimeError, match=rf"{name}: its storage was freed or is too small \(0 bytes, "):
-                fusednorm.add_layer_norm(first, residual, 64, scale)
-
-
 def test_the_operators_check_what_they_are_given():
+    """Shapes, seeds and freed memory too: tests/helpers/hostile.py asks every operator."""
     x = torch.randn(2, 8)
-    for residual, weight, said in [
-        (x.t(), None, "residual: its shape"),
-        (x, x[0, :4], "weight: its shape"),
-        (x.long(), None, "expected float64"),
-    ]:
-        with pytest.raises(RuntimeError, match=said):
-            bare(x, residual, weight)
-    for seed, p, said in [(torch.zeros(1), 0.5, "seed"), (torch.tensor([1, 2]), 0.5, "seed"), (None, 0.5, "seed")] + [
-        (torch.tensor([1]), p, "probability") for p in (1.0, -0.5, math.nan, 1e30)
-    ]:
-        with pytest.raises(RuntimeError, match=said):
-            cpu._forward(x, None, None, None, None, None, seed, OPTIONS, 1e-5, p, 0.0)
+    with pytest.raises(RuntimeError, match="expected float64"):
+        bare(x.long(), x, None)
+    for p in (1.0, -0.5, math.nan, 1e30):
+        with pytest.raises(RuntimeError, match="probability"):
+            cpu._forward(x, None, None, None, None, None, torch.tensor([1]), OPTIONS, 1e-5, p, 0.0)
     for stats in (torch.ones(2, 2).bfloat16(), torch.ones(2, 3), torch.ones(2, 4)[:, ::2]):
         with pytest.raises(RuntimeError, match="stats"):
             cpu._backward(x, None, x, stats, *[None] * 6, OPTIONS, 0.0, 0.0)

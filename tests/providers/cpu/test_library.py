@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
 import fusednorm
 from fusednorm import __main__, dispatch
@@ -39,10 +40,7 @@ for path in sys.argv[1:]:
 
 def info_with(*libraries: Path) -> list[str]:
     """What ``python -m fusednorm info`` says of each file in the library's place; all in one process, which lives."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, libraries)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stdout + run.stderr
-    said = run.stdout.strip().split("\n\n")
+    said = python("-c", PROGRAM, *map(str, libraries)).strip().split("\n\n")
     assert len(said) == len(libraries)
     return said
 
@@ -50,6 +48,22 @@ def info_with(*libraries: Path) -> list[str]:
 def test_a_missing_library_breaks_nothing(tmp_path):
     (said,) = info_with(tmp_path / "missing.so")
     assert "setup.py build_ext --inplace" in said
+
+
+def test_without_the_library_masks_are_the_same(tmp_path):
+    program = f"""
+import torch
+from pathlib import Path
+from fusednorm.providers.cpu import norm as cpu
+cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
+import fusednorm
+assert "cpu" not in fusednorm.available_providers()
+print(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
+print(fusednorm.explain(fusednorm.bias_act_dropout, torch.ones(4, 128), torch.ones(128)))
+"""
+    mask, route = python("-c", program).splitlines()[:2]
+    assert mask == str(fusednorm.dropout_mask((6, 7), 0.5, 11).int().tolist())
+    assert route.startswith("bias_act_dropout: torch, ")
 
 
 def test_a_library_that_does_not_load_breaks_nothing(tmp_path):
@@ -104,13 +118,8 @@ def test_a_read_only_installation_works(tmp_path):
 
 
 def info(root: Path, **variables: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-m", "fusednorm", "info"],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)} | variables,
-    )
+    command, environment = [sys.executable, "-m", "fusednorm", "info"], os.environ | {"PYTHONPATH": str(root)}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment | variables)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -167,12 +176,8 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
 """
     generator = torch.Generator().manual_seed(3)
     cases = []
-    for dtype, stream in [
-        (torch.float32,) * 2,
-        (torch.float64,) * 2,
-        (torch.float16,) * 2,
-        (torch.bfloat16, torch.float32),
-    ]:
+    same = [(dtype, dtype) for dtype in (torch.float32, torch.float64, torch.float16)]
+    for dtype, stream in (*same, (torch.bfloat16, torch.float32)):
         draw = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
         leaves = {"x": draw(130, 385), "residual": draw(130, 385, dtype=stream)}
         leaves |= {name: draw(385) for name in ("weight", "bias", "x_bias", "layer_scale")}
@@ -181,9 +186,9 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
         cases.append({"leaves": leaves, "cotangents": cotangents, "columns": 385, "options": options})
     torch.save(cases, tmp_path / "cases.pt")
     results = []
-    for python in (sys.executable, OTHER):
+    for interpreter in (sys.executable, OTHER):
         out = tmp_path / f"{len(results)}.pt"
-        command = [python, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
+        command = [interpreter, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
         run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert run.returncode == 0, run.stderr
         results.append(torch.load(out))
@@ -194,8 +199,7 @@ torch.save([str(torch.__version__), *[result.detach() for result in results]], s
 
 
 def test_importing_the_package_does_not_load_the_library():
-    program = "import fusednorm, torch; assert not torch.ops.loaded_libraries"
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    python("-c", "import fusednorm, torch; assert not torch.ops.loaded_libraries")
 
 
 @needs_library

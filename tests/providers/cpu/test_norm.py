@@ -16,7 +16,7 @@ from fusednorm.dispatch import rules
 
 ROOT = Path(fusednorm.__file__).parents[1]
 REASON = dispatch.unavailable_reason("cpu")
-needs_library = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 # (rows, columns): past the grain of two threads with an odd width; partial sums of several chunks; wide rows
 SHAPES = [(130, 385), (2100, 24), (9, 4099)]
@@ -47,15 +47,21 @@ def everything(rows: int, columns: int, dtype: torch.dtype, stream_dtype: torch.
     return [*outputs, *gradients]
 
 
-def assert_same_bits(ours: list, theirs: list) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+def assert_same_bits(ours: list, *theirs: list) -> None:
+    for other in theirs:
+        for a, b in zip(ours, other, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.fixture
-def threads():
+def on_threads():
+    """Call it with a function: its results on one, two and three threads."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+
+    def each(run) -> list:
+        return [(torch.set_num_threads(count), run())[1] for count in (1, 2, 3)]
+
+    yield each
     torch.set_num_threads(before)
 
 
@@ -66,38 +72,30 @@ def instruction_sets():
     torch.ops.fusednorm_cpu.use_instruction_set(names[0])
 
 
-@needs_library
+@pytest.fixture
+def on_instruction_sets(instruction_sets):
+    """Call it with a function: its results on every instruction set."""
+    return lambda run: [(torch.ops.fusednorm_cpu.use_instruction_set(name), run())[1] for name in instruction_sets]
+
+
 @DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, threads):
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(everything(*shape, dtype))
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, on_threads):
+    assert_same_bits(*on_threads(lambda: everything(*shape, dtype)))
 
 
-@needs_library
 @pytest.mark.parametrize("stream_dtype", [None, torch.float32], ids=["same_stream", "float32_stream"])
 @DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype, instruction_sets):
-    results = []
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        results.append(everything(*shape, dtype, stream_dtype))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype, on_instruction_sets):
+    assert_same_bits(*on_instruction_sets(lambda: everything(*shape, dtype, stream_dtype)))
 
 
-@needs_library
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(RuntimeError, match=r"'abacus'.*usable are"):
         torch.ops.fusednorm_cpu.use_instruction_set("abacus")
 
 
-@needs_library
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="three instruction sets are built for x86-64 alone")
 def test_the_best_instruction_set_is_in_use(instruction_sets):
     assert instruction_sets[-1] == "baseline"
@@ -105,7 +103,6 @@ def test_the_best_instruction_set_is_in_use(instruction_sets):
         assert instruction_sets[0] in ("avx2", "avx512")
 
 
-@needs_library
 @pytest.mark.parametrize("rows", [4, 4096])
 def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows, tmp_path, monkeypatch, request):
     """Otherwise few rows go to torch, whose sums are in another order, by the table planted here."""
@@ -129,10 +126,9 @@ def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows, tmp_p
         assert torch.equal(normed, fusednorm.add_layer_norm(x, residual, 128)[0])
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_gradients_written_past_the_caches_have_the_same_bits(dtype, dropout_p, instruction_sets):
+def test_gradients_written_past_the_caches_have_the_same_bits(dtype, dropout_p, on_instruction_sets):
     """16 MB of dx are; its quarters, and rows that are no multiple of 64 bytes, are not."""
     n = (16 << 20) // dtype.itemsize // 1024
     x, residual, *cotangents = (torch.randn(n, 1024).to(dtype) for _ in range(4))
@@ -143,61 +139,39 @@ def test_gradients_written_past_the_caches_have_the_same_bits(dtype, dropout_p, 
             outputs = fusednorm.add_layer_norm(*leaves, 1024, dropout_p=dropout_p, seed=SEED)
         return torch.autograd.grad(outputs, leaves, [c[rows] for c in cotangents])
 
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        whole, first = gradients(slice(None)), gradients(slice(n // 4))  # masks count rows from the first
-        for large, small in zip(whole, first, strict=True):
-            assert torch.equal(large[: n // 4], small)
+    # masks count rows from the first
+    for whole, first in on_instruction_sets(lambda: (gradients(slice(None)), gradients(slice(n // 4)))):
+        assert_same_bits([g[: n // 4] for g in whole], first)
         assert not any(g.isnan().any() for g in whole)
 
 
-@needs_library
-@DTYPE
-def test_a_row_does_not_depend_on_the_batch_around_it(dtype):
-    x, residual = torch.randn(2, 517, 100).to(dtype)
-    weight = torch.randn(100).to(dtype)
+def only_z(x: torch.Tensor, residual: torch.Tensor | None, **options) -> torch.Tensor:
     with fusednorm.use_provider("cpu"):
-        normed, z = fusednorm.add_layer_norm(x, residual, (100,), weight)
-        for row in (0, 1, 300, 516):
-            one_normed, one_z = fusednorm.add_layer_norm(x[row : row + 1], residual[row : row + 1], (100,), weight)
-            assert torch.equal(one_normed[0], normed[row])
-            assert torch.equal(one_z[0], z[row])
+        return fusednorm.add_layer_norm(x, residual, x.shape[-1:], **options)[1]
 
 
-@needs_library
 @pytest.mark.parametrize("shape", [(7, 1), (5, 31), (3, 64), (2, 3, 1001)], ids=str)
-def test_masks_are_those_of_dropout_mask(shape, instruction_sets):
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        with fusednorm.use_provider("cpu"):
-            _, z = fusednorm.add_layer_norm(torch.ones(shape), None, shape[-1:], dropout_p=0.37, seed=SEED)
+def test_masks_are_those_of_dropout_mask(shape, on_instruction_sets):
+    for z in on_instruction_sets(lambda: only_z(torch.ones(shape), None, dropout_p=0.37, seed=SEED)):
         assert torch.equal(z > 0, fusednorm.dropout_mask(shape, 0.37, SEED))
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_value_of_16_bits_survives_every_instruction_set(dtype, instruction_sets):
+def test_every_value_of_16_bits_survives_every_instruction_set(dtype, on_instruction_sets):
     """z = x + 0 reads and writes each of the 65536 patterns, subnormal numbers and infinities among them."""
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)[None]
-    for name in instruction_sets:
-        torch.ops.fusednorm_cpu.use_instruction_set(name)
-        with fusednorm.use_provider("cpu"):
-            _, z = fusednorm.add_layer_norm(x, torch.zeros_like(x), x.shape[1:])
+    for z in on_instruction_sets(lambda: only_z(x, torch.zeros_like(x))):
         finite = ~x.isnan()
         assert torch.equal(z[finite], x[finite])
         assert z[~finite].isnan().all()
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_is_rounded_as_torch_rounds(dtype, instruction_sets):
+def test_float32_is_rounded_as_torch_rounds(dtype, on_instruction_sets):
     bits = torch.randint(-(2**31), 2**31, (1, 200_000), dtype=torch.int64).to(torch.int32)
     scaled = torch.randn(1, 200_000) * 2.0 ** torch.randint(-26, 18, (1, 200_000))  # float16's subnormals and overflow
     for x in (bits.view(torch.float32), scaled):
-        for name in instruction_sets:
-            torch.ops.fusednorm_cpu.use_instruction_set(name)
-            with fusednorm.use_provider("cpu"):
-                _, z = fusednorm.add_layer_norm(x, None, x.shape[1:], residual_dtype=dtype)
-            expected = x.to(dtype)
+        expected = x.to(dtype)
+        for z in on_instruction_sets(lambda x=x: only_z(x, None, residual_dtype=dtype)):
             assert torch.equal(z.isnan(), expected.isnan())
             assert torch.equal(z.nan_to_num(0.0), expected.nan_to_num(0.0))

@@ -89,24 +89,24 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout[-3000:] + done.stderr[start:][:6000]
 
 
+# files; what is chosen of them on the baseline and how many tests that is at least; the same on the other sets
+SUITES = {
+    "norms": (FILES, (CHOSEN, 900), (LAYOUTS, 600)),
+    "attention": (ATTENTION_FILES, ("cpu-cpu or all_bounded", 390), (ATTENTION_LAYOUTS, 60)),
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_every_layout_under_sanitizers(name):
-    """The tests of the norms on this provider once more: all on the baseline, those of layouts on the other sets.
+def test_every_layout_under_sanitizers(name, suite):
+    """The tests of this provider once more: all on the baseline, those of layouts on the other sets.
 
     The source of all of them is one, so UBSan, with which it takes three times as long to compile, sees the baseline.
     """
     library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
-    chosen, least = (CHOSEN, 900) if name == "baseline" else (LAYOUTS, 600)
-    done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in FILES), "-k", chosen])
-    assert done.returncode == 0, said(done)
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_attention_under_sanitizers(name):
-    library = emulated.build_cpu(emulated.SANITIZED, ADDRESS)
-    chosen, least = ("cpu-cpu or all_bounded", 390) if name == "baseline" else (ATTENTION_LAYOUTS, 60)
-    done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in ATTENTION_FILES), "-k", chosen])
+    files, baseline, others = SUITES[suite]
+    chosen, least = baseline if name == "baseline" else others
+    done = run_tests(library, name, ["libasan.so"], [*(str(TESTS / file) for file in files), "-k", chosen])
     assert done.returncode == 0, said(done)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, said(done)
 

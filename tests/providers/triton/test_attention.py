@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from backends import INTERPRETED
+from derivatives import gradients_of
 from oracle_attention import AttentionCall, check
 
 import fusednorm
@@ -217,14 +218,15 @@ def test_triton_attention_of_what_is_masked_at_heads_made_again_in_parts(dim, sm
 
 
 def test_triton_attention_with_only_the_gradients_that_are_wanted(small_tiles):
-    tensors = [torch.randn(1, 2, 20, 16) for _ in range(3)] + [torch.randn(20, 20)]
+    leaves = {name: torch.randn(1, 2, 20, 16) for name in "qkv"} | {"mask": torch.randn(20, 20)}
     dout = torch.randn(1, 2, 20, 16)
-    every = [t.clone().requires_grad_() for t in tensors]
-    expected = torch.autograd.grad(scaled_dot_product_attention(*every), every, dout)
-    for n in range(4):
-        leaves = [t.clone().requires_grad_(n == m) for m, t in enumerate(tensors)]
-        (found,) = torch.autograd.grad(scaled_dot_product_attention(*leaves), leaves[n], dout)
-        assert torch.equal(found, expected[n])
+
+    def run(leaves):
+        return scaled_dot_product_attention(*leaves.values())
+
+    expected = gradients_of([*leaves], run, leaves, [dout])
+    for name in leaves:
+        assert torch.equal(gradients_of([name], run, leaves, [dout])[name], expected[name])
 
 
 # --- what the general tests choose, here at the smallest ---
@@ -304,22 +306,6 @@ def test_triton_attention_backward_repeats_bit_for_bit(small_tiles):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """What would be launched: nothing is."""
-    from fusednorm.providers.triton import launch as triton_launch
-
-    noted = []
-
-    def note(self, grid, pointers, numbers):
-        dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        options = (self.constants, self.warps, self.stages, self.registers, self.aligned)
-        noted.append((self.function.__name__, dtypes, *options))
-
-    monkeypatch.setattr(triton_launch.Variant, "launch", note)
-    return noted
-
-
 def test_triton_attention_variants_do_not_depend_on_any_length(launches):
     for batch, heads, n_queries, n_keys in ((1, 1, 1, 1), (2, 3, 16, 48), (3, 1, 17, 1), (1, 2, 512, 64)):
         leaves = leaves_of(None, torch.bfloat16, n_queries, n_keys, 64, heads=heads, batch=batch)
@@ -328,7 +314,7 @@ def test_triton_attention_variants_do_not_depend_on_any_length(launches):
         options = {"key_mask": key_mask, "is_causal": True, "dropout_p": 0.1, "window": (n_keys, None)}
         out = scaled_dot_product_attention(*leaves, scale=0.1 * n_keys, **options)
         torch.autograd.grad(out, leaves, torch.zeros_like(out))
-    assert len(set(launches)) == 4  # forward, delta, keys and values, queries
+    assert len({launch.compiled for launch in launches}) == 4  # forward, delta, keys and values, queries
 
 
 def test_triton_attention_reads_what_is_packed_in_place(launches):
@@ -336,7 +322,7 @@ def test_triton_attention_reads_what_is_packed_in_place(launches):
     q, k, v = torch.zeros(2, 9, 3, 4, 64, dtype=torch.float16).permute(2, 0, 3, 1, 4).unbind(0)
     out = scaled_dot_product_attention(q, k, v)
     assert out.stride() == (9 * 4 * 64, 64, 4 * 64, 1)
-    assert launches[0][-1]
+    assert launches[0].variant.aligned
 
 
 def test_triton_attention_follows_torchs_setting_of_tf32(launches):
@@ -345,7 +331,7 @@ def test_triton_attention_follows_torchs_setting_of_tf32(launches):
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
             scaled_dot_product_attention(q, q, q)
-            assert precision in launches[-1][2]
+            assert precision in launches[-1].variant.constants
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -1,4 +1,4 @@
-"""Which operands the Triton attention kernels read in place, and which as copies. Nothing is launched.
+"""Which operands the Triton attention kernels read in place, and which as copies. Nothing is launches.
 
 Shapes that would be large are of the meta device: they have strides, and no memory.
 """
@@ -19,20 +19,6 @@ FUSED = [(4, 16, 4096, 64), (1, 32, 1024, 128)]
 MASKS = ((20, 48), (1, 48), (20, 1))
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """(kernel, pointers, numbers, aligned) of each launch."""
-    from fusednorm.providers.triton import launch as triton_launch
-
-    noted = []
-
-    def note(self, grid, pointers, numbers):
-        noted.append((self.function.__name__, pointers, numbers, self.aligned))
-
-    monkeypatch.setattr(triton_launch.Variant, "launch", note)
-    return noted
-
-
 def attend(q, k, v, mask=None, dout=None):
     """Forward and backward by the provider, causal."""
     from fusednorm.providers.triton import attention as triton_attention
@@ -51,63 +37,63 @@ def fused(shape, device="meta"):
     return torch.empty(batch, length, 3, heads, d, dtype=torch.bfloat16, device=device).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def read_in_place(launched, operands):
-    assert len(launched) == 4 or len(launched) == 5  # forward, delta, queries, and keys and values
-    for name, pointers, _, aligned in launched:
-        assert aligned, name
-        if "delta" not in name:
-            read = pointers[1:4] if "bwd" in name else pointers[:3]
-            assert all(a is b for a, b in zip(read, operands, strict=True)), name
+def read_in_place(launches, operands):
+    assert len(launches) == 4 or len(launches) == 5  # forward, delta, queries, and keys and values
+    for launch in launches:
+        assert launch.variant.aligned, launch.kernel
+        if "delta" not in launch.kernel:
+            read = launch.pointers[1:4] if "bwd" in launch.kernel else launch.pointers[:3]
+            assert all(a is b for a, b in zip(read, operands, strict=True)), launch.kernel
 
 
 @pytest.mark.parametrize("shape", CONTIGUOUS, ids=str)
-def test_triton_attention_reads_long_contiguous_sequences_in_place(shape, launched):
+def test_triton_attention_reads_long_contiguous_sequences_in_place(shape, launches):
     operands = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3)]
     attend(*operands)
-    read_in_place(launched, operands)
+    read_in_place(launches, operands)
 
 
 @pytest.mark.parametrize("shape", FUSED, ids=str)
-def test_triton_attention_reads_a_long_fused_projection_in_place(shape, launched):
+def test_triton_attention_reads_a_long_fused_projection_in_place(shape, launches):
     operands = fused(shape)
     out, grads = attend(*operands)
-    read_in_place(launched, operands)
+    read_in_place(launches, operands)
     assert all(t.stride() == torch.empty_like(operands[0]).stride() for t in (out, *grads[:3]))
 
 
-def test_triton_attention_reads_strides_of_dimensions_of_one_nowhere(launched):
+def test_triton_attention_reads_strides_of_dimensions_of_one_nowhere(launches):
     """Neither their alignment nor their size is anything to a kernel."""
     operands = [torch.empty(1, 1, 48, 64, dtype=torch.bfloat16).as_strided((1, 1, 48, 64), (7, 2**40 + 3, 64, 1))] * 3
     attend(*operands)
-    read_in_place(launched, operands)
+    read_in_place(launches, operands)
     one = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).as_strided((1, 1, 1, 64), (64, 64, 2**31 + 1, 1))
-    launched.clear()
+    launches.clear()
     attend(one, *operands[1:])
-    read_in_place(launched, [one, *operands[1:]])
+    read_in_place(launches, [one, *operands[1:]])
 
 
-def test_triton_attention_reads_a_far_batch_and_a_far_head_in_place_and_copies_far_positions(launched):
+def test_triton_attention_reads_a_far_batch_and_a_far_head_in_place_and_copies_far_positions(launches):
     def meta(*strides):
         return torch.empty_strided((2, 2, 48, 64), strides, dtype=torch.bfloat16, device="meta")
 
     for operands in ([meta(2**33, 64 * 48, 64, 1)] * 3, [meta(64 * 48, 2**33, 64, 1)] * 3):
-        launched.clear()
+        launches.clear()
         attend(*operands)
-        read_in_place(launched, operands)
+        read_in_place(launches, operands)
     for stride, copied in ((2**23 - 8, False), (2**23, True)):
-        launched.clear()
+        launches.clear()
         q = meta(2**33, 2**32, stride, 1)
         attend(q, *[meta(2 * 48 * 64, 48 * 64, 64, 1)] * 2)
-        assert (launched[0][1][0] is not q) == copied
+        assert (launches[0].pointers[0] is not q) == copied
 
 
 @pytest.mark.parametrize("shape", MASKS, ids=str)
-def test_triton_attention_reads_masks_with_strides_of_dimensions_of_one_in_place(shape, launched):
+def test_triton_attention_reads_masks_with_strides_of_dimensions_of_one_in_place(shape, launches):
     strides = [2**40 if size == 1 else stride for size, stride in zip(shape, (48, 1), strict=True)]
     mask = torch.empty_strided(shape, strides, device="meta")
     operands = [torch.empty(2, 2, n, 64, dtype=torch.bfloat16, device="meta") for n in (20, 48, 48)]
     attend(*operands, mask)
-    assert launched[0][1][3] is mask
+    assert launches[0].pointers[3] is mask
 
 
 UNALIGNED = {
@@ -122,7 +108,7 @@ UNALIGNED = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", UNALIGNED)
-def test_triton_attention_copies_what_has_no_whole_vectors(name, dtype, launched):
+def test_triton_attention_copies_what_has_no_whole_vectors(name, dtype, launches):
     """Element by element, kernels would spill."""
     x = UNALIGNED[name](dtype)
     d = x.shape[-1]
@@ -130,9 +116,9 @@ def test_triton_attention_copies_what_has_no_whole_vectors(name, dtype, launched
     out, grads = attend(plain, x, x, dout=x)
     assert out.shape == x.shape and [g.shape for g in grads[:3]] == [x.shape] * 3
     vec = 16 // dtype.itemsize
-    for kernel, pointers, _, aligned in launched:
-        assert aligned, kernel
-        rows = [t for t in pointers if t is not None and t.ndim == 4]
+    for launch in launches:
+        assert launch.variant.aligned, launch.kernel
+        rows = [t for t in launch.pointers if t is not None and t.ndim == 4]
         assert len(rows) >= 2
         for t in rows:
             assert t.data_ptr() % 16 == 0 and t.stride(-1) == 1
@@ -140,16 +126,16 @@ def test_triton_attention_copies_what_has_no_whole_vectors(name, dtype, launched
             assert t.shape[-1] == d + -d % vec
 
 
-def test_triton_attention_of_transposed_queries_has_rows_of_columns_that_lie_together(launched):
+def test_triton_attention_of_transposed_queries_has_rows_of_columns_that_lie_together(launches):
     x = torch.randn(2, 2, 16, 9).mT
     out, _ = attend(x, x, x)
     assert out.is_contiguous()
 
 
-def test_triton_attention_pads_with_zeros(launched):
+def test_triton_attention_pads_with_zeros(launches):
     x = torch.full((2, 2, 20, 33), torch.nan).to(torch.float16)
     attend(x, x, x)
-    q = launched[0][1][0]
+    q = launches[0].pointers[0]
     assert q.shape[-1] == 40
     assert q[..., 33:].eq(0).all()
     assert q[..., :33].isnan().all()

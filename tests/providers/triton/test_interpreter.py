@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-
-from tests.integration.test_imports import python
+from fresh import python
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("triton", "numpy"))), reason="Triton's interpreter needs Triton and NumPy"

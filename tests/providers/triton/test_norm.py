@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import INTERPRETED
 from oracle import Call, check
-from shapes import Shape, random_leaves
+from shapes import FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
 from fusednorm._options import NormInputs
@@ -19,25 +19,16 @@ from fusednorm.providers.triton import strides as triton_layout
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
 
-FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
-    Shape("one_element", (1, 1)),
+    *named("one_element", "odd_width_masked_lanes", "three_lead_dimensions", "transposed", "permuted_lead"),
+    *named("last_dimension_step_2", "slice_of_fused_projection", "expanded_rows", "no_rows", "no_columns"),
     Shape("narrow_several_rows_a_program", (37, 8)),
-    Shape("odd_width_masked_lanes", (7, 33)),
     Shape("one_row", (1, 24)),
     Shape("one_aligned_tile", (3, 1024)),
     Shape("four_chunks_padded", (5, 1000)),
     Shape("more_rows_than_programs", (131, 40)),
-    Shape("three_lead_dimensions", (2, 3, 4, 16)),
     Shape("normalized_2d", (3, 4, 6), normalized_ndim=2),
-    Shape("transposed", (32, 6), lambda leaf: leaf.t()),
-    Shape("two_row_strides", (3, 4, 16), lambda leaf: leaf.transpose(0, 1)),
-    Shape("last_dimension_step_2", (5, 48), lambda leaf: leaf[:, ::2]),
-    Shape("slice_of_fused_projection", (5, 3 * 24), lambda leaf: leaf[:, 24:48]),
-    Shape("expanded_rows", (1, 24), lambda leaf: leaf.expand(6, 24)),
-    Shape("no_rows", (0, 16)),
-    Shape("no_columns", (3, 0)),
 ]
 EPILOGUES = {
     "bare": ((), {}),
@@ -47,11 +38,6 @@ EPILOGUES = {
     "memory_efficient": ((), {"memory_efficient": True}),
     "float32_stream": ((), {"residual_dtype": torch.float32}),
 }
-
-
-def names(function: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
-    found = ("x", "weight") + (() if "rms" in function else ("bias",))
-    return (*found, "residual", *extra) if function.startswith("add_") else found
 
 
 @pytest.fixture(autouse=True)
@@ -76,27 +62,27 @@ def tiny_tiles(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", PLAIN + FUSED)
 def test_triton_norm_at_every_layout(function, shape, dtype, generator):
-    leaves = random_leaves(shape, names(function), dtype, "cpu", generator)
+    leaves = random_leaves(shape, inputs(function), dtype, "cpu", generator)
     check(Call(function, shape.normalized_ndim, shape.view), leaves, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-@pytest.mark.parametrize("function", ["add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("function", FUSED)
 def test_triton_norm_with_every_epilogue(function, epilogue, dtype, generator):
     extra, options = EPILOGUES[epilogue]
-    leaves = random_leaves(Shape("", (3, 5, 36)), names(function, extra), dtype, "cpu", generator)
+    leaves = random_leaves(Shape("", (3, 5, 36)), (*inputs(function), *extra), dtype, "cpu", generator)
     check(Call(function, options=options), leaves, generator)
 
 
 @pytest.mark.parametrize("width", [203, 256], ids=["odd", "aligned"])
 @pytest.mark.parametrize("epilogue", ["bare", "everything", "memory_efficient"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", PLAIN + FUSED)
 def test_triton_norm_of_rows_wider_than_registers(function, epilogue, width, tiny_tiles, generator):
     extra, options = EPILOGUES[epilogue] if function.startswith("add_") else ((), {})
-    leaves = random_leaves(Shape("", (5, width)), names(function, extra), torch.bfloat16, "cpu", generator)
+    leaves = random_leaves(Shape("", (5, width)), (*inputs(function), *extra), torch.bfloat16, "cpu", generator)
     check(Call(function, options=options), leaves, generator)
 
 
@@ -127,23 +113,14 @@ def test_triton_backward_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_triton_variants_do_not_depend_on_the_row_count(monkeypatch):
+def test_triton_variants_do_not_depend_on_the_row_count(launches):
     """What names a compiled variant is the same for any number of rows: nothing is compiled anew."""
-    from fusednorm.providers.triton import launch as triton_launch
-
-    variants = set()
-
-    def note(self, grid, pointers, numbers):
-        dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        variants.add((self.function.__name__, dtypes, self.constants, self.warps, self.registers, self.aligned))
-
-    monkeypatch.setattr(triton_launch.Variant, "launch", note)
     weight = torch.ones(64, requires_grad=True)
     for rows in (1, 16, 17, 4096):
         x = torch.zeros(rows, 64, requires_grad=True)
         normed, z = fusednorm.add_layer_norm(x, x.detach(), 64, weight)
         torch.autograd.grad((normed, z), (x, weight), (torch.zeros(rows, 64), torch.zeros(rows, 64)))
-    assert len(variants) == 3  # forward, backward, and the sum of its partials
+    assert len({launch.compiled for launch in launches}) == 3  # forward, backward, and the sum of its partials
 
 
 def test_one_value_expanded_over_the_columns_costs_the_others_no_alignment():
