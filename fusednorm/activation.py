@@ -58,6 +58,11 @@ def bias_act_dropout(
     "Sigmoid-weighted linear units", arXiv:1702.03118, and P. Ramachandran et al., arXiv:1710.05941, for SiLU;
     A. Radford et al., "Learning transferable visual models from natural language supervision", arXiv:2103.00020, for
     quick_gelu.
+
+    Example:
+        >>> hidden, bias = torch.randn(2, 5, 32), torch.zeros(32)
+        >>> fusednorm.bias_act_dropout(hidden, bias, "gelu", dropout_p=0.1).shape
+        torch.Size([2, 5, 32])
     """
     current = settings.current  # looked up once: another thread may replace it
     if not _is_compiling() and current.fastpath is not None:

@@ -85,6 +85,12 @@ def scaled_dot_product_attention(
         ValueError: a shape, device or number does not fit.
 
     Source: A. Vaswani et al., "Attention is all you need", arXiv:1706.03762.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 4, 6, 8).unbind()
+        >>> padding = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        >>> fusednorm.scaled_dot_product_attention(q, k, v, is_causal=True, key_mask=padding).shape
+        torch.Size([2, 4, 6, 8])
     """
     if (
         not _is_compiling()
@@ -210,6 +216,12 @@ def varlen_attention(
     Raises:
         TypeError: an argument is of another type or dtype than said above.
         ValueError: a shape, device or number does not fit, or boundaries are none.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 7, 4, 8).unbind()  # sequences of 3 and 4 positions
+        >>> bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> fusednorm.varlen_attention(q, k, v, bounds, bounds, 4, 4, is_causal=True).shape
+        torch.Size([7, 4, 8])
     """
     if has_torch_function_variadic(query, key, value, cu_seqlens_q, cu_seqlens_k, seed):
         return handle_torch_function(

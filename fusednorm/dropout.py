@@ -178,6 +178,11 @@ def dropout_mask(
         TypeError: `seed` is neither an int nor a one-element int64 tensor.
 
     Source: Salmon et al., SC 2011 (Philox4x32, 7 rounds).
+
+    Example:
+        >>> mask = fusednorm.dropout_mask((2, 8), 0.5, seed=3)
+        >>> torch.equal(mask, fusednorm.dropout_mask((2, 8), 0.5, seed=3))
+        True
     """
     p = _checks.check_probability("p", p)
     _checks.check_seed(seed)

@@ -44,6 +44,11 @@ def layer_norm(
         ValueError: a shape or device does not match.
 
     Source: J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", arXiv:1607.06450.
+
+    Example:
+        >>> x = torch.randn(2, 5, 8)
+        >>> fusednorm.layer_norm(x, 8, torch.ones(8), torch.zeros(8)).shape
+        torch.Size([2, 5, 8])
     """
     if has_torch_function_variadic(input, weight, bias):
         _checks.refuse_nested_subclass("input", input)
@@ -91,6 +96,11 @@ def rms_norm(
         ValueError: a shape or device does not match.
 
     Source: B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
+
+    Example:
+        >>> x = torch.randn(2, 5, 8)
+        >>> fusednorm.rms_norm(x, 8, torch.ones(8)).shape
+        torch.Size([2, 5, 8])
     """
     current = settings.current  # looked up once: another thread may replace it
     if not _is_compiling() and current.fastpath is not None:
@@ -155,6 +165,12 @@ def add_layer_norm(
     Raises:
         TypeError: an argument is no dense floating-point tensor.
         ValueError: a shape, device or probability does not fit.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        >>> normed, residual = fusednorm.add_layer_norm(branch, residual, 8, torch.ones(8), dropout_p=0.1)
+        >>> normed.shape, residual.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 5, 8]))
     """
     if (
         not _is_compiling()
@@ -218,6 +234,12 @@ def add_rms_norm(
 
     Arguments, results and errors are those of :func:`add_layer_norm`, without `bias`; `eps` None takes the machine
     epsilon of the dtype computed in.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        >>> normed, residual = fusednorm.add_rms_norm(branch, residual, 8, torch.ones(8))
+        >>> normed.shape, residual.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 5, 8]))
     """
     if (
         not _is_compiling()

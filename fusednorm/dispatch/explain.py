@@ -31,6 +31,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Raises:
         TypeError: `function` cannot be called.
         Whatever the call raises.
+
+    Example:
+        >>> x = torch.randn(2, 8)
+        >>> print(fusednorm.explain(fusednorm.bias_act_dropout, x, None, "relu").splitlines()[0])
+        bias_act_dropout: torch, torch's own operators
     """
     if not callable(function):
         raise TypeError(

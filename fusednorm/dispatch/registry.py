@@ -88,7 +88,12 @@ unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def available_providers() -> list[str]:
-    """Names of the providers usable here and now, best first."""
+    """Names of the providers usable here and now, best first.
+
+    Example:
+        >>> "torch" in fusednorm.available_providers()
+        True
+    """
     return [name for name in PROVIDERS if unavailable_reason(name) is None]
 
 

@@ -157,6 +157,13 @@ class use_provider(blocks.Block):
     Raises:
         ValueError: no provider has that name.
         RuntimeError: the provider cannot run here (raised on entry, with the reason).
+
+    Example:
+        >>> x = torch.randn(2, 8)
+        >>> with fusednorm.use_provider("torch"):
+        ...     normed = fusednorm.rms_norm(x, 8)
+        >>> normed.shape
+        torch.Size([2, 8])
     """
 
     entered = _providers
@@ -191,6 +198,13 @@ class batch_invariant(blocks.Block):
 
     Args:
         enabled: False lets the choice look at shapes again, inside an enclosing block.
+
+    Example:
+        >>> x = torch.randn(4, 8)
+        >>> with fusednorm.batch_invariant():
+        ...     whole, alone = (fusednorm.add_layer_norm(r, r, 8)[0] for r in (x, x[:1]))
+        >>> torch.equal(whole[:1], alone)
+        True
     """
 
     entered = _invariant

@@ -39,6 +39,13 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
 
     Raises:
         TypeError, ValueError: an argument, input or mask does not fit; the message names it.
+
+    Example:
+        >>> attention = fusednorm.MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.randn(2, 5, 8)
+        >>> out, _ = attention(x, x, x, need_weights=False)
+        >>> out.shape
+        torch.Size([2, 5, 8])
     """
 
     _kept_weights: tuple[list[Tensor], ...] = ()  # where each attention_weights() around the call collects
@@ -190,6 +197,14 @@ def attention_weights(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
     Raises:
         ValueError: the model has no such module.
+
+    Example:
+        >>> attention = fusednorm.MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.randn(2, 5, 8)
+        >>> with fusednorm.attention_weights(attention) as kept:
+        ...     _ = attention(x, x, x, need_weights=False)
+        >>> len(kept)
+        1
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, MultiheadAttention)}
     if not found:

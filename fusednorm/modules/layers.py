@@ -38,6 +38,11 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
 
     Raises:
         TypeError, ValueError: an argument, input or mask does not fit; the message names it.
+
+    Example:
+        >>> layer = fusednorm.TransformerEncoderLayer(8, 2, 32, batch_first=True, norm_first=True)
+        >>> layer(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     self_attn: MultiheadAttention
@@ -119,6 +124,11 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
 
     Attention to itself, attention to the encoder's output (keys and values in one product), and the feed-forward
     block; steps, `recompute`, obstacles and errors as in :class:`TransformerEncoderLayer`.
+
+    Example:
+        >>> layer = fusednorm.TransformerDecoderLayer(8, 2, 32, batch_first=True, norm_first=True)
+        >>> layer(torch.randn(2, 5, 8), torch.randn(2, 7, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     self_attn: MultiheadAttention

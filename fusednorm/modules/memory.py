@@ -60,6 +60,11 @@ def activation_bytes(
     Raises:
         TypeError: the module is none of these.
         ValueError: the module does not take the fused path; the message says why.
+
+    Example:
+        >>> layer = fusednorm.TransformerEncoderLayer(8, 2, 32, batch_first=True, norm_first=True)
+        >>> sum(fusednorm.activation_bytes(layer, batch=2, length=5).values()) > 0
+        True
     """
     layers: list[Any]
     if isinstance(module, TransformerEncoder | TransformerDecoder):

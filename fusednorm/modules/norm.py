@@ -20,6 +20,10 @@ class LayerNorm(nn.LayerNorm):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> fusednorm.LayerNorm(8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -55,6 +59,10 @@ class RMSNorm(nn.RMSNorm):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> fusednorm.RMSNorm(8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -216,6 +224,12 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> norm = fusednorm.AddLayerNorm(8)
+        >>> normed, residual = norm(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+        >>> normed.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -278,6 +292,12 @@ class AddRMSNorm(_Epilogue, nn.RMSNorm):
     """Residual step and RMSNorm as one module: ``normed, residual = module(x, residual)``.
 
     See :func:`fusednorm.add_rms_norm`; keywords, modes and errors as in :class:`AddLayerNorm`.
+
+    Example:
+        >>> norm = fusednorm.AddRMSNorm(8)
+        >>> normed, residual = norm(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+        >>> normed.shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(

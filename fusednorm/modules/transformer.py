@@ -90,6 +90,11 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
 
     Raises:
         TypeError, ValueError: an argument, input or mask does not fit; the message names it.
+
+    Example:
+        >>> layer = fusednorm.TransformerEncoderLayer(8, 2, 32, batch_first=True, norm_first=True)
+        >>> fusednorm.TransformerEncoder(layer, 2)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -152,6 +157,11 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
 
     Raises:
         TypeError, ValueError: an argument, input or mask does not fit; the message names it.
+
+    Example:
+        >>> layer = fusednorm.TransformerDecoderLayer(8, 2, 32, batch_first=True, norm_first=True)
+        >>> fusednorm.TransformerDecoder(layer, 2)(torch.randn(2, 5, 8), torch.randn(2, 7, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -228,6 +238,13 @@ class Transformer(AtomicStateDict, nn.Transformer):
     Raises:
         TypeError, ValueError: an argument, input or mask does not fit; the message names it.
         RuntimeError: batch or features of src and tgt differ, as torch has it.
+
+    Example:
+        >>> model = fusednorm.Transformer(8, 2, 1, 1, 32, batch_first=True)
+        >>> model.load_state_dict(torch.nn.Transformer(8, 2, 1, 1, 32, batch_first=True).state_dict())
+        <All keys matched successfully>
+        >>> model(torch.randn(2, 5, 8), torch.randn(2, 7, 8)).shape
+        torch.Size([2, 7, 8])
     """
 
     def __init__(
