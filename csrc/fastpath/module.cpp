@@ -134,7 +134,7 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
-  if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as providers/cpu.py has it
+  if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as rules.reluctance has it
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
   return is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference has it
 }
@@ -242,7 +242,7 @@ bool kernels_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
          q.numel() > 0 && v.numel() > 0 && (q.size(1) == k.size(1) || (grouped && q.size(1) % k.size(1) == 0));
 }
 
-// As autograd/attention.py has it.
+// As rules_attention.scales has it.
 bool torchs_scale(double scale) { return scale > 0.0 && scale <= 128.0; }
 
 // And whether torch's kernels do: as many heads each, features one after another.

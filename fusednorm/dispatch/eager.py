@@ -33,7 +33,7 @@ _grad_enabled = torch.is_grad_enabled
 
 
 def plain_on_cpu(x: Tensor) -> bool:
-    """Whether torch's own operator may serve a call on the CPU at once: it does what it must under modes and tracing.
+    """Whether torch's own operator may serve a call on the CPU at once; it handles modes and tracing itself.
 
     One expression of look-ups bound beforehand: all of it is paid on a call that itself takes 7 microseconds.
     """
@@ -49,8 +49,8 @@ def plain_on_cpu(x: Tensor) -> bool:
 def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
     """What the way down of a plain eager call depends on; None for every other call.
 
-    `rest` is what is no tensor, the function's name first. Equal values in it have to mean the same. Each look-up
-    counts, because eager's own call takes 7 microseconds.
+    `rest` is what is no tensor, the function's name first. Values that compare equal must mean the same: the caller
+    has looked at types, since True equals 1. Each look-up counts, because eager's own call takes 7 microseconds.
     """
     if (
         _is_compiling()
@@ -90,7 +90,7 @@ def sizes(normalized_shape: Any) -> Any:
 
 
 def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way: Callable[..., Any]) -> None:
-    """Remember the way down of a signature. Not while a CUDA graph is captured: a GPU is then asked nothing."""
+    """Remember the way down of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
     if key is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
     if len(plans) >= MOST_PLANS:
@@ -99,9 +99,9 @@ def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way:
 
 
 def differentiated(*cotangents: Tensor | None) -> bool:
-    """Whether something differentiates, or batches, what a backward does: it then has to be made of torch's operators.
+    """Whether a backward is differentiated or vmapped itself: it is then to be composed of torch's operators.
 
-    Not in a graph, which holds the operator. A vmap over the backward (is_grads_batched) hides a batch from kernels.
+    Never while torch.compile traces, because a graph keeps the operator. `is_grads_batched` hides a batch from kernels.
     """
     if _is_compiling():
         return False

@@ -18,10 +18,9 @@ _Group = tuple[str, str, str]  # what decisions that read alike have in common: 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Say which provider serves ``function(*args, **kwargs)``, how, and why each provider before it was passed over.
 
-    The call is made once, with its results thrown away and torch's random state restored (a module's own buffers
-    change as in any call); `function` may be one of
-    this package's functions, a module, a whole model, or any callable that reaches them. Calls that other threads make
-    meanwhile are not heard.
+    The call is made once. Its results are thrown away and torch's random state is restored. Buffers of a module change
+    as in any call. `function` may be a function of this package, a module, a whole model, or any callable that reaches
+    them. Calls that other threads make meanwhile are not heard.
 
     Returns:
         A line for each decision made during the call. Decisions that read alike are one line, with their number and

@@ -1,9 +1,10 @@
-"""The fast path: norms with bias and dropout, and bare attention, on the CPU in one C++ call each, autograd included.
+"""The fast path: norms, ``bias_act_dropout`` and attention on the CPU in one C++ call each, autograd included.
 
-It leaves out the layers between, which cost more than a small call itself, and takes only what needs none of them:
-plain dense CPU tensors of one dtype, no mode, transform, autocast or tracing. For everything else it returns None, and
-the call goes the long way. It is built over torch's own C++ interface, which is not stable: it serves the torch and the
-Python that it was built with, and is left out where these differ.
+Norms on a GPU go through it to the CUDA library. It takes plain dense tensors of one dtype, and no mode, transform,
+autocast or tracing. For every other call it returns None, and Python goes on.
+
+It is built over torch's own C++ interface, which is not stable. So it serves the torch and the Python that built it,
+and is left out elsewhere.
 """
 
 from __future__ import annotations

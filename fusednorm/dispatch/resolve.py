@@ -1,4 +1,4 @@
-"""The only place that chooses a provider: once for each signature of plain eager calls, anew for every other call."""
+"""Where a provider is chosen: once for each signature of plain eager calls, anew for every other call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Whether our kernels of attention or torch's operator serve a call: where both mean the same, the faster one.
 
-On the CPU that was measured.
+On the CPU the faster one was measured.
 
 Torch's are made of the matrix products of the library that it is built with, and MKL is at its best on Intel's
 processors alone. Time of torch's over time of ours, two threads (benchmarks/NOTES.md has the tables):
@@ -10,8 +10,8 @@ processors alone. Time of torch's over time of ours, two threads (benchmarks/NOT
   at every shape.
 - Intel Xeon, AVX-512: float32 with gradients 0.45 to 1.06, bfloat16 with gradients 1.8 to 2.9.
 
-On a GPU torch's operator serves what it computes alike. Since torch 2.11 that is cuDNN on sm_90 and sm_100: on an H200
-691 TFLOP/s forward and 594 backward at a head dim of 128, by published figures.
+On a GPU torch's operator serves what it computes alike. Since torch 2.11 that is cuDNN on sm_90 and sm_100. Published
+figures for an H200 at a head dim of 128: 691 TFLOP/s forward, 594 backward.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Asked(NamedTuple):
 
 
 def why_not_torch(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) -> str:
-    """Why torch's operator would not be the function that is documented, or not the faster one, or nothing.
+    """The reason not to use torch's operator, or "" where it means the same and is not slower.
 
-    Where no kernel of ours serves a call, speed is no reason, and what torch has no argument for becomes its mask.
+    Where no kernel of ours serves a call, speed is no reason, and `key_mask` and `window` become torch's `attn_mask`.
     """
     q, k, v, _, _, seed, *_ = inputs
     ours = asked.provider not in ("torch", "reference")

@@ -1,4 +1,4 @@
-"""What decides over every call besides its arguments: one immutable tuple, replaced as a whole.
+"""What decides over every call besides its arguments: one tuple, replaced as a whole. Only its plans change in place.
 
 ``use_provider``, ``batch_invariant`` and explain() replace it when they are entered and left. The plans made under one
 setting go with it.
