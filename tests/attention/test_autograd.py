@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusednorm
 from fusednorm import scaled_dot_product_attention, varlen_attention
-from fusednorm.providers.triton import attention as triton_attention
 
 OP = "attention_fwd"
 
@@ -328,7 +327,7 @@ def test_automatic_choice_goes_by_processor_and_lengths(vendor, dtype, queries, 
 @pytest.mark.skipif(not INTERPRETED, reason="without a GPU, where Triton's kernels take tensors of the CPU")
 def test_automatic_choice_of_the_triton_kernels(monkeypatch):
     """As on a GPU: torch's operator where it is the same function and nothing was measured, else these kernels."""
-    monkeypatch.setattr(triton_attention, "reluctance", lambda op, *args: None)
+    monkeypatch.setattr(fusednorm.dispatch.get("triton")[0], "for_tests", None)
     x = torch.randn(1, 1, 4, 16)
 
     def said(**options):
