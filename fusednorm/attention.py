@@ -169,10 +169,8 @@ def scaled_dot_product_attention(
         out, lse = _run(call, inputs, options, return_lse, dims)
     if not plain:
         out = out.reshape(*lead, n_queries, v.shape[-1])
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse.reshape(*lead, n_queries)
+        lse = lse if lse is None else lse.reshape(*lead, n_queries)
+    return (out, lse) if return_lse else out
 
 
 def varlen_attention(

@@ -63,7 +63,7 @@ def layer_norm(
     except _REFUSED:
         pass  # the way below takes what torch does not, or says what is wrong with it
     fast, asked = current.fastpath, current.fastpath_asked
-    if fast is not None and not _is_compiling() and (asked == "cuda" or getattr(input, "is_cuda", False)):
+    if not _is_compiling() and fast is not None and (asked == "cuda" or getattr(input, "is_cuda", False)):
         bare = None, 0.0, None
         outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, asked)
         if outputs is not None:

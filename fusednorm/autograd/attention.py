@@ -15,36 +15,48 @@ from .._options import AttentionInputs, AttentionOptions
 from .._transforms import dealias_for_compile, recorded, traced, wants_gradients
 from ..dispatch import eager, rules_attention, settings
 from ..dispatch.resolve import ELEMENTARY, Request, resolve
+from ..dispatch.settings import Decision
 from ..providers.reference import attention as reference
 from . import attention_torch
 
 Way = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
 
 
-def way(
-    call: str,
-    inputs: AttentionInputs,
-    options: AttentionOptions,
-    return_lse: bool,
-    dims: int = 4,
-    bounded: bool | None = None,
-) -> Way:
+def way(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Way:
     """The way down of a call: what makes (out, lse) of its tensors. The operands were given in `dims` dimensions."""
-    decision = resolve(Request(call, "attention_fwd", inputs, options, None, return_lse, dims, bounded))
+    request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
+    return _way(request, resolve(request))
+
+
+def way_of_all(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Way:
+    """The way down of all calls of a signature. Where the operands' values decide, each call's are checked."""
+    request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
+    if settings.requested() is not None or not rules_attention.values_decide(inputs, options):
+        return _way(request, resolve(request))
+    decisions = {bounded: resolve(request._replace(bounded=bounded)) for bounded in (True, False)}
+    if decisions[True].provider == decisions[False].provider:
+        return _way(request, decisions[True])
+    ways = {bounded: _way(request, decision) for bounded, decision in decisions.items()}
+    return functools.partial(_by_values, bounded=rules_attention.bounded_check(), ways=ways)
+
+
+def _way(request: Request, decision: Decision) -> Way:
+    inputs, options = request.inputs, request.options
+    assert isinstance(inputs, AttentionInputs) and isinstance(options, AttentionOptions)
     if decision.how == ELEMENTARY:
         return lambda inputs: reference.attention(dropout.with_seed(inputs, options), options)
     if traced() and _onnx.exporting():
-        return lambda inputs: (_onnx.attention(inputs, options, return_lse, dims), None)
+        return lambda inputs: (_onnx.attention(inputs, options, request.return_lse, request.dims), None)
     needs_grad = wants_gradients(inputs)
     if decision.provider == "torch":
-        return attention_torch.way(inputs, options, needs_grad, dims)
+        return attention_torch.way(inputs, options, needs_grad, request.dims)
     if recorded():
         return lambda inputs: eager.recorded("attention_fwd", dropout.with_seed(inputs, options), options)
     if not needs_grad:
         run = eager.runner("attention_fwd", decision.provider, inputs)
         return functools.partial(_forward, options=options, run=run)
     apply = _apply
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # such a way is never kept, so it may hold its tensors
         inputs, apply = dealias_for_compile(inputs), AttentionFunction.apply
         return lambda _: _differentiable(inputs, options, decision.provider, apply)
     if is_functorch_wrapped_tensor(inputs.q):  # escaped from a transform that has ended
@@ -52,18 +64,10 @@ def way(
     return functools.partial(_differentiable, options=options, provider=decision.provider, apply=apply)
 
 
-def way_of_all(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int) -> Way:
-    """The way down of all calls of a signature, whatever their operands hold: where that decides, each is looked at."""
-    if settings.requested() is not None or not rules_attention.looks(inputs, options):
-        return way(call, inputs, options, return_lse, dims)
-    ways = [way(call, inputs, options, return_lse, dims, bounded) for bounded in (True, False)]
-    return functools.partial(_looked_at, bounded=rules_attention.look(), ways=ways)
-
-
-def _looked_at(
-    inputs: AttentionInputs, bounded: Callable[[Tensor, Tensor, Tensor], bool], ways: list[Way]
+def _by_values(
+    inputs: AttentionInputs, bounded: Callable[[Tensor, Tensor, Tensor], bool], ways: dict[bool, Way]
 ) -> tuple[Tensor, Tensor | None]:
-    return ways[0 if bounded(*inputs[:3]) else 1](inputs)
+    return ways[bounded(*inputs[:3])](inputs)
 
 
 def _forward(inputs: AttentionInputs, options: AttentionOptions, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._options import AttentionInputs, AttentionOptions, from_flat
@@ -32,12 +33,23 @@ def way(
     flash = dims == 4 and rules.flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
     # what the CPU has besides is made of operators that are differentiable themselves
     complete = q.is_cpu and not flash and not rules.masked(inputs, options) and q.shape[1] == k.shape[1]
+    offset = options.lower_right and q.shape[-2] != k.shape[-2]
+    plain = attn_mask is key_mask is None and options.window_left < 0 > options.window_right and dims == 4
+    plain = plain and not options.dropout_p and not (options.causal and offset) and not traced()
+    if plain and (complete or not needs_grad):
+        grouped = q.shape[1] != k.shape[1]
+        return functools.partial(_unmasked, is_causal=options.causal, scale=options.scale, enable_gqa=grouped)
     run = _operator
     if complete or not needs_grad or options.dropout_p or _is_compiling() or traced():
         run = _operators
     elif flash:
         run = _flash_attention
     return functools.partial(run, options=options, dims=dims, fill=fill)
+
+
+def _unmasked(inputs: AttentionInputs, is_causal: bool, scale: float, enable_gqa: bool) -> tuple[Tensor, None]:
+    q, k, v, *_ = inputs
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa), None
 
 
 def _operators(inputs: AttentionInputs, options: AttentionOptions, dims: int, fill: bool) -> tuple[Tensor, None]:

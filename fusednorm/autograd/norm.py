@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import dropout
 from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from .._transforms import dealias_for_compile, recorded, traced, wants_gradients
+from .._transforms import dealias_for_compile, recorded, traced, transform_active, wants_gradients
 from ..dispatch import eager, settings
 from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import norm as reference
@@ -28,6 +28,7 @@ Way = Callable[[NormInputs], tuple[Tensor, Tensor]]
 
 def way(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool = False) -> Way:
     """The way down of a call and of all that are like it: what makes (normed, residual_out) of its tensors."""
+    memory_efficient = memory_efficient and not transform_active()  # which hides the weights' values
     if memory_efficient and settings.requested() == "torch":
         _tell("torch's own operators were asked for")
         memory_efficient = False
@@ -37,7 +38,10 @@ def way(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: b
     if decision.how == ELEMENTARY:
         return functools.partial(_elementary, options=options)
     if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
-        return functools.partial(torch_norm.add_layer_norm, options=options)
+        if not torch_norm.is_plain(inputs, options):
+            return functools.partial(torch_norm.add_layer_norm, options=options)
+        shape = inputs.x.shape[inputs.x.ndim - options.normalized_ndim :]
+        return functools.partial(torch_norm.plain_add_layer_norm, shape=shape, eps=options.eps, rms=options.rms)
     if recorded():
         return functools.partial(_recorded, options=options)
     if not wants_gradients(inputs):

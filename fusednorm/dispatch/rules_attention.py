@@ -83,7 +83,7 @@ def why_not_torch(inputs: AttentionInputs, options: AttentionOptions, asked: Ask
         return "an operand is empty"
     elif masked(inputs, options) and not (q.is_cpu or scales(options.scale)):
         return "it scales the -inf that it adds to what is masked"
-    if looks(inputs, options):
+    if values_decide(inputs, options):
         if not readable(q, k, v):
             return _NOT_LOOKED_FOR if ours else ""
         if not (scales(options.scale) and (bounded(q, k, v) if asked.bounded is None else asked.bounded)):
@@ -91,8 +91,8 @@ def why_not_torch(inputs: AttentionInputs, options: AttentionOptions, asked: Ask
     return ""
 
 
-def looks(inputs: AttentionInputs, options: AttentionOptions) -> bool:
-    """Whether what the operands hold decides: a look at tensors of a GPU would wait for the device."""
+def values_decide(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Whether what the operands hold may decide. Never on a GPU, where a look would wait for the device."""
     return inputs.q.is_cpu and masked(inputs, options)
 
 
@@ -164,7 +164,7 @@ def scales(scale: float) -> bool:
     return 0.0 < scale <= 128.0
 
 
-def look() -> Callable[[Tensor, Tensor, Tensor], bool]:
+def bounded_check() -> Callable[[Tensor, Tensor, Tensor], bool]:
     """What tells whether three tensors are `bounded`."""
     return cpu.all_bounded if registry.unavailable_reason("cpu") is None else bounded
 

@@ -185,5 +185,5 @@ def test_a_gpus_table_is_named_by_its_architecture(monkeypatch):
 def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
     monkeypatch.setattr(cpu, "vendor", lambda: maker)
     here = choice.device_key(torch.device("cpu"))
-    there = crossovers.device_key(result(device_type="cpu", vendor=maker, fastpath=fastpath.load()[0] is not None))
+    there = crossovers.device_key(result(device_type="cpu", vendor=maker, shortcut=fastpath.load()[0] is not None))
     assert here == there == (key if fastpath.load()[0] is not None else "cpu_without_fastpath")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..._dtypes import compute_dtype
 from ..._once import once
 from ..._options import Inputs, NormGradOptions, NormInputs, NormOptions, NormSaved, Options
 from ..native import check_activations, check_whole, packed_norm, packed_norm_grad, too_many_dimensions
@@ -81,7 +83,16 @@ def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
 
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats)."""
+    if not inputs.x.numel():  # rows without columns: there may be more of them than memory for statistics
+        return _empty(inputs.x, options)
     return _forward(*inputs, packed_norm(options), options.eps, options.dropout_p, options.drop_path_p)
+
+
+def _empty(x: Tensor, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[: x.ndim - options.normalized_ndim].numel()
+    stats = x.new_full((1 if options.rms else 2, 1), math.nan, dtype=compute_dtype(x.dtype, options.residual_dtype))
+    residual_out = x.new_empty(x.shape if options.store_residual else (0,), dtype=options.residual_dtype)
+    return x.new_empty(x.shape, dtype=options.normed_dtype), residual_out, stats.expand(-1, rows)
 
 
 def add_layer_norm_bwd(

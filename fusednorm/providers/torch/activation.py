@@ -32,4 +32,4 @@ def bias_act_dropout(inputs: ActivationInputs, options: ActivationOptions) -> Te
     y = FUNCTIONS[activation](u)
     if dropout_p:
         y = F.dropout(y, dropout_p) if seed is None else y * dropout.keep_scale(dropout_p)
-    return y.to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # a cast that does nothing would be traced

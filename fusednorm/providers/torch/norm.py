@@ -30,7 +30,7 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
     zero_centered_weight = options.zero_centered_weight
     branch = _branch(inputs, options)
     if residual is None:
-        z = branch.to(residual_dtype)
+        z = _cast(branch, residual_dtype)
     elif branch.dtype == residual.dtype == residual_dtype:
         z = residual + branch
     else:
@@ -48,7 +48,26 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
         normed = torch.rms_norm(source, shape, weight, options.eps)
     else:
         normed = torch.layer_norm(source, shape, weight, bias, options.eps)
-    return normed.to(normed_dtype), z
+    return _cast(normed, normed_dtype), z
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast that does nothing would be traced, and fix the dtype of the traced program."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def plain_add_layer_norm(inputs: NormInputs, shape: torch.Size, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """(normed, z) of tensors of one dtype with nothing before the addition."""
+    x, residual, weight, bias, *_ = inputs
+    z = x if residual is None else residual + x
+    return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
+
+
+def is_plain(inputs: NormInputs, options: NormOptions) -> bool:
+    """Whether `plain_add_layer_norm` computes a call."""
+    one_dtype = {t.dtype for t in inputs if t is not None} == {options.normed_dtype, options.residual_dtype}
+    bare = inputs.x_bias is inputs.layer_scale is inputs.seed is None and not options.dropped
+    return one_dtype and bare and not options.zero_centered_weight
 
 
 def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:

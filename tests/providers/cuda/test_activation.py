@@ -17,8 +17,7 @@ from shapes import COTANGENTS, Shape, random_leaves
 import fusednorm
 from fusednorm import bias_act_dropout
 from fusednorm._options import ActivationInputs, ActivationOptions
-from fusednorm.dispatch import eager
-from fusednorm.providers.cuda import activation as cuda_activation
+from fusednorm.dispatch import eager, rules
 from tests.providers.cuda.test_norm import DTYPE, DTYPES, LAYOUTS, pytestmark
 
 __all__ = ["pytestmark"]  # which pytest finds by name
@@ -137,9 +136,8 @@ def test_cuda_activation_refuses_strides_its_kernels_do_not_read():
 
 
 def test_automatic_choice_never_emulates_the_activation():
-    reluctance = cuda_activation.reluctance(
-        "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
-    )
+    call = ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
+    reluctance = rules.reluctance("cuda", "bias_act_dropout_fwd", *call)
     assert reluctance is not None and "emulation" in reluctance
 
 

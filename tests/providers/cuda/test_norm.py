@@ -15,7 +15,7 @@ from shapes import COTANGENTS, FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
 from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from fusednorm.dispatch import eager
+from fusednorm.dispatch import eager, rules
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
 
@@ -272,7 +272,7 @@ def test_cuda_refuses_what_its_kernels_do_not_read(said):
 
 
 def test_automatic_choice_never_emulates():
-    reluctance = cuda.reluctance("add_layer_norm_fwd", NormInputs(torch.ones(2, 8)), None)
+    reluctance = rules.reluctance("cuda", "add_layer_norm_fwd", NormInputs(torch.ones(2, 8)), None)
     assert reluctance is not None and "emulation" in reluctance
 
 

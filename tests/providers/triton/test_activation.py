@@ -16,6 +16,7 @@ from shapes import Shape, named, random_leaves
 import fusednorm
 from fusednorm import bias_act_dropout
 from fusednorm._options import ActivationInputs, ActivationOptions
+from fusednorm.dispatch import rules
 from fusednorm.providers.triton import activation as triton_activation
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
@@ -120,7 +121,7 @@ def test_triton_activation_of_more_groups_than_programs(monkeypatch, generator):
 
 
 def test_automatic_choice_never_interprets_the_activation():
-    reluctance = triton_activation.reluctance(
-        "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
+    reluctance = rules.reluctance(
+        "triton", "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
     )
     assert reluctance is not None and "interpreter" in reluctance

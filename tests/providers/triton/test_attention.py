@@ -18,6 +18,7 @@ from oracle_attention import AttentionCall, check
 import fusednorm
 from fusednorm import dropout_mask, scaled_dot_product_attention
 from fusednorm._options import AttentionInputs, AttentionOptions
+from fusednorm.dispatch import rules
 from fusednorm.providers.triton import attention as triton_attention
 from fusednorm.providers.triton import attention_config as table
 from tests.attention import test_attention as general
@@ -346,7 +347,7 @@ def test_triton_attention_says_what_it_does_not_take():
 
 
 def test_automatic_choice_never_interprets_attention():
-    reluctance = triton_attention.reluctance(
-        "attention_fwd", AttentionInputs(*[torch.ones(1, 1, 2, 8)] * 3), AttentionOptions(2, 2, 1.0)
+    reluctance = rules.reluctance(
+        "triton", "attention_fwd", AttentionInputs(*[torch.ones(1, 1, 2, 8)] * 3), AttentionOptions(2, 2, 1.0)
     )
     assert reluctance is not None and "interpreter" in reluctance

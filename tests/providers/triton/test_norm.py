@@ -13,6 +13,7 @@ from shapes import FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
 from fusednorm._options import NormInputs
+from fusednorm.dispatch import rules
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton import strides as triton_layout
@@ -138,7 +139,7 @@ def test_triton_refuses_dropout_over_several_dimensions():
 
 def test_automatic_choice_never_interprets():
     x = torch.ones(2, 8)
-    reluctance = triton_norm.reluctance("add_layer_norm_fwd", NormInputs(x), None)
+    reluctance = rules.reluctance("triton", "add_layer_norm_fwd", NormInputs(x), None)
     assert reluctance is not None and "interpreter" in reluctance
 
 
