@@ -139,7 +139,7 @@ def activation_call(call: Call, n: int) -> None:
         bias = torch.ones(n, dtype=call["parameter_dtype"] or call["dtype"])
         bias.requires_grad_(call["backward"] and call["d_bias"])
     seed = torch.zeros(1, dtype=torch.int64) if call["dropout"] else None
-    y = autograd_activation.apply(x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton")
+    y = autograd_activation._apply(x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton")
     wanted = [leaf for leaf in (x, bias) if leaf is not None and leaf.requires_grad]
     if wanted:
         torch.autograd.grad(y, wanted, _cotangent(y, n, call["layout"]))
