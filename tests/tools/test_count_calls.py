@@ -39,4 +39,6 @@ def test_a_call_stays_short(capsys):
     assert len(rows) == len(LIMITS)
     for (name, limits), (said, *counts) in zip(LIMITS.items(), rows, strict=True):
         assert said.startswith(name)
-        assert int(counts[0]) > 0 and all(int(count) <= limit for count, limit in zip(counts, limits, strict=True)), said
+        assert int(counts[0]) > 0 and all(int(count) <= limit for count, limit in zip(counts, limits, strict=True)), (
+            said
+        )
