@@ -110,6 +110,13 @@ def rms_norm(
     if has_torch_function_variadic(input, weight):
         _checks.refuse_nested_subclass("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
+    try:
+        if current.rms_norm_is_torchs and (eps is None or type(eps) is float) and eager.plain_on_cpu(input):
+            shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+            if weight is None or weight.dtype is input.dtype:  # else torch would take the wider dtype
+                return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
+    except _REFUSED:
+        pass  # as for layer_norm
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
 
 

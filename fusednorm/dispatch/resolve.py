@@ -71,7 +71,7 @@ def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
         return "torch", ()
     call, without = (request.op, request.inputs, request.options), request.without or ("", "")
     preferred = None
-    if setting.by_shape and not torch.compiler.is_compiling():  # a graph would be compiled anew for each number of rows
+    if not torch.compiler.is_compiling() and setting.by_shape:  # a graph would be compiled anew for each number of rows
         preferred = rules.preference(*call[1:])
         if preferred is not None and (preferred.provider == without[0] or not _serves(preferred.provider, *call)):
             preferred = None

@@ -40,7 +40,8 @@ class Settings(NamedTuple):
     provider: str | None  # the requested one; None: automatic choice
     by_shape: bool  # False inside batch_invariant
     listeners: tuple[Listener, ...]  # of explain()
-    layer_norm_is_torchs: bool  # a LayerNorm with nothing to add goes to torch at once, unless an argument forbids it
+    layer_norm_is_torchs: bool  # with nothing to add, on a CPU: torch's operator is called at once
+    rms_norm_is_torchs: bool  # likewise; only where it is requested, or no library of ours is there
     fastpath: Any  # the C++ module, while it may serve and the library that it calls is loaded
     fastpath_asked: bool | str  # for what: automatic choice (True), the CPU library (False), or "cuda"
     plans: dict[Any, Callable[..., Any]]  # by signature: the way down of a call
@@ -65,6 +66,7 @@ def _renew() -> None:
         by_shape,
         tuple(_listeners),
         provider in (None, "torch") and not _listeners,
+        (provider == "torch" or (provider is None and bool(registry._reasons.get("cpu")))) and not _listeners,
         _fastpath if served else None,
         "cuda" if provider == "cuda" else provider is None and by_shape,
         {},
@@ -72,16 +74,17 @@ def _renew() -> None:
 
 
 def load_fastpath() -> None:
-    """Let the C++ module serve from now on. Called where a plan is made: no import and no first call pays for it."""
+    """Let the C++ module serve from now on, or torch where it is missing. A plan calls it, so that no import pays."""
     global _fastpath
     if _fastpath is not None or current.provider not in (None, "cpu", "cuda") or torch.compiler.is_compiling():
         return
-    if registry.unavailable_reason(current.provider or "cpu") is None:
-        module = fastpath.load()[0]
-        if module is not None:
-            with blocks.lock:
-                _fastpath = module
-                _renew()
+    missing = registry.unavailable_reason(current.provider or "cpu") is not None
+    module = None if missing else fastpath.load()[0]
+    torchs = missing and current.provider is None and not (current.rms_norm_is_torchs or current.listeners)
+    if module is not None or torchs:
+        with blocks.lock:
+            _fastpath = module
+            _renew()
 
 
 def requested() -> str | None:

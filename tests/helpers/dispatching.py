@@ -23,7 +23,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType) -> Non
 @contextlib.contextmanager
 def unavailable(*names: str, reason: str = "its library is not built"):
     """As if these providers could not be used, and with them no fast path."""
-    with pytest.MonkeyPatch.context() as patch, settings.without_fastpath():
+    with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setitem(registry._reasons, name, reason)
-        yield
+        with settings.without_fastpath():
+            yield
