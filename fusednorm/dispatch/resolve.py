@@ -144,7 +144,10 @@ def provider_of_raw_op(name: str, inputs: Inputs, options: Options) -> str:
 
 def _tell_missing_library() -> None:
     """Warn once, for a call on CPU tensors that our library would have served, that torch's operators do."""
-    if torch.compiler.is_compiling() or not first_time("no CPU library"):
+    if torch.compiler.is_compiling():
+        return
+    settings.told_missing()
+    if not first_time("no CPU library"):
         return
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusednorm", "torch"):

@@ -53,6 +53,7 @@ _invariant: list[batch_invariant] = []
 _without: list[without_fastpath] = []
 _listeners: list[Listener] = []
 _fastpath: Any = None
+_told_missing = False  # that our CPU library is
 
 
 def _renew() -> None:
@@ -60,13 +61,14 @@ def _renew() -> None:
     global current
     provider = _providers[-1].name if _providers else _default
     by_shape = not (_invariant and _invariant[-1].enabled)
+    missing = _told_missing and bool(registry._reasons.get("cpu"))
     served = provider in (None, "cpu", "cuda") and not (_listeners or _without)
     current = Settings(
         provider,
         by_shape,
         tuple(_listeners),
         provider in (None, "torch") and not _listeners,
-        (provider == "torch" or (provider is None and bool(registry._reasons.get("cpu")))) and not _listeners,
+        (provider == "torch" or (provider is None and missing)) and not _listeners,
         _fastpath if served else None,
         "cuda" if provider == "cuda" else provider is None and by_shape,
         {},
@@ -74,16 +76,24 @@ def _renew() -> None:
 
 
 def load_fastpath() -> None:
-    """Let the C++ module serve from now on, or torch where it is missing. A plan calls it, so that no import pays."""
+    """Let the C++ module serve from now on. Called where a plan is made, so that no import pays for it."""
     global _fastpath
     if _fastpath is not None or current.provider not in (None, "cpu", "cuda") or torch.compiler.is_compiling():
         return
-    missing = registry.unavailable_reason(current.provider or "cpu") is not None
-    module = None if missing else fastpath.load()[0]
-    torchs = missing and current.provider is None and not (current.rms_norm_is_torchs or current.listeners)
-    if module is not None or torchs:
+    if registry.unavailable_reason(current.provider or "cpu") is None:
+        module = fastpath.load()[0]
+        if module is not None:
+            with blocks.lock:
+                _fastpath = module
+                _renew()
+
+
+def told_missing() -> None:
+    """The user was told that our CPU library is missing: torch's operators may be called at once."""
+    global _told_missing
+    if not _told_missing or not (current.rms_norm_is_torchs or current.listeners):
         with blocks.lock:
-            _fastpath = module
+            _told_missing = True
             _renew()
 
 

@@ -91,7 +91,11 @@ def test_a_signature_is_decided_once(name, grad, provider):
                 first, second = entered(call), entered(call)
         else:
             first, second = entered(call), entered(call)
-    assert 1 <= first.count(("dispatch/resolve.py", "_decide")) <= 2  # both, where what the operands hold decides
+    decided = first.count(("dispatch/resolve.py", "_decide"))
+    if (provider, name) == ("torch", "rms_norm"):  # called at once, as the settings say
+        assert decided == 0
+    else:
+        assert 1 <= decided <= 2  # both, where what the operands hold decides
     assert {file for file, _ in second if file.startswith("dispatch/")} == {"dispatch/eager.py"}
 
 
