@@ -35,7 +35,7 @@ def way(
     complete = q.is_cpu and not flash and not rules.masked(inputs, options) and q.shape[1] == k.shape[1]
     offset = options.lower_right and q.shape[-2] != k.shape[-2]
     plain = attn_mask is key_mask is None and options.window_left < 0 > options.window_right and dims == 4
-    plain = plain and not options.dropout_p and not (options.causal and offset) and not traced()
+    plain = plain and not options.dropout_p and not ((options.causal and offset) or traced() or _is_compiling())
     if plain and (complete or not needs_grad):
         grouped = q.shape[1] != k.shape[1]
         return functools.partial(_unmasked, is_causal=options.causal, scale=options.scale, enable_gqa=grouped)

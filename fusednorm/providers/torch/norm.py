@@ -60,14 +60,15 @@ def plain_add_layer_norm(inputs: NormInputs, shape: torch.Size, eps: float, rms:
     """(normed, z) of tensors of one dtype with nothing before the addition."""
     x, residual, weight, bias, *_ = inputs
     z = x if residual is None else residual + x
-    return (torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)), z
+    normed = torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)
+    return _cast(normed, x.dtype), z  # under autocast torch gives another dtype
 
 
 def is_plain(inputs: NormInputs, options: NormOptions) -> bool:
     """Whether `plain_add_layer_norm` computes a call."""
-    one_dtype = {t.dtype for t in inputs if t is not None} == {options.normed_dtype, options.residual_dtype}
+    dtypes = {t.dtype for t in inputs if t is not None} | {options.normed_dtype, options.residual_dtype}
     bare = inputs.x_bias is inputs.layer_scale is inputs.seed is None and not options.dropped
-    return one_dtype and bare and not options.zero_centered_weight
+    return len(dtypes) == 1 and bare and not options.zero_centered_weight
 
 
 def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:
