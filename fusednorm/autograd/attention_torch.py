@@ -33,15 +33,13 @@ def way(
     flash = dims == 4 and rules.flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
     # what the CPU has besides is made of operators that are differentiable themselves
     complete = q.is_cpu and not flash and not rules.masked(inputs, options) and q.shape[1] == k.shape[1]
-    offset = options.lower_right and q.shape[-2] != k.shape[-2]
-    plain = attn_mask is key_mask is None and options.window_left < 0 > options.window_right and dims == 4
-    plain = plain and not options.dropout_p and not ((options.causal and offset) or traced() or _is_compiling())
-    if plain and (complete or not needs_grad):
-        grouped = q.shape[1] != k.shape[1]
-        return functools.partial(_unmasked, is_causal=options.causal, scale=options.scale, enable_gqa=grouped)
+    in_program = _is_compiling() or traced()
     run = _operator
-    if complete or not needs_grad or options.dropout_p or _is_compiling() or traced():
+    if complete or not needs_grad or options.dropout_p or in_program:
         run = _operators
+        if dims == 4 and not (options.dropout_p or in_program) and torch_attention.needs_no_mask(inputs, options):
+            grouped = q.shape[1] != k.shape[1]
+            return functools.partial(_unmasked, is_causal=options.causal, scale=options.scale, enable_gqa=grouped)
     elif flash:
         run = _flash_attention
     return functools.partial(run, options=options, dims=dims, fill=fill)

@@ -14,6 +14,7 @@ from ... import dropout
 from ..._activations import FUNCTIONS
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions, Inputs, Options
+from .norm import cast_where_needed
 
 
 def refusal(op: str, inputs: Inputs, options: Options) -> str | None:
@@ -32,4 +33,4 @@ def bias_act_dropout(inputs: ActivationInputs, options: ActivationOptions) -> Te
     y = FUNCTIONS[activation](u)
     if dropout_p:
         y = F.dropout(y, dropout_p) if seed is None else y * dropout.keep_scale(dropout_p)
-    return y if y.dtype == x.dtype else y.to(x.dtype)  # a cast that does nothing would be traced
+    return cast_where_needed(y, x.dtype)

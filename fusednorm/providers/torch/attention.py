@@ -51,14 +51,22 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
+def needs_no_mask(inputs: AttentionInputs, options: AttentionOptions) -> bool:
+    """Whether nothing is masked, or all of it by torch's own `is_causal`, which is aligned upper-left."""
+    if inputs.attn_mask is not None or inputs.key_mask is not None:
+        return False
+    if options.window_left >= 0 or options.window_right >= 0:
+        return False
+    return not options.causal or not options.lower_right or inputs.q.shape[-2] == inputs.k.shape[-2]
+
+
 def as_mask(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor | None, bool]:
     """(the one mask that torch takes, whether it is causal besides)."""
     q, k, _, attn_mask, key_mask, *_ = inputs
     causal, window_left, window_right = options.causal, options.window_left, options.window_right
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     offset = n_keys - n_queries if options.lower_right else 0
-    alone = attn_mask is None and key_mask is None and window_left < 0 and window_right < 0
-    if alone and (not causal or offset == 0):
+    if needs_no_mask(inputs, options):
         return None, causal
     if attn_mask is not None and attn_mask.dtype != torch.bool and q.dtype == torch.float64:
         attn_mask = attn_mask.double()  # torch's flash attention would take float32 memory for float64

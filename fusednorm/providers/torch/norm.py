@@ -30,7 +30,7 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
     zero_centered_weight = options.zero_centered_weight
     branch = _branch(inputs, options)
     if residual is None:
-        z = _cast(branch, residual_dtype)
+        z = cast_where_needed(branch, residual_dtype)
     elif branch.dtype == residual.dtype == residual_dtype:
         z = residual + branch
     else:
@@ -48,10 +48,10 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
         normed = torch.rms_norm(source, shape, weight, options.eps)
     else:
         normed = torch.layer_norm(source, shape, weight, bias, options.eps)
-    return _cast(normed, normed_dtype), z
+    return cast_where_needed(normed, normed_dtype), z
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_where_needed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A cast that does nothing would be traced, and fix the dtype of the traced program."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -61,7 +61,7 @@ def plain_add_layer_norm(inputs: NormInputs, shape: torch.Size, eps: float, rms:
     x, residual, weight, bias, *_ = inputs
     z = x if residual is None else residual + x
     normed = torch.rms_norm(z, shape, weight, eps) if rms else torch.layer_norm(z, shape, weight, bias, eps)
-    return _cast(normed, x.dtype), z  # under autocast torch gives another dtype
+    return cast_where_needed(normed, x.dtype), z  # under autocast torch gives another dtype
 
 
 def is_plain(inputs: NormInputs, options: NormOptions) -> bool:
