@@ -77,8 +77,8 @@ def bias_act_dropout(
     if type(dropout_p) is float and type(activation) is str and seed is None:  # a seed may have to be converted
         inputs = ActivationInputs(x, bias)
         key = eager.signature(inputs, "bias_act_dropout", activation, dropout_p)
-        if key is not None and (way := plans.get(key)) is not None:
-            return way(inputs)
+        if key is not None and (plan := plans.get(key)) is not None:
+            return plan(inputs)
     _checks.check_tensor("x", x)
     _checks.check_last_dimension("bias", bias, "x", x)
     _checks.check_choice("activation", activation, tuple(ACTIVATIONS))
@@ -90,6 +90,6 @@ def bias_act_dropout(
         return dropout.all_dropped(x, bias)
     seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     inputs = ActivationInputs(x, bias, seed)
-    way = autograd_activation.way(inputs, ActivationOptions(activation, dropout_p))
-    eager.keep(plans, key, way)
-    return way(inputs)
+    plan = autograd_activation.plan(inputs, ActivationOptions(activation, dropout_p))
+    eager.keep(plans, key, plan)
+    return plan(inputs)

@@ -130,8 +130,8 @@ def scaled_dot_product_attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
         flags = is_causal, enable_gqa, return_lse, deterministic
         signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, *flags)
-        if signature is not None and (way := plans.get(signature)) is not None:
-            out, lse = way(inputs)
+        if signature is not None and (plan := plans.get(signature)) is not None:
+            out, lse = plan(inputs)
             return (out, lse) if return_lse else out
     enable_gqa = check_flag("enable_gqa", enable_gqa)
     query, key, value, attn_mask = _autocast.cast_for_autocast(query, key, value, attn_mask)
@@ -162,9 +162,9 @@ def scaled_dot_product_attention(
     )
     call = "scaled_dot_product_attention"
     if signature is not None and plain and dropout_p != 1.0 and (attn_mask is None or attn_mask is given_mask):
-        way = autograd_attention.way_of_all(call, inputs, options, return_lse, dims)
-        eager.keep(plans, signature, way)
-        out, lse = way(inputs)
+        plan = autograd_attention.plan_by_values(call, inputs, options, return_lse, dims)
+        eager.keep(plans, signature, plan)
+        out, lse = plan(inputs)
     else:
         out, lse = _run(call, inputs, options, return_lse, dims)
     if not plain:
@@ -264,7 +264,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse). At dropout_p = 1 zeros, whose gradients are zeros, and the lse, which dropout does not touch."""
     if options.dropout_p != 1.0:
-        return autograd_attention.way(call, inputs, options, return_lse, dims)(inputs)
+        return autograd_attention.plan(call, inputs, options, return_lse, dims)(inputs)
     settings.record(Decision(call, "torch", "zeros, because everything is dropped"))
     q, _, v, *_ = inputs
     zero = sum(dropout.all_dropped(t).sum() for t in inputs[:4] if t is not None and t.is_floating_point())
@@ -272,7 +272,7 @@ def _run(
     if not return_lse:
         return out, None
     inputs, options = inputs._replace(seed=None), options._replace(dropout_p=0.0)
-    return out, autograd_attention.way(call, inputs, options, True, dims)(inputs)[1]
+    return out, autograd_attention.plan(call, inputs, options, True, dims)(inputs)[1]
 
 
 def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:

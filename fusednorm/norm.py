@@ -61,7 +61,7 @@ def layer_norm(
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
     except _REFUSED:
-        pass  # the way below takes what torch does not, or says what is wrong with it
+        pass  # what follows takes what torch does not, or says what is wrong with it
     fast, asked = current.fastpath, current.fastpath_asked
     if not _is_compiling() and fast is not None and (asked == "cuda" or getattr(input, "is_cuda", False)):
         bare = None, 0.0, None
@@ -299,17 +299,17 @@ def _plain_norm(
     sizes = eager.sizes(normalized_shape)
     if sizes is not None and (type(eps) is float or (rms and eps is None)):
         key = eager.signature(inputs, call, sizes, eps)
-        if key is not None and (way := plans.get(key)) is not None:
-            return way(inputs)[0]
+        if key is not None and (plan := plans.get(key)) is not None:
+            return plan(inputs)[0]
     _checks.check_tensor(name, x)
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
     _checks.check_parameter("weight", weight, shape, name, x)
     _checks.check_parameter("bias", bias, shape, name, x)
     eps = _checks.check_eps(eps, rms, x.dtype)
     options = NormOptions(len(shape), eps, 0.0, 0.0, _autocast.norm_dtype(x, rms), x.dtype, rms, False, False)
-    way = autograd_norm.way(call, inputs, options)
-    eager.keep(plans, key, way)
-    return way(inputs)[0]
+    plan = autograd_norm.plan(call, inputs, options)
+    eager.keep(plans, key, plan)
+    return plan(inputs)[0]
 
 
 def _add_norm(
@@ -340,8 +340,8 @@ def _add_norm(
             inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
             rest = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
             key = eager.signature(inputs, call, *rest)
-            if key is not None and (way := plans.get(key)) is not None:
-                return way(inputs)
+            if key is not None and (plan := plans.get(key)) is not None:
+                return plan(inputs)
     zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
     memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)
     _checks.check_tensor("x", x)
@@ -367,6 +367,6 @@ def _add_norm(
         *(len(shape), eps, dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
         *(zero_centered_weight, store_residual),
     )
-    way = autograd_norm.way(call, inputs, options, memory_efficient)
-    eager.keep(plans, key, way)
-    return way(inputs)
+    plan = autograd_norm.plan(call, inputs, options, memory_efficient)
+    eager.keep(plans, key, plan)
+    return plan(inputs)

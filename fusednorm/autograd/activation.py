@@ -1,4 +1,4 @@
-"""The way down from ``bias_act_dropout``: the autograd Function."""
+"""The plans of ``bias_act_dropout``, and its autograd Function."""
 
 from __future__ import annotations
 
@@ -8,58 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .. import dropout
 from .._activations import TABLE
 from .._options import ActivationInputs, ActivationOptions
-from .._transforms import dealias_for_compile, recorded, wants_gradients
 from ..dispatch import eager
 from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import activation as reference
 from ..providers.torch import activation as torch_activation
+from . import plans
 
-Way = Callable[[ActivationInputs], Tensor]
 
-
-def way(inputs: ActivationInputs, options: ActivationOptions) -> Way:
-    """The way down of a call and of all that are like it: what makes the result of its tensors."""
-    decision = resolve(Request("bias_act_dropout", "bias_act_dropout_fwd", inputs, options))
+def plan(inputs: ActivationInputs, options: ActivationOptions) -> Callable[[ActivationInputs], Tensor]:
+    """What makes the result of the tensors of this call, and of all calls of its signature."""
+    op = "bias_act_dropout_fwd"
+    decision = resolve(Request("bias_act_dropout", op, inputs, options))
     if decision.how == ELEMENTARY:
-        return functools.partial(_elementary, options=options)
+        return plans.elementary(reference.bias_act_dropout_fwd, options)
     if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
         return functools.partial(torch_activation.bias_act_dropout, options=options)
-    if recorded():
-        return functools.partial(_recorded, options=options)
-    if not wants_gradients(inputs):
-        run = eager.runner("bias_act_dropout_fwd", decision.provider, inputs)
-        return functools.partial(_forward, options=options, run=run)
-    apply = _apply
-    if torch.compiler.is_compiling():
-        inputs, apply = dealias_for_compile(inputs), BiasActDropoutFunction.apply
-        return lambda _: _differentiable(inputs, options, decision.provider, apply)
-    if is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
-        apply = BiasActDropoutFunction.apply
-    return functools.partial(_differentiable, options=options, provider=decision.provider, apply=apply)
-
-
-def _elementary(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
-    return reference.bias_act_dropout_fwd(dropout.with_seed(inputs, options), options)
-
-
-def _recorded(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
-    return eager.recorded("bias_act_dropout_fwd", dropout.with_seed(inputs, options), options)
-
-
-def _forward(inputs: ActivationInputs, options: ActivationOptions, run: Callable[..., Any]) -> Tensor:
-    return run(dropout.with_seed(inputs, options) if options.dropout_p else inputs, options)
-
-
-def _differentiable(
-    inputs: ActivationInputs, options: ActivationOptions, provider: str, apply: Callable[..., Any]
-) -> Tensor:
-    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
-    return apply(*inputs, *options, provider)
+    return plans.fused(op, BiasActDropoutFunction, inputs, options, decision.provider)
 
 
 class BiasActDropoutFunction(torch.autograd.Function):
@@ -79,10 +46,6 @@ class BiasActDropoutFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         inputs, wanted = ActivationInputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:2])
         return (*activation_backward(dy, inputs, ctx.options, wanted, ctx.provider), None, None, None, None)
-
-
-# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-_apply = super(torch.autograd.Function, BiasActDropoutFunction).apply
 
 
 def activation_backward(

@@ -1,4 +1,4 @@
-"""The way down from the attention functions: the autograd Function over our kernels."""
+"""The plans of the attention functions, and the autograd Function over our kernels."""
 
 from __future__ import annotations
 
@@ -8,77 +8,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .. import _onnx, dropout
+from .. import _onnx
 from .._options import AttentionInputs, AttentionOptions
-from .._transforms import dealias_for_compile, recorded, traced, wants_gradients
+from .._transforms import traced, wants_gradients
 from ..dispatch import eager, rules_attention, settings
 from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..dispatch.settings import Decision
 from ..providers.reference import attention as reference
-from . import attention_torch
+from . import attention_torch, plans
 
-Way = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
+Plan = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
 
 
-def way(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Way:
-    """The way down of a call: what makes (out, lse) of its tensors. The operands were given in `dims` dimensions."""
+def plan(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Plan:
+    """What makes (out, lse) of the tensors of this call. The operands were given in `dims` dimensions."""
     request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
-    return _way(request, resolve(request))
+    return _plan(request, resolve(request))
 
 
-def way_of_all(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Way:
-    """The way down of all calls of a signature. Where the operands' values decide, each call's are checked."""
+def plan_by_values(
+    call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4
+) -> Plan:
+    """The plan of all calls of a signature. Where the operands' values decide, it looks at those of each call."""
     request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
     if settings.requested() is not None or not rules_attention.values_decide(inputs, options):
-        return _way(request, resolve(request))
+        return _plan(request, resolve(request))
     decisions = {bounded: resolve(request._replace(bounded=bounded)) for bounded in (True, False)}
     if decisions[True].provider == decisions[False].provider:
-        return _way(request, decisions[True])
-    ways = {bounded: _way(request, decision) for bounded, decision in decisions.items()}
-    return functools.partial(_by_values, bounded=rules_attention.bounded_check(), ways=ways)
+        return _plan(request, decisions[True])
+    ready = {bounded: _plan(request, decision) for bounded, decision in decisions.items()}
+    return functools.partial(_by_values, bounded=rules_attention.bounded_check(), ready=ready)
 
 
-def _way(request: Request, decision: Decision) -> Way:
+def _plan(request: Request, decision: Decision) -> Plan:
     inputs, options = request.inputs, request.options
     assert isinstance(inputs, AttentionInputs) and isinstance(options, AttentionOptions)
     if decision.how == ELEMENTARY:
-        return lambda inputs: reference.attention(dropout.with_seed(inputs, options), options)
+        return plans.elementary(reference.attention, options)
     if traced() and _onnx.exporting():
         return lambda inputs: (_onnx.attention(inputs, options, request.return_lse, request.dims), None)
-    needs_grad = wants_gradients(inputs)
     if decision.provider == "torch":
-        return attention_torch.way(inputs, options, needs_grad, request.dims)
-    if recorded():
-        return lambda inputs: eager.recorded("attention_fwd", dropout.with_seed(inputs, options), options)
-    if not needs_grad:
-        run = eager.runner("attention_fwd", decision.provider, inputs)
-        return functools.partial(_forward, options=options, run=run)
-    apply = _apply
-    if torch.compiler.is_compiling():  # such a way is never kept, so it may hold its tensors
-        inputs, apply = dealias_for_compile(inputs), AttentionFunction.apply
-        return lambda _: _differentiable(inputs, options, decision.provider, apply)
-    if is_functorch_wrapped_tensor(inputs.q):  # escaped from a transform that has ended
-        apply = AttentionFunction.apply
-    return functools.partial(_differentiable, options=options, provider=decision.provider, apply=apply)
+        return attention_torch.plan(inputs, options, wants_gradients(inputs), request.dims)
+    return plans.fused("attention_fwd", AttentionFunction, inputs, options, decision.provider)
 
 
 def _by_values(
-    inputs: AttentionInputs, bounded: Callable[[Tensor, Tensor, Tensor], bool], ways: dict[bool, Way]
+    inputs: AttentionInputs, bounded: Callable[[Tensor, Tensor, Tensor], bool], ready: dict[bool, Plan]
 ) -> tuple[Tensor, Tensor | None]:
-    return ways[bounded(*inputs[:3])](inputs)
-
-
-def _forward(inputs: AttentionInputs, options: AttentionOptions, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    return run(dropout.with_seed(inputs, options) if options.dropout_p else inputs, options)
-
-
-def _differentiable(
-    inputs: AttentionInputs, options: AttentionOptions, provider: str, apply: Callable[..., Any]
-) -> tuple[Tensor, Tensor]:
-    inputs = dropout.with_seed(inputs, options) if options.dropout_p else inputs
-    return apply(*inputs, *options, provider)
+    return ready[bounded(*inputs[:3])](inputs)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -103,10 +81,6 @@ class AttentionFunction(torch.autograd.Function):
         inputs, wanted = AttentionInputs(*tensors), list(ctx.needs_input_grad[:4])
         gradients = attention_backward(dout, dlse, inputs, out, lse, ctx.options, wanted, ctx.provider)
         return (*gradients, *[None] * 14)
-
-
-# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-_apply = super(torch.autograd.Function, AttentionFunction).apply
 
 
 def save(ctx: Any, inputs: AttentionInputs, options: AttentionOptions, out: Tensor, lse: Tensor, provider: str) -> None:

@@ -24,7 +24,7 @@ _is_compiling = torch.compiler.is_compiling
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def way(
+def plan(
     inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int
 ) -> Callable[[AttentionInputs], tuple[Tensor, None]]:
     """What computes out for calls like this one, None being the log-sum-exp."""

@@ -1,4 +1,4 @@
-"""The way down from the norm functions: the autograd Function, and its double backward."""
+"""The plans of the norm functions, their autograd Function, and its double backward."""
 
 from __future__ import annotations
 
@@ -9,79 +9,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import dropout
 from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from .._transforms import dealias_for_compile, recorded, traced, transform_active, wants_gradients
+from .._transforms import traced, transform_active
 from ..dispatch import eager, settings
 from ..dispatch.resolve import ELEMENTARY, Request, resolve
 from ..providers.reference import norm as reference
 from ..providers.torch import norm as torch_norm
+from . import plans
 
 _log = logging.getLogger("fusednorm")
 
-Way = Callable[[NormInputs], tuple[Tensor, Tensor]]
+Plan = Callable[[NormInputs], tuple[Tensor, Tensor]]
 
 
-def way(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool = False) -> Way:
-    """The way down of a call and of all that are like it: what makes (normed, residual_out) of its tensors."""
+def plan(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool = False) -> Plan:
+    """What makes (normed, residual_out) of the tensors of this call, and of all calls of its signature."""
     memory_efficient = memory_efficient and not transform_active()  # which hides the weights' values
     if memory_efficient and settings.requested() == "torch":
         _tell("torch's own operators were asked for")
         memory_efficient = False
     from_normed = memory_efficient and invertible(inputs, options)
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
-    decision = resolve(Request(call, "add_layer_norm_fwd", inputs, options, without))
+    op = "add_layer_norm_fwd"
+    decision = resolve(Request(call, op, inputs, options, without))
     if decision.how == ELEMENTARY:
-        return functools.partial(_elementary, options=options)
-    if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
+        run = plans.elementary(reference.add_layer_norm_fwd, options)
+    elif decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
         if not torch_norm.is_plain(inputs, options):
             return functools.partial(torch_norm.add_layer_norm, options=options)
         shape = inputs.x.shape[inputs.x.ndim - options.normalized_ndim :]
         return functools.partial(torch_norm.plain_add_layer_norm, shape=shape, eps=options.eps, rms=options.rms)
-    if recorded():
-        return functools.partial(_recorded, options=options)
-    if not wants_gradients(inputs):
-        run = eager.runner("add_layer_norm_fwd", decision.provider, inputs)
-        return functools.partial(_forward, options=options, run=run)
-    apply = _apply
-    if torch.compiler.is_compiling():
-        inputs, apply = dealias_for_compile(inputs), AddLayerNormFunction.apply
-        return lambda _: _differentiable(inputs, options, decision.provider, from_normed, apply)
-    if is_functorch_wrapped_tensor(inputs.x):  # escaped from a transform that has ended
-        apply = AddLayerNormFunction.apply
-    return functools.partial(
-        _differentiable, options=options, provider=decision.provider, from_normed=from_normed, apply=apply
-    )
+    else:
+        run = plans.fused(op, AddLayerNormFunction, inputs, options, decision.provider, from_normed)
+    return functools.partial(_outputs, run=run, stored=options.store_residual)
 
 
-def _elementary(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]:
-    normed, residual_out, _ = reference.add_layer_norm_fwd(dropout.with_seed(inputs, options), options)
-    return normed, residual_out if options.store_residual else inputs.x
-
-
-def _recorded(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor]:
-    outputs = eager.recorded("add_layer_norm_fwd", dropout.with_seed(inputs, options), options)
-    return outputs[0], outputs[1] if options.store_residual else inputs.x
-
-
-def _forward(inputs: NormInputs, options: NormOptions, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    if options.dropout_p or options.drop_path_p:
-        inputs = dropout.with_seed(inputs, options)
-    outputs = run(inputs, options)
-    return outputs[0], outputs[1] if options.store_residual else inputs.x
-
-
-def _differentiable(
-    inputs: NormInputs, options: NormOptions, provider: str, from_normed: bool, apply: Callable[..., Any]
-) -> tuple[Tensor, Tensor]:
-    if options.dropout_p or options.drop_path_p:
-        inputs = dropout.with_seed(inputs, options)
-    outputs = apply(*inputs, *options, provider, from_normed)
-    return outputs[0], outputs[1] if options.store_residual else inputs.x
+def _outputs(inputs: NormInputs, run: Callable[[NormInputs], Any], stored: bool) -> tuple[Tensor, Tensor]:
+    outputs = run(inputs)
+    return outputs[0], outputs[1] if stored else inputs.x
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -104,10 +72,6 @@ class AddLayerNormFunction(torch.autograd.Function):
         saved = NormSaved(*ctx.saved_tensors)  # once: torch.utils.checkpoint lets a backward ask for them once
         wanted = list(ctx.needs_input_grad[:6])
         return (*norm_backward(saved, ctx.options, cotangents, wanted, *ctx.rest), *[None] * 12)
-
-
-# Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active here
-_apply = super(torch.autograd.Function, AddLayerNormFunction).apply
 
 
 def save(

@@ -1,6 +1,6 @@
 """Plain eager calls: tensors of torch's own class, and no compiler, tracer, transform, mode or autocast around them.
 
-All plain eager calls of one signature are served alike. So their way down is looked up in the settings' plans.
+All plain eager calls of one signature are served alike. So their plan is looked up among the settings'.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def plain_on_cpu(x: Tensor) -> bool:
 
 
 def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
-    """What the way down of a plain eager call depends on; None for every other call.
+    """What the plan of a plain eager call depends on; None for every other call.
 
     `rest` is what is no tensor, the function's name first. Values that compare equal must mean the same: the caller
     has looked at types, since True equals 1. Each look-up counts, because eager's own call takes 7 microseconds.
@@ -89,13 +89,13 @@ def sizes(normalized_shape: Any) -> Any:
     return None
 
 
-def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, way: Callable[..., Any]) -> None:
-    """Remember the way down of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
+def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, plan: Callable[..., Any]) -> None:
+    """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
     if key is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
     if len(plans) >= MOST_PLANS:
         plans.clear()
-    plans[key] = way
+    plans[key] = plan
 
 
 def differentiated(*cotangents: Tensor | None) -> bool:

@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     rms_norm_is_torchs: bool  # likewise; only where it is requested, or no library of ours is there
     fastpath: Any  # the C++ module, while it may serve and the library that it calls is loaded
     fastpath_asked: bool | str  # for what: automatic choice (True), the CPU library (False), or "cuda"
-    plans: dict[Any, Callable[..., Any]]  # by signature: the way down of a call
+    plans: dict[Any, Callable[..., Any]]  # by signature of a call
 
 
 _default = os.environ.get("FUSEDNORM_PROVIDER") or None  # outside any block; its name is checked at first use

@@ -1,0 +1,66 @@
+"""Plans: what makes the results of a call, and of every call of the same signature, from its tensors.
+
+The plans here run kernels of ours, or the reference's elementary operators. Those of torch's own operators stand with
+each operator.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from .. import dropout
+from .._options import Options
+from .._transforms import dealias_for_compile, recorded, wants_gradients
+from ..dispatch import eager
+
+
+def elementary(forward: Callable[[Any, Any], Any], options: Options) -> Callable[[Any], Any]:
+    """Operators that any transform differentiates."""
+    return lambda inputs: forward(dropout.with_seed(inputs, options), options)
+
+
+def fused(
+    op: str,
+    function: type[torch.autograd.Function],
+    inputs: Any,
+    options: Options,
+    provider: str,
+    *rest: Any,
+) -> Callable[[Any], Any]:
+    """One op of a provider, inside its autograd Function where a gradient is wanted.
+
+    `rest` is what the Function takes after the provider.
+    """
+    if recorded():  # a program that may run elsewhere: it names a provider only where one is requested
+        return functools.partial(_recorded, op=op, options=options)
+    seeded = options.dropped
+    if not wants_gradients(inputs):
+        run = eager.runner(op, provider, inputs)
+        return functools.partial(_forward, options=options, seeded=seeded, run=run)
+    if torch.compiler.is_compiling():  # such a plan is never kept, so it may hold its tensors
+        inputs = dealias_for_compile(inputs)
+        return lambda _: _differentiable(inputs, options, seeded, function.apply, (provider, *rest))
+    # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    if is_functorch_wrapped_tensor(inputs[0]):  # escaped from a transform that has ended
+        apply = function.apply
+    return functools.partial(_differentiable, options=options, seeded=seeded, apply=apply, rest=(provider, *rest))
+
+
+def _recorded(inputs: Any, op: str, options: Options) -> Any:
+    return eager.recorded(op, dropout.with_seed(inputs, options), options)
+
+
+def _forward(inputs: Any, options: Options, seeded: bool, run: Callable[..., Any]) -> Any:
+    return run(dropout.with_seed(inputs, options) if seeded else inputs, options)
+
+
+def _differentiable(
+    inputs: Any, options: Options, seeded: bool, apply: Callable[..., Any], rest: tuple[Any, ...]
+) -> Any:
+    return apply(*(dropout.with_seed(inputs, options) if seeded else inputs), *options, *rest)
