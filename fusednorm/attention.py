@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _attention_checks as checks
 from . import _autocast, dropout
+from ._attention_shapes import broadcast, four_dimensional, four_dimensional_mask
 from ._checks import FLOAT_DTYPES, check_flag
 from ._options import AttentionInputs, AttentionOptions
 from ._transforms import traced
@@ -21,6 +22,47 @@ from .dispatch.settings import Decision
 _UNBOUNDED = 2**62  # past any position, and a 64-bit number
 
 _is_compiling = torch.compiler.is_compiling
+_delegate: Any = handle_torch_function  # untyped: overloaded functions do not fit its type
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def scaled_dot_product_attention(
@@ -107,7 +149,7 @@ def scaled_dot_product_attention(
         if fast_out is not None:
             return fast_out
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):
-        return handle_torch_function(
+        return _delegate(
             scaled_dot_product_attention,
             (query, key, value, attn_mask, key_mask, seed),
             *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),
@@ -142,7 +184,7 @@ def scaled_dot_product_attention(
     is_causal, return_lse = check_flag("is_causal", is_causal), check_flag("return_lse", return_lse)
     lead: tuple[int, ...] = query.shape[:2]
     if not plain:
-        query, key, value, lead = _broadcast(query, key, value, enable_gqa)
+        query, key, value, lead = broadcast(query, key, value, enable_gqa)
     n_queries, n_keys, dims = query.shape[-2], key.shape[-2], query.ndim
     if attn_mask is not None:
         checks.check_attn_mask(attn_mask, query, (*lead, n_queries, n_keys))
@@ -153,8 +195,8 @@ def scaled_dot_product_attention(
         key_mask = key_mask if len(batch) == 1 else key_mask.reshape(math.prod(batch), n_keys)
     given_mask = attn_mask
     if attn_mask is not None and not (plain and attn_mask.ndim == 4):
-        attn_mask = _four_dimensional_mask(attn_mask, batch, heads)
-    q, k, v = (query, key, value) if plain else [_four_dimensional(t, batch, heads) for t in (query, key, value)]
+        attn_mask = four_dimensional_mask(attn_mask, batch, heads)
+    q, k, v = (query, key, value) if plain else [four_dimensional(t, batch, heads) for t in (query, key, value)]
     inputs = AttentionInputs(q, k, v, attn_mask, key_mask, _seed(seed, dropout_p, q))
     options = AttentionOptions(
         *(n_queries, n_keys, _scale(scale, q), dropout_p, is_causal, causal_align == "lower_right"),
@@ -171,6 +213,48 @@ def scaled_dot_product_attention(
         out = out.reshape(*lead, n_queries, v.shape[-1])
         lse = lse if lse is None else lse.reshape(*lead, n_queries)
     return (out, lse) if return_lse else out
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    causal_align: str = "upper_left",
+    seed: int | Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def varlen_attention(
@@ -222,7 +306,7 @@ def varlen_attention(
         torch.Size([7, 4, 8])
     """
     if has_torch_function_variadic(query, key, value, cu_seqlens_q, cu_seqlens_k, seed):
-        return handle_torch_function(
+        return _delegate(
             varlen_attention,
             (query, key, value, cu_seqlens_q, cu_seqlens_k, seed),
             *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, scale),
@@ -292,57 +376,6 @@ def _plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
         and query.device == key.device == value.device
         and query.layout == key.layout == value.layout == torch.strided
     )
-
-
-def _broadcast(
-    query: Tensor, key: Tensor, value: Tensor, grouped: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """Operands whose leading dimensions are alike but for the heads of groups, and query's leading dimensions."""
-    leads = [tuple(t.shape[:-2]) for t in (query, key, value)]
-    if grouped:
-        if min(map(len, leads)) == 0:
-            raise ValueError(
-                "enable_gqa: expected a dimension of heads, (..., heads, sequence, head_dim); unsqueeze(0)"
-            )
-        n_heads = query.shape[-3]
-        checks.check_heads("key", key.shape[-3], n_heads)
-        checks.check_heads("value", value.shape[-3], n_heads)
-        if key.shape[-3] != value.shape[-3]:  # no kernel takes that
-            key, value = (t.repeat_interleave(n_heads // t.shape[-3], -3) for t in (key, value))
-        leads = [(*lead[:-1], n_heads) for lead in leads]
-    if leads[0] == leads[1] == leads[2]:
-        return query, key, value, leads[0]
-    try:
-        lead = tuple(torch.broadcast_shapes(*leads))
-    except RuntimeError:
-        name, other = ("key", leads[1]) if leads[1] != leads[0] else ("value", leads[2])
-        raise ValueError(
-            f"{name}: leading dimensions {other} do not broadcast with query's {leads[0]}; for fewer heads than "
-            "query's pass enable_gqa=True"
-        ) from None
-    operands = []
-    for tensor in (query, key, value):
-        wanted = (*lead[:-1], tensor.shape[-3]) if grouped else lead
-        operands.append(tensor.expand(*wanted, *tensor.shape[-2:]))
-    return operands[0], operands[1], operands[2], lead
-
-
-def _four_dimensional(tensor: Tensor, batch: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
-    if len(batch) == len(heads) == 1:
-        return tensor
-    n_heads = tensor.shape[-3] if heads else 1
-    return tensor.reshape(math.prod(batch), n_heads, *tensor.shape[-2:])
-
-
-def _four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[int, ...]) -> Tensor:
-    """Dimensions along which it is broadcast stay of size 1, but where only some of a batch's several do."""
-    missing = len(batch) + len(heads) + 2 - mask.ndim
-    shape = (1,) * missing + tuple(mask.shape)
-    own, rest = shape[: len(batch)], shape[len(batch) :]
-    mask = mask.reshape(shape)
-    if own != batch and math.prod(own) != 1:
-        mask, own = mask.expand(*batch, *rest), batch
-    return mask.reshape(math.prod(own), *((1,) if not heads else ()), *rest)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
