@@ -14,10 +14,9 @@ from .._activations import TABLE
 from ..activation import bias_act_dropout
 from . import _recompute
 from ._arguments import check_activation, check_count, check_eps, check_heads, check_rate
-from ._attend import Projections, attend
 from ._fusible import AtomicStateDict, first_not_fused, record, why_not_fused
 from ._masks import Masks
-from .attention import LINEARS, MultiheadAttention
+from .attention import LINEARS, MultiheadAttention, Projections, attend
 from .norm import LayerNorm
 
 NORMS = (nn.LayerNorm, LayerNorm)

@@ -4,19 +4,118 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _checks, dropout
+from .._attention_checks import MOST_HEAD_DIM
+from .._checks import FLOAT_DTYPES
+from ..attention import scaled_dot_product_attention
 from ._arguments import check_count, check_heads, check_operand, check_rate
-from ._attend import Form, Projections, attend, format_weights
-from ._fusible import AtomicStateDict, why_not_fused
-from ._masks import Masks, Sizes, prepare
+from ._attention_weights import append_keys, causal_mask, dense_weights, format_weights
+from ._fusible import AtomicStateDict, record, why_not_fused
+from ._masks import Masks, Sizes, pad_for_extra_keys, prepare
 
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+class Projections(NamedTuple):
+    """The parameters of :class:`torch.nn.MultiheadAttention` before the output projection."""
+
+    in_proj_weight: Tensor | None
+    q_proj_weight: Tensor | None
+    k_proj_weight: Tensor | None
+    v_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+
+
+class Form(NamedTuple):
+    """What is no tensor."""
+
+    heads: int
+    batch_first: bool
+    sources: str  # "self": key and value are query; "cross": value is key; "apart"
+    add_zero_attn: bool = False
+    dropout_p: float = 0.0
+
+
+def _project(inputs: tuple[Tensor, ...], parameters: Projections, form: Form) -> tuple[Tensor, ...]:
+    """q, k, v in the inputs' layout, (.., .., heads, head_dim): slices of one product where they have one source."""
+    heads, bias = form.heads, parameters.in_proj_bias
+    weight = parameters.in_proj_weight
+    query = inputs[0]
+    if weight is None:
+        weights = (parameters.q_proj_weight, parameters.k_proj_weight, parameters.v_proj_weight)
+        biases: tuple[Tensor | None, ...] = (None,) * 3 if bias is None else bias.chunk(3)
+        sources = {"self": (query,) * 3, "cross": (query, inputs[-1], inputs[-1]), "apart": inputs}[form.sources]
+        products = [F.linear(x, w, b) for x, w, b in zip(sources, weights, biases, strict=True)]  # type: ignore[arg-type]
+        return tuple(p.unflatten(-1, (heads, p.shape[-1] // heads)) for p in products)
+    width = weight.shape[1]
+    head = (heads, width // heads)
+    if form.sources == "self":
+        return F.linear(query, weight, bias).unflatten(-1, (3, *head)).unbind(-3)
+    parts = [width, 2 * width] if form.sources == "cross" else [width] * 3
+    weights = weight.split(parts)
+    biases = (None,) * len(parts) if bias is None else bias.split(parts)
+    products = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+    if form.sources == "apart":
+        return tuple(p.unflatten(-1, head) for p in products)
+    return (products[0].unflatten(-1, head), *products[1].unflatten(-1, (2, *head)).unbind(-3))
+
+
+def _heads_first(tensor: Tensor, batch_first: bool) -> Tensor:
+    """(batch, heads, positions, head_dim), a view."""
+    return tensor.transpose(1, 2) if batch_first else tensor.permute(1, 2, 0, 3)
+
+
+def attend(
+    inputs: tuple[Tensor, ...],
+    parameters: Projections,
+    masks: Masks,
+    seed: Tensor | None,
+    form: Form,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(what the output projection takes, in the inputs' layout; the weights (batch, heads, queries, keys) or None).
+
+    One seed gives one dropout mask whether the weights are asked for or not. Without one, a mask that both take is of a
+    seed drawn here; else whoever serves the attention draws its own.
+    """
+    q, k, v = _project(inputs, parameters, form)
+    extra = (parameters.bias_k is not None) + form.add_zero_attn
+    if extra:
+        k = append_keys(k, parameters.bias_k, form.add_zero_attn, form.batch_first)
+        v = append_keys(v, parameters.bias_v, form.add_zero_attn, form.batch_first)
+        masks = pad_for_extra_keys(masks, extra)
+    q, k, v = (_heads_first(t, form.batch_first) for t in (q, k, v))
+    fused = q.shape[-1] <= MOST_HEAD_DIM and form.dropout_p < 1.0
+    weights = None
+    if need_weights or not fused:
+        if seed is None and 0.0 < form.dropout_p < 1.0:
+            seed = dropout.default_seed(q.device)
+        weights = dense_weights(q, k, masks, form.dropout_p, seed, extra)
+    if fused:
+        attn_mask = masks.attn_mask
+        is_causal = masks.is_causal
+        if is_causal and extra:  # what is appended is no future
+            attn_mask, is_causal = causal_mask(q, k, attn_mask, extra), False
+        out = scaled_dot_product_attention(
+            *(q, k, v, attn_mask, form.dropout_p, is_causal), key_mask=masks.key_mask, seed=seed
+        )
+    else:
+        size = q.shape[-1]
+        reason = f"head dim {size} is over {MOST_HEAD_DIM}" if size > MOST_HEAD_DIM else "everything is dropped"
+        record("MultiheadAttention", "", reason, "the weights of every query and key are stored")
+        assert weights is not None
+        out = weights.to(v.dtype) @ v
+    merged = out.transpose(1, 2) if form.batch_first else out.permute(2, 0, 1, 3)
+    return merged.flatten(2), weights if need_weights else None
 
 
 class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
@@ -121,7 +220,7 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
         if reason:
             out = self.out_proj(merged)
         else:
-            out = torch.nn.functional.linear(merged, self.out_proj.weight, self.out_proj.bias)
+            out = F.linear(merged, self.out_proj.weight, self.out_proj.bias)
         if not sizes.batched:
             out = out.squeeze(0 if self.batch_first else 1)
         return out, None if weights is None else format_weights(weights, average_attn_weights, sizes.batched)
@@ -156,7 +255,9 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
             weight = self._parameters.get("q_proj_weight")
         dtype, device = (None, None) if weight is None else (weight.dtype, weight.device)
         for name, tensor, width in zip(names, (query, key, value), widths, strict=True):
-            _checks.check_tensor(name, tensor)
+            dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+            if not dense or tensor.dtype not in FLOAT_DTYPES:
+                _checks.check_tensor(name, tensor)
             if tensor.ndim not in (2, 3):
                 form = "(N, L, E)" if self.batch_first else "(L, N, E)"
                 raise ValueError(f"{name}: expected {form}, or (L, E) without a batch, got shape {tuple(tensor.shape)}")

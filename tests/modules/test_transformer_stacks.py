@@ -156,16 +156,16 @@ def test_torchs_layers_inside_our_stacks():
 
 
 def attention_calls(monkeypatch) -> list[dict]:
-    from fusednorm.modules import _attend
+    from fusednorm.modules import attention
 
     seen = []
-    function = _attend.scaled_dot_product_attention
+    function = attention.scaled_dot_product_attention
 
     def watched(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
         seen.append({"attn_mask": attn_mask, "is_causal": is_causal, **kwargs})
         return function(q, k, v, attn_mask, dropout_p, is_causal, **kwargs)
 
-    monkeypatch.setattr(_attend, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
     return seen
 
 

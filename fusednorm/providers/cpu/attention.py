@@ -25,9 +25,10 @@ def _window(options: AttentionOptions) -> tuple[int, int]:
 def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     q, k, v, *masks, cu_seqlens_q, cu_seqlens_k = inputs
-    out = torch.empty_like(q) if q.stride(-1) == 1 else q.new_empty(q.shape)  # as rows_like
     if v.shape[-1] != q.shape[-1]:
         out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    else:
+        out = torch.empty_like(q) if q.stride(-1) == 1 else rows_like(q)
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0]), dtype=dtype)
     bounds = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
@@ -49,7 +50,8 @@ def attention_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (q, k, v, attn_mask); None where not wanted."""
     q, k, v, *masks, cu_seqlens_q, cu_seqlens_k = inputs
-    make = rows_like if lse.numel() else torch.zeros_like
+    usual = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and not output_mask[3]
+    make = torch.zeros_like if not lse.numel() else torch.empty_like if usual else rows_like
     gradients = tuple(
         make(t) if wanted and t is not None else None for t, wanted in zip(inputs[:4], output_mask, strict=True)
     )
