@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _checks
 from ._options import ActivationInputs, AttentionInputs, NormInputs, Options
 from ._transforms import traced, transform_active
-from .providers.cpu import norm as cpu
+from .providers.cpu import library as cpu
 
 ROUNDS = 7
 ELEMENT_STREAM = 0  # one decision for each element

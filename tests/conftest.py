@@ -13,7 +13,7 @@ from backends import EMULATED, INTERPRETED  # first: it says what the providers 
 
 import fusednorm
 from fusednorm import _once, dispatch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 from tests.helpers.dispatching import unavailable
 
 if (

@@ -12,7 +12,7 @@ import torch
 import fusednorm
 from benchmarks.host import ask, commit, cpu_name, version
 from fusednorm.dispatch import fastpath
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._once import first_time
-from ..providers.cpu import norm as cpu
+from ..providers.cpu import library as cpu
 from . import fastpath
 
 FOLDER = Path(__file__).with_name("measured")

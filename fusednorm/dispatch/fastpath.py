@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .._once import once
-from ..providers.cpu import norm as cpu
+from ..providers.cpu import library as cpu
 from ..providers.native import check_whole
 
 FILE = Path(__file__).parents[1] / (f"_fastpath.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")

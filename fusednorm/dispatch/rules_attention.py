@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._options import AttentionInputs, AttentionOptions
 from .._transforms import readable, traced
-from ..providers.cpu import norm as cpu
+from ..providers.cpu import library as cpu
 from ..providers.torch import attention as torch_attention
 from . import registry
 

@@ -78,7 +78,7 @@ def test_a_library_built_for_other_activations_does_not_load(monkeypatch):
     reason = dispatch.unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(f"provider cpu: {reason}")
-    from fusednorm.providers.cpu import norm as cpu
+    from fusednorm.providers.cpu import library as cpu
 
     native.check_activations(cpu.LIBRARY)
     monkeypatch.setattr(native, "ACTIVATIONS", [*NAMES[::-1], "another"])

@@ -12,7 +12,7 @@ from benchmarks.publish import crossovers
 from benchmarks.report.files import read_result
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 DEVICE = {"device_type": "cuda", "device": "a GPU", "capability": "9.0"}
 

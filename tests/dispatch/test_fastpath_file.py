@@ -12,7 +12,7 @@ import fusednorm
 from fusednorm import dispatch
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 _missing = fastpath.load()[1]
 pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")

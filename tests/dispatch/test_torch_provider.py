@@ -190,7 +190,7 @@ for function in (fusednorm.layer_norm, fusednorm.rms_norm):
 MISSING = """
 import warnings
 import torch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
 import fusednorm
 from fusednorm import _once

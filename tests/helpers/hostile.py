@@ -23,7 +23,7 @@ from fusednorm import dispatch
 from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import NormGradOptions, NormOptions
 from fusednorm.providers import native
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 from fusednorm.providers.cuda import host as cuda_host
 
 F32 = torch.float32

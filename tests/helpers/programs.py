@@ -152,7 +152,7 @@ def compare(written: nn.Module, program: Program) -> None:
 def main(kind: str, *options: str) -> None:
     warnings.simplefilter("ignore")
     if "without" in options:
-        from fusednorm.providers.cpu import norm as cpu
+        from fusednorm.providers.cpu import library as cpu
 
         cpu.LIBRARY = Path("nowhere.so")
     globals()[f"run_{kind}"](Program(torch.add))  # torch's own machinery, imported once for all

@@ -10,7 +10,7 @@ from fresh import python
 from programs import CALLS, Program, gradients, inputs
 
 import fusednorm
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 
@@ -41,7 +41,7 @@ SAVED += ["AddRMSNorm", "TransformerEncoderLayer", "TransformerEncoderLayer_padd
 
 LOAD = """
 import sys, pathlib, torch, fusednorm
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 if sys.argv[2] == "without":
     cpu.LIBRARY = pathlib.Path("nowhere.so")
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.pt2")):
@@ -84,7 +84,7 @@ def test_program_of_a_provider_that_is_missing_says_so(tmp_path):
         torch.export.save(torch.export.export(CALLS["AddRMSNorm"](), inputs()), tmp_path / "named.pt2")
     load = """
 import sys, pathlib, torch, fusednorm
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 cpu.LIBRARY = pathlib.Path("nowhere.so")
 try:
     torch.export.load(sys.argv[1]).module()(torch.ones(2, 5, 16), torch.ones(2, 5, 16))

@@ -156,7 +156,7 @@ import sys
 for absent in ("triton", "numpy", "einops", "transformers"):
     sys.modules[absent] = None
 import torch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 cpu.LIBRARY = cpu.LIBRARY.with_name("absent.so")
 import fusednorm
 assert fusednorm.available_providers() == ["torch", "reference"], fusednorm.available_providers()

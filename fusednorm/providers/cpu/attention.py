@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..._options import AttentionInputs, AttentionOptions
 from ..strides import rows_like
-from . import norm as cpu
-from .norm import refusal as refusal
+from . import library
+from .library import refusal as refusal
 
 
 def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -32,7 +32,7 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> tuple[T
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:-1] if cu_seqlens_q is None else (q.shape[1], q.shape[0]), dtype=dtype)
     bounds = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
-    cpu.attention_forward(
+    library.attention_fwd(
         *(q, k, v, *masks, *bounds, options.scale, options.dropout_p, options.lower_right),
         *(*_window(options), options.softcap, out, lse),
     )
@@ -58,7 +58,7 @@ def attention_bwd(
     if not lse.numel():  # nothing asks
         return gradients
     bounds = _contiguous(cu_seqlens_q), _contiguous(cu_seqlens_k)
-    cpu.attention_backward(
+    library.attention_bwd(
         # autograd and hooks on saved tensors may bring the statistics in another layout
         *(dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse.contiguous()),
         *(*masks, *bounds, options.scale, options.dropout_p, options.lower_right),

@@ -10,7 +10,7 @@ import torch
 from fresh import python
 
 from fusednorm import dispatch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 _missing = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(_missing is not None, reason=f"provider cpu: {_missing}")

@@ -12,7 +12,7 @@ import fusednorm
 from fusednorm import dispatch
 from fusednorm._options import NormOptions
 from fusednorm.providers import native
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 REASON = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
@@ -34,7 +34,7 @@ OPTIONS = native.packed_norm(NormOptions(1, 1e-5, 0.0, 0.0, torch.float32, torch
 
 def bare(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None):
     """The library's operator itself, before which nothing is checked."""
-    return cpu._forward(x, residual, weight, *[None] * 4, OPTIONS, 1e-5, 0.0, 0.0)[:2]
+    return cpu.add_layer_norm_fwd(x, residual, weight, *[None] * 4, OPTIONS, 1e-5, 0.0, 0.0)[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -72,7 +72,7 @@ def test_the_operators_check_what_they_are_given():
         bare(x.long(), x, None)
     for p in (1.0, -0.5, math.nan, 1e30):
         with pytest.raises(RuntimeError, match="probability"):
-            cpu._forward(x, None, None, None, None, None, torch.tensor([1]), OPTIONS, 1e-5, p, 0.0)
+            cpu.add_layer_norm_fwd(x, None, None, None, None, None, torch.tensor([1]), OPTIONS, 1e-5, p, 0.0)
     for stats in (torch.ones(2, 2).bfloat16(), torch.ones(2, 3), torch.ones(2, 4)[:, ::2]):
         with pytest.raises(RuntimeError, match="stats"):
             cpu._backward(x, None, x, stats, *[None] * 6, OPTIONS, 0.0, 0.0)

@@ -14,7 +14,7 @@ from fresh import python
 
 import fusednorm
 from fusednorm import __main__, dispatch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 
 ROOT = Path(fusednorm.__file__).parents[1]
 REASON = dispatch.unavailable_reason("cpu")
@@ -26,7 +26,7 @@ import sys, torch
 from pathlib import Path
 import fusednorm
 from fusednorm import __main__, dispatch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 for path in sys.argv[1:]:
     cpu.LIBRARY = Path(path)
     cpu._load.cache_clear()
@@ -54,7 +54,7 @@ def test_without_the_library_masks_are_the_same(tmp_path):
     program = f"""
 import torch
 from pathlib import Path
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 cpu.LIBRARY = Path({str(tmp_path / "missing.so")!r})
 import fusednorm
 assert "cpu" not in fusednorm.available_providers()
@@ -155,7 +155,7 @@ def test_one_build_serves_another_torch(tmp_path):
     assert OTHER is not None
     program = """
 import sys, torch, fusednorm
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 with fusednorm.use_provider("cpu"):
     results = []
     for case in torch.load(sys.argv[1]):
@@ -165,7 +165,8 @@ with fusednorm.use_provider("cpu"):
     _, z = fusednorm.add_layer_norm(torch.ones(7, 31), None, 31, dropout_p=0.37, seed=5)
     assert torch.equal(z > 0, fusednorm.dropout_mask((7, 31), 0.37, 5))
 for use in (lambda: torch.ops.fusednorm_cpu.use_instruction_set("abacus"),
-            lambda: cpu._forward(torch.ones(2, 3), torch.ones(3, 2), *[None] * 5, 1 | 1 << 7 | 1 << 9, 1e-5, 0.0, 0.0)):
+            lambda: cpu.add_layer_norm_fwd(
+                torch.ones(2, 3), torch.ones(3, 2), *[None] * 5, 1 | 1 << 7 | 1 << 9, 1e-5, 0.0, 0.0)):
     try:
         use()
     except RuntimeError as fault:

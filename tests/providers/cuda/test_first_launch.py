@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.providers.cpu import norm as cpu
+from fusednorm.providers.cpu import library as cpu
 from fusednorm.providers.cuda import host as cuda_host
 
 NO_IMAGE = "no kernel image is available for execution on the device"
