@@ -66,7 +66,7 @@ def bias_act_dropout(
     """
     current = settings.current  # looked up once: another thread may replace it
     if not _is_compiling() and current.fastpath is not None:
-        y = current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, seed, current.fastpath_asked)
+        y = current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, seed, current.fastpath_mode)
         if y is not None:
             return y
     if has_torch_function_variadic(x, bias, seed):

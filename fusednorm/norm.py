@@ -13,7 +13,7 @@ from ._options import NormInputs, NormOptions
 from .autograd import norm as autograd_norm
 from .dispatch import eager, settings
 
-_REFUSED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
+_TORCH_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -57,15 +57,15 @@ def layer_norm(
         )
     try:  # torch's own at once: no native kernel is faster, and a call takes 7 microseconds
         current = settings.current  # looked up once: another thread may replace it
-        if current.layer_norm_is_torchs and type(eps) is float and eager.plain_on_cpu(input):
+        if current.use_torch_layer_norm and type(eps) is float and eager.plain_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
-    except _REFUSED:
+    except _TORCH_ERRORS:
         pass  # what follows takes what torch does not, or says what is wrong with it
-    fast, asked = current.fastpath, current.fastpath_asked
-    if not _is_compiling() and fast is not None and (asked == "cuda" or getattr(input, "is_cuda", False)):
-        bare = None, 0.0, None
-        outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *bare, False, asked)
+    fast, mode = current.fastpath, current.fastpath_mode
+    if not _is_compiling() and fast is not None and (mode == "cuda" or getattr(input, "is_cuda", False)):
+        no_epilogue, rms = (None, 0.0, None), False
+        outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *no_epilogue, rms, mode)
         if outputs is not None:
             return outputs[0]
     return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
@@ -104,18 +104,18 @@ def rms_norm(
     """
     current = settings.current  # looked up once: another thread may replace it
     if not _is_compiling() and current.fastpath is not None:
-        normed = current.fastpath.rms_norm(input, normalized_shape, weight, eps, current.fastpath_asked)
+        normed = current.fastpath.rms_norm(input, normalized_shape, weight, eps, current.fastpath_mode)
         if normed is not None:
             return normed
     if has_torch_function_variadic(input, weight):
         _checks.refuse_nested_subclass("input", input)
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
     try:
-        if current.rms_norm_is_torchs and (eps is None or type(eps) is float) and eager.plain_on_cpu(input):
+        if current.use_torch_rms_norm and (eps is None or type(eps) is float) and eager.plain_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             if weight is None or weight.dtype is input.dtype:  # else torch would take the wider dtype
                 return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
-    except _REFUSED:
+    except _TORCH_ERRORS:
         pass  # as for layer_norm
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
 
@@ -187,8 +187,8 @@ def add_layer_norm(
         and layer_scale is residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
-        epilogue, asked = (x_bias, dropout_p, seed), current.fastpath_asked
-        outputs = current.fastpath.add_norm(x, residual, normalized_shape, weight, bias, eps, *epilogue, False, asked)
+        args = x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed
+        outputs = current.fastpath.add_norm(*args, False, current.fastpath_mode)  # False: not RMS
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
@@ -256,8 +256,8 @@ def add_rms_norm(
         and layer_scale is residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
-        epilogue, asked = (x_bias, dropout_p, seed), current.fastpath_asked
-        outputs = current.fastpath.add_norm(x, residual, normalized_shape, weight, None, eps, *epilogue, True, asked)
+        args = x, residual, normalized_shape, weight, None, eps, x_bias, dropout_p, seed
+        outputs = current.fastpath.add_norm(*args, True, current.fastpath_mode)  # True: RMS
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):
@@ -338,8 +338,8 @@ def _add_norm(
         plannable = plannable and (residual_dtype is None or type(residual_dtype) is torch.dtype)
         if plannable and type(zero_centered_weight) is bool:
             inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
-            rest = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
-            key = eager.signature(inputs, call, *rest)
+            key_options = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
+            key = eager.signature(inputs, call, *key_options)
             if key is not None and (plan := plans.get(key)) is not None:
                 return plan(inputs)
     zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)

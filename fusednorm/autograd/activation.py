@@ -19,12 +19,12 @@ from . import plans
 
 
 def plan(inputs: ActivationInputs, options: ActivationOptions) -> Callable[[ActivationInputs], Tensor]:
-    """What makes the result of the tensors of this call, and of all calls of its signature."""
+    """The callable that maps the inputs of this call, and of all calls of its signature, to the result."""
     op = "bias_act_dropout_fwd"
     decision = resolve(Request("bias_act_dropout", op, inputs, options))
     if decision.how == ELEMENTARY:
         return plans.elementary(reference.bias_act_dropout_fwd, options)
-    if decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
+    if decision.provider == "torch":  # in any grad mode: reentrant checkpointing runs a call in both
         return functools.partial(torch_activation.bias_act_dropout, options=options)
     return plans.fused(op, BiasActDropoutFunction, inputs, options, decision.provider)
 

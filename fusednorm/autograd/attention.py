@@ -22,7 +22,7 @@ Plan = Callable[[AttentionInputs], tuple[Tensor, Tensor | None]]
 
 
 def plan(call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4) -> Plan:
-    """What makes (out, lse) of the tensors of this call. The operands were given in `dims` dimensions."""
+    """The callable that maps the inputs of this call to (out, lse). The operands were given in `dims` dimensions."""
     request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
     return _plan(request, resolve(request))
 
@@ -30,7 +30,7 @@ def plan(call: str, inputs: AttentionInputs, options: AttentionOptions, return_l
 def plan_by_values(
     call: str, inputs: AttentionInputs, options: AttentionOptions, return_lse: bool, dims: int = 4
 ) -> Plan:
-    """The plan of all calls of a signature. Where the operands' values decide, it looks at those of each call."""
+    """The plan of all calls of a signature. Where the values of operands decide, it checks them in each call."""
     request = Request(call, "attention_fwd", inputs, options, None, return_lse, dims)
     if settings.requested() is not None or not rules_attention.values_decide(inputs, options):
         return _plan(request, resolve(request))

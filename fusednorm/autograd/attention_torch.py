@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .._options import AttentionInputs, AttentionOptions, from_flat
 from .._transforms import readable, traced
-from ..dispatch import eager
-from ..dispatch import rules_attention as rules
+from ..dispatch import eager, rules_attention
 from ..providers.reference import attention as reference
 from ..providers.torch import attention as torch_attention
 
@@ -30,9 +29,11 @@ def plan(
     """What computes out for calls like this one, None being the log-sum-exp."""
     q, k, v, attn_mask, key_mask, *_ = inputs
     fill = key_mask is not None and not (q.is_cpu and readable(q, k, v))
-    flash = dims == 4 and rules.flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
+    flash = (
+        dims == 4 and rules_attention.flash_takes(q, k, v) and not (attn_mask is not None and attn_mask.requires_grad)
+    )
     # what the CPU has besides is made of operators that are differentiable themselves
-    complete = q.is_cpu and not flash and not rules.masked(inputs, options) and q.shape[1] == k.shape[1]
+    complete = q.is_cpu and not flash and not rules_attention.masked(inputs, options) and q.shape[1] == k.shape[1]
     in_program = _is_compiling() or traced()
     run = _operator
     if complete or not needs_grad or options.dropout_p or in_program:
@@ -114,7 +115,7 @@ def torch_gradients(
     # hooks on saved tensors may bring them back in another layout, which the kernel does not look at
     q, k, v, out = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, out)]
     masked = mask is not None or causal
-    if eager.differentiated(dout) or (masked and not rules.bounded(dout)):
+    if eager.differentiated(dout) or (masked and not rules_attention.bounded(dout)):
         options = AttentionOptions(q.shape[2], k.shape[2], scale, causal=causal)
         inputs = AttentionInputs(q, k, v, mask)
         found = reference.attention_gradients(dout, None, inputs, options, [True, True, True, False])
@@ -145,8 +146,8 @@ class TorchOperatorFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         inputs, need = AttentionInputs(*ctx.saved_tensors), list(ctx.needs_input_grad[:4])
-        masked = rules.masked(inputs, ctx.options)
-        if eager.differentiated(dout) or (masked and dout.is_cpu and not rules.bounded(dout)):
+        masked = rules_attention.masked(inputs, ctx.options)
+        if eager.differentiated(dout) or (masked and dout.is_cpu and not rules_attention.bounded(dout)):
             found = reference.attention_gradients(dout, None, inputs, ctx.options, need)
             gradients = [g if wanted else None for g, wanted in zip(found, need, strict=True)]
         else:

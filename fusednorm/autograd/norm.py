@@ -26,10 +26,10 @@ Plan = Callable[[NormInputs], tuple[Tensor, Tensor]]
 
 
 def plan(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: bool = False) -> Plan:
-    """What makes (normed, residual_out) of the tensors of this call, and of all calls of its signature."""
-    memory_efficient = memory_efficient and not transform_active()  # which hides the weights' values
+    """The callable that maps the inputs of this call, and of all calls of its signature, to (normed, residual_out)."""
+    memory_efficient = memory_efficient and not transform_active()  # transforms hide the values of weights
     if memory_efficient and settings.requested() == "torch":
-        _tell("torch's own operators were asked for")
+        _warn_once("torch's own operators were asked for")
         memory_efficient = False
     from_normed = memory_efficient and invertible(inputs, options)
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
@@ -37,19 +37,19 @@ def plan(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: 
     decision = resolve(Request(call, op, inputs, options, without))
     if decision.how == ELEMENTARY:
         run = plans.elementary(reference.add_layer_norm_fwd, options)
-    elif decision.provider == "torch":  # whatever the grad mode: reentrant checkpointing runs a call with and without
+    elif decision.provider == "torch":  # in any grad mode: reentrant checkpointing runs a call in both
         if not torch_norm.is_plain(inputs, options):
             return functools.partial(torch_norm.add_layer_norm, options=options)
         shape = inputs.x.shape[inputs.x.ndim - options.normalized_ndim :]
         return functools.partial(torch_norm.plain_add_layer_norm, shape=shape, eps=options.eps, rms=options.rms)
     else:
         run = plans.fused(op, AddLayerNormFunction, inputs, options, decision.provider, from_normed)
-    return functools.partial(_outputs, run=run, stored=options.store_residual)
+    return functools.partial(_outputs, run=run, writes_residual=options.store_residual)
 
 
-def _outputs(inputs: NormInputs, run: Callable[[NormInputs], Any], stored: bool) -> tuple[Tensor, Tensor]:
+def _outputs(inputs: NormInputs, run: Callable[[NormInputs], Any], writes_residual: bool) -> tuple[Tensor, Tensor]:
     outputs = run(inputs)
-    return outputs[0], outputs[1] if stored else inputs.x
+    return outputs[0], outputs[1] if writes_residual else inputs.x
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -184,7 +184,7 @@ def invertible(inputs: NormInputs, options: NormOptions) -> bool:
     weight, bias, normed_dtype = inputs.weight, inputs.bias, options.normed_dtype
     finer = [t for t in inputs[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
     if any(t.requires_grad for t in finer if t is not bias):
-        _tell("a gradient is kept in a finer dtype than normed")
+        _warn_once("a gradient is kept in a finer dtype than normed")
         return False
     if weight is None:
         return bias is None
@@ -223,10 +223,10 @@ def weights_invert(weight: Tensor, bias: Tensor | None, zero_centered: bool, nor
             good &= bias.double().abs() <= 2.0 * size
         verdict = bool(good.all())
     if not verdict:
-        _tell("a weight is too near zero, or too small beside its bias")
+        _warn_once("a weight is too near zero, or too small beside its bias")
     return verdict
 
 
-def _tell(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     if not torch.compiler.is_compiling() and first_time("memory_efficient"):
         _log.warning("memory_efficient: z is kept, because %s (said once, for the first such call)", reason)

@@ -1,7 +1,7 @@
-"""Plans: what makes the results of a call, and of every call of the same signature, from its tensors.
+"""Plans: callables that map the input tensors of a call, and of every call of its signature, to the outputs.
 
-The plans here run kernels of ours, or the reference's elementary operators. Those of torch's own operators stand with
-each operator.
+The plans here run kernels of ours, or the reference's differentiable operators. Each operator's own file has those that
+run torch's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..dispatch import eager
 
 
 def elementary(forward: Callable[[Any, Any], Any], options: Options) -> Callable[[Any], Any]:
-    """Operators that any transform differentiates."""
+    """The reference's forward, made of ATen operators that every transform supports."""
     return lambda inputs: forward(dropout.with_seed(inputs, options), options)
 
 

@@ -21,7 +21,7 @@ from . import registry, settings
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
 # Types of a plain call's arguments. A subclass of Tensor intercepts operators: the dispatcher has to show it the op.
 PLAIN = TENSORS | {type(None), bool, int, float, str, list, torch.dtype}
-MOST_PLANS = 4096
+MAX_PLANS = 4096
 
 _INT = frozenset({int})
 _is_compiling = torch.compiler.is_compiling
@@ -93,7 +93,7 @@ def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, plan
     """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
     if key is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
-    if len(plans) >= MOST_PLANS:
+    if len(plans) >= MAX_PLANS:
         plans.clear()
     plans[key] = plan
 

@@ -20,7 +20,7 @@ import torch
 
 from .._once import once
 from ..providers.cpu import library as cpu
-from ..providers.native import check_whole
+from ..providers.native import check_not_truncated
 
 FILE = Path(__file__).parents[1] / (f"_fastpath.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
 
@@ -38,7 +38,7 @@ def load() -> tuple[Any, str]:
         built = f"it was built for others ({', '.join(others)})" if others else "it is not built"
         return None, f"{built}, and this torch and Python need {FILE.name}"
     try:
-        check_whole(FILE)
+        check_not_truncated(FILE)
         loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(FILE))
         spec = importlib.util.spec_from_loader("_fastpath", loader)
         assert spec is not None

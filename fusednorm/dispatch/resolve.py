@@ -32,7 +32,7 @@ class Request(NamedTuple):
     without: tuple[str, str] | None = None  # a provider that automatic choice passes over, and why
     return_lse: bool = False  # of attention, as are the next two
     dims: int = 4  # of the operands as they were given
-    bounded: bool | None = None  # whether no operand holds NaN or huge numbers; None: to be looked for if that decides
+    bounded: bool | None = None  # no operand holds NaN or huge numbers; None: check only if that decides
 
 
 def resolve(request: Request) -> Decision:
@@ -146,7 +146,7 @@ def _tell_missing_library() -> None:
     """Warn once, for a call on CPU tensors that our library would have served, that torch's operators do."""
     if torch.compiler.is_compiling():
         return
-    settings.told_missing()
+    settings.warned_of_missing_library()
     if not first_time("no CPU library"):
         return
     frame, depth = sys._getframe(1), 2

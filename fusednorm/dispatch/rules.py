@@ -74,7 +74,7 @@ def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | No
 
 def operation(inputs: Inputs, options: Options) -> str:
     """The benchmark's name for what a call of a norm or an activation does."""
-    if isinstance(options, ActivationOptions):  # with a mask, it decides, and not which activation it is
+    if isinstance(options, ActivationOptions):  # with dropout, the cost does not depend on the activation
         return "bias_gelu_dropout" if options.dropout_p else OPERATIONS[options.activation]
     assert isinstance(inputs, NormInputs) and isinstance(options, NormOptions)
     epilogue = inputs.x_bias is not None or inputs.layer_scale is not None or options.dropped

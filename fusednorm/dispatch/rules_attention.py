@@ -58,7 +58,7 @@ class Asked(NamedTuple):
     dims: int  # of the operands as they were given
     needs_grad: bool
     by_shape: bool  # False inside batch_invariant
-    bounded: bool | None  # whether no operand holds NaN or huge numbers; None: to be looked for if that decides
+    bounded: bool | None  # no operand holds NaN or huge numbers; None: check only if that decides
 
 
 def why_not_torch(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) -> str:

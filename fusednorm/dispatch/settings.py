@@ -40,10 +40,10 @@ class Settings(NamedTuple):
     provider: str | None  # the requested one; None: automatic choice
     by_shape: bool  # False inside batch_invariant
     listeners: tuple[Listener, ...]  # of explain()
-    layer_norm_is_torchs: bool  # with nothing to add, on a CPU: torch's operator is called at once
-    rms_norm_is_torchs: bool  # likewise; only where it is requested, or no library of ours is there
+    use_torch_layer_norm: bool  # a plain one on a CPU calls torch's operator at once
+    use_torch_rms_norm: bool  # likewise; only where torch is requested, or our library is missing
     fastpath: Any  # the C++ module, while it may serve and the library that it calls is loaded
-    fastpath_asked: bool | str  # for what: automatic choice (True), the CPU library (False), or "cuda"
+    fastpath_mode: bool | str  # True: automatic choice; False: the cpu provider; "cuda": the cuda provider
     plans: dict[Any, Callable[..., Any]]  # by signature of a call
 
 
@@ -53,15 +53,15 @@ _invariant: list[batch_invariant] = []
 _without: list[without_fastpath] = []
 _listeners: list[Listener] = []
 _fastpath: Any = None
-_told_missing = False  # that our CPU library is
+_warned_of_missing_library = False
 
 
-def _renew() -> None:
+def _rebuild() -> None:
     """Replace the settings, after a block was entered or left. The caller holds the lock."""
     global current
     provider = _providers[-1].name if _providers else _default
     by_shape = not (_invariant and _invariant[-1].enabled)
-    missing = _told_missing and bool(registry._reasons.get("cpu"))
+    missing = _warned_of_missing_library and bool(registry._reasons.get("cpu"))
     served = provider in (None, "cpu", "cuda") and not (_listeners or _without)
     current = Settings(
         provider,
@@ -85,16 +85,16 @@ def load_fastpath() -> None:
         if module is not None:
             with blocks.lock:
                 _fastpath = module
-                _renew()
+                _rebuild()
 
 
-def told_missing() -> None:
+def warned_of_missing_library() -> None:
     """The user was told that our CPU library is missing: torch's operators may be called at once."""
-    global _told_missing
-    if not _told_missing or not (current.rms_norm_is_torchs or current.listeners):
+    global _warned_of_missing_library
+    if not _warned_of_missing_library or not (current.use_torch_rms_norm or current.listeners):
         with blocks.lock:
-            _told_missing = True
-            _renew()
+            _warned_of_missing_library = True
+            _rebuild()
 
 
 def requested() -> str | None:
@@ -143,13 +143,13 @@ def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Decision]
     decisions: list[Decision] = []
     with blocks.lock:
         _listeners.append(Listener(threading.get_ident(), names or {}, decisions))
-        _renew()
+        _rebuild()
     try:
         yield decisions
     finally:
         with blocks.lock:
             _listeners[:] = [listener for listener in _listeners if listener.decisions is not decisions]
-            _renew()
+            _rebuild()
 
 
 class use_provider(blocks.Block):
@@ -180,7 +180,7 @@ class use_provider(blocks.Block):
     """
 
     entered = _providers
-    changed = staticmethod(lambda: _renew())
+    changed = staticmethod(lambda: _rebuild())
 
     def __init__(self, name: str) -> None:
         if name not in registry.PROVIDERS:
@@ -221,7 +221,7 @@ class batch_invariant(blocks.Block):
     """
 
     entered = _invariant
-    changed = staticmethod(lambda: _renew())
+    changed = staticmethod(lambda: _rebuild())
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -235,8 +235,8 @@ class without_fastpath(blocks.Block):
     """Leave the C++ module out, for tests and for counts of what Python does without it."""
 
     entered = _without
-    changed = staticmethod(lambda: _renew())
+    changed = staticmethod(lambda: _rebuild())
 
 
 current: Settings
-_renew()
+_rebuild()

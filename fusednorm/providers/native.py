@@ -57,7 +57,7 @@ def too_many_dimensions(x: Tensor) -> str | None:
     return f"x has {x.ndim} dimensions, its kernels take {MOST_DIMENSIONS}" if x.ndim > MOST_DIMENSIONS else None
 
 
-def check_whole(library: Path) -> None:
+def check_not_truncated(library: Path) -> None:
     """Raise OSError for a library of which the end is missing.
 
     The loader maps such a file, and the process dies of a bus error where it touches what is not there. Its program

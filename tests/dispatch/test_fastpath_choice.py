@@ -38,10 +38,10 @@ def test_the_fast_path_stands_aside_for_other_requests_and_while_decisions_are_r
         assert dispatch.settings.current.fastpath is None
     with dispatch.recording():
         assert dispatch.settings.current.fastpath is None
-    assert dispatch.settings.current.fastpath is not None and dispatch.settings.current.fastpath_asked
+    assert dispatch.settings.current.fastpath is not None and dispatch.settings.current.fastpath_mode
     with fusednorm.batch_invariant():
-        assert not dispatch.settings.current.fastpath_asked
-    assert dispatch.settings.current.fastpath_asked
+        assert not dispatch.settings.current.fastpath_mode
+    assert dispatch.settings.current.fastpath_mode
 
 
 def test_the_fast_path_goes_by_what_was_measured(torch_is_fastest):

@@ -194,7 +194,7 @@ def test_fastpath_to_cuda_shows_in_the_profiler(by_cuda):
 
 
 def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
-    assert dispatch.settings.current.fastpath_asked == "cuda"
+    assert dispatch.settings.current.fastpath_mode == "cuda"
     x, bias = randn(4, 8).requires_grad_(), randn(8)
     assert dispatch.settings.current.fastpath.bias_act_dropout(x, bias, "relu", 0.0, None, "cuda") is None
     assert fusednorm.bias_act_dropout(x, bias, "relu").grad_fn.name() == "BiasActDropoutFunctionBackward"
@@ -205,7 +205,7 @@ def test_a_request_for_cuda_is_no_request_for_the_cpu_library(by_cuda):
 def test_automatic_choice_on_the_cpu_is_not_the_emulation():
     with fusednorm.use_provider("cuda"):
         pass
-    assert dispatch.unavailable_reason("cpu") is None and dispatch.settings.current.fastpath_asked is True
+    assert dispatch.unavailable_reason("cpu") is None and dispatch.settings.current.fastpath_mode is True
     x = torch.randn(4, 8, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fusednorm.add_layer_norm(x, x, 8)

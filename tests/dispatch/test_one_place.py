@@ -146,7 +146,7 @@ def test_a_plan_does_not_let_through_what_equals_a_good_argument(arguments):
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(eager, "MOST_PLANS", 8)
+    monkeypatch.setattr(eager, "MAX_PLANS", 8)
     with settings.without_fastpath():
         for rows in range(1, 40):
             x = torch.randn(rows, 8)

@@ -264,7 +264,7 @@ class _TakenAway:
         if name != "current":
             return found
         self.looks += 1
-        return found if self.looks == 1 else found._replace(fastpath=None, fastpath_asked="cuda", plans={})
+        return found if self.looks == 1 else found._replace(fastpath=None, fastpath_mode="cuda", plans={})
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout"])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._once import once
 from ..._options import Inputs, Options
-from ..native import check_activations, check_whole, too_many_dimensions
+from ..native import check_activations, check_not_truncated, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cpu.so"
 BUILD = (
@@ -44,7 +44,7 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return f"its library is not built; type: {BUILD}"
     try:
-        check_whole(LIBRARY)
+        check_not_truncated(LIBRARY)
         torch.ops.load_library(str(LIBRARY))
         check_activations(LIBRARY)
         for name in _OPERATORS:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._once import once
-from ..native import check_activations, check_whole, too_many_dimensions
+from ..native import check_activations, check_not_truncated, too_many_dimensions
 from ..strides import contiguous, folded
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cuda.so"
@@ -55,7 +55,7 @@ def _load() -> str | None:
     if not library.exists():
         return f"its library is not built; type: {BUILD}" if EMULATED is None else f"there is no {library}"
     try:
-        check_whole(library)
+        check_not_truncated(library)
         if EMULATED is None:  # the library is linked to no torch: it takes these symbols from the process
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
