@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..providers.cuda import host as _cuda_host
+from ..providers.cuda import library as _cuda_library
 from . import eager, fastpath, registry, resolve, rules, settings
 from .registry import PROVIDERS, available_providers, function, get, refusal, serving, unavailable_reason
 from .resolve import Request
@@ -35,4 +35,4 @@ __all__ = [
 get("torch")
 get("cpu")
 get("cuda")
-_cuda_host.hand_over = fastpath.attach_cuda
+_cuda_library.hand_over = fastpath.attach_cuda

@@ -24,7 +24,7 @@ from fusednorm._activations import ACTIVATIONS
 from fusednorm._options import NormGradOptions, NormOptions
 from fusednorm.providers import native
 from fusednorm.providers.cpu import library as cpu
-from fusednorm.providers.cuda import host as cuda_host
+from fusednorm.providers.cuda import library as cuda_library
 
 F32 = torch.float32
 HUGE = 2**60
@@ -135,7 +135,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, An
 def cuda_operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]:
     """Those of the CUDA library, which its emulation runs on CPU tensors; it drops no samples and saves z."""
     assert dispatch.unavailable_reason("cuda") is None, dispatch.unavailable_reason("cuda")
-    ops = cuda_host.ops
+    ops = cuda_library.ops
     return {
         "add_layer_norm_fwd": (ops.add_layer_norm_fwd, forward_args),
         "add_layer_norm_bwd": (ops.add_layer_norm_bwd, backward_args),

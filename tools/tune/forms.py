@@ -14,7 +14,7 @@ import torch
 import fusednorm
 from benchmarks.cases import Case, Norm
 from fusednorm import dispatch
-from fusednorm.providers.cuda import host as cuda_host
+from fusednorm.providers.cuda import library as cuda_library
 from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
@@ -89,7 +89,7 @@ def triton_form(direction: str, config: Config | Pinned) -> Forced:
 
 def absent(device_type: str) -> dict[str, str | None]:
     """By provider, why its forms cannot be tried on this device, or None."""
-    on_cpu = {"cuda": cuda_host.EMULATED is not None, "triton": triton_host.INTERPRETING}
+    on_cpu = {"cuda": cuda_library.EMULATED is not None, "triton": triton_host.INTERPRETING}
     reasons: dict[str, str | None] = {}
     for provider in OURS:
         reasons[provider] = dispatch.unavailable_reason(provider)

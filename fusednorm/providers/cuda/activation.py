@@ -8,22 +8,22 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
 from ..native import FORWARD_OPTIONS, activation_options
-from . import host
+from . import library
 
 
 def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> str | None:
     x = inputs.x
-    reason = host.refusal(x, x.shape[-1])
-    return reason if reason is not None or x.is_meta else host.strides_refusal("x", x, 1)
+    reason = library.refusal(x, x.shape[-1])
+    return reason if reason is not None or x.is_meta else library.strides_refusal("x", x, 1)
 
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
     x, bias, seed = inputs
     if not x.numel():
         return x.new_empty(x.shape)
-    bias = host.parameter(bias, x.dtype, compute_dtype(x.dtype))
-    return host.ops.bias_act_dropout_fwd.default(
-        host.rows(x, x.dtype, 1), bias, seed, FORWARD_OPTIONS[options.activation], options.dropout_p
+    bias = library.parameter(bias, x.dtype, compute_dtype(x.dtype))
+    return library.ops.bias_act_dropout_fwd.default(
+        library.rows(x, x.dtype, 1), bias, seed, FORWARD_OPTIONS[options.activation], options.dropout_p
     )
 
 
@@ -36,10 +36,10 @@ def bias_act_dropout_bwd(
     if not x.numel():
         dbias = torch.zeros_like(bias) if bias is not None and wants_dbias else x.new_empty(0)
         return x.new_empty(x.shape if wants_dx else (0,)), dbias
-    dx, dbias = host.ops.bias_act_dropout_bwd.default(
-        host.rows(dy, x.dtype, 1),
-        host.rows(x, x.dtype, 1),
-        host.parameter(bias, x.dtype, compute_dtype(x.dtype)),
+    dx, dbias = library.ops.bias_act_dropout_bwd.default(
+        library.rows(dy, x.dtype, 1),
+        library.rows(x, x.dtype, 1),
+        library.parameter(bias, x.dtype, compute_dtype(x.dtype)),
         seed,
         activation_options(options.activation, output_mask),
         options.dropout_p,

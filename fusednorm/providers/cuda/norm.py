@@ -10,10 +10,10 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
-from . import host
-from .host import for_tests as for_tests
-from .host import parameter, rows
-from .host import unavailable_reason as unavailable_reason
+from . import library
+from .library import for_tests as for_tests
+from .library import parameter, rows
+from .library import unavailable_reason as unavailable_reason
 
 _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 
@@ -21,7 +21,7 @@ _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32
 def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     x, residual, normalized_ndim = inputs.x, inputs.residual, options.normalized_ndim
     normed_dtype, residual_dtype = options.normed_dtype, options.residual_dtype
-    reason = host.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
+    reason = library.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
     if reason is not None or x.is_meta:
         return reason
     if options.dropout_p and normalized_ndim > 1:
@@ -38,7 +38,7 @@ def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
             f"beside a float32 residual_out; these are {x.dtype}, {given}, {normed_dtype} and {residual_dtype}"
         )
     for name, tensor in (("x", x), ("residual", residual)):
-        reason = None if tensor is None else host.strides_refusal(name, tensor, normalized_ndim)
+        reason = None if tensor is None else library.strides_refusal(name, tensor, normalized_ndim)
         if reason is not None:
             return reason
     return None
@@ -54,7 +54,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
         z_shape = x.shape if options.store_residual else (0,)
         return x.new_empty(x.shape, dtype=options.normed_dtype), x.new_empty(z_shape, dtype=residual_dtype), stats
     computed_in = compute_dtype(x.dtype)
-    return host.ops.add_layer_norm_fwd.default(
+    return library.ops.add_layer_norm_fwd.default(
         rows(x, x.dtype, normalized_ndim),
         rows(residual, residual_dtype, normalized_ndim),
         *[parameter(p, x.dtype, computed_in) for p in parameters],
@@ -80,7 +80,7 @@ def add_layer_norm_bwd(
     residual_out_dtype = residual_dtype if options.saved_is_normed else kept.dtype
     if options.saved_is_normed and dresidual_out is not None and (x_dtype, dresidual_out.dtype) in _WIDE_RESIDUAL:
         residual_out_dtype = dresidual_out.dtype
-    results = host.ops.add_layer_norm_bwd.default(
+    results = library.ops.add_layer_norm_bwd.default(
         rows(dnormed, x_dtype, normalized_ndim),
         rows(dresidual_out, residual_out_dtype, normalized_ndim),
         rows(kept, kept.dtype, normalized_ndim),
