@@ -37,30 +37,16 @@ def fused(
     `rest` is what the Function takes after the provider.
     """
     if recorded():  # a program that may run elsewhere: it names a provider only where one is requested
-        return functools.partial(_recorded, op=op, options=options)
-    seeded = options.dropped
+        return lambda inputs: eager.recorded(op, dropout.with_seed(inputs, options), options)
+    draw = dropout.with_seed if options.dropped else None
     if not wants_gradients(inputs):
-        run = eager.runner(op, provider, inputs)
-        return functools.partial(_forward, options=options, seeded=seeded, run=run)
+        return functools.partial(eager.forward, options=options, draw=draw, run=eager.runner(op, provider, inputs))
+    rest = provider, *rest
     if torch.compiler.is_compiling():  # such a plan is never kept, so it may hold its tensors
         inputs = dealias_for_compile(inputs)
-        return lambda _: _differentiable(inputs, options, seeded, function.apply, (provider, *rest))
+        return lambda _: eager.differentiable(inputs, options, draw, function.apply, rest)
     # Function.apply itself, without the search of every argument for torch.func's wrappers: no transform is active
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if is_functorch_wrapped_tensor(inputs[0]):  # escaped from a transform that has ended
         apply = function.apply
-    return functools.partial(_differentiable, options=options, seeded=seeded, apply=apply, rest=(provider, *rest))
-
-
-def _recorded(inputs: Any, op: str, options: Options) -> Any:
-    return eager.recorded(op, dropout.with_seed(inputs, options), options)
-
-
-def _forward(inputs: Any, options: Options, seeded: bool, run: Callable[..., Any]) -> Any:
-    return run(dropout.with_seed(inputs, options) if seeded else inputs, options)
-
-
-def _differentiable(
-    inputs: Any, options: Options, seeded: bool, apply: Callable[..., Any], rest: tuple[Any, ...]
-) -> Any:
-    return apply(*(dropout.with_seed(inputs, options) if seeded else inputs), *options, *rest)
+    return functools.partial(eager.differentiable, options=options, draw=draw, apply=apply, rest=rest)

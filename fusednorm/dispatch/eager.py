@@ -135,6 +135,22 @@ def runner(name: str, provider: str, inputs: Inputs) -> Callable[[Inputs, Option
     return registry.function(provider, name) if plain else functools.partial(call, name, provider=provider)
 
 
+def forward(inputs: Any, options: Options, draw: Callable[..., Any] | None, run: Callable[..., Any]) -> Any:
+    """What a plan without gradients does; `draw` adds a seed."""
+    return run(inputs if draw is None else draw(inputs, options), options)
+
+
+def differentiable(
+    inputs: Any,
+    options: Options,
+    draw: Callable[..., Any] | None,
+    apply: Callable[..., Any],
+    rest: tuple[Any, ...],
+) -> Any:
+    """What a plan with gradients does: it applies an autograd Function to the flat arguments."""
+    return apply(*(inputs if draw is None else draw(inputs, options)), *options, *rest)
+
+
 def recorded(name: str, inputs: Inputs, options: Options) -> Any:
     """A forward op of a program that may run elsewhere, which names a provider only where one is requested."""
     return getattr(torch.ops.fusednorm, name).recorded(*inputs, *options, settings.requested())
