@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.cases import DIRECTION_TITLES
 from benchmarks.publish import add_result
 from benchmarks.report.files import renew
-from benchmarks.report.pages import table
 from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
+from benchmarks.report.table import table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 PERFORMANCE = README.parent / "docs" / "performance.md"

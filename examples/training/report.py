@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-import unicodedata
 from typing import Any
 
 from benchmarks.measure import load as measure_load
 from benchmarks.report import stats as report_stats
+from benchmarks.report.table import table
 from examples.training.job import Job
 from examples.training.loop import WARM_UP
 
@@ -163,21 +163,6 @@ def epoch_table(curves: dict[str, Any]) -> str:
         for epoch in range(len(curves["eager"]["test"]))
     ]
     return table(("epoch", "train eager", "train fused", "test eager", "test fused"), rows)
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(columns(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell + " " * (w - columns(cell)) for cell, w in zip(row, widths)) + " |"
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def columns(text: str) -> int:
-    """How wide a text stands on a terminal: a Chinese character takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def wrapped(line: str) -> str:

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.table import table
 from examples.training.job import Job, Report, Size
 from examples.training.loop import Curves
 from examples.training.pictures import new_figure, save
-from examples.training.report import subtitles, table
+from examples.training.report import subtitles
 from examples.translation import score
 from examples.translation.data import PACKAGES, SPECIAL, Pair, Sentences, Split, encode, load_pairs, split_pairs
 from examples.translation.model import Translator
@@ -146,13 +147,10 @@ class TranslationJob(Job):
 
     @staticmethod
     def examples(report: Report) -> list[str]:
-        def cell(text: str) -> str:
-            return text.replace("|", "\\|") or "(nothing)"
-
         names = ("source", "reference", "fused", "nearest")
-        rows = [tuple(cell(example[name]) for name in names) for example in report["examples"]]
+        rows = [[example[name] or "(nothing)" for name in names] for example in report["examples"]]
         header = ("source", "reference", "fused, trained", "nearest training source")
-        return ["Held-out sentences, taken at equal distances:", "", table(header, rows)]
+        return ["Held-out sentences, taken at equal distances:", "", table(header, rows, "\\|", texts=4)]
 
     @staticmethod
     def draw(report: Report, folder: Path) -> dict[Path, str]:

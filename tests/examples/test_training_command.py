@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fusednorm
+from benchmarks.report.table import columns
 from examples import train
 from examples.language_model.data import load_documents, split_documents
 from examples.training import report, run, text
@@ -328,7 +329,7 @@ def test_report_keeps_its_lines_short_and_its_tables_straight(finished):
     assert max(map(len, prose)) <= 120
     tables = [[]]
     for line in lines:
-        tables[-1].append(report.columns(line)) if line.startswith("|") else tables.append([])
+        tables[-1].append(columns(line)) if line.startswith("|") else tables.append([])
     assert all(len(set(widths)) == 1 for widths in tables if widths)
     assert sum(map(bool, tables)) == {"lm": 2, "translate": 4}[finished.job.task]
 

@@ -30,8 +30,8 @@ import torch
 from benchmarks import cases, measure
 from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
-from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder, write_result
+from benchmarks.report.table import table
 from tools.supervise import Message, Step, supervised
 from tools.tune import forms as tune_forms
 from tools.tune import report as tune_report
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     planned_for = "cuda" if arguments.compile else arguments.device or ("cuda" if has_gpu() else "cpu")
     plan = [case for case in chosen(planned_for) if arguments.only.search(case.name)]
     if arguments.list:
-        print(report.table(["case", "bytes"], [[case.name, str(case.bytes_moved)] for case in plan]))
+        print(table(["case", "bytes"], [[case.name, case.bytes_moved] for case in plan]))
         return 0
     if not plan:
         print(f"no case matches {arguments.only.pattern!r}; see --list", file=sys.stderr)
