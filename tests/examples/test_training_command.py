@@ -46,6 +46,9 @@ def task(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+pairs = functools.cache(load_pairs)
+
+
 @contextlib.contextmanager
 def little_data(task: str, folder: Path) -> Iterator[list[str]]:
     """The arguments of a tiny run; a little of the real data."""
@@ -53,7 +56,7 @@ def little_data(task: str, folder: Path) -> Iterator[list[str]]:
     documents, _ = load_documents()
     (folder / "a text.txt").write_text("".join(split_documents(documents).train[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "load_pairs", lambda: load_pairs()[::16])
+        patch.setattr(translation, "load_pairs", lambda: pairs()[::16])
         yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
 
 
