@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from examples.language_model import data
 from examples.language_model.data import END, Rows
 from examples.language_model.model import LanguageModel, continue_text
@@ -54,9 +56,9 @@ class LanguageModelJob(Job):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--text", metavar="FILE", help="UTF-8 text to train on (default: pydoc_data.topics)")
 
-    @property
-    def positions(self) -> dict[str, int]:
-        return {"context": self.arguments.context}
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        super().__init__(arguments, device)
+        self.context = arguments.context
 
     def load(self) -> list[str]:
         self.split = data.split_documents(*data.load_documents(self.arguments.text))
@@ -66,7 +68,7 @@ class LanguageModelJob(Job):
     def encode(self, tokenizer: Any) -> str:
         self.vocab = tokenizer.get_vocab_size()
         self.streams = [data.encode(tokenizer, side) for side in (self.split.train, self.split.test)]
-        self.train, self.test = (Rows(data.blocks(stream, self.arguments.context)) for stream in self.streams)
+        self.train, self.test = (Rows(data.blocks(stream, self.context)) for stream in self.streams)
         return f"{self.streams[0].numel():,} training tokens"
 
     def data_facts(self) -> Report:
@@ -79,7 +81,7 @@ class LanguageModelJob(Job):
         }
 
     def after(self, twins: Mapping[str, Any], reloaded: Any, tokenizer: Any, curves: Curves) -> Report:
-        prompt = self.test.tokens[0, : self.arguments.context // 2]
+        prompt = self.test.tokens[0, : self.context // 2]
         written = continue_text(reloaded, prompt[None].to(self.device), 60, self.arguments.seed)[0, len(prompt) :]
         unigram = data.unigram_loss(self.streams[0], self.test.tokens[:, 1:], self.vocab)
         test_loss = curves["fused"]["test"][-1]

@@ -43,6 +43,7 @@ class Job(ABC):
     model: ClassVar[type[Twin]]
 
     source: str  # of the data; load() sets it
+    context: int  # positions of the model; known after encode() at the latest, a guess before it
     train: Side  # encode() sets these
     test: Side
 
@@ -52,11 +53,6 @@ class Job(ABC):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Options of this job alone."""
-
-    @property
-    @abstractmethod
-    def positions(self) -> dict[str, int]:
-        """The field of the model's sizes that says how many positions it has; an estimate before encode()."""
 
     @abstractmethod
     def load(self) -> Sequence[str]:
@@ -103,7 +99,7 @@ class Job(ABC):
     def config(self, vocab: int) -> ModelConfig:
         sizes = {name: getattr(self.arguments, name) for name in ("layers", "width", "dropout")}
         heads = max(1, self.arguments.width // self.head_width)
-        return self.model.Config(vocab=vocab, heads=heads, **sizes, **self.positions)
+        return ModelConfig(vocab=vocab, heads=heads, context=self.context, **sizes)
 
     def settings(self) -> Settings:
         given = {name: getattr(self.arguments, name) for name in ("epochs", "batch", "decay", "seed", "dtype")}

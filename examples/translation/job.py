@@ -62,13 +62,9 @@ class TranslationJob(Job):
     # like GELU's tanh form in place of erf moves the float32 losses by 1e-3 within four epochs.
     bounds = {"float32": 5e-4, "bfloat16": 1e-1}
     model = Translator
-    longest = 1  # tokens; known when the sentences are cut into tokens
+    context = 1  # known when the sentences are cut into tokens
     train: Sentences
     test: Sentences
-
-    @property
-    def positions(self) -> dict[str, int]:
-        return {"positions": self.longest}
 
     def load(self) -> list[str]:
         self.source = "translation catalogues"
@@ -78,7 +74,7 @@ class TranslationJob(Job):
 
     def encode(self, tokenizer: Any) -> str:
         train, test = encode(tokenizer, self.split.train), encode(tokenizer, self.split.test)
-        self.longest = max(len(row) for pair in train + test for row in pair)
+        self.context = max(len(row) for pair in train + test for row in pair)
         self.train, self.test = Sentences(train), Sentences(test)
         self.tokenizer = tokenizer
         return f"{len(train):,} training pairs, {len(test):,} held out"
