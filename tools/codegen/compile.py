@@ -43,10 +43,6 @@ class Device(NamedTuple):
     warps: int
     registers: int = 65536
 
-    @property
-    def shared_of_a_program(self) -> int:
-        return self.shared - RESERVED
-
 
 FEW = 12  # variants: they are compiled before another process has imported what it needs
 RESERVED = 1024  # bytes of shared memory that the system takes for each program
