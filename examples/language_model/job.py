@@ -17,7 +17,7 @@ import torch
 from examples.language_model import data
 from examples.language_model.data import END, Rows
 from examples.language_model.model import LanguageModel, continue_text
-from examples.training.job import Job, Report, Size
+from examples.training.job import Job, Report, Said, Size
 from examples.training.loop import Curves
 
 
@@ -101,24 +101,17 @@ class LanguageModelJob(Job):
         }
 
     @staticmethod
-    def describe_data(report: Report) -> str:
-        facts = report["data"]
-        return (
+    def say(report: Report) -> Said:
+        facts, quality = report["data"], report["quality"]
+        sample = f"{report['sample']['prompt']} [...] {report['sample']['continuation']}"
+        return Said(
             f"Text: {facts['source']}, {facts['train_tokens']:,} tokens to train on, {facts['test_tokens']:,} to test "
             f"on, vocabulary {facts['vocab']:,}; {facts['repeated_characters']:,} characters of repeated paragraphs "
-            "left out."
+            "left out.",
+            [
+                f"Test perplexity {quality['perplexity']:.1f} per token; always predicting the token frequencies gives "
+                f"{quality['unigram_perplexity']:.1f}. Bits per byte: {quality['bits_per_byte']:.3f}, "
+                f"unigram {quality['unigram_bits_per_byte']:.3f}."
+            ],
+            ["A sample (prompt from the test text, then the model's own words):", "", "```text", sample, "```"],
         )
-
-    @staticmethod
-    def describe_quality(report: Report) -> list[str]:
-        quality = report["quality"]
-        return [
-            f"Test perplexity {quality['perplexity']:.1f} per token; always predicting the token frequencies gives "
-            f"{quality['unigram_perplexity']:.1f}. Bits per byte: {quality['bits_per_byte']:.3f}, "
-            f"unigram {quality['unigram_bits_per_byte']:.3f}."
-        ]
-
-    @staticmethod
-    def examples(report: Report) -> list[str]:
-        sample = f"{report['sample']['prompt']} [...] {report['sample']['continuation']}"
-        return ["A sample (prompt from the test text, then the model's own words):", "", "```text", sample, "```"]

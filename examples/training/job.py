@@ -24,6 +24,15 @@ class Size(NamedTuple):
     meaning: str = ""
 
 
+class Said(NamedTuple):
+    """What a job adds to the report, in its places."""
+
+    data: str
+    quality: list[str]
+    examples: list[str]  # lines that end the report: what the trained model gives
+    scores: str = ""  # a table after those of the losses
+
+
 class Job(ABC):
     """Data, a model, and what the model's quality is measured by."""
 
@@ -75,21 +84,8 @@ class Job(ABC):
 
     @staticmethod
     @abstractmethod
-    def describe_data(report: Report) -> str: ...
-
-    @staticmethod
-    def score_table(report: Report) -> list[str]:
-        """Lines that follow the tables of the losses."""
-        return []
-
-    @staticmethod
-    @abstractmethod
-    def describe_quality(report: Report) -> list[str]: ...
-
-    @staticmethod
-    @abstractmethod
-    def examples(report: Report) -> list[str]:
-        """Lines that end the report: what the trained model gives."""
+    def say(report: Report) -> Said:
+        """What the report says of the job's own."""
 
     @staticmethod
     def draw(report: Report, folder: Path) -> dict[Path, str]:

@@ -175,13 +175,13 @@ def wrapped(line: str) -> str:
 
 def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
     """The Markdown report, which is also what the terminal shows."""
-    checks, environment = report["checks"], report["environment"]
+    checks, environment, said = report["checks"], report["environment"], job.say(report)
     reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
     lines = [
         f"# {report['title']}",
         "",
         *(part for text in notices(report) for part in (text, "")),
-        f"- {job.describe_data(report)}",
+        f"- {said.data}",
         f"- Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
         f"- Training: {json.dumps(report['settings'])}.",
         f"- Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while "
@@ -193,12 +193,12 @@ def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
         "",
         epoch_table(report["curves"]),
         "",
-        *job.score_table(report),
+        *([said.scores, ""] if said.scores else []),
         agreement(report),
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
-        *(f"- {line}" for line in job.describe_quality(report)),
+        *(f"- {line}" for line in said.quality),
         f"- Speed: tokens of the loss over the time of all training steps but the first {WARM_UP}, the two variants "
         "alternating in one process.",
         "",
     ]
-    return "\n".join([*map(wrapped, lines), *job.examples(report), ""])
+    return "\n".join([*map(wrapped, lines), *said.examples, ""])
