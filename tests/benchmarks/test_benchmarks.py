@@ -3,13 +3,14 @@
 import copy
 import json
 import re
+import runpy
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fresh import python
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
@@ -314,9 +315,11 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_lists_its_cases_from_a_checkout(capsys):
+def test_lists_its_cases_from_a_checkout(capsys, monkeypatch):
     assert run.main(["--only", "no such operation"]) == 2
     assert "--list" in capsys.readouterr().err
-    said = python("benchmarks/run.py", "--device", "cpu", "--list", "--only", "^rms_norm/forward/float32")
-    line = next(line for line in said.splitlines() if "/4x64 " in line)
-    assert line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--list", "--only", "^rms_norm/forward/float32"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(run.__file__, run_name="__main__")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "/4x64 " in line)
+    assert ended.value.code == 0 and line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]

@@ -50,19 +50,19 @@ pairs = functools.cache(load_pairs)
 
 
 @contextlib.contextmanager
-def little_data(task: str, folder: Path) -> Iterator[list[str]]:
-    """The arguments of a tiny run; a little of the real data."""
+def little_data(task: str, folder: Path, share: int = 16) -> Iterator[list[str]]:
+    """The arguments of a tiny run; a little of the real data, of the pairs one in `share`."""
     need(task)
     documents, _ = load_documents()
     (folder / "a text.txt").write_text("".join(split_documents(documents).train[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "load_pairs", lambda: pairs()[::16])
+        patch.setattr(translation, "load_pairs", lambda: pairs()[::share])
         yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
 
 
 @pytest.fixture
 def given(task, tmp_path) -> Iterator[list[str]]:
-    with little_data(task, tmp_path) as arguments:
+    with little_data(task, tmp_path, share=64) as arguments:
         yield [*arguments, "--report", str(tmp_path / "report")]
 
 

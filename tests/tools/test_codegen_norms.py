@@ -70,26 +70,40 @@ def test_no_spills_and_no_needless_access_on_hopper(tmp_path):
     assert all(f["stack"] == f["local"] == 0 for f in figures)
 
 
-def test_every_activation_compiles_in_float64(tmp_path):
-    """Triton makes other instructions of one function in float64, and may have none."""
-    only = r"^bias_act_dropout_\w+ (backward\+)?dropout\+bias\+d_x\+d_bias\+\w+\+strided_outer .*float64"
-    figures = calls(tmp_path, "--which", "activations", "--only", only, "--arch", "90")
-    assert len(figures) == 2 * len(ACTIVATIONS)
+CHOSEN = {  # arguments of norm_calls, and how many variants they choose
+    # Triton makes other instructions of one function in float64, and may have none
+    "every activation in float64": (
+        [
+            *("--which", "activations", "--arch", "90", "--only"),
+            r"^bias_act_dropout_\w+ (backward\+)?dropout\+bias\+d_x\+d_bias\+\w+\+strided_outer .*float64",
+        ],
+        2 * len(ACTIVATIONS),
+    ),
+    # mixed dtypes in rows with two strides, and dropout of float32: their parts did not spill one by one
+    "what spilled once in the backward": (
+        [
+            *("--which", "heaviest", "--arch", "90", "--sample", "6", "--only"),
+            r"^add_layer_norm_bwd .*(aligned_outer dtype=float32 residual_dtype=bfloat16"
+            r"|x_bias\+dropout\+drop_path\+stream_used.*\+aligned dtype=float32$)",
+        ],
+        6,
+    ),
+    # a sample of the calls on consumer Blackwell, other ones than in the slow tests
+    "where a multiprocessor holds fewer warps": (
+        ["--which", "pairs", "--arch", "120", "--sample", "8", "--seed", "100"],
+        8,
+    ),
+}
 
 
-def test_no_spills_in_the_backward_of_what_spilled_once(tmp_path):
-    """Mixed dtypes in rows with two strides, and dropout of float32: their parts did not spill one by one."""
-    mixed = r"aligned_outer dtype=float32 residual_dtype=bfloat16"
-    dropped = r"x_bias\+dropout\+drop_path\+stream_used.*\+aligned dtype=float32$"
-    only = f"^add_layer_norm_bwd .*({mixed}|{dropped})"
-    figures = calls(tmp_path, "--which", "heaviest", "--only", only, "--arch", "90", "--sample", "6")
-    assert len(figures) == 6
-
-
-def test_no_spills_where_a_multiprocessor_holds_fewer_warps(tmp_path):
-    """A sample of the calls on consumer Blackwell, other ones than in the slow tests."""
-    figures = calls(tmp_path, "--which", "pairs", "--arch", "120", "--sample", "8", "--seed", "100")
-    assert len(figures) == 8
+def test_no_spills_in_chosen_calls(tmp_path):
+    """In one process, which imports Triton once."""
+    commands = [[*given, "--json", str(tmp_path / name)] for name, (given, _) in CHOSEN.items()]
+    program = "from tools.codegen import norm_calls as calls; raise SystemExit(any([calls.main(c) for c in {}]))"
+    compiled("-c", program.format(commands))
+    assert {name: len((tmp_path / name).read_text().splitlines()) for name in CHOSEN} == {
+        name: count for name, (_, count) in CHOSEN.items()
+    }
 
 
 @pytest.mark.parametrize(
