@@ -230,17 +230,14 @@ def heaviest() -> Iterator[list[Variant]]:
     Longer rows on the same tile take more registers where the limit is the same, and rows that do not fill their last
     tile take more than those that do.
     """
-    everything = {name: True for name, values in NORM.items() if values is NO_YES}
-    switches: list[Call] = []
-    for off in ((), ("dropout",)):
-        switches.append(everything | dict.fromkeys(off, False) | {"backward": False})
+    everything = {name: name != "rms" for name, values in NORM.items() if values is NO_YES}
     lighter = ("layer_scale", "dropout", "memory_efficient", "d_x_bias")
-    for off in ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter):
-        switches.append(everything | dict.fromkeys(off, False))
+    forward, backward = ((), ("dropout",)), ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter)
+    switches: list[Call] = [{"backward": False} | dict.fromkeys(off, False) for off in forward]
+    switches += [dict.fromkeys(off, False) for off in backward]
     mixes = [dict(zip(_DTYPE_AXES, mix, strict=True)) for mix in _MIXES]
     for switch, mix, layout in itertools.product(switches, mixes, _HEAVY_LAYOUTS):
-        call = everything | {"rms": False} | switch | mix | {"layout": layout}
-        call["rms"] = False
+        call = everything | switch | mix | {"layout": layout}
         asked: list[Any] = []
         note(call, 64, asked)
         yield from (note(call, n) for n in _longest(widths(*asked[0][:2])))

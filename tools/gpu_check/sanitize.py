@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 if "--device=cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -108,15 +109,13 @@ def noted() -> Iterator[set[str]]:
         reached.update({"finalize"} if "sum_partials" in name else ())
         launch(self, *args)
 
-    table.forward = lambda *a, **k: note("forward", "wide", forward(*a, **k))
-    table.backward = lambda *a, **k: note("backward", "slabs", backward(*a, **k))
-    triton_launch.Variant.launch = launching  # type: ignore[method-assign]
     triton_norm.forget_variants()
-    try:
+    with (
+        mock.patch.object(table, "forward", lambda *a, **k: note("forward", "wide", forward(*a, **k))),
+        mock.patch.object(table, "backward", lambda *a, **k: note("backward", "slabs", backward(*a, **k))),
+        mock.patch.object(triton_launch.Variant, "launch", launching),
+    ):
         yield reached
-    finally:
-        table.forward, table.backward = forward, backward
-        triton_launch.Variant.launch = launch  # type: ignore[method-assign]
 
 
 def tensors(work: Work) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
