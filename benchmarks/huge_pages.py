@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder
 from benchmarks.report.stats import seconds_text
+from benchmarks.report.table import table
 
 SHAPES = ((1024, 3072), (4096, 4096), (16384, 4096))
 VARIANTS = {
@@ -99,7 +99,7 @@ def text(rows: list[list[Any]]) -> str:
     head = ["rows x columns", "float32 add + LayerNorm", "a call", "eager's time over it", "page faults"]
     return (
         f"Fresh outputs on {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}: the "
-        f"memory of a call is given back after it\n\n{report.table(head, rows)}"
+        f"memory of a call is given back after it\n\n{table(head, rows)}"
     )
 
 

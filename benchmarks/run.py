@@ -36,6 +36,7 @@ from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder, read_result, write_result
 from benchmarks.report.stats import AUTOMATIC
+from benchmarks.report.table import table
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5, "targets": 0.05}
@@ -311,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     excluded = {name: reason for name, reason in limited.items() if arguments.only.search(name)}
     if arguments.list:
         rows = [[c.name, c.bytes_moved, c.flops, f"{c.flops / c.bytes_moved:.2f}"] for c in chosen]
-        print(report.table(["case", "bytes", "FLOP", "FLOP/byte"], rows))
+        print(table(["case", "bytes", "FLOP", "FLOP/byte"], rows))
         return 0
     if not chosen:
         print(f"no case of the {arguments.level} sweep matches {arguments.only.pattern!r}; see --list", file=sys.stderr)

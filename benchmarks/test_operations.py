@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, measure
+from benchmarks import measure
 from benchmarks.cases import TINY, TINY_ATTENTION, TINY_LAYER, Case, Sweep
 
 DEVICE = measure.best_device()
@@ -61,9 +61,6 @@ def test_operation(benchmark, case: Case, who: str):
     if who == "fused":
         verdict = measure.check(case, DEVICE)
         assert verdict.ok, verdict.detail
-    problem, op = measure.problem(case, DEVICE), case.operation
-    needs_grad = case.direction != "forward"
-    leaves = {name: leaf.detach().requires_grad_(needs_grad) for name, leaf in problem.leaves.items()}
-    call = op.eager(leaves) if who == "eager" else op.fused(leaves)
+    build = case.operation.eager if who == "eager" else case.operation.fused
     benchmark.group = case.name
-    benchmark(timed(cases.runner(call, leaves.values(), problem.cotangents, case.direction)))
+    benchmark(timed(measure.problem(case, DEVICE).runner(case.direction, build)))

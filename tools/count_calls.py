@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fusednorm
+from benchmarks.report.table import table
 from fusednorm.dispatch import settings
 
 PACKAGE = str(Path(fusednorm.__file__).parent)
@@ -70,9 +71,7 @@ def main() -> int:
             "causal attention, without the fast path": count(causal_attention),
         }
     found["encoder layer, training step"] = count(encoder_layer())
-    print("| call | calls | files | returns |\n|---|--:|--:|--:|")
-    for name, counted in found.items():
-        print(f"| {name} | {counted.calls} | {counted.files} | {counted.returns} |")
+    print(table(["call", *Count._fields], [[name, *counted] for name, counted in found.items()]))
     return 0
 
 

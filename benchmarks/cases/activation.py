@@ -45,22 +45,20 @@ class Activation(Operation):
             return lambda: (fusednorm.bias_act_dropout(x, bias, activation, p, seed=seed),)
         return lambda: (fusednorm.bias_act_dropout(x, bias, activation),)
 
-    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
-        """The least traffic: each input read once, each result written once. No mask and no sum x + bias is stored."""
+    def traffic(self, shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
+        """No mask and no sum x + bias is stored."""
         tensor, parameter = math.prod(shape) * itemsize, shape[-1] * itemsize
-        forward, backward = 2 * tensor + parameter, 3 * tensor + 2 * parameter
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+        return 2 * tensor + parameter, 3 * tensor + 2 * parameter, 0
 
-    def flops(self, shape: tuple[int, ...], direction: str) -> int:
-        """Float operations an element, an erf or exponential counted as one (integer work is left out).
+    def arithmetic(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Float operations, an erf or exponential counted as one (integer work is left out).
 
         Forward: the bias 1, and relu 1, or gelu's scale, erf, sum and two products 5. Backward: the bias, the product
         with dy and dbias 3, and relu's comparison 1, or gelu's two halves 10. The tanh form and silu are counted alike,
         a tanh as one. Dropout's scale 1 each way.
         """
         forward, backward = (count + self.draws_mask for count in ACTIVATIONS[self.activation].flops)
-        each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-        return each * math.prod(shape)
+        return forward * math.prod(shape), backward * math.prod(shape)
 
     def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose matmul rate bounds the arithmetic: it is done in float32 whatever is read."""

@@ -105,15 +105,11 @@ class Attention(Operation):
             options |= {"dropout_p": self.dropout_p, "seed": seed}
         return lambda: (fusednorm.scaled_dot_product_attention(query, key, value, **options),)
 
-    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
-        """The least traffic: each tensor once, no logits, the log-sum-exp (kept for a backward) in float32."""
+    def traffic(self, shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
+        """Each tensor once, no logits, the log-sum-exp (kept for a backward) in float32."""
         queries, statistics = math.prod(shape) * itemsize, math.prod(shape[:3]) * 4
         keys = 2 * math.prod(self.inputs(shape)["key"]) * itemsize
-        forward = 2 * queries + keys
-        backward = (3 * queries + keys + statistics) + (queries + keys)
-        if direction == "forward":
-            return forward
-        return backward if direction == "backward" else forward + statistics + backward
+        return 2 * queries + keys, (3 * queries + keys + statistics) + (queries + keys), statistics
 
     def pairs(self, shape: tuple[int, ...]) -> int:
         """Queries and keys that see each other, in a head, over the batch."""
@@ -126,10 +122,10 @@ class Attention(Operation):
                 total += length * seen
         return total
 
-    def flops(self, shape: tuple[int, ...], direction: str) -> int:
+    def arithmetic(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Of the matrix products: two forward (logits, output), five backward (logits again, dP, dV, dQ, dK)."""
-        products = {"forward": 2, "backward": 5, "both": 7}[direction]
-        return products * 2 * shape[3] * shape[1] * self.pairs(shape)
+        product = 2 * shape[3] * shape[1] * self.pairs(shape)
+        return 2 * product, 5 * product
 
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of what checking and measuring take: float64 twins, with all logits and their gradients."""

@@ -54,12 +54,23 @@ class Operation(ABC):
         """The package's function. Without `seed` it draws one each call, as a user's call does."""
 
     @abstractmethod
+    def traffic(self, shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
+        """Bytes of a forward, of a backward, and of what a forward writes for a backward beside its results.
+
+        The least: each input read once, each result written once.
+        """
+
     def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
-        """The least traffic: each input read once, each result written once."""
+        forward, backward, kept = self.traffic(shape, itemsize)
+        return {"forward": forward, "backward": backward, "both": forward + kept + backward}[direction]
 
     @abstractmethod
+    def arithmetic(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Float operations of a forward and of a backward."""
+
     def flops(self, shape: tuple[int, ...], direction: str) -> int:
-        """Float operations."""
+        forward, backward = self.arithmetic(shape)
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
     def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose matmul rate bounds the arithmetic."""

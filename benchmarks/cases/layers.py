@@ -92,7 +92,7 @@ class Layer(Operation):
         """What one forward keeps for its backward: distinct storages, without inputs and parameters."""
         return saved_bytes(t.values(), call)
 
-    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
+    def traffic(self, shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
         """The least traffic with everything between two matrix products in one kernel, and logits in none.
 
         In tensors of the input's size, read and written, forward: queries, keys and values 1 + 3, attention 3 + 1, its
@@ -106,17 +106,15 @@ class Layer(Operation):
         forward = 34 + 14 * self.decoder + 3 * self.norm_first
         backward = 60 + 26 * self.decoder + 3 * self.norm_first
         matrices = (16 if self.decoder else 12) * width**2 * itemsize
-        moved = {"forward": forward * tensor + matrices, "backward": backward * tensor + 2 * matrices}
-        return moved.get(direction) or sum(moved.values())
+        return forward * tensor + matrices, backward * tensor + 2 * matrices, 0
 
-    def flops(self, shape: tuple[int, ...], direction: str) -> int:
+    def arithmetic(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Of the matrix products. A weight costs 2 a token forward, 4 backward; a pair of query and key 4 x width
         forward (logits, output), 10 x width backward (logits again, dP, dV, dQ, dK)."""
         batch, length, width = shape
         weights = (16 if self.decoder else 12) * width**2 * batch * length
         pairs = batch * (length * (length + 1) // 2 + length**2 if self.decoder else length**2) * width
-        forward, backward = 2 * weights + 4 * pairs, 4 * weights + 10 * pairs
-        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+        return 2 * weights + 4 * pairs, 4 * weights + 10 * pairs
 
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of what checking and measuring take: float64 twins with all logits, and parameters."""

@@ -96,11 +96,11 @@ class Norm(Operation):
             return lambda: function(x, residual, *settings)
         return lambda: (function(x, *settings),)
 
-    def bytes_moved(self, shape: tuple[int, ...], itemsize: int, direction: str) -> int:
-        """The least traffic: each input read once, each result written once, statistics in float32.
+    def traffic(self, shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
+        """The statistics are float32.
 
-        Forward without gradients stores no statistics; with them (backward, both) it does. The backward reads the
-        cotangents and the kept stream. The gradient of a bare add is one tensor for both operands. No mask is stored.
+        A forward without gradients stores no statistics. The backward reads the cotangents and the kept stream. The
+        gradient of a bare add is one tensor for both operands. No mask is stored.
         """
         rows, width = math.prod(shape[:-1]), shape[-1]
         tensor, parameter = rows * width * itemsize, width * itemsize
@@ -109,11 +109,9 @@ class Norm(Operation):
         forward = (4 if self.add else 2) * tensor + (n_parameters + self.epilogue) * parameter
         read = (3 if self.add else 2) * tensor + statistics + parameter
         written = (2 if self.epilogue else 1) * tensor + (n_parameters + self.epilogue) * parameter
-        if direction == "forward":
-            return forward
-        return read + written if direction == "backward" else forward + statistics + read + written
+        return forward, read + written, statistics
 
-    def flops(self, shape: tuple[int, ...], direction: str) -> int:
+    def arithmetic(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Float additions and multiplications, per element (what is done once a row, and integer work, is left out).
 
         Forward LayerNorm 7: mean 1, centre 1, square and sum 2, scale 1, weight 1, bias 1; RMSNorm 4. Backward
@@ -122,8 +120,7 @@ class Norm(Operation):
         """
         extra = self.add + 2 * self.epilogue
         forward, backward = (4 if self.rms else 7) + extra, (9 if self.rms else 13) + extra
-        each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
-        return each * math.prod(shape)
+        return forward * math.prod(shape), backward * math.prod(shape)
 
     def flop_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype whose matmul rate bounds the arithmetic: norms compute in float32 whatever they read."""

@@ -6,11 +6,12 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OPS, Call, Case, Leaves
+from benchmarks.cases import OPS, Call, Case, Leaves, runner
 
 DRAWS = 8
 PEER_TOLERANCE = 16  # a baseline further than this many budgets from float64 computes something else
@@ -29,6 +30,11 @@ class Problem:
     def leaves_for(self, direction: str) -> dict[str, Tensor]:
         """Inputs to be timed, at the same addresses each time."""
         return {name: leaf.detach().requires_grad_(direction != "forward") for name, leaf in self.leaves.items()}
+
+    def runner(self, direction: str, build: Callable[[Leaves], Call]) -> Callable[[], Any]:
+        """What is timed of a call on such inputs."""
+        leaves = self.leaves_for(direction)
+        return runner(build(leaves), leaves.values(), self.cotangents, direction)
 
 
 @functools.lru_cache(maxsize=1)

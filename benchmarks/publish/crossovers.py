@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.cases import OPS
-from benchmarks.report import pages as report
+from benchmarks.report import table as report_table
 from benchmarks.report.files import read_result
 from benchmarks.report.stats import LOSS, Record, measured, no_kernel, ratio
 from fusednorm.dispatch import PROVIDERS
@@ -192,7 +192,7 @@ def changes(made: Mapping[str, Any], path: Path) -> str:
     now = json.loads(text(made))["steps"]
     rows = [[name, str(before.get(name, "-")), str(steps)] for name, steps in now.items() if before.get(name) != steps]
     head = ["operation/bytes/direction", "columns, elements, provider before", "now"]
-    return report.table(head, rows) if rows else "No step changes."
+    return report_table.table(head, rows) if rows else "No step changes."
 
 
 def main(argv: list[str] | None = None) -> int:

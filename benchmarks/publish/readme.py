@@ -17,8 +17,8 @@ from pathlib import Path
 from benchmarks.cases import DIRECTION_TITLES
 from benchmarks.publish import add_result
 from benchmarks.report.files import renew
-from benchmarks.report.pages import table
-from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, losses, measured, no_kernel, ratio
+from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, groups_by_key, losses, measured, no_kernel, ratio
+from benchmarks.report.table import table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 PERFORMANCE = README.parent / "docs" / "performance.md"
@@ -69,8 +69,7 @@ def cell(group: Group | None) -> str:
 
 def figures(result: Record) -> str:
     """Operations and directions down, dtypes across."""
-    found = {(g.op, g.direction, g.dtype): g for g in groups(result)}
-    dtypes = list(dict.fromkeys(dtype for _, _, dtype in found))
+    found, dtypes = groups_by_key(result), _dtypes(result)
     rows = [
         [f"`{op}`, {DIRECTION_TITLES[direction]}", *(cell(found.get((op, direction, dtype))) for dtype in dtypes)]
         for op, direction in dict.fromkeys((op, direction) for op, direction, _ in found)
@@ -107,14 +106,11 @@ def section(path: Path, result: Record, root: Path) -> str:
 
 def summary(kept: Sequence[tuple[Path, Record]]) -> str:
     """The README's table: mean speed-ups of a few operations on each device, forward and backward."""
-    found = {path: {(g.op, g.direction, g.dtype): g.mean for g in groups(result)} for path, result in kept}
+    found = {path: groups_by_key(result) for path, result in kept}
     columns = [(path, result["environment"]["device"], dtype) for path, result in kept for dtype in _dtypes(result)]
     rows = [
         [f"`{op}`, {DIRECTION_TITLES[direction]}"]
-        + [
-            f"{found[path][op, direction, d]:.2f}" if (op, direction, d) in found[path] else ""
-            for path, _, d in columns
-        ]
+        + [f"{g.mean:.2f}" if (g := found[path].get((op, direction, d))) else "" for path, _, d in columns]
         for op, direction in SUMMARY
     ]
     legend = "Eager's time over ours, above 1 we are faster: geometric mean over the sizes of the sweep, 2 threads."
@@ -130,13 +126,13 @@ def draw(kept: Sequence[tuple[Path, Record]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     _, result = kept[0]
-    found = {(g.op, g.direction, g.dtype): g.mean for g in groups(result)}
-    dtypes = _dtypes(result)
+    found, dtypes = groups_by_key(result), _dtypes(result)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / len(dtypes)
     for i, dtype in enumerate(dtypes):
-        bars = [found.get((op, direction, dtype), 0.0) for op, direction in SUMMARY]
+        shown = [found.get((op, direction, dtype)) for op, direction in SUMMARY]
+        bars = [0.0 if group is None else group.mean for group in shown]
         places = [row + (i - (len(dtypes) - 1) / 2) * height for row in range(len(SUMMARY))]
         drawn = axes.barh(places, bars, height, label=dtype, color=("tab:blue", "tab:orange", "tab:green")[i % 3])
         axes.bar_label(drawn, [f"{value:.2f}x" if value else "" for value in bars], padding=3, fontsize=9)

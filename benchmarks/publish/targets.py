@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.publish import add_result
 from benchmarks.report.files import read_result, renew
-from benchmarks.report.pages import table
 from benchmarks.report.stats import LOSS, Record, believable, measured, ratio, roofline_fraction
+from benchmarks.report.table import table
 
 TABLE = add_result.RESULTS / "targets.md"
 MIB = 1 << 20

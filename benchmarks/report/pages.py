@@ -10,7 +10,7 @@ import json
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -41,28 +41,13 @@ from benchmarks.report.stats import (
     seconds_text,
     verdict,
 )
+from benchmarks.report.table import table
 
 CHANGE = 1.10  # addresses and clocks differ between two processes: smaller changes are none
 
 
 PAGE_BAR = "\\|"  # in a page that is rendered, a bar would end the cell
 SIZES = {"attention": "batch x heads x length x head dim", "layer": "batch x length x width"}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], bar: str = "|") -> str:
-    """A Markdown table whose source is aligned too; the first column is text, the others are figures.
-
-    `bar` stands for a bar inside a cell.
-    """
-    rows = [[str(cell).replace("|", bar) for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in [list(head), *rows])) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def _families(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

@@ -89,6 +89,11 @@ def groups(result: Record) -> list[Group]:
     return found
 
 
+def groups_by_key(result: Record) -> dict[tuple[str, str, str], Group]:
+    """By operation, direction and dtype."""
+    return {(g.op, g.direction, g.dtype): g for g in groups(result)}
+
+
 def verdict(value: tuple[float, ...]) -> str:
     """What a ratio says: a difference is one that the whole interval and the fastest samples show."""
     if max(value[2:]) < LOSS:

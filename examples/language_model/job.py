@@ -12,10 +12,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from examples.language_model import data
 from examples.language_model.data import END, Rows
 from examples.language_model.model import LanguageModel, continue_text
-from examples.training.job import Job, Report, Size
+from examples.training.job import Job, Report, Said, Size
 from examples.training.loop import Curves
 
 
@@ -54,9 +56,9 @@ class LanguageModelJob(Job):
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--text", metavar="FILE", help="UTF-8 text to train on (default: pydoc_data.topics)")
 
-    @property
-    def positions(self) -> dict[str, int]:
-        return {"context": self.arguments.context}
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        super().__init__(arguments, device)
+        self.context = arguments.context
 
     def load(self) -> list[str]:
         self.split = data.split_documents(*data.load_documents(self.arguments.text))
@@ -66,7 +68,7 @@ class LanguageModelJob(Job):
     def encode(self, tokenizer: Any) -> str:
         self.vocab = tokenizer.get_vocab_size()
         self.streams = [data.encode(tokenizer, side) for side in (self.split.train, self.split.test)]
-        self.train, self.test = (Rows(data.blocks(stream, self.arguments.context)) for stream in self.streams)
+        self.train, self.test = (Rows(data.blocks(stream, self.context)) for stream in self.streams)
         return f"{self.streams[0].numel():,} training tokens"
 
     def data_facts(self) -> Report:
@@ -79,7 +81,7 @@ class LanguageModelJob(Job):
         }
 
     def after(self, twins: Mapping[str, Any], reloaded: Any, tokenizer: Any, curves: Curves) -> Report:
-        prompt = self.test.tokens[0, : self.arguments.context // 2]
+        prompt = self.test.tokens[0, : self.context // 2]
         written = continue_text(reloaded, prompt[None].to(self.device), 60, self.arguments.seed)[0, len(prompt) :]
         unigram = data.unigram_loss(self.streams[0], self.test.tokens[:, 1:], self.vocab)
         test_loss = curves["fused"]["test"][-1]
@@ -99,24 +101,17 @@ class LanguageModelJob(Job):
         }
 
     @staticmethod
-    def describe_data(report: Report) -> str:
-        facts = report["data"]
-        return (
+    def say(report: Report) -> Said:
+        facts, quality = report["data"], report["quality"]
+        sample = f"{report['sample']['prompt']} [...] {report['sample']['continuation']}"
+        return Said(
             f"Text: {facts['source']}, {facts['train_tokens']:,} tokens to train on, {facts['test_tokens']:,} to test "
             f"on, vocabulary {facts['vocab']:,}; {facts['repeated_characters']:,} characters of repeated paragraphs "
-            "left out."
+            "left out.",
+            [
+                f"Test perplexity {quality['perplexity']:.1f} per token; always predicting the token frequencies gives "
+                f"{quality['unigram_perplexity']:.1f}. Bits per byte: {quality['bits_per_byte']:.3f}, "
+                f"unigram {quality['unigram_bits_per_byte']:.3f}."
+            ],
+            ["A sample (prompt from the test text, then the model's own words):", "", "```text", sample, "```"],
         )
-
-    @staticmethod
-    def describe_quality(report: Report) -> list[str]:
-        quality = report["quality"]
-        return [
-            f"Test perplexity {quality['perplexity']:.1f} per token; always predicting the token frequencies gives "
-            f"{quality['unigram_perplexity']:.1f}. Bits per byte: {quality['bits_per_byte']:.3f}, "
-            f"unigram {quality['unigram_bits_per_byte']:.3f}."
-        ]
-
-    @staticmethod
-    def examples(report: Report) -> list[str]:
-        sample = f"{report['sample']['prompt']} [...] {report['sample']['continuation']}"
-        return ["A sample (prompt from the test text, then the model's own words):", "", "```text", sample, "```"]

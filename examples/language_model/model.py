@@ -6,7 +6,6 @@ A decoder that attends to nothing but itself is what both call an encoder, with 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,20 +13,13 @@ from torch import nn
 from examples.training.model import ModelConfig, Twin, library
 
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(ModelConfig):
-    context: int
-
-
 class LanguageModel(Twin):
     """Tokens (batch, length) int64 to logits (batch, length, vocab)."""
 
-    Config = LanguageModelConfig
-    config: LanguageModelConfig
     future: torch.Tensor
 
-    def __init__(self, variant: str, config: LanguageModelConfig) -> None:
-        super().__init__(variant, config, config.context)
+    def __init__(self, variant: str, config: ModelConfig) -> None:
+        super().__init__(variant, config)
         layer = library(variant).TransformerEncoderLayer(
             *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
         )

@@ -24,6 +24,15 @@ class Size(NamedTuple):
     meaning: str = ""
 
 
+class Said(NamedTuple):
+    """What a job adds to the report, in its places."""
+
+    data: str
+    quality: list[str]
+    examples: list[str]  # lines that end the report: what the trained model gives
+    scores: str = ""  # a table after those of the losses
+
+
 class Job(ABC):
     """Data, a model, and what the model's quality is measured by."""
 
@@ -43,6 +52,7 @@ class Job(ABC):
     model: ClassVar[type[Twin]]
 
     source: str  # of the data; load() sets it
+    context: int  # positions of the model; known after encode() at the latest, a guess before it
     train: Side  # encode() sets these
     test: Side
 
@@ -52,11 +62,6 @@ class Job(ABC):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Options of this job alone."""
-
-    @property
-    @abstractmethod
-    def positions(self) -> dict[str, int]:
-        """The field of the model's sizes that says how many positions it has; an estimate before encode()."""
 
     @abstractmethod
     def load(self) -> Sequence[str]:
@@ -79,21 +84,8 @@ class Job(ABC):
 
     @staticmethod
     @abstractmethod
-    def describe_data(report: Report) -> str: ...
-
-    @staticmethod
-    def score_table(report: Report) -> list[str]:
-        """Lines that follow the tables of the losses."""
-        return []
-
-    @staticmethod
-    @abstractmethod
-    def describe_quality(report: Report) -> list[str]: ...
-
-    @staticmethod
-    @abstractmethod
-    def examples(report: Report) -> list[str]:
-        """Lines that end the report: what the trained model gives."""
+    def say(report: Report) -> Said:
+        """What the report says of the job's own."""
 
     @staticmethod
     def draw(report: Report, folder: Path) -> dict[Path, str]:
@@ -103,7 +95,7 @@ class Job(ABC):
     def config(self, vocab: int) -> ModelConfig:
         sizes = {name: getattr(self.arguments, name) for name in ("layers", "width", "dropout")}
         heads = max(1, self.arguments.width // self.head_width)
-        return self.model.Config(vocab=vocab, heads=heads, **sizes, **self.positions)
+        return ModelConfig(vocab=vocab, heads=heads, context=self.context, **sizes)
 
     def settings(self) -> Settings:
         given = {name: getattr(self.arguments, name) for name in ("epochs", "batch", "decay", "seed", "dtype")}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.profiler import profile
 
 from benchmarks.cases.base import saved_bytes
 from examples.training.loop import Settings, Trainer
@@ -62,12 +63,10 @@ def allocated_peak(work: Callable[[], None], device: torch.device) -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    # acc_events: without it torch warns that events of earlier cycles are dropped; there is one cycle.
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    # The backend of torch.profiler, which would parse every event too: seconds, and only the allocations are wanted.
+    with quiet_stderr(), profile(use_kineto=True, profile_memory=True) as profiler:
         work()
-    records = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(records, key=lambda record: record.start_ns()):
         held += event.nbytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ def library(variant: str) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     vocab: int
+    context: int  # positions that a model has
     layers: int
     width: int
     heads: int
@@ -48,14 +49,13 @@ class Twin(nn.Module):
     One table embeds the tokens, times `scale`, and gives the logits.
     """
 
-    Config: ClassVar[type[ModelConfig]]
     scale: float | None = None
 
-    def __init__(self, variant: str, config: ModelConfig, positions: int) -> None:
+    def __init__(self, variant: str, config: ModelConfig) -> None:
         super().__init__()
         self.variant, self.config = variant, config
         self.token = nn.Embedding(config.vocab, config.width)
-        self.position = nn.Embedding(positions, config.width)
+        self.position = nn.Embedding(config.context, config.width)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.token(tokens) if self.scale is None else self.token(tokens) * self.scale
@@ -74,7 +74,7 @@ def make_twins(
 ) -> dict[str, Model]:
     """Build the variants with equal parameters: the first is initialised from the seed, the others load its state."""
     torch.manual_seed(seed)
-    twins = {variant: kind(variant, config) for variant in variants}  # type: ignore[call-arg]
+    twins = {variant: kind(variant, config) for variant in variants}
     first = twins[variants[0]]
     for model in twins.values():
         if model is not first:
@@ -114,6 +114,6 @@ def save_checkpoint(path: Path, model: Twin, tokenizer: Any) -> None:
 def load_checkpoint(path: Path, kind: type[Model], device: torch.device) -> tuple[Model, Any]:
     """Rebuild model and tokenizer; `weights_only=True` executes nothing that the file contains."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    model = kind(saved["variant"], kind.Config(**saved["config"])).to(device)  # type: ignore[call-arg]
+    model = kind(saved["variant"], ModelConfig(**saved["config"])).to(device)
     model.load_state_dict(saved["state"], strict=True)
     return model, load_tokenizer(saved["tokenizer"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-import unicodedata
 from typing import Any
 
 from benchmarks.measure import load as measure_load
 from benchmarks.report import stats as report_stats
+from benchmarks.report.table import table
 from examples.training.job import Job
 from examples.training.loop import WARM_UP
 
@@ -165,21 +165,6 @@ def epoch_table(curves: dict[str, Any]) -> str:
     return table(("epoch", "train eager", "train fused", "test eager", "test fused"), rows)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(columns(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell + " " * (w - columns(cell)) for cell, w in zip(row, widths)) + " |"
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def columns(text: str) -> int:
-    """How wide a text stands on a terminal: a Chinese character takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 def wrapped(line: str) -> str:
     """Running text broken for a terminal; tables and commands stay as they are."""
     if line.startswith(("|", "    ", "#")):
@@ -190,13 +175,13 @@ def wrapped(line: str) -> str:
 
 def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
     """The Markdown report, which is also what the terminal shows."""
-    checks, environment = report["checks"], report["environment"]
+    checks, environment, said = report["checks"], report["environment"], job.say(report)
     reload = "bitwise equal" if checks["reload_equal"] else f"NOT EQUAL to {report['curves']['fused']['test'][-1]!r}"
     lines = [
         f"# {report['title']}",
         "",
         *(part for text in notices(report) for part in (text, "")),
-        f"- {job.describe_data(report)}",
+        f"- {said.data}",
         f"- Model: {report['parameters']:,} parameters; {json.dumps(report['model'])}.",
         f"- Training: {json.dumps(report['settings'])}.",
         f"- Machine: {environment['device']}; torch {environment['torch']}, threads: {environment['threads']}; while "
@@ -208,12 +193,12 @@ def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
         "",
         epoch_table(report["curves"]),
         "",
-        *job.score_table(report),
+        *([said.scores, ""] if said.scores else []),
         agreement(report),
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
-        *(f"- {line}" for line in job.describe_quality(report)),
+        *(f"- {line}" for line in said.quality),
         f"- Speed: tokens of the loss over the time of all training steps but the first {WARM_UP}, the two variants "
         "alternating in one process.",
         "",
     ]
-    return "\n".join([*map(wrapped, lines), *job.examples(report), ""])
+    return "\n".join([*map(wrapped, lines), *said.examples, ""])

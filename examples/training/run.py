@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,15 +23,15 @@ from pathlib import Path
 
 import torch
 
-import fusednorm
 from benchmarks import cases
 from benchmarks.measure import load as measure_load
+from benchmarks.measure.machine import environment
 from benchmarks.report.files import make_folder
 from examples.training import report as reports
 from examples.training import text
 from examples.training.job import Job, Report
 from examples.training.loop import evaluate, train_twins
-from examples.training.machine import DTYPES, choose_device, deterministic, device_name, provider_context, threads
+from examples.training.machine import DTYPES, choose_device, deterministic, provider_context, threads
 from examples.training.measure import measure_memory, routes
 from examples.training.model import VARIANTS, load_checkpoint, make_twins, save_checkpoint
 from examples.training.pictures import plot_curves
@@ -98,7 +97,8 @@ def train_and_report(job: Job) -> int:
     middle = batches[(len(batches) - 1) // 2].to(device)
     served = routes(twins["fused"], *middle.inputs)
     parameters = sum(p.numel() for p in twins["fused"].parameters())
-    print(f"{amount}, {parameters:,} parameters, {device_name(device)}", flush=True)
+    facts = environment(device)
+    print(f"{amount}, {parameters:,} parameters, {facts['device']}", flush=True)
 
     job.before(twins)
     others = measure_load.BackgroundLoad()
@@ -116,13 +116,8 @@ def train_and_report(job: Job) -> int:
         "parameters": parameters,
         "data": job.data_facts(),
         "environment": {
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
+            **facts,
             "threads": torch.get_num_threads(),
-            "fusednorm": fusednorm.__version__,
-            "providers": list(fusednorm.available_providers()),
-            "device_type": device.type,
             "route": served,
             "fused_command": arguments.fused_command,
             "others": taken,

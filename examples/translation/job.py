@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.training.job import Job, Report, Size
+from benchmarks.report.table import table
+from examples.training.job import Job, Report, Said, Size
 from examples.training.loop import Curves
 from examples.training.pictures import new_figure, save
-from examples.training.report import subtitles, table
+from examples.training.report import subtitles
 from examples.translation import score
 from examples.translation.data import PACKAGES, SPECIAL, Pair, Sentences, Split, encode, load_pairs, split_pairs
 from examples.translation.model import Translator
@@ -61,13 +62,9 @@ class TranslationJob(Job):
     # like GELU's tanh form in place of erf moves the float32 losses by 1e-3 within four epochs.
     bounds = {"float32": 5e-4, "bfloat16": 1e-1}
     model = Translator
-    longest = 1  # tokens; known when the sentences are cut into tokens
+    context = 1  # known when the sentences are cut into tokens
     train: Sentences
     test: Sentences
-
-    @property
-    def positions(self) -> dict[str, int]:
-        return {"positions": self.longest}
 
     def load(self) -> list[str]:
         self.source = "translation catalogues"
@@ -77,7 +74,7 @@ class TranslationJob(Job):
 
     def encode(self, tokenizer: Any) -> str:
         train, test = encode(tokenizer, self.split.train), encode(tokenizer, self.split.test)
-        self.longest = max(len(row) for pair in train + test for row in pair)
+        self.context = max(len(row) for pair in train + test for row in pair)
         self.train, self.test = Sentences(train), Sentences(test)
         self.tokenizer = tokenizer
         return f"{len(train):,} training pairs, {len(test):,} held out"
@@ -113,46 +110,28 @@ class TranslationJob(Job):
         }
 
     @staticmethod
-    def describe_data(report: Report) -> str:
-        facts = report["data"]
-        sources = ", ".join(f"{origin} {count:,}" for origin, count in facts["by_origin"].items())
+    def say(report: Report) -> Said:
+        facts, scores = report["data"], report["scores"]
+        packages = ", ".join(f"{origin} {count:,}" for origin, count in facts["by_origin"].items())
         left_out = ", ".join(f"{reason} {count:,}" for reason, count in facts["left_out"].items())
-        return (
-            f"Pairs: {facts['train_pairs']:,} to train on ({facts['train_tokens']:,} target tokens), "
-            f"{facts['test_pairs']:,} held out; by package: {sources}. Left out: {left_out}; at most {facts['length']} "
-            "characters a side."
-        )
-
-    @staticmethod
-    def score_table(report: Report) -> list[str]:
-        scores = report["scores"]
-        origins = list(scores["fused"]["by_origin"])
-        rows = [
-            (label, *(f"{value:.1f}" for value in chrf_of(scores[name], origins)), f"{scores[name]['exact']:.0%}")
-            for name, label in NAMES.items()
-        ]
-        header = ("translation by", "chrF", *(f"chrF, {origin}" for origin in origins), "equal to reference")
-        return [table(header, rows), ""]
-
-    @staticmethod
-    def describe_quality(report: Report) -> list[str]:
-        gain = report["scores"]["fused"]["chrf"] - report["scores"]["nearest"]["chrf"]
-        return [
-            f"chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest "
-            "training source's translation.",
-            "chrF counts the n-grams of 1 to 6 characters that translation and reference share, from 0 to 100. The "
-            "nearest training source is the one most like the held-out source; its translation is taken as it stands.",
-        ]
-
-    @staticmethod
-    def examples(report: Report) -> list[str]:
-        def cell(text: str) -> str:
-            return text.replace("|", "\\|") or "(nothing)"
-
+        gain = scores["fused"]["chrf"] - scores["nearest"]["chrf"]
         names = ("source", "reference", "fused", "nearest")
-        rows = [tuple(cell(example[name]) for name in names) for example in report["examples"]]
-        header = ("source", "reference", "fused, trained", "nearest training source")
-        return ["Held-out sentences, taken at equal distances:", "", table(header, rows)]
+        sentences = [[example[name] or "(nothing)" for name in names] for example in report["examples"]]
+        head = ("source", "reference", "fused, trained", "nearest training source")
+        return Said(
+            f"Pairs: {facts['train_pairs']:,} to train on ({facts['train_tokens']:,} target tokens), "
+            f"{facts['test_pairs']:,} held out; by package: {packages}. Left out: {left_out}; at most "
+            f"{facts['length']} characters a side.",
+            [
+                f"chrF of the fused model is {abs(gain):.1f} {'above' if gain >= 0 else 'BELOW'} that of the nearest "
+                "training source's translation.",
+                "chrF counts the n-grams of 1 to 6 characters that translation and reference share, from 0 to 100. The "
+                "nearest training source is the one most like the held-out source; its translation is taken as it "
+                "stands.",
+            ],
+            ["Held-out sentences, taken at equal distances:", "", table(head, sentences, "\\|", texts=4)],
+            score_table(scores),
+        )
 
     @staticmethod
     def draw(report: Report, folder: Path) -> dict[Path, str]:
@@ -178,6 +157,15 @@ class TranslationJob(Job):
         path = folder / "translate_chrf.png"
         save(figure, title, subtitles(report)[:2], path)
         return {path: "chrF"}
+
+
+def score_table(scores: Mapping[str, Any]) -> str:
+    origins = list(scores["fused"]["by_origin"])
+    rows = [
+        (label, *(f"{value:.1f}" for value in chrf_of(scores[name], origins)), f"{scores[name]['exact']:.0%}")
+        for name, label in NAMES.items()
+    ]
+    return table(["translation by", "chrF", *(f"chrF, {origin}" for origin in origins), "equal to reference"], rows)
 
 
 def chrf_of(scores: Mapping[str, Any], origins: Sequence[str] | Mapping[str, Any]) -> list[float]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from examples.training.model import ModelConfig, Twin, library
 from examples.translation.data import BEGIN_ID, END_ID, PAD_ID
-
-
-@dataclass(frozen=True, kw_only=True)
-class TranslatorConfig(ModelConfig):
-    positions: int
 
 
 def make_transformer(variant: str, config: ModelConfig) -> nn.Transformer:
@@ -39,11 +33,8 @@ class Translator(Twin):
     one table of tokens.
     """
 
-    Config = TranslatorConfig
-    config: TranslatorConfig
-
-    def __init__(self, variant: str, config: TranslatorConfig) -> None:
-        super().__init__(variant, config, config.positions)
+    def __init__(self, variant: str, config: ModelConfig) -> None:
+        super().__init__(variant, config)
         self.transformer = make_transformer(variant, config)
         self.scale = math.sqrt(config.width)
         nn.init.normal_(self.token.weight, std=config.width**-0.5)
@@ -78,7 +69,7 @@ def translate(model: Translator, source: torch.Tensor) -> list[list[int]]:
     going = list(range(len(source)))  # the rows without END so far: only these are decoded further
     memory = model.encode(source)
     target = source.new_full((len(source), 1), BEGIN_ID)
-    for _ in range(model.config.positions):
+    for _ in range(model.config.context):
         logits = model.logits(model.decode(target, memory, source)[:, -1])
         logits[:, [PAD_ID, BEGIN_ID]] = -torch.inf  # neither stands inside a translation
         chosen = logits.argmax(-1)

@@ -26,25 +26,29 @@ def measured(*records, commit="0123456789ab", date="2030-01-02T03:04:05+00:00", 
     return of
 
 
-def test_readme_follows_the_committed_data():
+@pytest.fixture(scope="module")
+def kept():
+    return add_result.newest()
+
+
+def test_readme_follows_the_committed_data(kept):
     """After a change of the raw data: python3 -m benchmarks.publish.readme"""
-    kept = add_result.newest()
     text = readme.README.read_text(encoding="utf-8")
     assert text == readme.replaced(text, readme.summary(kept), "summary")
     text = readme.PERFORMANCE.read_text(encoding="utf-8")
     assert text == readme.replaced(text, readme.block(kept, readme.PERFORMANCE.parent))
 
 
-def test_the_readme_has_a_row_for_each_operation_of_the_summary():
-    table = readme.summary(add_result.newest())
+def test_the_readme_has_a_row_for_each_operation_of_the_summary(kept):
+    table = readme.summary(kept)
     measured_rows = [line for line in table.splitlines() if re.match(r"\| `.*\d\.\d\d", line)]
     assert len(measured_rows) == len(readme.SUMMARY)
     assert readme.summary([]).count("| `") == len(readme.SUMMARY)
 
 
-def test_the_picture_is_drawn(tmp_path):
+def test_the_picture_is_drawn(kept, tmp_path):
     pytest.importorskip("matplotlib")
-    readme.draw(add_result.newest(), tmp_path / "picture.png")
+    readme.draw(kept, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

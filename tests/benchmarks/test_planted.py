@@ -122,6 +122,8 @@ def test_a_wrong_provider_gets_no_figure(fault, plant, tmp_path, capsys):
     assert (forward["status"], bool(forward["variants"])) == expected
     lines = [line for line in capsys.readouterr().out.splitlines() if "_layer_norm/both" in line]
     assert lines and all(verdict.upper() in line and " us" not in line for line in lines)
+    said = {"NaN": "max|normed - fp64|", "no launch": "RuntimeError: launch failed"}.get(fault, f"max|{fault} - fp64|")
+    assert all(said in line for line in lines)
 
 
 def test_a_kernel_that_became_wrong_is_flagged_and_has_no_figure(plant, tmp_path, capsys):

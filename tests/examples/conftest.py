@@ -10,13 +10,11 @@ import torch
 
 from examples.language_model.data import Rows
 from examples.language_model.job import LanguageModelJob
-from examples.language_model.model import LanguageModelConfig
 from examples.training.job import Job
 from examples.training.loop import Settings, Side
 from examples.training.model import Batch, ModelConfig, Twin, make_twins
 from examples.translation.data import BEGIN_ID, END_ID, Encoded, Sentences
 from examples.translation.job import TranslationJob
-from examples.translation.model import TranslatorConfig
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +64,10 @@ def drawn() -> Callable[..., Encoded]:
     return pairs_of
 
 
-LANGUAGE_MODEL = Case(LanguageModelJob, LanguageModelConfig(vocab=97, context=12, layers=2, width=32, heads=2), rows_of)
+LANGUAGE_MODEL = Case(LanguageModelJob, ModelConfig(vocab=97, context=12, layers=2, width=32, heads=2), rows_of)
 TRANSLATION = Case(
     TranslationJob,
-    TranslatorConfig(vocab=61, positions=14, layers=2, width=32, heads=2),
+    ModelConfig(vocab=61, context=14, layers=2, width=32, heads=2),
     lambda count: Sentences(pairs_of(count)),
 )
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fusednorm
+from benchmarks.report.table import columns
 from examples import train
 from examples.language_model.data import load_documents, split_documents
 from examples.training import report, run, text
@@ -45,20 +46,23 @@ def task(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+pairs = functools.cache(load_pairs)
+
+
 @contextlib.contextmanager
-def little_data(task: str, folder: Path) -> Iterator[list[str]]:
-    """The arguments of a tiny run; a little of the real data."""
+def little_data(task: str, folder: Path, share: int = 16) -> Iterator[list[str]]:
+    """The arguments of a tiny run; a little of the real data, of the pairs one in `share`."""
     need(task)
     documents, _ = load_documents()
     (folder / "a text.txt").write_text("".join(split_documents(documents).train[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "load_pairs", lambda: load_pairs()[::16])
+        patch.setattr(translation, "load_pairs", lambda: pairs()[::share])
         yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
 
 
 @pytest.fixture
 def given(task, tmp_path) -> Iterator[list[str]]:
-    with little_data(task, tmp_path) as arguments:
+    with little_data(task, tmp_path, share=64) as arguments:
         yield [*arguments, "--report", str(tmp_path / "report")]
 
 
@@ -328,7 +332,7 @@ def test_report_keeps_its_lines_short_and_its_tables_straight(finished):
     assert max(map(len, prose)) <= 120
     tables = [[]]
     for line in lines:
-        tables[-1].append(report.columns(line)) if line.startswith("|") else tables.append([])
+        tables[-1].append(columns(line)) if line.startswith("|") else tables.append([])
     assert all(len(set(widths)) == 1 for widths in tables if widths)
     assert sum(map(bool, tables)) == {"lm": 2, "translate": 4}[finished.job.task]
 

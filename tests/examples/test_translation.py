@@ -185,7 +185,7 @@ class Planned(nn.Module):
 
     def __init__(self, plan: list[list[int]], positions: int) -> None:
         super().__init__()
-        self.plan, self.config, self.longest = plan, SimpleNamespace(positions=positions), 0
+        self.plan, self.config, self.longest = plan, SimpleNamespace(context=positions), 0
 
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return source
@@ -219,7 +219,7 @@ def test_greedy_decoding_stops_at_the_last_position():
 def by_hand(model: Translator, source: list[int]) -> list[int]:
     """Greedy decoding of one sentence without any bookkeeping."""
     target = [BEGIN_ID]
-    while len(target) <= model.config.positions:
+    while len(target) <= model.config.context:
         logits = model.eval()(torch.tensor([source]), torch.tensor([target]))[0, -1]
         logits[[PAD_ID, BEGIN_ID]] = -torch.inf
         if (token := int(logits.argmax())) == END_ID:

@@ -8,6 +8,7 @@ for all architectures, and under the oldest supported Triton, by `make test-all`
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -69,26 +70,40 @@ def test_no_spills_and_no_needless_access_on_hopper(tmp_path):
     assert all(f["stack"] == f["local"] == 0 for f in figures)
 
 
-def test_every_activation_compiles_in_float64(tmp_path):
-    """Triton makes other instructions of one function in float64, and may have none."""
-    only = r"^bias_act_dropout_\w+ (backward\+)?dropout\+bias\+d_x\+d_bias\+\w+\+strided_outer .*float64"
-    figures = calls(tmp_path, "--which", "activations", "--only", only, "--arch", "90")
-    assert len(figures) == 2 * len(ACTIVATIONS)
+CHOSEN = {  # arguments of norm_calls, and how many variants they choose
+    # Triton makes other instructions of one function in float64, and may have none
+    "every activation in float64": (
+        [
+            *("--which", "activations", "--arch", "90", "--only"),
+            r"^bias_act_dropout_\w+ (backward\+)?dropout\+bias\+d_x\+d_bias\+\w+\+strided_outer .*float64",
+        ],
+        2 * len(ACTIVATIONS),
+    ),
+    # mixed dtypes in rows with two strides, and dropout of float32: their parts did not spill one by one
+    "what spilled once in the backward": (
+        [
+            *("--which", "heaviest", "--arch", "90", "--sample", "6", "--only"),
+            r"^add_layer_norm_bwd .*(aligned_outer dtype=float32 residual_dtype=bfloat16"
+            r"|x_bias\+dropout\+drop_path\+stream_used.*\+aligned dtype=float32$)",
+        ],
+        6,
+    ),
+    # a sample of the calls on consumer Blackwell, other ones than in the slow tests
+    "where a multiprocessor holds fewer warps": (
+        ["--which", "pairs", "--arch", "120", "--sample", "8", "--seed", "100"],
+        8,
+    ),
+}
 
 
-def test_no_spills_in_the_backward_of_what_spilled_once(tmp_path):
-    """Mixed dtypes in rows with two strides, and dropout of float32: their parts did not spill one by one."""
-    mixed = r"aligned_outer dtype=float32 residual_dtype=bfloat16"
-    dropped = r"x_bias\+dropout\+drop_path\+stream_used.*\+aligned dtype=float32$"
-    only = f"^add_layer_norm_bwd .*({mixed}|{dropped})"
-    figures = calls(tmp_path, "--which", "heaviest", "--only", only, "--arch", "90", "--sample", "6")
-    assert len(figures) == 6
-
-
-def test_no_spills_where_a_multiprocessor_holds_fewer_warps(tmp_path):
-    """A sample of the calls on consumer Blackwell, other ones than in the slow tests."""
-    figures = calls(tmp_path, "--which", "pairs", "--arch", "120", "--sample", "8", "--seed", "100")
-    assert len(figures) == 8
+def test_no_spills_in_chosen_calls(tmp_path):
+    """In one process, which imports Triton once."""
+    commands = [[*given, "--json", str(tmp_path / name)] for name, (given, _) in CHOSEN.items()]
+    program = "from tools.codegen import norm_calls as calls; raise SystemExit(any([calls.main(c) for c in {}]))"
+    compiled("-c", program.format(commands))
+    assert {name: len((tmp_path / name).read_text().splitlines()) for name in CHOSEN} == {
+        name: count for name, (_, count) in CHOSEN.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,7 +122,7 @@ def test_no_spills_where_a_multiprocessor_holds_fewer_warps(tmp_path):
 def test_fault_of_figures(arch, changed, said):
     from tools.codegen.compile import Figures, faults
 
-    figures = Figures("", "", "", "", 64, arch, "", warps=4, per_sm=2, model_loads=None, model_stores=None)
+    figures = Figures("", "", "", 64, arch, "", warps=4, per_sm=2, model_loads=None, model_stores=None)
     for name, value in ({"registers": 32} | changed).items():
         setattr(figures, name, value)
     assert [fault.startswith(said) for fault in faults(figures)] == ([True] if said else [])
@@ -149,85 +164,79 @@ def test_gate_for_every_dtype(dtype, tmp_path):
     gate(tmp_path, "--modes", "add", "all", "gelu_dropout", "--dtypes", dtype)
 
 
-PLANT = """
+PLANTED = {
+    "nothing": ("pass", ""),
+    "a_row_on_too_few_warps": ("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills"),
+    "too_many_programs": ("table._BACKWARD_REGISTERS = ((8, 0),) * 4", "spills"),
+    "registers_not_stated": (
+        "table._BACKWARD_REGISTERS = ((8, 0),) * 4; table.Config.registers = 255",
+        "the table assumes",
+    ),
+    "pointers_not_known_as_aligned": ("compile.Launch.aligned = False", "128-bit accesses"),
+}
+PLANT = f"""
+import json, os
 from fusednorm.providers.triton import norm_config as table
 from tools.codegen import compile, norms
-{plant}
-chosen = [v for v in norms.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]
-longest = max(chosen, key=lambda v: v.config.chunks)
-print(*compile.faults(compile.figures(longest, 90)), sep="\\n")
+for plant in {[plant for plant, _ in PLANTED.values()]!r}:
+    if os.fork():  # the next plant finds everything as it was
+        os.wait()
+        continue
+    exec(plant)
+    chosen = [v for v in norms.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]
+    longest = max(chosen, key=lambda v: v.config.chunks)
+    print(json.dumps(compile.faults(compile.figures(longest, 90))), flush=True)
+    os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    ("plant", "said"),
-    [
-        pytest.param("pass", "", id="nothing"),
-        pytest.param("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills", id="a_row_on_too_few_warps"),
-        pytest.param("table._BACKWARD_REGISTERS = ((8, 0),) * 4", "spills", id="too_many_programs"),
-        pytest.param(
-            "table._BACKWARD_REGISTERS = ((8, 0),) * 4; table.Config.registers = 255",
-            *("the table assumes",),
-            id="registers_not_stated",
-        ),
-        pytest.param("compile.Variant.aligned = False", "128-bit accesses", id="pointers_not_known_as_aligned"),
-    ],
-)
-def test_gate_fails_on_what_is_planted(plant, said):
-    found = compiled("-c", PLANT.format(plant=plant))
-    assert said in found
-    assert bool(found.strip()) == bool(said), found
+def test_gate_fails_on_what_is_planted():
+    found = dict(zip(PLANTED, map(json.loads, compiled("-c", PLANT).splitlines()), strict=True))
+    for name, (_, said) in PLANTED.items():
+        assert bool(found[name]) == bool(said) and said in " ".join(found[name]), (name, found[name])
 
 
-WRITE = """
-import sys
-from pathlib import Path
-from tools.codegen import compile, results, {command} as command
-results.FOLDER = Path({folder!r})
-command.compile_all = lambda *_: [{figures}]
-sys.exit(command.main(["--write", {options}]))
-"""
-NORM_FIGURES = (
-    "compile.Figures('add_layer_norm_fwd', 'add', 'aligned', 'bfloat16', 64, 90, '1 x [8, 64]', 4, 1, None, None, "
-    "registers=32, stack={stack})"
-)
-ATTENTION_FIGURES = (
-    "command.Figures('attention_fwd', '', 'full', 64, 'float32', 80, '64 x 64', 4, 1, 32, {stack}, 0, 0, 0, 9)"
-)
+def figures_of(command: str, stack: int):
+    """Made-up figures of a kernel, as the command compiles them."""
+    from tools.codegen import attention, compile
+
+    if command == "norms":
+        of, numbers = ("add_layer_norm_fwd", "add", "bfloat16", 64, 90, "1 x [8, 64]", 4, 1), (None, None)
+        return compile.Figures(*of, *numbers, registers=32, stack=stack)
+    return attention.Figures(
+        *("attention_fwd", "", "full", 64, "float32", 80, "64 x 64", 4, 1), *(32, stack, 0, 0, 0, 9)
+    )
 
 
 @pytest.mark.parametrize("stack", [0, 8], ids=["within_the_gate", "spills"])
 @pytest.mark.parametrize(
-    ("command", "figures", "options", "page"),
-    [
-        ("norms", NORM_FIGURES, "'--modes', 'add'", "codegen.md"),
-        ("attention", ATTENTION_FIGURES, "'--modes', 'full'", "codegen_attention.md"),
-    ],
-    ids=["norms", "attention"],
+    ("command", "mode", "page"), [("norms", "add", "codegen.md"), ("attention", "full", "codegen_attention.md")]
 )
-def test_a_page_is_not_written_of_kernels_that_break_the_gate(command, figures, options, page, stack, tmp_path):
+def test_a_page_is_not_written_of_kernels_that_break_the_gate(
+    command, mode, page, stack, monkeypatch, tmp_path, capsys
+):
+    from tools.codegen import results
+
+    module = importlib.import_module(f"tools.codegen.{command}")
     (tmp_path / page).write_text("as it was")
-    planted = figures.format(stack=stack)
-    program = WRITE.format(command=command, folder=str(tmp_path), figures=planted, options=options)
-    run = compile_in_process("-c", program)
-    text = (tmp_path / page).read_text()
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(module, "in_processes", lambda *_: [figures_of(command, stack)])
+    assert module.main(["--write", "--modes", mode]) == bool(stack)
+    text, said = (tmp_path / page).read_text(), capsys.readouterr().err
     if stack:
-        assert run.returncode == 1 and text == "as it was", run.stderr[-4000:]
-        assert "spills: 8 bytes of stack" in run.stderr and f"{page} is not written" in run.stderr
+        assert text == "as it was" and "spills: 8 bytes of stack" in said and f"{page} is not written" in said
     else:
-        assert run.returncode == 0 and text.startswith("# What the Triton"), run.stderr[-4000:]
-        assert "| 32 | 0 |" in text
+        assert text.startswith("# What the Triton") and "| 32 | 0 |" in text
 
 
 def test_committed_table_has_every_configuration_of_today():
-    program = """
-from tools.codegen import compile, norms
-for v in norms.variants(norms.MODES, ["bfloat16"], ["aligned"]):
-    print(f"| {v.kernel} | {v.mode} | {v.dtype} | {v.n} | {compile.tile(v.config)} | {v.config.warps} |")
-"""
-    expected = compiled("-c", program).splitlines()
+    from tools.codegen import compile, norms
+
+    expected = [
+        f"| {v.kernel} | {v.mode} | {v.dtype} | {v.n} | {compile.tile(v.config)} | {v.config.warps} |"
+        for v in norms.variants(norms.MODES, ["bfloat16"], ["aligned"])
+    ]
     committed = (ROOT / "benchmarks/results/codegen.md").read_text().splitlines()
     rows = [line for line in committed if line.startswith(("| add_", "| bias_", "| sum_"))]
-
     assert len(rows) == len(expected)
     assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))

@@ -174,7 +174,8 @@ def test_hangs():
 
 
 @pytest.fixture
-def planted(tmp_path) -> Path:
+def planted(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # each of the processes would import them all
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n    alone\n")
     file = tmp_path / "test_planted.py"
     file.write_text(PLANTED)

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tools import supervise
 from tools.tune import forms as tune_forms
 from tools.tune import norms as tune
 from tools.tune import report as tune_report
-from tools.tune.forms import Variant, replaced
+from tools.tune.forms import Variant
 
 CPU = torch.device("cpu")
 ADD_LAYER_NORM = fusednorm.add_layer_norm
@@ -54,9 +55,9 @@ def never(*args, **kwargs):
 
 PLANTED = [
     Variant("reference"),
-    Variant("reference", "wrong", lambda: replaced(fusednorm, "add_layer_norm", wrong)),
+    Variant("reference", "wrong", lambda: mock.patch.object(fusednorm, "add_layer_norm", wrong)),
     Variant("reference", "impossible", impossible),
-    Variant("reference", "too large", lambda: replaced(fusednorm, "add_layer_norm", never)),
+    Variant("reference", "too large", lambda: mock.patch.object(fusednorm, "add_layer_norm", never)),
     Variant("reference", "another"),
 ]
 

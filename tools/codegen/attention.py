@@ -13,26 +13,18 @@ goes on where it was. Exit status: 0; 1 when a kernel breaks the gate (see `faul
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
 
-from fusednorm.providers.triton import attention_bwd_dkv as triton_attention_bwd
-from fusednorm.providers.triton import attention_bwd_dq as triton_attention_bwd_dq
-from fusednorm.providers.triton import attention_fwd as triton_attention_fwd
 from fusednorm.providers.triton import host as triton_host
-from fusednorm.providers.triton import launch as triton_launch
 from tools.codegen import attention_calls as calls
-from tools.codegen.compile import in_processes, number, opcodes_of, read_binary
-from tools.codegen.results import conclude
+from tools.codegen import results
+from tools.codegen.compile import Launch, in_processes, number, opcodes_of, read_binary
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -45,21 +37,21 @@ MODES: dict[str, dict[str, Any]] = {
 DIMS = (64, 128)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABULATED = (80, 90, 100)
-_KERNELS = {
-    name: kernel
-    for module in (triton_attention_fwd, triton_attention_bwd, triton_attention_bwd_dq)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-}
 
 
 class Variant(NamedTuple):
     """A launch, and the first call that was seen to make it."""
 
-    launch: calls.Launch
+    launch: Launch
     mode: str
     d: int
     dtype: str
+
+    @property
+    def wants(self) -> str:
+        """Of the kernel's results, where a launch leaves out some."""
+        names = ("dk", "dv") if self.launch.kernel.endswith("dkv") else ()
+        return "+".join(name for name, dtype in zip(names, self.launch.pointer_dtypes[-2:]) if dtype is not None)
 
 
 @dataclass
@@ -105,7 +97,7 @@ def faults(f: Figures) -> list[str]:
 
 def variants(named: Iterable[tuple[str, calls.Call]], arch: int) -> list[Variant]:
     """What the calls launch, each once."""
-    found: dict[calls.Launch, Variant] = {}
+    found: dict[Launch, Variant] = {}
     for name, call in named:
         for launch in calls.launches(call, divmod(arch, 10)):
             found.setdefault(launch, Variant(launch, name, call.d, call.dtype))
@@ -131,7 +123,7 @@ def described(call: calls.Call) -> tuple[str, calls.Call]:
     return " ".join(own) or "full", call
 
 
-def tile(launch: calls.Launch) -> str:
+def tile(launch: Launch) -> str:
     """Queries by keys."""
     sizes = launch.constants[-1:] if launch.kernel.endswith("delta") else launch.constants[-2:]
     return " x ".join(map(str, sizes))
@@ -152,16 +144,7 @@ def spilled(usage: str, sass: str) -> int:
 def figures(variant: Variant, arch: int) -> Figures:
     """Compile a variant for sm_<arch> and read the binary."""
     launch = variant.launch
-    compiled = triton_launch.compile_kernel(
-        _KERNELS[f"_{launch.kernel}_kernel"],
-        launch.pointer_dtypes,
-        launch.constants,
-        warps=launch.warps,
-        registers=launch.registers,
-        aligned=launch.aligned,
-        stages=launch.stages,
-        target=GPUTarget("cuda", arch, 32),
-    )
+    compiled = launch.compiled(arch)
     usage, sass = read_binary(compiled.asm["cubin"])
     opcodes = opcodes_of(sass)
 
@@ -170,7 +153,7 @@ def figures(variant: Variant, arch: int) -> Figures:
 
     return Figures(
         kernel=launch.kernel,
-        wants=launch.wants,
+        wants=variant.wants,
         mode=variant.mode,
         d=variant.d,
         dtype=variant.dtype,
@@ -185,16 +168,6 @@ def figures(variant: Variant, arch: int) -> Figures:
         depbar=count("WARPGROUP.DEPBAR"),
         instructions=sum(opcodes.values()),
     )
-
-
-def _compile(job: tuple[Variant, int]) -> Figures:
-    return figures(*job)
-
-
-def compile_all(named: Sequence[tuple[str, calls.Call]], architectures: Iterable[int]) -> list[Figures]:
-    """Figures of every variant on every architecture, compiled by a process for each core."""
-    jobs = [(variant, arch) for arch in architectures for variant in variants(named, arch)]
-    return list(in_processes(_compile, jobs))
 
 
 def row(kernel: str, wants: str, mode: str, d: int, arch: int, tile: str, warps: int, stages: int) -> str:
@@ -215,25 +188,9 @@ def markdown(results: Sequence[Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def worst(found: Iterable[tuple[str, Figures]]) -> str:
-    """Of each kernel on each architecture under each Triton: how many variants, and the most that one takes."""
-    lines = [
-        "| kernel | sm | Triton | variants | most registers | most spilled | most shared memory | there is |",
-        "|---|--:|---|--:|--:|--:|--:|--:|",
-    ]
-    groups: dict[tuple[str, int, str], list[Figures]] = {}
-    for version, f in found:
-        groups.setdefault((f.kernel, f.arch, version), []).append(f)
-    for (kernel, arch, version), group in sorted(groups.items()):
-        most = [max(getattr(f, name) for f in group) for name in ("registers", "stack", "shared")]
-        available = triton_host.SHARED[divmod(arch, 10)]
-        lines.append(f"| {kernel} | {arch} | {version} | {len(group)} | {' | '.join(map(str, most))} | {available} |")
-    return "\n".join(lines) + "\n"
+_HEADER = f"""# What the Triton attention kernels compile to
 
-
-_HEADER = """# What the Triton attention kernels compile to
-
-Triton {version}, bfloat16, ahead of time; `python3 -m tools.codegen.attention --write` renews this
+Triton {triton.__version__}, bfloat16, ahead of time; `python3 -m tools.codegen.attention --write` renews this
 file.
 
 Spilled: bytes of local memory. HGMMA are the asynchronous matrix instructions of sm_90, DEPBAR the waits for them: as
@@ -242,21 +199,9 @@ its own: the accumulators of both, and what dropout needs, do not fit in the reg
 
 """
 
-_WORST = """
-## Calls of every kind
-
-Of calls that `--cover` chose, the most that any variant takes; `--write --figures FILE ...` reads what `--json` wrote.
-
-"""
-
-
-def read(path: Path) -> list[tuple[str, Figures]]:
-    found = json.loads(path.read_text())
-    return [(found["triton"], Figures(**f)) for f in found["figures"]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results.parser(__doc__, "codegen_attention.md")
     parser.add_argument("--arch", type=int, nargs="+", default=[90], metavar="SM", help="default: 90")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument(
@@ -264,9 +209,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dims", nargs="+", default=DIMS, metavar="D", help="numbers, or all: a size of each class")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=[*calls.DTYPES, "all"])
-    parser.add_argument("--json", type=Path, help="write the figures here instead of a table")
-    parser.add_argument("--write", action="store_true", help="renew benchmarks/results/codegen_attention.md")
-    parser.add_argument("--figures", type=Path, nargs="+", default=[], help="with --write: summarise these too")
     options = parser.parse_args(argv)
     dims = calls.head_dims() if "all" in options.dims else [int(d) for d in options.dims]
     dtypes = list(calls.DTYPES) if "all" in options.dtypes else options.dtypes
@@ -274,19 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = [described(call) for call in calls.chosen(dims, dtypes, options.cover)]
     else:
         named = modes(options.modes, dims, dtypes)
-    results = compile_all(named, TABULATED if options.write else options.arch)
-    page, text = None, ""
-    if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "figures": [asdict(f) for f in results]}))
-    elif options.write:
-        page = "codegen_attention.md"
-        covered = [pair for file in options.figures for pair in read(file)]
-        more = _WORST + worst(covered) if covered else ""
-        text = _HEADER.format(version=triton.__version__) + markdown(results) + more
-    else:
-        sys.stdout.write(markdown(results))
-    broken = [f"{f.name}: {fault}" for f in results for fault in faults(f)]
-    return conclude(f"{len(results)} variants", broken, page, text)
+    architectures = TABULATED if options.write else options.arch
+    found = list(in_processes(figures, [(v, arch) for arch in architectures for v in variants(named, arch)]))
+    return results.finish(options, found, faults, markdown(found), _HEADER)
 
 
 if __name__ == "__main__":

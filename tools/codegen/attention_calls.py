@@ -12,13 +12,15 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from fusednorm._options import from_flat
 from fusednorm.providers.triton import attention as triton_attention
-from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton.attention_config import columns
+from tools.codegen import compile
+from tools.codegen.compile import Launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDEST = 256
@@ -139,45 +141,25 @@ def chosen(dims: Iterable[int], dtypes: Iterable[str], cover: str) -> list[Call]
     return list(found)
 
 
-class Launch(NamedTuple):
-    """One kernel as one call launches it."""
-
-    kernel: str
-    wants: str  # of the kernel's results, where a launch leaves out some
-    pointer_dtypes: tuple[torch.dtype | None, ...]
-    constants: tuple[Any, ...]
-    warps: int
-    stages: int
-    registers: int
-    aligned: bool
-
-
 def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
     """What a forward and a backward launch on a device of the capability, noted from real calls of the provider."""
     noted: list[Launch] = []
 
-    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
-        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
-        names = ("dk", "dv") if kernel.endswith("dkv") else ()
-        wants = "+".join(name for name, t in zip(names, pointers[-2:]) if t is not None)
-        dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        options = (self.constants, self.warps, self.stages, self.registers, self.aligned)
-        if kernel.startswith("attention"):
-            noted.append(Launch(kernel, wants, dtypes, *options))
+    def take(launch: Launch) -> None:
+        if launch.kernel.startswith("attention"):
+            noted.append(launch)
 
     arguments, operands = _arguments(call)
     precision = torch.backends.cuda.matmul.fp32_precision
-    replaced = triton_launch.Variant.launch, triton_attention.INTERPRETED
-    triton_launch.Variant.launch, triton_attention.INTERPRETED = launch, capability  # type: ignore[method-assign]
     torch.backends.cuda.matmul.fp32_precision = call.precision
     try:
-        inputs, options = from_flat("attention_fwd", (*operands, *arguments))
-        out, lse = triton_attention.attention_fwd(inputs, options)
-        wanted = [True, True, True, call.gradient != "none"]
-        dlse = lse if call.dlse else None
-        triton_attention.attention_bwd(out, dlse, inputs, out, lse, options, wanted)
+        with compile.launches(take), mock.patch.object(triton_attention, "INTERPRETED", capability):
+            inputs, options = from_flat("attention_fwd", (*operands, *arguments))
+            out, lse = triton_attention.attention_fwd(inputs, options)
+            wanted = [True, True, True, call.gradient != "none"]
+            dlse = lse if call.dlse else None
+            triton_attention.attention_bwd(out, dlse, inputs, out, lse, options, wanted)
     finally:
-        triton_launch.Variant.launch, triton_attention.INTERPRETED = replaced  # type: ignore[method-assign]
         torch.backends.cuda.matmul.fp32_precision = precision
     return noted
 

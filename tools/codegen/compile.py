@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import subprocess
@@ -10,22 +12,28 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 import triton
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from fusednorm.providers.triton import activation_kernels as triton_activation_kernels
+from fusednorm.providers.triton import (
+    activation_kernels,
+    attention_bwd_dkv,
+    attention_bwd_dq,
+    attention_fwd,
+    norm_bwd,
+    norm_fwd,
+    partials,
+)
 from fusednorm.providers.triton import launch as triton_launch
-from fusednorm.providers.triton import norm_bwd as triton_norm_bwd
 from fusednorm.providers.triton import norm_config as table
-from fusednorm.providers.triton import norm_fwd as triton_norm_fwd
-from fusednorm.providers.triton import partials
 
 
 class Device(NamedTuple):
@@ -35,11 +43,8 @@ class Device(NamedTuple):
     warps: int
     registers: int = 65536
 
-    @property
-    def shared_of_a_program(self) -> int:
-        return self.shared - RESERVED
 
-
+FEW = 12  # variants: they are compiled before another process has imported what it needs
 RESERVED = 1024  # bytes of shared memory that the system takes for each program
 DEVICES = {
     80: Device(167936, 64),
@@ -51,35 +56,70 @@ DEVICES = {
 }
 KERNELS = {
     name: kernel
-    for module in (triton_norm_fwd, triton_norm_bwd, triton_activation_kernels, partials)
+    for module in (
+        *(norm_fwd, norm_bwd, activation_kernels, partials),
+        *(attention_fwd, attention_bwd_dkv, attention_bwd_dq),
+    )
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Result = TypeVar("Result")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class Variant(NamedTuple):
-    """One kernel as one call launches it, and the 16-byte accesses a thread must make for it by the byte model."""
+class Launch(NamedTuple):
+    """A kernel as one call launches it: what the compiler is told."""
 
     kernel: str
-    mode: str
-    layout: str
-    dtype: str
-    n: int
     pointer_dtypes: tuple[torch.dtype | None, ...]
     constants: tuple[Any, ...]
     warps: int
+    stages: int
     registers: int
     aligned: bool
+
+    def compiled(self, arch: int) -> Any:
+        """What Triton makes of it for sm_<arch>."""
+        return triton_launch.compile_kernel(
+            *(KERNELS[f"_{self.kernel}_kernel"], self.pointer_dtypes, self.constants),
+            warps=self.warps,
+            stages=self.stages,
+            registers=self.registers,
+            aligned=self.aligned,
+            target=GPUTarget("cuda", arch, 32),
+        )
+
+
+def launches(take: Callable[[Launch], None]) -> AbstractContextManager[Any]:
+    """A context in which nothing is launched: `take` gets what would be."""
+
+    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
+        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
+        dtypes = tuple(None if t is None else t.dtype for t in pointers)
+        take(Launch(kernel, dtypes, self.constants, self.warps, self.stages, self.registers, self.aligned))
+
+    return mock.patch.object(triton_launch.Variant, "launch", launch)
+
+
+class Variant(NamedTuple):
+    """A launch of a call, and the 16-byte accesses that a thread must make for it by the byte model."""
+
+    launch: Launch
+    mode: str
+    dtype: str
+    n: int
     config: table.Config
     loads: int | None = None  # None: the model has no number for this call
     stores: int | None = None
 
     @property
+    def kernel(self) -> str:
+        return self.launch.kernel
+
+    @property
     def compiled_as(self) -> tuple[Any, ...]:
         """What the compiler is told, and how many programs are to fit: two variants alike in it are one."""
-        return self.kernel, *self[5:11]
+        return self.launch, self.config
 
 
 @dataclass
@@ -88,7 +128,6 @@ class Figures:
 
     kernel: str
     mode: str
-    layout: str
     dtype: str
     n: int
     arch: int
@@ -110,7 +149,7 @@ class Figures:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.mode} {self.layout} {self.dtype} N={self.n} sm_{self.arch}"
+        return f"{self.kernel} {self.mode} {self.dtype} N={self.n} sm_{self.arch}"
 
 
 def faults(f: Figures) -> list[str]:
@@ -145,30 +184,13 @@ def faults(f: Figures) -> list[str]:
 
 def figures(variant: Variant, arch: int) -> Figures:
     """Compile a variant for sm_<arch> and read the binary; its instructions only where the byte model has a number."""
-    config = variant.config
+    launch, config = variant.launch, variant.config
     found = Figures(
-        kernel=variant.kernel,
-        mode=variant.mode,
-        layout=variant.layout,
-        dtype=variant.dtype,
-        n=variant.n,
-        arch=arch,
-        tile=tile(config),
-        warps=variant.warps,
-        per_sm=config.per_sm,
-        model_loads=variant.loads,
-        model_stores=variant.stores,
+        *(launch.kernel, variant.mode, variant.dtype, variant.n, arch),
+        *(tile(config), launch.warps, config.per_sm, variant.loads, variant.stores),
     )
     try:
-        compiled = triton_launch.compile_kernel(
-            KERNELS[f"_{variant.kernel}_kernel"],
-            variant.pointer_dtypes,
-            variant.constants,
-            warps=variant.warps,
-            registers=variant.registers,
-            aligned=variant.aligned,
-            target=GPUTarget("cuda", arch, 32),
-        )
+        compiled = launch.compiled(arch)
     except Exception as error:  # whatever it is, no launch would get further
         found.failure = f"{type(error).__name__}: {error}"[-300:]
         return found
@@ -176,22 +198,21 @@ def figures(variant: Variant, arch: int) -> Figures:
     usage, sass = read_binary(compiled.asm["cubin"], disassemble=variant.loads is not None)
     found.registers, found.stack, found.local = (number(name, usage) for name in ("REG", "STACK", "LOCAL"))
     if sass:
-        _count(found, variant, sass)
+        _count(found, config, sass)
     return found
 
 
-def _count(found: Figures, variant: Variant, sass: str) -> None:
+def _count(found: Figures, config: table.Config, sass: str) -> None:
     """Count instructions and accesses to memory."""
     opcodes = opcodes_of(sass)
     wide, narrow = Counter[str](), Counter[str]()
     for opcode, count in opcodes.items():
         if opcode.startswith(("LDG", "STG")):
             (wide if ".128" in opcode else narrow)[opcode if ".128" not in opcode else opcode[:3]] += count
-    config = variant.config
     elements = config.block_m * config.block_n * max(config.chunks, 1)
     found.local += sum(count for opcode, count in opcodes.items() if opcode.startswith(("LDL", "STL")))
     found.instructions = sum(opcodes.values())
-    found.per_element = round(found.instructions * 32 * variant.warps / elements, 1)
+    found.per_element = round(found.instructions * 32 * found.warps / elements, 1)
     found.loads, found.stores, found.narrow = wide["LDG"], wide["STG"], dict(narrow)
 
 
@@ -226,16 +247,15 @@ def tile(config: table.Config) -> str:
     return f"{max(config.chunks, 1)} x [{config.block_m}, {config.block_n}]"
 
 
-def _compile(job: tuple[Variant, int]) -> Figures:
-    return figures(*job)
+def in_processes(
+    figures: Callable[[Any, int], Result], jobs: Sequence[tuple[Any, int]], processes: int | None = None
+) -> Iterator[Result]:
+    """Figures of each variant for its architecture, in order, compiled by a process for each core; few by this one."""
+    from tqdm import tqdm
 
-
-def compile_all(jobs: Sequence[tuple[Variant, int]], processes: int | None = None) -> Iterator[Figures]:
-    """Figures of every variant for its architecture, compiled by a process for each core."""
-    yield from in_processes(_compile, jobs, processes)
-
-
-def in_processes(work: Callable[[Job], Result], jobs: Sequence[Job], processes: int | None = None) -> Iterator[Result]:
-    """The result of each job, in order, by a process for each core."""
+    shown = functools.partial(tqdm, total=len(jobs), desc="compiled", file=sys.stderr)
+    if (processes or len(jobs) // FEW) <= 1:
+        yield from shown(itertools.starmap(figures, jobs))
+        return
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from tqdm(pool.map(work, jobs), total=len(jobs), desc="compiled", file=sys.stderr)
+        yield from shown(pool.map(figures, *zip(*jobs)))

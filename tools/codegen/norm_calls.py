@@ -24,10 +24,12 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -42,7 +44,7 @@ from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton.config import PARTIALS, Config
-from tools.codegen.compile import DEVICES, Variant, compile_all, faults
+from tools.codegen.compile import DEVICES, Launch, Variant, faults, figures, in_processes, launches
 
 DTYPES = tuple(triton_launch.TYPES)
 NO_YES = (False, True)
@@ -87,6 +89,14 @@ ACTIVATION: Axes = {
     "width": range(16),
 }
 _WIDEST = 40960  # past the widest row that any configuration holds in registers
+
+
+def whole(words: Collection[str], **given: Any) -> Call:
+    """A call with weight, bias and every gradient, these switches on or this activation; its other values as given."""
+    activation = next((name for name in ACTIVATIONS if name in words), None)
+    axes = ACTIVATION if activation else NORM
+    on = {*words, "weight", "bias", "stream_used", *(name for name in axes if name.startswith("d_"))}
+    return {name: name in on for name in axes} | ({"activation": activation} if activation else {}) | given
 
 
 # --- what is called ---
@@ -145,34 +155,25 @@ def activation_call(call: Call, n: int) -> None:
         torch.autograd.grad(y, wanted, _cotangent(y, n, call["layout"]))
 
 
-class _Table:
-    """The tables' functions, replaced while a call is made: what they were asked, and what they answered."""
+@contextmanager
+def _recorded() -> Iterator[list[tuple[Any, tuple[Any, ...], Config]]]:
+    """What the tables are asked inside: the function, its arguments beside the width, its answer."""
+    asked: list[tuple[Any, tuple[Any, ...], Config]] = []
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[Any, tuple[Any, ...], Config]] = []
-        self._replaced: list[tuple[Any, str, Any]] = []
-
-    def _recorded(self, module: Any, name: str) -> None:
-        function = getattr(module, name)
-
+    def recording(function: Any) -> Any:
         def record(n: int, *args: Any, **kwargs: Any) -> Config:
             config = function(n, *args, **kwargs)
-            self.asked.append((function, (args, tuple(kwargs.items())), config))
+            asked.append((function, (args, tuple(kwargs.items())), config))
             return config
 
-        self._replaced.append((module, name, function))
-        setattr(module, name, record)
+        return record
 
-    def __enter__(self) -> _Table:
-        triton_norm.forget_variants()
-        triton_activation._plan.cache_clear()
+    triton_norm.forget_variants()
+    triton_activation._plan.cache_clear()
+    with ExitStack() as stack:
         for module, name in itertools.product((table, triton_activation_table), ("forward", "backward")):
-            self._recorded(module, name)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for module, name, function in self._replaced:
-            setattr(module, name, function)
+            stack.enter_context(mock.patch.object(module, name, recording(getattr(module, name))))
+        yield asked
 
 
 def note(call: Call, n: int, asked: list[Any] | None = None) -> list[Variant]:
@@ -181,28 +182,20 @@ def note(call: Call, n: int, asked: list[Any] | None = None) -> list[Variant]:
     words = [name for name, value in call.items() if value is True]
     words += [str(value) for name, value in call.items() if name in ("activation", "layout")]
     dtypes = [f"{name}={value}" for name, value in call.items() if isinstance(value, torch.dtype)]
+    of = ("+".join(words), " ".join(dtypes).replace("torch.", ""), n)
 
-    def launch(self: triton_launch.Variant, grid: Any, pointers: Any, numbers: Any) -> None:
-        kernel = self.function.__name__.strip("_").removesuffix("_kernel")
-        if ("fwd" in kernel) == call["backward"]:
+    def take(launch: Launch) -> None:
+        if ("fwd" in launch.kernel) == call["backward"]:
             return
-        config = PARTIALS if kernel == "sum_partials" else tables.asked[-1][2]
-        if kernel == "add_layer_norm_bwd_sums":
-            config = table.SUMS_FLOAT64 if pointers[2].dtype == torch.float64 else table.SUMS
-        told = (self.constants, self.warps, self.registers, self.aligned, config)
-        pointer_dtypes = tuple(None if t is None else t.dtype for t in pointers)
-        of = ("+".join(words), call["layout"], " ".join(dtypes).replace("torch.", ""), n)
-        noted.append(Variant(kernel, *of, pointer_dtypes, *told))
-        if asked is not None and kernel not in ("sum_partials", "add_layer_norm_bwd_sums"):
-            asked.append(tables.asked[-1])
+        config = PARTIALS if launch.kernel == "sum_partials" else tables[-1][2]
+        if launch.kernel == "add_layer_norm_bwd_sums":
+            config = table.SUMS_FLOAT64 if launch.pointer_dtypes[2] == torch.float64 else table.SUMS
+        noted.append(Variant(launch, *of, config))
+        if asked is not None and launch.kernel not in ("sum_partials", "add_layer_norm_bwd_sums"):
+            asked.append(tables[-1])
 
-    variant = triton_launch.Variant
-    original, variant.launch = variant.launch, launch  # type: ignore[method-assign]
-    try:
-        with _Table() as tables:
-            (activation_call if "activation" in call else norm_call)(call, n)
-    finally:
-        variant.launch = original  # type: ignore[method-assign]
+    with _recorded() as tables, launches(take):
+        (activation_call if "activation" in call else norm_call)(call, n)
     return noted
 
 
@@ -237,17 +230,14 @@ def heaviest() -> Iterator[list[Variant]]:
     Longer rows on the same tile take more registers where the limit is the same, and rows that do not fill their last
     tile take more than those that do.
     """
-    everything = {name: True for name, values in NORM.items() if values is NO_YES}
-    switches: list[Call] = []
-    for off in ((), ("dropout",)):
-        switches.append(everything | dict.fromkeys(off, False) | {"backward": False})
+    everything = {name: name != "rms" for name, values in NORM.items() if values is NO_YES}
     lighter = ("layer_scale", "dropout", "memory_efficient", "d_x_bias")
-    for off in ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter):
-        switches.append(everything | dict.fromkeys(off, False))
+    forward, backward = ((), ("dropout",)), ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter)
+    switches: list[Call] = [{"backward": False} | dict.fromkeys(off, False) for off in forward]
+    switches += [dict.fromkeys(off, False) for off in backward]
     mixes = [dict(zip(_DTYPE_AXES, mix, strict=True)) for mix in _MIXES]
     for switch, mix, layout in itertools.product(switches, mixes, _HEAVY_LAYOUTS):
-        call = everything | {"rms": False} | switch | mix | {"layout": layout}
-        call["rms"] = False
+        call = everything | switch | mix | {"layout": layout}
         asked: list[Any] = []
         note(call, 64, asked)
         yield from (note(call, n) for n in _longest(widths(*asked[0][:2])))
@@ -342,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     variants = chosen(options.which, options.seed, options.only, options.sample)
     broken, jobs = 0, [(variant, arch) for arch in options.arch for variant in variants]
-    for f in compile_all(jobs, options.processes):
+    for f in in_processes(figures, jobs, options.processes):
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps({"triton": triton.__version__, **asdict(f)}) + "\n")

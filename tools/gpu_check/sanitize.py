@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 if "--device=cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -56,32 +57,30 @@ WORKS = (
     Work("wide, dropout", "add_layer_norm", 3, 40_960, torch.bfloat16, DROPOUT, ("x_bias",)),
     Work("one column", "rms_norm", 5, 1, torch.float32),
 )
-_NATIVE = {"provider": "cuda"}
-CUDA_WORKS = (
-    Work("narrow, several rows a block", "layer_norm", 37, 64, torch.float32, **_NATIVE),
-    Work("narrow, odd width", "add_rms_norm", 37, 61, torch.bfloat16, **_NATIVE),
-    Work("every epilogue", "add_layer_norm", 9, 384, torch.float32, BOTH, ("x_bias", "layer_scale"), **_NATIVE),
-    Work("two vectors a thread", "add_layer_norm", 9, 512, torch.bfloat16, DROPOUT, ("x_bias",), **_NATIVE),
-    Work("four vectors a thread", "layer_norm", 5, 4096, torch.float32, **_NATIVE),
-    Work("memory efficient", "add_layer_norm", 9, 128, torch.float16, {"memory_efficient": True}, **_NATIVE),
-    Work("two row strides", "add_layer_norm", 6, 100, torch.float32, DROPOUT, (), True, **_NATIVE),
-    Work(
-        "16 bits into float32", "add_layer_norm", 9, 384, torch.bfloat16, {"residual_dtype": torch.float32}, **_NATIVE
-    ),
-    Work("cluster", "add_layer_norm", 3, 16_384, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
-    Work("wider than a cluster", "add_layer_norm", 3, 70_000, torch.float32, DROPOUT, ("x_bias",), **_NATIVE),
-    # rows that are fetched while others are computed with: more than all multiprocessors take at once
-    Work("many rounds", "add_layer_norm", 600, 4096, torch.bfloat16, **_NATIVE),
-    Work("many rounds of clusters", "add_rms_norm", 300, 8192, torch.bfloat16, DROPOUT, **_NATIVE),
-    Work("wide, odd width", "layer_norm", 3, 33_001, torch.bfloat16, **_NATIVE),
-    Work("float64", "add_layer_norm", 9, 100, torch.float64, BOTH, ("layer_scale",), **_NATIVE),
-    Work("narrow", "bias_act_dropout", 37, 64, torch.float32, {"activation": "gelu"}, **_NATIVE),
-    Work("odd width", "bias_act_dropout", 37, 61, torch.float16, {"activation": "silu", **DROPOUT}, **_NATIVE),
-    Work(
-        "several warps", "bias_act_dropout", 9, 1024, torch.bfloat16, {"activation": "gelu_tanh", **DROPOUT}, **_NATIVE
-    ),
-    Work("slabs", "bias_act_dropout", 9, 4096, torch.float32, {"activation": "relu", **DROPOUT}, **_NATIVE),
-    Work("two row strides", "bias_act_dropout", 6, 100, torch.float32, {"activation": "gelu"}, (), True, **_NATIVE),
+CUDA_WORKS = tuple(
+    work._replace(provider="cuda")
+    for work in (
+        Work("narrow, several rows a block", "layer_norm", 37, 64, torch.float32),
+        Work("narrow, odd width", "add_rms_norm", 37, 61, torch.bfloat16),
+        Work("every epilogue", "add_layer_norm", 9, 384, torch.float32, BOTH, ("x_bias", "layer_scale")),
+        Work("two vectors a thread", "add_layer_norm", 9, 512, torch.bfloat16, DROPOUT, ("x_bias",)),
+        Work("four vectors a thread", "layer_norm", 5, 4096, torch.float32),
+        Work("memory efficient", "add_layer_norm", 9, 128, torch.float16, {"memory_efficient": True}),
+        Work("two row strides", "add_layer_norm", 6, 100, torch.float32, DROPOUT, (), True),
+        Work("16 bits into float32", "add_layer_norm", 9, 384, torch.bfloat16, {"residual_dtype": torch.float32}),
+        Work("cluster", "add_layer_norm", 3, 16_384, torch.float32, DROPOUT, ("x_bias",)),
+        Work("wider than a cluster", "add_layer_norm", 3, 70_000, torch.float32, DROPOUT, ("x_bias",)),
+        # rows that are fetched while others are computed with: more than all multiprocessors take at once
+        Work("many rounds", "add_layer_norm", 600, 4096, torch.bfloat16),
+        Work("many rounds of clusters", "add_rms_norm", 300, 8192, torch.bfloat16, DROPOUT),
+        Work("wide, odd width", "layer_norm", 3, 33_001, torch.bfloat16),
+        Work("float64", "add_layer_norm", 9, 100, torch.float64, BOTH, ("layer_scale",)),
+        Work("narrow", "bias_act_dropout", 37, 64, torch.float32, {"activation": "gelu"}),
+        Work("odd width", "bias_act_dropout", 37, 61, torch.float16, {"activation": "silu", **DROPOUT}),
+        Work("several warps", "bias_act_dropout", 9, 1024, torch.bfloat16, {"activation": "gelu_tanh", **DROPOUT}),
+        Work("slabs", "bias_act_dropout", 9, 4096, torch.float32, {"activation": "relu", **DROPOUT}),
+        Work("two row strides", "bias_act_dropout", 6, 100, torch.float32, {"activation": "gelu"}, (), True),
+    )
 )
 FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "one tile", "several tiles", "wide")),
@@ -110,15 +109,13 @@ def noted() -> Iterator[set[str]]:
         reached.update({"finalize"} if "sum_partials" in name else ())
         launch(self, *args)
 
-    table.forward = lambda *a, **k: note("forward", "wide", forward(*a, **k))
-    table.backward = lambda *a, **k: note("backward", "slabs", backward(*a, **k))
-    triton_launch.Variant.launch = launching  # type: ignore[method-assign]
     triton_norm.forget_variants()
-    try:
+    with (
+        mock.patch.object(table, "forward", lambda *a, **k: note("forward", "wide", forward(*a, **k))),
+        mock.patch.object(table, "backward", lambda *a, **k: note("backward", "slabs", backward(*a, **k))),
+        mock.patch.object(triton_launch.Variant, "launch", launching),
+    ):
         yield reached
-    finally:
-        table.forward, table.backward = forward, backward
-        triton_launch.Variant.launch = launch  # type: ignore[method-assign]
 
 
 def tensors(work: Work) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:

@@ -16,64 +16,28 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton.config import Config
-from tools.tune.forms import norm_of, replaced, triton_configs, triton_form
+from tools.tune.forms import norm_of, triton_configs, triton_form
 from tools.tune.variants import Pinned
 
-ROWS = 8  # no row count is compiled in
 
+def launches(case: Case, config: Config | Pinned) -> list[Any]:
+    """Every launch of the case, as `tools.codegen.compile` notes them. No row count is compiled in."""
+    from tools.codegen import compile, norm_calls
 
-def _call(case: Case) -> None:
-    """The provider's forward or backward as the case's operation calls it, on CPU tensors."""
-    op, n, dtype = norm_of(case), case.shape[-1], case.torch_dtype
-    rows, vector, seed = (
-        torch.zeros(ROWS, n, dtype=dtype),
-        torch.zeros(n, dtype=dtype),
-        torch.zeros(1, dtype=torch.int64),
-    )
-    z, bias = rows if op.add else None, None if op.rms else vector
-    x_bias, seed_or_none, p = (vector, seed, 0.1) if op.epilogue else (None, None, 0.0)
-    if case.direction == "forward":
-        inputs = NormInputs(rows, z, vector, bias, x_bias, None, seed_or_none)
-        triton_norm.add_layer_norm_fwd(inputs, NormOptions(1, 1e-5, p, 0.0, dtype, dtype, op.rms, False, op.add))
-        return
-    stats = torch.zeros(1 if op.rms else 2, ROWS)
-    wanted = [True, op.epilogue, True, not op.rms, op.epilogue, False]  # of a bare add one gradient stands for both
-    saved = NormSaved(rows, stats, vector, bias, None, x_bias, None, seed_or_none)
-    options = NormGradOptions(1, p, 0.0, dtype, dtype, op.rms, False, False)
-    triton_norm.add_layer_norm_bwd(rows, z, saved, options, wanted)
-
-
-def launches(case: Case, config: Config | Pinned) -> list[tuple[Any, tuple[torch.dtype | None, ...]]]:
-    """Every variant that the case launches, with its pointers' dtypes."""
-    from fusednorm.providers.triton import launch as triton_launch
-
-    noted = []
-
-    def launch(self: Any, grid: Any, pointers: Any, numbers: Any) -> None:
-        noted.append((self, tuple(None if t is None else t.dtype for t in pointers)))
-
-    with replaced(triton_launch.Variant, "launch", launch), triton_form(case.direction, config)():
-        _call(case)
-    return noted
+    op, backward = norm_of(case), case.direction == "backward"
+    switches = {"rms": op.rms, "residual": op.add, "x_bias": op.epilogue, "dropout": op.epilogue}
+    words = {name for name, on in switches.items() if on}
+    call = norm_calls.whole(words, backward=backward, dtype=case.torch_dtype, layout="aligned")
+    noted: list[compile.Launch] = []
+    with compile.launches(noted.append), triton_form(case.direction, config)():
+        norm_calls.norm_call(call, case.shape[-1])
+    return [launch for launch in noted if ("fwd" in launch.kernel) != backward]
 
 
 def _compile(case: Case, config: Config | Pinned, arch: int) -> None:
-    from triton.backends.compiler import GPUTarget
-
-    from fusednorm.providers.triton.launch import compile_kernel
-
-    for variant, dtypes in launches(case, config):
-        compile_kernel(
-            *(variant.function, dtypes, variant.constants),
-            warps=variant.warps,
-            registers=variant.registers,
-            aligned=variant.aligned,
-            stages=variant.stages,
-            target=GPUTarget("cuda", arch, 32),
-        )
+    for launch in launches(case, config):
+        launch.compiled(arch)
 
 
 def _start() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -57,16 +58,6 @@ def cuda_form(what: str, numbers: Sequence[int]) -> Iterator[None]:
         force(what, [])
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def triton_form(direction: str, config: Config | Pinned) -> Forced:
     """A context in which Triton's forward or backward is launched with `config`.
 
@@ -78,10 +69,10 @@ def triton_form(direction: str, config: Config | Pinned) -> Forced:
 
     @functools.lru_cache(None)
     def planned(*arguments: Any) -> Any:
-        with replaced(table, direction, lambda *args, **kwargs: config):
+        with mock.patch.object(table, direction, lambda *args, **kwargs: config):
             return plan(*arguments)
 
-    return lambda: replaced(triton_norm, name, planned)
+    return lambda: mock.patch.object(triton_norm, name, planned)
 
 
 # --- what a case is tried with ---

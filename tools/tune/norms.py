@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, measure
+from benchmarks import measure
 from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
-from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder, write_result
+from benchmarks.report.table import table
 from tools.supervise import Message, Step, supervised
 from tools.tune import forms as tune_forms
 from tools.tune import report as tune_report
@@ -99,7 +99,7 @@ def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any
             verdict = measure.check(case, device)
             if not verdict.ok:
                 return None, {"status": "wrong", "detail": verdict.detail}
-            call = _bound(case, inputs, case.operation.fused)
+            call = inputs.runner(case.direction, case.operation.fused)
 
         def active() -> Any:
             with variant.active():
@@ -110,11 +110,6 @@ def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any
         return active, {}
     except Exception as error:
         return None, _refused(error, device)
-
-
-def _bound(case: Case, inputs: measure.Problem, build: Any) -> Any:
-    leaves = inputs.leaves_for(case.direction)
-    return cases.runner(build(leaves), leaves.values(), inputs.cotangents, case.direction)
 
 
 def measure_case(
@@ -147,7 +142,7 @@ def measure_case(
                     calls[variant.name] = call
         yield "trying", whole
         if calls:
-            calls[EAGER] = _bound(case, inputs, case.operation.eager)
+            calls[EAGER] = inputs.runner(case.direction, case.operation.eager)
             source, target = (torch.zeros(case.bytes_moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
             calls[COPY] = lambda: target.copy_(source)
             record["variants"] = timer.measure(calls, seconds)
@@ -299,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     planned_for = "cuda" if arguments.compile else arguments.device or ("cuda" if has_gpu() else "cpu")
     plan = [case for case in chosen(planned_for) if arguments.only.search(case.name)]
     if arguments.list:
-        print(report.table(["case", "bytes"], [[case.name, str(case.bytes_moved)] for case in plan]))
+        print(table(["case", "bytes"], [[case.name, case.bytes_moved] for case in plan]))
         return 0
     if not plan:
         print(f"no case matches {arguments.only.pattern!r}; see --list", file=sys.stderr)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from benchmarks.cases import DIRECTION_TITLES
 from benchmarks.report.files import read_result
-from benchmarks.report.pages import table
 from benchmarks.report.stats import Record, measured, ratio, ratio_text, seconds_text, verdict
+from benchmarks.report.table import table
 
 LEGEND = (
     "Forms of cuda: c vectors a thread, t threads of a block for one row, r rows a block, k blocks of a cluster, p "
