@@ -7,13 +7,12 @@ import functools
 
 import pytest
 import torch
+from fastpath_calls import NEEDS_FASTPATH
 
 import fusednorm
 from fusednorm import dispatch
-from fusednorm.dispatch import fastpath
 
-_missing = fastpath.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
+pytestmark = NEEDS_FASTPATH
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import pytest
 import torch
 from backends import EMULATED
+from fastpath_calls import DTYPES, NEEDS_FASTPATH, NORMS, Form, both_ways, gradients, hold_to_the_long_way, same
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,20 +20,16 @@ from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath, rules
-from tests.dispatch.test_fastpath import DTYPES, FORMS, call, differentiate, same
-from tests.dispatch.test_fastpath import operands as on_the_cpu
 
-_missing = fastpath.load()[1]
-pytestmark = [
-    pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}"),
-    *([] if EMULATED else [pytest.mark.gpu]),
-]
+pytestmark = [NEEDS_FASTPATH, *([] if EMULATED else [pytest.mark.gpu])]
 NODE = "FusedNormBackward"
 DEVICE = "cpu" if EMULATED else "cuda"
+LAYER = NORMS["add_layer_norm"]
+FORMS = {**NORMS, "layer_norm": Form("layer_norm", ("x", "weight", "bias"))}
 
 
-def operands(*arguments, **options):
-    return [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in on_the_cpu(*arguments, **options)]
+def leaves_of(form, *arguments, **options):
+    return form.leaves(*arguments, device=DEVICE, **options)
 
 
 def randn(*shape, dtype=torch.float32):
@@ -52,57 +49,27 @@ def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=
     )
 
 
-def both_ways(function, monkeypatch):
-    """What `function` gives by the fast path, and by the long way."""
-    found = function()
-    with dispatch.settings.without_fastpath():
-        expected = function()
-    assert found[0].grad_fn.name() == NODE and expected[0].grad_fn.name() != NODE
-    return found, expected
-
-
-def all_same(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        same(a, b)
+SHAPES = [(5, 33), (7,), (1, 1), (64, 304)]  # odd, one row, one element, aligned
+WIDE = (2, 20000)  # which the emulation takes a second for: of the two dtypes whose kernels differ in their tiles
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["layer_norm", *FORMS])
-@pytest.mark.parametrize(
-    ("shape", "ndim"),
-    [((5, 33), 1), ((3, 2, 4, 6), 2), ((7,), 1), ((1, 1), 1), ((64, 304), 1), ((2, 20000), 1)],
-    ids=["odd", "two-dimensions", "one-row", "one-element", "aligned", "wide"],
-)
-def test_fastpath_to_cuda_gives_the_bits_of_the_long_way(form, shape, ndim, dtype, by_cuda, monkeypatch):
-    inputs = operands(form, shape, dtype, ndim)
-    cotangents = [randn(*shape, dtype=dtype) for _ in range(2)]
-
-    def run():
-        if form == "layer_norm":
-            return fusednorm.layer_norm(inputs[0], shape[-ndim:], inputs[2], inputs[3]), inputs[0]
-        return call(form, *inputs, ndim)
-
-    outputs, expected = both_ways(run, monkeypatch)
-    all_same(outputs, expected)
-    for used in ([0, 1], [0], [1]):
-        if used != [1] or outputs[1].grad_fn is not None:
-            wanted = [differentiate(o, inputs, used, cotangents) for o in both_ways(run, monkeypatch)]
-            all_same(*wanted)
+@pytest.mark.parametrize("name", FORMS)
+def test_fastpath_to_cuda_gives_the_bits_of_the_long_way(name, dtype, by_cuda):
+    form = FORMS[name]
+    for shape in [*SHAPES, *([WIDE] if dtype in (torch.float32, torch.bfloat16) else [])]:
+        hold_to_the_long_way(form, leaves_of(form, shape, dtype), what=shape)
+    hold_to_the_long_way(form, leaves_of(form, (3, 2, 4, 6), dtype, 2), ndim=2)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_fastpath_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda, monkeypatch):
-    base = [*operands("add_layer_norm", (6, 40)), randn(40)]
-    cotangents = [randn(6, 40) for _ in range(2)]
+def test_fastpath_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda):
+    form = Form("add_layer_norm", (*LAYER.names, "x_bias"), {"dropout_p": dropout_p, "seed": 11})
+    base = leaves_of(form, (6, 40))
     for count in range(1, 6):
-        for subset in itertools.combinations(range(5), count):
-            inputs = [t.detach().requires_grad_(i in subset) for i, t in enumerate(base)]
-            x, residual, weight, bias, x_bias = inputs
-            epilogue = {"x_bias": x_bias, "dropout_p": dropout_p, "seed": 11}
-            run = lambda: fusednorm.add_layer_norm(x, residual, 40, weight, bias, **epilogue)  # noqa: B023, E731
-            wanted = [differentiate(o, inputs, [0, 1], cotangents) for o in both_ways(run, monkeypatch)]
-            assert len(wanted[0]) == count
-            all_same(*wanted)
+        for subset in itertools.combinations(base, count):
+            leaves = {name: leaf.detach().requires_grad_(name in subset) for name, leaf in base.items()}
+            hold_to_the_long_way(form, leaves, what=subset)
 
 
 def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cuda):
@@ -116,11 +83,9 @@ def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cud
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
-def test_fastpath_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda, monkeypatch):
-    inputs = operands("add_layer_norm", (6, 40), torch.bfloat16, weight_dtype=parameters)
-    cotangents = [randn(6, 40, dtype=torch.bfloat16) for _ in range(2)]
-    outputs = both_ways(lambda: call("add_layer_norm", *inputs), monkeypatch)
-    all_same(*[differentiate(o, inputs, [0, 1], cotangents) for o in outputs])
+def test_fastpath_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda):
+    leaves = leaves_of(LAYER, (6, 40), torch.bfloat16, weight=parameters, bias=parameters)
+    hold_to_the_long_way(LAYER, leaves)
 
 
 REFUSED = {
@@ -148,46 +113,47 @@ def test_fastpath_to_cuda_leaves_what_its_kernels_do_not_read_to_the_long_way(ca
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "kept transposed by a hook"])
-def test_fastpath_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout, by_cuda, monkeypatch):
-    inputs = operands("add_layer_norm", (6, 40))
+def test_fastpath_to_cuda_copies_cotangents_that_its_kernels_do_not_read(layout, by_cuda):
+    leaves = leaves_of(LAYER, (6, 40))
     cotangents = [randn(1, 40).expand(6, 40), randn(40, 6).t()]
     if layout == "transposed":
         cotangents.reverse()
 
     def run():
         if layout != "kept transposed by a hook":
-            return call("add_layer_norm", *inputs)
+            return LAYER.call(leaves)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t()):
-            return call("add_layer_norm", *inputs)
+            return LAYER.call(leaves)
 
-    all_same(*[differentiate(o, inputs, [0, 1], cotangents) for o in both_ways(run, monkeypatch)])
+    same(*[gradients(outputs, leaves, cotangents) for outputs in both_ways(run, NODE)])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_fastpath_to_cuda_second_derivatives_and_batched_cotangents(form, by_cuda, monkeypatch):
-    inputs = [None if t is None else t.detach().double().requires_grad_() for t in operands(form, (3, 5))]
-    given = [t for t in inputs if t is not None]
-    assert call(form, *inputs)[0].grad_fn.name() == NODE
-    assert torch.autograd.gradgradcheck(lambda *_: call(form, *inputs)[0], given, check_batched_grad=True)
+@pytest.mark.parametrize("name", NORMS)
+def test_fastpath_to_cuda_second_derivatives_and_batched_cotangents(name, by_cuda):
+    form = NORMS[name]
+    leaves = leaves_of(form, (3, 5), torch.float64)
+    assert form.call(leaves)[0].grad_fn.name() == NODE
+    given = tuple(leaves.values())
+    assert torch.autograd.gradgradcheck(lambda *_: form.call(leaves)[0], given, check_batched_grad=True)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracing looks at z's
 def test_fastpath_to_cuda_under_compiled_autograd(by_cuda):
     torch._dynamo.reset()
-    inputs = operands("add_layer_norm", (6, 40))
+    leaves = leaves_of(LAYER, (6, 40))
     cotangents = [randn(6, 40) for _ in range(2)]
-    expected = differentiate(call("add_layer_norm", *inputs), inputs, [0, 1], cotangents)
+    expected = gradients(LAYER.call(leaves), leaves, cotangents)
     for _ in range(2):
-        outputs = call("add_layer_norm", *inputs)
+        outputs = LAYER.call(leaves)
         with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
-            found = differentiate(outputs, inputs, [0, 1], cotangents)
-        all_same(found, expected)
+            found = gradients(outputs, leaves, cotangents)
+        same(found, expected)
 
 
 def test_fastpath_to_cuda_shows_in_the_profiler(by_cuda):
-    inputs = operands("add_layer_norm", (6, 40))
+    leaves = leaves_of(LAYER, (6, 40))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call("add_layer_norm", *inputs)[0].sum().backward()
+        LAYER.call(leaves)[0].sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"fusednorm_cuda::add_layer_norm_fwd", "fusednorm_cuda::add_layer_norm_bwd"} <= names
     assert not any(name.startswith("fusednorm_cpu::add_layer_norm") for name in names)

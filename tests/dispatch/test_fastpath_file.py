@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch._dynamo.testing
+from fastpath_calls import NEEDS_FASTPATH
 
 import fusednorm
 from fusednorm import dispatch
@@ -14,8 +15,7 @@ from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath
 from fusednorm.providers.cpu import library as cpu
 
-_missing = fastpath.load()[1]
-pytestmark = pytest.mark.skipif(bool(_missing), reason=f"no fast path: {_missing}")
+pytestmark = NEEDS_FASTPATH
 
 
 @contextlib.contextmanager

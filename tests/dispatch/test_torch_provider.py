@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import python
 from oracle_activation import TORCHS
 
 import fusednorm
@@ -138,14 +135,6 @@ def test_nested_requests_decide_as_everywhere():
 # --- FUSEDNORM_PROVIDER ---
 
 
-def python(program, provider):
-    environment = os.environ | {"PYTHONPATH": str(Path(fusednorm.__file__).parents[1]), "FUSEDNORM_PROVIDER": provider}
-    environment.pop("FUSEDNORM_EMULATE", None)
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
-    return run.stdout.strip(), run.stderr.strip()
-
-
 def test_the_environment_names_the_provider_of_the_process():
     program = """
 import torch, fusednorm
@@ -157,9 +146,9 @@ with fusednorm.use_provider("reference"):
     print(dispatch.requested())
 print(dispatch.requested(), dispatch.settings.current.fastpath)
 """
-    out, err = python(program, "torch")
+    out = python("-c", program, FUSEDNORM_PROVIDER="torch")
     expected = ["add_layer_norm: torch, torch's own operators", "NativeLayerNormBackward0 ReluBackward0"]
-    assert out.splitlines() == [*expected, "reference", "torch None"], err
+    assert out.splitlines() == [*expected, "reference", "torch None"]
 
 
 @pytest.mark.parametrize(
@@ -180,9 +169,8 @@ for function in (fusednorm.layer_norm, fusednorm.rms_norm):
     except ValueError as fault:
         print(fault)
 """
-    out, err = python(program, name)
-    first, *faults = out.splitlines()
-    assert first == "imported reference" and len(faults) == 2 and all(said in fault for fault in faults), (out, err)
+    first, *faults = python("-c", program, FUSEDNORM_PROVIDER=name).splitlines()
+    assert first == "imported reference" and len(faults) == 2 and all(said in fault for fault in faults), faults
 
 
 # --- the pure-Python install ---
@@ -217,14 +205,13 @@ for call in (left_to_torch_in_any_case, rms_norm, add_layer_norm, module, activa
 
 
 def test_a_missing_library_is_told_once_at_the_call_that_it_would_have_served():
-    out, err = python(MISSING, "")
-    silent, *told = out.splitlines()
-    assert silent == "left_to_torch_in_any_case 0" and len(told) == 5, (out, err)
+    silent, *told = python("-c", MISSING).splitlines()
+    assert silent == "left_to_torch_in_any_case 0" and len(told) == 5, (silent, told)
     for line in told:
         assert " 1 (True, 'UserWarning', " in line, line
         assert "python setup.py build_ext --inplace" in line and "FUSEDNORM_PROVIDER=torch" in line
 
 
 def test_who_asks_for_torch_is_told_nothing():
-    out, err = python(MISSING, "torch")
-    assert [line.split()[1] for line in out.splitlines()] == ["0"] * 6, (out, err)
+    said = python("-c", MISSING, FUSEDNORM_PROVIDER="torch").splitlines()
+    assert [line.split()[1] for line in said] == ["0"] * 6, said

@@ -19,8 +19,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 EMULATED = "FUSEDNORM_EMULATE" in os.environ
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "numpy")))
 if INTERPRETED:
-    from interpreter import patch_the_language_once, round_bfloat16_to_nearest, sum_pairs_with_numpy
+    import interpreter
 
-    round_bfloat16_to_nearest()
-    sum_pairs_with_numpy()
-    patch_the_language_once()
+    interpreter.round_bfloat16_to_nearest()
+    interpreter.sum_pairs_with_numpy()
+    interpreter.leave_out_the_unread_overflow_check()
+    interpreter.look_up_numpys_dtypes_once()
+    interpreter.patch_the_language_once()

@@ -7,6 +7,7 @@ It prints each call before it is made, so the last line names the one that did.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import re
@@ -354,6 +355,7 @@ def main() -> None:
         cpu.LIBRARY = Path(os.environ["FUSEDNORM_TEST_LIBRARY"])
     assert dispatch.unavailable_reason("cpu") is None, dispatch.unavailable_reason("cpu")
     torch.ops.fusednorm_cpu.use_instruction_set(os.environ.get("FUSEDNORM_TEST_INSTRUCTION_SET", ""))
+    faulthandler.enable()  # where a fault ends it
     group, *seed = sys.argv[1:]
     {"sizes": sizes, "gradients": gradients, "freed": freed, "arguments": arguments, "fuzz": fuzz}[group](
         *map(int, seed)

@@ -21,16 +21,16 @@ def visible(shape: torch.Size, options: Mapping[str, Any], attn_mask: Tensor | N
     n_queries, n_keys = shape[-2:]
     offset = n_keys - n_queries if options.get("causal_align") == "lower_right" else 0
     left, right = options.get("window") or (None, None)
-    seen = torch.ones(n_queries, n_keys, dtype=torch.bool)
-    for i in range(n_queries):
-        for j in range(n_keys):
-            distance = j - (i + offset)
-            seen[i, j] = (
-                not (options.get("is_causal") and distance > 0)
-                and (left is None or distance >= -left)
-                and (right is None or distance <= right)
-            )
-    seen = seen.to(device).expand(shape)
+
+    def near(distance: int) -> bool:
+        return (
+            not (options.get("is_causal") and distance > 0)
+            and (left is None or distance >= -left)
+            and (right is None or distance <= right)
+        )
+
+    rows = [[near(j - (i + offset)) for j in range(n_keys)] for i in range(n_queries)]
+    seen = torch.tensor(rows, dtype=torch.bool, device=device).reshape(n_queries, n_keys).expand(shape)
     if attn_mask is not None:
         seen = seen & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
     key_mask = options.get("key_mask")

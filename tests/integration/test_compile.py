@@ -67,9 +67,14 @@ def with_gradients(run, rows: int, device: str):
 
 
 @EVERY_CASE
-def test_fullgraph_dynamic_over_row_counts(function, variant, using, device):
-    """Results and gradients at every row count; 0 and 1 may be specialised, the rest shares one graph."""
-    counter = CompileCounterWithBackend("aot_eager")
+def test_fullgraph_dynamic_over_row_counts(function, variant, provider, using, device):
+    """Results and gradients at every row count; 0 and 1 may be specialised, the rest shares one graph.
+
+    Graphs of automatic choice and of torch's operators go through AOTAutograd. That of another provider is no other
+    for it: an op for each direction, and a name among their arguments.
+    """
+    aot = provider in ("automatic", "torch")
+    counter = CompileCounterWithBackend("aot_eager" if aot else "eager")
     run = caller(function, VARIANTS[variant])
     with using:
         compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
@@ -82,6 +87,16 @@ def test_fullgraph_dynamic_over_row_counts(function, variant, using, device):
             torch.testing.assert_close(ours, expected, **REORDERED)
     again = counter.frame_count - first
     assert again <= 2, f"{again} more compilations for {len(ROWS)} row counts"
+    if not aot:
+        op = "bias_act_dropout" if function == "bias_act_dropout" else "add_layer_norm"
+        found = [(str(node.target), node.args[-1]) for node in ops_of(counter.graphs[0])]
+        assert found == [(f"fusednorm.{op}_fwd", provider), (f"fusednorm.{op}_bwd", provider)]
+
+
+def ops_of(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The calls of the package's ops, those in the parts of an autograd Function too."""
+    parts = [part.graph for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    return [node for part in parts for node in part.nodes if str(node.target).startswith("fusednorm.")]
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import ROOT, python
 
 import fusednorm
 from fusednorm import __main__
 
-ROOT = Path(fusednorm.__file__).parents[1]
 OPTIONAL = (
     "triton",
     "matplotlib",
@@ -28,15 +28,6 @@ OPTIONAL = (
     "torch._dynamo",
     "torch._inductor",
 )
-
-
-def python(*arguments: str, **variables: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
-    run = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def test_import_brings_in_nothing_optional_and_leaves_settings_alone():
@@ -79,8 +70,10 @@ for _ in range(20):
         os._exit(0)
     os.waitpid(child, 0)
 """
-    cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    milliseconds = [float(line) for line in python("-c", program, **cache).split()]
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    command, environment = [sys.executable, "-c", program], os.environ | variables | {"OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT, check=True).stdout
+    milliseconds = [float(line) for line in said.split()]
     assert list(tmp_path.rglob("norm.*.pyc")), "the first child wrote no byte code"
     assert len(milliseconds) == 20
     assert min(milliseconds) < 50, milliseconds
