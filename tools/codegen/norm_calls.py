@@ -135,7 +135,9 @@ def norm_call(call: Call, n: int) -> None:
         *(call["zero_centered"], changed),
     )
     from_normed = call["memory_efficient"] and autograd_norm.invertible(*from_flat("add_layer_norm_fwd", args))
-    outputs = autograd_norm._apply(*args, "triton", from_normed)[: 1 + (call["stream_used"] and changed)]
+    outputs = autograd_norm.AddLayerNormFunction.apply(*args, "triton", from_normed)[
+        : 1 + (call["stream_used"] and changed)
+    ]
     wanted = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
     if wanted and call["backward"]:
         given = [_cotangent(output, n, layout) for output in outputs]
@@ -149,7 +151,9 @@ def activation_call(call: Call, n: int) -> None:
         bias = torch.ones(n, dtype=call["parameter_dtype"] or call["dtype"])
         bias.requires_grad_(call["backward"] and call["d_bias"])
     seed = torch.zeros(1, dtype=torch.int64) if call["dropout"] else None
-    y = autograd_activation._apply(x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton")
+    y = autograd_activation.BiasActDropoutFunction.apply(
+        x, bias, seed, call["activation"], 0.1 * call["dropout"], "triton"
+    )
     wanted = [leaf for leaf in (x, bias) if leaf is not None and leaf.requires_grad]
     if wanted:
         torch.autograd.grad(y, wanted, _cotangent(y, n, call["layout"]))
