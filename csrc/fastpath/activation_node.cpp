@@ -39,7 +39,10 @@ struct Saved {
 
 using OutputMask = std::array<bool, 2>;  // gradients: of x, bias
 
-fusednorm_cpu::BiasActTensors tensors(const Saved& saved) { return {handle(saved.x), handle(saved.bias), handle(saved.seed)}; }
+fusednorm::BiasActCall library_call(const Saved& saved, const SavedOptions& options, const OutputMask& output_mask) {
+  return {handle(saved.x), handle(saved.bias), handle(saved.seed),
+          {options.activation, output_mask[0], output_mask[1]}, options.dropout_p};
+}
 
 // Second derivatives, batched cotangents, tensors of other kinds: by activation.py.
 variable_list gradients_in_python(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dy,
@@ -60,8 +63,7 @@ variable_list gradients_in_python(const SavedOptions& options, const OutputMask&
 variable_list gradients_natively(const SavedOptions& options, const OutputMask& output_mask, const at::Tensor& dy,
                                  const Saved& saved) {
   RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_bwd", c10::ArrayRef<const c10::IValue>{});
-  auto found = fusednorm_cpu::run_activation_backward(
-      handle(dy), tensors(saved), {options.activation, output_mask[0], output_mask[1]}, options.dropout_p);
+  auto found = fusednorm_cpu::run_activation_backward(handle(dy), library_call(saved, options, output_mask));
   return {take(found.dx), take(found.dbias)};
 }
 
@@ -144,9 +146,8 @@ at::Tensor bias_act_dropout(const BiasActCall& call) {
   at::Tensor y;
   {
     RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_fwd", c10::ArrayRef<const c10::IValue>{});
-    fusednorm::Handle found =
-        fusednorm_cpu::run_activation_forward(tensors({call.x, call.bias, call.seed}), {call.activation, false, false},
-                                              call.dropout_p);
+    fusednorm::Handle found = fusednorm_cpu::run_activation_forward(library_call(
+        {call.x, call.bias, call.seed}, {call.activation, call.dropout_p, call.bias.defined()}, {false, false}));
     y = take(found);
   }
   if (!call.needs_grad) return y;
