@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -49,23 +49,14 @@ CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 READ_BY_COMPILERS = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "SDKROOT")
 
-INSTRUCTION_SETS = {"baseline": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-            *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        ],
-    }
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"baseline": []} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
 # No contraction: a * b + c rounds twice on every instruction set, so all of them give the same results.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
-FLAGS += [
-    "-Wall",
-    "-Wextra",
-    "-Werror=switch",  # a member of an enumeration without a case
-    f"-fmacro-prefix-map={ROOT}/=",
-]  # error messages name sources as the repository does
+# A member of an enumeration without a case is an error. Error messages name sources as the repository does.
+FLAGS += ["-Wall", "-Wextra", "-Werror=switch", f"-fmacro-prefix-map={ROOT}/="]
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 
 
@@ -157,19 +148,20 @@ def torch_flags(torch: Path) -> list[str]:
     return [f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000", "-isystem", str(torch / "include")]
 
 
+def compiling(objects: Path, sources: Iterable[Path], command: list[str], suffix: str = "") -> dict[Path, list[str]]:
+    """Large sources first: they take the longest."""
+    ordered = sorted(sources, key=lambda source: (-source.stat().st_size, source))
+    return {objects / f"{source.stem}{suffix}.o": [*command, "-c", str(source)] for source in ordered}
+
+
 def cpu_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
-    kernels = sorted(CPU.rglob("*_kernels.cpp"))
-    jobs = {
-        objects / f"{source.stem}_{name}.o": [
-            *(*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags, "-c", str(source))
-        ]
-        for source in kernels
-        for name, flags in INSTRUCTION_SETS.items()
-    } | {
-        objects / f"{source.stem}.o": [*compiler, *FLAGS, *torch_flags(torch), "-c", str(source)]
-        for source in sorted([*COMMON.glob("*.cpp"), *CPU.rglob("*.cpp")])
-        if source not in kernels
-    }
+    kernels = set(CPU.rglob("*_kernels.cpp"))
+    jobs = {}
+    for name, flags in INSTRUCTION_SETS.items():
+        command = [*compiler, *FLAGS, *KERNEL_FLAGS, f"-DFN_ISA={name}", *flags]
+        jobs |= compiling(objects, kernels, command, f"_{name}")
+    others = [*COMMON.glob("*.cpp"), *{*CPU.rglob("*.cpp")} - kernels]
+    jobs |= compiling(objects, others, [*compiler, *FLAGS, *torch_flags(torch)])
     # the name that the fast path finds it by, which is linked to it
     return jobs, ["-Wl,-install_name,@rpath/libfusednorm_cpu.so" if MACOS else "-Wl,-soname,libfusednorm_cpu.so"]
 
@@ -181,15 +173,10 @@ def cuda_commands(objects: Path, torch: Path, compiler: list[str]) -> Commands:
     runtime = next((folder for folder in folders if (folder / "libcudart_static.a").exists()), None)
     if runtime is None:
         raise RuntimeError(f"libcudart_static.a is in none of {', '.join(map(str, folders))} (CUDA_HOME names another)")
-    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    flags += code_for(cuda_architectures(cuda))
-    jobs = {
-        objects / f"{source.stem}.o": [*cuda, *flags, "-ccbin", compiler[0], "-c", str(source)]
-        for source in sorted(CUDA.rglob("*.cu"), key=lambda source: -source.stat().st_size)
-    } | {
-        objects / f"{source.stem}.o": [*compiler, *FLAGS, "-DUSE_CUDA", *torch_flags(torch), "-c", str(source)]
-        for source in sorted([*COMMON.glob("*.cpp"), *CUDA.rglob("*.cpp")])
-    }
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code_for(cuda_architectures(cuda))]
+    jobs = compiling(objects, CUDA.rglob("*.cu"), [*cuda, *flags, "-ccbin", compiler[0]])
+    others = [*COMMON.glob("*.cpp"), *CUDA.rglob("*.cpp")]
+    jobs |= compiling(objects, others, [*compiler, *FLAGS, "-DUSE_CUDA", *torch_flags(torch)])
     # cudart inside: it shares the GPU's context with torch's own, of whatever version
     return jobs, [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
@@ -207,18 +194,12 @@ def fastpath_name() -> str:
 
 
 def fastpath_commands(objects: Path, torch: Path, compiler: list[str], cpu_library: Path) -> Commands:
-    headers = [
-        torch / "include",
-        torch / "include" / "torch" / "csrc" / "api" / "include",
-        sysconfig.get_path("include"),
-    ]
-    if not (Path(headers[-1]) / "Python.h").exists():
-        raise RuntimeError(f"Python.h is not in {headers[-1]} (on Debian: apt install python3-dev)")
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").exists():
+        raise RuntimeError(f"Python.h is not in {python} (on Debian: apt install python3-dev)")
+    headers = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include", python]
     flags = ["-std=c++20", *FLAGS[1:], *(word for path in headers for word in ("-isystem", str(path)))]
-    jobs = {
-        objects / f"{source.stem}.o": [*compiler, *flags, "-c", str(source)]
-        for source in sorted(FASTPATH.glob("*.cpp"))
-    }
+    jobs = compiling(objects, FASTPATH.glob("*.cpp"), [*compiler, *flags])
     origin = "@loader_path" if MACOS else "$ORIGIN"
     return jobs, ["-ltorch_python", str(cpu_library), f"-Wl,-rpath,{origin}"]
 

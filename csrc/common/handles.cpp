@@ -64,16 +64,22 @@ Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype, int32_t device_typ
   return Handle(tensor);
 }
 
-int fold(const int64_t* sizes, const int64_t* strides, int64_t ndim, Dim* out) {
+int fold(Dim* dims, int64_t ndim) {
   int count = 0;
   for (int64_t d = 0; d < ndim; ++d) {
-    if (sizes[d] == 1) continue;
-    if (count && out[count - 1].stride == sizes[d] * strides[d])
-      out[count - 1] = {out[count - 1].size * sizes[d], strides[d]};
+    const Dim dim = dims[d];
+    if (dim.size == 1) continue;
+    if (count && dims[count - 1].stride == dim.size * dim.stride)
+      dims[count - 1] = {dims[count - 1].size * dim.size, dim.stride};
     else
-      out[count++] = {sizes[d], strides[d]};
+      dims[count++] = dim;
   }
   return count;
+}
+
+int fold(const int64_t* sizes, const int64_t* strides, int64_t ndim, Dim* out) {
+  for (int64_t d = 0; d < ndim; ++d) out[d] = {sizes[d], strides[d]};
+  return fold(out, ndim);
 }
 
 }  // namespace fusednorm

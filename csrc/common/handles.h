@@ -5,37 +5,18 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <memory>
+#include <type_traits>
+
 #include "checked.h"
 #include "data.h"
 
 namespace fusednorm {
 
-class Handle {
- public:
-  Handle() = default;
-  explicit Handle(AtenTensorHandle tensor) : tensor_(tensor) {}
-  Handle(Handle&& other) noexcept : tensor_(other.release()) {}
-  Handle& operator=(Handle&& other) noexcept {
-    AtenTensorHandle tensor = other.release();
-    reset();
-    tensor_ = tensor;
-    return *this;
-  }
-  ~Handle() { reset(); }
-  AtenTensorHandle get() const { return tensor_; }
-  explicit operator bool() const { return tensor_ != nullptr; }
-  AtenTensorHandle release() {
-    AtenTensorHandle tensor = tensor_;
-    tensor_ = nullptr;
-    return tensor;
-  }
-
- private:
-  void reset() {
-    if (tensor_) aoti_torch_delete_tensor_object(tensor_);
-  }
-  AtenTensorHandle tensor_ = nullptr;
+struct DeleteTensor {
+  void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
 };
+using Handle = std::unique_ptr<std::remove_pointer_t<AtenTensorHandle>, DeleteTensor>;
 
 // Takes an argument off the dispatcher's stack.
 inline Handle parse_tensor(StableIValue value) { return Handle(torch::stable::detail::to<AtenTensorHandle>(value)); }
@@ -90,5 +71,6 @@ Handle empty(int64_t ndim, const int64_t* sizes, Dtype dtype, int32_t device_typ
 // The fewest dimensions that address the same elements in the same order; their number. Of a tensor that has elements, and
 // whose storage holds them: then no product of a size and a stride wraps.
 int fold(const int64_t* sizes, const int64_t* strides, int64_t ndim, Dim* out);
+int fold(Dim* dims, int64_t ndim);  // in place
 
 }  // namespace fusednorm

@@ -75,6 +75,12 @@ struct BackwardCall {
   double dropout_p, drop_path_p;
 };
 
+struct BiasActCall {
+  Handle x, bias, seed;
+  ActivationOptions options;
+  double dropout_p;
+};
+
 struct Outputs {
   Handle normed, z, stats;
 };
@@ -107,6 +113,13 @@ inline BackwardCall parse_backward(StableIValue* stack) {
           parse_optional(stack[4]), parse_optional(stack[5]), parse_optional(stack[6]),  parse_optional(stack[7]),
           parse_optional(stack[8]), parse_optional(stack[9]), unpack_options(to<int64_t>(stack[10])),
           to<double>(stack[11]),   to<double>(stack[12])};
+}
+
+// The arguments of bias_act_dropout; those of its backward stand behind dy.
+inline BiasActCall parse_bias_act(StableIValue* stack) {
+  using torch::stable::detail::to;
+  return {parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2]),
+          unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4])};
 }
 
 // Results to the dispatcher's stack, in the schema's order.

@@ -7,10 +7,13 @@
 
 namespace fusednorm_fastpath {
 
-struct BiasActCall {
-  at::Tensor x, bias, seed;  // the last two undefined where not given
-  int64_t activation;        // as in activations.h
+struct BiasActOptions {
+  int64_t activation;  // as in activations.h
   double dropout_p;
+};
+
+struct BiasActCall : BiasActOptions {
+  at::Tensor x, bias, seed;  // the last two undefined where not given
   bool needs_grad;
 };
 

@@ -5,12 +5,16 @@
 
 namespace fusednorm_fastpath {
 
-struct AttentionCall {
-  at::Tensor query, key, value, key_mask;  // (batch, heads, length, head dim), not empty; key_mask undefined or (batch, keys)
+struct AttentionOptions {
   double scale;
   bool native;  // by the library's kernels; by torch's, which know neither key_mask nor window, otherwise
-  bool causal, needs_grad;
+  bool causal;
   int64_t window_left, window_right;  // -1: unbounded
+};
+
+struct AttentionCall : AttentionOptions {
+  at::Tensor query, key, value, key_mask;  // (batch, heads, length, head dim), not empty; key_mask undefined or (batch, keys)
+  bool needs_grad;
 };
 
 at::Tensor attention(const AttentionCall& call);

@@ -152,18 +152,15 @@ NormResult run(NormCall& call) {
   return norm(call);
 }
 
-PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
-  HANDLE_TH_ERRORS
+PyObject* rms_norm(PyObject* const* args) {
   NormCall call{};
   call.rms = true;
   if (!parse_first(args[0], args[4], call)) Py_RETURN_NONE;
   if (!parse_call(Py_None, args[1], args[2], Py_None, args[3], "rms_norm", args[4], call)) Py_RETURN_NONE;
   return THPVariable_Wrap(run(call).normed);
-  END_HANDLE_TH_ERRORS
 }
 
-PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
-  HANDLE_TH_ERRORS
+PyObject* add_norm(PyObject* const* args) {
   NormCall call{};
   call.rms = args[9] == Py_True;
   if (!parse_first(args[0], args[10], call)) Py_RETURN_NONE;
@@ -180,7 +177,6 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t) {
   PyTuple_SET_ITEM(pair.get(), 0, normed.release());
   PyTuple_SET_ITEM(pair.get(), 1, result.z.defined() ? THPVariable_Wrap(result.z) : Py_NewRef(args[0]));
   return pair.release();
-  END_HANDLE_TH_ERRORS
 }
 
 // The number of an activation's name, -1 of no name.
@@ -217,8 +213,7 @@ bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) 
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }
 
-PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
-  HANDLE_TH_ERRORS
+PyObject* bias_act_dropout(PyObject* const* args) {
   BiasActCall call{};
   bool by_torch = false;
   if (!parse_activation(args, call, by_torch)) Py_RETURN_NONE;
@@ -229,7 +224,6 @@ PyObject* bias_act_dropout(PyObject*, PyObject* const* args, Py_ssize_t) {
     y = by_torch ? bias_act_by_torch(call) : bias_act_dropout(call);
   }
   return THPVariable_Wrap(y);
-  END_HANDLE_TH_ERRORS
 }
 
 constexpr int64_t kMostHeadDim = 256;
@@ -312,8 +306,7 @@ bool parse_attention(PyObject* const* args, AttentionCall& call) {
   return true;
 }
 
-PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
-  HANDLE_TH_ERRORS
+PyObject* attention(PyObject* const* args) {
   AttentionCall call;
   if (!parse_attention(args, call)) Py_RETURN_NONE;
   at::Tensor out;
@@ -322,24 +315,23 @@ PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t) {
     out = attention(call);
   }
   return THPVariable_Wrap(out);
-  END_HANDLE_TH_ERRORS
 }
 
-PyObject* attach(PyObject*, PyObject* const* args, Py_ssize_t) {
-  HANDLE_TH_ERRORS
+PyObject* attach(PyObject* const* args) {
   void* const norms = PyLong_AsVoidPtr(args[0]);
   if (!norms) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "norms: expected an address");
   const uint64_t devices = PyLong_AsUnsignedLongLong(args[2]);
   if (PyErr_Occurred()) return nullptr;
   attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True, devices);
   Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
 }
 
-template <Py_ssize_t count, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t given) {
-  if (given == count) return function(self, args, given);
+template <Py_ssize_t count, PyObject* (*function)(PyObject* const*)>
+PyObject* counted(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  HANDLE_TH_ERRORS
+  if (given == count) return function(args);
   return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", count, given);
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* attribute(const char* module, const char* name) {

@@ -7,11 +7,15 @@
 
 namespace fusednorm_fastpath {
 
-struct NormCall {
-  at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
+struct NormOptions {
   int64_t normalized_ndim;
   double eps, dropout_p;
-  bool rms, needs_grad, by_cuda;
+  bool rms, by_cuda;
+};
+
+struct NormCall : NormOptions {
+  at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
+  bool needs_grad;
 
   // Whether z, the residual stream, is another tensor than x.
   bool has_residual() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }

@@ -149,18 +149,14 @@ struct Constant {
 // f(compute type, storage type of direct rows, activation)
 template <class F>
 FN_INLINE void with_call_types(const ActivationCall& a, F&& f) {
-  const auto with_activation = [&](auto c, auto s) {
+  with_row_types(a.wide, a.direct, a.x.dtype, [&](auto c, auto s) {
     switch (a.activation) {
 #define FN_CASE(enumerator, ...) \
   case k##enumerator: return f(c, s, Constant<k##enumerator>{});
       FN_ACTIVATIONS(FN_CASE)
 #undef FN_CASE
     }
-  };
-  if (a.wide) return with_activation(double{}, double{});
-  if (a.direct && a.x.dtype == kBFloat16) return with_activation(float{}, BFloat16{});
-  if (a.direct && a.x.dtype == kFloat16) return with_activation(float{}, Float16{});
-  with_activation(float{}, float{});
+  });
 }
 
 inline int64_t activation_workspace(const ActivationCall& a) {

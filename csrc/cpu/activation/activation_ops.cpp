@@ -6,8 +6,9 @@
 #include "../../common/norm_call.h"
 #include "activation_args.h"
 #include "bias_act.h"
-#include "../support/operands.h"
 #include "../support/huge_pages.h"
+#include "../support/operands.h"
+#include "../support/parameters.h"
 #include "../support/workspace.h"
 
 namespace fusednorm_cpu {
@@ -26,40 +27,13 @@ void describe_grid(Grid& g, int64_t n_rows, int64_t n_columns, double p, const H
   g.seed = g.element.on ? uint64_t(*seed_of(seed)) : 0;
 }
 
-// The bias as an array of the compute type: where it lies, or converted.
-class Bias {
- public:
-  Bias(ActivationCall& a, const Handle& bias) {
-    a.bias = nullptr;
-    if (!bias) return;
-    Operand operand;
-    describe("bias", bias, &a.n_columns, 1, 0, operand);
-    if (!a.n_rows || !a.n_columns) return;  // of an expanded one a copy may be more than there is memory
-    if (operand.unit && operand.dtype == (a.wide ? kFloat64 : kFloat32)) {
-      a.bias = operand.data;
-      return;
-    }
-    const int64_t bytes = times(padded(a.n_columns), a.wide ? 8 : 4);
-    if (bytes > int64_t(sizeof few_)) many_ = allocate("the bias", bytes);
-    void* out = many_ ? many_.get() : few_;
-    kernels().parameter(operand, a.n_columns, a.wide, 0.0, out);
-    a.bias = out;
-  }
-
- private:
-  double few_[256];  // an aligned allocation costs as much as a row of 64
-  Buffer many_;
-};
-
 // Everything but the bias and the outputs; the sizes of x.
-Sizes describe_call(ActivationCall& a, const Handle& x, const Handle& dy, const ActivationOptions& options, double p,
-                    const Handle& seed) {
-  const Sizes s = sizes_of("x", x);
+Sizes describe_call(ActivationCall& a, const BiasActCall& call, const Handle& dy) {
+  const Sizes s = sizes_of("x", call.x);
   STD_TORCH_CHECK(s.ndim >= 1, "x: expected at least one dimension");
-  const int64_t n_columns = s.sizes[s.ndim - 1];
-  describe_grid(a, product(s.sizes, s.ndim - 1), n_columns, p, seed);
-  a.activation = activation_of(options);
-  describe("x", x, s, s.ndim - 1, a.x);
+  describe_grid(a, product(s.sizes, s.ndim - 1), s.sizes[s.ndim - 1], call.dropout_p, call.seed);
+  a.activation = activation_of(call.options);
+  describe("x", call.x, s, s.ndim - 1, a.x);
   describe("dy", dy, s.sizes, s.ndim, s.ndim - 1, a.dy);
   a.wide = a.x.dtype == kFloat64;
   a.direct = a.x.unit && (!dy || (a.dy.unit && a.dy.dtype == a.x.dtype));
@@ -71,10 +45,11 @@ int64_t grain(int64_t elements_of_a_tile) { return std::max<int64_t>(kGrain / st
 
 }  // namespace
 
-Handle run_activation_forward(const BiasActTensors& t, const ActivationOptions& options, double p) {
+Handle run_activation_forward(const BiasActCall& call) {
   ActivationCall a;
-  const Sizes s = describe_call(a, t.x, Handle(), options, p, t.seed);
-  const Bias biases(a, t.bias);
+  const Sizes s = describe_call(a, call, Handle());
+  Parameters parameters(a, s, s.ndim - 1, 1);
+  a.bias = parameters.get("bias", call.bias);
   Handle y = empty(s.ndim, s.sizes, a.x.dtype);
   if (!a.n_rows || !a.n_columns) return y;
   a.out = fresh_data(y);
@@ -85,13 +60,13 @@ Handle run_activation_forward(const BiasActTensors& t, const ActivationOptions& 
   return y;
 }
 
-BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors& t, const ActivationOptions& options,
-                                         double p) {
-  const Handle& bias = t.bias;
+BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& call) {
+  const Handle& bias = call.bias;
   ActivationCall a;
-  const Sizes s = describe_call(a, t.x, dy, options, p, t.seed);
-  const Bias biases(a, bias);
-  const bool wants_dx = options.wants_dx, wants_dbias = bias && options.wants_dbias;
+  const Sizes s = describe_call(a, call, dy);
+  Parameters parameters(a, s, s.ndim - 1, 1);
+  a.bias = parameters.get("bias", bias);
+  const bool wants_dx = call.options.wants_dx, wants_dbias = bias && call.options.wants_dbias;
   Handle dx = wants_dx ? empty(s.ndim, s.sizes, a.x.dtype) : undefined();
   Handle dbias = wants_dbias ? empty(1, &a.n_columns, dtype_of("bias", bias)) : undefined();
   if (wants_dbias && !a.n_rows && a.n_columns)
@@ -108,27 +83,21 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActTensors&
   const ActivationKernels& k = *kernels().activation;
   parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)), k.workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
-  if (wants_dbias)  // in blocks of 64 columns, so that no two threads share a cache line
-    parallel(pieces(a.n_columns, 64), grain(times(64, chunks)), 0, [&](void*, int64_t begin, int64_t end) {
-      const int64_t last = std::min(end * 64, a.n_columns);
-      kernels().reduce({a.partials, chunks, a.partial_stride, a.wide}, dtype_of("bias", bias), fresh_data(dbias), begin * 64, last);
-    });
+  if (wants_dbias)
+    add_partials({a.partials, chunks, a.partial_stride, a.wide}, a.n_columns, kGrain, dtype_of("bias", bias), fresh_data(dbias));
   return {std::move(dx), std::move(dbias)};
 }
 
 namespace {
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const BiasActTensors tensors{parse_tensor(stack[0]), parse_optional(stack[1]), parse_optional(stack[2])};
-  Handle y = run_activation_forward(tensors, unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4]));
+  Handle y = run_activation_forward(parse_bias_act(stack));
   give(stack, y);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle dy = parse_tensor(stack[0]);
-  const BiasActTensors tensors{parse_tensor(stack[1]), parse_optional(stack[2]), parse_optional(stack[3])};
-  BiasActGradients found =
-      run_activation_backward(dy, tensors, unpack_activation_options(to<int64_t>(stack[4])), to<double>(stack[5]));
+  BiasActGradients found = run_activation_backward(dy, parse_bias_act(stack + 1));
   give(stack, found.dx, found.dbias);
 }
 

@@ -80,11 +80,9 @@ void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, i
   stage_statistics(a, m, h, first, n, false);
   C totals[kBlockSize] = {}, products[kBlockSize] = {};
   for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0;
-  over_key_blocks(a, h, first, n, [&](const Tile& t) {
-    const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
-    if (seen == kNothing) return;
+  over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
     stage_keys(a, m, h, t.key, t.n_keys);
-    differentiate<C, false>(a, m, h, t, seen == kSomething ? m.hidden : nullptr, a.element.on ? m.keep : nullptr, true);
+    differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, true);
     for (int64_t i = 0; i < n; ++i) {
       C product = 0;
       for (int64_t j = 0; j < t.n_keys; ++j) product += m.slopes[j * kStride + i];
@@ -106,10 +104,7 @@ void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head
   stage_statistics(a, m, h, first, n, a.precise);
   C totals[kBlockSize] = {}, factors[kBlockSize];
   __builtin_memset(m.sums, 0, n * m.ld * sizeof(C));
-  over_key_blocks(a, h, first, n, [&](const Tile& t) {
-    const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
-    if (seen == kNothing) return;
-    const C* const hidden = seen == kSomething ? m.hidden : nullptr;
+  over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
     stage_keys(a, m, h, t.key, t.n_keys);
     differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, false);
     for (int64_t i = 0; i < n; ++i) totals[i] += m.totals[i];
@@ -217,30 +212,22 @@ void mask_tile_gradient(const AttentionCall& a, const Memory<C>& m, int64_t item
 }
 
 inline void attention_delta(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
-    over_query_blocks(a, begin, end, [&](const Head& h, int64_t first, int64_t n) { deltas(a, m, h, first, n); });
-  });
+  over_query_blocks(a, workspace, begin, end,
+                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { deltas(a, m, h, first, n); });
 }
 
 inline void attention_precise_delta(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
-    over_query_blocks(a, begin, end, [&](const Head& h, int64_t first, int64_t n) { precise_deltas(a, m, h, first, n); });
-  });
+  over_query_blocks(a, workspace, begin, end,
+                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { precise_deltas(a, m, h, first, n); });
 }
 
 inline void attention_query_gradient(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
-    over_query_blocks(a, begin, end,
-                      [&](const Head& h, int64_t first, int64_t n) { query_block_gradient(a, m, h, first, n); });
-  });
+  over_query_blocks(a, workspace, begin, end,
+                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { query_block_gradient(a, m, h, first, n); });
 }
 
 inline void attention_key_gradients(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
+  with_memory(a, workspace, [&](const auto& m) {
     const int64_t blocks = blocks_of(a.n_keys), group = a.n_heads / a.n_key_heads;
     for (int64_t item = begin; item < end; ++item) {
       const Head h = head_of(a, item / blocks / a.n_key_heads, item / blocks % a.n_key_heads * group);
@@ -251,8 +238,7 @@ inline void attention_key_gradients(const AttentionCall& a, void* workspace, int
 }
 
 inline void attention_mask_gradient(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
+  with_memory(a, workspace, [&](const auto& m) {
     for (int64_t item = begin; item < end; ++item) mask_tile_gradient(a, m, item);
   });
 }

@@ -18,34 +18,44 @@ FN_INLINE int64_t block_of(int64_t item, int64_t blocks) {
   return n % 2 ? blocks - 1 - n / 2 : n / 2;
 }
 
-// work(head, first query, how many) for blocks of queries.
+// f(memory), of the compute type.
 template <class F>
-FN_INLINE void over_query_blocks(const AttentionCall& a, int64_t begin, int64_t end, F&& work) {
-  const int64_t blocks = blocks_of(a.n_queries);
-  for (int64_t item = begin; item < end; ++item) {
-    const Head h = head_of(a, item / blocks / a.n_heads, item / blocks % a.n_heads);
-    const int64_t first = block_of(item, blocks) * kBlockSize;
-    if (first < h.n_queries) work(h, first, least(kBlockSize, h.n_queries - first));
-  }
+FN_INLINE void with_memory(const AttentionCall& a, void* workspace, F&& f) {
+  if (a.wide) return f(Memory<double>(a, workspace));
+  f(Memory<float>(a, workspace));
 }
 
-// The tiles of these queries that causality and window do not hide.
+// work(memory, head, first query, how many) for blocks of queries.
 template <class F>
-FN_INLINE void over_key_blocks(const AttentionCall& a, const Head& h, int64_t first, int64_t n, F&& work) {
+FN_INLINE void over_query_blocks(const AttentionCall& a, void* workspace, int64_t begin, int64_t end, F&& work) {
+  with_memory(a, workspace, [&](const auto& m) {
+    const int64_t blocks = blocks_of(a.n_queries);
+    for (int64_t item = begin; item < end; ++item) {
+      const Head h = head_of(a, item / blocks / a.n_heads, item / blocks % a.n_heads);
+      const int64_t first = block_of(item, blocks) * kBlockSize;
+      if (first < h.n_queries) work(m, h, first, least(kBlockSize, h.n_queries - first));
+    }
+  });
+}
+
+// work(tile, what hides some of it or null) for the tiles of these queries that have something to see.
+template <class C, class F>
+FN_INLINE void over_key_blocks(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n, F&& work) {
   const int64_t end = keys_of(a, h, first + n - 1).end;
-  for (int64_t key = keys_of(a, h, first).begin / kBlockSize * kBlockSize; key < end; key += kBlockSize)
-    work(Tile{first, key, n, least(kBlockSize, h.n_keys - key)});
+  for (int64_t key = keys_of(a, h, first).begin / kBlockSize * kBlockSize; key < end; key += kBlockSize) {
+    const Tile t{first, key, n, least(kBlockSize, h.n_keys - key)};
+    const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
+    if (seen != kNothing) work(t, seen == kSomething ? m.hidden : nullptr);
+  }
 }
 
 template <class C>
 void attend(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
-  stage_lanes(a.q, a.dtype, offset_of(a.q, h.batch, h.head, h.first_query + first), n, a.dim, m.rows, m.ld, m.lanes);
+  stage_rows(a.q, a.dtype, offset_of(a.q, h.batch, h.head, h.first_query + first), n, a.dim, m.rows, m.ld);
+  transpose(m.rows, m.ld, n, a.dim, m.lanes);
   for (int64_t i = 0; i < kBlockSize; ++i) m.lse[i] = -C(__builtin_inf()), m.delta[i] = 0;
   __builtin_memset(m.value_sums, 0, n * m.value_ld * sizeof(C));
-  over_key_blocks(a, h, first, n, [&](const Tile& t) {
-    const Seen seen = mask_tile<C, false>(a, h, t, m.hidden, m.scratch);
-    if (seen == kNothing) return;
-    const C* const hidden = seen == kSomething ? m.hidden : nullptr;
+  over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
     Int<C>* const keep = a.element.on ? m.keep : nullptr;
     stage_rows(a.k, a.dtype, offset_of(a.k, h.batch, h.key_head, h.first_key + t.key), t.n_keys, a.dim, m.rows, m.ld);
     product<C, false>(t.n_keys, n, a.dim, m.rows, m.ld, 1, m.lanes, kStride, m.logits, kStride);
@@ -67,21 +77,13 @@ void attend(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t f
                offset_of(a.out, h.batch, h.head, h.first_query + first));
 }
 
-template <class F>
-FN_INLINE void with_compute_type(const AttentionCall& a, F&& f) {
-  if (a.wide) return f(double{});
-  f(float{});
-}
-
 inline int64_t attention_workspace(const AttentionCall& a) {
   return a.wide ? Memory<double>::bytes(a) : Memory<float>::bytes(a);
 }
 
 inline void attention_forward(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  with_compute_type(a, [&](auto c) {
-    const Memory<decltype(c)> m(a, workspace);
-    over_query_blocks(a, begin, end, [&](const Head& h, int64_t first, int64_t n) { attend(a, m, h, first, n); });
-  });
+  over_query_blocks(a, workspace, begin, end,
+                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { attend(a, m, h, first, n); });
 }
 
 }  // namespace FN_ISA

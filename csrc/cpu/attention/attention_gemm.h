@@ -6,44 +6,27 @@
 // rounds twice.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_args.h"
 #include "../support/rows.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
 
-FN_INLINE Native<float> multiply_add(Native<float> a, Native<float> b, Native<float> c) {
+// a * b + c of numbers, or of registers of them.
+template <class N>
+FN_INLINE N multiply_add(N a, N b, N c) {
 #if defined(__AVX512F__)
-  return (Native<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (std::is_same_v<N, Native<float>>) return (N)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (std::is_same_v<N, Native<double>>) return (N)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__FMA__)
-  return (Native<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
+  if constexpr (std::is_same_v<N, Native<float>>) return (N)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (std::is_same_v<N, Native<double>>) return (N)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #endif
-}
-
-FN_INLINE Native<double> multiply_add(Native<double> a, Native<double> b, Native<double> c) {
-#if defined(__AVX512F__)
-  return (Native<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  return (Native<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
-
-// The same of one element.
-FN_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-FN_INLINE double multiply_add(double a, double b, double c) {
-#if defined(__FMA__)
-  return __builtin_fma(a, b, c);
+  if constexpr (std::is_same_v<N, float>) return __builtin_fmaf(a, b, c);
+  if constexpr (std::is_same_v<N, double>) return __builtin_fma(a, b, c);
 #else
   return a * b + c;
 #endif

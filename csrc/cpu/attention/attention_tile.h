@@ -195,14 +195,6 @@ struct Memory {
   }
 };
 
-// Rows of a block as lanes.
-template <class C>
-FN_INLINE void stage_lanes(const Strided& t, Dtype dtype, int64_t offset, int64_t rows, int64_t columns, C* staged,
-                           int64_t ld, C* out) {
-  stage_rows(t, dtype, offset, rows, columns, staged, ld);
-  transpose(staged, ld, rows, columns, out);
-}
-
 // c += what is seen of a tile, a[row * a_row + k * a_k], times rows of b.
 template <class C>
 FN_INLINE void add_product(int64_t rows, int64_t columns, int64_t n_k, const C* a, int64_t a_row, int64_t a_k,

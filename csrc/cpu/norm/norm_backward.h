@@ -157,7 +157,7 @@ inline int64_t backward_workspace(const Backward& a) {
 }
 
 inline void backward(const Backward& a, void* workspace, int64_t first_chunk, int64_t end_chunk) {
-  with_row_types(a, [&](auto c, auto s) {
+  with_row_types(a.wide, a.direct, a.row_dtype, [&](auto c, auto s) {
     const auto run =
         a.epilogue ? backward_chunks<decltype(c), decltype(s), true> : backward_chunks<decltype(c), decltype(s), false>;
     run(a, (char*)workspace, first_chunk, end_chunk);

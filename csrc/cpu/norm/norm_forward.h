@@ -159,17 +159,8 @@ inline int64_t forward_workspace(const Forward& a) {
   return times(rows, padded(a.n_columns), a.wide ? 8 : 4);
 }
 
-// f(compute type, storage type of direct rows)
-template <class F>
-FN_INLINE void with_row_types(const Common& a, F&& f) {
-  if (a.wide) return f(double{}, double{});
-  if (a.direct && a.row_dtype == kBFloat16) return f(float{}, BFloat16{});
-  if (a.direct && a.row_dtype == kFloat16) return f(float{}, Float16{});
-  f(float{}, float{});
-}
-
 inline void forward(const Forward& a, void* workspace, int64_t first_row, int64_t end_row) {
-  with_row_types(a, [&](auto c, auto s) {
+  with_row_types(a.wide, a.direct, a.row_dtype, [&](auto c, auto s) {
     const auto run = a.epilogue ? forward_rows<decltype(c), decltype(s), true> : forward_rows<decltype(c), decltype(s), false>;
     run(a, (char*)workspace, first_row, end_row);
   });

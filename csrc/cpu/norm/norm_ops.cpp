@@ -4,15 +4,14 @@
 #include <utility>
 
 #include "../support/abi.h"
-#include "../support/operands.h"
 #include "../support/huge_pages.h"
+#include "../support/operands.h"
+#include "../support/parameters.h"
 #include "../support/workspace.h"
 
 namespace fusednorm_cpu {
 
 namespace {
-
-using torch::stable::detail::to;
 
 // Elements that are worth another thread: at 16384, 1024 rows of 16 ran at 0.6 of the speed, at 2048 nothing gained. A
 // row costs as much as some elements by itself: 256 rows of 16 on one thread ran at 0.9 of eager's speed.
@@ -32,8 +31,9 @@ int64_t chunk_rows(int64_t rows, int64_t columns) {
 }
 
 // Sizes, compute type and masks, from the tensor that has the call's shape. Returns the dimensions of rows.
-int64_t describe_call(Common& a, const Sizes& s, const Options& o, bool wide, const Handle& seed, double dropout_p,
-                   double drop_path_p) {
+template <class Call>
+int64_t describe_call(Common& a, const Sizes& s, const Call& call, bool wide) {
+  const Options& o = call.options;
   const int64_t lead = leading_dims(s, o);
   a.n_rows = product(s.sizes, lead);
   a.n_columns = product(s.sizes + lead, o.normalized_ndim);
@@ -41,37 +41,11 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, bool wide, co
   a.mask_columns = s.sizes[s.ndim - 1];
   a.wide = wide;
   a.rms = o.rms;
-  a.element = dropout("dropout_p", dropout_p);
-  a.path = dropout("drop_path_p", drop_path_p);
-  a.seed = a.element.on || a.path.on ? uint64_t(*seed_of(seed)) : 0;
+  a.element = dropout("dropout_p", call.dropout_p);
+  a.path = dropout("drop_path_p", call.drop_path_p);
+  a.seed = a.element.on || a.path.on ? uint64_t(*seed_of(call.seed)) : 0;
   return lead;
 }
-
-// Parameters as arrays of the compute type: where they lie, or converted into one buffer.
-class Parameters {
- public:
-  explicit Parameters(const Common& a, const Sizes& s, int64_t lead) : a_(a), shape_(s.sizes + lead), ndim_(s.ndim - lead) {}
-
-  const void* get(const char* name, const Handle& tensor, double shift = 0.0) {
-    if (!tensor) return nullptr;
-    Operand operand;
-    describe(name, tensor, shape_, ndim_, 0, operand);
-    if (!a_.n_rows || !a_.n_columns) return nullptr;  // of an expanded one a copy may be more than there is memory
-    if (operand.unit && operand.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return operand.data;
-    const int64_t bytes = times(padded(a_.n_columns), a_.wide ? 8 : 4);
-    if (!buffer_) buffer_ = allocate("the parameters", times(4, bytes));
-    char* out = (char*)buffer_.get() + used_++ * bytes;
-    kernels().parameter(operand, a_.n_columns, a_.wide, shift, out);
-    return out;
-  }
-
- private:
-  const Common& a_;
-  const int64_t* shape_;
-  int64_t ndim_;
-  Buffer buffer_;
-  int used_ = 0;
-};
 
 // Whether an output of contiguous rows is to be written past the caches; so far as it is there at all.
 bool takes_nontemporal(const Common& a, const void* data, Dtype dtype) {
@@ -95,10 +69,10 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Sizes s = sizes_of("x", t.x);
   Forward a;
   const Dtype x_dtype = dtype_of("x", t.x);
-  const int64_t lead = describe_call(a, s, o, x_dtype == kFloat64 || o.residual_dtype == kFloat64, t.seed, t.dropout_p, t.drop_path_p);
+  const int64_t lead = describe_call(a, s, t, x_dtype == kFloat64 || o.residual_dtype == kFloat64);
   describe("x", t.x, s, lead, a.x);
   describe("residual", t.residual, s.sizes, s.ndim, lead, a.residual);
-  Parameters parameters(a, s, lead);
+  Parameters parameters(a, s, lead, 4);
   a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
   a.bias = parameters.get("bias", t.bias);
   a.x_bias = parameters.get("x_bias", t.x_bias);
@@ -140,7 +114,7 @@ Gradients run_backward(const BackwardCall& call) {
   Backward a;
   const Dtype wide = dtype_of("stats", stats);  // the dtypes of what is differentiated do not say what it was computed in
   STD_TORCH_CHECK(wide == kFloat64 || wide == kFloat32, "stats: expected float32 or float64");
-  const int64_t lead = describe_call(a, s, o, wide == kFloat64, seed, dropout_p, drop_path_p);
+  const int64_t lead = describe_call(a, s, call, wide == kFloat64);
   const int64_t stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
   const Sizes laid = check_shape("stats", stats, stats_sizes, 2);
   const bool contiguous = (a.n_rows == 1 || laid.strides[1] == 1) && (o.rms || laid.strides[0] == a.n_rows);
@@ -154,7 +128,7 @@ Gradients run_backward(const BackwardCall& call) {
   if (wants_layer_scale) describe("x", x, s.sizes, s.ndim, lead, a.x);
   for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
     if (*parameter) check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
-  Parameters parameters(a, s, lead);
+  Parameters parameters(a, s, lead, 4);
   a.saved_is_normed = o.saved_is_normed;
   a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);
   a.bias = o.saved_is_normed ? parameters.get("bias", bias) : nullptr;
@@ -200,17 +174,12 @@ Gradients run_backward(const BackwardCall& call) {
   const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
   parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), k.backward_workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
-  // in blocks of 64 columns, so that no two threads share a cache line
-  const int64_t blocks = pieces(a.n_columns, 64);
   for (int i = 0; i < 4; ++i)
-    if (*indices[i] >= 0)
-      parallel(blocks, std::max<int64_t>(kGrain / 64 / chunks, 1), 0,
-               [&](void*, int64_t begin, int64_t end) {
-                 const char* sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
-                 const int64_t last = std::min(end * 64, a.n_columns);
-                 k.reduce({sums, chunks, a.n_sums * a.partial_stride, a.wide}, dtypes[i + 2], written[i + 2], begin * 64,
-                          last);
-               });
+    if (*indices[i] >= 0) {
+      const char* const sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
+      const Partials of_one{sums, chunks, a.n_sums * a.partial_stride, a.wide};
+      add_partials(of_one, a.n_columns, kGrain, dtypes[i + 2], written[i + 2]);
+    }
   return outputs;
 }
 
@@ -224,14 +193,6 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   Gradients gradients = run_backward(parse_backward(stack));
   for (int i = 0; i < 6; ++i) stack[i] = torch::stable::detail::from(gradients.of[i].release());
-}
-
-void vendor_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(vendor()); }
-
-void instruction_sets_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(instruction_sets()); }
-
-void use_instruction_set_op(StableIValue* stack, uint64_t, uint64_t) {
-  use_instruction_set(to<std::string>(stack[0]));
 }
 
 }  // namespace
@@ -252,9 +213,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cpu, CompositeExplicitAutograd, m) {
-  m.impl("instruction_sets", instruction_sets_op);
-  m.impl("vendor", vendor_op);
-  m.impl("use_instruction_set", use_instruction_set_op);
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("vendor", TORCH_BOX(&vendor));
+  m.impl("use_instruction_set", TORCH_BOX(&use_instruction_set));
 }
 
 }  // namespace fusednorm_cpu

@@ -23,17 +23,10 @@ bool all_bounded(const char* name, const Handle& tensor) {
   if (!data) return true;
   Dim dims[kMaxDims];
   int64_t n_dims = 0;
-  for (int64_t d = 0; d < s.ndim; ++d) {
+  for (int64_t d = 0; d < s.ndim; ++d)
     if (s.sizes[d] > 1 && s.strides[d] != 0) dims[n_dims++] = {s.sizes[d], s.strides[d]};
-  }
   std::sort(dims, dims + n_dims, [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
-  int64_t folded = 0;
-  for (int64_t d = 0; d < n_dims; ++d) {
-    if (folded && dims[folded - 1].stride == dims[d].size * dims[d].stride)
-      dims[folded - 1] = {dims[folded - 1].size * dims[d].size, dims[d].stride};
-    else
-      dims[folded++] = dims[d];
-  }
+  int folded = fold(dims, n_dims);
   const Dim inner = folded ? dims[--folded] : Dim{1, 1};
   int64_t runs = 1;
   for (int64_t d = 0; d < folded; ++d) runs *= dims[d].size;

@@ -8,7 +8,10 @@ namespace FN_ISA {
 
 typedef Native<float> Floats;
 
-FN_INLINE Floats magnitude(Floats v) { return (Floats)((Native<int32_t>)v & 0x7fffffff); }
+typedef Native<double> Doubles;
+
+FN_INLINE Floats magnitude(Floats v) { return (Floats)((Native<int32_t>)v & INT32_MAX); }
+FN_INLINE Doubles magnitude(Doubles v) { return (Doubles)((Native<int64_t>)v & INT64_MAX); }
 
 // Polynomials are evaluated by halves (Estrin's scheme): a chain of additions and products one after another would be
 // longer than what processors look ahead.
@@ -35,8 +38,6 @@ FN_INLINE Floats exponential(Floats high, Floats low) {
   const Floats p = (p01 + p23 * r2) + p45 * (r2 * r2);
   return scaled((p * r2 + r) + 1.0f, n);
 }
-
-typedef Native<double> Doubles;
 
 FN_INLINE Doubles scaled(Doubles p, Doubles n) {
 #if defined(__AVX512F__)

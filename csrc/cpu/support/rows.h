@@ -1,6 +1,8 @@
 // Rows of any dtype and strides to and from rows of the compute type.
 #pragma once
 
+#include <type_traits>
+
 #include "../norm/norm_args.h"
 #include "storage.h"
 
@@ -24,39 +26,36 @@ FN_INLINE const S* row_of(const Operand& o, int64_t row) {
 
 constexpr int kBlock = 16;
 
-template <class S>
-FN_INLINE void floats_in(const S* p, float* out) {
-  Stored<float, S>::load(p).value().store(out);
+// A block of elements, widened or narrowed: between float64 and 16 bits by way of float32.
+template <class S, class C>
+FN_INLINE void block_in(const S* p, C* out) {
+  if constexpr (std::is_same_v<S, C>) {
+    __builtin_memcpy(out, p, kBlock * sizeof(C));
+  } else if constexpr (std::is_same_v<S, double>) {
+    for (int i = 0; i < kBlock; ++i) out[i] = C(p[i]);
+  } else if constexpr (std::is_same_v<C, float>) {
+    Stored<float, S>::load(p).value().store(out);
+  } else {
+    float lanes[kBlock];
+    block_in(p, lanes);
+    for (int i = 0; i < kBlock; ++i) out[i] = lanes[i];
+  }
 }
-FN_INLINE void floats_in(const double* p, float* out) {
-  for (int i = 0; i < kBlock; ++i) out[i] = float(p[i]);
-}
-template <class S>
-FN_INLINE void block_in(const S* p, float* out) {
-  floats_in(p, out);
-}
-template <class S>
-FN_INLINE void block_in(const S* p, double* out) {
-  float lanes[kBlock];
-  floats_in(p, lanes);
-  for (int i = 0; i < kBlock; ++i) out[i] = lanes[i];
-}
-FN_INLINE void block_in(const double* p, double* out) { __builtin_memcpy(out, p, kBlock * sizeof(double)); }
 
-template <class S>
-FN_INLINE void block_out(const float* in, S* p) {
-  Stored<float, S>::of(Vec<float>::load(in)).store(p);
+template <class C, class S>
+FN_INLINE void block_out(const C* in, S* p) {
+  if constexpr (std::is_same_v<S, C>) {
+    __builtin_memcpy(p, in, kBlock * sizeof(C));
+  } else if constexpr (std::is_same_v<S, double>) {
+    for (int i = 0; i < kBlock; ++i) p[i] = in[i];
+  } else if constexpr (std::is_same_v<C, float>) {
+    Stored<float, S>::of(Vec<float>::load(in)).store(p);
+  } else {
+    float lanes[kBlock];
+    for (int i = 0; i < kBlock; ++i) lanes[i] = float(in[i]);
+    block_out(lanes, p);
+  }
 }
-FN_INLINE void block_out(const float* in, double* p) {
-  for (int i = 0; i < kBlock; ++i) p[i] = in[i];
-}
-template <class S>
-FN_INLINE void block_out(const double* in, S* p) {
-  float lanes[kBlock];
-  for (int i = 0; i < kBlock; ++i) lanes[i] = float(in[i]);
-  block_out(lanes, p);
-}
-FN_INLINE void block_out(const double* in, double* p) { __builtin_memcpy(p, in, kBlock * sizeof(double)); }
 
 // n elements a stride apart, widened; out has room for whole blocks.
 template <class C, class S>
@@ -102,6 +101,15 @@ FN_INLINE void with_dtype(Dtype dtype, F&& f) {
     case kBFloat16: return f(BFloat16{});
     case kFloat16: return f(Float16{});
   }
+}
+
+// f(compute type, storage type): rows are read and written as they lie where `direct`, as the compute type elsewhere.
+template <class F>
+FN_INLINE void with_row_types(bool wide, bool direct, Dtype dtype, F&& f) {
+  if (wide) return f(double{}, double{});
+  if (direct && dtype == kBFloat16) return f(float{}, BFloat16{});
+  if (direct && dtype == kFloat16) return f(float{}, Float16{});
+  f(float{}, float{});
 }
 
 // Row `row` of an operand, widened into `out`, which has padded(n) elements.

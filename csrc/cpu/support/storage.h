@@ -183,54 +183,35 @@ struct Whole {
 struct Part {
   int n;
 
+  template <class C, class S>
+  FN_INLINE Vec<C> load(const S* p) const {
 #if defined(__AVX512F__)
-  FN_INLINE Vec<float> loaded(const float* p) const {
-    Vec<float> r;
-    r.v[0] = (Native<float>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+    const int lanes = (1 << n) - 1;
+    if constexpr (sizeof(S) == 2) return Stored<C, S>{{(HalfNative<uint16_t>)_mm256_maskz_loadu_epi16(lanes, p)}}.value();
+    Vec<C> r;
+    if constexpr (sizeof(S) == 4) r.v[0] = (Native<C>)_mm512_maskz_loadu_ps(lanes, p);
+    if constexpr (sizeof(S) == 8) r.v[0] = (Native<C>)_mm512_maskz_loadu_pd(lanes, p);
     return r;
-  }
-  FN_INLINE Vec<double> loaded(const double* p) const {
-    Vec<double> r;
-    r.v[0] = (Native<double>)_mm512_maskz_loadu_pd((1 << n) - 1, p);
-    return r;
-  }
-  template <class S>
-  FN_INLINE Vec<float> loaded(const S* p) const {
-    return Stored<float, S>{{(HalfNative<uint16_t>)_mm256_maskz_loadu_epi16((1 << n) - 1, p)}}.value();
-  }
-  FN_INLINE void stored(const Stored<float, float>& a, float* p) const {
-    _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)a.v.v[0]);
-  }
-  FN_INLINE void stored(const Stored<double, double>& a, double* p) const {
-    _mm512_mask_storeu_pd(p, (1 << n) - 1, (__m512d)a.v.v[0]);
-  }
-  template <class S>
-  FN_INLINE void stored(const Stored<float, S>& a, S* p) const {
-    _mm256_mask_storeu_epi16(p, (1 << n) - 1, (__m256i)a.bits[0]);
-  }
-  template <class C, class S>
-  FN_INLINE Vec<C> load(const S* p) const {
-    return loaded(p);
-  }
-  template <class C, class S>
-  FN_INLINE void store(const Stored<C, S>& a, S* p, bool = false) const {
-    stored(a, p);
-  }
 #else
-  template <class C, class S>
-  FN_INLINE Vec<C> load(const S* p) const {
     S lanes[Vec<C>::kLanes];
     for (int i = 0; i < Vec<C>::kLanes; ++i) lanes[i] = S{};
     for (int i = 0; i < n; ++i) lanes[i] = p[i];
     return Stored<C, S>::load(lanes).value();
+#endif
   }
   template <class C, class S>
   FN_INLINE void store(const Stored<C, S>& a, S* p, bool = false) const {
+#if defined(__AVX512F__)
+    const int lanes = (1 << n) - 1;
+    if constexpr (sizeof(S) == 2) _mm256_mask_storeu_epi16(p, lanes, (__m256i)a.bits[0]);
+    if constexpr (sizeof(S) == 4) _mm512_mask_storeu_ps(p, lanes, (__m512)a.v.v[0]);
+    if constexpr (sizeof(S) == 8) _mm512_mask_storeu_pd(p, lanes, (__m512d)a.v.v[0]);
+#else
     S lanes[Vec<C>::kLanes];
     a.store(lanes);
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
-  }
 #endif
+  }
   template <class C>
   FN_INLINE Vec<C> only(const Vec<C>& a) const {
     return a.first(n);

@@ -57,7 +57,7 @@ std::string vendor() {
 #endif
 }
 
-void use_instruction_set(const std::string& name) {
+void use_instruction_set(std::string name) {
   for (const Kernels* k : usable())
     if (name.empty() || name == k->name) {
       in_use = k;

@@ -16,7 +16,7 @@ namespace fusednorm_cpu {
 const Kernels& kernels();                            // of the instruction set in use
 std::string instruction_sets();                      // that were built and run here, best first; the one in use first
 std::string vendor();                                // of the processor: "amd", "intel", or "" for others
-void use_instruction_set(const std::string& name);   // "" for the best
+void use_instruction_set(std::string name);          // "" for the best
 
 // At least `bytes`, aligned, this thread's until the next call of workspace(); null where there is no memory.
 void* workspace(int64_t bytes);

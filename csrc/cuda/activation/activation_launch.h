@@ -1,16 +1,12 @@
-// The launches of bias_act_dropout, one set for each dtype.
+// The launches of bias_act_dropout.
 #pragma once
 
 #include "activation_args.h"
 
 namespace fusednorm_cuda {
 
-// `cuda_stream` is a cudaStream_t; the emulation has none.
-struct ActivationLaunchers {
-  void (*forward)(const ActivationForward&, const Form&, int programs, void* cuda_stream);
-  void (*backward)(const ActivationBackward&, const Form&, int programs, void* cuda_stream);
-};
-
-ActivationLaunchers activation_launchers(Dtype dtype);
+// Of rows of `dtype`. `cuda_stream` is a cudaStream_t; the emulation has none.
+void launch_activation(Dtype dtype, const ActivationForward& a, const Form& f, int programs, void* cuda_stream);
+void launch_activation(Dtype dtype, const ActivationBackward& a, const Form& f, int programs, void* cuda_stream);
 
 }  // namespace fusednorm_cuda

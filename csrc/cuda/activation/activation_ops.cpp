@@ -10,10 +10,9 @@ namespace fusednorm_cuda {
 
 namespace {
 
-using torch::stable::detail::to;
-
-Dtype describe_call(ActivationCommon& a, const Sizes& s, const Handle& x, const Handle& bias, const Handle& seed,
-                    const ActivationOptions& options, double dropout_p) {
+// The rows' dtype.
+Dtype describe_call(ActivationCommon& a, const Sizes& s, const BiasActCall& call) {
+  const auto& [x, bias, seed, options, dropout_p] = call;
   const Dtype dtype = dtype_of("x", x);
   STD_TORCH_CHECK(s.ndim > 0, "x: expected one dimension at least");
   const int64_t columns = s.sizes[s.ndim - 1];
@@ -22,20 +21,20 @@ Dtype describe_call(ActivationCommon& a, const Sizes& s, const Handle& x, const 
   STD_TORCH_CHECK(a.n_rows > 0, "no rows");
   a.n_columns = int(columns);
   a.activation = activation_of(options);
-  check_device("bias", bias, x);
   check_device("seed", seed, x);
   a.element = dropout("dropout_p", dropout_p);
   a.seed = a.element.on ? seed_of(seed) : nullptr;
-  a.bias = parameter_of("bias", bias, columns, dtype);
-  a.x = rows_of("x", x, s, s.ndim - 1, dtype);
+  a.bias = parameter_of("bias", bias, x, columns, dtype);
+  a.x = rows_of("x", x, x, s, s.ndim - 1, dtype);
   return dtype;
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle x = parse_tensor(stack[0]), bias = parse_optional(stack[1]), seed = parse_optional(stack[2]);
+  const BiasActCall call = parse_bias_act(stack);
+  const Handle& x = call.x;
   const Sizes s = sizes_of("x", x);
   ActivationForward a{};
-  const Dtype dtype = describe_call(a, s, x, bias, seed, unpack_activation_options(to<int64_t>(stack[3])), to<double>(stack[4]));
+  const Dtype dtype = describe_call(a, s, call);
   const int device = device_of(x), vector = int(16 / kItemSize[dtype]);
   const OnDevice guard(device);
   Handle y = empty(x, s.ndim, s.sizes, dtype);
@@ -44,20 +43,19 @@ void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Limits limit = limits(device);
   const Form form = activation_form(a.n_columns, vector, fits, limit);
   const int programs = activation_programs(a.n_rows, form, dtype == kFloat64, limit);
-  activation_launchers(dtype).forward(a, form, programs, current_cuda_stream(device));
+  launch_activation(dtype, a, form, programs, current_cuda_stream(device));
   give(stack, y);
 }
 
 void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  const Handle dy = parse_tensor(stack[0]), x = parse_tensor(stack[1]), bias = parse_optional(stack[2]),
-               seed = parse_optional(stack[3]);
-  const ActivationOptions options = unpack_activation_options(to<int64_t>(stack[4]));
+  const Handle dy = parse_tensor(stack[0]);
+  const BiasActCall call = parse_bias_act(stack + 1);
+  const Handle &x = call.x, &bias = call.bias;
   const Sizes s = sizes_of("x", x);
   ActivationBackward a{};
-  const Dtype dtype = describe_call(a, s, x, bias, seed, options, to<double>(stack[5]));
-  check_device("dy", dy, x);
-  a.dy = rows_of("dy", dy, s, s.ndim - 1, dtype);
-  const bool wants_dx = options.wants_dx, wants_dbias = options.wants_dbias && bias, wide = dtype == kFloat64;
+  const Dtype dtype = describe_call(a, s, call);
+  a.dy = rows_of("dy", dy, x, s, s.ndim - 1, dtype);
+  const bool wants_dx = call.options.wants_dx, wants_dbias = call.options.wants_dbias && bias, wide = dtype == kFloat64;
   const int device = device_of(x), vector = int(16 / kItemSize[dtype]);
   const OnDevice guard(device);
   const int64_t none[1] = {0}, columns[1] = {a.n_columns};
@@ -73,7 +71,7 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle partials = wants_dbias ? empty(x, 2, partial_sizes, wide ? kFloat64 : kFloat32) : Handle();
   a.partials = partials ? fresh_data(partials) : nullptr;
   void* const cuda_stream = current_cuda_stream(device);
-  activation_launchers(dtype).backward(a, form, programs, cuda_stream);
+  launch_activation(dtype, a, form, programs, cuda_stream);
   if (wants_dbias)
     sum_partials({a.partials, programs, a.n_columns, {fresh_data(dbias)}, {dtype_of("bias", bias)}}, 1, wide, limit.early,
                  cuda_stream);

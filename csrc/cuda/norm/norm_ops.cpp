@@ -1,6 +1,5 @@
 // fusednorm_cuda::add_layer_norm_fwd and _bwd: arguments checked, outputs allocated, a form chosen, kernels launched.
 #include <algorithm>
-#include <initializer_list>
 #include <memory>
 
 #include "../../common/export.h"
@@ -29,19 +28,10 @@ Launchers launchers(Dtype dtype, Dtype z_dtype) {
   STD_TORCH_CHECK(false, "dtype");
 }
 
-struct Named {
-  const char* name;
-  const Handle* tensor;
-};
-
-void check_devices(const Handle& rows, std::initializer_list<Named> operands) {
-  for (const Named& operand : operands) check_device(operand.name, *operand.tensor, rows);
-}
-
-// Sizes, masks and parameters; `s` is of the tensor that has the call's shape. Returns the dimensions of rows.
-int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle& weight, const Handle& bias,
-                      const Handle& x_bias, const Handle& layer_scale, const Handle& seed, double dropout_p,
-                      double drop_path_p) {
+// Sizes, masks and parameters; `like`, of sizes `s`, is the tensor that has the call's shape. Returns the dimensions of rows.
+template <class Call>
+int64_t describe_call(Common& a, const Handle& like, const Sizes& s, const Call& call) {
+  const Options& o = call.options;
   const int64_t lead = leading_dims(s, o), columns = product(s.sizes + lead, o.normalized_ndim);
   STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "a row has no columns, or 2**30 and more");
   a.n_rows = product(s.sizes, lead);
@@ -49,13 +39,14 @@ int64_t describe_call(Common& a, const Sizes& s, const Options& o, const Handle&
   a.n_columns = int(columns);
   a.rows_per_sample = rows_per_sample(s, lead);
   a.rms = o.rms, a.zero_centered = o.zero_centered;
-  STD_TORCH_CHECK(!(dropout_p > 0) || o.normalized_ndim == 1, "dropout over several normalized dimensions");
-  a.element = dropout("dropout_p", dropout_p), a.path = dropout("drop_path_p", drop_path_p);
-  a.seed = a.element.on || a.path.on ? seed_of(seed) : nullptr;
-  a.weight = parameter_of("weight", weight, columns, o.dtype);
-  a.bias = parameter_of("bias", bias, columns, o.dtype);
-  a.x_bias = parameter_of("x_bias", x_bias, columns, o.dtype);
-  a.layer_scale = parameter_of("layer_scale", layer_scale, columns, o.dtype);
+  STD_TORCH_CHECK(!(call.dropout_p > 0) || o.normalized_ndim == 1, "dropout over several normalized dimensions");
+  a.element = dropout("dropout_p", call.dropout_p), a.path = dropout("drop_path_p", call.drop_path_p);
+  check_device("seed", call.seed, like);
+  a.seed = a.element.on || a.path.on ? seed_of(call.seed) : nullptr;
+  a.weight = parameter_of("weight", call.weight, like, columns, o.dtype);
+  a.bias = parameter_of("bias", call.bias, like, columns, o.dtype);
+  a.x_bias = parameter_of("x_bias", call.x_bias, like, columns, o.dtype);
+  a.layer_scale = parameter_of("layer_scale", call.layer_scale, like, columns, o.dtype);
   return lead;
 }
 
@@ -77,14 +68,11 @@ Outputs run_forward(const ForwardCall& call, bool) {
   const auto& [x, residual, weight, bias, x_bias, layer_scale, seed, o, eps, dropout_p, drop_path_p] = call;
   const Launchers kernels = launchers(o.dtype, o.residual_dtype);
   const Sizes s = sizes_of("x", x);
-  check_devices(x, {{"residual", &residual}, {"weight", &weight}, {"bias", &bias}, {"x_bias", &x_bias},
-                    {"layer_scale", &layer_scale}, {"seed", &seed}});
   Forward a{};
-  const int64_t lead =
-      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
-  a.x = rows_of("x", x, s, lead, o.dtype);
+  const int64_t lead = describe_call(a, x, s, call);
+  a.x = rows_of("x", x, x, s, lead, o.dtype);
   a.residual_is_narrow = residual && o.residual_dtype != o.dtype && dtype_of("residual", residual) == o.dtype;
-  a.residual = rows_of("residual", residual, s, lead, a.residual_is_narrow ? o.dtype : o.residual_dtype);
+  a.residual = rows_of("residual", residual, x, s, lead, a.residual_is_narrow ? o.dtype : o.residual_dtype);
   a.eps = eps;
   STD_TORCH_CHECK(o.store_residual || !(residual || x_bias || layer_scale || a.element.on || a.path.on),
                   "what is not x itself must be stored");
@@ -119,23 +107,21 @@ Gradients run_backward(const BackwardCall& call) {
                                           : o.residual_dtype;
   const Launchers kernels = launchers(o.dtype, z_dtype);
   const Sizes s = sizes_of("saved", saved);
-  check_devices(saved, {{"dnormed", &dnormed}, {"dresidual_out", &dresidual_out}, {"stats", &stats}, {"weight", &weight},
-                        {"bias", &bias}, {"x", &x}, {"x_bias", &x_bias}, {"layer_scale", &layer_scale}, {"seed", &seed}});
   Backward a{};
-  const int64_t lead =
-      describe_call(a, s, o, weight, bias, x_bias, layer_scale, seed, dropout_p, drop_path_p);
+  const int64_t lead = describe_call(a, saved, s, call);
   const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
   a.saved_is_normed = o.saved_is_normed;
-  a.dnormed = rows_of("dnormed", dnormed, s, lead, o.dtype);
-  a.dresidual_out = rows_of("dresidual_out", dresidual_out, s, lead, z_dtype);
-  a.saved = rows_of("saved", saved, s, lead, o.saved_is_normed ? o.dtype : z_dtype);
+  a.dnormed = rows_of("dnormed", dnormed, saved, s, lead, o.dtype);
+  a.dresidual_out = rows_of("dresidual_out", dresidual_out, saved, s, lead, z_dtype);
+  a.saved = rows_of("saved", saved, saved, s, lead, o.saved_is_normed ? o.dtype : z_dtype);
   a.residual_is_narrow = o.residual_dtype == o.dtype && z_dtype != o.dtype;
   STD_TORCH_CHECK(a.residual_is_narrow || o.residual_dtype == z_dtype,
                   "the residual's gradient has neither z's dtype nor x's");
   const Handle* const parameters[4] = {&weight, &bias, &x_bias, &layer_scale};
   const auto wanted = [&, mask = o.output_mask](int k) { return (mask >> k & 1) && (k < 2 || *parameters[k - 2]); };
   STD_TORCH_CHECK(!wanted(5) || x, "x: needed for the gradient of layer_scale");
-  if (wanted(5)) a.x = rows_of("x", x, s, lead, o.dtype);
+  if (wanted(5)) a.x = rows_of("x", x, saved, s, lead, o.dtype);
+  check_device("stats", stats, saved);
   const Sizes laid = sizes_of("stats", stats);
   STD_TORCH_CHECK(dtype_of("stats", stats) == compute && product(laid.sizes, laid.ndim) == times(o.rms ? 1 : 2, a.n_rows),
                   "stats: shape or dtype does not fit");

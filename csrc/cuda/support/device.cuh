@@ -31,14 +31,10 @@ FN_DEVICE void compiler_fence() { asm volatile("" ::: "memory"); }
 // Every block of the cluster has started, and its `MBarrier` too: asked for early, for what is loaded meanwhile. It orders
 // no other memory.
 FN_DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-#endif
+  if constexpr (kSinceHopper) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 FN_DEVICE void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait;" ::: "memory");
-#endif
+  if constexpr (kSinceHopper) asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
 FN_DEVICE int cluster_rank() {
@@ -76,28 +72,26 @@ class MBarrier {
 
   // By one thread, before the cluster meets for the first time.
   FN_DEVICE void start() const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    if constexpr (kSinceHopper) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
   }
   // By one thread, once for each round of sending.
-  FN_DEVICE void expect([[maybe_unused]] int bytes) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
-#endif
+  FN_DEVICE void expect(int bytes) const {
+    if constexpr (kSinceHopper)
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
   }
   // Until all is here; `odd` in every other round.
-  FN_DEVICE void wait([[maybe_unused]] bool odd) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(address_), "r"(int(odd)) : "memory");
-#endif
+  FN_DEVICE void wait(bool odd) const {
+    if constexpr (kSinceHopper)
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "again:\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+          "@!done bra again;\n"
+          "}" ::"r"(address_), "r"(int(odd)) : "memory");
   }
   FN_DEVICE unsigned address() const { return address_; }
 
@@ -132,21 +126,20 @@ class Shared {
   FN_DEVICE V get(int i) const { return data_[i]; }
   FN_DEVICE void set(int i, V value) const { data_[i] = value; }
   // To the shared memory of a block of the cluster, where `arrivals` counts it.
-  FN_DEVICE void send([[maybe_unused]] int rank, [[maybe_unused]] int i, [[maybe_unused]] V value,
-                      [[maybe_unused]] const MBarrier& arrivals) const {
-#if __CUDA_ARCH__ >= 900
-    unsigned slot, barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(slot) : "r"(shared_address(data_ + i)), "r"(rank));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(arrivals.address()), "r"(rank));
-    if constexpr (sizeof(V) == 8)
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(slot),
-                   "l"(__double_as_longlong(value)), "r"(barrier)
-                   : "memory");
-    else
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(slot),
-                   "r"(__float_as_uint(value)), "r"(barrier)
-                   : "memory");
-#endif
+  FN_DEVICE void send(int rank, int i, V value, const MBarrier& arrivals) const {
+    if constexpr (kSinceHopper) {
+      unsigned slot, barrier;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(slot) : "r"(shared_address(data_ + i)), "r"(rank));
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(arrivals.address()), "r"(rank));
+      if constexpr (sizeof(V) == 8)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(slot),
+                     "l"(__double_as_longlong(value)), "r"(barrier)
+                     : "memory");
+      else
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(slot),
+                     "r"(__float_as_uint(value)), "r"(barrier)
+                     : "memory");
+    }
   }
   // 16 bytes from global memory, not waited for; zeros where not `inside`.
   FN_DEVICE void copy(int i, const void* from, bool inside) const {

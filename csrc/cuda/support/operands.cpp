@@ -25,9 +25,10 @@ void check_device(const char* name, const Handle& tensor, const Handle& like) {
                   ": is on another device than the rows; move it there");
 }
 
-Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype) {
+Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead, Dtype dtype) {
   Rows rows{};
   if (!tensor) return rows;
+  check_device(name, tensor, like);
   const Sizes s = sizes_of(name, tensor);
   STD_TORCH_CHECK(s.ndim == shape.ndim && std::equal(s.sizes, s.sizes + s.ndim, shape.sizes), name,
                   ": its shape does not fit");
@@ -45,8 +46,9 @@ Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t
   return rows;
 }
 
-Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns, Dtype row_dtype) {
+Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype) {
   if (!tensor) return {nullptr, false};
+  check_device(name, tensor, like);
   const Dtype dtype = dtype_of(name, tensor), compute = row_dtype == kFloat64 ? kFloat64 : kFloat32;
   STD_TORCH_CHECK(dtype == row_dtype || dtype == compute, name, ": its dtype is neither the rows' nor the compute type");
   const Sizes s = sizes_of(name, tensor);

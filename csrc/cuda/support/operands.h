@@ -14,11 +14,12 @@ Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype
 // Of an operand that the kernels read: they would take an address in the host's memory for one in theirs.
 void check_device(const char* name, const Handle& tensor, const Handle& like);
 
-// `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no tensor.
-Rows rows_of(const char* name, const Handle& tensor, const Sizes& shape, int64_t lead, Dtype dtype);
+// On the device of `like`: `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no
+// tensor.
+Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead, Dtype dtype);
 
-// A contiguous tensor of the row dtype or the compute type.
-Parameter parameter_of(const char* name, const Handle& tensor, int64_t n_columns, Dtype row_dtype);
+// On the device of `like`: a contiguous tensor of the row dtype or the compute type.
+Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype);
 
 // Whether 16-byte accesses reach every row.
 bool aligned(const Rows& rows);

@@ -34,8 +34,7 @@ FN_DEVICE To bit_cast(From from) {
 }
 
 #if defined(__CUDACC__)
-FN_DEVICE uint32_t bits_of(__nv_bfloat162 v) { return bit_cast<uint32_t>(v); }
-FN_DEVICE uint32_t pack(float a, float b, BFloat16) { return bits_of(__floats2bfloat162_rn(a, b)); }
+FN_DEVICE uint32_t pack(float a, float b, BFloat16) { return bit_cast<uint32_t>(__floats2bfloat162_rn(a, b)); }
 FN_DEVICE uint32_t pack(float a, float b, Float16) { return bit_cast<uint32_t>(__floats2half2_rn(a, b)); }
 FN_DEVICE float widened(uint16_t bits, Float16) { return __half2float(__ushort_as_half(bits)); }
 #else
@@ -116,15 +115,9 @@ struct Raw {
     if constexpr (sizeof(E) == 2) {
 #pragma unroll
       for (int i = 0; i < V; i += 2) raw.words[i / 2] = pack(values[i], values[i + 1], E{});
-    } else if constexpr (sizeof(E) == 4) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) raw.words[i] = bit_cast<uint32_t>(values[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const uint64_t bits = bit_cast<uint64_t>(values[i]);
-        raw.words[2 * i] = uint32_t(bits), raw.words[2 * i + 1] = uint32_t(bits >> 32);
-      }
+      for (int i = 0; i < V; ++i) raw.put(i, values[i]);
     }
     return raw;
   }
@@ -147,10 +140,7 @@ struct Raw {
       } else if (column < n) {
         const auto* p = reinterpret_cast<const uint4*>(static_cast<const E*>(row) + column);
 #pragma unroll
-        for (int i = 0; i < kBytes / 16; ++i) {
-          const uint4 v = p[i];
-          raw.set(i, v);
-        }
+        for (int i = 0; i < kBytes / 16; ++i) raw.set(i, p[i]);
       }
     } else if constexpr (sizeof(E) == 2) {
       const auto* p = static_cast<const uint16_t*>(row) + column;
@@ -158,20 +148,22 @@ struct Raw {
       for (int i = 0; i < V; ++i)
         if (column + i < n) raw.words[i / 2] |= uint32_t(p[i]) << (i % 2 * 16);
     } else {
-      constexpr int kEach = sizeof(E) / 4;  // an element lies on a boundary of its own size
       const auto* p = static_cast<const E*>(row) + column;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if (column + i >= n) continue;
-        if constexpr (kEach == 1) {
-          raw.words[i] = bit_cast<uint32_t>(p[i]);
-        } else {
-          const uint64_t bits = bit_cast<uint64_t>(p[i]);
-          raw.words[2 * i] = uint32_t(bits), raw.words[2 * i + 1] = uint32_t(bits >> 32);
-        }
-      }
+      for (int i = 0; i < V; ++i)
+        if (column + i < n) raw.put(i, p[i]);
     }
     return raw;
+  }
+
+  // Element i, of more than 16 bits.
+  FN_DEVICE void put(int i, E value) {
+    if constexpr (sizeof(E) == 4) {
+      words[i] = bit_cast<uint32_t>(value);
+    } else {
+      const uint64_t bits = bit_cast<uint64_t>(value);
+      words[2 * i] = uint32_t(bits), words[2 * i + 1] = uint32_t(bits >> 32);
+    }
   }
 
   // The word i of 16 bytes.
