@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared import made_once
 
 import fusednorm
 from benchmarks.report.table import columns
@@ -92,7 +93,7 @@ def finished_run(tmp_path_factory) -> Callable[[str], Run]:
     @functools.cache
     def made(task: str) -> Run:
         with threads(1):
-            return Run(task, tmp_path_factory.mktemp("a report"))
+            return made_once(tmp_path_factory, f"a report of {task}", functools.partial(Run, task))
 
     return made
 
