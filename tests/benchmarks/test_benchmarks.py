@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from shared import made_once
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
@@ -31,9 +32,12 @@ def ordinary_memory(poisoned_memory: None) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The report of one small run, as the command makes it."""
-    folder = tmp_path_factory.mktemp("report")
-    assert run.main([*FAST, "--quick", "--only", SMALL, "--report", str(folder)]) == 0
-    return folder
+
+    def reported(folder: Path) -> Path:
+        assert run.main([*FAST, "--quick", "--only", SMALL, "--report", str(folder)]) == 0
+        return folder
+
+    return made_once(tmp_path_factory, "report", reported)
 
 
 @pytest.fixture

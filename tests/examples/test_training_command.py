@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared import made_once
 
 import fusednorm
 from benchmarks.report.table import columns
@@ -53,8 +54,7 @@ pairs = functools.cache(load_pairs)
 def little_data(task: str, folder: Path, share: int = 16) -> Iterator[list[str]]:
     """The arguments of a tiny run; a little of the real data, of the pairs one in `share`."""
     need(task)
-    documents, _ = load_documents()
-    (folder / "a text.txt").write_text("".join(split_documents(documents).train[:3]), encoding="utf-8")
+    (folder / "a text.txt").write_text("".join(split_documents(*load_documents()).train[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(translation, "load_pairs", lambda: pairs()[::share])
         yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
@@ -89,10 +89,9 @@ class Run:
 def finished_run(tmp_path_factory) -> Callable[[str], Run]:
     """One run of each task that is asked for, on one thread."""
 
-    @functools.cache
     def made(task: str) -> Run:
         with threads(1):
-            return Run(task, tmp_path_factory.mktemp("a report"))
+            return made_once(tmp_path_factory, f"a report of {task}", functools.partial(Run, task))
 
     return made
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import EMULATED
+from shared import made_once
 
 from tools.codegen import cuda as codegen_cuda
 from tools.codegen.cuda import ARCH_ON_PAGE, ARCHITECTURES, ON_PAGE, PAGE, faults, hold
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(codegen_cuda.missing() is not None, reason=str(c
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory) -> list[Kernel]:
-    return hold(ON_PAGE, ARCH_ON_PAGE, tmp_path_factory.mktemp("hopper"))
+    return made_once(tmp_path_factory, "hopper", lambda folder: hold(ON_PAGE, ARCH_ON_PAGE, folder))
 
 
 def test_cuda_gate_on_hopper(hopper):

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,9 @@ def finish(
 ) -> int:
     """Print the table of the figures found, or write what the options ask for, and give the exit status."""
     if options.json:
-        kept = {"triton": metadata.version("triton"), "figures": [asdict(figures) for figures in found]}
+        import triton  # nvcc's kernels need none
+
+        kept = {"triton": triton.__version__, "figures": [asdict(figures) for figures in found]}
         options.json.write_text(json.dumps(kept))
     elif not options.write:
         sys.stdout.write(table)
