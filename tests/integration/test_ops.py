@@ -46,11 +46,20 @@ def activation_backward(mask=(True, False), **given):
     return (torch.randn(3, 4, 8), *activation(**given), list(mask))
 
 
-def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False):
-    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 2, 5, 8), None)
-    q, k, v = (torch.randn(shape) for _ in range(3))
+def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False, limited=False):
+    """Limited: with a window and a cap, lower right, and all queries' heads in one group."""
+    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 5, 2, 8), None)
+    q, k, v = (torch.randn(shape) if packed else torch.randn(shape).transpose(1, 2) for _ in range(3))
     longest = (4, 4) if packed else (5, 5)
-    return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, False, -1, -1, 0.0)
+    if limited:
+        k, v = (t[:, :1] for t in (k, v))
+    last = (True, 3, 1, 2.0) if limited else (False, -1, -1, 0.0)
+    return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, *last)
+
+
+def everything() -> dict:
+    masks = {"attn_mask": torch.randn(2, 5, 1), "key_mask": torch.rand(2, 5) > 0.2}
+    return {"seed": torch.tensor([5]), "p": 0.3, "limited": True, **masks}
 
 
 def attention_backward(mask=(True, True, True, False), dlse=False, seed=None, p=0.0, **given):
@@ -93,16 +102,15 @@ CALLS = {
     "attention_fwd": [
         attention,
         lambda: attention(packed=True),
-        lambda: attention(seed(), 0.3, torch.randn(5, 5), torch.rand(2, 5) > 0.2),
+        lambda: attention(seed(), 0.3, packed=True, limited=True),
+        lambda: attention(**everything()),
     ],
     "attention_bwd": [
         attention_backward,
         lambda: attention_backward((False, True, False, False), packed=True),
-        lambda: attention_backward(
-            *((True, True, True, True), True, seed(), 0.3),
-            attn_mask=torch.randn(1, 1, 5, 5),
-            key_mask=torch.rand(2, 5) > 0.2,
-        ),
+        lambda: attention_backward(dlse=True, seed=seed(), p=0.3, packed=True, limited=True),
+        lambda: attention_backward((True, True, True, True), True, **everything()),
+        lambda: attention_backward((True, False, False, False), True, **everything()),
     ],
 }
 
