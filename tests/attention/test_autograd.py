@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from backends import INTERPRETED
 from derivatives import assert_gradients, gradients_of, kept_and_recomputed, of_every_kind
 from oracle_attention import AttentionCall
-from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusednorm
@@ -195,33 +194,6 @@ def test_varlen_compiles_whole(using, device, generator):
             out = function(*leaves)
             results.append((out.detach(), torch.autograd.grad(out, leaves, torch.ones_like(out))))
     torch.testing.assert_close(*results)
-
-
-def op_args(case: str, generator, device) -> tuple:
-    q, k, v = (torch.randn(2, 4, n, 8, generator=generator).to(device) for n in (5, 7, 7))
-    seed = torch.tensor([5], device=device)
-    if case == "packed":
-        bounds = (torch.tensor([0, 2, 4], dtype=torch.int32, device=device) for _ in range(2))
-        q, k, v = (torch.randn(4, heads, 8, generator=generator).to(device) for heads in (4, 2, 2))
-        return q, k, v, None, None, seed, *bounds, 2, 2, 0.3, 0.2, True, True, 1, -1, 0.0
-    if case == "bare":
-        q = q.transpose(1, 2).contiguous().transpose(1, 2)
-        return q, k, v, *[None] * 5, 5, 7, 0.3, 0.0, False, False, -1, -1, 0.0
-    mask = torch.randn(4, 5, 1, generator=generator).to(device)
-    key_mask = torch.rand(2, 7, generator=generator).to(device) > 0.3
-    return q, k[:, :2], v[:, :2], mask, key_mask, seed, None, None, 5, 7, 0.3, 0.2, True, True, 3, 1, 2.0
-
-
-@pytest.mark.parametrize("case", ["bare", "everything", "packed"])
-def test_opcheck(case, provider, device, generator):
-    name = "reference" if provider == "automatic" else provider
-    args = op_args(case, generator, device)
-    library.opcheck(torch.ops.fusednorm.attention_fwd.default, (*args, name))
-    out, lse = torch.ops.fusednorm.attention_fwd(*args, name)
-    masked = args[3] is not None
-    for wanted in ([True, True, True, masked], [False, True, False, False], [True, False, False, False]):
-        given = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:], wanted, name)
-        library.opcheck(torch.ops.fusednorm.attention_bwd.default, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

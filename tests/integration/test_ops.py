@@ -46,11 +46,20 @@ def activation_backward(mask=(True, False), **given):
     return (torch.randn(3, 4, 8), *activation(**given), list(mask))
 
 
-def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False):
-    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 2, 5, 8), None)
-    q, k, v = (torch.randn(shape) for _ in range(3))
+def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False, limited=False):
+    """Limited: with a window and a cap, lower right, and all queries' heads in one group."""
+    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 5, 2, 8), None)
+    q, k, v = (torch.randn(shape) if packed else torch.randn(shape).transpose(1, 2) for _ in range(3))
     longest = (4, 4) if packed else (5, 5)
-    return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, False, -1, -1, 0.0)
+    if limited:
+        k, v = (t[:, :1] for t in (k, v))
+    last = (True, 3, 1, 2.0) if limited else (False, -1, -1, 0.0)
+    return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, *last)
+
+
+def everything() -> dict:
+    masks = {"attn_mask": torch.randn(2, 5, 1), "key_mask": torch.rand(2, 5) > 0.2}
+    return {"seed": torch.tensor([5]), "p": 0.3, "limited": True, **masks}
 
 
 def attention_backward(mask=(True, True, True, False), dlse=False, seed=None, p=0.0, **given):
@@ -93,16 +102,15 @@ CALLS = {
     "attention_fwd": [
         attention,
         lambda: attention(packed=True),
-        lambda: attention(seed(), 0.3, torch.randn(5, 5), torch.rand(2, 5) > 0.2),
+        lambda: attention(seed(), 0.3, packed=True, limited=True),
+        lambda: attention(**everything()),
     ],
     "attention_bwd": [
         attention_backward,
         lambda: attention_backward((False, True, False, False), packed=True),
-        lambda: attention_backward(
-            *((True, True, True, True), True, seed(), 0.3),
-            attn_mask=torch.randn(1, 1, 5, 5),
-            key_mask=torch.rand(2, 5) > 0.2,
-        ),
+        lambda: attention_backward(dlse=True, seed=seed(), p=0.3, packed=True, limited=True),
+        lambda: attention_backward((True, True, True, True), True, **everything()),
+        lambda: attention_backward((True, False, False, False), True, **everything()),
     ],
 }
 
@@ -274,12 +282,19 @@ def test_unknown_provider_is_named(name):
         getattr(torch.ops.fusednorm, name)(*CALLS[name][0](), "cpuu")
 
 
+def bare_with(name: str, argument: str, value: object) -> list:
+    """The first of an op's calls, with another value of one argument."""
+    arguments = [a.name for a in getattr(torch.ops.fusednorm, name).default._schema.arguments]
+    args = list(CALLS[name][0]())
+    args[arguments.index(argument)] = value
+    return args
+
+
 @pytest.mark.parametrize("ndim", [-1, 0, 4, 128])
 @pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize("name", ["add_layer_norm_fwd", "add_layer_norm_bwd"])
 def test_normalized_ndim_out_of_range(name, fake, ndim):
-    args = list(CALLS[name][0]())
-    args[7 if name.endswith("fwd") else 10] = ndim
+    args = bare_with(name, "normalized_ndim", ndim)
     args = [a.to("meta") if fake and isinstance(a, Tensor) else a for a in args]
     with pytest.raises(ValueError, match=f"normalized_ndim: {name} expects 1 to 3, x's dimensions, got {ndim}"):
         getattr(torch.ops.fusednorm, name)(*args, "reference")
@@ -287,28 +302,23 @@ def test_normalized_ndim_out_of_range(name, fake, ndim):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_dropout_without_a_seed(name, provider):
-    position = {"add_layer_norm_fwd": 9, "add_layer_norm_bwd": 11, "bias_act_dropout_fwd": 4}.get(name)
-    position = position or {"bias_act_dropout_bwd": 5, "attention_fwd": 11, "attention_bwd": 15}[name]
-    args = list(CALLS[name][0]())
-    args[position] = 0.5
+    args = bare_with(name, "dropout_p", 0.5)
     with pytest.raises(ValueError, match=f"seed: {name} needs one where something is dropped"):
         getattr(torch.ops.fusednorm, name)(*args, "reference" if provider == "automatic" else provider)
 
 
 @pytest.mark.parametrize(
-    ("name", "position", "value", "said"),
+    ("name", "argument", "value", "said"),
     [
-        ("bias_act_dropout_fwd", 3, "tanh", "activation: bias_act_dropout_fwd knows 'relu', .*, got 'tanh'"),
-        ("bias_act_dropout_fwd", 0, torch.tensor(1.0), r"x: bias_act_dropout_fwd expects .* reshape it to \(1,\)"),
-        ("attention_fwd", 1, torch.ones(2, 8), r"k: attention_fwd expects \(B, H, S, D\), got shape \(2, 8\)"),
-        ("attention_fwd", 6, torch.tensor([0]), "cu_seqlens_k: attention_fwd got None beside the other"),
+        ("bias_act_dropout_fwd", "activation", "tanh", "activation: bias_act_dropout_fwd knows 'relu', .*, got 'tanh'"),
+        ("bias_act_dropout_fwd", "x", torch.tensor(1.0), r"x: bias_act_dropout_fwd expects .* reshape it to \(1,\)"),
+        ("attention_fwd", "k", torch.ones(2, 8), r"k: attention_fwd expects \(B, H, S, D\), got shape \(2, 8\)"),
+        ("attention_fwd", "cu_seqlens_q", torch.tensor([0]), "cu_seqlens_k: attention_fwd got None beside the other"),
     ],
 )
-def test_arguments_that_no_kernel_can_take(name, position, value, said):
-    args = list(CALLS[name][0]())
-    args[position] = value
+def test_arguments_that_no_kernel_can_take(name, argument, value, said):
     with pytest.raises(ValueError, match=said):
-        getattr(torch.ops.fusednorm, name)(*args, "reference")
+        getattr(torch.ops.fusednorm, name)(*bare_with(name, argument, value), "reference")
 
 
 def layer(package, p=0.1):

@@ -82,7 +82,7 @@ def test_cuda_norm_adds_the_sums_of_many_programs(on_the_emulation, generator):
     check(Call("add_layer_norm"), leaves, generator)
 
 
-@pytest.mark.parametrize(("rows", "processors"), [(3, 8), (40, 8), (400, 8)])
+@pytest.mark.parametrize(("rows", "processors"), [(3, 8), (40, 8), (100, 2)])
 @pytest.mark.parametrize("columns", [32, 2048, 5000], ids=["lanes", "warps", "unaligned"])
 def test_cuda_norm_backward_spreads_few_rows_over_the_multiprocessors(columns, rows, processors, generator):
     """Rows share a block only where enough blocks are left; what a row gets does not depend on it."""
