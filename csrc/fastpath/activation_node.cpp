@@ -31,7 +31,8 @@ struct BiasAct {
   static variable_list gradients(const Options& options, const Wanted<BiasAct>& wanted, const variable_list& cotangents,
                                  const Saved<BiasAct>& saved) {
     if (!cotangents[0].defined()) return variable_list(2);
-    if (!plain_backward<BiasAct>(cotangents, saved)) return gradients_in_python<BiasAct>(options, wanted, cotangents, saved);
+    if (!plain_backward<BiasAct>(cotangents, saved))
+      return gradients_in_python<BiasAct>(options, wanted, cotangents, saved);
     const auto& [x, bias, seed] = saved;
     RECORD_FUNCTION("fusednorm_cpu::bias_act_dropout_bwd", c10::ArrayRef<const c10::IValue>{});
     auto found = fusednorm_cpu::run_activation_backward(

@@ -40,11 +40,12 @@ struct Attention {
   }
 
   static pybind11::tuple python_options(const Options& o, const Wanted<Attention>& wanted) {
-    return pybind11::make_tuple(o.scale, o.native, o.causal, o.window_left, o.window_right, wanted[0], wanted[1], wanted[2]);
+    return pybind11::make_tuple(o.scale, o.native, o.causal, o.window_left, o.window_right, wanted[0], wanted[1],
+                                wanted[2]);
   }
 
-  static variable_list gradients(const Options& options, const Wanted<Attention>& wanted, const variable_list& cotangents,
-                                 const Saved<Attention>& saved) {
+  static variable_list gradients(const Options& options, const Wanted<Attention>& wanted,
+                                 const variable_list& cotangents, const Saved<Attention>& saved) {
     const at::Tensor& dout = cotangents[0];
     if (!dout.defined()) return variable_list(3);
     // beside other cotangents torch's 0 * NaN would be NaN
@@ -57,8 +58,8 @@ struct Attention {
     return found;
   }
 
-  static variable_list gradients_natively(const Options& options, const Wanted<Attention>& wanted, const at::Tensor& dout,
-                                          const Saved<Attention>& saved) {
+  static variable_list gradients_natively(const Options& options, const Wanted<Attention>& wanted,
+                                          const at::Tensor& dout, const Saved<Attention>& saved) {
     const auto& [query, key, value, out, lse, key_mask] = saved;
     at::AutoDispatchBelowADInplaceOrView below;
     if (!options.native) {
@@ -97,8 +98,8 @@ Results forward(const AttentionCall& call) {
   const at::TensorOptions statistics = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Results results{v.size(3) == q.size(3) ? rows_like(q) : at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options()),
                   at::empty({q.size(0), q.size(1), q.size(2)}, statistics)};
-  fusednorm_cpu::run_attention_forward(tensors(q, call.key, v, call.key_mask), library_options(call), handle(results.out),
-                                       handle(results.lse));
+  fusednorm_cpu::run_attention_forward(tensors(q, call.key, v, call.key_mask), library_options(call),
+                                       handle(results.out), handle(results.lse));
   return results;
 }
 

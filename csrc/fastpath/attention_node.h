@@ -13,7 +13,8 @@ struct AttentionOptions {
 };
 
 struct AttentionCall : AttentionOptions {
-  at::Tensor query, key, value, key_mask;  // (batch, heads, length, head dim), not empty; key_mask undefined or (batch, keys)
+  at::Tensor query, key, value;  // (batch, heads, length, head dim), not empty
+  at::Tensor key_mask;           // undefined or (batch, keys)
   bool needs_grad;
 };
 

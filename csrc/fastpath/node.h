@@ -79,7 +79,8 @@ bool plain_backward(const variable_list& cotangents, const Saved<Op>& saved,
                     c10::DispatchKey device = c10::DispatchKey::CPU) {
   if (at::GradMode::is_enabled() || !plain_thread()) return false;
   const auto is_plain = [&](const at::Tensor& tensor) { return plain(tensor, device); };
-  return std::all_of(cotangents.begin(), cotangents.end(), is_plain) && std::all_of(saved.begin(), saved.end(), is_plain);
+  return std::all_of(cotangents.begin(), cotangents.end(), is_plain) &&
+         std::all_of(saved.begin(), saved.end(), is_plain);
 }
 
 // It saves what the operator's Function in Python saves.

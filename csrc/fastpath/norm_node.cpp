@@ -36,7 +36,8 @@ bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like
 }
 
 // x and the residual have one dtype here.
-fusednorm::Options library_options(const NormOptions& options, at::ScalarType dtype, bool store_residual, unsigned gradients) {
+fusednorm::Options library_options(const NormOptions& options, at::ScalarType dtype, bool store_residual,
+                                   unsigned gradients) {
   const fusednorm::Dtype both = dtype_of(dtype);
   return {options.normalized_ndim, both, both, options.rms, false, store_residual, false, gradients};
 }
@@ -58,7 +59,8 @@ struct Norm {
 
   static variable_list gradients(const Options& options, const Wanted<Norm>& wanted, const variable_list& cotangents,
                                  const Saved<Norm>& saved) {
-    const at::Tensor dnormed = cotangents[0], dz = cotangents.size() > 1 ? cotangents[1] : at::Tensor(), &x_bias = saved[4];
+    const at::Tensor dnormed = cotangents[0], dz = cotangents.size() > 1 ? cotangents[1] : at::Tensor();
+    const at::Tensor& x_bias = saved[4];
     const bool shared = !(options.dropout_p > 0);  // x and residual have the same gradient: it is computed once
     const Wanted<Norm> asked{wanted[0] || (shared && wanted[1]), wanted[1] && !shared, wanted[2], wanted[3], wanted[4]};
     variable_list found(kInputs);
@@ -93,7 +95,8 @@ struct Norm {
     fusednorm::Gradients found = library(options.by_cuda).backward(
         // hooks on saved tensors may bring the statistics back with other strides
         {handle(dnormed), handle(dz), handle(z), handle(stats.contiguous()), handle(weight), handle(bias), {},
-         handle(x_bias), {}, handle(seed), library_options(options, z.scalar_type(), false, bits), options.dropout_p, 0.0});
+         handle(x_bias), {}, handle(seed), library_options(options, z.scalar_type(), false, bits), options.dropout_p,
+         0.0});
     variable_list gradients(kInputs);
     for (size_t i = 0; i < kInputs; ++i) gradients[i] = take(found.of[i]);
     return gradients;
@@ -135,7 +138,8 @@ NormResult norm(const NormCall& call) {
                     c10::ArrayRef<const c10::IValue>{});
     out = library(call.by_cuda).forward(
         {handle(call.x), handle(call.residual), handle(call.weight), handle(call.bias), handle(call.x_bias), {},
-         handle(call.seed), library_options(call, call.x.scalar_type(), has_residual, 0), call.eps, call.dropout_p, 0.0},
+         handle(call.seed), library_options(call, call.x.scalar_type(), has_residual, 0), call.eps, call.dropout_p,
+         0.0},
         call.needs_grad);
   }
   result.normed = take(out.normed);

@@ -84,7 +84,8 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& ca
   parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)), k.workspace(a),
            [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
   if (wants_dbias)
-    add_partials({a.partials, chunks, a.partial_stride, a.wide}, a.n_columns, kGrain, dtype_of("bias", bias), fresh_data(dbias));
+    add_partials({a.partials, chunks, a.partial_stride, a.wide}, a.n_columns, kGrain, dtype_of("bias", bias),
+                 fresh_data(dbias));
   return {std::move(dx), std::move(dbias)};
 }
 

@@ -222,8 +222,9 @@ inline void attention_precise_delta(const AttentionCall& a, void* workspace, int
 }
 
 inline void attention_query_gradient(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
-  over_query_blocks(a, workspace, begin, end,
-                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { query_block_gradient(a, m, h, first, n); });
+  over_query_blocks(a, workspace, begin, end, [&](const auto& m, const Head& h, int64_t first, int64_t n) {
+    query_block_gradient(a, m, h, first, n);
+  });
 }
 
 inline void attention_key_gradients(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {

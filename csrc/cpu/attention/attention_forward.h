@@ -40,7 +40,8 @@ FN_INLINE void over_query_blocks(const AttentionCall& a, void* workspace, int64_
 
 // work(tile, what hides some of it or null) for the tiles of these queries that have something to see.
 template <class C, class F>
-FN_INLINE void over_key_blocks(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n, F&& work) {
+FN_INLINE void over_key_blocks(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n,
+                               F&& work) {
   const int64_t end = keys_of(a, h, first + n - 1).end;
   for (int64_t key = keys_of(a, h, first).begin / kBlockSize * kBlockSize; key < end; key += kBlockSize) {
     const Tile t{first, key, n, least(kBlockSize, h.n_keys - key)};

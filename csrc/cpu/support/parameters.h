@@ -8,13 +8,18 @@
 
 namespace fusednorm_cpu {
 
-// Up to `most` parameters as arrays of the compute type: where they lie, or converted into one buffer. Their shape is that
-// of columns, the dimensions of `s` behind `lead`.
+// Up to `most` parameters as arrays of the compute type: where they lie, or converted into one buffer. Their shape is
+// that of columns, the dimensions of `s` behind `lead`.
 class Parameters {
  public:
   template <class Call>
   Parameters(const Call& a, const Sizes& s, int64_t lead, int most)
-      : n_rows_(a.n_rows), n_columns_(a.n_columns), wide_(a.wide), shape_(s.sizes + lead), ndim_(s.ndim - lead), most_(most) {}
+      : n_rows_(a.n_rows),
+        n_columns_(a.n_columns),
+        wide_(a.wide),
+        shape_(s.sizes + lead),
+        ndim_(s.ndim - lead),
+        most_(most) {}
 
   const void* get(const char* name, const Handle& tensor, double shift = 0.0) {
     if (!tensor) return nullptr;

@@ -187,7 +187,8 @@ struct Part {
   FN_INLINE Vec<C> load(const S* p) const {
 #if defined(__AVX512F__)
     const int lanes = (1 << n) - 1;
-    if constexpr (sizeof(S) == 2) return Stored<C, S>{{(HalfNative<uint16_t>)_mm256_maskz_loadu_epi16(lanes, p)}}.value();
+    if constexpr (sizeof(S) == 2)
+      return Stored<C, S>{{(HalfNative<uint16_t>)_mm256_maskz_loadu_epi16(lanes, p)}}.value();
     Vec<C> r;
     if constexpr (sizeof(S) == 4) r.v[0] = (Native<C>)_mm512_maskz_loadu_ps(lanes, p);
     if constexpr (sizeof(S) == 8) r.v[0] = (Native<C>)_mm512_maskz_loadu_pd(lanes, p);

@@ -28,7 +28,8 @@ Launchers launchers(Dtype dtype, Dtype z_dtype) {
   STD_TORCH_CHECK(false, "dtype");
 }
 
-// Sizes, masks and parameters; `like`, of sizes `s`, is the tensor that has the call's shape. Returns the dimensions of rows.
+// Sizes, masks and parameters. `like`, of sizes `s`, is the tensor that has the call's shape. Returns the dimensions of
+// rows.
 template <class Call>
 int64_t describe_call(Common& a, const Handle& like, const Sizes& s, const Call& call) {
   const Options& o = call.options;

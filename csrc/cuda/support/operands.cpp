@@ -25,7 +25,8 @@ void check_device(const char* name, const Handle& tensor, const Handle& like) {
                   ": is on another device than the rows; move it there");
 }
 
-Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead, Dtype dtype) {
+Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead,
+             Dtype dtype) {
   Rows rows{};
   if (!tensor) return rows;
   check_device(name, tensor, like);

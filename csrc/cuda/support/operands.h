@@ -14,8 +14,8 @@ Handle empty(const Handle& like, int64_t ndim, const int64_t* sizes, Dtype dtype
 // Of an operand that the kernels read: they would take an address in the host's memory for one in theirs.
 void check_device(const char* name, const Handle& tensor, const Handle& like);
 
-// On the device of `like`: `lead` dimensions of rows, the others columns, which must lie one after another. Absent for no
-// tensor.
+// On the device of `like`: `lead` dimensions of rows, the others columns, which must lie one after another. Absent for
+// no tensor.
 Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead, Dtype dtype);
 
 // On the device of `like`: a contiguous tensor of the row dtype or the compute type.
