@@ -175,12 +175,12 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def as_on(monkeypatch):
     """Call it with "amd", "intel" or "": what is chosen as measured on a processor of theirs."""
-    from fusednorm.dispatch import rules_attention as choice_attention
+    from fusednorm.dispatch import rules, rules_attention
 
     def pretend(vendor):
-        monkeypatch.setattr(choice_attention.cpu, "vendor", lambda: vendor)
+        monkeypatch.setattr(rules_attention.cpu, "vendor", lambda: vendor)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-        choice_attention.ours_is_faster.cache_clear()
+        rules.forget()
 
     yield pretend
-    choice_attention.ours_is_faster.cache_clear()
+    rules.forget()

@@ -1,4 +1,4 @@
-// The Python module: arguments taken from the call as they are, or None for a call that goes the long way.
+// The Python module: arguments taken from the call as they are, or None for a call that it leaves to Python.
 #include <Python.h>
 
 #include <ATen/Context.h>
@@ -19,6 +19,7 @@
 #include "attention_node.h"
 #include "norm_node.h"
 #include "plain.h"
+#include "rules.h"
 
 namespace fusednorm_fastpath {
 
@@ -61,7 +62,7 @@ bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
   return true;
 }
 
-PyObject* fastpath_serves = nullptr;  // of fusednorm.dispatch.rules
+Rule fastpath_serves;  // of fusednorm.dispatch.rules
 
 // Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
 // library.
@@ -71,12 +72,11 @@ bool for_cuda(PyObject* x, PyObject* asked) {
 
 // Whether automatic choice leaves a call to the library that the fast path leads to.
 bool is_chosen(const char* operation, const at::Tensor& x, int64_t columns, bool needs_grad) {
-  const long long gpu = x.is_cuda() ? x.get_device() : -1;
-  THPObjectPtr found(PyObject_CallFunction(fastpath_serves, "sOLLOL", operation,
-                                           (PyObject*)torch::getTHPDtype(x.scalar_type()), (long long)x.numel(),
-                                           (long long)columns, needs_grad ? Py_True : Py_False, gpu));
-  if (!found) throw python_error();
-  return found.get() == Py_True;
+  const long long gpu = x.is_cuda() ? x.get_device() : -1, elements = x.numel();
+  // an operation is one of few literals
+  return fastpath_serves({int64_t(operation), int64_t(x.scalar_type()), elements, columns, 2 * gpu + needs_grad}, "sOLLOL",
+                         operation, (PyObject*)torch::getTHPDtype(x.scalar_type()), elements, (long long)columns,
+                         needs_grad ? Py_True : Py_False, gpu);
 }
 
 // Dropout's probability, and its seed on x's device; undefined for None: to be drawn.
@@ -245,15 +245,13 @@ bool torchs_take(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) 
          at::globalContext().userEnabledFlashSDP();
 }
 
-PyObject* ours_is_faster = nullptr;  // of fusednorm.dispatch.rules_attention
+Rule ours_is_faster;  // of fusednorm.dispatch.rules_attention
 
 // Whether the library's kernels were measured to be faster than torch's.
 bool prefers_ours(const AttentionCall& call) {
-  THPObjectPtr found(PyObject_CallFunction(ours_is_faster, "LLLO", (long long)call.query.element_size(),
-                                           (long long)call.query.size(2), (long long)call.key.size(2),
-                                           call.needs_grad ? Py_True : Py_False));
-  if (!found) throw python_error();
-  return found.get() == Py_True;
+  const long long itemsize = call.query.element_size(), queries = call.query.size(2), keys = call.key.size(2);
+  return ours_is_faster({itemsize, queries, keys, call.needs_grad}, "LLLO", itemsize, queries, keys,
+                        call.needs_grad ? Py_True : Py_False);
 }
 
 // A side of the window: -1 for None, unbounded.
@@ -334,9 +332,10 @@ PyObject* counted(PyObject*, PyObject* const* args, Py_ssize_t given) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* attribute(const char* module, const char* name) {
-  THPObjectPtr found(PyImport_ImportModule(module));
-  return found ? PyObject_GetAttrString(found.get(), name) : nullptr;
+PyObject* forget(PyObject* const*) {
+  fastpath_serves.forget();
+  ours_is_faster.forget();
+  Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
@@ -351,6 +350,7 @@ PyMethodDef methods[] = {
      "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
     {"attach_cuda", (PyCFunction)(void*)counted<3, attach>, METH_FASTCALL,
      "attach_cuda(norms, emulated, devices): the CUDA library, by the address of what it offers, and a bit for each GPU"},
+    {"forget", (PyCFunction)(void*)counted<0, forget>, METH_FASTCALL, "forget(): what the rules answered"},
     {}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_fastpath", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
@@ -365,7 +365,7 @@ PyMODINIT_FUNC PyInit__fastpath() {
     PyErr_SetString(PyExc_ImportError, "it and libfusednorm_cpu.so are of different builds");
     return nullptr;
   }
-  fastpath_serves = attribute("fusednorm.dispatch.rules", "fastpath_serves");
-  ours_is_faster = attribute("fusednorm.dispatch.rules_attention", "ours_is_faster");
-  return fastpath_serves && ours_is_faster ? PyModule_Create(&definition) : nullptr;
+  const bool found = fastpath_serves.find("fusednorm.dispatch.rules", "fastpath_serves") &&
+                     ours_is_faster.find("fusednorm.dispatch.rules_attention", "ours_is_faster");
+  return found ? PyModule_Create(&definition) : nullptr;
 }

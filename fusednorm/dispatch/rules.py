@@ -125,11 +125,10 @@ def fastest(norm: Norm) -> Preference | None:
     return None
 
 
-@functools.lru_cache(4096)
 def fastpath_serves(
     operation: str, dtype: torch.dtype, elements: int, columns: int, needs_grad: bool, gpu: int
 ) -> bool:
-    """Whether automatic choice leaves a call to the fast path, which asks this; `gpu` is -1 on the CPU."""
+    """Whether automatic choice leaves a call to the fast path, which keeps the answer; `gpu` is -1 on the CPU."""
     found = None
     if elements:
         index = None if gpu < 0 else gpu
@@ -141,5 +140,4 @@ def forget() -> None:
     """After a table was changed."""
     crossovers.forget()
     fastest.cache_clear()
-    fastpath_serves.cache_clear()
-    settings.current.plans.clear()
+    settings.forget()

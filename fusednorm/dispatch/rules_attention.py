@@ -16,7 +16,6 @@ figures for an H200 at a head dim of 128: 691 TFLOP/s forward, 594 backward.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,7 +32,6 @@ from . import registry
 _is_compiling = torch.compiler.is_compiling
 
 
-@functools.lru_cache(4096)
 def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, needs_grad: bool) -> bool:
     """Whether to prefer the CPU library for elements of `itemsize` bytes; False where it is not built."""
     if cpu.unavailable_reason() is not None:

@@ -88,6 +88,13 @@ def load_fastpath() -> None:
                 _rebuild()
 
 
+def forget() -> None:
+    """Drop what was chosen: the plans, and the answers that the C++ module keeps."""
+    current.plans.clear()
+    if _fastpath is not None:
+        _fastpath.forget()
+
+
 def warned_of_missing_library() -> None:
     """The user was told that our CPU library is missing: torch's operators may be called at once."""
     global _warned_of_missing_library

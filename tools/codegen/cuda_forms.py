@@ -61,7 +61,7 @@ def constant(header: str, name: str) -> int:
 def load_library() -> None:
     """The emulation of the CUDA library, if nobody has loaded it: it chooses forms without a GPU."""
     if not hasattr(torch.ops.fusednorm_cuda, "emulate"):
-        from tests.emulated import build_provider
+        from tests.helpers.emulated import build_provider
 
         torch.ops.load_library(str(build_provider(sanitized=False)))
 
