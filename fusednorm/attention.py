@@ -20,6 +20,7 @@ from .dispatch import eager, settings
 from .dispatch.settings import Decision
 
 _UNBOUNDED = 2**62  # past any position, and a 64-bit number
+_SIDES = frozenset({int, type(None)})  # types of a window's sides
 
 _is_compiling = torch.compiler.is_compiling
 _delegate: Any = handle_torch_function  # untyped: overloaded functions do not fit its type
@@ -166,12 +167,13 @@ def scaled_dot_product_attention(
         and (scale is None or type(scale) is float)
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
         and type(causal_align) is str
-        and window is seed is None
+        and seed is None
+        and (window is None or (type(window) is tuple and _SIDES.issuperset(map(type, window))))
     ):
         inputs = AttentionInputs(query, key, value, attn_mask, key_mask)
         deterministic = torch.are_deterministic_algorithms_enabled()
         flags = is_causal, enable_gqa, return_lse, deterministic
-        signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, *flags)
+        signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, window, *flags)
         if signature is not None and (plan := plans.get(signature)) is not None:
             out, lse = plan(inputs)
             return (out, lse) if return_lse else out
