@@ -50,6 +50,12 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def short_name(result: Record) -> str:
+    """A device's name without marks and what every processor's has: "Intel Xeon 2.50GHz"."""
+    words = result["environment"]["device"].replace("(R)", "").replace("(TM)", "").split()
+    return " ".join(word for word in words if word not in ("CPU", "Processor", "@"))
+
+
 def facts(result: Record) -> str:
     """Device, driver and versions."""
     e = result["environment"]
@@ -107,7 +113,7 @@ def section(path: Path, result: Record, root: Path) -> str:
 def summary(kept: Sequence[tuple[Path, Record]]) -> str:
     """The README's table: mean speed-ups of a few operations on each device, forward and backward."""
     found = {path: groups_by_key(result) for path, result in kept}
-    columns = [(path, result["environment"]["device"], dtype) for path, result in kept for dtype in _dtypes(result)]
+    columns = [(path, short_name(result), dtype) for path, result in kept for dtype in _dtypes(result)]
     rows = [
         [f"`{op}`, {DIRECTION_TITLES[direction]}"]
         + [f"{g.mean:.2f}" if (g := found[path].get((op, direction, d))) else "" for path, _, d in columns]
