@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,6 +127,18 @@ def test_fault_of_figures(arch, changed, said):
     for name, value in ({"registers": 32} | changed).items():
         setattr(figures, name, value)
     assert [fault.startswith(said) for fault in faults(figures)] == ([True] if said else [])
+
+
+def test_near_keeps_what_could_break_the_gate_elsewhere(tmp_path):
+    from tools.codegen.norm_calls import near
+
+    # at 4 warps and 4 programs a thread may have 128 registers
+    plain = {"arch": 90, "warps": 4, "per_sm": 4, "registers": 112, "stack": 0, "local": 0, "failure": "", "shared": 0}
+    changes = {"far": {}, "near": {"registers": 113}, "spills": {"stack": 8}, "shared": {"shared": 25000}}
+    lines = [plain | change | {"kernel": name, "mode": "", "dtype": "", "n": 8} for name, change in changes.items()]
+    (tmp_path / "sm_90").write_text("\n".join(map(json.dumps, lines)))
+    variants = [SimpleNamespace(kernel=name, mode="", dtype="", n=8) for name in (*changes, "unknown")]
+    assert [v.kernel for v in near(variants, tmp_path / "sm_90")] == ["near", "spills", "shared", "unknown"]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
     python3 -m tools.codegen.norm_calls                              # on all architectures: hours
     python3 -m tools.codegen.norm_calls --which pairs --arch 90
     python3 -m tools.codegen.norm_calls --which random --sample 500 --seed 7
+    python3 -m tools.codegen.norm_calls --which heaviest --arch 90 --json sm_90.json
+    python3 -m tools.codegen.norm_calls --which heaviest --arch 80 86 89 100 120 --near sm_90.json
 
 A call is one value for each axis of `NORM` or `ACTIVATION`. The product of the axes has more than 10^9 calls, so they
 are chosen four ways. Calls that compile alike are compiled once.
@@ -11,6 +13,9 @@ heaviest     at every choice the norms' tables can make, the calls that carry th
 activations  every value of every axis of the activations with every other, at one width after the other
 pairs        calls in which any two values of any two axes occur together, the widths of the tables' choices included
 random       a thousand calls, drawn from the whole product
+
+`--near` compiles only what could break the gate: in the file, they came within 16 registers of their limit, or
+need more shared memory than the smallest device has. Another architecture changes a kernel's registers by a few.
 
 Exit status: 0; 1 when a variant breaks the gate (see `compile.faults`).
 """
@@ -44,7 +49,7 @@ from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton.config import PARTIALS, Config
-from tools.codegen.compile import DEVICES, Launch, Variant, faults, figures, in_processes, launches
+from tools.codegen.compile import DEVICES, RESERVED, Launch, Variant, faults, figures, in_processes, launches
 
 DTYPES = tuple(triton_launch.TYPES)
 NO_YES = (False, True)
@@ -324,17 +329,36 @@ def chosen(ways: Iterable[str], seed: int, only: str = "", sample: int | None = 
     return random.Random(seed).sample(variants, sample)
 
 
+MARGIN = 16  # registers
+
+
+def near(variants: Iterable[Variant], figures_of_one: Path) -> list[Variant]:
+    """Those that came near a limit, or have no figures, in a file that `--json` wrote."""
+    smallest = min(device.shared for device in DEVICES.values())
+    spare = {}
+    for line in figures_of_one.read_text().splitlines():
+        f = json.loads(line)
+        device = DEVICES[f["arch"]]
+        most = min(255, device.registers // (32 * f["warps"] * f["per_sm"]) // 8 * 8)
+        broken = f["failure"] or f["stack"] or f["local"] or (f["shared"] + RESERVED) * f["per_sm"] > smallest
+        spare[f["kernel"], f["mode"], f["dtype"], f["n"]] = 0 if broken else most - f["registers"]
+    return [v for v in variants if spare.get((v.kernel, v.mode, v.dtype, v.n), 0) < MARGIN]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--which", nargs="+", default=list(_WAYS)[:3], choices=_WAYS, help="default: all but random")
     parser.add_argument("--arch", type=int, nargs="+", default=list(DEVICES), choices=DEVICES, help="default: all")
     parser.add_argument("--only", default="", metavar="REGEX", help="kernel, switches and dtypes that match")
     parser.add_argument("--sample", type=int, help="compile so many, drawn from those")
+    parser.add_argument("--near", type=Path, metavar="FILE", help="those near a limit in what --json wrote to FILE")
     parser.add_argument("--seed", type=int, default=0, help="of `pairs`, `random` and the sample; default: 0")
     parser.add_argument("--processes", type=int, help="default: one for each core")
     parser.add_argument("--json", type=Path, help="append the figures to this file, a line each, as they come")
     options = parser.parse_args(argv)
     variants = chosen(options.which, options.seed, options.only, options.sample)
+    if options.near:
+        variants = near(variants, options.near)
     broken, jobs = 0, [(variant, arch) for arch in options.arch for variant in variants]
     for f in in_processes(figures, jobs, options.processes):
         if options.json:
