@@ -88,6 +88,7 @@ template <class Op>
 struct OperatorNode : public torch::autograd::Node {
   typename Op::Options options;
   std::array<SavedVariable, Op::kSaved> kept;
+  std::array<bool, Op::kSaved> given{};  // which of them are tensors
   int output = -1;  // which of them the node made itself
 
   std::string name() const override { return Op::kName; }
@@ -119,7 +120,10 @@ struct OperatorNode : public torch::autograd::Node {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(name());
-    for (size_t i = 0; i < kept.size(); ++i) args.collect(kept[i], int(i) == output);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      args.collect(given[i]);  // with hooks, a saved tensor says nothing of itself
+      args.collect(kept[i], int(i) == output);
+    }
     Op::each(options, [&](const auto& option) { args.collect(option); });
   }
 
@@ -128,10 +132,8 @@ struct OperatorNode : public torch::autograd::Node {
     using namespace torch::dynamo::autograd;
     for (SavedVariable& variable : kept) swap.before(variable);
     variable_list tensors;
-    std::array<bool, Op::kSaved> given;
-    const Saved<Op> all = saved();
-    for (size_t i = 0; i < all.size(); ++i)
-      if ((given[i] = all[i].defined())) tensors.push_back(all[i]);
+    for (const at::Tensor& tensor : saved())
+      if (tensor.defined()) tensors.push_back(tensor);
     PackedArgs packed;
     packed.pack(tensors);
     for (const bool one : given) packed.pack(one);
@@ -179,7 +181,7 @@ void record(const typename Op::Options& options, std::initializer_list<const at:
   node.options = options;
   node.output = output;
   for (size_t i = 0; i < saved.size(); ++i)
-    if (saved[i]->defined()) node.kept[i] = SavedVariable(*saved[i], int(i) == output);
+    if ((node.given[i] = saved[i]->defined())) node.kept[i] = SavedVariable(*saved[i], int(i) == output);
 }
 
 }  // namespace fusednorm_fastpath

@@ -28,13 +28,19 @@ class Rule {
   bool operator()(const Question& question, const char* format, Args... args) {
     const auto known = answers_.find(question);
     if (known != answers_.end()) return known->second;
+    const uint64_t asked_in = generation_;
     THPObjectPtr found(PyObject_CallFunction(function_, format, args...));
     if (!found) throw python_error();
+    const bool answer = found.get() == Py_True;
     if (answers_.size() >= kMost) answers_.clear();
-    return answers_[question] = found.get() == Py_True;
+    if (asked_in == generation_) answers_[question] = answer;  // another thread may have called forget()
+    return answer;
   }
 
-  void forget() { answers_.clear(); }
+  void forget() {
+    answers_.clear();
+    ++generation_;
+  }
 
  private:
   struct Hash {
@@ -47,6 +53,7 @@ class Rule {
   static constexpr size_t kMost = 4096;
 
   PyObject* function_ = nullptr;
+  uint64_t generation_ = 0;
   std::unordered_map<Question, bool, Hash> answers_;
 };
 

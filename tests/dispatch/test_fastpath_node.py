@@ -106,11 +106,13 @@ def test_a_changed_output_is_noticed_if_it_is_kept(native):
 
 
 # z or x, the statistics, the parameters and the seed; of attention its operands, result and log-sum-exp. No mask
-PACKED = {  # by function and number of options
-    ("add_layer_norm", 0): 4,
-    ("add_layer_norm", 2): 6,
-    ("bias_act_dropout", 1): 2,
-    ("bias_act_dropout", 3): 3,
+PACKED = {  # their dimensions, by function and options
+    ("add_layer_norm", ()): [1, 1, 2, 2],
+    ("add_layer_norm", ("dropout_p", "seed")): [1, 1, 1, 1, 2, 2],
+    ("bias_act_dropout", ("activation",)): [1, 2],
+    ("bias_act_dropout", ("activation", "dropout_p", "seed")): [1, 1, 2],
+    ("scaled_dot_product_attention", ("is_causal",)): [3, 4, 4, 4, 4],
+    ("scaled_dot_product_attention", ("key_mask",)): [2, 3, 4, 4, 4, 4],
 }
 
 
@@ -123,12 +125,12 @@ def test_hooks_on_saved_tensors_and_checkpoints(form):
     packed = []
 
     def pack(tensor):
-        packed.append(tensor.shape)
+        packed.append(tensor.ndim)
         return tensor.detach().mT.clone() if tensor.ndim > 1 else tensor.detach().clone()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.mT.contiguous() if t.ndim > 1 else t):
         hooked = form.call(leaves)
-    assert len(packed) == PACKED.get((form.function, len(form.options)), len(packed)) > 0
+    assert sorted(packed) == PACKED[form.function, tuple(sorted(form.options))]
     for outputs in (hooked, checkpoint(form.call, leaves, use_reentrant=False)):
         close(form, gradients(outputs, leaves, cotangents), expected)
 
@@ -158,6 +160,28 @@ def test_compiled_autograd(form):
             with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
                 found = gradients(again, leaves, cotangents, used)
             close(form, found, expected)
+
+
+def test_compiled_autograd_tells_which_parameters_there_are(native):
+    """Behind hooks on saved tensors a frozen weight and a frozen bias look alike."""
+    from torch._dynamo import compiled_autograd
+
+    x, r = torch.randn(2, 4, 8)
+    x.requires_grad_()
+    found = []
+    for parameter in ("bias", "weight"):
+        with torch.autograd.graph.saved_tensors_hooks(identity, identity):
+            normed, _ = fusednorm.add_layer_norm(x, r, 8, **{parameter: torch.arange(8.0)})
+        cotangent = torch.randn(4, 8)
+        expected = torch.autograd.grad(normed, x, cotangent, retain_graph=True)[0]
+        with compiled_autograd._enable(lambda graph: graph):
+            found.append((torch.autograd.grad(normed, x, cotangent)[0], expected))
+    for gradient, expected in found:
+        torch.testing.assert_close(gradient, expected)
+
+
+def identity(tensor):
+    return tensor
 
 
 def test_a_long_chain_is_destroyed_without_recursion(native):
