@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from . import _flops as _flops
 from . import modules
 from .activation import bias_act_dropout
-from .attention import scaled_dot_product_attention, varlen_attention
+from .attention import scaled_dot_product_attention
 from .autograd import recorded as recorded
 from .dispatch import available_providers, batch_invariant, use_provider
 from .dispatch.explain import explain
 from .dropout import dropout_mask
 from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from .modules import (

@@ -74,7 +74,7 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
             return self._unfused(src, src_mask, src_key_padding_mask, is_causal)
         sizes = self.self_attn._sizes(src, src, src, ("src",) * 3)
         masks = Masks()
-        if src_mask is not None or src_key_padding_mask is not None or is_causal:
+        if src_mask is not None or src_key_padding_mask is not None or is_causal is not False:
             masks = prepare(src_mask, src_key_padding_mask, is_causal, src, sizes, SRC)
         batch = 0 if self.self_attn.batch_first else 1
         x = src if sizes.batched else src.unsqueeze(batch)

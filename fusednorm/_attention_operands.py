@@ -1,13 +1,19 @@
-"""Attention's operands in the four dimensions that kernels take."""
+"""Attention's arguments in the form that the ops take: operands of four dimensions, and numbers."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _attention_checks as checks
+from . import dropout
+from ._checks import FLOAT_DTYPES
+from ._transforms import traced
+
+_UNBOUNDED = 2**62  # past any position, and a 64-bit number
 
 
 def broadcast(
@@ -59,3 +65,39 @@ def four_dimensional_mask(mask: Tensor, batch: tuple[int, ...], heads: tuple[int
     if own != batch and math.prod(own) != 1:
         mask, own = mask.expand(*batch, *rest), batch
     return mask.reshape(math.prod(own), *((1,) if not heads else ()), *rest)
+
+
+def is_plain(query: Any, key: Any, value: Any, grouped: bool) -> bool:
+    """Whether these are what the checks and the broadcasting below would let through as they are: the usual call."""
+    if not type(query) is type(key) is type(value) is Tensor or query.ndim != 4 or query.dtype not in FLOAT_DTYPES:
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:  # they have no shape
+        return False
+    shape, keys, values = query.shape, key.shape, value.shape
+    return bool(
+        len(keys) == len(values) == 4
+        and shape[0] == keys[0]
+        and (shape[1] == keys[1] or (grouped and keys[1] and shape[1] % keys[1] == 0))
+        and shape[3] == keys[3] <= checks.MOST_HEAD_DIM >= values[3]
+        and keys[:3] == values[:3]
+        and query.dtype == key.dtype == value.dtype
+        and query.device == key.device == value.device
+        and query.layout == key.layout == value.layout == torch.strided
+    )
+
+
+def scale_of(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        width = int(q.shape[-1]) if traced() else q.shape[-1]  # of a traced size the root would be one in float32
+        return 1.0 / width**0.5 if width else 1.0  # as torch computes it, to the last bit
+    return scale
+
+
+def seed_of(seed: int | Tensor | None, dropout_p: float, q: Tensor) -> Tensor | None:
+    """None where the provider is to draw one: torch's operator draws its own mask."""
+    return dropout.seed_tensor(seed, q.device) if dropout_p and seed is not None else None
+
+
+def window_of(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    left, right = (None, None) if window is None else window
+    return -1 if left is None else min(int(left), _UNBOUNDED), -1 if right is None else min(int(right), _UNBOUNDED)
