@@ -1,6 +1,8 @@
 """A new Python process, in which nothing of the package was called yet.
 
-It is forked from a process that has imported torch alone, so that this import is paid once and not in every test.
+`python` forks it from a process that has imported torch alone, so that this import is paid once and not in every test.
+`interpreter` starts Python anew: for what happens before torch is there, at the interpreter's end, or by variables that
+libraries read when they are loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from multiprocessing.context import ForkServerContext
@@ -18,13 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments: str, **variables: str) -> str:
-    """What it prints; it has to end well. The arguments are Python's own. An empty variable is an absent one."""
-    usual = {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}",
-        "FUSEDNORM_EMULATE": "",
-        "TRITON_INTERPRET": "0",
-    }
-    environment = {name: value for name, value in (os.environ | usual | variables).items() if value}
+    """What it prints; it has to end well. The arguments: -c and a program, -m and a module, or a file, and its own."""
+    environment = _environment(variables)
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
         process = _server().Process(target=_run, args=(arguments, environment, said))
@@ -35,6 +33,24 @@ def python(*arguments: str, **variables: str) -> str:
         out, err = (path.read_text() if path.exists() else "" for path in said)
     assert process.exitcode == 0, f"it ended with {process.exitcode}: {out[-2000:]}{err[-6000:]}"
     return out
+
+
+def interpreter(*arguments: str, **variables: str) -> str:
+    """As `python`, by a Python that is started anew and torn down at its end."""
+    command, environment = [sys.executable, *arguments], _environment(variables)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900)
+    assert run.returncode == 0, f"it ended with {run.returncode}: {run.stdout[-2000:]}{run.stderr[-6000:]}"
+    return run.stdout
+
+
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    """An empty variable is an absent one."""
+    usual = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}",
+        "FUSEDNORM_EMULATE": "",
+        "TRITON_INTERPRET": "0",
+    }
+    return {name: value for name, value in (os.environ | usual | variables).items() if value}
 
 
 @functools.cache
@@ -52,6 +68,7 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str], said: list[Pat
     for descriptor, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     option = arguments[0] if arguments[0] in ("-c", "-m") else ""
+    assert option or not arguments[0].startswith("-"), f"{arguments[0]}: pass it to interpreter()"
     what, *sys.argv[1:] = arguments[1:] if option else arguments
     sys.argv[0] = option or what
     if option == "-c":

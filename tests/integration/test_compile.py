@@ -70,10 +70,10 @@ def with_gradients(run, rows: int, device: str):
 def test_fullgraph_dynamic_over_row_counts(function, variant, provider, using, device):
     """Results and gradients at every row count; 0 and 1 may be specialised, the rest shares one graph.
 
-    Graphs of automatic choice and of torch's operators go through AOTAutograd. That of another provider is no other
-    for it: an op for each direction, and a name among their arguments.
+    Graphs of automatic choice and of torch's operators go through AOTAutograd, and one of each function by every other
+    provider. The rest is no other graph for it: an op for each direction, and a name among their arguments.
     """
-    aot = provider in ("automatic", "torch")
+    aot = provider in ("automatic", "torch") or variant in ("dropout", "relu_dropout")
     counter = CompileCounterWithBackend("aot_eager" if aot else "eager")
     run = caller(function, VARIANTS[variant])
     with using:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh import ROOT, python
+from fresh import ROOT, interpreter, python
 
 import fusednorm
 from fusednorm import __main__
@@ -43,7 +43,7 @@ added = sorted(set(sys.modules) - modules)
 assert settings() == before
 print(json.dumps(added))
 """
-    added = json.loads(python("-c", program))
+    added = json.loads(interpreter("-c", program))
     assert "fusednorm" in added
     assert not [name for name in added for optional in OPTIONAL if f"{name}.".startswith(f"{optional}.")]
     foreign = {name.split(".")[0] for name in added} - {"fusednorm", "torch"} - set(sys.stdlib_module_names)
@@ -95,7 +95,7 @@ normed, z = fusednorm.add_layer_norm(x, x, (8,), dropout_p=0.5)
 normed.backward(torch.ones_like(normed))
 print(fusednorm.available_providers())
 """
-    assert "reference" in python("-c", program)
+    assert "reference" in interpreter("-c", program)
 
 
 def test_command_info():
@@ -210,7 +210,7 @@ except RuntimeError as fault:
 """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    assert "pip install numpy" in python("-c", program, TRITON_INTERPRET="1")
+    assert "pip install numpy" in interpreter("-c", program, TRITON_INTERPRET="1")
 
 
 def test_compiled_kernels_need_no_numpy():
@@ -222,7 +222,7 @@ sys.modules["numpy"] = None
 warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
 import fusednorm.providers.triton.launch, fusednorm.providers.triton.norm_fwd, fusednorm.providers.triton.norm_bwd
 """
-    python("-c", program, TRITON_INTERPRET="0")
+    interpreter("-c", program, TRITON_INTERPRET="0")
 
 
 def test_command_without_arguments_says_how_to_use_it(capsys):

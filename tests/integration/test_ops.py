@@ -47,18 +47,22 @@ def activation_backward(mask=(True, False), **given):
 
 
 def attention(seed=None, p=0.0, attn_mask=None, key_mask=None, packed=False, limited=False):
-    """Limited: with a window and a cap, lower right, and all queries' heads in one group."""
-    shape, bounds = ((6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)) if packed else ((2, 5, 2, 8), None)
-    q, k, v = (torch.randn(shape) if packed else torch.randn(shape).transpose(1, 2) for _ in range(3))
-    longest = (4, 4) if packed else (5, 5)
+    """Limited: with a window and a cap, lower right, and heads in groups of two."""
+    if packed:
+        q, k, v = torch.randn(3, 6, 4, 8).unbind()
+        bounds, longest = torch.tensor([0, 4, 6], dtype=torch.int32), (4, 4)
+    else:  # some transposed, some contiguous
+        q, k, v = torch.randn(2, 5, 4, 8).transpose(1, 2), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+        v = v.transpose(1, 2).contiguous().transpose(1, 2)
+        bounds, longest = None, (5, 7)
     if limited:
-        k, v = (t[:, :1] for t in (k, v))
+        k, v = (t[:, :2] for t in (k, v))
     last = (True, 3, 1, 2.0) if limited else (False, -1, -1, 0.0)
     return (q, k, v, attn_mask, key_mask, seed, bounds, bounds, *longest, SCALE, p, True, *last)
 
 
-def everything() -> dict:
-    masks = {"attn_mask": torch.randn(2, 5, 1), "key_mask": torch.rand(2, 5) > 0.2}
+def everything(mask: Tensor) -> dict:
+    masks = {"attn_mask": mask, "key_mask": torch.rand(2, 7) > 0.2}
     return {"seed": torch.tensor([5]), "p": 0.3, "limited": True, **masks}
 
 
@@ -103,14 +107,16 @@ CALLS = {
         attention,
         lambda: attention(packed=True),
         lambda: attention(seed(), 0.3, packed=True, limited=True),
-        lambda: attention(**everything()),
+        lambda: attention(**everything(torch.randn(4, 5, 1))),
+        lambda: attention(**everything(torch.randn(1, 1, 5, 7))),
     ],
     "attention_bwd": [
         attention_backward,
         lambda: attention_backward((False, True, False, False), packed=True),
         lambda: attention_backward(dlse=True, seed=seed(), p=0.3, packed=True, limited=True),
-        lambda: attention_backward((True, True, True, True), True, **everything()),
-        lambda: attention_backward((True, False, False, False), True, **everything()),
+        lambda: attention_backward((True, True, True, True), True, **everything(torch.randn(4, 5, 1))),
+        lambda: attention_backward((True, False, False, False), True, **everything(torch.randn(5, 7))),
+        lambda: attention_backward((False, True, False, False), True, **everything(torch.randn(1, 1, 5, 7))),
     ],
 }
 
@@ -192,12 +198,16 @@ def test_op_under_a_dispatch_mode_and_with_fake_tensors(name, make, named):
 
 
 @pytest.mark.parametrize(CALL, [*FEW, *norm_calls()])
-def test_opcheck(name, make, named):
-    """Of every provider its results; once what a compiler makes of the op, which is the same but for a name in it."""
+def test_opcheck(name, make, named, device):
+    """Of every provider its results; what a compiler makes of the op by each provider at the call that has everything.
+
+    The other calls go through the compiler by one provider: the graph is the same but for a name in it.
+    """
     checks = ["test_schema", "test_faketensor"]
-    if named == "reference":
+    if named == "reference" or make is CALLS[name][-1]:
         checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-    library.opcheck(getattr(torch.ops.fusednorm, name).default, (*make(), named), test_utils=checks)
+    args = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in make()]
+    library.opcheck(getattr(torch.ops.fusednorm, name).default, (*args, named), test_utils=checks)
 
 
 @pytest.mark.parametrize("name", ["add_layer_norm_fwd"])
@@ -347,13 +357,13 @@ def test_flops_of_attention_are_its_products(name, make):
         assert found == 0
         return
     packed = args[5 if name.endswith("bwd") else 0].ndim == 3
-    pairs = 2 * (4 * 4 + 2 * 2) if packed else 2 * 2 * 5 * 5
+    pairs = 4 * (4 * 4 + 2 * 2) if packed else 2 * 4 * 5 * 7
     assert found == 2 * pairs * 8 * (5 if name.endswith("bwd") else 2)
 
 
 def test_flops_of_packed_sequences_that_nobody_can_read():
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in attention(packed=True)]
-    assert _flops._attention_fwd(*args, "reference") == 2 * (2 * 2 * 4 * 4) * 16
+    assert _flops._attention_fwd(*args, "reference") == 2 * (2 * 4 * 4 * 4) * 16
 
 
 @pytest.mark.parametrize("first", ["fusednorm", "torch.utils.flop_counter"])

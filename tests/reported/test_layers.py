@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fresh import python
+from fresh import interpreter
 from torch import nn
 
 import fusednorm
@@ -171,7 +171,7 @@ print("trained")
 
 # flash-attention#420, #1028, #382, #1912: no use without a build for this very machine
 def test_the_layers_train_without_compiler_triton_or_native_library():
-    assert python("-c", BARE).strip() == "trained"
+    assert interpreter("-c", BARE).strip() == "trained"
 
 
 # #142132: the fast path was not taken, and nothing said why

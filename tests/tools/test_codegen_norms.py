@@ -193,7 +193,8 @@ from fusednorm.providers.triton import norm_config as table
 from tools.codegen import compile, norms
 for plant in {[plant for plant, _ in PLANTED.values()]!r}:
     if os.fork():  # the next plant finds everything as it was
-        os.wait()
+        if os.wait()[1]:
+            raise SystemExit("its process failed: " + plant)
         continue
     exec(plant)
     chosen = [v for v in norms.variants(["add"], ["bfloat16"], ["aligned"]) if v.kernel == "add_layer_norm_bwd"]

@@ -75,7 +75,7 @@ def test_the_operators_check_what_they_are_given():
             cpu.add_layer_norm_fwd(x, None, None, None, None, None, torch.tensor([1]), OPTIONS, 1e-5, p, 0.0)
     for stats in (torch.ones(2, 2).bfloat16(), torch.ones(2, 3), torch.ones(2, 4)[:, ::2]):
         with pytest.raises(RuntimeError, match="stats"):
-            cpu._backward(x, None, x, stats, *[None] * 6, OPTIONS, 0.0, 0.0)
+            cpu.add_layer_norm_bwd(x, None, x, stats, *[None] * 6, OPTIONS, 0.0, 0.0)
 
 
 def test_a_saved_tensor_may_come_back_in_another_layout(generator):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from fresh import python
+from fresh import interpreter
 
 from fusednorm import dispatch
 
@@ -16,5 +16,5 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REAS
 @pytest.mark.parametrize("group", ["sizes", "gradients", "freed", "arguments", "fuzz 0", "fuzz 1"])
 def test_hostile(group):
     emulation = os.environ.get("FUSEDNORM_EMULATE", "")
-    said = python("tests/helpers/hostile.py", *group.split(), FUSEDNORM_EMULATE=emulation)
+    said = interpreter("tests/helpers/hostile.py", *group.split(), FUSEDNORM_EMULATE=emulation)
     assert said.endswith("survived\n")
