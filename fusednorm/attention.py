@@ -21,7 +21,7 @@ from .dispatch.settings import Decision
 _SIDES = frozenset({int, type(None)})  # types of a window's sides
 
 _is_compiling = torch.compiler.is_compiling
-_delegate: Any = handle_torch_function  # untyped: overloaded functions do not fit its type
+delegate: Any = handle_torch_function  # untyped: overloaded functions do not fit its type
 
 
 @overload
@@ -168,7 +168,7 @@ def scaled_dot_product_attention(
         if fast_out is not None:
             return fast_out
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):
-        return _delegate(
+        return delegate(
             scaled_dot_product_attention,
             (query, key, value, attn_mask, key_mask, seed),
             *(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa),

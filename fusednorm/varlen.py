@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from . import _attention_checks as checks
 from . import _attention_operands as operands
 from . import _autocast
 from ._checks import check_flag
 from ._options import AttentionInputs, AttentionOptions
-from .attention import run
-
-_delegate: Any = handle_torch_function  # untyped: overloaded functions do not fit its type
+from .attention import delegate, run
 
 
 @overload
@@ -129,7 +127,7 @@ def varlen_attention(
         torch.Size([7, 4, 8])
     """
     if has_torch_function_variadic(query, key, value, cu_seqlens_q, cu_seqlens_k, seed):
-        return _delegate(
+        return delegate(
             varlen_attention,
             (query, key, value, cu_seqlens_q, cu_seqlens_k, seed),
             *(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, is_causal, scale),

@@ -13,7 +13,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _checks, dropout
 from .._attention_checks import MOST_HEAD_DIM
-from .._checks import FLOAT_DTYPES
 from ..attention import scaled_dot_product_attention
 from ._arguments import check_count, check_heads, check_operand, check_rate
 from ._attention_weights import append_keys, causal_mask, dense_weights, format_weights
@@ -255,9 +254,7 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
             weight = self._parameters.get("q_proj_weight")
         dtype, device = (None, None) if weight is None else (weight.dtype, weight.device)
         for name, tensor, width in zip(names, (query, key, value), widths, strict=True):
-            dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
-            if not dense or tensor.dtype not in FLOAT_DTYPES:
-                _checks.check_tensor(name, tensor)
+            _checks.check_tensor(name, tensor)
             if tensor.ndim not in (2, 3):
                 form = "(N, L, E)" if self.batch_first else "(L, N, E)"
                 raise ValueError(f"{name}: expected {form}, or (L, E) without a batch, got shape {tuple(tensor.shape)}")

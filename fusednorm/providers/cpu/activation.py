@@ -7,7 +7,8 @@ from torch import Tensor
 from ..._options import ActivationInputs, ActivationOptions
 from ..native import FORWARD_OPTIONS, activation_options
 from . import library
-from .library import refusal as refusal
+
+refusal = library.refusal
 
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..._options import AttentionInputs, AttentionOptions
 from ..strides import rows_like
 from . import library
-from .library import refusal as refusal
+
+refusal = library.refusal
 
 
 def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:

@@ -10,9 +10,8 @@ from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
 from . import library
-from .library import build as build
-from .library import refusal as refusal
-from .library import unavailable_reason as unavailable_reason
+
+build, refusal, unavailable_reason = library.build, library.refusal, library.unavailable_reason
 
 
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,8 @@ from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
 from . import library
-from .library import for_tests as for_tests
-from .library import parameter, rows
-from .library import unavailable_reason as unavailable_reason
+
+for_tests, unavailable_reason = library.for_tests, library.unavailable_reason
 
 _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 
@@ -55,9 +54,9 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
         return x.new_empty(x.shape, dtype=options.normed_dtype), x.new_empty(z_shape, dtype=residual_dtype), stats
     computed_in = compute_dtype(x.dtype)
     return library.ops.add_layer_norm_fwd.default(
-        rows(x, x.dtype, normalized_ndim),
-        rows(residual, residual_dtype, normalized_ndim),
-        *[parameter(p, x.dtype, computed_in) for p in parameters],
+        library.rows(x, x.dtype, normalized_ndim),
+        library.rows(residual, residual_dtype, normalized_ndim),
+        *[library.parameter(p, x.dtype, computed_in) for p in parameters],
         seed,
         packed_norm(options),
         *(options.eps, options.dropout_p, options.drop_path_p),
@@ -81,13 +80,13 @@ def add_layer_norm_bwd(
     if options.saved_is_normed and dresidual_out is not None and (x_dtype, dresidual_out.dtype) in _WIDE_RESIDUAL:
         residual_out_dtype = dresidual_out.dtype
     results = library.ops.add_layer_norm_bwd.default(
-        rows(dnormed, x_dtype, normalized_ndim),
-        rows(dresidual_out, residual_out_dtype, normalized_ndim),
-        rows(kept, kept.dtype, normalized_ndim),
+        library.rows(dnormed, x_dtype, normalized_ndim),
+        library.rows(dresidual_out, residual_out_dtype, normalized_ndim),
+        library.rows(kept, kept.dtype, normalized_ndim),
         stats.contiguous(),
-        *[parameter(p, x_dtype, computed_in) for p in parameters[:2]],
-        rows(x if output_mask[5] else None, x_dtype, normalized_ndim),
-        *[parameter(p, x_dtype, computed_in) for p in parameters[2:]],
+        *[library.parameter(p, x_dtype, computed_in) for p in parameters[:2]],
+        library.rows(x if output_mask[5] else None, x_dtype, normalized_ndim),
+        *[library.parameter(p, x_dtype, computed_in) for p in parameters[2:]],
         seed,
         packed_norm_grad(options, tuple(output_mask)),
         *(options.dropout_p, options.drop_path_p),
