@@ -91,7 +91,7 @@ class _WithinLimits(fusednorm.use_provider):
         super().__exit__(kind, value, traceback)
         limit = re.search(rf"{_LIMITS[self.name]}.*", str(value))  # amid what torch.compile says, where it passes it on
         if limit is not None:
-            pytest.skip(limit[0])
+            pytest.skip(limit[0])  # the provider's own reason
 
 
 # no limit is a float32 stream beside 16-bit x and normed
