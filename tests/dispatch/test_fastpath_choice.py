@@ -11,6 +11,7 @@ from fastpath_calls import NEEDS_FASTPATH
 
 import fusednorm
 from fusednorm import dispatch
+from fusednorm._activations import ACTIVATIONS
 
 pytestmark = NEEDS_FASTPATH
 
@@ -83,3 +84,18 @@ def test_automatic_choice_is_the_same_with_the_fast_path_and_without_for_a_norm_
         names.append([output.grad_fn.name() for output in outputs])
     assert names == [["NativeLayerNormBackward0"] * 2] * 2
     assert "torch's own operators" in fusednorm.explain(fusednorm.add_layer_norm, x, None, 8, weight)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float64_is_served_alike_with_the_fast_path_and_without(activation):
+    """Torch's operators are faster for GELU, and for the gradients of SiLU."""
+    x, bias = torch.randn(4, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64, requires_grad=True)
+    take = dispatch.settings.current.fastpath.bias_act_dropout
+    by_torch = {True: activation in ("gelu", "silu"), False: activation == "gelu"}
+    for needs_grad, expected in by_torch.items():
+        given = bias.requires_grad_(needs_grad)
+        decision = fusednorm.explain(fusednorm.bias_act_dropout, x, given, activation)
+        assert decision.startswith(f"bias_act_dropout: {'torch' if expected else 'cpu'},"), decision
+    fast = take(x, bias.requires_grad_(), activation, 0.0, None, True)
+    assert ("BiasAct" not in fast.grad_fn.name()) == by_torch[True], fast.grad_fn.name()
+    assert take(x, bias, activation, 0.0, None, False) is None  # with batch_invariant(), Python decides
