@@ -73,11 +73,11 @@ def bias_act_dropout(
         return handle_torch_function(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
-    plans, key = settings.current.plans, None
+    signature = None
     if type(dropout_p) is float and type(activation) is str and seed is None:  # a seed may have to be converted
         inputs = ActivationInputs(x, bias)
-        key = eager.signature(inputs, "bias_act_dropout", activation, dropout_p)
-        if key is not None and (plan := plans.get(key)) is not None:
+        plan, signature = eager.find(inputs, "bias_act_dropout", activation, dropout_p)
+        if plan is not None:
             return plan(inputs)
     _checks.check_tensor("x", x)
     _checks.check_last_dimension("bias", bias, "x", x)
@@ -91,5 +91,5 @@ def bias_act_dropout(
     seed = dropout.seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     inputs = ActivationInputs(x, bias, seed)
     plan = autograd_activation.plan(inputs, ActivationOptions(activation, dropout_p))
-    eager.keep(plans, key, plan)
+    eager.keep(signature, plan)
     return plan(inputs)

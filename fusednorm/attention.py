@@ -179,7 +179,7 @@ def scaled_dot_product_attention(
             seed=seed,
             return_lse=return_lse,
         )
-    plans, signature = settings.current.plans, None
+    signature = None
     if (
         type(dropout_p) is type(softcap) is float
         and (scale is None or type(scale) is float)
@@ -191,8 +191,8 @@ def scaled_dot_product_attention(
         inputs = AttentionInputs(query, key, value, attn_mask, key_mask)
         deterministic = torch.are_deterministic_algorithms_enabled()
         flags = is_causal, enable_gqa, return_lse, deterministic
-        signature = eager.signature(inputs, "attention", dropout_p, softcap, scale, causal_align, window, *flags)
-        if signature is not None and (plan := plans.get(signature)) is not None:
+        plan, signature = eager.find(inputs, "attention", dropout_p, softcap, scale, causal_align, window, *flags)
+        if plan is not None:
             out, lse = plan(inputs)
             return (out, lse) if return_lse else out
     enable_gqa = check_flag("enable_gqa", enable_gqa)
@@ -227,7 +227,7 @@ def scaled_dot_product_attention(
     call = "scaled_dot_product_attention"
     if signature is not None and plain and dropout_p != 1.0 and (attn_mask is None or attn_mask is given_mask):
         plan = autograd_attention.plan_by_values(call, inputs, options, return_lse, dims)
-        eager.keep(plans, signature, plan)
+        eager.keep(signature, plan)
         out, lse = plan(inputs)
     else:
         out, lse = run(call, inputs, options, return_lse, dims)

@@ -295,11 +295,10 @@ def _plain_norm(
     rms: bool,
 ) -> Tensor:
     call, inputs = "rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias)
-    plans, key = settings.current.plans, None
-    sizes = eager.sizes(normalized_shape)
+    signature, sizes = None, eager.sizes(normalized_shape)
     if sizes is not None and (type(eps) is float or (rms and eps is None)):
-        key = eager.signature(inputs, call, sizes, eps)
-        if key is not None and (plan := plans.get(key)) is not None:
+        plan, signature = eager.find(inputs, call, sizes, eps)
+        if plan is not None:
             return plan(inputs)[0]
     _checks.check_tensor(name, x)
     shape = _checks.check_normalized_shape(name, x, normalized_shape)
@@ -308,7 +307,7 @@ def _plain_norm(
     eps = _checks.check_eps(eps, rms, x.dtype)
     options = NormOptions(len(shape), eps, 0.0, 0.0, _autocast.norm_dtype(x, rms), x.dtype, rms, False, False)
     plan = autograd_norm.plan(call, inputs, options)
-    eager.keep(plans, key, plan)
+    eager.keep(signature, plan)
     return plan(inputs)[0]
 
 
@@ -330,7 +329,7 @@ def _add_norm(
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
     call = "add_rms_norm" if rms else "add_layer_norm"
-    plans, key = settings.current.plans, None
+    signature = None
     if type(dropout_p) is type(drop_path_p) is float and (type(eps) is float or (rms and eps is None)):
         sizes = eager.sizes(normalized_shape)
         # a look at the weights decides whether a call is memory-efficient, and a seed may have to be converted
@@ -339,8 +338,8 @@ def _add_norm(
         if plannable and type(zero_centered_weight) is bool:
             inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
             key_options = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
-            key = eager.signature(inputs, call, *key_options)
-            if key is not None and (plan := plans.get(key)) is not None:
+            plan, signature = eager.find(inputs, call, *key_options)
+            if plan is not None:
                 return plan(inputs)
     zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
     memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)
@@ -354,7 +353,7 @@ def _add_norm(
         _checks.check_seed(seed)
     if dropout_p == 1.0 or drop_path_p == 1.0:
         x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
-        dropout_p, drop_path_p, key = 0.0, 0.0, None
+        dropout_p, drop_path_p, signature = 0.0, 0.0, None
     masked = bool(dropout_p or drop_path_p)
     seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None
     if residual_dtype is None:
@@ -368,5 +367,5 @@ def _add_norm(
         *(zero_centered_weight, store_residual),
     )
     plan = autograd_norm.plan(call, inputs, options, memory_efficient)
-    eager.keep(plans, key, plan)
+    eager.keep(signature, plan)
     return plan(inputs)

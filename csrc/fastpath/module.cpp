@@ -207,7 +207,6 @@ bool parse_activation(PyObject* const* args, BiasActCall& call, bool& by_torch) 
   call.needs_grad = at::GradMode::is_enabled() && (call.x.requires_grad() || (with_bias && call.bias.requires_grad()));
   const bool one_dtype = with_bias && call.bias.scalar_type() == call.x.scalar_type();
   if (dropped) return !by_shape || !one_dtype || is_chosen("bias_gelu_dropout", call.x, columns, true);
-  if (!by_shape && call.x.scalar_type() == at::kDouble) return false;  // whatever the shape, torch may be preferred
   by_torch = !with_bias || (by_shape && !is_chosen(kBiasActOperations[call.activation], call.x, columns, call.needs_grad));
   return !by_torch || (by_shape && (one_dtype || !with_bias));
 }

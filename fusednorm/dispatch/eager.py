@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import _options
 from .._options import Inputs, Options
 from . import registry, settings
+from .settings import Plan
 
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
 # Types of a plain call's arguments. A subclass of Tensor intercepts operators: the dispatcher has to show it the op.
 PLAIN = TENSORS | {type(None), bool, int, float, str, list, torch.dtype}
 MAX_PLANS = 4096
+MAX_ALIKE = 8  # plans of one key: their calls differ in dtypes, strides, gradients wanted or a later tensor's shape
 
 _INT = frozenset({int})
 _is_compiling = torch.compiler.is_compiling
@@ -46,36 +49,51 @@ def plain_on_cpu(x: Tensor) -> bool:
     )
 
 
-def signature(inputs: Inputs, *rest: Any) -> tuple[Any, ...] | None:
-    """What the plan of a plain eager call depends on; None for every other call.
+# What the plan of a plain eager call depends on: the plans among which it stands, what is no tensor, and the tensors.
+Signature = tuple[settings.Plans, tuple[Any, ...], list[Tensor]]
+
+
+def find(inputs: Inputs, *rest: Any) -> tuple[Plan | None, Signature | None]:
+    """The plan that was kept for calls like this one, and what `keep` takes; None for what is not there.
+
+    One guard of torch.compile's looks at all tensors: at class, dtype, sizes, strides, device and requires_grad. It
+    looks at the thread's dispatch keys too, which transforms, modes, tracing and autocast change.
 
     `rest` is what is no tensor, the function's name first. Values that compare equal must mean the same: the caller
     has looked at types, since True equals 1. Each look-up counts, because eager's own call takes 7 microseconds.
     """
-    if (
-        _is_compiling()
-        or _functorch_active()
-        or forward_ad._current_level >= 0
+    if _is_compiling() or forward_ad._current_level >= 0:
+        return None, None
+    tensors = [t for t in inputs if t is not None]
+    try:
+        key = (*rest, _grad_enabled(), tensors[0].shape, *map(type, inputs))
+        plans = settings.current.plans
+        for guard, plan in plans.get(key, ()):
+            if guard(*tensors):
+                return plan, None
+    except (AttributeError, LookupError, RuntimeError, TypeError):  # nested tensors; what is no tensor at all
+        return None, None
+    if not TENSORS.issuperset(map(type, tensors)) or _watched() or is_functorch_wrapped_tensor(tensors[0]):
+        return None, None
+    names = [*map(id, tensors)]
+    firsts = [*map(names.index, names)]
+    if firsts != [*range(len(firsts))]:  # a guard takes no tensor twice
+        key, tensors = (*key, *firsts), [t for i, t in enumerate(tensors) if firsts[i] == i]
+        for guard, plan in plans.get(key, ()):
+            if guard(*tensors):
+                return plan, None
+    return None, (plans, key, tensors)
+
+
+def _watched() -> bool:
+    """Whether somebody else takes part in what the thread computes."""
+    return bool(
+        _functorch_active()
         or _dispatch_modes()
         or _tracing_state() is not None
         or _autocast_active()
         or settings.current.listeners
-    ):
-        return None
-    key = [*rest, _grad_enabled()]
-    try:
-        for t in inputs:
-            if t is None:
-                key.append(None)
-            elif type(t) in TENSORS:
-                key += (t.dtype, t.shape, t.stride(), t.device, t.requires_grad)
-            else:
-                return None
-        if is_functorch_wrapped_tensor(inputs[0]):  # escaped from a transform that has ended
-            return None
-    except (RuntimeError, TypeError):  # sparse and nested tensors have no strides; what is no tensor at all
-        return None
-    return tuple(key)
+    )
 
 
 def sizes(normalized_shape: Any) -> Any:
@@ -89,13 +107,17 @@ def sizes(normalized_shape: Any) -> Any:
     return None
 
 
-def keep(plans: dict[Any, Callable[..., Any]], key: tuple[Any, ...] | None, plan: Callable[..., Any]) -> None:
+def keep(signature: Signature | None, plan: Plan) -> None:
     """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
-    if key is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if signature is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return
+    plans, key, tensors = signature
     if len(plans) >= MAX_PLANS:
         plans.clear()
-    plans[key] = plan
+    shapes: Any = [list(t.shape) for t in tensors]
+    strides: Any = [list(t.stride()) for t in tensors]
+    guard = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    plans[key] = ((guard, plan), *plans.get(key, ())[: MAX_ALIKE - 1])
 
 
 def differentiated(*cotangents: Tensor | None) -> bool:

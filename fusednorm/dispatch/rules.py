@@ -67,14 +67,7 @@ def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | No
         return "torch's own operators serve an activation with nothing to add"
     if compiling:
         return "torch.compile fuses an addition and an activation into what stands around them"
-    if slow_in_float64(OPERATIONS[options.activation], inputs[0].dtype, wants_gradients(inputs)):
-        return "torch's operators are faster for this activation in float64"
     return None
-
-
-def slow_in_float64(operation: str, dtype: torch.dtype, needs_grad: bool) -> bool:
-    """Whether the CPU library is slower than torch: it vectorises neither erf nor SiLU's derivative in float64."""
-    return dtype is torch.float64 and (operation == "bias_gelu" or (operation == "bias_silu" and needs_grad))
 
 
 def operation(inputs: Inputs, options: Options) -> str:
@@ -114,6 +107,10 @@ def preference(inputs: Inputs, options: Options) -> Preference | None:
 
 @functools.lru_cache(4096)
 def fastest(norm: Norm) -> Preference | None:
+    # in float64 the CPU library vectorises neither GELU's error function nor SiLU's derivative (benchmarks/NOTES.md)
+    scalar = norm.operation == "bias_gelu" or (norm.operation == "bias_silu" and norm.needs_grad)
+    if scalar and norm.gpu is None and norm.dtype is torch.float64:
+        return Preference("torch", "torch's operators are faster for this activation in float64")
     device = torch.device("cpu") if norm.gpu is None else torch.device("cuda", norm.gpu)
     shape = norm.elements // norm.columns, norm.columns
     found = crossovers.fastest(
@@ -135,8 +132,6 @@ def fastpath_serves(
 ) -> bool:
     """Whether automatic choice leaves a call to the fast path, which keeps the answer; `gpu` is -1 on the CPU."""
     found = None
-    if gpu < 0 and slow_in_float64(operation, dtype, needs_grad):
-        return False
     if elements:
         index = None if gpu < 0 else gpu
         found = fastest(Norm(operation, dtype, elements, columns, needs_grad, index, True, False))

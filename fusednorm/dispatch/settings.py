@@ -30,6 +30,11 @@ class Decision(NamedTuple):
     where: str = ""  # the name of the module that made the call, in the model that explain() was given
 
 
+Plan = Callable[..., Any]
+# By what of a call is no tensor: pairs of a guard of its tensors, and the plan of the calls that it lets through.
+Plans = dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Plan], ...]]
+
+
 class Listener(NamedTuple):
     thread: int
     names: Mapping[int, str]  # of modules, by their identity
@@ -44,7 +49,7 @@ class Settings(NamedTuple):
     use_torch_rms_norm: bool  # likewise; only where torch is requested, or our library is missing
     fastpath: Any  # the C++ module, while it may serve and the library that it calls is loaded
     fastpath_mode: bool | str  # True: automatic choice; False: the cpu provider; "cuda": the cuda provider
-    plans: dict[Any, Callable[..., Any]]  # by signature of a call
+    plans: Plans
 
 
 _default = os.environ.get("FUSEDNORM_PROVIDER") or None  # outside any block; its name is checked at first use

@@ -132,6 +132,29 @@ def test_a_plan_serves_no_other_signature(changed, served):
         assert out.requires_grad == other.requires_grad
 
 
+def test_a_plan_knows_which_tensors_are_the_same():
+    """A guard takes each tensor once; with (q, k, k) and (q, q, k) it would see the same two."""
+    q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 5, 16)
+    attention = fusednorm.scaled_dot_product_attention
+    with settings.without_fastpath(), fusednorm.use_provider("cpu"):
+        found = [attention(*given, window=(2, 2)) for given in ((q, k, k), (q, q, q), (q, k, k))]
+        assert entered(lambda: attention(q, k, k, window=(2, 2))).count(("dispatch/resolve.py", "_decide")) == 0
+        expected = attention(q.clone(), k.clone(), k.clone(), window=(2, 2))
+        assert torch.equal(found[0], expected) and torch.equal(found[2], expected)
+        with pytest.raises(ValueError, match="value"):
+            attention(q, q, k, window=(2, 2))
+
+
+def test_plans_that_differ_in_strides_alone_are_bounded():
+    with settings.without_fastpath():
+        for columns in range(8, 8 + 2 * eager.MAX_ALIKE):
+            x = torch.randn(4, columns)[:, :8]
+            torch.testing.assert_close(
+                fusednorm.add_layer_norm(x, x.clone(), 8)[0], torch.nn.functional.layer_norm(x + x, (8,))
+            )
+        assert [len(alike) for alike in settings.current.plans.values()] == [eager.MAX_ALIKE]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [(64.0,), ((64.0,),), ((True,),), (64, None, None, True), (64, None, None, "1e-5")],
