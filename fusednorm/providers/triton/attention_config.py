@@ -80,9 +80,11 @@ def forward(n: Need) -> Tile:
     if n.columns > 128:
         return Tile(64, 16 if n.heavy or n.narrow else 32, 8, 2)
     if n.registers_hold_operands:
+        if n.heavy:
+            return Tile(64, 32, 8, 2)
         if n.columns <= 64:
-            return Tile(64, 32, 4, 2) if n.heavy else Tile(64, 64, 4, 3)
-        return Tile(64, 32 if n.heavy else 64, 8, 2)
+            return Tile(64, 32, 4, 2) if n.dropout else Tile(64, 64, 4, 3)
+        return Tile(64, 64, 8, 2)
     if n.heavy:
         return Tile(128, 32, 8, 2)
     return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
@@ -108,16 +110,13 @@ def part(n: Need) -> int:
     """
     if n.columns <= 128 or n.itemsize == 4:
         return 0
-    spills_at_64 = n.has_tensor_memory if n.heavy else n.registers_hold_operands  # 32 bytes on sm_100, 8 on sm_80
-    if n.dropout and not n.bounded and spills_at_64:
-        return 128
-    return 64 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
+    return 128 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
 
 
 def part_of_queries(n: Need) -> int:
     if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy:
         return n.columns  # else ptxas makes its matrix instructions wait one by one
-    return part(n)
+    return 64 if part(n) else 0
 
 
 def backward_keys(n: Need) -> Tile:
@@ -131,15 +130,15 @@ def backward_keys(n: Need) -> Tile:
             return Tile(16, 64 if part(n) else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
-        if n.heavy:
-            return Tile(16, 32, 4 if n.columns <= 64 else 8, 2)
+        if more and n.columns <= 64:
+            return Tile(16, 32, 4, 2)
         if more:
-            return Tile(16, 64, 8, 2)
+            return Tile(16, 32 if n.heavy else 64, 8, 1 if n.heavy and n.bounded else 2)
         return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
     if n.has_tensor_memory and n.columns > 64:
         return Tile(16, 32 if n.heavy else 64, 8, 2)
     if more:
-        return Tile(16, 64 if n.has_tensor_memory and n.heavy else 128, 8, 2)
+        return Tile(16, 64 if n.has_tensor_memory and (n.heavy or n.bounded) else 128, 8, 2)
     return Tile(32 if n.columns > 64 or n.bounded or n.has_tensor_memory else 64, 128, 8, 2)
 
 
@@ -153,6 +152,8 @@ def backward_queries(n: Need) -> Tile:
     if n.columns > 128:
         return Tile(64, 32 if part(n) else 16, 8, 2)
     if n.registers_hold_operands:
+        if n.dropout and n.columns <= 64:
+            return Tile(32, 32, 4, 2)
         if n.heavy:
             return Tile(64 if n.columns <= 64 else 32, 32, 8, 2)
         return Tile(128 if n.columns <= 64 else 64, 32, 8, 2)
