@@ -59,13 +59,19 @@ def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: in
 
 
 def norm(
-    function: str, vectors: str, dtype: torch.dtype = torch.bfloat16, device: int = 0, offset: int = 0, **options: Any
+    function: str,
+    vectors: str,
+    dtype: torch.dtype = torch.bfloat16,
+    width: int = WIDTH,
+    device: int = 0,
+    offset: int = 0,
+    **options: Any,
 ) -> Any:
     rows = ["x", "residual"] if function.startswith("add") else ["x"]
-    given = {name: leaf((ROWS, WIDTH), dtype, device, offset) for name in rows}
-    given |= {name: leaf((WIDTH,), dtype, device) for name in vectors.split()}
+    given = {name: leaf((ROWS, width), dtype, device, offset) for name in rows}
+    given |= {name: leaf((width,), dtype, device) for name in vectors.split()}
     call = getattr(fn, function)
-    results = call(*map(given.get, rows), WIDTH, **{n: given[n] for n in vectors.split()}, eps=EPS, **options)
+    results = call(*map(given.get, rows), width, **{n: given[n] for n in vectors.split()}, eps=EPS, **options)
     named = dict(zip(("normed", "residual_out"), results)) if len(rows) == 2 else {"normed": results}
     dropped = {"threshold": word(options.get("dropout_p")), "path_threshold": word(options.get("drop_path_p"))}
     return given, named, {"M": ROWS, "eps": EPS, **dropped}

@@ -128,7 +128,13 @@ def _tell_torch() -> None:
 
     def properties(device: Any = None) -> Any:
         own = DEVICES[index(device)]
-        return SimpleNamespace(shared_memory_per_block_optin=own[SHARED], multi_processor_count=own[PROCESSORS])
+        names = {
+            "major": MAJOR,
+            "minor": MINOR,
+            "shared_memory_per_block_optin": SHARED,
+            "multi_processor_count": PROCESSORS,
+        }
+        return SimpleNamespace(**{name: own[attribute] for name, attribute in names.items()})
 
     answers = {
         "is_available": lambda: True,
@@ -146,8 +152,8 @@ def _tell_torch() -> None:
     torch._C._cuda_getCurrentRawStream = STREAMS.__getitem__
     every, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(_on_the_cpu, "CUDA")
-    for name in ("copy_", "abs"):  # composites: of a kernel of the device, of memory that is made larger
-        own.impl(name, partial(_on_the_cpu, getattr(torch.ops.aten, name).default), "CUDA")
+    copy = torch.ops.aten.copy_.default  # a composite, which looks for a kernel of the device without the dispatcher
+    own.impl("copy_", partial(_on_the_cpu, copy), "CUDA")
     _kept.extend((every, own))
 
 
@@ -183,8 +189,9 @@ def _on_the_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
         if not tensor.is_cuda:
             return tensor
         devices.append(tensor.get_device())
-        given.append((_moved(tensor, _CPU, 0), tensor))
-        return given[-1][0]
+        own = _moved(tensor, _CPU, 0) if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
+        given.append((own, tensor))
+        return own
 
     def device_to_cpu(device: torch.device) -> torch.device:
         if device.type == "cuda":
@@ -194,6 +201,9 @@ def _on_the_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
     def to_gpu(result: Tensor) -> Tensor:
         for own, original in given:
             if own is result:
+                if own.shape != original.shape:  # an empty one was to be made larger
+                    _kept.append(own)
+                    original.data = _moved(own, _CUDA, devices[0])
                 return original
         _kept.append(result)
         return _moved(result, _CUDA, devices[0])

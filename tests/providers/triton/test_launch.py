@@ -40,6 +40,7 @@ SLOW = {
     "add_layer_norm_plain": (norm, {"function": "add_layer_norm", "vectors": BIASED}),
     "add_layer_norm_dropout": (norm, {"function": "add_layer_norm", "vectors": f"{BIASED} x_bias", **DROPOUT}),
     "add_layer_norm_float64": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F64, **DROPOUT}),
+    "add_layer_norm_wide": (norm, {"function": "add_layer_norm", "vectors": BIASED, "width": 2**16, **DROPOUT}),
     "add_rms_norm_everything": (norm, {"function": "add_rms_norm", "vectors": SCALED, **EPILOGUE}),
     "add_rms_norm_memory_efficient": (
         norm,
