@@ -25,7 +25,7 @@ def python(*arguments: str, **variables: str) -> str:
     environment = _environment(variables)
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _server().Process(target=_run, args=(arguments, environment, said))
+        process = server().Process(target=_run, args=(arguments, environment, said))
         process.start()
         process.join(900)
         process.kill()
@@ -54,7 +54,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 @functools.cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["torch"])
     return server

@@ -1,0 +1,213 @@
+"""GPUs that are not there: Triton's own driver and launcher, over a CUDA driver that runs nothing and notes launches.
+
+In a process of its own (`process`), torch is told of two GPUs. Their tensors are CUDA tensors in the CPU's memory, and
+torch's CPU operators compute with them. Nothing of the package is replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import emulated
+import fresh
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+STREAMS = (0x5A0, 0x5B0)  # handles of the devices' current streams
+MAJOR, MINOR, PROCESSORS, SHARED = 75, 76, 16, 97  # attributes, by their numbers in cuda.h
+_ATTRIBUTES = {10: 32, 12: 65536, 13: 1980000, 36: 2619000, 37: 5120}  # warp, registers, clocks, memory's bus
+_SHARED_OF_A_PROCESSOR = 81
+DEVICES = (
+    {MAJOR: 9, MINOR: 0, PROCESSORS: 132, SHARED: 232448, _SHARED_OF_A_PROCESSOR: 233472} | _ATTRIBUTES,
+    {MAJOR: 8, MINOR: 0, PROCESSORS: 108, SHARED: 166912, _SHARED_OF_A_PROCESSOR: 167936} | _ATTRIBUTES,
+)
+_CPU, _CUDA = 1, 2  # kinds of devices in DLPack
+
+
+class Note(NamedTuple):
+    """A launch as the driver had it."""
+
+    kernel: str
+    device: int
+    stream: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    cluster: int
+    shared: int
+    parameters: tuple[bytes, ...]
+
+
+def library() -> Path:
+    triton, torch_folder = importlib.util.find_spec("triton"), emulated.torch_directory()
+    assert triton is not None and triton.origin is not None
+    headers = (Path(triton.origin).parent / "backends" / "nvidia" / "include", torch_folder / "include")
+    seen = [part for path in headers for part in ("-isystem", str(path))]
+    sources = [Path(__file__).parent / "csrc" / name for name in ("standin_cuda.cpp", "standin_torch.cpp")]
+    link = ["-Wl,-soname,libcuda.so.1", *emulated.link_torch(torch_folder)]
+    return emulated.build("libcuda.so.1", sources, ["-O1", "-fPIC", *seen], link)
+
+
+@contextmanager
+def process() -> Iterator[ProcessPoolExecutor]:
+    """A new process that has the GPUs. `submit` runs a module's function in it."""
+    with ProcessPoolExecutor(1, fresh.server(), _install, (library(),)) as pool:
+        yield pool
+
+
+# --- in the new process ---
+
+driver: Any = None
+_capturing = False
+_kept: list[Any] = []  # a registration lasts as long as its object, and a tensor's memory as long as the process
+
+
+def notes() -> list[Note]:
+    return [_note(driver.standin_note(index).decode()) for index in range(driver.standin_noted())]
+
+
+def _note(line: str) -> Note:
+    kernel, *numbers = line.split()
+    device, stream, *sizes = map(int, numbers[:10])
+    parameters = tuple(map(bytes.fromhex, numbers[10:]))
+    return Note(kernel, device, stream, tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], sizes[7], parameters)
+
+
+def fail(function: str, calls: int) -> None:
+    """The driver's function fails, once, after so many calls."""
+    driver.standin_fail(function.encode(), calls)
+
+
+def current_device(use: int | None = None) -> int:
+    if use is not None:
+        driver.standin_use(use)
+    return driver.standin_device()
+
+
+def capture(on: bool) -> None:
+    global _capturing
+    _capturing = on
+    driver.standin_capture(on)
+
+
+def _install(path: Path) -> None:
+    global driver
+    os.environ |= {"TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(path.parent)}
+    os.environ.pop("FUSEDNORM_EMULATE", None)
+    driver = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)  # whoever opens libcuda.so.1 from now on gets it
+    driver.standin_note.restype = ctypes.c_char_p
+    for device, attributes in enumerate(DEVICES):
+        for attribute, value in attributes.items():
+            driver.standin_set(device, attribute, value)
+    _tell_torch()
+
+
+def _tell_torch() -> None:
+    """What a torch without CUDA cannot say."""
+
+    def index(device: Any = None) -> int:
+        if isinstance(device, int):
+            return device
+        named = None if device is None else torch.device(device).index
+        return driver.standin_device() if named is None else named
+
+    def exchange(device: int) -> int:
+        before = driver.standin_device()
+        if device >= 0:
+            driver.standin_use(device)
+        return before
+
+    def properties(device: Any = None) -> Any:
+        own = DEVICES[index(device)]
+        names = {
+            "major": MAJOR,
+            "minor": MINOR,
+            "shared_memory_per_block_optin": SHARED,
+            "multi_processor_count": PROCESSORS,
+        }
+        return SimpleNamespace(**{name: own[attribute] for name, attribute in names.items()})
+
+    answers = {
+        "is_available": lambda: True,
+        "_lazy_init": lambda: None,
+        "current_device": driver.standin_device,
+        "set_device": lambda device: driver.standin_use(index(device)),
+        "_exchange_device": exchange,
+        "_maybe_exchange_device": exchange,
+        "get_device_capability": lambda device=None: tuple(map(DEVICES[index(device)].get, (MAJOR, MINOR))),
+        "get_device_properties": properties,
+        "is_current_stream_capturing": lambda: _capturing,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch._C._cuda_getCurrentRawStream = STREAMS.__getitem__
+    every, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(_on_the_cpu, "CUDA")
+    copy = torch.ops.aten.copy_.default  # a composite, which looks for a kernel of the device without the dispatcher
+    own.impl("copy_", partial(_on_the_cpu, copy), "CUDA")
+    _kept.extend((every, own))
+
+
+class _Described(ctypes.Structure):
+    """The start of DLPack's DLManagedTensor."""
+
+    _fields_ = (
+        *(("data", ctypes.c_void_p), ("kind", ctypes.c_int32), ("device", ctypes.c_int32), ("ndim", ctypes.c_int32)),
+        *(("dtype", ctypes.c_uint32), ("shape", ctypes.c_void_p), ("strides", ctypes.POINTER(ctypes.c_int64))),
+    )
+
+
+_described = ctypes.pythonapi.PyCapsule_GetPointer
+_described.restype, _described.argtypes = ctypes.POINTER(_Described), [ctypes.py_object, ctypes.c_char_p]
+
+
+def _moved(tensor: Tensor, kind: int, device: int) -> Tensor:
+    """The same memory as a tensor of another device."""
+    capsule = torch._C._to_dlpack(tensor)
+    described = _described(capsule, b"dltensor").contents
+    described.kind, described.device = kind, device
+    for dimension, stride in enumerate(tensor.stride()):  # DLPack has 1 where the size is 1
+        described.strides[dimension] = stride
+    return torch._C._from_dlpack(capsule)
+
+
+def _on_the_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any operator of torch that is called with tensors of these GPUs, or for a new one."""
+    given: list[tuple[Tensor, Tensor]] = []
+    devices: list[int] = []
+
+    def tensor_to_cpu(tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        devices.append(tensor.get_device())
+        own = _moved(tensor, _CPU, 0) if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
+        given.append((own, tensor))
+        return own
+
+    def device_to_cpu(device: torch.device) -> torch.device:
+        if device.type == "cuda":
+            devices.append(driver.standin_device() if device.index is None else device.index)
+        return torch.device("cpu")
+
+    def to_gpu(result: Tensor) -> Tensor:
+        for own, original in given:
+            if own is result:
+                if own.shape != original.shape:  # an empty one was to be made larger
+                    _kept.append(own)
+                    original.data = _moved(own, _CUDA, devices[0])
+                return original
+        _kept.append(result)
+        return _moved(result, _CUDA, devices[0])
+
+    args, kwargs = tree_map_only(Tensor, tensor_to_cpu, (args, kwargs))
+    args, kwargs = tree_map_only(torch.device, device_to_cpu, (args, kwargs))
+    return tree_map_only(Tensor, to_gpu, op(*args, **kwargs))
