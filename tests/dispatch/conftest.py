@@ -19,7 +19,7 @@ def native():
 
 @pytest.fixture
 def form(request):
-    """One of EVERY by its name. Attention is not asked for: a request for it takes the long way."""
+    """One of EVERY by its name. Attention is not asked for: a request for it takes the Python path."""
     form = EVERY[request.param]
     attention = form.function == "scaled_dot_product_attention"
     with contextlib.nullcontext() if attention else fusednorm.use_provider("cpu"):

@@ -1,4 +1,4 @@
-"""The fast path gives what the long way gives, bit for bit: of every operator, in every form."""
+"""The fast path gives what the Python path gives, bit for bit: of every operator, in every form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastpath_calls import (
     cotangents_of,
     gradients,
     heads,
-    hold_to_the_long_way,
+    hold_to_python_path,
     same,
 )
 from oracle_activation import ACTIVATIONS
@@ -39,13 +39,13 @@ SHAPES = [(5, 33), (2, 3, 16), (7,), (0, 16), (4, 0), (1, 1), (64, 300)]
 @chosen(*NORMS, *EPILOGUES, *ACTIVATED)
 def test_every_shape(form, dtype):
     for shape in SHAPES:
-        hold_to_the_long_way(form, form.leaves(shape, dtype), what=shape)
+        hold_to_python_path(form, form.leaves(shape, dtype), what=shape)
 
 
 @DTYPE
 @chosen(*NORMS)
 def test_norms_over_two_dimensions(form, dtype):
-    hold_to_the_long_way(form, form.leaves((3, 2, 4, 6), dtype, 2), ndim=2)
+    hold_to_python_path(form, form.leaves((3, 2, 4, 6), dtype, 2), ndim=2)
 
 
 @DTYPE
@@ -60,7 +60,7 @@ def test_activations_by_automatic_choice(activation, dtype):
         with dispatch.settings.without_fastpath():
             (expected,) = form.call(leaves)
         if expected.grad_fn.name() == "BiasActDropoutFunctionBackward":
-            hold_to_the_long_way(form, leaves)
+            hold_to_python_path(form, leaves)
             continue
         (found,) = form.call(leaves)
         assert found.grad_fn.name() != form.node
@@ -75,7 +75,7 @@ def test_any_subset_of_gradients(form):
     for count in range(1, len(base) + 1):
         for subset in itertools.combinations(base, count):
             leaves = {name: leaf.detach().requires_grad_(name in subset) for name, leaf in base.items()}
-            hold_to_the_long_way(form, leaves, what=subset)
+            hold_to_python_path(form, leaves, what=subset)
 
 
 LAYOUTS = {
@@ -95,27 +95,27 @@ def test_layouts(form, layout):
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     rows = torch.randn(1, 8).expand(6, 8)
     cotangents = [torch.randn(8, 6).t(), rows] if form.function != "bias_act_dropout" else [rows]
-    hold_to_the_long_way(form, leaves, cotangents)
+    hold_to_python_path(form, leaves, cotangents)
 
 
 def test_parameters_of_another_dtype_and_none(native):
     norm, both, activation = NORMS["add_layer_norm"], EPILOGUES["both"], ACTIVATED["gelu, half dropped"]
-    hold_to_the_long_way(norm, norm.leaves(dtype=torch.bfloat16, weight=torch.float64, bias=torch.float32))
-    hold_to_the_long_way(both, both.leaves(dtype=torch.bfloat16, x_bias=torch.float32))
-    hold_to_the_long_way(activation, activation.leaves(dtype=torch.bfloat16, bias=torch.float32))
+    hold_to_python_path(norm, norm.leaves(dtype=torch.bfloat16, weight=torch.float64, bias=torch.float32))
+    hold_to_python_path(both, both.leaves(dtype=torch.bfloat16, x_bias=torch.float32))
+    hold_to_python_path(activation, activation.leaves(dtype=torch.bfloat16, bias=torch.float32))
     for form, names in ((norm, ("x", "residual")), (activation, ("x",))):
         bare = Form(form.function, names, form.options)
-        hold_to_the_long_way(bare, bare.leaves())
+        hold_to_python_path(bare, bare.leaves())
 
 
 SEEDLESS = {name: Form(EVERY[name].function, EVERY[name].names) for name in ("dropout", "silu, dropout")}
 
 
 @pytest.mark.parametrize("name", SEEDLESS)
-def test_the_seed_that_the_long_way_draws(name, native):
+def test_the_seed_that_the_python_path_draws(name, native):
     form = SEEDLESS[name]
     leaves = form.leaves()
-    hold_to_the_long_way(form, leaves, dropout_p=0.5)
+    hold_to_python_path(form, leaves, dropout_p=0.5)
     torch.manual_seed(3)
     first = form.call(leaves, dropout_p=0.5)[-1]
     assert not torch.equal(first, form.call(leaves, dropout_p=0.5)[-1])
@@ -125,7 +125,7 @@ def test_the_seed_that_the_long_way_draws(name, native):
 def test_a_seed_in_a_tensor_that_is_changed_is_noticed(name, native):
     form = SEEDLESS[name]
     leaves, seed = form.leaves(), torch.tensor([2**40])
-    hold_to_the_long_way(form, leaves, dropout_p=0.5, seed=seed)
+    hold_to_python_path(form, leaves, dropout_p=0.5, seed=seed)
     output = form.call(leaves, dropout_p=0.5, seed=seed)[0]
     seed += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -150,10 +150,10 @@ def test_layers_with_dropout_take_the_fastpath(native):
 # --- attention ---
 
 
-def hold_attention_to_the_long_way(leaves, options, exact=True):
-    """With gradients, and without: there the long way may have torch choose another kernel."""
+def hold_attention_to_python_path(leaves, options, exact=True):
+    """With gradients, and without: there the Python path may have torch choose another kernel."""
     form = Form("scaled_dot_product_attention", tuple(leaves), options)
-    hold_to_the_long_way(form, leaves)
+    hold_to_python_path(form, leaves)
     with torch.no_grad():
         (found,) = form.call(leaves)
         with dispatch.settings.without_fastpath():
@@ -170,7 +170,7 @@ def hold_attention_to_the_long_way(leaves, options, exact=True):
 @chosen(*ATTENTION)
 def test_attention(form, dtype, vendor, as_on):
     as_on(vendor)
-    hold_attention_to_the_long_way(heads(dtype), form.options)
+    hold_attention_to_python_path(heads(dtype), form.options)
 
 
 @pytest.mark.parametrize("queries", [1, 130])
@@ -179,7 +179,7 @@ def test_attention_in_several_blocks(form, queries):
     options = dict(form.options)
     if "key_mask" in options:
         options["key_mask"] = torch.rand(2, 200) < 0.7
-    hold_attention_to_the_long_way(heads(lengths=(queries, 200), dims=(16, 16)), options)
+    hold_attention_to_python_path(heads(lengths=(queries, 200), dims=(16, 16)), options)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,6 @@ def test_attention_of_layouts(layout):
         leaves["value"] = leaves["value"].detach().index_fill(2, torch.tensor(6), torch.inf).requires_grad_()
         leaves["query"] = leaves["query"].detach()[:, :, :5].requires_grad_()
     exact = layout in ("packed", "expanded", "inf under causality")
-    assert hold_attention_to_the_long_way(leaves, options, exact).isfinite().all()
+    assert hold_attention_to_python_path(leaves, options, exact).isfinite().all()
     out = scaled_dot_product_attention(*leaves.values(), **options)
     assert all(t.isfinite().all() for t in torch.autograd.grad(out.sum(), list(leaves.values())))

@@ -1,4 +1,4 @@
-"""The fast path to the CUDA library: the bits of the long way, and nothing that the library does not read.
+"""The fast path to the CUDA library: the bits of the Python path, and nothing that the library does not read.
 
 On a GPU, or without one on the emulation.
 """
@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from backends import EMULATED
-from fastpath_calls import DTYPES, NEEDS_FASTPATH, NORMS, Form, both_ways, gradients, hold_to_the_long_way, same
+from fastpath_calls import DTYPES, NEEDS_FASTPATH, NORMS, Form, both_ways, gradients, hold_to_python_path, same
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,12 +55,12 @@ WIDE = (2, 20000)  # which the emulation takes a second for: of the two dtypes w
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMS)
-def test_fastpath_to_cuda_gives_the_bits_of_the_long_way(name, dtype, by_cuda):
+def test_fastpath_to_cuda_gives_the_bits_of_the_python_path(name, dtype, by_cuda):
     form = FORMS[name]
     wide = not EMULATED or dtype in (torch.float32, torch.bfloat16)
     for shape in [*SHAPES, *([WIDE] if wide else [])]:
-        hold_to_the_long_way(form, leaves_of(form, shape, dtype), what=shape)
-    hold_to_the_long_way(form, leaves_of(form, (3, 2, 4, 6), dtype, 2), ndim=2)
+        hold_to_python_path(form, leaves_of(form, shape, dtype), what=shape)
+    hold_to_python_path(form, leaves_of(form, (3, 2, 4, 6), dtype, 2), ndim=2)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -70,7 +70,7 @@ def test_fastpath_to_cuda_for_any_subset_of_gradients(dropout_p, by_cuda):
     for count in range(1, 6):
         for subset in itertools.combinations(base, count):
             leaves = {name: leaf.detach().requires_grad_(name in subset) for name, leaf in base.items()}
-            hold_to_the_long_way(form, leaves, what=subset)
+            hold_to_python_path(form, leaves, what=subset)
 
 
 def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cuda):
@@ -86,7 +86,7 @@ def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cud
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
 def test_fastpath_to_cuda_takes_parameters_of_the_rows_dtype_and_of_float32(parameters, by_cuda):
     leaves = leaves_of(LAYER, (6, 40), torch.bfloat16, weight=parameters, bias=parameters)
-    hold_to_the_long_way(LAYER, leaves)
+    hold_to_python_path(LAYER, leaves)
 
 
 REFUSED = {
@@ -107,7 +107,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_fastpath_to_cuda_leaves_what_its_kernels_do_not_read_to_the_long_way(case, by_cuda):
+def test_fastpath_to_cuda_leaves_what_its_kernels_do_not_read_to_the_python_path(case, by_cuda):
     x, options = REFUSED[case]()
     assert taken(x, **options) is None
     assert taken(randn(4, 8)) is not None
@@ -214,7 +214,7 @@ def test_small_norms_on_a_gpu_are_for_the_fastpath_until_something_is_measured(o
     assert rules.fastpath_serves("layer_norm", torch.float32, 4 * 64, 64, False, 0)
 
 
-def test_the_long_way_on_a_gpu_prefers_what_the_fastpath_takes(on_a_gpu, monkeypatch):
+def test_the_python_path_on_a_gpu_prefers_what_the_fastpath_takes(on_a_gpu, monkeypatch):
     with FakeTensorMode():
         x = torch.empty(4, 64, device="cuda")
         large = torch.empty(4096, 1024, device="cuda")

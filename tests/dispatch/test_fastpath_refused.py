@@ -1,4 +1,4 @@
-"""What the fast path leaves to the long way: arguments that are not plain, and calls that somebody watches."""
+"""What the fast path leaves to the Python path: arguments that are not plain, and calls that somebody watches."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
-def test_other_arguments_are_left_to_the_long_way(operator):
+def test_other_arguments_are_left_to_the_python_path(operator):
     assert operator() is not None
     taken = [arguments for arguments in REFUSED[operator] if operator(**arguments) is not None]
     assert not taken, "\n".join(map(str, taken))
@@ -152,7 +152,7 @@ WATCHING = {
 
 @pytest.mark.parametrize("context", WATCHING)
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
-def test_calls_that_somebody_watches_are_left_to_the_long_way(operator, context):
+def test_calls_that_somebody_watches_are_left_to_the_python_path(operator, context):
     assert operator() is not None
     with WATCHING[context]():
         assert operator() is None
@@ -160,7 +160,7 @@ def test_calls_that_somebody_watches_are_left_to_the_long_way(operator, context)
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
-def test_transforms_are_left_to_the_long_way(operator):
+def test_transforms_are_left_to_the_python_path(operator):
     count, rows = (3, torch.randn(2, 2, 5, 8)) if operator is attention else (1, torch.randn(4, 8))
     seen = []
 

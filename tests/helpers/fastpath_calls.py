@@ -1,4 +1,4 @@
-"""Calls that the C++ fast path takes, of every operator, and what holds them to the long way."""
+"""Calls that the C++ fast path takes, of every operator, and what holds them to the Python path."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def gradients(
 
 
 def both_ways(run: Callable[[], tuple[Tensor, ...]], node: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What `run` gives by the fast path, and by the long way, from one state of the generator."""
+    """What `run` gives by the fast path, and by the Python path, from one state of the generator."""
     state = torch.get_rng_state()
     found, drawn = run(), torch.get_rng_state()
     torch.set_rng_state(state)
@@ -171,7 +171,7 @@ def both_ways(run: Callable[[], tuple[Tensor, ...]], node: str) -> tuple[tuple[T
     return found, expected
 
 
-def hold_to_the_long_way(
+def hold_to_python_path(
     form: Form,
     leaves: Mapping[str, Tensor],
     cotangents: Sequence[Tensor] | None = None,
