@@ -12,7 +12,7 @@ from torch import Tensor
 from .._activations import TABLE
 from .._options import ActivationInputs, ActivationOptions
 from ..dispatch import eager
-from ..dispatch.resolve import ELEMENTARY, Request, resolve
+from ..dispatch.resolve import Request, resolve
 from ..providers.reference import activation as reference
 from ..providers.torch import activation as torch_activation
 from . import plans
@@ -22,7 +22,7 @@ def plan(inputs: ActivationInputs, options: ActivationOptions) -> Callable[[Acti
     """The callable that maps the inputs of this call, and of all calls of its signature, to the result."""
     op = "bias_act_dropout_fwd"
     decision = resolve(Request("bias_act_dropout", op, inputs, options))
-    if decision.how == ELEMENTARY:
+    if decision.elementary:
         return plans.elementary(reference.bias_act_dropout_fwd, options)
     if decision.provider == "torch":  # in any grad mode: reentrant checkpointing runs a call in both
         return functools.partial(torch_activation.bias_act_dropout, options=options)

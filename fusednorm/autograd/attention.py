@@ -13,7 +13,7 @@ from .. import _onnx
 from .._options import AttentionInputs, AttentionOptions
 from .._transforms import traced, wants_gradients
 from ..dispatch import eager, rules_attention, settings
-from ..dispatch.resolve import ELEMENTARY, Request, resolve
+from ..dispatch.resolve import Request, resolve
 from ..dispatch.settings import Decision
 from ..providers.reference import attention as reference
 from . import attention_torch, plans
@@ -44,7 +44,7 @@ def plan_by_values(
 def _plan(request: Request, decision: Decision) -> Plan:
     inputs, options = request.inputs, request.options
     assert isinstance(inputs, AttentionInputs) and isinstance(options, AttentionOptions)
-    if decision.how == ELEMENTARY:
+    if decision.elementary:
         return plans.elementary(reference.attention, options)
     if traced() and _onnx.exporting():
         return lambda inputs: (_onnx.attention(inputs, options, request.return_lse, request.dims), None)

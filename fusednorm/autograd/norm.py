@@ -15,7 +15,7 @@ from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from .._transforms import traced, transform_active
 from ..dispatch import eager, settings
-from ..dispatch.resolve import ELEMENTARY, Request, resolve
+from ..dispatch.resolve import Request, resolve
 from ..providers.reference import norm as reference
 from ..providers.torch import norm as torch_norm
 from . import plans
@@ -35,7 +35,7 @@ def plan(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: 
     without = ("torch", "its operators keep z for the backward, not normed") if from_normed else None
     op = "add_layer_norm_fwd"
     decision = resolve(Request(call, op, inputs, options, without))
-    if decision.how == ELEMENTARY:
+    if decision.elementary:
         run = plans.elementary(reference.add_layer_norm_fwd, options)
     elif decision.provider == "torch":  # in any grad mode: reentrant checkpointing runs a call in both
         if not torch_norm.is_plain(inputs, options):

@@ -12,7 +12,7 @@ from torch import nn
 from . import registry
 from .settings import Decision, recording
 
-_Group = tuple[str, str, str]  # what decisions that read alike have in common: call, provider, how
+_Group = tuple[str, str, str]  # what decisions that read alike have in common: function, provider, how
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

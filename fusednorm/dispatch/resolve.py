@@ -18,14 +18,14 @@ from .settings import Decision, Settings
 _log = logging.getLogger("fusednorm")
 _Refusals = tuple[tuple[str, str], ...]
 
-ELEMENTARY = "elementary operators, because a torch.func transform or forward-mode AD is active"
+_ELEMENTARY = "elementary operators, because a torch.func transform or forward-mode AD is active"
 _FUSED = "one fused op each way"
 
 
 class Request(NamedTuple):
     """A call of a public function, after its checks."""
 
-    call: str  # the function's name
+    function: str  # its name
     op: str
     inputs: Inputs
     options: Options
@@ -48,18 +48,18 @@ def _decide(request: Request, setting: Settings) -> Decision:
     if transform_active():
         # An autograd.Function would silently drop tangents; torch.layer_norm's forward-over-reverse and third
         # derivatives are wrong. The reference's forward is made of elementary operators and right to any order.
-        return Decision(request.call, "reference", ELEMENTARY)
+        return Decision(request.function, "reference", _ELEMENTARY, elementary=True)
     if setting.provider is not None:
         check_request(setting.provider, request)
         how = _FUSED
         if setting.provider == "torch":
             attention = isinstance(request.inputs, AttentionInputs)
             how = "torch's own operator" if attention else "torch's own operators"
-        return Decision(request.call, setting.provider, how)
+        return Decision(request.function, setting.provider, how)
     provider, refusals = _first(request, setting)
     if isinstance(request.inputs, AttentionInputs):
         return _attention(request, provider, refusals, setting)
-    return Decision(request.call, provider, "torch's own operators" if provider == "torch" else _FUSED, refusals)
+    return Decision(request.function, provider, "torch's own operators" if provider == "torch" else _FUSED, refusals)
 
 
 def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
@@ -108,9 +108,9 @@ def _attention(request: Request, provider: str, refusals: _Refusals, setting: Se
     differs = rules_attention.why_not_torch(inputs, options, asked)
     if not differs:
         refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
-        return Decision(request.call, "torch", rules_attention.how_torch_serves(inputs, options), refusals)
+        return Decision(request.function, "torch", rules_attention.how_torch_serves(inputs, options), refusals)
     refusals = (*[r for r in refusals if r[0] != "torch"], ("torch's own operator", differs))
-    return Decision(request.call, "reference" if provider == "torch" else provider, _FUSED, refusals)
+    return Decision(request.function, "reference" if provider == "torch" else provider, _FUSED, refusals)
 
 
 def check_request(name: str, request: Request) -> None:

@@ -23,11 +23,12 @@ from . import blocks, fastpath, registry
 class Decision(NamedTuple):
     """How one call is served."""
 
-    call: str
+    function: str  # the name of the public function, or of a layer
     provider: str
-    how: str
-    refusals: tuple[tuple[str, str], ...] = ()
+    how: str  # in words, for explain()
+    refusals: tuple[tuple[str, str], ...] = ()  # (provider, reason) of those passed over
     where: str = ""  # the name of the module that made the call, in the model that explain() was given
+    elementary: bool = False  # by ATen operators, which every transform supports
 
 
 Plan = Callable[..., Any]

@@ -73,7 +73,7 @@ def test_every_decision_names_the_module_that_made_it():
             return fusednorm.layer_norm(self.last(x), E)
 
     model, x = Model(), torch.randn(3, E)
-    places = [(route.call, route.where) for route in decisions(model, x)]
+    places = [(route.function, route.where) for route in decisions(model, x)]
     assert places == [
         ("add_layer_norm", "blocks.0.norm"),
         ("bias_act_dropout", "blocks.0"),
@@ -82,8 +82,8 @@ def test_every_decision_names_the_module_that_made_it():
         ("rms_norm", "last"),
         ("layer_norm", ""),
     ]
-    assert [(r.call, r.where) for r in decisions(model.forward, x)] == places
-    assert [(r.call, r.where) for r in decisions(functools.partial(model, x))] == places
+    assert [(r.function, r.where) for r in decisions(model.forward, x)] == places
+    assert [(r.function, r.where) for r in decisions(functools.partial(model, x))] == places
     assert {r.where for r in decisions(lambda: model(x))} == {""}  # no model was given
 
 

@@ -74,7 +74,7 @@ def test_transformer_gives_torchs_results(form, using):
 
 
 def routes(module, *args, **kwargs) -> list[str]:
-    return [f"{r.call}: {r.provider}, {r.how}" for r in decisions(module, *args, **kwargs)]
+    return [f"{r.function}: {r.provider}, {r.how}" for r in decisions(module, *args, **kwargs)]
 
 
 def test_between_pre_norm_layers_every_sum_is_fused_with_the_next_norm():

@@ -70,7 +70,7 @@ def test_a_padding_mask_costs_no_expanded_mask_and_no_other_path():
         return max(shape.count(length) for shape in shapes)
 
     def steps(**kwargs) -> list[str]:
-        return [f"{route.call}: {route.provider}" for route in decisions(model, x, **kwargs)]
+        return [f"{route.function}: {route.provider}" for route in decisions(model, x, **kwargs)]
 
     additive = torch.zeros(B, length).masked_fill(hidden, -torch.inf)
     for mask in (hidden, additive):
