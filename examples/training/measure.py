@@ -25,14 +25,14 @@ def routes(model: nn.Module, *inputs: torch.Tensor) -> list[dict[str, Any]]:
     made = Counter(route._replace(where="") for route in decisions(model.train(), *inputs))
     return [
         {
-            "function": route.call,
+            "function": route.function,
             "provider": route.provider,
             "how": route.how,
             "calls": calls,
             "refusals": [f"{who} is not used: {why}" for who, why in route.refusals],
         }
         for route, calls in made.items()
-        if route.call[0].islower()  # of functions; modules say whether they are fused
+        if route.function[0].islower()  # of functions; modules say whether they are fused
     ]
 
 
