@@ -102,7 +102,7 @@ def triton_configs(case: Case) -> list[Config | Pinned]:
         base = table.forward(n, op.epilogue, wide_rows, small)
         return [base, *tune_variants.triton_forward(n, base)]
     accumulators = 2 - op.rms + op.epilogue
-    weight_class = table.load(accumulators, op.epilogue, False, wide_rows, False)
+    weight_class = table.load(accumulators, op.epilogue, False, wide_rows, False, False)
     base, slab = (table.backward(columns, weight_class, small) for columns in (n, 1 << 24))
     return [base, *tune_variants.triton_backward(n, base, slab)]
 

@@ -71,16 +71,20 @@ def _backward(
     layout: tuple[int, int, bool],
     acc: torch.dtype,
     wide_rows: bool,
+    narrowed: bool,
     norm: tuple[bool, ...],
     masks: tuple[bool, bool],
     scaled: bool,
     wanted: tuple[bool, ...],
 ) -> _Backward:
-    """`norm`: rms, zero_centered_weight, saved_is_normed; `masks`: dropout, drop path; `wanted`: of the parameters."""
+    """`narrowed`: normed has fewer bits than x; `wanted`: gradients of the parameters.
+
+    `norm`: rms, zero_centered_weight, saved_is_normed; `masks`: dropout, drop path.
+    """
     from . import norm_bwd as kernels
 
     aligned = layout[0] == 0
-    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows=wide_rows, from_normed=norm[2])
+    weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows, narrowed, norm[2])
     config = table.backward(n, weight_class, not aligned or acc == torch.float64, two_strides=layout[2])
     chunks, sums, slabs = max(config.chunks, 1), None, 1
     sums_config = table.SUMS_FLOAT64 if acc == torch.float64 else table.SUMS
@@ -170,6 +174,7 @@ def add_layer_norm_bwd(
         rows.constants,
         stats.dtype,
         max(kept.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2,
+        dnormed.dtype.itemsize < x_dtype.itemsize,
         tuple(norm),
         (dropout_p > 0.0, drop_path_p > 0.0),
         layer_scale is not None,

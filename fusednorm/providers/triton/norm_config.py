@@ -44,7 +44,8 @@ _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 regist
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
 # the most chunks depend on the load: light (two accumulators), medium (three, or dropout, 32-bit rows, or x̂ rebuilt
-# from the output), several (two of dropout, 32-bit rows and x̂ rebuilt), heavy (layer scale).
+# from the output), several (two of dropout, 32-bit rows and x̂ rebuilt), heavy (layer scale; dropout of rows wider than
+# normed).
 # (block_m, block_n, warps, most chunks light / medium / several / heavy)
 _BACKWARD = (
     (16, 64, 4, (1, 1, 1, 1)),
@@ -55,8 +56,8 @@ _BACKWARD = (
     (1, 4096, 16, (2, 0, 0, 1)),
 )
 _BACKWARD_SMALL = (
-    (8, 64, 4, (1, 1, 1, 1)),
-    (4, 128, 4, (1, 1, 1, 1)),
+    (4, 64, 4, (1, 1, 1, 1)),
+    (2, 128, 4, (1, 1, 1, 1)),
     (2, 256, 4, (1, 1, 1, 1)),
     (1, 512, 4, (2, 2, 2, 1)),
     (1, 1024, 8, (2, 2, 2, 1)),
@@ -94,9 +95,14 @@ def forward(n: int, dropout: bool, wide_rows: bool, small: bool) -> Config:
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 
-def load(accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool, from_normed: bool) -> int:
-    """0 light, 1 medium, 2 several, 3 heavy: how many registers the backward's epilogue takes."""
-    if layer_scale:
+def load(
+    accumulators: int, dropout: bool, layer_scale: bool, wide_rows: bool, narrowed: bool, from_normed: bool
+) -> int:
+    """0 light, 1 medium, 2 several, 3 heavy: how many registers the backward's epilogue takes.
+
+    `narrowed`: normed has fewer bits than x.
+    """
+    if layer_scale or (dropout and narrowed):
         return 3
     if dropout + wide_rows + from_normed > 1:
         return 2
