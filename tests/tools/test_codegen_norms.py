@@ -177,6 +177,41 @@ def test_gate_for_every_dtype(dtype, tmp_path):
     gate(tmp_path, "--modes", "add", "all", "gelu_dropout", "--dtypes", dtype)
 
 
+FUSED = """
+import torch
+from tools.codegen import compile, norm_calls
+call = norm_calls.whole({"rms"}, backward=False, dtype=torch.float32, layout="shifted")
+(variant,) = norm_calls.note(call, 64)
+_, sass = compile.read_binary(variant.launch.compiled(90).asm["cubin"])
+print(sass.count("SHFL.BFLY"), compile.fused_sums(sass))
+"""
+
+
+def test_lanes_of_a_row_have_one_sum():
+    """Where a lane has one element of a row, its product may be fused with what a shuffle brings.
+
+    All lanes store their sum at one address: with another rounding in each, which is stored would be undefined.
+    """
+    shuffles, fused = compiled("-c", FUSED).split(maxsplit=1)
+    assert int(shuffles) >= 20 and fused.strip() == "[]"
+
+
+def test_fused_sums_are_found():
+    from tools.codegen.compile import fused_sums
+
+    lines = ("SHFL.BFLY PT, R4, R5, 0x10, 0x1f", "{}", "SHFL.BFLY PT, R6, R7, 0x8, 0x1f")
+    bad, good = ("FFMA R7, R5, R5, R4", "@!P0 DFMA R8, R2, R2, R4"), ("FADD R4, R5, R4", "FFMA R7, RZ, R5, R4")
+    for middle in (
+        *bad,
+        *good,
+        "MOV R4, R9 ;\n/*0015*/ FFMA R7, R5, R5, R4",
+        "LDG.E.128 R2, desc[UR6][R8.64] ;\n/*0015*/ FFMA R7, R5, R5, R4",
+        "FFMA R7, R4, R5, R8",
+    ):
+        sass = "\n".join(f"/*00{n}0*/ {line} ;" for n, line in enumerate(lines)).format(middle)
+        assert fused_sums(sass) == ([middle.removeprefix("@!P0 ")] if middle in bad else []), middle
+
+
 PLANTED = {
     "nothing": ("pass", ""),
     "a_row_on_too_few_warps": ("table._BACKWARD = ((1, 8192, 4, (1, 1, 1, 1)),)", "spills"),

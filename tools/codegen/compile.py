@@ -232,6 +232,21 @@ def opcodes_of(sass: str) -> Counter[str]:
     return opcodes
 
 
+def fused_sums(sass: str) -> list[str]:
+    """Multiply-adds of a product and what a shuffle brought: lanes that add the same products differ by a rounding."""
+    brought, found = set[str](), []
+    for opcode, operands in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s+([^;]*);", sass):
+        registers = re.findall(r"\bR(?:\d+|Z)\b", operands)
+        if opcode.startswith("SHFL"):
+            brought.add(registers[0])
+        elif opcode.startswith(("FFMA", "DFMA")) and "RZ" not in registers[1:3] and registers[-1] in brought:
+            found.append(f"{opcode} {operands.strip()}")
+        if registers and registers[0] != "RZ" and not opcode.startswith(("SHFL", "ST")):
+            written = 4 if ".128" in opcode else 2 if re.search(r"^D|^CS2R|\.64|WIDE", opcode) else 1
+            brought -= {f"R{int(registers[0][1:]) + n}" for n in range(written)}
+    return found
+
+
 def number(name: str, usage: str) -> int:
     match = re.search(rf"\b{name}:(\d+)", usage)
     if match is None:

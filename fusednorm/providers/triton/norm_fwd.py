@@ -104,7 +104,12 @@ def _add_layer_norm_fwd_kernel(
         if not EVEN_N:
             cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
             centred = tl.where((cols < N)[None, :], centred, 0.0)
-        squares += centred * centred
+        if LAYOUT != 0 and CHUNKS == 1:
+            # A lane may hold one element of a row. The compiler would drop the sum with zero and fuse the product with
+            # what a shuffle brings: lanes of a row would then differ by a rounding.
+            squares = tl.fma(centred, centred, squares)
+        else:
+            squares += centred * centred
     rstd = inverse_sqrt(divide(tl.sum(squares, axis=1), count) + eps)
     if RMS:
         tl.store(stats_ptr + rows, rstd, mask=row_mask)
