@@ -98,9 +98,6 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-version._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def refusal(x: Tensor, columns: int) -> str | None:
     """Why no kernel takes rows of so many columns of x, or None."""
     if x.is_meta:  # the op's fake kernel serves it
