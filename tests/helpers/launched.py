@@ -153,6 +153,21 @@ def compiled(call: Callable[..., Any], **options: Any) -> tuple[Step, list[str]]
     return found, [str(warning.message) for warning in warned]
 
 
+def asked_of_capture() -> set[int]:
+    """Of which GPUs calls on cuda:1 ask whether they capture a graph."""
+    asked: set[int] = set()
+
+    def note() -> bool:
+        asked.add(torch.cuda.current_device())
+        return False
+
+    dispatch.settings.current.plans.clear()
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", note):
+        norm("add_rms_norm", "weight", device=1)
+        norm("add_rms_norm", "weight", device=1, memory_efficient=True)
+    return asked
+
+
 def profiled(call: Callable[..., Any], **options: Any) -> tuple[Step, list[str]]:
     """With the names of the launches that a profiler's hooks are told of, before and after each."""
     from triton import knobs

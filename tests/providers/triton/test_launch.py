@@ -168,6 +168,10 @@ def test_launch_goes_to_the_device_of_the_tensors(gpus, current, device):
         check(launch, device)
 
 
+def test_the_gpu_of_the_tensors_is_asked_whether_it_captures(gpus):
+    assert gpus(launched.asked_of_capture) == {1}
+
+
 def test_profiler_is_told_of_each_launch_and_changes_none(gpus):
     step, told = gpus(launched.profiled, norm, function="layer_norm", vectors=BIASED)
     assert told == [launch.kernel for launch in step.launches for _ in ("before", "after")]
