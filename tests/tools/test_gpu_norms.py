@@ -62,7 +62,7 @@ def test_make_runs_the_stages_of_the_norms():
     done = subprocess.run(
         ["make", "-n", "gpu-norms", "ARGS=--device cpu"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert f"--stages {','.join(NORMS)} --device cpu" in " ".join(done.stdout.replace("\\\n", " ").split())
+    assert f"--stages {','.join(NORMS)} --minutes 9 --device cpu" in " ".join(done.stdout.replace("\\\n", " ").split())
 
 
 def test_targets_stage_end_to_end(tmp_path, monkeypatch):

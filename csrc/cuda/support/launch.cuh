@@ -26,8 +26,8 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Asks for more shared memory than the 48 KiB of every launch: once for each kernel and device, and again only for more.
-// It holds the lock meanwhile, so that no thread takes back what another has asked for.
+// Asks for more shared memory than the 48 KiB of every launch: once for each kernel and device, again only for more. It
+// holds the lock meanwhile, so that no thread takes back what another has asked for.
 template <class A>
 void allow_shared(void (*kernel)(A), int bytes) {
   static std::mutex mutex;

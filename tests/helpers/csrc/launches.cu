@@ -1,5 +1,5 @@
-// Launches as the CUDA library makes them, by a runtime that runs nothing. It prints each request for shared memory: the
-// device and the bytes.
+// Launches as the CUDA library makes them, by a runtime that runs nothing. It prints each request for shared memory:
+// the device and the bytes.
 #include <cuda_runtime.h>
 
 #include <cstdio>
