@@ -100,13 +100,13 @@ train: $(STAMP) ## a language model and a translator, fused beside torch's, into
 	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python examples/train.py --task translate --small --report $(REPORT)
 
-gpu-check: ## everything that needs a GPU, in nine minutes, into bench-report/gpu; installs nothing
+gpu-check: ## everything that needs a GPU, in seven minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
 	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu $(ARGS)
 
 gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into bench-report/gpu-norms; installs nothing
 	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu-norms \
-	  --stages environment,build,tune,targets $(ARGS)
+	  --stages environment,build,tune,targets --minutes 9 $(ARGS)
 
 clean: ## remove the environment, caches and reports
 	rm -rf $(VENV) $(BOOTSTRAP) $(OTHER) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,10 +24,17 @@ def residual_norm_dtype(x: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _probe(device: torch.device, dtype: torch.dtype, low: torch.dtype, rms: bool) -> torch.dtype:
-    probe = torch.zeros(1, 1, device=device, dtype=dtype)
-    with torch.autocast(device.type, dtype=low):
+def _ask_torch(kind: str, dtype: torch.dtype, low: torch.dtype, rms: bool) -> torch.dtype:
+    probe = torch.zeros(1, 1, device=kind, dtype=dtype)
+    with torch.autocast(kind, dtype=low):
         return (torch.rms_norm(probe, (1,)) if rms else torch.layer_norm(probe, (1,))).dtype
+
+
+def _probe(*key: Any) -> torch.dtype:
+    return _ask_torch(*key)
+
+
+_probe._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo heeds it on no functools.cache
 
 
 def norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
@@ -35,7 +42,7 @@ def norm_dtype(x: Tensor, rms: bool) -> torch.dtype:
     if not _autocast_active() or not enabled(x.device.type):
         return x.dtype
     kind = x.device.type
-    return _probe(torch.device(kind), x.dtype, torch.get_autocast_dtype(kind), rms)
+    return _probe(kind, x.dtype, torch.get_autocast_dtype(kind), rms)
 
 
 def cast_for_autocast(*tensors: Tensor | None) -> list[Any]:

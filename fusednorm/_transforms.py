@@ -1,4 +1,4 @@
-"""What the autograd Functions must know of tracing, of ``torch.func`` and of forward-mode AD."""
+"""What the autograd Functions must know of tracing, CUDA graphs, ``torch.func`` and forward-mode AD."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ def traced() -> bool:
 def recorded() -> bool:
     """Whether what is done becomes a program that may run on another machine: by torch.export or torch.jit.trace."""
     return torch.compiler.is_exporting() or traced()
+
+
+def capturing(index: int) -> bool:
+    """Whether a CUDA graph is captured on a GPU's current stream; the GPU need not be the current one."""
+    with torch.cuda.device(index):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def readable(*tensors: Tensor) -> bool:

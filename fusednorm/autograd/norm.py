@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._once import first_time
 from .._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from .._transforms import traced, transform_active
+from .._transforms import capturing, traced, transform_active
 from ..dispatch import eager, settings
 from ..dispatch.resolve import Request, resolve
 from ..providers.reference import norm as reference
@@ -207,7 +207,7 @@ def _remembered_verdict(weight: Tensor, bias: Tensor | None, zero_centered: bool
     verdicts = _verdicts.setdefault(weight, {})
     options = (zero_centered, normed_dtype, bias is None)
     known = verdicts.get(options)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(weight.get_device()):
         return known is not None and known[1]
     values = tuple((t._version, t.data_ptr()) for t in (weight, bias) if t is not None)
     if known is None or known[0] != values:

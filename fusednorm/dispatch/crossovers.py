@@ -45,8 +45,8 @@ class Preference(NamedTuple):
 
 
 def device_key(device: torch.device) -> str:
-    """The architecture of a GPU, `sm_90`; `cpu_amd` or, of all other makers, `cpu`; `cpu_without_fastpath` where small
-    calls go another way."""
+    """The architecture of a GPU, `sm_90`, or `gfx_90` for AMD's; `cpu_amd` or, of all other makers, `cpu`;
+    `cpu_without_fastpath` where small calls go another way."""
     if device.type == "cpu":
         if fastpath.load()[0] is None:
             return "cpu_without_fastpath"
@@ -59,7 +59,7 @@ def device_key(device: torch.device) -> str:
 @functools.lru_cache(None)
 def _architecture(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+    return f"{'sm' if torch.version.hip is None else 'gfx'}_{major}{minor}"
 
 
 @functools.lru_cache(None)

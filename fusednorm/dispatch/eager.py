@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from .. import _options
 from .._options import Inputs, Options
+from .._transforms import capturing
 from . import registry, settings
 from .settings import Plan
 
@@ -109,9 +110,11 @@ def sizes(normalized_shape: Any) -> Any:
 
 def keep(signature: Signature | None, plan: Plan) -> None:
     """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
-    if signature is None or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if signature is None:
         return
     plans, key, tensors = signature
+    if tensors[0].is_cuda and capturing(tensors[0].get_device()):
+        return
     if len(plans) >= MAX_PLANS:
         plans.clear()
     shapes: Any = [list(t.shape) for t in tensors]

@@ -49,7 +49,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 def decisions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Every decision made during a call, in order; torch's random state is restored."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = list(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
     owner = getattr(function, "func", function)  # of functools.partial
     owner = getattr(owner, "__self__", owner)  # of a bound method
     names = {id(m): name for name, m in owner.named_modules()} if isinstance(owner, nn.Module) else {}

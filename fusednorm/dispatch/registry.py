@@ -1,8 +1,9 @@
 """The ordered table of providers: which modules each one is made of, and whether it can be used here.
 
 A provider is one module or several. Each has ``refusal(op, inputs, options)``, which says why it cannot serve a call,
-and a function for each op that it implements. The first also has ``unavailable_reason()``. Providers never import one
-another; this table is the only place that lists them. Which one serves a call is decided in `resolve.py`.
+and a function for each op that it implements. The first also has ``unavailable_reason()``, and ``runs_on()``
+if it takes tensors of one kind of device. Providers never import one another; this table is the only place that lists
+them. Which one serves a call is decided in `resolve.py`.
 
 ``torch`` stands for torch's own operators. Its functions carry no ``_fwd`` or ``_bwd``: autograd differentiates them.
 """
@@ -87,6 +88,15 @@ def unavailable_reason(name: str) -> str | None:
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def runs_on(name: str) -> str | None:
+    """The kind of device whose tensors provider `name` takes, or None: every kind."""
+    kind = getattr(get(name)[0], "runs_on", None)
+    return None if kind is None else kind()
+
+
+runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def available_providers() -> list[str]:
     """Names of the providers usable here and now, best first.
 
@@ -98,7 +108,14 @@ def available_providers() -> list[str]:
 
 
 def refusal(name: str, op: str, inputs: Inputs, options: Options) -> str | None:
-    """Why provider `name` cannot take this call, or None if it can."""
+    """Why provider `name` cannot take this call, or None if it can.
+
+    The tensor's device is looked at first. A provider for GPUs initialises CUDA when it is asked, and a process that is
+    forked afterwards cannot use CUDA: a call on CPU tensors must not do that.
+    """
+    x, kind = inputs[0], runs_on(name)
+    if kind not in (None, x.device.type) and not x.is_meta:
+        return f"x is on {x.device}, its kernels run on {kind} tensors here"
     reason = unavailable_reason(name)
     if reason is not None:
         return reason

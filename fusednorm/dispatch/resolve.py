@@ -117,7 +117,8 @@ def check_request(name: str, request: Request) -> None:
     """Raise ValueError if the requested provider cannot run a call, or if there is none of that name."""
     if name not in registry.PROVIDERS:
         raise ValueError(f"FUSEDNORM_PROVIDER: {settings.unknown(name)}")
-    reason = registry.refusal(name, request.op, request.inputs, request.options)
+    reason = registry.unavailable_reason(name)
+    reason = reason or registry.refusal(name, request.op, request.inputs, request.options)
     if reason is not None:
         raise ValueError(
             f"provider {name!r} cannot run {request.op}: {reason}; leave {settings.request_in_words()} out for "

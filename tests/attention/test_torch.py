@@ -243,6 +243,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
     monkeypatch.setattr(triton_attention, "refusal", lambda op, *args: None)
     monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
+    monkeypatch.setattr(dispatch.get("triton")[0], "runs_on", lambda: "cuda")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     with FakeTensorMode():

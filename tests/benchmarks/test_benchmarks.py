@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from shared import made_once
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
@@ -277,6 +278,21 @@ def test_cuda_timer_counts_device_time_alone():
     assert len(found["fused"]["inclusive"]) == len(found["fused"]["samples"]) >= measure.SLOW_ROUNDS
     assert min(cuda.asleep) >= 5e-5 * 1e9  # the device sleeps while the host queues
     assert report.ratio({"variants": found})[0] == pytest.approx(2.0)
+
+
+def test_cuda_timer_flushes_by_reading():
+    """What is written would be written back during the call."""
+    timer, seen = measure.CudaTimer(CPU, FakeCuda()), []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append((op, [id(arg) for arg in args]))
+            return op(*args, **(kwargs or {}))
+
+    with Noted():
+        timer._device_sample(lambda: seen.append("call"), 0.0)
+    assert seen == [(torch.ops.aten.sum.default, [id(timer.scratch)]), "call"]
+    assert timer.scratch.nbytes == 4 << 10
 
 
 def test_report_of_a_gpu_run_shows_host_time_and_memory(steady, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
 import types
 
+import fresh
 import pytest
 import torch
 
@@ -241,3 +243,35 @@ def test_decorating_a_generator_is_refused():
         @fusednorm.use_provider("reference")
         def rows():
             yield fusednorm.layer_norm(torch.randn(2, 8), 8)
+
+
+NO_CUDA = """
+import torch, programs
+from unittest import mock
+import fusednorm as fn
+
+def asked(*_, **__):
+    raise AssertionError("CUDA would be initialised")
+
+asking = ("get_device_capability", "get_device_properties", "current_device", "device_count", "_lazy_init")
+with mock.patch.multiple(torch.cuda, is_available=asked, **dict.fromkeys(asking, asked)):
+    for name, make in programs.CALLS.items():
+        program = make()
+        programs.gradients(program, list(program.parameters()))
+        print(fn.explain(program, *programs.inputs()))
+"""
+
+
+def test_calls_on_the_cpu_ask_nothing_of_cuda():
+    """Else a process that is forked afterwards, as a DataLoader's is, could not use CUDA."""
+    said = fresh.python("-c", NO_CUDA)
+    assert said.count("triton is not used: x is on cpu, its kernels run on cuda tensors here") > 20
+
+
+def test_explain_keeps_the_random_state_of_every_gpu(monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.extend(devices) or contextlib.nullcontext())
+    fusednorm.explain(fusednorm.rms_norm, torch.randn(2, 8), 8)
+    assert kept == [0, 1]

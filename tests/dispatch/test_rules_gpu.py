@@ -28,6 +28,7 @@ def on_a_gpu(monkeypatch):
     for module in dispatch.get("triton"):
         monkeypatch.setattr(module, "refusal", lambda op, *args: None)
     monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
+    monkeypatch.setattr(dispatch.get("triton")[0], "runs_on", lambda: "cuda")
     rules.forget()
     with FakeTensorMode():
         yield

@@ -134,7 +134,8 @@ def setup_script() -> ModuleType:
     return module
 
 
-def run(command: Sequence[str]) -> None:
+def run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode or done.stderr.strip():  # a warning is a fault
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout

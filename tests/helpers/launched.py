@@ -9,15 +9,18 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import standin
 import torch
 from torch import Tensor
 
 import fusednorm as fn
+from fusednorm import dispatch
 
 ROWS, WIDTH, EPS = 6, 64, 1e-3
 BATCH, HEADS, QUERIES, KEYS, DIM = 2, 4, 48, 80, 64
@@ -122,9 +125,10 @@ def word(p: float | None) -> int:
 # --- in the process that has the GPUs ---
 
 
-def step(call: Callable[..., Any], *args: Any, **options: Any) -> Step:
+def step(call: Callable[..., Any], *args: Any, provider: str | None = "triton", **options: Any) -> Step:
     """A call's forward, and its backward for everything that has a gradient."""
-    with launches() as noted, fn.use_provider("triton"):
+    asked = nullcontext() if provider is None else fn.use_provider(provider)
+    with launches() as noted, asked:
         given, results, known = call(*args, **options)
         wanted = [name for name, tensor in given.items() if tensor.requires_grad]
         cotangents = {f"d{name}": torch.ones_like(result) for name, result in results.items()}
@@ -132,6 +136,36 @@ def step(call: Callable[..., Any], *args: Any, **options: Any) -> Step:
     tensors = given | results | cotangents | dict(zip((f"d{name}" for name in wanted), gradients))
     seen = {n: Known(t.data_ptr(), tuple(t.shape), t.stride(), t.element_size()) for n, t in tensors.items()}
     return Step(noted, seen, known)
+
+
+def compiled(call: Callable[..., Any], **options: Any) -> tuple[Step, list[str]]:
+    """By automatic choice, as one graph, where no GPU has been asked anything yet; with what was warned of."""
+    from fusednorm.providers.triton import host
+
+    torch._dynamo.reset()
+    for known in (host._capabilities, host._devices, dispatch.registry._reasons):
+        known.clear()
+    names = ("scaled_dot_product_attention", "varlen_attention", "bias_act_dropout", "add_layer_norm", "rms_norm")
+    graphs = {name: torch.compile(getattr(fn, name), fullgraph=True, backend="aot_eager") for name in names}
+    with warnings.catch_warnings(record=True) as warned, mock.patch.multiple(fn, **graphs):
+        warnings.simplefilter("always")
+        found = step(call, provider=None, **options)
+    return found, [str(warning.message) for warning in warned]
+
+
+def asked_of_capture() -> set[int]:
+    """Of which GPUs calls on cuda:1 ask whether they capture a graph."""
+    asked: set[int] = set()
+
+    def note() -> bool:
+        asked.add(torch.cuda.current_device())
+        return False
+
+    dispatch.settings.current.plans.clear()
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", note):
+        norm("add_rms_norm", "weight", device=1)
+        norm("add_rms_norm", "weight", device=1, memory_efficient=True)
+    return asked
 
 
 def profiled(call: Callable[..., Any], **options: Any) -> tuple[Step, list[str]]:

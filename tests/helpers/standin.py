@@ -138,14 +138,17 @@ def _tell_torch() -> None:
 
     answers = {
         "is_available": lambda: True,
+        "device_count": lambda: len(DEVICES),
         "_lazy_init": lambda: None,
-        "current_device": driver.standin_device,
+        "current_device": lambda: driver.standin_device(),  # Dynamo hashes it
         "set_device": lambda device: driver.standin_use(index(device)),
         "_exchange_device": exchange,
-        "_maybe_exchange_device": exchange,
+        "_maybe_exchange_device": lambda device: exchange(device),  # a function of its own for Dynamo
         "get_device_capability": lambda device=None: tuple(map(DEVICES[index(device)].get, (MAJOR, MINOR))),
         "get_device_properties": properties,
         "is_current_stream_capturing": lambda: _capturing,
+        "get_rng_state": lambda device="cuda": torch.empty(0, dtype=torch.uint8),  # Dynamo keeps it
+        "set_rng_state": lambda state, device="cuda": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)

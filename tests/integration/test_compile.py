@@ -10,7 +10,7 @@ from shapes import FUSED, PLAIN
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusednorm
-from fusednorm import dispatch
+from fusednorm import _autocast, dispatch
 from tests.helpers.dispatching import unavailable
 
 # A compiler may add in another order: about 100 float32 terms of order one, half an ulp each.
@@ -273,3 +273,15 @@ def test_attention_weights_are_collected_in_a_compiled_function():
         torch.testing.assert_close((out, kept[0]), expected)
     assert not module._kept_weights
     assert len(collect(x)[1]) == 1
+
+
+@pytest.mark.parametrize("function", PLAIN)
+def test_autocast_gives_the_dtype_of_eager_without_a_warning(function):
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return getattr(fusednorm, function)(x, (24,))
+
+    _autocast._ask_torch.cache_clear()  # as in a new process
+    x = torch.randn(4, 24)
+    compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
+    assert compiled.dtype is run(x).dtype

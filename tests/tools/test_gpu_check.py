@@ -235,14 +235,14 @@ def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
 
 
 def test_workers_share_the_tests_without_loss(planted, tmp_path):
-    dealt, alone = Path(f"{tmp_path}{gpu_tests.NORM_TESTS[0]}"), planted
+    dealt, alone = tmp_path / "norm" / "test_norm.py", planted
     dealt.parent.mkdir()
     note = f"import os, pytest\ndef note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
     dealt.write_text(note + "@pytest.mark.parametrize('n', range(7))\ndef test_n(n): note()\n")
     alone.write_text(note + "@pytest.mark.parametrize('n', range(4))\ndef test_m(n): note()\n")
     xml = tmp_path / "tests.xml"
     files = [str(dealt), str(alone)]
-    assert gpu_tests.main([*files, "--device", "cpu", "--workers", "2", "--xml", str(xml)]) == 0
+    assert gpu_tests.main([*files, "--device", "cpu", "--workers", "6", "--xml", str(xml)]) == 0
     assert outcomes(xml) == {
         f"test_{name}[{n}]": "passed" for name, count in (("n", 7), ("m", 4)) for n in range(count)
     }
@@ -277,10 +277,30 @@ def test_tests_marked_alone_run_before_all_others_in_one_process(planted, tmp_pa
     assert len({pid for pid, phase in seen if phase == "beside"}) == 2
 
 
+def test_our_kernels_are_tested_first_and_every_file_is_counted(planted, tmp_path, capfd):
+    """What is slow in Triton's interpreter comes last."""
+    places = [(name, "cuda") for name in ("reference", "torch", "automatic", "triton")] + [("triton", "cpu")]
+    over = f"@pytest.mark.parametrize('place', {places!r}, ids='-'.join)\ndef "
+    planted.write_text(f"import pytest\n{over}test_all(place): pass\n@pytest.mark.slow\n{over}test_slow(place): pass\n")
+    xml = tmp_path / "tests.xml"
+    assert gpu_tests.main([str(planted), "--device", "cuda", "--workers", "1", "--xml", str(xml)]) == 0
+    ran = [f"test_all[{name}-cuda]" for name in ("triton", "automatic", "reference", "torch")]
+    assert list(outcomes(xml)) == [*ran, "test_slow[triton-cuda]"]
+    assert "planted 5/5\n5 of 5 tests" in capfd.readouterr().out
+
+
 def test_the_gpu_files_are_found():
     tests = Path(__file__).resolve().parents[1]
     names = {f"/{Path(path).relative_to(tests).as_posix()}" for path in gpu_tests.test_files()}
-    assert names >= {*gpu_tests.NORM_TESTS, "/reported/test_norm_gpu.py"}
+    assert names >= {
+        *(f"/norm/test_{name}.py" for name in ("norm", "edges", "memory_efficient", "torch_compat")),
+        *(f"/attention/test_{name}.py" for name in ("attention", "autograd", "extremes", "layout", "masked")),
+        *(f"/activation/test_{name}.py" for name in ("activation", "autograd")),
+        *(f"/integration/test_{name}.py" for name in ("compile", "dropout", "ops", "transforms", "transforms_nested")),
+        *(f"/modules/test_{name}.py" for name in ("attention", "norm", "transformer_layers", "transformer_stacks")),
+        *(f"/reported/test_{name}.py" for name in ("attention", "layers", "norm", "norm_gpu")),
+        *("/dispatch/test_fastpath_cuda.py", "/providers/cuda/test_first_launch.py"),
+    }
     assert str(Path(__file__)) not in gpu_tests.test_files()
 
 

@@ -2,11 +2,14 @@
 
     python3 -m tools.gpu_check.run_tests --xml tests.xml
 
-Those are the tests marked gpu, and those of the norm that have a device as a parameter. Tests marked alone come first,
-in one process. Then each file has a process of its own, side by side; the norm's tests, which are thousands and spend
-their time on compiling kernels, are dealt out to as many as run at a time. A kernel that faults leaves its process
-without a working device: the rest of its tests go to a new one, as they do after a crash or a test that does not end.
-Needs pytest and nothing besides. With --device cpu the same files run without a GPU.
+Those are the tests marked gpu, and all that have a provider and its device as a parameter. Tests marked alone come
+first, in one process. Then each file has a process of its own, side by side. The tests of norms and of attention are
+thousands and spend their time on compiling kernels, so a third of the processes shares each. Each process begins with
+our kernels; torch's operators and the reference come after them. A kernel that faults leaves its process without a
+working device: the rest of its tests go to a new one, as they do after a crash or a test that does not end.
+
+Needs pytest and nothing besides. With --device cpu the same files run without a GPU, by automatic choice alone. The end
+of the output counts the tests of every file.
 
 Exit status: 0; 1 when a test failed or none ran; 130 when interrupted. Both files are then complete as far as it came.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -30,7 +34,9 @@ import pytest
 from tools.supervise import POLL, Child, Message, Supervised, reporter
 
 ROOT = Path(__file__).resolve().parents[2]
-NORM_TESTS = ("/norm/test_norm.py", "/norm/test_edges.py", "/reported/test_norm.py")
+SHARED = (("/norm/", "/reported/test_norm"), ("/attention/", "/reported/test_attention"))  # families of files
+OF_A_GPU = re.compile(r"pytest\.mark\.gpu|^ *def test\w*\([^)]*\b(place|using)\b", re.M)
+LATER = {"automatic": 1, "torch": 2, "reference": 2}  # a provider's turn; ours are first
 BROKEN_DEVICE = 71  # a process's exit status
 LONGEST_TEST = 90.0  # seconds, compilation included
 LONGEST_SILENCE = 180.0  # of a process between tests: it imports torch and collects the tests
@@ -58,16 +64,15 @@ class Recorder:
         self.current: dict[str, Any] = {}
 
     def _wanted(self, item: pytest.Item) -> bool:
-        if item.get_closest_marker("slow"):
+        provider, device = _place(item)
+        # what is slow in Triton's interpreter is not so on a GPU
+        if item.get_closest_marker("slow") and not (self.device == "cuda" and provider == "triton"):
             return False
         if self.device == "cpu":
-            return True
+            return provider in ("", "automatic")
         if (item.get_closest_marker("alone") is not None) != (self.part.phase == "alone"):
             return False
-        if item.get_closest_marker("gpu"):
-            return True
-        parameters = getattr(item, "callspec", None)
-        return parameters is not None and parameters.params.get("place", ("", ""))[1] == self.device
+        return item.get_closest_marker("gpu") is not None or device == self.device
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -77,8 +82,9 @@ class Recorder:
             groups.setdefault(_without_place(item), len(groups))
         mine = [i for i in items if groups.get(_without_place(i), -1) % self.part.of == self.part.index]
         mine = [item for item in mine if self._wanted(item)]
+        mine.sort(key=lambda item: 3 if item.get_closest_marker("slow") else LATER.get(_place(item)[0], 0))
         if not self.done:
-            self.put("selected", len(mine))
+            self.put("selected", Counter(_file(item.nodeid) for item in mine))
         items[:] = [item for item in mine if item.nodeid not in self.done]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -112,9 +118,18 @@ class Recorder:
             self.put("end", None)
 
 
+def _place(item: pytest.Item) -> tuple[str, str]:
+    """The provider and the device that are a test's parameter."""
+    parameters = getattr(item, "callspec", None)
+    return parameters.params.get("place", ("", "")) if parameters is not None else ("", "")
+
+
 def _without_place(item: pytest.Item) -> str:
-    place = getattr(item, "callspec", None) and item.callspec.params.get("place")
-    return item.nodeid.replace("-".join(place), "") if place else item.nodeid
+    return item.nodeid.replace("-".join(_place(item)), "") if _place(item)[0] else item.nodeid
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def _skip_reason(report: Any) -> str:
@@ -156,7 +171,8 @@ class Board:
 
     def __init__(self) -> None:
         self.records: dict[str, dict[str, Any]] = {}
-        self.selected, self.started, self.spoken = 0, time.monotonic(), time.monotonic()
+        self.selected: Counter[str] = Counter()  # tests by file
+        self.started, self.spoken = time.monotonic(), time.monotonic()
 
     def take(self, process: Supervised, messages: list[Message]) -> None:
         for kind, content in messages:
@@ -185,11 +201,23 @@ class Board:
     def totals(self) -> str:
         counts = Counter(record["outcome"] for record in self.records.values())
         parts = ", ".join(f"{counts[o]} {o}" for o in ("failed", "passed", "skipped") if counts[o] or o != "skipped")
-        return f"{len(self.records)} of {self.selected} tests in {time.monotonic() - self.started:.0f} s: {parts}"
+        seconds = time.monotonic() - self.started
+        return f"{len(self.records)} of {self.selected.total()} tests in {seconds:.0f} s: {parts}"
 
     def good(self) -> bool:
         outcomes = {record["outcome"] for record in self.records.values()}
-        return "failed" not in outcomes and "passed" in outcomes and len(self.records) >= self.selected
+        return "failed" not in outcomes and "passed" in outcomes and len(self.records) >= self.selected.total()
+
+    def by_folder(self) -> list[str]:
+        """A line for each folder: its files, with the tests that ran, those that were to run, and what failed."""
+        ran = Counter(_file(name) for name in self.records)
+        failed = Counter(_file(name) for name, record in self.records.items() if record["outcome"] == "failed")
+        folders: dict[str, list[str]] = {}
+        for file in sorted(self.selected):
+            said = f"{Path(file).stem.removeprefix('test_')} {ran[file]}/{self.selected[file]}"
+            said += f" ({failed[file]} failed)" if failed[file] else ""
+            folders.setdefault(Path(file).parent.as_posix().removeprefix("tests/"), []).append(said)
+        return [f"{folder}: {', '.join(files)}" for folder, files in folders.items()]
 
     def ending(self) -> None:
         failed = [record["id"] for record in self.records.values() if record["outcome"] == "failed"]
@@ -198,6 +226,7 @@ class Board:
         print("\nslowest:", *(f"{r['seconds']:7.2f}s {r['id']}" for r in slowest), sep="\n  ")
         print("\n".join(f"skipped {count}: {reason}" for reason, count in reasons.most_common(20)))
         print("\n".join(f"FAILED {name}" for name in failed[:200]))
+        print(*self.by_folder(), sep="\n")
 
     def write_xml(self, path: Path) -> None:
         counts = Counter(record["outcome"] for record in self.records.values())
@@ -221,17 +250,18 @@ def _why(process: Supervised, reason: str) -> str:
 
 
 def test_files() -> list[str]:
-    """The norm's tests, and every file with a test marked gpu."""
-    every = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p) for p in every if str(p).endswith(NORM_TESTS) or "pytest.mark.gpu" in p.read_text("utf-8")]
+    """Every file with a test marked gpu, or with one that has a provider and its device as a parameter."""
+    return [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if OF_A_GPU.search(p.read_text("utf-8"))]
 
 
 def parts(files: list[str], device: str, workers: int) -> list[list[Part]]:
     """What may run side by side, one phase after another; the longest first."""
-    norms = [file for file in files if file.endswith(NORM_TESTS)]
-    phase = "all" if device == "cpu" else "beside"
-    dealt = [Part(phase, norms, index, workers) for index in range(workers if norms else 0)]
-    beside = [*dealt, *(Part(phase, [file]) for file in files if file not in norms)]
+    phase, beside, rest, of = "all" if device == "cpu" else "beside", list[Part](), list(files), max(1, workers // 3)
+    for names in SHARED:
+        family = [file for file in rest if any(name in file for name in names)]
+        rest = [file for file in rest if file not in family]
+        beside += [Part(phase, family, index, of) for index in range(of if family else 0)]
+    beside += [Part(phase, [file]) for file in rest]
     return [beside] if device == "cpu" else [[Part("alone", files)], beside]
 
 
@@ -244,10 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     cores, device = os.cpu_count() or 1, arguments.device
     workers = arguments.workers or max(1, min(cores // 2 if device == "cpu" else cores - 2, 12))
+    files = arguments.files or test_files()
+    print(f"{len(files)} files with tests for a GPU", flush=True)
     board, running, status = Board(), list[Supervised](), 0
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for waiting in parts(arguments.files or test_files(), device, workers):
+            for waiting in parts(files, device, workers):
                 number = 0
                 while running or number < len(waiting):
                     while number < len(waiting) and len(running) < workers:

@@ -39,10 +39,11 @@ class Work(NamedTuple):
     dtype: torch.dtype
     options: dict[str, Any] = {}  # noqa: RUF012 - never written to
     parameters: tuple[str, ...] = ()  # of the epilogue
-    strided: bool = False
+    strided: bool = False  # of attention: the mask broadcasts
     provider: str = "triton"
 
 
+ATTENTION = "scaled_dot_product_attention"
 DROPOUT = {"dropout_p": 0.25, "seed": 11}
 BOTH = {**DROPOUT, "drop_path_p": 0.25}
 WORKS = (
@@ -56,6 +57,13 @@ WORKS = (
     Work("wide, slabs", "layer_norm", 3, 33_001, torch.float32),
     Work("wide, dropout", "add_layer_norm", 3, 40_960, torch.bfloat16, DROPOUT, ("x_bias",)),
     Work("one column", "rms_norm", 5, 1, torch.float32),
+    Work("activation", "bias_act_dropout", 37, 64, torch.float32, {"activation": "gelu"}),
+    Work("activation, odd width", "bias_act_dropout", 37, 61, torch.float16, {"activation": "silu", **DROPOUT}),
+    Work("activation, wide", "bias_act_dropout", 9, 4096, torch.bfloat16, {"activation": "gelu_tanh", **DROPOUT}),
+    Work("causal", ATTENTION, 80, 64, torch.bfloat16, {"is_causal": True}),
+    Work("masked, odd lengths", ATTENTION, 37, 32, torch.float32, DROPOUT, ("attn_mask",)),
+    Work("one mask for all heads", ATTENTION, 40, 64, torch.float16, {}, ("attn_mask",), True),
+    Work("window, wide heads", ATTENTION, 70, 128, torch.float16, {"window": (16, 8), "softcap": 20.0}),
 )
 CUDA_WORKS = tuple(
     work._replace(provider="cuda")
@@ -85,7 +93,8 @@ CUDA_WORKS = tuple(
 FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "one tile", "several tiles", "wide")),
     *(f"backward, {form}" for form in ("rows side by side", "one tile", "several tiles", "slabs")),
-    *("row sums", "finalize", "dropout", "strided"),
+    *("row sums", "finalize", "dropout", "strided", "bias_act_dropout_fwd", "bias_act_dropout_bwd", "attention_fwd"),
+    *(f"attention_bwd_{kernel}" for kernel in ("delta", "dkv", "dq", "dmask")),
 )
 
 
@@ -104,7 +113,8 @@ def noted() -> Iterator[set[str]]:
         return config
 
     def launching(self: triton_launch.Variant, *args: Any) -> None:
-        name = self.function.__name__
+        name = self.function.__name__.strip("_").removesuffix("_kernel")
+        reached.update({name} & set(FORMS))
         reached.update({"row sums"} if "bwd_sums" in name else ())
         reached.update({"finalize"} if "sum_partials" in name else ())
         launch(self, *args)
@@ -125,6 +135,10 @@ def tensors(work: Work) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(work.dtype)
 
+    if work.function == ATTENTION:
+        shape, square = (1, 2, work.rows, work.columns), (1, 1 if work.strided else 2, work.rows, work.rows)
+        values = {name: draw(*shape) for name in ("query", "key", "value")}
+        return values | {name: draw(*square) for name in work.parameters}, (draw(*shape), draw(*shape))
     shape = (2, work.rows, work.columns) if work.strided else (work.rows, work.columns)
     names = ["weight", *(["bias"] if "rms" not in work.function else []), *work.parameters]
     if work.function == "bias_act_dropout":
@@ -151,7 +165,9 @@ def results(work: Work, device: str, provider: str, inputs: dict[str, Tensor], c
     named = {name: leaf for name, leaf in leaves.items() if name not in ("x", "residual")}
     with fusednorm.use_provider(provider):
         function = getattr(fusednorm, work.function)
-        if work.function == "bias_act_dropout":
+        if work.function == ATTENTION:
+            outputs = function(**leaves, **work.options)
+        elif work.function == "bias_act_dropout":
             outputs = function(*positional, **named, **work.options)
         else:
             outputs = function(*positional, (work.columns,), **named, **{"eps": 1e-5, **work.options})

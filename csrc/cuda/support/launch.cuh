@@ -2,9 +2,11 @@
 #pragma once
 
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "device.cuh"
 
@@ -24,12 +26,26 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Asks for more shared memory than the 48 KiB of every launch: once for each kernel and device, again only for more. It
+// holds the lock meanwhile, so that no thread takes back what another has asked for.
+template <class A>
+void allow_shared(void (*kernel)(A), int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{reinterpret_cast<const void*>(kernel), device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+  most = bytes;
+}
+
 // What cudaLaunchKernelEx takes; `attributes` has room for two.
 template <class A>
 cudaLaunchConfig_t configured(void (*kernel)(A), const Grid& grid, void* cuda_stream, cudaLaunchAttribute* attributes) {
   constexpr int kWithoutAsking = 48 << 10;
-  if (grid.shared_bytes > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes), "shared memory");
+  if (grid.shared_bytes > kWithoutAsking) allow_shared(kernel, grid.shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
   config.blockDim = dim3(unsigned(grid.block_x), unsigned(grid.block_y));

@@ -11,7 +11,8 @@ from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
 from . import library
 
-build, refusal, unavailable_reason = library.build, library.refusal, library.unavailable_reason
+build, refusal = library.build, library.refusal
+runs_on, unavailable_reason = library.runs_on, library.unavailable_reason
 
 
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._once import once
+from ..._transforms import capturing
 from ..native import check_activations, check_not_truncated, too_many_dimensions
 from ..strides import contiguous, folded
 
@@ -127,19 +128,18 @@ def _first_launch(index: int) -> str:
 
 
 def _capturing(index: int) -> bool:
-    if EMULATED is not None:
-        return False
-    with torch.cuda.device(index):
-        return torch.cuda.is_current_stream_capturing()
+    return EMULATED is None and capturing(index)
+
+
+def runs_on() -> str:
+    """The kind of device whose tensors the kernels take."""
+    return "cuda" if EMULATED is None else "cpu"
 
 
 def refusal(x: Tensor, columns: int) -> str | None:
     """Why no kernel takes rows of so many columns of x, or None."""
     if x.is_meta:  # the op's fake kernel serves it
         return None
-    device = "cuda" if EMULATED is None else "cpu"
-    if x.device.type != device:
-        return f"x is on {x.device}, its kernels run on {device} tensors here"
     reason = unusable(x.device.index or 0)
     if reason is not None:
         return reason

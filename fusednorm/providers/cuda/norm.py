@@ -12,7 +12,7 @@ from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
 from . import library
 
-for_tests, unavailable_reason = library.for_tests, library.unavailable_reason
+for_tests, runs_on, unavailable_reason = library.for_tests, library.runs_on, library.unavailable_reason
 
 _WIDE_RESIDUAL = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 

@@ -15,6 +15,7 @@ from ..strides import contiguous
 from . import host
 from . import norm_config as table
 from .host import for_tests as for_tests
+from .host import runs_on as runs_on
 from .host import unavailable_reason as unavailable_reason
 from .strides import layout, rows_per_sample, sizes
 

@@ -111,6 +111,17 @@ def test_what_is_launched(gpus, call, options):
     assert not unused
 
 
+@pytest.mark.parametrize("name", ["rms_norm_float64", "add_layer_norm", "bias_act_dropout", "attention", "varlen"])
+def test_one_graph_launches_the_same_and_no_warning_is_given(gpus, name):
+    call, options = FAST[name]
+    eager = gpus(launched.step, call, **options).launches
+    step, warned = gpus(launched.compiled, call, **options)
+    assert not warned
+    for launch in step.launches:
+        check(launch)
+    assert [(one.kernel, one.grid) for one in step.launches] == [(one.kernel, one.grid) for one in eager]
+
+
 @pytest.mark.parametrize(
     ("function", "calls", "text", "options"),
     [
@@ -155,6 +166,10 @@ def test_launch_goes_to_the_device_of_the_tensors(gpus, current, device):
     assert len(launches) == 3
     for launch in launches:
         check(launch, device)
+
+
+def test_the_gpu_of_the_tensors_is_asked_whether_it_captures(gpus):
+    assert gpus(launched.asked_of_capture) == {1}
 
 
 def test_profiler_is_told_of_each_launch_and_changes_none(gpus):
