@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
@@ -20,6 +19,12 @@ from .._options import Inputs, Options
 from .._transforms import capturing
 from . import registry, settings
 from .settings import Plan
+
+TensorGuards: Any  # torch's own may be missing from a torch to come: every call is then resolved anew
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
 
 TENSORS = frozenset({Tensor, torch.nn.Parameter})
 # Types of a plain call's arguments. A subclass of Tensor intercepts operators: the dispatcher has to show it the op.
@@ -110,15 +115,14 @@ def sizes(normalized_shape: Any) -> Any:
 
 def keep(signature: Signature | None, plan: Plan) -> None:
     """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
-    if signature is None:
+    if signature is None or TensorGuards is None:
         return
     plans, key, tensors = signature
     if tensors[0].is_cuda and capturing(tensors[0].get_device()):
         return
     if len(plans) >= MAX_PLANS:
         plans.clear()
-    shapes: Any = [list(t.shape) for t in tensors]
-    strides: Any = [list(t.stride()) for t in tensors]
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guard = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
     plans[key] = ((guard, plan), *plans.get(key, ())[: MAX_ALIKE - 1])
 

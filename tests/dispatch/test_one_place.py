@@ -145,6 +145,17 @@ def test_a_plan_knows_which_tensors_are_the_same():
             attention(q, q, k, window=(2, 2))
 
 
+def test_without_the_guards_of_torch_compile_every_call_is_resolved_anew(monkeypatch):
+    assert eager.TensorGuards is not None  # of this torch
+    monkeypatch.setattr(eager, "TensorGuards", None)
+    x = torch.randn(3, 8)
+    with settings.without_fastpath():
+        for _ in range(2):
+            seen = entered(lambda: fusednorm.add_layer_norm(x, x.clone(), 8))
+            assert seen.count(("dispatch/resolve.py", "_decide")) == 1
+        assert not settings.current.plans
+
+
 def test_plans_that_differ_in_strides_alone_are_bounded():
     with settings.without_fastpath():
         for columns in range(8, 8 + 2 * eager.MAX_ALIKE):
