@@ -37,18 +37,18 @@ def _forward(
     layout: tuple[int, int, bool],
     z_dtype: torch.dtype,
     acc: torch.dtype,
-    wide_rows: bool,
+    wide: bool,
     flags: tuple[bool, ...],
 ) -> tuple[Variant, int]:
     """The forward of rows of n columns, and how many rows a program takes.
 
-    `wide_rows`: some row operand or result has more than 16 bits an element, whichever it is.
+    `wide`: some row operand or result has more than 16 bits an element, or three parameters have.
     """
     from . import norm_fwd as kernels
     from .launch import TYPES
 
     small = layout[0] != 0 or acc == torch.float64
-    config = table.forward(n, dropout=flags[2], wide_rows=wide_rows, small=small)
+    config = table.forward(n, dropout=flags[2], wide=wide, small=small)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
@@ -130,8 +130,9 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     outputs = (normed, residual_out if store_residual else None)
     rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
     flags = (*switches, dropout_p > 0.0, drop_path_p > 0.0)
-    wide_rows = x.dtype.itemsize > 2 or residual_dtype.itemsize > 2 or normed_dtype.itemsize > 2
-    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, wide_rows, flags)
+    wide = x.dtype.itemsize > 2 or residual_dtype.itemsize > 2 or normed_dtype.itemsize > 2
+    wide = wide or sum([p is not None and p.dtype.itemsize > 2 for p in parameters]) > 2
+    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, wide, flags)
     variant.launch(
         (host.ceil(m, block_m), 1),
         (*rows.tensors, *parameters, seed, *outputs, stats),

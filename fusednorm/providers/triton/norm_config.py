@@ -18,7 +18,7 @@ from .config import Config as Config
 _Tile = tuple[int, int, int, tuple[int, ...]]
 
 # (block_m, block_n, warps, most chunks light / heavy): earlier rows win ties of padded width. Heavy is a forward with
-# dropout, or of 32-bit rows.
+# dropout, of 32-bit rows, or of three 32-bit parameters.
 _FORWARD = (
     (16, 64, 4, (1, 1)),
     (8, 128, 4, (1, 1)),
@@ -60,7 +60,7 @@ _BACKWARD_SMALL = (
     (2, 128, 4, (1, 1, 1, 1)),
     (2, 256, 4, (1, 1, 1, 1)),
     (1, 512, 4, (2, 2, 2, 1)),
-    (1, 1024, 8, (2, 2, 2, 1)),
+    (1, 1024, 8, (2, 2, 1, 1)),
 )
 # Rows with two strides: the offsets of each operand take registers of their own, and a division.
 _BACKWARD_TWO_STRIDES: tuple[_Tile, ...] = (*_BACKWARD[:-1], (1, 4096, 16, (2, 0, 0, 0)))
@@ -88,10 +88,10 @@ def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int
     return min(fitting, key=lambda t: t[1] * t[2], default=None)
 
 
-def forward(n: int, dropout: bool, wide_rows: bool, small: bool) -> Config:
+def forward(n: int, dropout: bool, wide: bool, small: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
-    best = _best(n, _FORWARD_SMALL if small else _FORWARD, dropout or wide_rows) or (block_m, block_n, 0, warps)
+    best = _best(n, _FORWARD_SMALL if small else _FORWARD, dropout or wide) or (block_m, block_n, 0, warps)
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 
