@@ -153,11 +153,12 @@ def _tell_torch() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch._C._cuda_getCurrentRawStream = STREAMS.__getitem__
-    every, own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    every.fallback(_on_the_cpu, "CUDA")
+    fallback = torch.library.Library("_", "IMPL")
+    fallback.fallback(_on_the_cpu, "CUDA")
+    aten = torch.library.Library("aten", "IMPL")
     copy = torch.ops.aten.copy_.default  # a composite, which looks for a kernel of the device without the dispatcher
-    own.impl("copy_", partial(_on_the_cpu, copy), "CUDA")
-    _kept.extend((every, own))
+    aten.impl("copy_", partial(_on_the_cpu, copy), "CUDA")
+    _kept.extend((fallback, aten))
 
 
 class _Described(ctypes.Structure):

@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusednorm
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="torch's own on a CPU is what the kernels are compared with")
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="compares kernels in Triton's interpreter with torch's CPU operator"
+)
 
 
 def error_bound(leaves: dict[str, Tensor], dout: Tensor, scale: float, causal: bool) -> dict[str, Tensor]:
