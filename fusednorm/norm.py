@@ -212,8 +212,7 @@ def add_layer_norm(
         )
     return _add_norm(
         *(x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
-        *(residual_dtype, zero_centered_weight, memory_efficient),
-        rms=False,
+        *(residual_dtype, zero_centered_weight, memory_efficient, False),  # not RMS
     )
 
 
@@ -280,8 +279,7 @@ def add_rms_norm(
         )
     return _add_norm(
         *(x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
-        *(residual_dtype, zero_centered_weight, memory_efficient),
-        rms=True,
+        *(residual_dtype, zero_centered_weight, memory_efficient, True),  # RMS
     )
 
 

@@ -40,7 +40,8 @@ def fused(
         return lambda inputs: eager.recorded(op, dropout.with_seed(inputs, options), options)
     draw = dropout.with_seed if options.dropped else None
     if not wants_gradients(inputs):
-        return functools.partial(eager.forward, options=options, draw=draw, run=eager.runner(op, provider, inputs))
+        run = eager.runner(op, provider, inputs, options)
+        return run if draw is None else functools.partial(eager.forward, options=options, draw=draw, run=run)
     rest = provider, *rest
     if torch.compiler.is_compiling():  # such a plan is never kept, so it may hold its tensors
         inputs = dealias_for_compile(inputs)

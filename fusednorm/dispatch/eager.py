@@ -6,7 +6,8 @@ All plain eager calls of one signature are served alike. So their plan is looked
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -55,11 +56,12 @@ def plain_on_cpu(x: Tensor) -> bool:
     )
 
 
-# What the plan of a plain eager call depends on: the plans among which it stands, what is no tensor, and the tensors.
-Signature = tuple[settings.Plans, tuple[Any, ...], list[Tensor]]
+# What the plan of a plain eager call depends on: the plans among which it stands, what is no tensor, the tensors, and
+# where among them each stands first.
+Signature = tuple[settings.Plans, tuple[Any, ...], Sequence[Tensor | None], list[int]]
 
 
-def find(inputs: Inputs, *rest: Any) -> tuple[Plan | None, Signature | None]:
+def find(inputs: Sequence[Tensor | None], *rest: Any) -> tuple[Plan | None, Signature | None]:
     """The plan that was kept for calls like this one, and what `keep` takes; None for what is not there.
 
     One guard of torch.compile's looks at all tensors: at class, dtype, sizes, strides, device and requires_grad. It
@@ -70,25 +72,26 @@ def find(inputs: Inputs, *rest: Any) -> tuple[Plan | None, Signature | None]:
     """
     if _is_compiling() or forward_ad._current_level >= 0:
         return None, None
-    tensors = [t for t in inputs if t is not None]
     try:
-        key = (*rest, _grad_enabled(), tensors[0].shape, *map(type, inputs))
+        key = (*rest, _grad_enabled(), inputs[0].shape, *map(type, inputs))  # type: ignore[union-attr]
         plans = settings.current.plans
-        for guard, plan in plans.get(key, ()):
-            if guard(*tensors):
+        for guard, there, plan in plans.get(key, ()):
+            if guard(*there(inputs)):
                 return plan, None
     except (AttributeError, LookupError, RuntimeError, TypeError):  # nested tensors; what is no tensor at all
         return None, None
+    places = [i for i, t in enumerate(inputs) if t is not None]
+    tensors: list[Any] = [inputs[i] for i in places]
     if not TENSORS.issuperset(map(type, tensors)) or _watched() or is_functorch_wrapped_tensor(tensors[0]):
         return None, None
     names = [*map(id, tensors)]
     firsts = [*map(names.index, names)]
     if firsts != [*range(len(firsts))]:  # a guard takes no tensor twice
-        key, tensors = (*key, *firsts), [t for i, t in enumerate(tensors) if firsts[i] == i]
-        for guard, plan in plans.get(key, ()):
-            if guard(*tensors):
+        key, places = (*key, *firsts), [place for i, place in enumerate(places) if firsts[i] == i]
+        for guard, there, plan in plans.get(key, ()):
+            if guard(*there(inputs)):
                 return plan, None
-    return None, (plans, key, tensors)
+    return None, (plans, key, inputs, places)
 
 
 def _watched() -> bool:
@@ -117,14 +120,16 @@ def keep(signature: Signature | None, plan: Plan) -> None:
     """Remember the plan of a signature; not while a CUDA graph is captured, when no GPU can be tested."""
     if signature is None or TensorGuards is None:
         return
-    plans, key, tensors = signature
+    plans, key, inputs, places = signature
+    tensors: list[Any] = [inputs[i] for i in places]
     if tensors[0].is_cuda and capturing(tensors[0].get_device()):
         return
     if len(plans) >= MAX_PLANS:
         plans.clear()
     shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guard = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-    plans[key] = ((guard, plan), *plans.get(key, ())[: MAX_ALIKE - 1])
+    there = itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+    plans[key] = ((guard, there, plan), *plans.get(key, ())[: MAX_ALIKE - 1])
 
 
 def differentiated(*cotangents: Tensor | None) -> bool:
@@ -158,15 +163,19 @@ def call(name: str, *args: Any, provider: str) -> Any:
     return function(*args)
 
 
-def runner(name: str, provider: str, inputs: Inputs) -> Callable[[Inputs, Options], Any]:
+def runner(name: str, provider: str, inputs: Inputs, options: Options) -> Callable[[Inputs], Any]:
     """What runs a forward op for all calls like this one, as `call` does."""
     plain = PLAIN.issuperset(map(type, inputs)) and not (_is_compiling() or _dispatch_modes() or inputs[0].is_meta)
-    return registry.function(provider, name) if plain else functools.partial(call, name, provider=provider)
+    if not plain:
+        return lambda inputs: call(name, inputs, options, provider=provider)
+    function = registry.function(provider, name)
+    prepare = getattr(function, "prepare", None)
+    return functools.partial(function if prepare is None else prepare(inputs, options), options=options)
 
 
-def forward(inputs: Any, options: Options, draw: Callable[..., Any] | None, run: Callable[..., Any]) -> Any:
-    """What a plan without gradients does; `draw` adds a seed."""
-    return run(inputs if draw is None else draw(inputs, options), options)
+def forward(inputs: Any, options: Options, draw: Callable[..., Any], run: Callable[..., Any]) -> Any:
+    """What a plan with a mask but without gradients does; `draw` adds a seed."""
+    return run(draw(inputs, options))
 
 
 def differentiable(

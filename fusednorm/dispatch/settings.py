@@ -32,8 +32,8 @@ class Decision(NamedTuple):
 
 
 Plan = Callable[..., Any]
-# By what of a call is no tensor: pairs of a guard of its tensors, and the plan of the calls that it lets through.
-Plans = dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Plan], ...]]
+# By what of a call is no tensor: a guard, what picks from the inputs what it looks at, and the plan of what passes.
+Plans = dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Callable[..., Any], Plan], ...]]
 
 
 class Listener(NamedTuple):

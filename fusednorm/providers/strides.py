@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def rows_like(tensor: Tensor) -> Tensor:
+def rows_like(tensor: Tensor, device: str | None = None) -> Tensor:
     """Memory for a result of `tensor`'s shape that lies as it does, or contiguously where its last stride is not 1.
 
     Torch's attention gives the same layouts, so that ``view`` works where it works there.
     """
-    return torch.empty_like(tensor) if tensor.stride(-1) == 1 else tensor.new_empty(tensor.shape)
+    if tensor.stride(-1) == 1:
+        return torch.empty_like(tensor, device=device)
+    return tensor.new_empty(tensor.shape, device=device)
+
+
+def row_major(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes and strides of a contiguous tensor."""
+    strides = itertools.accumulate(reversed(shape[1:]), lambda stride, n: stride * max(n, 1), initial=1)
+    return tuple(shape), tuple(strides)[::-1]
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether memory holds its elements one after another."""
+    return parameter.is_contiguous() and not parameter.is_neg()
 
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:
     """A parameter as kernels read it: one after another."""
-    if parameter is None or (parameter.is_contiguous() and not parameter.is_neg()):
+    if parameter is None or is_plain(parameter):
         return parameter
     return parameter.resolve_neg().contiguous()
 

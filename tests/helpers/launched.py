@@ -223,7 +223,7 @@ def _launch(variant: Any, grid: tuple[int, int], pointers: Any, values: Any, not
     for name, value in zip(names[len(pointers) :], values):
         wide = name == "eps" and any(t.dtype == torch.float64 for t in there)
         parameters[name] = ("fp64" if wide else NUMBER_TYPES.get(name, "i64"), value)
-    kernel = variant._handles[(there[0].get_device(), tuple(None if t is None else t.dtype for t in pointers))].kernel
+    kernel = variant._handle.kernel
     ptx, every = kernel.asm["ptx"], list(inspect.signature(variant.function.fn).parameters)
     aligned = {every[index] for (index,), said in kernel.src.attrs.items() if ["tt.divisibility", 16] in said}
     declared = re.findall(r"\.param \.(\w+)(?: \.ptr \.global \.align \d+)? \w+_param_\d+", ptx)

@@ -153,6 +153,9 @@ def _tell_torch() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     torch._C._cuda_getCurrentRawStream = STREAMS.__getitem__
+    torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda"
+    )
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(_on_the_cpu, "CUDA")
     aten = torch.library.Library("aten", "IMPL")

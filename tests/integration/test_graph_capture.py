@@ -96,18 +96,9 @@ def launched(monkeypatch, capturing):
     monkeypatch.setattr(triton_launch, "compile_kernel", compile_nothing)
     monkeypatch.setattr(triton_launch.triton.runtime, "driver", SimpleNamespace(active=driver))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what a CPU tensor's get_device says
-    kept = [triton_host.variant, *map(vars(triton_norm_module()).get, ("_forward", "_backward"))]
-    for cache in kept:
-        cache.cache_clear()
-    yield noted
-    for cache in kept:  # handles of nothing
-        cache.cache_clear()
-
-
-def triton_norm_module():
-    from fusednorm.providers.triton import norm as triton_norm
-
-    return triton_norm
+    monkeypatch.setattr(triton_launch, "_loaded", {})  # handles of nothing
+    monkeypatch.setattr(triton_host, "_prepared", {})
+    return noted
 
 
 def step(x, weight, **options):

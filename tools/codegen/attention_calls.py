@@ -18,6 +18,7 @@ import torch
 
 from fusednorm._options import from_flat
 from fusednorm.providers.triton import attention as triton_attention
+from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton.attention_config import columns
 from tools.codegen import compile
 from tools.codegen.compile import Launch
@@ -152,6 +153,7 @@ def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
     arguments, operands = _arguments(call)
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = call.precision
+    triton_host.forget_prepared()  # for another device
     try:
         with compile.launches(take), mock.patch.object(triton_attention, "INTERPRETED", capability):
             inputs, options = from_flat("attention_fwd", (*operands, *arguments))

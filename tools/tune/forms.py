@@ -72,7 +72,14 @@ def triton_form(direction: str, config: Config | Pinned) -> Forced:
         with mock.patch.object(table, direction, lambda *args, **kwargs: config):
             return plan(*arguments)
 
-    return lambda: mock.patch.object(triton_norm, name, planned)
+    @contextlib.contextmanager
+    def forced() -> Iterator[None]:
+        with mock.patch.object(triton_norm, name, planned):
+            triton_host.forget_prepared()
+            yield
+        triton_host.forget_prepared()
+
+    return forced
 
 
 # --- what a case is tried with ---

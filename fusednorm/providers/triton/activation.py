@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from ..._activations import ACTIVATIONS
 from ..._dtypes import compute_dtype
 from ..._options import ActivationInputs, ActivationOptions
-from ..strides import contiguous
+from ..strides import contiguous, row_major
 from . import activation_config as table
 from . import host
 from .config import Config
-from .strides import layout, sizes
+from .strides import Rows, sizes
 
 if TYPE_CHECKING:
     from .launch import Variant
@@ -30,7 +31,7 @@ def refusal(op: str, inputs: ActivationInputs, options: ActivationOptions) -> st
 @functools.lru_cache(4096)
 def _plan(
     backward: bool, n: int, layout: tuple[int, int, bool], dtype: torch.dtype, activation: str, dropped: bool
-) -> tuple[Variant, Config, int]:
+) -> tuple[Callable[[], Variant], Config, int]:
     """The kernel for rows of n columns, its configuration, and how many tiles a row takes."""
     from . import activation_kernels as kernels
     from .launch import TYPES
@@ -42,51 +43,74 @@ def _plan(
     even = n % config.block_n == 0
     form = ACTIVATIONS[activation].sigmoid or (0.0, 0.0)
     constants = (TYPES[acc], activation, *form, dropped, *layout, config.block_m, config.block_n, even)
-    return host.variant(kernel, constants, config, layout[0] == 0), config, host.ceil(n, config.block_n)
+    variant = functools.partial(host.variant, kernel, constants, config, layout[0] == 0)
+    return variant, config, host.ceil(n, config.block_n)
 
 
-def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
-    (x, bias, seed), (activation, dropout_p) = inputs, options
-    m, n = sizes(x, 1)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if m == 0 or n == 0:
+@host.prepared
+def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Callable[..., Tensor]:
+    x, (activation, dropout_p) = inputs.x, options
+    like, (m, n), dtype = (*row_major(x.shape), x.dtype), sizes(x, 1), x.dtype
+    rows = Rows((x,), 1, n)
+
+    @functools.cache
+    def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...]]:
+        layout = rows.layout(aligned)
+        variant, config, slabs = _plan(False, n, layout.constants, dtype, activation, dropout_p > 0.0)
+        numbers = (m, layout.n_units, layout.rows_inner, *layout.strides, *host.dropout_scalars(dropout_p))
+        return variant(), (slabs, min(host.ceil(m, config.block_m), _MOST_GROUPS)), numbers
+
+    def run(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+        x, bias, seed = inputs
+        y = host.allocator(x)(*like)
+        if m == 0 or n == 0:
+            return y
+        bias = contiguous(bias)
+        if rows.copied:
+            (x,) = rows.read((x,))
+        variant, grid, numbers = way(host.aligned(x, bias, y))
+        variant.launch(grid, (x, bias, seed, y), numbers)
         return y
-    bias = contiguous(bias)
-    rows = layout((x,), (bias, y), 1, n)
-    variant, config, slabs = _plan(False, n, rows.constants, x.dtype, activation, dropout_p > 0.0)
-    variant.launch(
-        (slabs, min(host.ceil(m, config.block_m), _MOST_GROUPS)),
-        (*rows.tensors, bias, seed, y),
-        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.dropout_scalars(dropout_p)),
-    )
-    return y
+
+    return run
 
 
+@host.prepared
 def bias_act_dropout_bwd(
     dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
     """Gradients of (x, bias): one launch, and one that sums the partials."""
-    (x, bias, seed), (activation, dropout_p) = inputs, options
-    m, n = sizes(x, 1)
-    dx = host.empty_unless_wanted(x, output_mask[0], x.dtype)
-    dbias = x.new_empty(0) if bias is None else host.empty_unless_wanted(bias, output_mask[1], bias.dtype)
-    if m == 0 or n == 0:
-        return dx, dbias.zero_()
-    bias = contiguous(bias)
-    written = dx if output_mask[0] else None
-    rows = layout((dy, x), (bias, written), 1, n)
-    variant, config, slabs = _plan(True, n, rows.constants, x.dtype, activation, dropout_p > 0.0)
-    # persistent programs: the multiprocessors filled, but no more than there are groups of rows
-    programs = host.processors(x.get_device()) * config.per_sm // slabs
-    programs = max(1, min(host.ceil(m, config.block_m), programs))
-    partials = None
-    if bias is not None and output_mask[1]:
-        partials = x.new_empty((1, programs, n), dtype=compute_dtype(x.dtype))
-    variant.launch(
-        (slabs, programs),
-        (*rows.tensors, bias, seed, written, partials),
-        (m, rows.n_units, rows.rows_inner, *rows.strides, *host.dropout_scalars(dropout_p)),
-    )
-    if partials is not None:
-        host.sum_partials(partials, (dbias, None, None, None))
-    return dx, dbias
+    (x, bias, _), (activation, dropout_p) = inputs, options
+    index, (m, n), dtype = x.get_device(), sizes(x, 1), x.dtype
+    dx_like = (*row_major(x.shape), dtype) if output_mask[0] else None
+    dbias_like = (*row_major(bias.shape), bias.dtype) if bias is not None and output_mask[1] else None
+    rows = Rows((dy, x), 1, n)
+
+    @functools.cache
+    def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...], Callable[..., None]]:
+        layout = rows.layout(aligned)
+        variant, config, slabs = _plan(True, n, layout.constants, dtype, activation, dropout_p > 0.0)
+        programs = host.programs(index, config, m, slabs)
+        numbers = (m, layout.n_units, layout.rows_inner, *layout.strides, *host.dropout_scalars(dropout_p))
+        return variant(), (slabs, programs), numbers, host.sum_partials(1, programs, n)
+
+    def run(
+        dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x, bias, seed = inputs
+        empty = host.allocator(x)
+        dx = None if dx_like is None else empty(*dx_like)
+        dbias = None if dbias_like is None else empty(*dbias_like)
+        if m == 0 or n == 0:
+            return dx, None if dbias is None else dbias.zero_()
+        bias = contiguous(bias)
+        if rows.copied:
+            dy, x = rows.read((dy, x))
+        variant, grid, numbers, finish = way(host.aligned(dy, x, bias, dx))
+        partials = None if dbias is None else empty(*row_major((1, grid[1], n)), compute_dtype(dtype))
+        variant.launch(grid, (dy, x, bias, seed, dx, partials), numbers)
+        if partials is not None:
+            finish(partials, (dbias, None, None, None))
+        return dx, dbias
+
+    return run

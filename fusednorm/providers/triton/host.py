@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -140,11 +141,78 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# One variant for each combination of what the compiler is told; sizes other than N are numbers of the launch.
+# --- an op: prepared once for a signature, then run in each call ---
 
 
-@functools.lru_cache(None)  # never let go: a captured CUDA graph goes on using what was compiled
+_MAX_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def prepared(make: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """An op's function of `make`, which looks at all of its arguments but at no address and no value.
+
+    What it returns takes the same arguments. It is kept for each signature, and `prepare` gives it. Who has seen the
+    signature before (`dispatch/eager.py`) calls it without another look.
+    """
+
+    def prepare(*args: Any) -> Callable[..., Any]:
+        key: list[Any] = [make]
+        for arg in args:
+            if arg is None or isinstance(arg, Tensor):
+                arg = (arg,)
+            if arg[0] is None or isinstance(arg[0], Tensor):
+                for t in arg:
+                    key.append(None if t is None else (t.dtype, t.shape, t.stride(), t.get_device(), t.is_neg()))
+            else:
+                key.append(tuple(arg))
+        found = _prepared.get(signature := tuple(key))
+        if found is None:
+            if len(_prepared) >= _MAX_PREPARED:
+                _prepared.clear()
+            found = _prepared[signature] = make(*args)
+        return found
+
+    @functools.wraps(make)
+    def function(*args: Any) -> Any:
+        return prepare(*args)(*args)
+
+    function.prepare = prepare  # type: ignore[attr-defined]
+    return function
+
+
+def forget_prepared() -> None:
+    """After a table was changed."""
+    _prepared.clear()
+
+
+_guards = getattr(torch._C._dynamo, "guards", None)  # has what the code that torch.compile writes calls
+
+
+def allocator(tensor: Tensor) -> Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]:
+    """`torch.empty_strided` of sizes, strides and a dtype on a tensor's device, at half the cost where torch can."""
+    empty = None
+    if tensor.is_cpu:
+        empty = getattr(_guards, "_empty_strided_cpu", None)
+    elif tensor.is_cuda and tensor.get_device() == torch.cuda.current_device():
+        empty = getattr(_guards, "_empty_strided_cuda", None)
+    return empty or functools.partial(_empty, tensor.device)
+
+
+def _empty(device: torch.device, sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all that are there start at multiples of 16 bytes."""
+    address = 0
+    for tensor in tensors:
+        if tensor is not None:
+            address |= tensor.data_ptr()
+    return not address % 16
+
+
 def variant(kernel: Any, constants: tuple[Any, ...], config: Config | Tile, aligned: bool) -> Variant:
+    """Sizes other than N are numbers of the launch, so they name no variant."""
     from .launch import Variant
 
     return Variant(
@@ -157,20 +225,17 @@ def variant(kernel: Any, constants: tuple[Any, ...], config: Config | Tile, alig
     )
 
 
-def sum_partials(partials: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
-    """Add the rows of each plane of `partials`, (K, programs, N), into the K gradients of four that are there."""
+def programs(index: int, config: Config, m: int, slabs: int) -> int:
+    """Persistent ones in a slab of columns: the multiprocessors filled, but no more than there are groups of rows."""
+    return max(1, min(ceil(m, config.block_m), processors(index) * config.per_sm // slabs))
+
+
+def sum_partials(planes: int, programs: int, n: int) -> Callable[[Tensor, tuple[Tensor | None, ...]], None]:
+    """What adds the rows of each plane of partials, (planes, programs, n), into as many gradients of four."""
     from .partials import _sum_partials_kernel
 
-    planes, programs, n = partials.shape
     vec = 4 if n % 4 == 0 else 1
     constants = (vec, PARTIALS.block_m, PARTIALS.block_n)
-    variant(_sum_partials_kernel, constants, PARTIALS, vec > 1).launch(
-        (ceil(n, PARTIALS.block_n), planes), (partials, *gradients), (programs, n // vec)
-    )
-
-
-def empty_unless_wanted(tensor: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
-    """A contiguous result of `tensor`'s shape (cheaper than torch.empty of a Size); without elements if not wanted."""
-    if wanted:
-        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-    return tensor.new_empty(0, dtype=dtype)
+    launched = variant(_sum_partials_kernel, constants, PARTIALS, vec > 1)
+    grid, numbers = (ceil(n, PARTIALS.block_n), planes), (programs, n // vec)
+    return lambda partials, gradients: launched.launch(grid, (partials, *gradients), numbers)

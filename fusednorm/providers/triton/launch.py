@@ -93,9 +93,9 @@ def compile_kernel(
 
 
 class Variant:
-    """A kernel with its constants, compiled at its first launch on each device with each set of dtypes."""
+    """A kernel with its constants, for launches on one device with one set of dtypes."""
 
-    __slots__ = ("_handles", "aligned", "constants", "function", "registers", "stages", "warps")
+    __slots__ = ("_handle", "aligned", "constants", "function", "registers", "stages", "warps")
 
     def __init__(
         self,
@@ -109,34 +109,35 @@ class Variant:
     ) -> None:
         self.function, self.constants = function, constants
         self.warps, self.registers, self.aligned, self.stages = warps, registers, aligned, stages
-        self._handles: dict[tuple[Any, ...], _Handle] = {}
+        self._handle: Handle | None = None
 
     def launch(
         self, grid: tuple[int, int], pointers: tuple[Tensor | None, ...], numbers: tuple[int | float, ...]
     ) -> None:
         """Run on the first pointer's device, on its current stream."""
-        if not isinstance(self.function, JITFunction):  # interpreted
+        handle, index = self._handle, pointers[0].get_device()  # type: ignore[union-attr]
+        if handle is None and not isinstance(self.function, JITFunction):  # interpreted
             self.function[grid](*pointers, *numbers, *self.constants, num_warps=self.warps)
             return
-        index = pointers[0].get_device()  # type: ignore[union-attr]
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 self.launch(grid, pointers, numbers)
             return
-        dtypes = tuple([None if t is None else t.dtype for t in pointers])
-        key = (index, dtypes)
-        handle = self._handles.get(key)
         if handle is None:
-            handle = self._handles.setdefault(key, self._compile(dtypes))  # of two threads, one is kept
+            handle = self._handle = self._load(index, tuple([None if t is None else t.dtype for t in pointers]))
         if handle.hooks is not None and handle.hooks.calls:  # a profiler wants to know of every launch
             handle.kernel[(*grid, 1)](*pointers, *numbers, *self.constants)
             return
         handle.run(
-            *(*grid, 1, handle.stream(index), handle.kernel.function, handle.kernel.packed_metadata),
-            *(None, None, None, *pointers, *numbers, *self.constants),
+            *(*grid, 1, handle.stream(index), *handle.fixed, *pointers, *numbers, *self.constants),
         )
 
-    def _compile(self, dtypes: tuple[torch.dtype | None, ...]) -> _Handle:
+    def _load(self, index: int, dtypes: tuple[torch.dtype | None, ...]) -> Handle:
+        """Compiled and loaded once for all variants that are the same."""
+        key = (self.function, self.constants, self.warps, self.registers, self.aligned, self.stages, index, dtypes)
+        return _loaded.get(key) or _loaded.setdefault(key, self._compile(dtypes))  # of two threads, one is kept
+
+    def _compile(self, dtypes: tuple[torch.dtype | None, ...]) -> Handle:
         """Compile and load. CUDA loads no module while a graph is captured, and its error would name nothing."""
         if torch.cuda.is_current_stream_capturing():
             kernel = self.function.__name__.strip("_").removesuffix("_kernel")
@@ -155,13 +156,18 @@ class Variant:
             stages=self.stages,
             target=driver.get_current_target(),
         )
-        return _Handle(kernel, kernel.run, driver.get_current_stream, triton.knobs.runtime.launch_enter_hook)
+        run, fixed = kernel.run, (kernel.function, kernel.packed_metadata, None, None, None)
+        return Handle(kernel, run, fixed, driver.get_current_stream, triton.knobs.runtime.launch_enter_hook)
 
 
-class _Handle(NamedTuple):
+class Handle(NamedTuple):
     """What a launch needs, looked up once: Triton's own launch looks for hooks and metadata at every call."""
 
     kernel: Any
-    run: Any
+    run: Callable[..., None]
+    fixed: tuple[Any, ...]  # function, metadata, and no hooks
     stream: Callable[[int], int]
     hooks: Any
+
+
+_loaded: dict[tuple[Any, ...], Handle] = {}  # never let go: a captured CUDA graph goes on using what was loaded

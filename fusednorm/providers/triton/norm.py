@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from ..strides import contiguous
+from ..strides import contiguous, is_plain, row_major
 from . import host
 from . import norm_config as table
 from .host import for_tests as for_tests
 from .host import runs_on as runs_on
 from .host import unavailable_reason as unavailable_reason
-from .strides import layout, rows_per_sample, sizes
+from .strides import Rows, rows_per_sample, sizes
 
 if TYPE_CHECKING:
     from .launch import Variant
@@ -39,7 +40,7 @@ def _forward(
     acc: torch.dtype,
     wide: bool,
     flags: tuple[bool, ...],
-) -> tuple[Variant, int]:
+) -> tuple[Callable[[], Variant], int]:
     """The forward of rows of n columns, and how many rows a program takes.
 
     `wide`: some row operand or result has more than 16 bits an element, or three parameters have.
@@ -55,15 +56,28 @@ def _forward(
         kernel = kernels._add_layer_norm_fwd_kernel
         power_of_two = 1 << (config.chunks - 1).bit_length()
         constants += (config.chunks, power_of_two, config.chunks * config.block_n == n)
-    return host.variant(kernel, constants, config, layout[0] == 0), config.block_m
+    return functools.partial(host.variant, kernel, constants, config, layout[0] == 0), config.block_m
 
 
 class _Backward(NamedTuple):
     config: table.Config
     slabs: int  # programs beside one another in a row
-    sums: Variant | None  # the row sums, where a row does not fit
+    sums: Callable[[], Variant] | None  # the row sums, where a row does not fit
     sums_block_m: int
+    main: Callable[[], Variant]
+
+
+class _Way(NamedTuple):
+    """The launches of a backward whose tensors are all aligned, or not all."""
+
+    sums: Variant | None
+    sums_grid: tuple[int, int]
+    sums_numbers: tuple[int, ...]
     main: Variant
+    grid: tuple[int, int]
+    numbers: tuple[int | float, ...]
+    partials: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, dtype
+    finish: Callable[..., None] | None
 
 
 @functools.lru_cache(4096)
@@ -92,10 +106,10 @@ def _backward(
     if not config.chunks:
         slabs = host.ceil(n, config.block_n)
         constants = (*norm, *layout, sums_config.block_m, sums_config.block_n)
-        sums = host.variant(kernels._add_layer_norm_bwd_sums_kernel, constants, sums_config, aligned)
+        sums = functools.partial(host.variant, kernels._add_layer_norm_bwd_sums_kernel, constants, sums_config, aligned)
     even = n % (config.block_n * chunks) == 0
     constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even)
-    main = host.variant(kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
+    main = functools.partial(host.variant, kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
     return _Backward(config, slabs, sums, sums_config.block_m, main)
 
 
@@ -103,6 +117,7 @@ def forget_variants() -> None:
     """After the table was changed."""
     _forward.cache_clear()
     _backward.cache_clear()
+    host.forget_prepared()
 
 
 def _parameter(parameter: Tensor | None, acc: torch.dtype) -> Tensor | None:
@@ -113,100 +128,124 @@ def _parameter(parameter: Tensor | None, acc: torch.dtype) -> Tensor | None:
     return parameter
 
 
-def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _are_read(parameters: Iterable[Tensor | None], acc: torch.dtype) -> bool:
+    """Whether `_parameter` changes none."""
+    given = [p for p in parameters if p is not None]
+    return all(is_plain(p) and (p.dtype is not torch.float64 or acc is torch.float64) for p in given)
+
+
+@host.prepared
+def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """(normed, residual_out, stats) in one launch."""
-    x, residual, *given, seed = inputs
+    x, residual, *given, _ = inputs
     normalized_ndim, eps, dropout_p, drop_path_p, normed_dtype, residual_dtype, *switches, store_residual = options
-    m, n = sizes(x, normalized_ndim)
-    normed = torch.empty_like(x, dtype=normed_dtype, memory_format=torch.contiguous_format)
-    residual_out = host.empty_unless_wanted(x, store_residual, residual_dtype)
-    n_statistics, stats_dtype = 1 if options.rms else 2, compute_dtype(x.dtype, residual_dtype)
-    stats = torch.empty_strided((n_statistics, m), (m, 1), dtype=stats_dtype, device=x.device)
-    if m == 0:
+    (m, n), acc = sizes(x, normalized_ndim), compute_dtype(x.dtype, residual_dtype)
+    (shape, strides), (stats_shape, stats_strides) = row_major(x.shape), row_major((2 - options.rms, m))
+    rows, of_sample = Rows((x, residual), normalized_ndim, n), rows_per_sample(x, normalized_ndim)
+    are_read = _are_read(given, acc)
+    wide = max(x.dtype.itemsize, residual_dtype.itemsize, normed_dtype.itemsize) > 2
+    wide = wide or sum([p is not None and p.dtype.itemsize > 2 for p in given]) > 2
+
+    @functools.cache
+    def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...]]:
+        layout, flags = rows.layout(aligned), (*switches, dropout_p > 0.0, drop_path_p > 0.0)
+        variant, block_m = _forward(n, layout.constants, residual_dtype, acc, wide, flags)
+        numbers = (
+            *(m, layout.n_units, layout.rows_inner, of_sample, *layout.strides, eps),
+            *(*host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)),
+        )
+        return variant(), (host.ceil(m, block_m), 1), numbers
+
+    def run(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
+        x, residual, weight, bias, x_bias, layer_scale, seed = inputs
+        empty = host.allocator(x)
+        normed, stats = empty(shape, strides, normed_dtype), empty(stats_shape, stats_strides, acc)
+        residual_out = empty(shape, strides, residual_dtype) if store_residual else empty((0,), (1,), residual_dtype)
+        if m == 0 or n == 0:
+            return normed, residual_out, stats.fill_(math.nan)
+        if rows.copied:
+            x, residual = rows.read((x, residual))
+        if not are_read:
+            weight, bias, x_bias, layer_scale = [_parameter(p, acc) for p in (weight, bias, x_bias, layer_scale)]
+        written = residual_out if store_residual else None
+        variant, grid, numbers = way(host.aligned(x, residual, weight, bias, x_bias, layer_scale, normed, written))
+        pointers = (x, residual, weight, bias, x_bias, layer_scale, seed, normed, written, stats)
+        variant.launch(grid, pointers, numbers)
         return normed, residual_out, stats
-    if n == 0:
-        return normed, residual_out, stats.fill_(float("nan"))
-    parameters = tuple([_parameter(p, stats_dtype) for p in given])
-    outputs = (normed, residual_out if store_residual else None)
-    rows = layout((x, residual), (*parameters, *outputs), normalized_ndim, n)
-    flags = (*switches, dropout_p > 0.0, drop_path_p > 0.0)
-    wide = x.dtype.itemsize > 2 or residual_dtype.itemsize > 2 or normed_dtype.itemsize > 2
-    wide = wide or sum([p is not None and p.dtype.itemsize > 2 for p in parameters]) > 2
-    variant, block_m = _forward(n, rows.constants, residual_dtype, stats_dtype, wide, flags)
-    variant.launch(
-        (host.ceil(m, block_m), 1),
-        (*rows.tensors, *parameters, seed, *outputs, stats),
-        (
-            *(m, rows.n_units, rows.rows_inner, rows_per_sample(x, normalized_ndim), *rows.strides, eps),
-            *host.dropout_scalars(dropout_p),
-            *host.dropout_scalars(drop_path_p),
-        ),
-    )
-    return normed, residual_out, stats
+
+    return run
 
 
+@host.prepared
 def add_layer_norm_bwd(
     dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, output_mask: list[bool]
-) -> tuple[Tensor, ...]:
+) -> Callable[..., tuple[Tensor | None, ...]]:
     """Gradients of (x, residual, weight, bias, x_bias, layer_scale): one launch, and one that sums the partials."""
-    kept, stats, weight, bias, x, x_bias, layer_scale, seed = saved
+    kept, stats, weight, bias, x, x_bias, layer_scale, _ = saved
     normalized_ndim, dropout_p, drop_path_p, x_dtype, residual_dtype, *norm = options
-    m, n = sizes(kept, normalized_ndim)
-    parameters: tuple[Tensor | None, ...] = (weight, bias, x_bias, layer_scale)
-    gradients = [
-        kept.new_empty(0) if like is None or not wanted else host.empty_unless_wanted(like, True, dtype or like.dtype)
-        for like, dtype, wanted in zip(
-            (kept, kept, *parameters), (x_dtype, residual_dtype, *[None] * 4), output_mask, strict=True
-        )
+    index, (m, n), acc = kept.get_device(), sizes(kept, normalized_ndim), stats.dtype
+    like = (kept, kept, weight, bias, x_bias, layer_scale)
+    wanted = [want and t is not None for want, t in zip(output_mask, like, strict=True)]
+    results = [
+        (*row_major(t.shape), dtype or t.dtype) if t is not None and want else None
+        for t, dtype, want in zip(like, (x_dtype, residual_dtype, *[None] * 4), wanted, strict=True)
     ]
-    if m == 0 or n == 0:
-        return tuple([g.zero_() for g in gradients])
+    stats_like = row_major(stats.shape)
+    scaled, accumulators = wanted[5], sum(wanted[2:])  # d(layer_scale) alone looks at x and x_bias again
+    rows = Rows((dnormed, dresidual_out, kept, x if scaled else None), normalized_ndim, n)
+    of_sample = rows_per_sample(kept, normalized_ndim)
+    from_bias = options.saved_is_normed
+    are_read = _are_read((weight, bias if from_bias else None, x_bias if scaled else None, layer_scale), acc)
+    wide = max(kept.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2
+    narrowed, has_scale = dnormed.dtype.itemsize < x_dtype.itemsize, layer_scale is not None
 
-    present = (True, True, *[p is not None for p in parameters])
-    output_mask = [wanted and there for wanted, there in zip(output_mask, present, strict=True)]
-    written = [g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)]
-    scaled = output_mask[5]  # d(layer_scale) alone looks at x and x_bias again
-    used = (weight, bias if options.saved_is_normed else None, x_bias if scaled else None, layer_scale)
-    parameters = tuple([_parameter(p, stats.dtype) for p in used])
-    rows = layout(
-        (dnormed, dresidual_out, kept, x if scaled else None), (*parameters, *written[:2]), normalized_ndim, n
-    )
-    plan = _backward(
-        n,
-        rows.constants,
-        stats.dtype,
-        max(kept.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2,
-        dnormed.dtype.itemsize < x_dtype.itemsize,
-        tuple(norm),
-        (dropout_p > 0.0, drop_path_p > 0.0),
-        layer_scale is not None,
-        tuple(output_mask[2:]),
-    )
-    sums = None
-    if plan.sums is not None:
-        sums = torch.empty_like(stats)
-        plan.sums.launch(
+    @functools.cache
+    def way(aligned: bool) -> _Way:
+        layout, masks = rows.layout(aligned), (dropout_p > 0.0, drop_path_p > 0.0)
+        plan = _backward(n, layout.constants, acc, wide, narrowed, tuple(norm), masks, has_scale, tuple(wanted[2:]))
+        programs = host.programs(index, plan.config, m, plan.slabs)
+        lead, strides = (m, layout.n_units, layout.rows_inner), layout.strides
+        scalars = *host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)
+        return _Way(
+            None if plan.sums is None else plan.sums(),
             (host.ceil(m, plan.sums_block_m), 1),
-            (rows.tensors[0], rows.tensors[2], stats, parameters[0], parameters[1], sums),
-            (m, rows.n_units, rows.rows_inner, *rows.strides[:3], *rows.strides[6:9]),
+            (*lead, *strides[:3], *strides[6:9]),
+            plan.main(),
+            (plan.slabs, programs),
+            (*lead, of_sample, *strides, *scalars),
+            (*row_major((accumulators, programs, n)), acc),
+            host.sum_partials(accumulators, programs, n) if accumulators else None,
         )
-    # persistent programs: the multiprocessors filled, but no more than there are groups of rows
-    programs = host.processors(kept.get_device()) * plan.config.per_sm // plan.slabs
-    programs = max(1, min(host.ceil(m, plan.config.block_m), programs))
-    accumulators = sum(output_mask[2:])
-    partials = stats.new_empty((accumulators, programs, n)) if accumulators else None
-    plan.main.launch(
-        (plan.slabs, programs),
-        (
-            *(*rows.tensors[:3], stats, sums, parameters[0], parameters[1], rows.tensors[3], *parameters[2:], seed),
-            *(*written[:2], partials),
-        ),
-        (
-            *(m, rows.n_units, rows.rows_inner, rows_per_sample(kept, normalized_ndim), *rows.strides),
-            *host.dropout_scalars(dropout_p),
-            *host.dropout_scalars(drop_path_p),
-        ),
-    )
-    if partials is not None:
-        host.sum_partials(partials, tuple(written[2:]))
-    return tuple(gradients)
+
+    def run(
+        dnormed: Tensor, dresidual_out: Tensor | None, saved: NormSaved, options: NormGradOptions, _: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        kept, stats, weight, bias, x, x_bias, layer_scale, seed = saved
+        empty = host.allocator(kept)
+        gradients = [None if result is None else empty(*result) for result in results]
+        if m == 0 or n == 0:
+            return tuple([g if g is None else g.zero_() for g in gradients])
+        bias, x, x_bias = bias if from_bias else None, x if scaled else None, x_bias if scaled else None
+        if not are_read:
+            weight, bias, x_bias, layer_scale = [_parameter(p, acc) for p in (weight, bias, x_bias, layer_scale)]
+        if rows.copied:
+            dnormed, dresidual_out, kept, x = rows.read((dnormed, dresidual_out, kept, x))
+        dx, dresidual, *others = gradients
+        tensors = dnormed, dresidual_out, kept, x, weight, bias, x_bias, layer_scale, dx, dresidual
+        taken = way(host.aligned(*tensors))
+        sums = None
+        if taken.sums is not None:
+            sums = empty(*stats_like, acc)
+            pointers = (dnormed, kept, stats, weight, bias, sums)
+            taken.sums.launch(taken.sums_grid, pointers, taken.sums_numbers)
+        partials = empty(*taken.partials) if accumulators else None
+        every = (
+            *(dnormed, dresidual_out, kept, stats, sums, weight, bias, x, x_bias, layer_scale, seed),
+            *(dx, dresidual, partials),
+        )
+        taken.main.launch(taken.grid, every, taken.numbers)
+        if taken.finish is not None:
+            taken.finish(partials, tuple(others))
+        return tuple(gradients)
+
+    return run

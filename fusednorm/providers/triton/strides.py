@@ -1,12 +1,9 @@
-"""How the Triton kernels address what they are given: tensors as M rows of N columns.
-
-Most calls are on contiguous tensors, and every microsecond here is paid at each of them, so that case is told first and
-with as few look-ups as it takes.
-"""
+"""How the Triton kernels address what they are given: tensors as M rows of N columns."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +13,6 @@ from ..strides import folded
 class Layout(NamedTuple):
     """Row operands, in units the kernels understand; see LAYOUT, VEC and ROWS_2D there."""
 
-    tensors: tuple[Tensor | None, ...]
     strides: tuple[int, ...]  # (outer, row, column) of each tensor
     kind: int  # 0 aligned, in units of vec; 1 columns contiguous; 2 any strides
     vec: int
@@ -30,16 +26,13 @@ class Layout(NamedTuple):
 
 
 class _Operand(NamedTuple):
-    tensor: Tensor
+    copied: bool
     strides: tuple[int, int, int]
     rows_inner: int  # rows under one step of the outer stride; 0 = a single row stride
 
 
 def sizes(x: Tensor, normalized_ndim: int) -> tuple[int, int]:
     """Rows and columns."""
-    if normalized_ndim == 1:
-        n = x.shape[-1]
-        return (x.numel() // n, n) if n else (x.shape[:-1].numel(), 0)
     lead = x.ndim - normalized_ndim
     return x.shape[:lead].numel(), x.shape[lead:].numel()
 
@@ -50,27 +43,6 @@ def rows_per_sample(x: Tensor, normalized_ndim: int) -> int:
     return max(x.shape[1:lead].numel(), 1) if lead else 1
 
 
-def layout(
-    tensors: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...], normalized_ndim: int, n: int
-) -> Layout:
-    """Address `tensors` together; `others` (parameters and outputs) are contiguous and count for the alignment."""
-    vec, address = 4, 0
-    for t in tensors:
-        if t is not None:
-            if not t.is_contiguous() or t.is_neg():
-                return _strided(tensors, others, normalized_ndim, n)
-            if t.element_size() == 2:
-                vec = 8
-            address |= t.data_ptr()
-    for t in others:
-        if t is not None:
-            address |= t.data_ptr()
-    if n % vec or address % 16:
-        return Layout(tensors, (0, n, 1) * len(tensors), 1, vec, False, 1, n)
-    units = n // vec
-    return Layout(tensors, (0, units, 1) * len(tensors), 0, vec, False, 1, units)
-
-
 def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
     """The tensor read where it lies; a copy of what no two row strides and one column stride describe.
 
@@ -78,45 +50,58 @@ def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
     what it would do to the others, which are then read an element at a time too.
     """
     if tensor.is_neg():  # `.conj().imag`: memory holds the negated values
-        tensor = tensor.resolve_neg()
+        return _Operand(True, (0, n, 1), 0)
     if tensor.is_contiguous():
-        return _Operand(tensor, (0, n, 1), 0)
+        return _Operand(False, (0, n, 1), 0)
     lead = tensor.ndim - normalized_ndim
     rows = folded(tensor.shape[:lead], tensor.stride()[:lead])
     columns = folded(tensor.shape[lead:], tensor.stride()[lead:])
     if len(rows) > 2 or len(columns) > 1 or (columns and columns[0][1] == 0):
-        return _Operand(tensor.contiguous(), (0, n, 1), 0)
+        return _Operand(True, (0, n, 1), 0)
     stride_col = columns[0][1] if columns else 1
     if len(rows) == 2:
-        return _Operand(tensor, (rows[0][1], rows[1][1], stride_col), rows[1][0])
-    return _Operand(tensor, (0, rows[0][1] if rows else n, stride_col), 0)
+        return _Operand(False, (rows[0][1], rows[1][1], stride_col), rows[1][0])
+    return _Operand(False, (0, rows[0][1] if rows else n, stride_col), 0)
 
 
-def _strided(
-    tensors: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...], normalized_ndim: int, n: int
-) -> Layout:
-    operands = [None if t is None else _operand(t, normalized_ndim, n) for t in tensors]
-    inner = [o.rows_inner for o in operands if o is not None and o.rows_inner]
-    keep = inner[0] if inner else 0
-    strides: list[tuple[int, int, int]] = []
-    kept: list[Tensor | None] = []
-    for operand in operands:
-        if operand is None:
-            kept.append(None)
-            strides.append((0, 0, 0))
-            continue
-        if operand.rows_inner not in (0, keep):  # folds in another way than the first: copied
-            operand = _Operand(operand.tensor.contiguous(), (0, n, 1), 0)
-        outer, row, column = operand.strides
-        kept.append(operand.tensor)
-        strides.append((keep * row if keep and not operand.rows_inner else outer, row, column))
-    present = [(t, s) for t, s in zip(kept, strides, strict=True) if t is not None]
-    vec = 8 if any(t.element_size() == 2 for t, _ in present) else 4
-    unit = all(s[2] == 1 for _, s in present)
-    aligned = unit and n % vec == 0 and all((s[0] | s[1]) % vec == 0 for _, s in present)
-    aligned = aligned and all(t.data_ptr() % 16 == 0 for t in (*kept, *others) if t is not None)
-    if aligned:
-        strides = [(outer // vec, row // vec, column) for outer, row, column in strides]
-    flat = tuple(number for triple in strides for number in triple)
-    kind = 0 if aligned else 1 if unit else 2
-    return Layout(tuple(kept), flat, kind, vec, bool(keep), keep or 1, n // vec if aligned else n)
+class Rows:
+    """How tensors of these sizes and strides are addressed together, wherever they lie."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], normalized_ndim: int, n: int) -> None:
+        operands = [None if t is None else _operand(t, normalized_ndim, n) for t in tensors]
+        inner = [o.rows_inner for o in operands if o is not None and o.rows_inner]
+        self.n, self.rows_inner = n, inner[0] if inner else 0
+        self.strides: list[tuple[int, int, int] | None] = []
+        copied: list[bool] = []
+        for operand in operands:
+            if operand is not None and operand.rows_inner not in (0, self.rows_inner):  # folds in another way
+                operand = _Operand(True, (0, n, 1), 0)
+            copied.append(operand is not None and operand.copied)
+            if operand is None:
+                self.strides.append(None)
+                continue
+            outer, row, column = operand.strides
+            if self.rows_inner and not operand.rows_inner:
+                outer = self.rows_inner * row
+            self.strides.append((outer, row, column))
+        self.copied = copied if any(copied) else None  # which have to be copied
+        self.vec = 8 if any(t is not None and t.element_size() == 2 for t in tensors) else 4
+
+    def read(self, tensors: Iterable[Tensor | None]) -> list[Any]:
+        """The tensors, copied where kernels cannot address them."""
+        assert self.copied is not None
+        return [
+            t if t is None or not copied else t.resolve_neg().contiguous()
+            for t, copied in zip(tensors, self.copied, strict=True)
+        ]
+
+    def layout(self, aligned: bool) -> Layout:
+        """`aligned`: all of them, the parameters and the results start at multiples of 16 bytes."""
+        vec, present = self.vec, [s for s in self.strides if s is not None]
+        unit = all(column == 1 for *_, column in present)
+        aligned = aligned and unit and self.n % vec == 0 and all((s[0] | s[1]) % vec == 0 for s in present)
+        of = vec if aligned else 1
+        triples = [(0, 0, 0) if s is None else (s[0] // of, s[1] // of, s[2]) for s in self.strides]
+        flat = tuple([number for triple in triples for number in triple])
+        kind = 0 if aligned else 1 if unit else 2
+        return Layout(flat, kind, vec, self.rows_inner > 0, self.rows_inner or 1, self.n // of)

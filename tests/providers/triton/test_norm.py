@@ -126,10 +126,10 @@ def test_triton_variants_do_not_depend_on_the_row_count(launches):
 
 def test_one_value_expanded_over_the_columns_costs_the_others_no_alignment():
     x = torch.randn(6, 64)
-    rows = triton_layout.layout((torch.ones(()).expand(6, 64), x), (), 1, 64)
-    assert rows.kind == 0 and rows.tensors[1] is x
-    rows = triton_layout.layout((torch.randn(64).expand(6, 64), x), (), 1, 64)  # one row for all is read where it lies
-    assert rows.kind == 0 and rows.tensors[0].stride() == (0, 1)
+    rows = triton_layout.Rows((torch.ones(()).expand(6, 64), x), 1, 64)
+    assert rows.layout(True).kind == 0 and rows.copied == [True, False]
+    rows = triton_layout.Rows((torch.randn(64).expand(6, 64), x), 1, 64)  # one row for all is read where it lies
+    assert rows.layout(True).kind == 0 and rows.copied is None and rows.strides[0] == (0, 0, 1)
 
 
 def test_triton_refuses_dropout_over_several_dimensions():
