@@ -8,9 +8,6 @@ Eager beside it does the same and computes 4 x 64 numbers. What the launch itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,15 +24,12 @@ SHAPE, WIDTH = (4, 64), (64,)
 
 @pytest.fixture(autouse=True)
 def no_driver(monkeypatch):
-    """The Triton provider taken for usable on the CPU, every launch a call of a handle that does nothing."""
-    handles: dict[tuple[Any, ...], Callable[..., None]] = {}
-
-    def launch(self, grid, pointers, numbers):
-        key = (pointers[0].get_device(), tuple([None if t is None else t.dtype for t in pointers]))
-        run = handles.get(key) or handles.setdefault(key, lambda *arguments: None)
-        run(*grid, 1, None, None, None, None, None, None, *pointers, *numbers, *self.constants)
-
-    monkeypatch.setattr(triton_launch.Variant, "launch", launch)
+    """The Triton provider taken for usable on the CPU, every compiled kernel one that does nothing."""
+    kernel = triton_launch.Handle(None, lambda *arguments: None, (None,) * 5, lambda index: 0, None)
+    monkeypatch.setattr(triton_launch.Variant, "_compile", lambda self, dtypes: kernel)
+    monkeypatch.setattr(triton_launch, "_loaded", {})
+    monkeypatch.setattr(triton_host, "_prepared", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what a CPU tensor's get_device says
     monkeypatch.setattr(triton_host, "INTERPRETING", True)
     monkeypatch.setitem(dispatch.registry._reasons, "triton", None)
     threads = torch.get_num_threads()
@@ -64,6 +58,22 @@ def test_add_layer_norm_without_gradients(benchmark, who):
         benchmark(lambda: F.layer_norm(x + residual, WIDTH, weight, bias))
     else:
         benchmark(fusednorm.add_layer_norm, x, residual, WIDTH, weight, bias)
+
+
+@pytest.mark.parametrize("who", ["eager", "fused"])
+def test_bias_act_dropout_without_gradients(benchmark, who):
+    x, _, bias = tensors(False)
+    if who == "eager":
+        benchmark(lambda: F.gelu(x + bias))
+    else:
+        benchmark(fusednorm.bias_act_dropout, x, bias, "gelu", 0.0)
+
+
+@pytest.mark.parametrize("who", ["eager", "fused"])
+def test_causal_attention_without_gradients(benchmark, who):
+    q, k, v = torch.ones(3, 2, 4, 16, 64).unbind()
+    function = F.scaled_dot_product_attention if who == "eager" else fusednorm.scaled_dot_product_attention
+    benchmark(function, q, k, v, is_causal=True)
 
 
 @pytest.mark.parametrize("who", ["eager", "fused"])
