@@ -13,7 +13,6 @@ goes on where it was. Exit status: 0; 1 when a kernel breaks the gate (see `faul
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import triton
 from fusednorm.providers.triton import host as triton_host
 from tools.codegen import attention_calls as calls
 from tools.codegen import results
-from tools.codegen.compile import Launch, in_processes, number, opcodes_of, read_binary
+from tools.codegen.compile import Launch, in_processes, number, opcodes_of, read_binary, spilled
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -127,18 +126,6 @@ def tile(launch: Launch) -> str:
     """Queries by keys."""
     sizes = launch.constants[-1:] if launch.kernel.endswith("delta") else launch.constants[-2:]
     return " x ".join(map(str, sizes))
-
-
-def spilled(usage: str, sass: str) -> int:
-    """Bytes of stack, or how many instructions use it where that is more.
-
-    ptxas may reserve a frame of 8 bytes and touch it nowhere: R1, its address, is then read by its own setting alone.
-    Without a frame R1 is a register like others.
-    """
-    stack = number("STACK", usage)
-    accesses = len(re.findall(r"\*/\s+(?:@\S+\s+)?(?:LDL|STL)\b", sass))
-    addressed = re.search(r"\*/\s+(?:@\S+\s+)?[A-Z][\w.]*\s+(?!R1,)[^;]*\bR1\b", sass)
-    return max(stack, accesses) if accesses or (addressed and stack) else 0
 
 
 def figures(variant: Variant, arch: int) -> Figures:

@@ -340,7 +340,7 @@ def near(variants: Iterable[Variant], figures_of_one: Path) -> list[Variant]:
         f = json.loads(line)
         device = DEVICES[f["arch"]]
         most = min(255, device.registers // (32 * f["warps"] * f["per_sm"]) // 8 * 8)
-        broken = f["failure"] or f["stack"] or f["local"] or (f["shared"] + RESERVED) * f["per_sm"] > smallest
+        broken = f["failure"] or f["stack"] or (f["shared"] + RESERVED) * f["per_sm"] > smallest
         name = f["kernel"], f["mode"], f["dtype"], f["n"]
         spare[name] = min(spare.get(name, 255), 0 if broken else most - f["registers"])
     return [v for v in variants if spare.get((v.kernel, v.mode, v.dtype, v.n), 0) < MARGIN]

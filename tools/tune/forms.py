@@ -106,7 +106,7 @@ def triton_configs(case: Case) -> list[Config | Pinned]:
     op, n = norm_of(case), case.shape[-1]
     wide_rows, small = case.torch_dtype.itemsize > 2, case.torch_dtype == torch.float64
     if case.direction == "forward":
-        base = table.forward(n, op.epilogue, wide_rows, small)
+        base = table.forward(n, op.epilogue, wide_rows, False, small)
         return [base, *tune_variants.triton_forward(n, base)]
     accumulators = 2 - op.rms + op.epilogue
     weight_class = table.load(accumulators, op.epilogue, False, wide_rows, False, False)

@@ -38,18 +38,19 @@ def _forward(
     layout: tuple[int, int, bool],
     z_dtype: torch.dtype,
     acc: torch.dtype,
-    wide: bool,
+    wide_rows: bool,
+    wide_parameters: bool,
     flags: tuple[bool, ...],
 ) -> tuple[Callable[[], Variant], int]:
     """The forward of rows of n columns, and how many rows a program takes.
 
-    `wide`: some row operand or result has more than 16 bits an element, or three parameters have.
+    `wide_rows`: some row operand or result has more than 16 bits an element. `wide_parameters`: three of them have.
     """
     from . import norm_fwd as kernels
     from .launch import TYPES
 
     small = layout[0] != 0 or acc == torch.float64
-    config = table.forward(n, dropout=flags[2], wide=wide, small=small)
+    config = table.forward(n, flags[2], wide_rows, wide_parameters, small)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
@@ -143,13 +144,15 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
     (shape, strides), (stats_shape, stats_strides) = row_major(x.shape), row_major((2 - options.rms, m))
     rows, of_sample = Rows((x, residual), normalized_ndim, n), rows_per_sample(x, normalized_ndim)
     are_read = _are_read(given, acc)
-    wide = max(x.dtype.itemsize, residual_dtype.itemsize, normed_dtype.itemsize) > 2
-    wide = wide or sum([p is not None and p.dtype.itemsize > 2 for p in given]) > 2
+    wide = (
+        max(x.dtype.itemsize, residual_dtype.itemsize, normed_dtype.itemsize) > 2,
+        sum([p is not None and p.dtype.itemsize > 2 for p in given]) > 2,
+    )
 
     @functools.cache
     def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...]]:
         layout, flags = rows.layout(aligned), (*switches, dropout_p > 0.0, drop_path_p > 0.0)
-        variant, block_m = _forward(n, layout.constants, residual_dtype, acc, wide, flags)
+        variant, block_m = _forward(n, layout.constants, residual_dtype, acc, *wide, flags)
         numbers = (
             *(m, layout.n_units, layout.rows_inner, of_sample, *layout.strides, eps),
             *(*host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)),

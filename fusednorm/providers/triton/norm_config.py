@@ -17,25 +17,25 @@ from .config import Config as Config
 
 _Tile = tuple[int, int, int, tuple[int, ...]]
 
-# (block_m, block_n, warps, most chunks light / heavy): earlier rows win ties of padded width. Heavy is a forward with
-# dropout, of 32-bit rows, or of three 32-bit parameters.
+# (block_m, block_n, warps, most chunks light / heavy / wide parameters): earlier rows win ties of padded width. Heavy:
+# with dropout, or of 32-bit rows. Wide parameters: three of 32 bits beside 16-bit rows.
 _FORWARD = (
-    (16, 64, 4, (1, 1)),
-    (8, 128, 4, (1, 1)),
-    (1, 1024, 4, (5, 5)),
-    (4, 256, 4, (5, 5)),
-    (2, 512, 4, (3, 3)),
-    (1, 2048, 8, (4, 4)),
-    (1, 4096, 16, (4, 4)),
-    (1, 8192, 16, (4, 3)),
+    (16, 64, 4, (1, 1, 1)),
+    (8, 128, 4, (1, 1, 1)),
+    (1, 1024, 4, (5, 5, 5)),
+    (4, 256, 4, (5, 5, 5)),
+    (2, 512, 4, (3, 3, 3)),
+    (1, 2048, 8, (4, 4, 4)),
+    (1, 4096, 16, (4, 4, 4)),
+    (1, 8192, 16, (4, 3, 2)),
 )
 _FORWARD_SMALL = (
-    (8, 64, 4, (1, 1)),
-    (4, 128, 4, (1, 1)),
-    (2, 256, 4, (2, 2)),
-    (1, 512, 4, (4, 4)),
-    (1, 1024, 8, (4, 4)),
-    (1, 2048, 16, (4, 4)),
+    (8, 64, 4, (1, 1, 1)),
+    (4, 128, 4, (1, 1, 1)),
+    (2, 256, 4, (2, 2, 2)),
+    (1, 512, 4, (4, 4, 4)),
+    (1, 1024, 8, (4, 4, 4)),
+    (1, 2048, 16, (4, 4, 4)),
 )
 _FORWARD_WIDE = (1, 8192, 32)
 _FORWARD_WIDE_SMALL = (1, 2048, 16)
@@ -88,10 +88,11 @@ def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int
     return min(fitting, key=lambda t: t[1] * t[2], default=None)
 
 
-def forward(n: int, dropout: bool, wide: bool, small: bool) -> Config:
+def forward(n: int, dropout: bool, wide_rows: bool, wide_parameters: bool, small: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
-    best = _best(n, _FORWARD_SMALL if small else _FORWARD, dropout or wide) or (block_m, block_n, 0, warps)
+    weight_class = 1 if dropout or wide_rows else 2 if wide_parameters else 0
+    best = _best(n, _FORWARD_SMALL if small else _FORWARD, weight_class) or (block_m, block_n, 0, warps)
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 
 

@@ -5,6 +5,8 @@ The interpreter runs a program at a time in Python, so each shape here is the sm
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from backends import INTERPRETED
@@ -147,6 +149,7 @@ def test_table_counts_on_no_more_warps_than_the_smallest_multiprocessor_has(monk
     """48 on compute capability 8.6, 8.9 and 12.0, where registers alone would let more programs fit."""
     monkeypatch.setattr(table, "_BACKWARD_REGISTERS", ((4, 4),) * 4)
     configs = {table.backward(n, load, small) for n in range(64, 20000, 64) for load in range(4) for small in (0, 1)}
-    configs |= {table.forward(n, d, w, s) for n in range(64, 40000, 64) for d in (0, 1) for w in (0, 1) for s in (0, 1)}
+    questions = [(n, *switches) for n in range(64, 40000, 64) for switches in itertools.product((0, 1), repeat=4)]
+    configs |= {table.forward(*question) for question in questions}
     assert max(config.warps * config.per_sm for config in configs) <= 48
     assert any(config.per_sm > 1 and config.warps > 4 for config in configs)
