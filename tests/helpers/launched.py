@@ -125,10 +125,12 @@ def word(p: float | None) -> int:
 # --- in the process that has the GPUs ---
 
 
-def step(call: Callable[..., Any], *args: Any, provider: str | None = "triton", **options: Any) -> Step:
-    """A call's forward, and its backward for everything that has a gradient."""
+def step(
+    call: Callable[..., Any], *args: Any, provider: str | None = "triton", watch: Any = None, **options: Any
+) -> Step:
+    """A call's forward, and its backward for everything that has a gradient. `watch` gives the launches."""
     asked = nullcontext() if provider is None else fn.use_provider(provider)
-    with launches() as noted, asked:
+    with (watch or launches)() as noted, asked:
         given, results, known = call(*args, **options)
         wanted = [name for name, tensor in given.items() if tensor.requires_grad]
         cotangents = {f"d{name}": torch.ones_like(result) for name, result in results.items()}

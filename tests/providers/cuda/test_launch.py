@@ -1,19 +1,170 @@
-"""The host's side of a launch, compiled by nvcc and run without a GPU."""
+"""The host's side of the CUDA library is called for every operator, on GPUs that are not there (tests/helpers/standin.py)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import ctypes
+import re
+from typing import Any
 
 import emulated
+import launched_cuda
 import pytest
+import standin
+import torch
+from launched import EPS, Known, Step, activation, norm
+from launched_cuda import Launch, strided
 
 from tools.codegen.cuda import NVCC
 
-SOURCE = Path(emulated.__file__).parent / "csrc" / "launches.cu"
+pytest.importorskip("triton")  # whose package has CUDA's headers
+pytestmark = [
+    pytest.mark.skipif(emulated.compiler() is None or NVCC is None, reason="needs g++ and nvcc"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA operators, for GPUs that are there"),
+]
+
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+BIASED, SCALED = "weight bias", "weight x_bias layer_scale"
+EPILOGUE = {"dropout_p": 0.75, "drop_path_p": 0.5}  # words past 2**31
+WIDE, WIDEST = 2**14, 2**17  # of float32: a cluster's row, and one that no cluster holds
+CALLS = {
+    "layer_norm": (norm, {"function": "layer_norm", "vectors": BIASED, "dtype": F16}),
+    "layer_norm_without_parameters": (norm, {"function": "layer_norm", "vectors": ""}),
+    "layer_norm_unaligned": (norm, {"function": "layer_norm", "vectors": BIASED, "offset": 1}),
+    "rms_norm": (norm, {"function": "rms_norm", "vectors": "weight", "dtype": F64}),
+    "add_layer_norm": (norm, {"function": "add_layer_norm", "vectors": f"{SCALED} bias", **EPILOGUE}),
+    "add_rms_norm": (norm, {"function": "add_rms_norm", "vectors": "weight", "residual_dtype": F32}),
+    "zero_centered": (strided, {"zero_centered_weight": True, "width": 33, "dropout_p": 0.75}),
+    "memory_efficient": (norm, {"function": "add_rms_norm", "vectors": "weight", "memory_efficient": True}),
+    "odd": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F32, "width": 77}),
+    "cluster": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F32, "width": WIDE}),
+    "slabs": (norm, {"function": "add_rms_norm", "vectors": SCALED, "dtype": F32, "width": WIDEST, "dropout_p": 0.5}),
+    "strided": (strided, {}),
+    "bias_act_dropout": (activation, {"p": 0.75}),
+    "bias_act": (activation, {"dtype": F64}),
+    "act": (activation, {"vectors": "", "dtype": F16}),
+}
+# What the library makes for itself, and how it divides rows.
+OWN = {"seed", "stats", "sums", "partials", "programs", "tiles", "tile_scale", "ranks_log2", "rounds"}
+DTYPES = (F64, F32, torch.bfloat16, F16)  # as csrc/common/data.h numbers them
+MANGLED = {F16: "NS_7Float16E", F32: "f", F64: "d", torch.bfloat16: "NS_8BFloat16E"}
+PARAMETERS = ("weight", "bias", "x_bias", "layer_scale")
+GROUPED = 128  # multiprocessors of cuda:0 that clusters find, by the stand-in
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-def test_shared_memory_is_asked_for_once_for_each_kernel_and_device(tmp_path):
-    emulated.run([NVCC, "-std=c++17", f"-I{emulated.CSRC}", str(SOURCE), "-o", str(tmp_path / "launches")])
-    said = emulated.run([str(tmp_path / "launches")]).splitlines()
-    assert said == ["shared memory: out of memory", "0 60000", "0 100000", "1 60000", "1 100000", "1 60000"]
+@pytest.fixture(scope="module")
+def gpus():
+    with standin.process(cuda_library=True) as pool:
+        yield lambda *call, **options: pool.submit(*call, **options).result(600)
+
+
+def rows(name: str, tensor: Known) -> dict[str, int]:
+    """Strides in bytes; dimensions that one stride addresses are one."""
+    folded: list[tuple[int, int]] = []
+    for size, elements in zip(tensor.shape[:-1], tensor.strides[:-1]):
+        stride = elements * tensor.itemsize
+        if folded and folded[-1][1] == size * stride:
+            size *= folded.pop()[0]
+        folded.append((size, stride))
+    known = {f"{name}.data": tensor.address, f"{name}.stride": folded[-1][1]}
+    return known if len(folded) == 1 else known | {f"{name}.outer": folded[0][1], f"{name}.inner": folded[1][0]}
+
+
+def expected(step: Step, launch: Launch, options: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's struct, as far as the caller knows what stands in it. What he does not give is null."""
+    tensors, last = step.tensors, step.launches[-1]
+    x, wanted = tensors["x"], [name for name in PARAMETERS if name in tensors]
+    known = {name: tensor.address for name, tensor in tensors.items()}
+    known |= {"n_rows": step.numbers["M"], "n_columns": x.shape[-1], "share": ctypes.c_float(1 / x.shape[-1]).value, "eps": EPS}
+    known |= {"rows_per_sample": x.shape[1] if len(x.shape) == 3 else 1, "rms": "rms" in options.get("function", "rms")}
+    known |= {"saved_is_normed": options.get("memory_efficient", False), "activation": 1}  # gelu
+    known |= {"zero_centered": options.get("zero_centered_weight", False), "z": known.get("residual_out")}
+    known |= {"element.scale": 1.0, "path.scale": 1.0}
+    for name, p in {"element": options.get("p", options.get("dropout_p")), "path": options.get("drop_path_p")}.items():
+        if p:
+            known |= {f"{name}.on": True, f"{name}.threshold": int(p * 2**32), f"{name}.scale": 1 / (1 - p)}
+    for name in {*tensors} & {"x", "residual", "dnormed", "dresidual_out", "dy"}:
+        known |= rows(name, tensors[name])
+    known |= rows("saved", tensors["normed"] if known["saved_is_normed"] else tensors.get("residual_out", x))
+    for name in wanted:
+        known |= {f"{name}.data": tensors[name].address, f"d{name}": wanted.index(name)}
+    known |= {f"d{name}": -1 for name in PARAMETERS if name not in wanted}
+    if known.get("dresidual") == known.get("dx"):  # without an epilogue one gradient is both
+        known["dresidual"] = None
+    known["residual_is_narrow"] = "residual_dtype" in options
+    gradients = [tensors[f"d{name}"].address for name in wanted]
+    known["gradient"] = [*gradients, None, None, None, None][:4]
+    known["dtype"] = [DTYPES.index(dtype_of(options))] * len(wanted) + [0] * (4 - len(wanted))
+    if "add_layer_norm_bwd" in launch.kernel and "layer_scale" not in tensors:
+        known |= dict.fromkeys(("x.data", "x.stride", "x.outer", "x.inner"))
+    return {name: known.get(name) or type(value)() for name, value in launch.given.items() if name not in OWN}
+
+
+def dtype_of(options: dict[str, Any]) -> torch.dtype:
+    return options.get("dtype", F32 if "function" not in options and "p" not in options else torch.bfloat16)
+
+
+def check_division(launch: Launch, step: Step, options: dict[str, Any]) -> None:
+    """Threads and turns cover the rows and columns, and none is idle as a whole."""
+    given, (grid_x, grid_y, _), (threads, block_y, _) = launch.given, launch.note.grid, launch.note.block
+    n, m, cluster, vector = given["n_columns"], step.numbers["M"], launch.note.cluster, 16 // step.tensors["x"].itemsize
+    assert launch.note.early == (launch.kernel == "sum_partials_kernel")
+    if launch.kernel == "sum_partials_kernel":
+        backward = step.launches[-2]
+        assert (grid_x - 1) * threads < n <= grid_x * threads
+        assert grid_y == sum(gradient is not None for gradient in given["gradient"])
+        assert (given["programs"], given["partials"]) == (backward.note.grid[1], backward.given["partials"])
+    elif launch.kernel == "add_layer_norm_fwd_kernel":
+        chunks = re.search(r"Li(\d)E", launch.template)
+        assert chunks is not None
+        tile = cluster * threads * vector * int(chunks[1])
+        assert cluster == 1 << given["ranks_log2"]
+        assert (given["tiles"] - 1) * tile < n <= given["tiles"] * tile
+        assert (grid_x // cluster - 1) * block_y < m <= grid_x // cluster * block_y and grid_y == 1
+        assert 1 / given["tile_scale"] / 2 < min(n, tile) <= 1 / given["tile_scale"]
+    elif launch.kernel == "add_layer_norm_bwd_sums_kernel":
+        assert (grid_x, grid_y, block_y) == (m, 1, 1)
+    else:
+        assert (grid_x - cluster) * threads * vector < n <= grid_x * threads * vector
+        assert (grid_y - 1) * block_y < m
+        assert cluster == 1 or (grid_x == cluster and grid_y == min(m, GROUPED // cluster))
+        rounds = given.get("rounds")
+        assert rounds is None or (rounds - 1) * grid_y * block_y < m <= rounds * grid_y * block_y
+
+
+def kernels(step: Step) -> list[str]:
+    return [launch.kernel for launch in step.launches]
+
+
+def check(step: Step, options: dict[str, Any], device: int = 0) -> None:
+    first, dtype = step.launches[0], dtype_of(options)
+    names = [name for name in PARAMETERS if name in step.tensors]
+    op = "bias_act_dropout" if "y" in step.tensors else "add_layer_norm"
+    slabs = ["add_layer_norm_bwd_sums_kernel"] if any("sums" in kernel for kernel in kernels(step)[1:-2]) else []
+    assert kernels(step) == [f"{op}_fwd_kernel", *slabs, f"{op}_bwd_kernel", *(["sum_partials_kernel"] if names else [])]
+    for launch in step.launches:
+        assert (launch.note.device, launch.note.stream) == (device, standin.STREAMS[device])
+        assert launch.given == launch.given | expected(step, launch, options)
+        check_division(launch, step, options)
+        if launch.kernel == "sum_partials_kernel":
+            assert launch.template == ("d" if dtype is F64 else "f")
+            continue
+        assert launch.template.startswith(MANGLED[dtype])
+        assert launch.given["seed"] == first.given["seed"]
+        assert (launch.given["seed"] is not None) == launch.given["element.on"] or launch.given.get("path.on")
+        assert launch.given.get("stats") == first.given.get("stats")
+        assert "stats" not in first.given or first.given["stats"] is not None
+        if "partials" in launch.given:
+            assert (launch.given["partials"] is not None) == bool(names)
+            assert bool(launch.given.get("sums")) == bool(slabs)
+
+
+@pytest.mark.parametrize(("call", "options"), CALLS.values(), ids=CALLS)
+def test_what_is_launched(gpus, call, options):
+    check(gpus(launched_cuda.step, call, **options), options)
+
+
+def test_rows_of_every_length_are_divided(gpus):
+    """A warp, a block, a cluster, slabs."""
+    clusters = {name: gpus(launched_cuda.step, *CALLS[name][:1], **CALLS[name][1]).launches for name in ("odd", "cluster", "slabs")}
+    assert [max(launch.note.cluster for launch in launches) for launches in clusters.values()] == [1, 8, 8]
+    assert kernels(gpus(launched_cuda.step, norm, **CALLS["slabs"][1]))[1] == "add_layer_norm_bwd_sums_kernel"
