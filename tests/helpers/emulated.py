@@ -103,10 +103,13 @@ def build_provider(sanitized: bool) -> Path:
     return build("libfusednorm_cuda.so", sorted(sources), flags, link_torch(torch))
 
 
-def build_cuda() -> Path:
-    """The CUDA library, to be linked to a runtime when it is loaded. Its kernels are PTX that nobody optimised."""
+def build_cuda(with_runtime: bool = False) -> Path:
+    """The CUDA library, linked as setup.py links it, or to whatever runtime is there when it is loaded.
+
+    Its kernels are PTX that nobody optimised.
+    """
     torch, script = torch_directory(), setup_script()
-    commands, _ = script.cuda_commands(Path(), torch, [str(compiler())])
+    commands, runtime = script.cuda_commands(Path(), torch, [str(compiler())])
     jobs = {made.stem: command for made, command in commands.items() if command[-1].endswith(".cpp")}
     kernels = sorted(command[-1] for command in commands.values() if command[-1].endswith(".cu"))
     flags = ["-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", str(compiler()), "-Xcicc", "-O0"]
@@ -114,7 +117,12 @@ def build_cuda() -> Path:
     for half, sources in enumerate((kernels[::2], kernels[1::2])):  # nvcc reads its own headers for seconds
         together = [part for source in sources[:-1] for part in ("-include", source)]
         jobs[f"kernels_{half}"] = [*script.nvcc(), *flags, *together, "-c", sources[-1]]
-    return build_from("libfusednorm_cuda.so", jobs, link_torch(torch))
+    objects = build_from("cuda.o", jobs, ["-r", "-nostdlib"])
+    name = "with_runtime.so" if with_runtime else "libfusednorm_cuda.so"
+    unfinished = objects.with_name(f"{name}.{os.getpid()}")
+    link = [*link_torch(torch), *(runtime if with_runtime else [])]
+    run([str(compiler()), str(objects), *link, "-o", str(unfinished)])
+    return unfinished.replace(objects.with_name(name))
 
 
 def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, csrc: Path = CSRC) -> Path:

@@ -80,8 +80,9 @@ def norm(
     return given, named, {"M": ROWS, "eps": EPS, **dropped}
 
 
-def activation(vectors: str = "bias", dtype: torch.dtype = torch.bfloat16, p: float = 0.0) -> Any:
-    given = {"x": leaf((ROWS, WIDTH), dtype)} | {name: leaf((WIDTH,), dtype) for name in vectors.split()}
+def activation(vectors: str = "bias", dtype: torch.dtype = torch.bfloat16, p: float = 0.0, device: int = 0) -> Any:
+    given = {"x": leaf((ROWS, WIDTH), dtype, device)}
+    given |= {name: leaf((WIDTH,), dtype, device) for name in vectors.split()}
     y = fn.bias_act_dropout(given["x"], given.get("bias"), "gelu", p)
     return given, {"y": y}, {"M": ROWS, "threshold": word(p)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import torch
 from launched import EPS, ROWS, WIDTH, Step, leaf
 
 import fusednorm as fn
+from fusednorm import dispatch
+from fusednorm.providers.cuda import library
 
 HEADERS = ("common/data.h", "cuda/support/args.h", "cuda/norm/norm_args.h", "cuda/activation/activation_args.h")
 KERNEL = re.compile(r"_ZN14fusednorm_cuda\d+(\w+_kernel)I(\w*?)EEvNS_\d+(\w+)E")
@@ -75,8 +77,27 @@ def watched() -> Iterator[list[Launch]]:
     noted.extend(read(note) for note in standin.notes() if "first_kernel" not in note.kernel)
 
 
-def step(*call: Any, **options: Any) -> Step:
-    return launched.step(*call, provider="cuda", watch=watched, **options)
+def step(*call: Any, fastpath: bool = True, **options: Any) -> Step:
+    with nullcontext() if fastpath else dispatch.settings.without_fastpath():
+        return launched.step(*call, provider="cuda", watch=watched, **options)
+
+
+def alike() -> None:
+    """The second GPU becomes one of the first one's kind, whose kernels the library has."""
+    for attribute, value in standin.DEVICES[0].items():
+        standin.DEVICES[1][attribute] = value
+        standin.driver.standin_set(1, attribute, value)
+
+
+def refused(device: int) -> tuple[str | None, int, int]:
+    """As in a new process: why no kernel runs there, and what is left of it for the next call to find.
+
+    That is the error that is kept, and this thread's mode while another one captures.
+    """
+    library.forget_devices()
+    said, runtime, mode = library.unusable(device), ctypes.CDLL(str(standin.runtime())), ctypes.c_int(0)
+    assert runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode)) == 0
+    return said, runtime.cudaGetLastError(), mode.value
 
 
 def strided(dtype: torch.dtype = torch.float32, width: int = WIDTH, **options: Any) -> Any:

@@ -96,7 +96,7 @@ def _note(line: str) -> Note:
 
 
 def fail(function: str, calls: int) -> None:
-    """The driver's function fails, once, after so many calls."""
+    """The driver's function, or an operator of torch's, fails, once, after so many calls."""
     driver.standin_fail(function.encode(), calls)
 
 
@@ -106,10 +106,10 @@ def current_device(use: int | None = None) -> int:
     return driver.standin_device()
 
 
-def capture(on: bool) -> None:
+def capture(on: bool, by_another_thread: bool = False) -> None:
     global _capturing
-    _capturing = on
-    driver.standin_capture(on)
+    _capturing = on and not by_another_thread
+    driver.standin_capture(on + by_another_thread)
 
 
 def _install(path: Path, runtime: Path | None = None, cuda_library: Path | None = None) -> None:
@@ -205,6 +205,8 @@ def _moved(tensor: Tensor, kind: int, device: int) -> Tensor:
 
 def _on_the_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operator of torch that is called with tensors of these GPUs, or for a new one."""
+    if driver.standin_fails(op.name().encode()):
+        raise torch.OutOfMemoryError("CUDA out of memory")
     given: list[tuple[Tensor, Tensor]] = []
     devices: list[int] = []
 

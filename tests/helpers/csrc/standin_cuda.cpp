@@ -136,6 +136,7 @@ int standin_device() { return current_device(); }
 void standin_use(int device) { current = &contexts[device]; }
 // The function fails, once, after so many calls.
 void standin_fail(const char* function, int calls) { failing = function, calls_before = calls; }
+bool standin_fails(const char* function) { return fails(function); }
 int standin_noted() { return int(notes.size()); }
 // kernel, device, stream, grid, block, cluster, shared memory, whether it may begin early, and each parameter's bytes
 const char* standin_note(int index) { return notes[index].c_str(); }

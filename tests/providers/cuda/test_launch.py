@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import partial
 from typing import Any
 
 import emulated
@@ -54,6 +55,7 @@ GROUPED = 128  # multiprocessors of cuda:0 that clusters find, by the stand-in
 @pytest.fixture(scope="module")
 def gpus():
     with standin.process(cuda_library=True) as pool:
+        pool.submit(launched_cuda.alike).result(600)
         yield lambda *call, **options: pool.submit(*call, **options).result(600)
 
 
@@ -158,13 +160,82 @@ def check(step: Step, options: dict[str, Any], device: int = 0) -> None:
             assert bool(launch.given.get("sums")) == bool(slabs)
 
 
+@pytest.mark.parametrize("fastpath", [True, False])
 @pytest.mark.parametrize(("call", "options"), CALLS.values(), ids=CALLS)
-def test_what_is_launched(gpus, call, options):
-    check(gpus(launched_cuda.step, call, **options), options)
+def test_what_is_launched(gpus, call, options, fastpath):
+    check(gpus(launched_cuda.step, call, fastpath=fastpath, **options), options)
 
 
-def test_rows_of_every_length_are_divided(gpus):
-    """A warp, a block, a cluster, slabs."""
-    clusters = {name: gpus(launched_cuda.step, *CALLS[name][:1], **CALLS[name][1]).launches for name in ("odd", "cluster", "slabs")}
-    assert [max(launch.note.cluster for launch in launches) for launches in clusters.values()] == [1, 8, 8]
-    assert kernels(gpus(launched_cuda.step, norm, **CALLS["slabs"][1]))[1] == "add_layer_norm_bwd_sums_kernel"
+def test_long_rows_take_a_cluster_and_longer_ones_slabs(gpus):
+    forms = {n: gpus(launched_cuda.step, norm, **CALLS[n][1]).launches for n in ("odd", "cluster", "slabs")}
+    assert [[launch.note.cluster for launch in launches] for launches in forms.values()] == [[1] * 3, [2, 8, 1], [8, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("fastpath", [True, False])
+@pytest.mark.parametrize(("current", "device"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("call", ["add_layer_norm", "bias_act_dropout"])
+def test_launch_goes_to_the_device_of_the_tensors(gpus, call, current, device, fastpath):
+    function, options = CALLS[call]
+    gpus(standin.current_device, current)
+    try:
+        check(gpus(launched_cuda.step, function, device=device, fastpath=fastpath, **options), options, device)
+        assert gpus(standin.current_device) == current
+    finally:
+        gpus(standin.current_device, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "calls", "text"),
+    [
+        ("cuLaunchKernelEx", 0, r"launch of .*add_layer_norm_fwd_kernel<float, float, .*>.*: too many resources"),
+        ("cuLaunchKernelEx", 1, r"launch of .*add_layer_norm_bwd_kernel<float, float, .*>.*: too many resources"),
+        ("cuLaunchKernelEx", 2, r"launch of .*sum_partials_kernel<float>.*: too many resources"),
+        ("aten::empty_strided", 6, r"out of memory: no tensor of shape \(6, 64\), 1536 bytes, could be made"),
+        ("aten::empty_strided", 11, r"out of memory: no tensor of shape \(6, 64\), 1536 bytes, could be made"),
+    ],
+)
+def test_error_is_named_and_the_next_call_is_served(gpus, function, calls, text):
+    """And the device that was current is so again."""
+    call, options = CALLS["add_layer_norm"]
+    options = options | {"dtype": F32, "device": 1}
+    gpus(launched_cuda.step, call, **options)
+    gpus(standin.fail, function, calls)
+    with pytest.raises(RuntimeError, match=text):
+        gpus(launched_cuda.step, call, **options)
+    assert gpus(standin.current_device) == 0
+    check(gpus(launched_cuda.step, call, **options), options, device=1)
+
+
+def test_shared_memory_is_asked_for_once_for_each_kernel_and_device(gpus):
+    """Again where it was refused, and for more."""
+    options = {"function": "add_layer_norm", "vectors": BIASED, "dtype": F64}  # with a form of its own
+    for device, width, asked in [(0, 4096, 1), (0, 2048, 0), (0, 4096, 0), (1, 4096, 1)]:
+        gpus(standin.fail, "cuFuncSetAttribute", 0)
+        call = partial(gpus, launched_cuda.step, norm, width=width, device=device, **options)
+        if asked:
+            with pytest.raises(RuntimeError, match=r"^shared memory: out of memory$"):
+                call()
+        check(call(), options, device)
+
+
+def test_while_capturing_what_is_loaded_is_launched(gpus):
+    call, options = CALLS["add_layer_norm"]
+    gpus(launched_cuda.step, call, **options)
+    gpus(standin.capture, True)
+    try:
+        check(gpus(launched_cuda.step, call, **options), options)
+    finally:
+        gpus(standin.capture, False)
+
+
+def test_gpu_where_no_kernel_runs_is_refused_and_nothing_is_left_of_the_error():
+    with standin.process(cuda_library=True) as pool:
+        gpus = lambda *call: pool.submit(*call).result(600)  # noqa: E731
+        for device, text in (0, "out of memory"), (1, "no kernel image is available"):
+            if device == 0:
+                gpus(standin.fail, "cuModuleLoadData", 0)
+            said, *left = gpus(launched_cuda.refused, device)
+            assert text in said and f"cuda:{device}" in said and "FUSEDNORM_CUDA_ARCHITECTURES=native" in said
+            assert (left, gpus(standin.current_device)) == ([0, 0], 0)
+        gpus(standin.capture, True, True)
+        assert gpus(launched_cuda.refused, 0) == (None, 0, 0)
