@@ -1,4 +1,7 @@
-"""What the CUDA library launches on stand-in GPUs (`standin.py`): a kernel takes one struct, here read by its declaration."""
+"""What the CUDA library launches on stand-in GPUs (`standin.py`).
+
+A kernel takes one struct. It is read here as the headers declare it.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def refused(device: int) -> tuple[str | None, int, int]:
     return said, runtime.cudaGetLastError(), mode.value
 
 
-def strided(dtype: torch.dtype = torch.float32, width: int = WIDTH, **options: Any) -> Any:
+def strided(dtype: torch.dtype, width: int = WIDTH, **options: Any) -> Any:
     """Rows of x at two strides, of the residual at one."""
     x = leaf((ROWS, 4, 2 * width), dtype).detach()[:, 1:, :width].transpose(0, 1)
     residual = leaf((3, ROWS, 2 * width), dtype).detach()[..., width:]

@@ -1,8 +1,7 @@
-"""One build of the native libraries in several versions of torch: this one's, and those that `make test-all` installs."""
+"""One build of the native libraries in several versions of torch: this one, and those that `make test-all` installs."""
 
 from __future__ import annotations
 
-import json
 import json
 import os
 import subprocess
@@ -114,6 +113,8 @@ def test_libraries_load_whatever_is_imported_first(other, imports):
     library = emulated.build_cuda(with_runtime=True)
     here, there = (json.loads(run(python, f"{imports}\n{LOADED}", library)) for python in (sys.executable, other))
     assert there["fusednorm_cpu"] == here["fusednorm_cpu"] and here["fusednorm_cpu"]
-    common = {name.replace("cuda", "cpu"): schema.replace("cuda", "cpu") for name, schema in there["fusednorm_cuda"].items()}
+    common = {
+        name.replace("cuda", "cpu"): schema.replace("cuda", "cpu") for name, schema in there["fusednorm_cuda"].items()
+    }
     assert common == common | {name: schema for name, schema in here["fusednorm_cpu"].items() if name in common}
     assert len(common) >= 4

@@ -1,4 +1,4 @@
-"""The host's side of the CUDA library is called for every operator, on GPUs that are not there (tests/helpers/standin.py)."""
+"""The CUDA library's host code is called for every operator, on GPUs that are not there (tests/helpers/standin.py)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ CALLS = {
     "rms_norm": (norm, {"function": "rms_norm", "vectors": "weight", "dtype": F64}),
     "add_layer_norm": (norm, {"function": "add_layer_norm", "vectors": f"{SCALED} bias", **EPILOGUE}),
     "add_rms_norm": (norm, {"function": "add_rms_norm", "vectors": "weight", "residual_dtype": F32}),
-    "zero_centered": (strided, {"zero_centered_weight": True, "width": 33, "dropout_p": 0.75}),
+    "zero_centered": (strided, {"dtype": F32, "zero_centered_weight": True, "width": 33, "dropout_p": 0.75}),
     "memory_efficient": (norm, {"function": "add_rms_norm", "vectors": "weight", "memory_efficient": True}),
     "odd": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F32, "width": 77}),
     "cluster": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F32, "width": WIDE}),
     "slabs": (norm, {"function": "add_rms_norm", "vectors": SCALED, "dtype": F32, "width": WIDEST, "dropout_p": 0.5}),
-    "strided": (strided, {}),
+    "strided": (strided, {"dtype": F32}),
     "bias_act_dropout": (activation, {"p": 0.75}),
     "bias_act": (activation, {"dtype": F64}),
     "act": (activation, {"vectors": "", "dtype": F16}),
@@ -73,39 +73,41 @@ def rows(name: str, tensor: Known) -> dict[str, int]:
 
 def expected(step: Step, launch: Launch, options: dict[str, Any]) -> dict[str, Any]:
     """A kernel's struct, as far as the caller knows what stands in it. What he does not give is null."""
-    tensors, last = step.tensors, step.launches[-1]
-    x, wanted = tensors["x"], [name for name in PARAMETERS if name in tensors]
-    known = {name: tensor.address for name, tensor in tensors.items()}
-    known |= {"n_rows": step.numbers["M"], "n_columns": x.shape[-1], "share": ctypes.c_float(1 / x.shape[-1]).value, "eps": EPS}
+    tensors, x = step.tensors, step.tensors["x"]
+    wanted, n = [name for name in PARAMETERS if name in tensors], x.shape[-1]
+    known: dict[str, Any] = {name: tensor.address for name, tensor in tensors.items()}
+    known |= {"n_rows": step.numbers["M"], "n_columns": n, "share": ctypes.c_float(1 / n).value, "eps": EPS}
     known |= {"rows_per_sample": x.shape[1] if len(x.shape) == 3 else 1, "rms": "rms" in options.get("function", "rms")}
-    known |= {"saved_is_normed": options.get("memory_efficient", False), "activation": 1}  # gelu
-    known |= {"zero_centered": options.get("zero_centered_weight", False), "z": known.get("residual_out")}
-    known |= {"element.scale": 1.0, "path.scale": 1.0}
+    known |= {
+        "saved_is_normed": options.get("memory_efficient"),
+        "activation": 1,
+        "z": known.get("residual_out"),
+    }  # gelu
+    known |= {"zero_centered": options.get("zero_centered_weight"), "residual_is_narrow": "residual_dtype" in options}
     for name, p in {"element": options.get("p", options.get("dropout_p")), "path": options.get("drop_path_p")}.items():
         if p:
-            known |= {f"{name}.on": True, f"{name}.threshold": int(p * 2**32), f"{name}.scale": 1 / (1 - p)}
-    for name in {*tensors} & {"x", "residual", "dnormed", "dresidual_out", "dy"}:
-        known |= rows(name, tensors[name])
-    known |= rows("saved", tensors["normed"] if known["saved_is_normed"] else tensors.get("residual_out", x))
-    for name in wanted:
-        known |= {f"{name}.data": tensors[name].address, f"d{name}": wanted.index(name)}
-    known |= {f"d{name}": -1 for name in PARAMETERS if name not in wanted}
-    if known.get("dresidual") == known.get("dx"):  # without an epilogue one gradient is both
+            known |= {f"{name}.on": True, f"{name}.threshold": int(p * 2**32)}
+        known[f"{name}.scale"] = 1 / (1 - (p or 0))
+    of_rows = {name: tensors[name] for name in ("x", "residual", "dnormed", "dresidual_out", "dy") if name in tensors}
+    of_rows["saved"] = tensors["normed"] if known["saved_is_normed"] else tensors.get("residual_out", x)
+    if "norm_bwd" in launch.kernel and "layer_scale" not in tensors:  # which alone needs it
+        del of_rows["x"]
+    for name, tensor in of_rows.items():
+        known |= rows(name, tensor)
+    for name in PARAMETERS:
+        known |= {f"{name}.data": known.get(name), f"d{name}": wanted.index(name) if name in wanted else -1}
+    if known.get("dresidual") == known["dx"]:  # without an epilogue one gradient is both
         known["dresidual"] = None
-    known["residual_is_narrow"] = "residual_dtype" in options
-    gradients = [tensors[f"d{name}"].address for name in wanted]
-    known["gradient"] = [*gradients, None, None, None, None][:4]
+    known["gradient"] = [*(tensors[f"d{name}"].address for name in wanted), None, None, None, None][:4]
     known["dtype"] = [DTYPES.index(dtype_of(options))] * len(wanted) + [0] * (4 - len(wanted))
-    if "add_layer_norm_bwd" in launch.kernel and "layer_scale" not in tensors:
-        known |= dict.fromkeys(("x.data", "x.stride", "x.outer", "x.inner"))
     return {name: known.get(name) or type(value)() for name, value in launch.given.items() if name not in OWN}
 
 
 def dtype_of(options: dict[str, Any]) -> torch.dtype:
-    return options.get("dtype", F32 if "function" not in options and "p" not in options else torch.bfloat16)
+    return options.get("dtype", torch.bfloat16)
 
 
-def check_division(launch: Launch, step: Step, options: dict[str, Any]) -> None:
+def check_division(launch: Launch, step: Step) -> None:
     """Threads and turns cover the rows and columns, and none is idle as a whole."""
     given, (grid_x, grid_y, _), (threads, block_y, _) = launch.given, launch.note.grid, launch.note.block
     n, m, cluster, vector = given["n_columns"], step.numbers["M"], launch.note.cluster, 16 // step.tensors["x"].itemsize
@@ -133,31 +135,28 @@ def check_division(launch: Launch, step: Step, options: dict[str, Any]) -> None:
         assert rounds is None or (rounds - 1) * grid_y * block_y < m <= rounds * grid_y * block_y
 
 
-def kernels(step: Step) -> list[str]:
-    return [launch.kernel for launch in step.launches]
-
-
 def check(step: Step, options: dict[str, Any], device: int = 0) -> None:
-    first, dtype = step.launches[0], dtype_of(options)
-    names = [name for name in PARAMETERS if name in step.tensors]
-    op = "bias_act_dropout" if "y" in step.tensors else "add_layer_norm"
-    slabs = ["add_layer_norm_bwd_sums_kernel"] if any("sums" in kernel for kernel in kernels(step)[1:-2]) else []
-    assert kernels(step) == [f"{op}_fwd_kernel", *slabs, f"{op}_bwd_kernel", *(["sum_partials_kernel"] if names else [])]
+    first, dtype = step.launches[0].given, dtype_of(options)
+    op, has_sums = (
+        "bias_act_dropout" if "y" in step.tensors else "add_layer_norm",
+        not step.tensors.keys().isdisjoint(PARAMETERS),
+    )
+    names = [f"{op}_fwd", *(["add_layer_norm_bwd_sums"] if options.get("width") == WIDEST else []), f"{op}_bwd"]
+    names += ["sum_partials"] if has_sums else []
+    assert [launch.kernel for launch in step.launches] == [f"{name}_kernel" for name in names]
     for launch in step.launches:
+        given = launch.given
         assert (launch.note.device, launch.note.stream) == (device, standin.STREAMS[device])
-        assert launch.given == launch.given | expected(step, launch, options)
-        check_division(launch, step, options)
+        assert given == given | expected(step, launch, options)
+        check_division(launch, step)
         if launch.kernel == "sum_partials_kernel":
             assert launch.template == ("d" if dtype is F64 else "f")
             continue
         assert launch.template.startswith(MANGLED[dtype])
-        assert launch.given["seed"] == first.given["seed"]
-        assert (launch.given["seed"] is not None) == launch.given["element.on"] or launch.given.get("path.on")
-        assert launch.given.get("stats") == first.given.get("stats")
-        assert "stats" not in first.given or first.given["stats"] is not None
-        if "partials" in launch.given:
-            assert (launch.given["partials"] is not None) == bool(names)
-            assert bool(launch.given.get("sums")) == bool(slabs)
+        assert given["seed"] == first["seed"] and given.get("stats") == first.get("stats") != 0
+        assert bool(given["seed"]) == (given["element.on"] or given.get("path.on", False))
+        if "partials" in given:
+            assert (bool(given["partials"]), bool(given.get("sums"))) == (has_sums, len(names) == 4)
 
 
 @pytest.mark.parametrize("fastpath", [True, False])
@@ -168,7 +167,11 @@ def test_what_is_launched(gpus, call, options, fastpath):
 
 def test_long_rows_take_a_cluster_and_longer_ones_slabs(gpus):
     forms = {n: gpus(launched_cuda.step, norm, **CALLS[n][1]).launches for n in ("odd", "cluster", "slabs")}
-    assert [[launch.note.cluster for launch in launches] for launches in forms.values()] == [[1] * 3, [2, 8, 1], [8, 1, 1, 1]]
+    assert [[launch.note.cluster for launch in launches] for launches in forms.values()] == [
+        [1] * 3,
+        [2, 8, 1],
+        [8, 1, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize("fastpath", [True, False])
