@@ -4,9 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BOOTSTRAP := .venv-bootstrap
 REPORT := bench-report
-# The oldest torch that loads the native library; `make test-all` tries one build in both.
-OTHER := .venv-other
-OTHER_TORCH := torch==2.11.0
+# The oldest torch that loads the native libraries, and the newest; `make test-all` tries one build in all.
+OTHERS := .venv-torch-2.11.0 .venv-torch-2.14.1
 # Taken only where torch does not bring its own Triton (see constraints.txt).
 TRITON := triton==3.9.0; python_version >= '3.11'
 
@@ -83,13 +82,13 @@ test-slow: $(STAMP) ## the slow tests alone
 
 test: lint types test-fast ## lint, types and the deterministic tests
 
-$(OTHER)/.installed: Makefile $(STAMP)
-	$(BIN)/python -m venv --clear $(OTHER)
-	$(OTHER)/bin/python -m pip --disable-pip-version-check --no-input install -q "$(OTHER_TORCH)" numpy
+.venv-torch-%/.installed: Makefile $(STAMP)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -q torch==$* numpy
 	@touch $@
 
-test-all: export FUSEDNORM_OTHER_PYTHON ?= $(CURDIR)/$(OTHER)/bin/python
-test-all: test $(OTHER)/.installed test-slow ## test, then the slow tests, one of them in a second torch (5 GB more)
+test-all: export FUSEDNORM_OTHER_PYTHON ?= $(OTHERS:%=%/bin/python)
+test-all: test $(OTHERS:%=%/.installed) test-slow ## test, then the slow tests, some of them in two more torchs (10 GB)
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
 	$(BIN)/python -m benchmarks.run --report $(REPORT)
@@ -109,5 +108,5 @@ gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into be
 	  --stages environment,build,tune,targets --minutes 9 $(ARGS)
 
 clean: ## remove the environment, caches and reports
-	rm -rf $(VENV) $(BOOTSTRAP) $(OTHER) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BOOTSTRAP) $(OTHERS) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

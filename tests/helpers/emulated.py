@@ -1,6 +1,7 @@
 """Builds native sources for tests, once for each version of them.
 
-The CUDA sources for the host, which runs their kernels without a GPU, and the CPU library under sanitizers.
+The CUDA sources for the host, which runs their kernels without a GPU; the CUDA library without its runtime; and the CPU
+library under sanitizers.
 """
 
 from __future__ import annotations
@@ -100,6 +101,28 @@ def build_provider(sanitized: bool) -> Path:
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
     flags += SANITIZED if sanitized else PLAIN
     return build("libfusednorm_cuda.so", sorted(sources), flags, link_torch(torch))
+
+
+def build_cuda(with_runtime: bool = False) -> Path:
+    """The CUDA library, linked as setup.py links it, or to whatever runtime is there when it is loaded.
+
+    Its kernels are PTX that nobody optimised.
+    """
+    torch, script = torch_directory(), setup_script()
+    commands, runtime = script.cuda_commands(Path(), torch, [str(compiler())])
+    jobs = {made.stem: command for made, command in commands.items() if command[-1].endswith(".cpp")}
+    kernels = sorted(command[-1] for command in commands.values() if command[-1].endswith(".cu"))
+    flags = ["-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", str(compiler()), "-Xcicc", "-O0"]
+    flags += ["-gencode", "arch=compute_90,code=compute_90", "--no-compress"]
+    for half, sources in enumerate((kernels[::2], kernels[1::2])):  # nvcc reads its own headers for seconds
+        together = [part for source in sources[:-1] for part in ("-include", source)]
+        jobs[f"kernels_{half}"] = [*script.nvcc(), *flags, *together, "-c", sources[-1]]
+    objects = build_from("cuda.o", jobs, ["-r", "-nostdlib"])
+    name = "with_runtime.so" if with_runtime else "libfusednorm_cuda.so"
+    unfinished = objects.with_name(f"{name}.{os.getpid()}")
+    link = [*link_torch(torch), *(runtime if with_runtime else [])]
+    run([str(compiler()), str(objects), *link, "-o", str(unfinished)])
+    return unfinished.replace(objects.with_name(name))
 
 
 def build_cpu(flags: Sequence[str], vector_flags: Sequence[str] | None = None, csrc: Path = CSRC) -> Path:

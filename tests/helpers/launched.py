@@ -80,8 +80,9 @@ def norm(
     return given, named, {"M": ROWS, "eps": EPS, **dropped}
 
 
-def activation(vectors: str = "bias", dtype: torch.dtype = torch.bfloat16, p: float = 0.0) -> Any:
-    given = {"x": leaf((ROWS, WIDTH), dtype)} | {name: leaf((WIDTH,), dtype) for name in vectors.split()}
+def activation(vectors: str = "bias", dtype: torch.dtype = torch.bfloat16, p: float = 0.0, device: int = 0) -> Any:
+    given = {"x": leaf((ROWS, WIDTH), dtype, device)}
+    given |= {name: leaf((WIDTH,), dtype, device) for name in vectors.split()}
     y = fn.bias_act_dropout(given["x"], given.get("bias"), "gelu", p)
     return given, {"y": y}, {"M": ROWS, "threshold": word(p)}
 
@@ -125,10 +126,12 @@ def word(p: float | None) -> int:
 # --- in the process that has the GPUs ---
 
 
-def step(call: Callable[..., Any], *args: Any, provider: str | None = "triton", **options: Any) -> Step:
-    """A call's forward, and its backward for everything that has a gradient."""
+def step(
+    call: Callable[..., Any], *args: Any, provider: str | None = "triton", watch: Any = None, **options: Any
+) -> Step:
+    """A call's forward, and its backward for everything that has a gradient. `watch` gives the launches."""
     asked = nullcontext() if provider is None else fn.use_provider(provider)
-    with launches() as noted, asked:
+    with (watch or launches)() as noted, asked:
         given, results, known = call(*args, **options)
         wanted = [name for name, tensor in given.items() if tensor.requires_grad]
         cotangents = {f"d{name}": torch.ones_like(result) for name, result in results.items()}

@@ -1,4 +1,5 @@
-"""GPUs that are not there: Triton's own driver and launcher, over a CUDA driver that runs nothing and notes launches.
+"""GPUs that are not there: Triton's own driver and launcher, and the CUDA library, over a CUDA driver that runs nothing
+and notes launches.
 
 In a process of its own (`process`), torch is told of two GPUs. Their tensors are CUDA tensors in the CPU's memory, and
 torch's CPU operators compute with them. Nothing of the package is replaced.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -26,10 +27,10 @@ from torch.utils._pytree import tree_map_only
 STREAMS = (0x5A0, 0x5B0)  # handles of the devices' current streams
 MAJOR, MINOR, PROCESSORS, SHARED = 75, 76, 16, 97  # attributes, by their numbers in cuda.h
 _ATTRIBUTES = {10: 32, 12: 65536, 13: 1980000, 36: 2619000, 37: 5120}  # warp, registers, clocks, memory's bus
-_SHARED_OF_A_PROCESSOR = 81
+_SHARED_OF_A_PROCESSOR, _CLUSTERS = 81, 120
 DEVICES = (
-    {MAJOR: 9, MINOR: 0, PROCESSORS: 132, SHARED: 232448, _SHARED_OF_A_PROCESSOR: 233472} | _ATTRIBUTES,
-    {MAJOR: 8, MINOR: 0, PROCESSORS: 108, SHARED: 166912, _SHARED_OF_A_PROCESSOR: 167936} | _ATTRIBUTES,
+    {MAJOR: 9, MINOR: 0, PROCESSORS: 132, SHARED: 232448, _SHARED_OF_A_PROCESSOR: 233472, _CLUSTERS: 1} | _ATTRIBUTES,
+    {MAJOR: 8, MINOR: 0, PROCESSORS: 108, SHARED: 166912, _SHARED_OF_A_PROCESSOR: 167936, _CLUSTERS: 0} | _ATTRIBUTES,
 )
 _CPU, _CUDA = 1, 2  # kinds of devices in DLPack
 
@@ -44,23 +45,35 @@ class Note(NamedTuple):
     block: tuple[int, ...]
     cluster: int
     shared: int
+    early: int  # whether it may begin before what was launched before it has ended
     parameters: tuple[bytes, ...]
 
 
 def library() -> Path:
+    return _built("libcuda.so.1", ("standin_cuda.cpp", "standin_torch.cpp"), "libcuda.so.1")
+
+
+def runtime() -> Path:
+    """It goes by the path of a library that torch without CUDA lacks, and so is taken for it once it is loaded."""
+    name = "libtorch_cuda.so"
+    return _built(name, ["standin_runtime.cpp"], str(emulated.torch_directory() / "lib" / name))
+
+
+def _built(name: str, sources: Sequence[str], soname: str) -> Path:
     triton, torch_folder = importlib.util.find_spec("triton"), emulated.torch_directory()
     assert triton is not None and triton.origin is not None
     headers = (Path(triton.origin).parent / "backends" / "nvidia" / "include", torch_folder / "include")
     seen = [part for path in headers for part in ("-isystem", str(path))]
-    sources = [Path(__file__).parent / "csrc" / name for name in ("standin_cuda.cpp", "standin_torch.cpp")]
-    link = ["-Wl,-soname,libcuda.so.1", *emulated.link_torch(torch_folder)]
-    return emulated.build("libcuda.so.1", sources, ["-O1", "-fPIC", *seen], link)
+    files = [Path(__file__).parent / "csrc" / source for source in sources]
+    link = [f"-Wl,-soname,{soname}", *emulated.link_torch(torch_folder)]
+    return emulated.build(name, files, ["-O1", "-fPIC", *seen], link)
 
 
 @contextmanager
-def process() -> Iterator[ProcessPoolExecutor]:
-    """A new process that has the GPUs. `submit` runs a module's function in it."""
-    with ProcessPoolExecutor(1, fresh.server(), _install, (library(),)) as pool:
+def process(*, cuda_library: bool = False) -> Iterator[ProcessPoolExecutor]:
+    """A new process that has the GPUs, and the CUDA library. `submit` runs a module's function in it."""
+    of_the_library = (runtime(), emulated.build_cuda()) if cuda_library else ()
+    with ProcessPoolExecutor(1, fresh.server(), _install, (library(), *of_the_library)) as pool:
         yield pool
 
 
@@ -77,13 +90,13 @@ def notes() -> list[Note]:
 
 def _note(line: str) -> Note:
     kernel, *numbers = line.split()
-    device, stream, *sizes = map(int, numbers[:10])
-    parameters = tuple(map(bytes.fromhex, numbers[10:]))
-    return Note(kernel, device, stream, tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], sizes[7], parameters)
+    device, stream, *sizes = map(int, numbers[:11])
+    parameters = tuple(map(bytes.fromhex, numbers[11:]))
+    return Note(kernel, device, stream, tuple(sizes[:3]), tuple(sizes[3:6]), *sizes[6:], parameters)
 
 
 def fail(function: str, calls: int) -> None:
-    """The driver's function fails, once, after so many calls."""
+    """The driver's function, or an operator of torch's, fails, once, after so many calls."""
     driver.standin_fail(function.encode(), calls)
 
 
@@ -93,13 +106,13 @@ def current_device(use: int | None = None) -> int:
     return driver.standin_device()
 
 
-def capture(on: bool) -> None:
+def capture(on: bool, by_another_thread: bool = False) -> None:
     global _capturing
-    _capturing = on
-    driver.standin_capture(on)
+    _capturing = on and not by_another_thread
+    driver.standin_capture(on + by_another_thread)
 
 
-def _install(path: Path) -> None:
+def _install(path: Path, runtime: Path | None = None, cuda_library: Path | None = None) -> None:
     global driver
     os.environ |= {"TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(path.parent)}
     os.environ.pop("FUSEDNORM_EMULATE", None)
@@ -109,6 +122,12 @@ def _install(path: Path) -> None:
         for attribute, value in attributes.items():
             driver.standin_set(device, attribute, value)
     _tell_torch()
+    if runtime is not None:
+        for device, stream in enumerate(STREAMS):
+            ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL).standin_stream(device, ctypes.c_void_p(stream))
+        from fusednorm.providers.cuda import library
+
+        library.LIBRARY = cuda_library
 
 
 def _tell_torch() -> None:
@@ -189,6 +208,8 @@ def _moved(tensor: Tensor, kind: int, device: int) -> Tensor:
 
 def _on_the_cpu(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operator of torch that is called with tensors of these GPUs, or for a new one."""
+    if driver.standin_fails(op.name().encode()):
+        raise torch.OutOfMemoryError("CUDA out of memory")
     given: list[tuple[Tensor, Tensor]] = []
     devices: list[int] = []
 

@@ -1,12 +1,18 @@
 // A launch, on the GPU or in the emulation.
 #pragma once
 
+#include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
+
+#if defined(__CUDACC__)
+#include <cxxabi.h>
+#endif
 
 #include "device.cuh"
 
@@ -24,6 +30,17 @@ struct Grid {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline std::string name_of([[maybe_unused]] const void* kernel) {
+#if CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) == cudaSuccess) {
+    const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr), std::free);
+    if (name) return name.get();
+  }
+#endif
+  return "a kernel";
 }
 
 // Asks for more shared memory than the 48 KiB of every launch: once for each kernel and device, again only for more. It
@@ -72,7 +89,8 @@ void launch(void (*kernel)(A), const A& arguments, const Grid& grid, [[maybe_unu
 #if defined(__CUDACC__)
   cudaLaunchAttribute attributes[2]{};
   const cudaLaunchConfig_t config = configured(kernel, grid, cuda_stream, attributes);
-  check(cudaLaunchKernelEx(&config, kernel, arguments), "launch of a kernel");
+  if (const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments))
+    check(error, ("launch of " + name_of(reinterpret_cast<const void*>(kernel))).c_str());
 #else
   Machine::get().run({{unsigned(grid.x), unsigned(grid.y)},
                       {unsigned(grid.block_x), unsigned(grid.block_y)},

@@ -51,7 +51,8 @@ def _load() -> str | None:
             overload = getattr(torch.ops.fusednorm_cpu, name).default
             globals()[name] = getattr(overload, "_op", overload)  # an overload's own call adds a microsecond
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
-        return f"{LIBRARY} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
+        said = fault.__cause__ or fault  # the loader's words, where torch only says that it failed
+        return f"{LIBRARY} does not load into torch {torch.__version__}: {said}; build it anew: {BUILD}"
     return None
 
 

@@ -66,7 +66,8 @@ def _load() -> str | None:
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")
         _attach()
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
-        return f"{library} does not load into torch {torch.__version__}: {fault}; build it anew: {BUILD}"
+        said = fault.__cause__ or fault  # the loader's words, where torch only says that it failed
+        return f"{library} does not load into torch {torch.__version__}: {said}; build it anew: {BUILD}"
     return None
 
 

@@ -55,7 +55,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     computed_in = compute_dtype(x.dtype)
     return library.ops.add_layer_norm_fwd.default(
         library.rows(x, x.dtype, normalized_ndim),
-        library.rows(residual, residual_dtype, normalized_ndim),
+        library.rows(residual, residual.dtype if residual is not None else residual_dtype, normalized_ndim),
         *[library.parameter(p, x.dtype, computed_in) for p in parameters],
         seed,
         packed_norm(options),

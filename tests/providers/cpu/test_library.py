@@ -1,4 +1,4 @@
-"""The native CPU library as a file: missing, broken, foreign, built twice at once, beside another torch."""
+"""The native CPU library as a file: missing, broken, foreign, built twice at once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_library_that_does_not_load_breaks_nothing(tmp_path):
     (tmp_path / "folder").mkdir()
     foreign = next((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*"))
     for said in info_with(*sorted(tmp_path.iterdir()), foreign):
-        assert "does not load into torch" in said, said
+        assert "does not load into torch" in said and "Could not load this library" not in said, said  # but why
 
 
 @needs_library
@@ -142,61 +142,6 @@ def test_two_processes_may_build_at_once(tmp_path):
         assert build.returncode == 0, said
     assert "ready, instruction sets" in info(tmp_path)
     assert [path.name for path in (tmp_path / "fusednorm").glob("libfusednorm*")] == ["libfusednorm_cpu.so"]
-
-
-OTHER = os.environ.get("FUSEDNORM_OTHER_PYTHON")
-
-
-@needs_library
-@pytest.mark.slow
-@pytest.mark.skipif(OTHER is None, reason="FUSEDNORM_OTHER_PYTHON names no interpreter with another torch")
-def test_one_build_serves_another_torch(tmp_path):
-    """The same file, loaded into another version of torch, gives the same bits."""
-    assert OTHER is not None
-    program = """
-import sys, torch, fusednorm
-from fusednorm.providers.cpu import library as cpu
-with fusednorm.use_provider("cpu"):
-    results = []
-    for case in torch.load(sys.argv[1]):
-        leaves = {name: leaf.requires_grad_() for name, leaf in case["leaves"].items()}
-        outputs = fusednorm.add_layer_norm(normalized_shape=(case["columns"],), **leaves, **case["options"])
-        results += [*outputs, *torch.autograd.grad(outputs, list(leaves.values()), case["cotangents"])]
-    _, z = fusednorm.add_layer_norm(torch.ones(7, 31), None, 31, dropout_p=0.37, seed=5)
-    assert torch.equal(z > 0, fusednorm.dropout_mask((7, 31), 0.37, 5))
-for use in (lambda: torch.ops.fusednorm_cpu.use_instruction_set("abacus"),
-            lambda: cpu.add_layer_norm_fwd(
-                torch.ones(2, 3), torch.ones(3, 2), *[None] * 5, 1 | 1 << 7 | 1 << 9, 1e-5, 0.0, 0.0)):
-    try:
-        use()
-    except RuntimeError as fault:
-        assert "usable are" in str(fault) or "its shape" in str(fault), fault
-    else:
-        raise AssertionError("nothing was raised")
-torch.save([str(torch.__version__), *[result.detach() for result in results]], sys.argv[2])
-"""
-    generator = torch.Generator().manual_seed(3)
-    cases = []
-    same = [(dtype, dtype) for dtype in (torch.float32, torch.float64, torch.float16)]
-    for dtype, stream in (*same, (torch.bfloat16, torch.float32)):
-        draw = lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-        leaves = {"x": draw(130, 385), "residual": draw(130, 385, dtype=stream)}
-        leaves |= {name: draw(385) for name in ("weight", "bias", "x_bias", "layer_scale")}
-        cotangents = [draw(130, 385), draw(130, 385, dtype=stream)]
-        options = {"dropout_p": 0.3, "drop_path_p": 0.1, "seed": 3}
-        cases.append({"leaves": leaves, "cotangents": cotangents, "columns": 385, "options": options})
-    torch.save(cases, tmp_path / "cases.pt")
-    results = []
-    for interpreter in (sys.executable, OTHER):
-        out = tmp_path / f"{len(results)}.pt"
-        command = [interpreter, "-W", "ignore", "-c", program, str(tmp_path / "cases.pt"), str(out)]
-        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert run.returncode == 0, run.stderr
-        results.append(torch.load(out))
-    (here, *ours), (there, *theirs) = results
-    assert here != there, "the other interpreter has the same torch"
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_importing_the_package_does_not_load_the_library():
