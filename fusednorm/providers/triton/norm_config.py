@@ -35,7 +35,7 @@ _FORWARD_SMALL = (
     (2, 256, 4, (2, 2, 2)),
     (1, 512, 4, (4, 4, 4)),
     (1, 1024, 8, (4, 4, 4)),
-    (1, 2048, 16, (4, 4, 4)),
+    (1, 2048, 16, (4, 3, 4)),
 )
 _FORWARD_WIDE = (1, 8192, 32)
 _FORWARD_WIDE_SMALL = (1, 2048, 16)
@@ -44,8 +44,8 @@ _FORWARD_WARPS = 16  # a multiprocessor should hold at least as many: 128 regist
 
 # Backward keeps an accumulator for each parameter gradient beside x̂ and g, and Philox needs registers of its own, so
 # the most chunks depend on the load: light (two accumulators), medium (three, or dropout, 32-bit rows, or x̂ rebuilt
-# from the output), several (two of dropout, 32-bit rows and x̂ rebuilt), heavy (layer scale; dropout of rows wider than
-# normed).
+# from the output), several (two of dropout, 32-bit rows and x̂ rebuilt), heavy (all three; layer scale; dropout of rows
+# wider than normed).
 # (block_m, block_n, warps, most chunks light / medium / several / heavy)
 _BACKWARD = (
     (16, 64, 4, (1, 1, 1, 1)),
@@ -103,9 +103,10 @@ def load(
 
     `narrowed`: normed has fewer bits than x.
     """
-    if layer_scale or (dropout and narrowed):
+    together = dropout + wide_rows + from_normed
+    if layer_scale or (dropout and narrowed) or together > 2:
         return 3
-    if dropout + wide_rows + from_normed > 1:
+    if together > 1:
         return 2
     return 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
 
