@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._options import AttentionInputs, AttentionOptions
-from ..strides import contiguous, rows_like
+from ..strides import contiguous, gradient_of_shifts, rows_like
 from . import attention_config as table
 from . import host
 
@@ -314,7 +314,7 @@ def attention_bwd(
                     (n_tiles, k.shape[1], *lengths, *strides, *mask_strides, *lse_strides, *_scalars(options)),
                 )
     if dmask is not None and dmask.shape[-1] == 1 != options.max_seqlen_k:
-        _gradient_of_shifts(dmask, dlse, lse)
+        gradient_of_shifts(dmask, dlse, lse)
     elif dmask is not None and not direct:
         _mask_gradient(dmask, problem, operands, masks[:3], rows, options)
     for gradient, own in zip(gradients, written):
@@ -333,13 +333,6 @@ def _delta(delta: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | None, packed
         (dout, out, dlse, delta),
         (n_tiles, n_heads, n_queries, *_strides_of((dout, out), packed), *_lse_strides(delta)),
     )
-
-
-def _gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None:
-    """Of a mask that is broadcast along the keys: it moves all logits of a query, which the lse alone is told by."""
-    if dlse is not None:
-        seen = torch.where(lse > -math.inf, dlse, 0.0)
-        dmask.copy_(seen[..., None].sum_to_size(*[1] * (4 - dmask.ndim), *dmask.shape).view(dmask.shape))
 
 
 def _mask_gradient(
