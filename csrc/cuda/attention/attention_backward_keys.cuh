@@ -27,7 +27,7 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
   const Sequence& s = place.s;
   const int key_head = place.head, first = place.tile * S::kRows, last = least(first + S::kRows, s.n_keys) - 1;
   if (first >= s.n_keys) return;
-  const int group = a.n_heads / a.n_key_heads, key = first + kWarpRows * l.warp;
+  const int group = a.n_heads / a.n_key_heads;
   const Tiles tiles = tiles_seen<N>(first, last, -s.upper, -s.lower, s.n_queries);
   const int per_head = tiles.end - tiles.begin;
   const bool wants_dk = a.dk.data, wants_dv = a.dv.data;
@@ -46,12 +46,16 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
     ring.over(
         0, group * per_head,
         [&](int item, int ahead) {
-          const int head = key_head * group + item / per_head, query = (tiles.begin + item % per_head) * N;
-          ring.first(ahead).template fill<N, S::kThreads>(s.queries(a.q, head, a.dim), query);
-          ring.second(ahead).template fill<N, S::kThreads>(s.queries(a.dout, head, a.value_dim), query);
+          const Place now(a, a.n_key_heads, block_again());
+          const int head = now.head * group + item / per_head, query = (tiles.begin + item % per_head) * N;
+          ring.first(ahead).template fill<N, S::kThreads>(now.s.queries(a.q, head, a.dim), query);
+          ring.second(ahead).template fill<N, S::kThreads>(now.s.queries(a.dout, head, a.value_dim), query);
         },
         [&](int item) {
-          const int head = key_head * group + item / per_head, tile = tiles.begin + item % per_head;
+          const Place now(a, a.n_key_heads, block_again());
+          const Sequence& s = now.s;
+          const int head = now.head * group + item / per_head, tile = tiles.begin + item % per_head;
+          const int key = now.tile * S::kRows + kWarpRows * l.warp;
           if (!sees(key, s.n_keys, tile * N, N, -s.upper, -s.lower)) return;
           const Corner corner{s.batch, head, tile * N, key, tiles.whole(tile)};
           const int64_t row = s.statistics(a, head);
