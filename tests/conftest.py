@@ -98,7 +98,7 @@ class _WithinLimits(fusednorm.use_provider):
 _SERVED = r".*these are (?P<x>torch\.b?float16), ((?P=x)|torch\.float32), (?P=x) and torch\.float32"
 _LIMITS = {
     "cuda": r"provider 'cuda' cannot run .*: "
-    rf"((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions|it has no attention)",
+    rf"((x|residual): strides|dtypes: (?!{_SERVED})|.*several dimensions|dtype torch\.float64)",
     "torch": r"provider 'torch' cannot run attention_fwd: torch's attention",
     "triton": r"provider 'triton' cannot run attention_fwd: dtype torch\.float64",
 }

@@ -34,6 +34,9 @@ struct Place {
   }
 };
 
+// What a lane gives to the others of its warp.
+using Words = std::array<uint32_t, 12>;
+
 // Threads that wait for one another.
 struct Barrier {
   std::vector<int> waiting;
@@ -118,10 +121,29 @@ class Machine {
     if (partner >= kWarp || !(mask >> partner & 1))
       fibers_.fail(at(place) + "shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(partner) +
                    ", which is not in the mask");
-    const int turn = turns_[self]++ & 1;  // two slots a lane: one barrier a shuffle is enough
-    slots_[turn][self] = value;
-    meet(warp_barriers_[first / kWarp], __builtin_popcount(mask), place, mask, "shuffle");
-    return slots_[turn][first + partner];
+    const Words* const all = give({uint32_t(value), uint32_t(value >> 32)}, mask, place, "shuffle");
+    return all[partner][0] | uint64_t(all[partner][1]) << 32;
+  }
+
+  // The kernel ends, and its launch throws.
+  void fail(const std::string& message) { fibers_.fail(message); }
+
+  int lane() const { return fibers_.current() % threads_ % kWarp; }
+
+  // What each lane of a whole warp gives, until the lane gives again twice.
+  const Words* exchange(const Words& mine, Place place) {
+    if (threads_ % kWarp) fibers_.fail(at(place) + "a warp that is not whole");
+    return give(mine, ~0u, place, "exchange");
+  }
+
+  // A barrier of the block, and whether any thread says yes.
+  bool sync_threads_or(bool yes, Place place) {
+    const size_t round = size_t(votes_of_[fibers_.current()]++);
+    std::vector<char>& votes = votes_[block()];
+    if (votes.size() <= round) votes.resize(round + 1);
+    votes[round] |= char(yes);
+    meet(block_barriers_[block()], threads_, place, 0, "__syncthreads_or");
+    return votes[round];
   }
 
   template <class T>
@@ -200,15 +222,25 @@ class Machine {
     block_intervals_.assign(blocks, 0);
     cluster_interval_ = 0;
     turns_.assign(count, 0);
+    votes_of_.assign(count, 0);
+    votes_.assign(blocks, {});
     copies_.assign(count, {});
     mail_.clear();
-    slots_[0].assign(count, 0);
-    slots_[1].assign(count, 0);
+    slots_[0].assign(count, {});
+    slots_[1].assign(count, {});
     shared_.resize(blocks);
     for (SharedMemory& memory : shared_) memory.start(launch_->shared_bytes);
     if (!fibers_.run(count, seed + index, [](int) { get().launch_->kernel(); })) throw std::runtime_error(stalled());
     for (const Copies& copies : copies_)
       if (copies.left()) throw std::runtime_error("a copy to shared memory that its thread did not wait for");
+  }
+
+  const Words* give(const Words& mine, uint32_t mask, Place place, const char* what) {
+    const int self = fibers_.current(), first = self - lane();
+    std::vector<Words>& slots = slots_[turns_[self]++ & 1];  // two a lane: one barrier an exchange is enough
+    slots[self] = mine;
+    meet(warp_barriers_[first / kWarp], __builtin_popcount(mask), place, mask, what);
+    return &slots[first];
   }
 
   void meet(Barrier& barrier, int expected, Place place, uint32_t mask, const char* what) {
@@ -262,7 +294,9 @@ class Machine {
   std::vector<uint64_t> block_intervals_;
   uint64_t cluster_interval_ = 0;
   std::vector<int> turns_;
-  std::vector<uint64_t> slots_[2];
+  std::vector<Words> slots_[2];
+  std::vector<int> votes_of_;  // how often a thread voted
+  std::vector<std::vector<char>> votes_;  // by block
   std::vector<Copies> copies_;
   std::map<std::pair<unsigned, int>, Mail> mail_;  // by block, and where its barrier lies
   std::vector<SharedMemory> shared_;

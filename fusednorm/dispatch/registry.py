@@ -21,7 +21,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # best first
     name: tuple(f"fusednorm.providers.{name}.{op}" for op in ops)
     for name, ops in {
         "triton": ("norm", "activation", "attention"),
-        "cuda": ("norm", "activation"),
+        "cuda": ("norm", "activation", "attention"),
         "cpu": ("norm", "activation", "attention"),
         "torch": ("norm", "activation", "attention"),
         "reference": ("norm", "activation", "attention"),

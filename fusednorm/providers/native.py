@@ -7,12 +7,14 @@ import functools
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._activations import ACTIVATIONS
-from .._options import NormGradOptions, NormOptions
+from .._options import AttentionInputs, AttentionOptions, NormGradOptions, NormOptions
+from .strides import rows_like
 
 MOST_DIMENSIONS = 64  # kMaxDims of csrc/common/data.h
 ACTIVATION_SHIFT = 2  # kActivationShift of csrc/common/activations.h: an activation's number stands above two switches
@@ -102,3 +104,37 @@ def _packed_activation(activation: str, output_mask: tuple[bool, ...]) -> int:
 
 
 FORWARD_OPTIONS = {activation: activation_options(activation) for activation in ACTIVATIONS}
+
+
+def attention_arguments(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Any, ...]:
+    """Masks, seed, boundaries and options, in the order of both libraries' operators.
+
+    Causality is a window that ends at the query itself.
+    """
+    _, _, _, *masks, cu_seqlens_q, cu_seqlens_k = inputs
+    bounds = [None if bound is None else bound.contiguous() for bound in (cu_seqlens_q, cu_seqlens_k)]
+    right = 0 if options.causal else options.window_right
+    return (
+        *(*masks, *bounds, options.scale, options.dropout_p, options.lower_right),
+        *(options.window_left, right, options.softcap),
+    )
+
+
+def attention_results(q: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """Memory for (out, lse)."""
+    if v.shape[-1] != q.shape[-1]:
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    else:
+        out = torch.empty_like(q) if q.stride(-1) == 1 else rows_like(q)
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return out, q.new_empty((q.shape[1], q.shape[0]) if packed else q.shape[:-1], dtype=dtype)
+
+
+def attention_gradients(inputs: AttentionInputs, output_mask: Sequence[bool], asked: bool) -> tuple[Tensor | None, ...]:
+    """Memory for the gradients of (q, k, v, attn_mask) that are wanted; zeros where no query asks."""
+    q, k, v, *_ = inputs
+    usual = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and not output_mask[3]
+    make = torch.zeros_like if not asked else torch.empty_like if usual else rows_like
+    return tuple(
+        make(t) if wanted and t is not None else None for t, wanted in zip(inputs[:4], output_mask, strict=True)
+    )

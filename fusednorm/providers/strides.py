@@ -1,8 +1,9 @@
-"""How tensors lie in memory, as every provider's kernels are told."""
+"""How tensors lie in memory, as every provider's kernels are told; and a gradient that follows from a layout."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,3 +49,12 @@ def folded(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]
         else:
             groups.append((size, stride))
     return groups
+
+
+def gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None:
+    """Of a mask that is broadcast along the keys: it moves all logits of a query, which the lse alone is told by."""
+    if dlse is None:
+        dmask.zero_()
+    else:
+        seen = torch.where(lse > -math.inf, dlse, 0.0)
+        dmask.copy_(seen[..., None].sum_to_size(*[1] * (4 - dmask.ndim), *dmask.shape).view(dmask.shape))

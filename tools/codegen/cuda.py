@@ -113,6 +113,7 @@ def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
                 local=sum(n for op, n in ops.items() if op[2] == "L"),
                 hot=len(hot),
                 hot_loads=sum(i.reads_memory for i in hot),
+                units=tuple(sorted(Counter(i.opcode for i in program if i.stem in ("HMMA", "LDSM", "LDGSTS")).items())),
             )
         )
     return found

@@ -41,6 +41,9 @@ class Kernel:
     local: int = 0
     hot: int = 0  # instructions of the loop over rows; of the program, where a thread has but one row
     hot_loads: int = 0  # in that loop
+    units: tuple[
+        tuple[str, int], ...
+    ] = ()  # matrix instructions, loads of matrices, copies to shared memory; by opcode
 
     @property
     def aligned(self) -> bool:

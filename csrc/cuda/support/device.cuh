@@ -37,6 +37,18 @@ FN_DEVICE void cluster_wait() {
   if constexpr (kSinceHopper) asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
+// threadIdx.x and blockIdx.x, read anew: what follows from them need not stay in registers meanwhile.
+FN_DEVICE int thread_again() {
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+}
+FN_DEVICE int block_again() {
+  int i;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
+  return i;
+}
+
 FN_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   return int(__clusterRelativeBlockRank());
@@ -123,6 +135,7 @@ template <class V>
 class Shared {
  public:
   FN_DEVICE explicit Shared(int offset) : data_(reinterpret_cast<V*>(shared_memory + offset)) {}
+  FN_DEVICE unsigned address(int i) const { return shared_address(data_ + i); }
   FN_DEVICE V get(int i) const { return data_[i]; }
   FN_DEVICE void set(int i, V value) const { data_[i] = value; }
   // To the shared memory of a block of the cluster, where `arrivals` counts it.
@@ -192,6 +205,8 @@ inline void sync_cluster(const char* file = __builtin_FILE(), int line = __built
 }
 inline void cluster_arrive() {}
 inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { sync_cluster(file, line); }
+inline int thread_again() { return int(threadIdx.x); }
+inline int block_again() { return int(blockIdx.x); }
 inline int cluster_rank() { return int(Machine::get().cluster_rank()); }
 inline int cluster_size() { return int(Machine::get().cluster_size()); }
 inline void compiler_fence() {}
@@ -249,9 +264,9 @@ class Shared {
     if (inside) value = *static_cast<const V*>(from);
     Machine::get().begin_copy(at(i), &value, line);
   }
+  size_t at(int i) const { return offset_ + size_t(int64_t(i)) * sizeof(V); }
 
  private:
-  size_t at(int i) const { return offset_ + size_t(int64_t(i)) * sizeof(V); }
   size_t offset_;
 };
 

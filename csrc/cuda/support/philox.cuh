@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../common/philox.h"
+#include "args.h"
 #include "device.cuh"
 
 namespace fusednorm_cuda {

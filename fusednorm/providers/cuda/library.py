@@ -61,7 +61,7 @@ def _load() -> str | None:
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
         check_activations(library)
-        for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd"):
+        for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd", "attention_bwd"):
             getattr(ops, name)  # a library of an older version lacks some
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")
         _attach()

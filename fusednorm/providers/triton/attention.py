@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._options import AttentionInputs, AttentionOptions
-from ..strides import contiguous, row_major, rows_like
+from ..strides import contiguous, gradient_of_shifts, row_major, rows_like
 from . import attention_config as table
 from . import attention_memory as memory
 from . import host
@@ -290,7 +290,7 @@ def attention_bwd(
         for name, (variant, grid, numbers) in found.items():
             variant.launch(grid, pointers[name], numbers)
         if dmask is not None and dmask.shape[-1] == 1 != options.max_seqlen_k:
-            _gradient_of_shifts(dmask, dlse, lse)
+            gradient_of_shifts(dmask, dlse, lse)
         elif dmask is not None and not direct:
             _mask_gradient(dmask, _problem(q, v, masks[0], options), tensors, masks[:3], rows, options)
         for gradient, own in zip(gradients, written):
@@ -298,13 +298,6 @@ def attention_bwd(
         return tuple(gradients)
 
     return run
-
-
-def _gradient_of_shifts(dmask: Tensor, dlse: Tensor | None, lse: Tensor) -> None:
-    """Of a mask that is broadcast along the keys: it moves all logits of a query, which the lse alone is told by."""
-    if dlse is not None:
-        seen = torch.where(lse > -math.inf, dlse, 0.0)
-        dmask.copy_(seen[..., None].sum_to_size(*[1] * (4 - dmask.ndim), *dmask.shape).view(dmask.shape))
 
 
 def _mask_gradient(

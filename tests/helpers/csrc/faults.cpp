@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/support/device.cuh"
+#include "../../../csrc/cuda/support/matrix.cuh"
 
 namespace fusednorm_cuda {
 
@@ -156,6 +156,45 @@ static void copy_from_anywhere() {
   wait_copies<0>();
 }
 
+// Of matrices: a (16 x 16) by rows, then b (8 x 16) by columns, 16 bytes half a row.
+constexpr int kMatrixBytes = (16 + 8) * 32;
+static uint4 matrices[kMatrixBytes / 16];
+
+static float number(int i, int k) { return float((3 * i + 5 * k) % 7 - 3); }
+
+// A warp's product of what all threads copy, held to what it should be.
+template <bool TRANSPOSED>
+static void multiply(bool waits, int lanes, int offset) {
+  uint16_t* const numbers_of = reinterpret_cast<uint16_t*>(matrices);
+  for (int i = 0; i < 24; ++i)
+    for (int k = 0; k < 16; ++k) numbers_of[16 * i + k] = uint16_t(pack(number(i, k), 0, Float16{}));
+  const Shared<uint4> shared(0);
+  if (thread() < kMatrixBytes / 16) shared.copy(thread(), matrices + thread(), true);
+  commit_copies();
+  if (waits) wait_copies<0>();
+  sync_threads();
+  if (thread() >= lanes) return;
+  const int lane = thread() % 32;
+  uint32_t a[4], b[4];
+  load_matrices<false>(shared, lane % 16 * 2 + lane / 16 + offset, a);
+  load_matrices<TRANSPOSED>(shared, 32 + lane % 8 * 2 + lane / 8 % 2, b);
+  float sum[4] = {0, 0, 0, 0};
+  multiply_add(sum, a, b[0], b[1], Float16{});
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
+    float expected = 0;
+    for (int k = 0; k < 16; ++k) expected += number(row, k) * number(16 + column, k);
+    if (sum[e] != expected) Machine::get().fail("a product is wrong");
+  }
+  output[thread()] = sum[0];
+}
+
+static void matrix_sound() { multiply<false>(true, kThreads, 0); }
+static void matrix_transposed() { multiply<true>(true, kThreads, 0); }
+static void matrix_read_too_soon() { multiply<false>(false, kThreads, 0); }
+static void matrix_that_some_skip() { multiply<false>(true, kThreads - 1, 0); }
+static void matrix_of_a_tile_too_many() { multiply<false>(true, kThreads, 32); }
+
 }  // namespace fusednorm_cuda
 
 int main(int argc, char** argv) {
@@ -165,6 +204,7 @@ int main(int argc, char** argv) {
     const char* name;
     void (*kernel)();
     int cluster;
+    size_t shared_bytes = kThreads * 4;
   } kernels[] = {
 #define ENTRY(kernel, cluster) {#kernel, kernel, cluster}
       ENTRY(sound, 1),
@@ -188,13 +228,19 @@ int main(int argc, char** argv) {
       ENTRY(copy_never_waited_for, 1),
       ENTRY(copy_over_a_number_in_use, 1),
       ENTRY(copy_from_anywhere, 1),
+#define MATRIX(kernel) {#kernel, kernel, 1, kMatrixBytes}
+      MATRIX(matrix_sound),
+      MATRIX(matrix_transposed),
+      MATRIX(matrix_read_too_soon),
+      MATRIX(matrix_that_some_skip),
+      MATRIX(matrix_of_a_tile_too_many),
   };
   for (const auto& k : kernels) {
     if (name != k.name) continue;
     for (uint64_t seed = 1; seed <= 4; ++seed) {
       Machine::get().seed = seed;
       try {
-        Machine::get().run({{unsigned(k.cluster), 1, 1}, {kThreads, 1, 1}, k.cluster, kThreads * 4, k.kernel});
+        Machine::get().run({{unsigned(k.cluster), 1, 1}, {kThreads, 1, 1}, k.cluster, k.shared_bytes, k.kernel});
       } catch (const std::exception& fault) {
         std::fprintf(stderr, "%s\n", fault.what());
         return 1;

@@ -33,6 +33,10 @@ FAULTS = {
     "copy_never_waited_for": r"a copy to shared memory that its thread did not wait for",
     "copy_over_a_number_in_use": r"shared memory race.*wrote it.*writes it",
     "copy_from_anywhere": r"runtime error: .*misaligned",
+    "matrix_transposed": r"a product is wrong",
+    "matrix_read_too_soon": r"never written",
+    "matrix_that_some_skip": r"31 threads wait at faults\.cpp:\d+",
+    "matrix_of_a_tile_too_many": r"shared memory: byte \d+ of 768",
 }
 
 
@@ -54,7 +58,7 @@ def test_emulation_catches_a_planted_fault(name, faults):
     assert re.search(FAULTS[name], done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["sound", "cluster_sound", "arrivals_sound", "copies_sound"])
+@pytest.mark.parametrize("name", ["sound", "cluster_sound", "arrivals_sound", "copies_sound", "matrix_sound"])
 def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
     done = run(faults, name)
     assert done.returncode == 0, done.stderr
@@ -74,14 +78,16 @@ QUICK = (
     " or (activation_in_every_form and dropout and rows and bfloat16)"
     " or (activation_with_every_switch and dropout and -bias and (float32 or float64))"
     " or (activation_at_every_layout and bfloat16)"
+    " or attention_with_masks_of_several_tiles or (attention_of_every_head_dim and 40)"
+    " or (attention_of_values_of_another_size and bfloat16 and 133)"
 )
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(QUICK, 75), pytest.param("", 700, marks=pytest.mark.slow)], ids=["quick", "every_test"]
+    ("chosen", "least"), [(QUICK, 79), pytest.param("", 850, marks=pytest.mark.slow)], ids=["quick", "every_test"]
 )
 def test_kernels_under_sanitizers(chosen, least):
-    """test_norm.py and test_activation.py beside this file, in a process whose memory AddressSanitizer watches."""
+    """The tests of norms, activations and attention beside this file, in memory that AddressSanitizer watches."""
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
@@ -90,7 +96,7 @@ def test_kernels_under_sanitizers(chosen, least):
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [str(HERE / "test_norm.py"), str(HERE / "test_activation.py")]
+    command += [str(HERE / f"test_{name}.py") for name in ("norm", "activation", "attention")]
     command += ["-k", chosen] if chosen else []
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, timeout=1800)
     said = done.stdout[-3000:] + done.stderr[-3000:]

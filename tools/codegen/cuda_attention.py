@@ -1,0 +1,123 @@
+"""What nvcc makes of the attention kernels of csrc/cuda: registers, spills, matrix instructions. No GPU is needed.
+
+    python3 -m tools.codegen.cuda_attention                                  # bfloat16, sm_90a
+    python3 -m tools.codegen.cuda_attention --arch 80 120 --sources attention_float32
+
+Exit status: 0; 1 when a kernel breaks the gate (see `faults`); 2 when nvcc or cuobjdump is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tools.codegen import results
+from tools.codegen.cuda import compile_kernels, missing
+from tools.codegen.cuda_forms import resident_blocks
+from tools.codegen.cuda_kernel import SIZES, Kernel
+
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+SOURCES = {"attention_bfloat16": "BFloat16", "attention_float16": "Float16", "attention_float32": "float"}
+NAMES = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_bwd_dmask")
+COLUMNS = (64, 128, 256)
+SHARED_BYTES = 99 << 10  # of a block on desktop GPUs, which have the least
+
+
+def expected(source: str) -> set[tuple[str, int, bool]]:
+    """(name, columns, whether it has every mask) of each instantiation there should be; a mask's gradient has one."""
+    bodies = (True,) if SOURCES[source] == "float" else (False, True)
+    return {
+        (name, columns, general)
+        for name in NAMES
+        for columns in COLUMNS
+        for general in ((True,) if name == "attention_bwd_dmask" else bodies)
+    }
+
+
+def identity(k: Kernel) -> tuple[str, int, bool]:
+    return k.name, k.constants[0], k.name == "attention_bwd_dmask" or bool(k.constants[1])
+
+
+def threads(k: Kernel) -> int:
+    """Shape of csrc/cuda/attention/attention_shape.h: two warps where rows are a KiB, else four."""
+    return 64 if SIZES[k.types[0]] * k.constants[0] >= 1024 else 128
+
+
+def products(k: Kernel) -> int:
+    """Matrix instructions of a warp's tile: each is 16 rows by 8 columns, and sums over 16."""
+    _, columns, _ = identity(k)
+    row = SIZES[k.types[0]] * columns
+    tile = (64 if row < 256 else 32) if k.name == "attention_fwd" else 16 if row >= 512 else 32
+    each = columns // 16 * (tile // 8)
+    # a product less where sums of keys and of values are made by a launch each; delta is 16 x 16
+    count = {"attention_fwd": 2, "attention_bwd_dq": 3, "attention_bwd_dkv": 4, "attention_bwd_dmask": 2}[k.name]
+    return count * each + (columns // 16 * 2 if k.name == "attention_bwd_dq" else 0)
+
+
+def faults(k: Kernel) -> list[str]:
+    found = []
+    if k.stack or k.spilled or k.local:
+        found.append(f"spills: {k.stack} bytes of stack, {k.spilled} spilled, {k.local} local accesses")
+    if not resident_blocks(k.registers, threads(k)):
+        found.append(f"{k.registers} registers: no block of {threads(k)} threads fits")
+    counts = dict(k.units)
+    if not counts.get("LDGSTS.E.BYPASS.128"):
+        found.append(f"no 16-byte copies to shared memory: {counts}")
+    matrices = sum(n for op, n in counts.items() if op.startswith("HMMA"))
+    loads = sum(n for op, n in counts.items() if op.startswith("LDSM"))
+    if SIZES[k.types[0]] == 2:
+        if matrices != products(k):
+            found.append(f"{matrices} matrix instructions, not {products(k)}")
+        if not loads or matrices > 2 * loads:
+            found.append(f"{loads} loads of matrices for {matrices} products")
+    elif matrices:
+        found.append(f"{matrices} matrix instructions, which round float32")
+    return found
+
+
+def compile_source(source: str, arch: str, folder: Path) -> list[Kernel]:
+    """Every kernel of the source, none missing and none besides."""
+    compiled = compile_kernels(source, arch, folder)
+    assert {identity(k) for k in compiled} == expected(source)
+    return compiled
+
+
+def broken(compiled: Iterable[Kernel]) -> list[str]:
+    return [f"{identity(k)} {k.types[0]} sm_{k.arch}: {fault}" for k in compiled for fault in faults(k)]
+
+
+def markdown(compiled: Iterable[Kernel]) -> str:
+    lines = [
+        "| kernel | columns | takes | dtype | sm | registers | spilled | threads | blocks | mma | ldmatrix |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for k in sorted(compiled, key=lambda k: (k.arch, NAMES.index(k.name), identity(k)[1:])):
+        name, columns, general = identity(k)
+        matrices, loads = (sum(n for op, n in k.units if op.startswith(start)) for start in ("HMMA", "LDSM"))
+        lines.append(
+            f"| {name} | {columns} | {'every mask' if general else 'causality, windows'} | {k.types[0]} | {k.arch} "
+            f"| {k.registers} | {max(k.stack, k.spilled)} | {threads(k)} | {resident_blocks(k.registers, threads(k))} "
+            f"| {matrices} | {loads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=["90a"], choices=ARCHITECTURES, help="default: 90a")
+    parser.add_argument("--sources", nargs="+", default=["attention_bfloat16"], choices=SOURCES)
+    options = parser.parse_args(argv)
+    if missing():
+        print(missing(), file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = [k for arch in options.arch for s in options.sources for k in compile_source(s, arch, Path(folder))]
+    sys.stdout.write(markdown(compiled))
+    return results.conclude(f"{len(compiled)} kernels", broken(compiled))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
