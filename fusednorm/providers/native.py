@@ -138,3 +138,33 @@ def attention_gradients(inputs: AttentionInputs, output_mask: Sequence[bool], as
     return tuple(
         make(t) if wanted and t is not None else None for t, wanted in zip(inputs[:4], output_mask, strict=True)
     )
+
+
+def attention_fwd(library: Any, inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """(out, lse), by an operator that takes what `attention_arguments` gives."""
+    q, k, v = inputs[:3]
+    out, lse = attention_results(q, v, inputs.cu_seqlens_q is not None)
+    library.attention_fwd(q, k, v, *attention_arguments(inputs, options), out, lse)
+    return out, lse
+
+
+def attention_bwd(
+    library: Any,
+    dout: Tensor,
+    dlse: Tensor | None,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (q, k, v, attn_mask); None where not wanted."""
+    asked = bool(lse.numel())
+    gradients = attention_gradients(inputs, output_mask, asked)
+    if asked:
+        library.attention_bwd(
+            # autograd and hooks on saved tensors may bring the statistics in another layout
+            *(dout, None if dlse is None else dlse.contiguous(), *inputs[:3], out, lse.contiguous()),
+            *(*attention_arguments(inputs, options), *gradients),
+        )
+    return gradients
