@@ -167,7 +167,8 @@ FN_DEVICE uint32_t make_logits(float (&x)[N / 8][4], float (&slope)[N / 8][4], c
       const int size = size_of(m.dtype);
       const char* const mask = m.data + (at.batch * m.batch + at.head * m.head) * size;
       each([&](int n, int e) {
-        if (!(visible >> (4 * n + e) & 1)) return;
+        // of a whole tile, rows past the last one are not hidden
+        if (!(visible >> (4 * n + e) & 1) || query_of(n, e) >= s.n_queries || key_of(n, e) >= s.n_keys) return;
         const float value = mask_value(m, mask + (query_of(n, e) * m.query + key_of(n, e) * m.key) * size);
         x[n][e] += value;
         hide(n, e, value == -INFINITY);

@@ -182,11 +182,10 @@ FN_DEVICE void products(float (&sum)[N / 8][4], Tile<E, DIM> own, Tile<E, DIM> o
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           four(other, 8 * n + 2 * l.pair + c, k, b);
+          float upper = 0, lower = 0;  // four by themselves: the sum of all takes fewer roundings
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sum[n][c] = fmaf(a[0][i], b[i], sum[n][c]);
-            sum[n][2 + c] = fmaf(a[1][i], b[i], sum[n][2 + c]);
-          }
+          for (int i = 0; i < 4; ++i) upper = fmaf(a[0][i], b[i], upper), lower = fmaf(a[1][i], b[i], lower);
+          sum[n][c] += upper, sum[n][2 + c] += lower;
         }
     }
   }
