@@ -5,7 +5,6 @@ All plain eager calls of one signature are served alike. So their plan is looked
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -170,7 +169,8 @@ def runner(name: str, provider: str, inputs: Inputs, options: Options) -> Callab
         return lambda inputs: call(name, inputs, options, provider=provider)
     function = registry.function(provider, name)
     prepare = getattr(function, "prepare", None)
-    return functools.partial(function if prepare is None else prepare(inputs, options), options=options)
+    run = function if prepare is None else prepare(inputs, options)
+    return lambda inputs: run(inputs, options)
 
 
 def forward(inputs: Any, options: Options, draw: Callable[..., Any], run: Callable[..., Any]) -> Any:

@@ -31,10 +31,10 @@ def planted(monkeypatch):
         module.refusal = lambda op, *args: refusal(op, *args) if callable(refusal) else refusal
 
         def op(op_name):
-            def run(*args, **options):
+            def run(*args):
                 if calls is not None:
                     calls.append(op_name)
-                return getattr(reference, op_name)(*args, **options)
+                return getattr(reference, op_name)(*args)
 
             return run
 
