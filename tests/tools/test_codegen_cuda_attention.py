@@ -37,8 +37,9 @@ PLANTED = {
 }
 
 
-def test_cuda_attention_gate_passes_what_is_sound():
-    assert gate.faults(SOUND) == []
+@pytest.mark.parametrize("copies", [COPIES, "LDGSTS.E.BYPASS.128.ZFILL"])  # up to sm_90, and from sm_100 on
+def test_cuda_attention_gate_passes_what_is_sound(copies):
+    assert gate.faults(replace(SOUND, units=((PRODUCTS, 128), (copies, 24), (LOADS, 80)))) == []
 
 
 @pytest.mark.parametrize("said", PLANTED)

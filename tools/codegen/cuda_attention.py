@@ -64,7 +64,7 @@ def faults(k: Kernel) -> list[str]:
     if not resident_blocks(k.registers, threads(k)):
         found.append(f"{k.registers} registers: no block of {threads(k)} threads fits")
     counts = dict(k.units)
-    if not counts.get("LDGSTS.E.BYPASS.128"):
+    if not any(op.startswith("LDGSTS") and ".128" in op for op in counts):
         found.append(f"no 16-byte copies to shared memory: {counts}")
     matrices = sum(n for op, n in counts.items() if op.startswith("HMMA"))
     loads = sum(n for op, n in counts.items() if op.startswith("LDSM"))
