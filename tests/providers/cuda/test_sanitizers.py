@@ -78,7 +78,7 @@ QUICK = (
     " or (activation_in_every_form and dropout and rows and bfloat16)"
     " or (activation_with_every_switch and dropout and -bias and (float32 or float64))"
     " or (activation_at_every_layout and bfloat16)"
-    " or attention_with_masks_of_several_tiles or (attention_of_every_head_dim and 40)"
+    " or attention_with_masks_of_several_tiles or (attention_of_every_head_dim and 40 and not at_257)"
     " or (attention_of_values_of_another_size and bfloat16 and 133)"
 )
 
