@@ -82,6 +82,12 @@ def check_not_truncated(library: Path) -> None:
                 raise OSError("the file is cut off")
 
 
+def load_failure(library: Path, fault: Exception, build: str) -> str:
+    """Why a library is not usable, in the loader's words where torch only says that it failed."""
+    said = fault.__cause__ or fault
+    return f"{library} does not load into torch {torch.__version__}: {said}; build it anew: {build}"
+
+
 def check_activations(library: Path) -> None:
     """Raise ValueError for a loaded library whose activations have other numbers than ours."""
     names = ctypes.c_char_p(ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_activations")))

@@ -126,7 +126,7 @@ def made_again(dim, generator, dtype=torch.float32):
         out = scaled_dot_product_attention(*leaves, mask)
         found.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
     for expected, ours in zip(*found, strict=True):
-        # sums in another order: before 16-bit results are rounded they may differ by a rounding of their sum
+        # sums of 35 float32 terms in another order; of two that are near, rounding to 16 bits may make neighbours
         error = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(ours, expected, rtol=error, atol=error)
 

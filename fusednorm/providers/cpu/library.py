@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._once import once
 from ..._options import Inputs, Options
-from ..native import check_activations, check_not_truncated, too_many_dimensions
+from ..native import check_activations, check_not_truncated, load_failure, too_many_dimensions
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cpu.so"
 BUILD = (
@@ -51,8 +51,7 @@ def _load() -> str | None:
             overload = getattr(torch.ops.fusednorm_cpu, name).default
             globals()[name] = getattr(overload, "_op", overload)  # an overload's own call adds a microsecond
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
-        said = fault.__cause__ or fault  # the loader's words, where torch only says that it failed
-        return f"{LIBRARY} does not load into torch {torch.__version__}: {said}; build it anew: {BUILD}"
+        return load_failure(LIBRARY, fault, BUILD)
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..._once import once
 from ..._transforms import capturing
-from ..native import check_activations, check_not_truncated, too_many_dimensions
+from ..native import check_activations, check_not_truncated, load_failure, too_many_dimensions
 from ..strides import contiguous, folded
 
 LIBRARY = Path(__file__).parents[2] / "libfusednorm_cuda.so"
@@ -66,8 +66,7 @@ def _load() -> str | None:
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")
         _attach()
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
-        said = fault.__cause__ or fault  # the loader's words, where torch only says that it failed
-        return f"{library} does not load into torch {torch.__version__}: {said}; build it anew: {BUILD}"
+        return load_failure(library, fault, BUILD)
     return None
 
 
