@@ -37,8 +37,8 @@ def _plan(
     from .launch import TYPES
 
     acc = compute_dtype(dtype)
-    float64 = acc == torch.float64
-    config = (table.backward if backward else table.forward)(n, layout[0] != 0 or float64, float64, layout[2])
+    small = layout[0] != 0 or acc == torch.float64
+    config = (table.backward if backward else table.forward)(n, small, dtype.itemsize, layout[2])
     kernel = kernels._bias_act_dropout_bwd_kernel if backward else kernels._bias_act_dropout_fwd_kernel
     even = n % config.block_n == 0
     form = ACTIVATIONS[activation].sigmoid or (0.0, 0.0)

@@ -15,6 +15,7 @@ _NARROWEST = 64  # columns of a tile
 # programs on a multiprocessor, and so registers a thread: the most that compile without a spill
 _FORWARD_PER_SM, _BACKWARD_PER_SM, _SMALL_PER_SM, _FLOAT64_PER_SM = 6, 8, 4, 2
 _FORWARD_TWO_STRIDES_PER_SM, _BACKWARD_TWO_STRIDES_PER_SM = 5, 6  # each operand's offsets take registers of their own
+_FORWARD_FLOAT32_PER_SM = 5  # GELU with dropout and a bias spills at 6, on sm_120 in rows of 8 columns
 
 
 def _tile(n: int, elements: int) -> tuple[int, int]:
@@ -26,16 +27,18 @@ def _tile(n: int, elements: int) -> tuple[int, int]:
     return size // width, width
 
 
-def _per_sm(small: bool, float64: bool, otherwise: int) -> int:
-    return _FLOAT64_PER_SM if float64 else _SMALL_PER_SM if small else otherwise
+def _per_sm(small: bool, itemsize: int, otherwise: int) -> int:
+    return _FLOAT64_PER_SM if itemsize == 8 else _SMALL_PER_SM if small else otherwise
 
 
-def forward(n: int, small: bool, float64: bool, two_strides: bool) -> Config:
+def forward(n: int, small: bool, itemsize: int, two_strides: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
-    aligned = _FORWARD_TWO_STRIDES_PER_SM if two_strides else _FORWARD_PER_SM
-    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _per_sm(small, float64, aligned))
+    aligned = (
+        _FORWARD_TWO_STRIDES_PER_SM if two_strides else _FORWARD_FLOAT32_PER_SM if itemsize == 4 else _FORWARD_PER_SM
+    )
+    return Config(*_tile(n, 8 if small else 16), 1, _WARPS, _per_sm(small, itemsize, aligned))
 
 
-def backward(n: int, small: bool, float64: bool, two_strides: bool) -> Config:
+def backward(n: int, small: bool, itemsize: int, two_strides: bool) -> Config:
     aligned = _BACKWARD_TWO_STRIDES_PER_SM if two_strides else _BACKWARD_PER_SM
-    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _per_sm(small, float64, aligned))
+    return Config(*_tile(n, 4 if small else 8), 1, _WARPS, _per_sm(small, itemsize, aligned))
