@@ -26,7 +26,7 @@ if (
 dispatch.settings.load_fastpath()  # else the first call of a process loads it, and goes without
 _once.first_time("no CPU library")  # where it is not built, or made to be missing, that is known: no warning
 
-for absent in (torch.cuda, torch.xpu):
+for absent in (torch.cuda, torch.xpu, torch.mtia):
     if not absent.is_available():  # else every seed notes for it who asked, which takes 0.8 ms of each test
         absent.manual_seed_all = lambda seed: None
 
@@ -55,6 +55,9 @@ def _places() -> list:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # so that -k takes a folder: pytest -k providers/cpu
         item.extra_keyword_matches.add(item.path.parent.relative_to(Path(__file__).parent).as_posix())
+        quick = item.get_closest_marker("quick_on")
+        if quick is not None and item.callspec.params["place"][0] not in quick.args:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+import torch_samples
 from oracle import DRAWS, DTYPES, assert_within_budget
 from oracle_attention import AttentionCall, check
 
 import fusednorm
 
-pytest.importorskip("numpy", reason="torch's samples need it")
-pytest.importorskip("expecttest", reason="torch's samples need it")
 pytest.importorskip("hypothesis")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages as they are imported
-    from torch.testing._internal.common_methods_invocations import op_db
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 OP = "attention_fwd"
-INFO = next(info for info in op_db if info.name == "nn.functional.scaled_dot_product_attention")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,6 +23,8 @@ def test_opinfo_samples_give_torchs_results_and_gradients(dtype, using, device):
 
     What is dropped is drawn otherwise than torch's, so of these samples only shapes and dtypes are compared.
     """
+
+    info = torch_samples.operator("scaled_dot_product_attention")
 
     def run(function, sample, dy):
         leaves = [t for t in (sample.input, *sample.args, *sample.kwargs.values()) if torch.is_tensor(t)]
@@ -47,13 +41,13 @@ def test_opinfo_samples_give_torchs_results_and_gradients(dtype, using, device):
     def errors(draw):
         """For out and each gradient: ours, torch's and exact ones of all samples."""
         pooled: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-        for original in INFO.sample_inputs("cpu", dtype, requires_grad=True):
+        for original in info.sample_inputs("cpu", dtype, requires_grad=True):
             sample = original.transform(lambda t: laid_out(t, draw) if torch.is_tensor(t) else t)
             wide = sample.transform(lambda t: t.detach().double().requires_grad_() if torch.is_tensor(t) else t)
-            dy = torch.randn_like(INFO.op(sample.input, *sample.args, **sample.kwargs))
+            dy = torch.randn_like(info.op(sample.input, *sample.args, **sample.kwargs))
             with using:
                 ours = run(fusednorm.scaled_dot_product_attention, sample, dy)
-            torchs, exact = run(INFO.op, sample, dy), run(INFO.op, wide, dy)
+            torchs, exact = run(info.op, sample, dy), run(info.op, wide, dy)
             for n, triple in enumerate(zip(ours, torchs, exact, strict=True)):
                 assert (triple[0].shape, triple[0].dtype) == (triple[1].shape, triple[1].dtype)
                 if not sample.kwargs.get("dropout_p"):

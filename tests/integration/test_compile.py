@@ -30,6 +30,8 @@ CASES += [("add_layer_norm", v) for v in ("plain", "dropout", "memory_efficient"
 CASES += [("add_rms_norm", "wider_stream"), ("bias_act_dropout", "gelu_tanh"), ("bias_act_dropout", "relu_dropout")]
 EVERY_CASE = pytest.mark.parametrize(("function", "variant"), CASES, ids=["-".join(case) for case in CASES])
 ROWS = [33, 1, 64, 0, 1000]
+# Providers' graphs differ by a name in an op; automatic choice has torch's own operators in its graphs too.
+BY_TWO_PROVIDERS = pytest.mark.quick_on("automatic", "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,7 @@ def with_gradients(run, rows: int, device: str):
     return [output.detach() for output in outputs], gradients
 
 
+@BY_TWO_PROVIDERS
 @EVERY_CASE
 def test_fullgraph_dynamic_over_row_counts(function, variant, provider, using, device):
     """Results and gradients at every row count; 0 and 1 may be specialised, the rest shares one graph.
@@ -99,6 +102,7 @@ def ops_of(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [node for part in parts for node in part.nodes if str(node.target).startswith("fusednorm.")]
 
 
+@BY_TWO_PROVIDERS
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
 def test_marking_nothing_dynamic_settles_after_two_sizes(function, using, device):
     """dynamic=None, torch.compile's default: the second size generalises, the others reuse it."""
@@ -114,6 +118,7 @@ def test_marking_nothing_dynamic_settles_after_two_sizes(function, using, device
     assert counter.frame_count == settled
 
 
+@pytest.mark.quick_on("automatic", "cpu")
 @pytest.mark.parametrize("function", ["layer_norm", "add_layer_norm"])
 def test_first_call_of_the_process_may_be_the_compiled_one(function, using, device, monkeypatch):
     """Nothing is left to be imported or looked up while Dynamo traces."""
@@ -141,6 +146,7 @@ def test_the_chosen_provider_is_guarded():
     assert counter.frame_count == both
 
 
+@BY_TWO_PROVIDERS
 @pytest.mark.parametrize("function", [*FUSED, "bias_act_dropout"])
 def test_default_seed_draws_anew_in_every_compiled_call(function, using, device):
     """A seed drawn while tracing would freeze the mask."""
@@ -162,6 +168,7 @@ def test_default_seed_draws_anew_in_every_compiled_call(function, using, device)
     assert 0.3 < (first != 0).float().mean() < 0.7
 
 
+@BY_TWO_PROVIDERS
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "AddLayerNorm", "AddRMSNorm"])
 def test_compiled_module_trains_like_the_eager_one(kind, using, device):
     torch.manual_seed(0)
@@ -220,7 +227,7 @@ ONE_GRAPH = {
 }
 
 
-@pytest.fixture(params=["native", "pure_python"])
+@pytest.fixture
 def library(request):
     """With the native library as it is, and without."""
     if request.param == "pure_python":
@@ -232,7 +239,14 @@ def library(request):
     yield request.param
 
 
-@pytest.mark.parametrize("case", ONE_GRAPH)
+# Of the cases without the library those that differ most: layers, a mask of bits, attention that it would have served.
+PURE = ("TransformerEncoderLayer", "dropout_mask", "attention_with_dropout")
+CASES_OF_A_LIBRARY = [("native", case) for case in ONE_GRAPH] + [
+    pytest.param("pure_python", case, marks=[] if case in PURE else [pytest.mark.slow]) for case in ONE_GRAPH
+]
+
+
+@pytest.mark.parametrize(("library", "case"), CASES_OF_A_LIBRARY, indirect=["library"])
 def test_one_graph(case, library):
     """As torch.nn's own layers: a number read from a tensor, or a look at a device, would break the graph."""
     explained = torch._dynamo.explain(ONE_GRAPH[case]())(torch.randn(2, 5, 16))

@@ -11,14 +11,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch_samples
 from drop_in import error, results, twins, wide
-
-pytest.importorskip("numpy", reason="torch's samples need it")
-pytest.importorskip("expecttest", reason="torch's samples need it")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # torch's test helpers warn about optional packages as they are imported
-    from torch.testing._internal.common_modules import module_db
-    from torch.testing._internal.common_utils import noncontiguous_like
 
 OP = "attention_fwd"
 NAMES = (
@@ -28,7 +22,6 @@ NAMES = (
     "TransformerEncoder",
     "Transformer",
 )
-INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in NAMES}
 EVERY_MODULE = pytest.mark.parametrize("name", NAMES)
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 # the quick tests take some of the samples, in each dtype and mode others
@@ -41,7 +34,7 @@ MODE = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @functools.cache
 def samples(name: str, dtype: torch.dtype, training: bool, first: int = 0, step: int = 1) -> list:
     """(torch's module, ours, arguments, keywords) of each, or of every so many from one on."""
-    info = INFOS[name]
+    info = torch_samples.module(name)
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's encoder says why it makes no nested tensors
@@ -53,10 +46,6 @@ def samples(name: str, dtype: torch.dtype, training: bool, first: int = 0, step:
             theirs, ours = twins(name, *made.args, **{**made.kwargs, **device})
             found.append((theirs.train(training), ours.train(training), tuple(call.args), call.kwargs))
     return found
-
-
-def test_every_module_has_samples():
-    assert sorted(INFOS) == sorted(NAMES)
 
 
 def check(name: str, dtype: torch.dtype, training: bool, using, first: int = 0, step: int = 1) -> None:
@@ -106,8 +95,8 @@ def test_samples_without_gradients_in_eval_mode(name, dtype):
 def test_samples_with_strided_inputs(name):
     """The results of contiguous inputs."""
     for _, ours, args, kwargs in samples(name, torch.float64, True, 1, 6):
-        strided = tuple(noncontiguous_like(a) if a.numel() > 1 else a for a in args)
-        masks = {n: noncontiguous_like(v) if torch.is_tensor(v) and v.numel() > 1 else v for n, v in kwargs.items()}
+        strided = tuple(torch_samples.strides_apart(a) for a in args)
+        masks = {n: torch_samples.strides_apart(v) for n, v in kwargs.items()}
         assert any(not a.is_contiguous() for a in strided)
         assert error(results(ours, strided, masks), results(ours, args, kwargs)) < 1e-14
 
