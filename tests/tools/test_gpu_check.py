@@ -127,6 +127,20 @@ def test_environment_stage_end_to_end(tmp_path, capfd):
     assert "| environment | passed" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("device", "nvcc", "measured"), [("cuda", "/bin/nvcc", True), ("cuda", None, False), ("cpu", "/bin/nvcc", False)]
+)
+def test_attention_in_cuda_is_measured_where_it_is_built(device, nvcc, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: nvcc if name == "nvcc" else None)
+    (benchmark,) = (s for s in gpu_check.stages(tmp_path, device, []) if s.name == "benchmark")
+    quick, *native = benchmark.commands(60.0)
+    assert [command[-6:] for command in native] == [
+        ["--only", "^attention", "--provider", "cuda", "--limit", "8"]
+    ] * measured
+    first = float(quick[quick.index("--limit") + 1])
+    assert first + 15 + benchmark.brief * len(native) <= 60
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_type(tmp_path, capsys):
     assert gpu_check.main([str(tmp_path)]) == 2

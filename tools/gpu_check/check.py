@@ -43,6 +43,7 @@ STAGES = ("environment", "build", "tests", "sanitizer", "benchmark")
 ASKED_FOR = ("tune", "targets")  # beside the five they would not fit
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TABLE_SECONDS = 15.0  # for the table of targets, imports included
+CUDA_ATTENTION_SECONDS = 16.0  # for attention by provider cuda, imports included
 # The machine's own, which every stage must share.
 NOT_FROM_PEERS = ("torch", "triton", "fusednorm")
 _DEVICE_CODE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -128,10 +129,13 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         return [[*command, "--json", raw], [*python, "-m", "benchmarks.publish.targets", raw]]
 
     def benchmark(limit: float) -> list[list[str]]:
+        quick = [*python, "-m", "benchmarks.run", "--quick", "--device", device]
+        # by automatic choice Triton serves attention on a GPU; its CUDA C++ kernels stand beside eager in the log alone
+        native = [*quick, "--only", "^attention", "--provider", "cuda", "--limit", f"{CUDA_ATTENTION_SECONDS / 2:.0f}"]
+        later = [native] if device == "cuda" and find_tool("nvcc") else []  # else there is no such provider
         # imports come before that limit begins to count, the last case and the report after it
-        cases_for = max(3.0, 0.8 * limit - 15.0)
-        command = [*python, "-m", "benchmarks.run", "--quick", "--device", device, "--limit", f"{cases_for:.0f}"]
-        return [[*command, "--json", str(outdir / "benchmark.json")]]
+        cases_for = max(3.0, 0.8 * (limit - CUDA_ATTENTION_SECONDS * len(later)) - 15.0)
+        return [[*quick, "--limit", f"{cases_for:.0f}", "--json", str(outdir / "benchmark.json")], *later]
 
     environment = [*python, "-m", "tools.gpu_check.environment"]
     tests = [*python, "-m", "tools.gpu_check.run_tests", "--device", device, "--xml", str(outdir / "tests.xml")]
@@ -151,7 +155,10 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         ),
         Stage("tests", "tests.log", 200, lambda _: [tests], ("tests.xml",), env),
         Stage("sanitizer", "sanitizer.log", 75, sanitize, env=env | uncached, skip=missing_sanitizer(device)),
-        Stage("benchmark", "benchmark.log", 35, benchmark, ("benchmark.json",), env | with_peers),
+        Stage(
+            *("benchmark", "benchmark.log", 35, benchmark, ("benchmark.json",), env | with_peers),
+            brief=CUDA_ATTENTION_SECONDS,
+        ),
         Stage("tune", "tune.log", 120, tune, ("tune.json",), env, most=180),
         Stage("targets", "targets.log", 300, targets, ("targets.json",), env | with_peers, brief=TABLE_SECONDS),
     ]

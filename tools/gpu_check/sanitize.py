@@ -88,6 +88,11 @@ CUDA_WORKS = tuple(
         Work("several warps", "bias_act_dropout", 9, 1024, torch.bfloat16, {"activation": "gelu_tanh", **DROPOUT}),
         Work("slabs", "bias_act_dropout", 9, 4096, torch.float32, {"activation": "relu", **DROPOUT}),
         Work("two row strides", "bias_act_dropout", 6, 100, torch.float32, {"activation": "gelu"}, (), True),
+        Work("causal", ATTENTION, 80, 64, torch.bfloat16, {"is_causal": True}),
+        Work("masked, odd lengths", ATTENTION, 37, 32, torch.float32, DROPOUT, ("attn_mask",)),
+        Work("one mask for all heads", ATTENTION, 40, 64, torch.float16, DROPOUT, ("attn_mask",), True),
+        Work("window, wide heads", ATTENTION, 70, 128, torch.float16, {"window": (16, 8), "softcap": 20.0}),
+        Work("widest heads", ATTENTION, 33, 256, torch.bfloat16, {"window": (16, 8)}),
     )
 )
 FORMS = (
@@ -197,11 +202,13 @@ def fault(work: Work, device: str) -> str:
 
 def native_forms(work: Work, device: str) -> set[str]:
     """What of sanitize_cuda.FORMS a call reaches."""
+    x = torch.empty(1, work.columns, dtype=work.dtype, device=device)
+    if work.function == ATTENTION:
+        return sanitize_cuda.attention(x, work.options, bool(work.parameters))
     named = {"two row strides"} if work.strided else set()
     named |= {"epilogue"} if work.parameters or "drop_path_p" in work.options else set()
     named |= {work.name} if work.name.startswith("many rounds") else set()
     named |= {"float32 stream"} if "residual_dtype" in work.options else set()
-    x = torch.empty(1, work.columns, dtype=work.dtype, device=device)
     return named | sanitize_cuda.reached(work.function, x)
 
 

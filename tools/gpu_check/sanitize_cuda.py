@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "1 vector", "2 vectors", "4 vectors", "tiles", "unaligned")),
     *(f"backward, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
     *(f"activation, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
+    *(f"attention, {columns} columns" for columns in (64, 128, 256)),
+    *("attention, every mask", "attention, float32", "attention, mask gradient"),
     *("epilogue", "float32 stream", "two row strides", "many rounds", "many rounds of clusters", *_CLUSTERS),
 )
 
@@ -18,6 +22,14 @@ def forms(device: str) -> tuple[str, ...]:
     """Those that this device has."""
     clusters = device == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
     return FORMS if clusters else tuple(form for form in FORMS if form not in _CLUSTERS)
+
+
+def attention(x: Tensor, options: Mapping[str, object], masked: bool) -> set[str]:
+    """The forms of a call of attention on x and of its backward: bodies by width, with every mask or without."""
+    columns = max(64, 1 << (x.shape[-1] - 1).bit_length())
+    every = masked or options.keys() & {"dropout_p", "softcap"}
+    found = {f"{columns} columns", *(["every mask"] if every else []), *(["mask gradient"] if masked else [])}
+    return {f"attention, {form}" for form in (*found, *(["float32"] if x.dtype == torch.float32 else []))}
 
 
 def reached(function: str, x: Tensor) -> set[str]:
