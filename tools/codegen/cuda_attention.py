@@ -2,6 +2,7 @@
 
     python3 -m tools.codegen.cuda_attention                                  # bfloat16, sm_90a
     python3 -m tools.codegen.cuda_attention --arch 80 120 --sources attention_float32
+    python3 -m tools.codegen.cuda_attention --write                          # the page, in twenty minutes of one core
 
 Exit status: 0; 1 when a kernel breaks the gate (see `faults`); 2 when nvcc or cuobjdump is missing.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tools.codegen import results
-from tools.codegen.cuda import compile_kernels, missing
+from tools.codegen.cuda import compile_kernels, missing, version
 from tools.codegen.cuda_forms import resident_blocks
 from tools.codegen.cuda_kernel import SIZES, Kernel
 
@@ -23,7 +24,7 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 SOURCES = {"attention_bfloat16": "BFloat16", "attention_float16": "Float16", "attention_float32": "float"}
 NAMES = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_bwd_dmask")
 COLUMNS = (64, 128, 256)
-SHARED_BYTES = 99 << 10  # of a block on desktop GPUs, which have the least
+PAGE = "codegen_cuda_attention.md"
 
 
 def expected(source: str) -> set[tuple[str, int, bool]]:
@@ -105,18 +106,65 @@ def markdown(compiled: Iterable[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def registers(compiled: Sequence[Kernel]) -> str:
+    """Of each kernel, an architecture a column."""
+    architectures = sorted({k.arch for k in compiled}, key=lambda arch: int(arch.rstrip("a")))
+    rows: dict[tuple[str, ...], dict[str, int]] = {}
+    for k in sorted(compiled, key=lambda k: (k.types[0], NAMES.index(k.name), identity(k)[1:])):
+        name, columns, general = identity(k)
+        takes = "every mask" if general else "causality, windows"
+        rows.setdefault((name, str(columns), takes, k.types[0]), {})[k.arch] = k.registers
+    lines = [
+        "| " + " | ".join(["kernel", "columns", "takes", "dtype", *(f"sm_{arch}" for arch in architectures)]) + " |",
+        "|---|--:|---|---|" + "--:|" * len(architectures),
+    ]
+    lines += ["| " + " | ".join([*row, *(str(of[arch]) for arch in architectures)]) + " |" for row, of in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+_HEADER = """# What the CUDA C++ attention kernels compile to
+
+nvcc {version}, ahead of time; `python3 -m tools.codegen.cuda_attention --write` renews this file.
+
+**Nothing on this page is a measurement of speed.** No kernel here spills, on any of the architectures.
+
+Heads of up to 64, 128 and 256 columns share kernels. Those without every mask have causality and windows alone; in
+float32 one body has all. Blocks are as many as a multiprocessor's registers hold. Matrix instructions (`mma`) and
+loads for them (`ldmatrix`) are those in the binary of one tile; an `mma` is 16 rows by 8 columns, and sums over 16.
+`NOTES.md` derives from them which fraction of the matrix units' rate the kernels can reach at most.
+
+## sm_90a
+
+"""
+
+
+def page(compiled: Sequence[Kernel]) -> str:
+    shown = [k for k in compiled if k.arch == "90a" and k.types[0] != "Float16"]
+    return _HEADER.format(version=version()) + markdown(shown) + "\n## Registers of a thread\n\n" + registers(compiled)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=["90a"], choices=ARCHITECTURES, help="default: 90a")
     parser.add_argument("--sources", nargs="+", default=["attention_bfloat16"], choices=SOURCES)
+    parser.add_argument("--write", action="store_true", help=f"renew {PAGE}, which has every architecture and source")
     options = parser.parse_args(argv)
     if missing():
         print(missing(), file=sys.stderr)
         return 2
+    jobs = [(source, arch) for arch in options.arch for source in options.sources]
+    if options.write:
+        jobs = [(source, arch) for arch in ARCHITECTURES for source in SOURCES]
+    from tqdm import tqdm
+
+    compiled: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
-        compiled = [k for arch in options.arch for s in options.sources for k in compile_source(s, arch, Path(folder))]
-    sys.stdout.write(markdown(compiled))
-    return results.conclude(f"{len(compiled)} kernels", broken(compiled))
+        for source, arch in tqdm(jobs, desc="compiled", disable=len(jobs) == 1):
+            compiled += compile_source(source, arch, Path(folder))
+    if not options.write:
+        sys.stdout.write(markdown(compiled))
+    written = (PAGE, page(compiled)) if options.write else ()
+    return results.conclude(f"{len(compiled)} kernels", broken(compiled), *written)
 
 
 if __name__ == "__main__":
