@@ -124,7 +124,7 @@ def registers(compiled: Sequence[Kernel]) -> str:
 
 _HEADER = """# What the CUDA C++ attention kernels compile to
 
-nvcc {version}, ahead of time; `python3 -m tools.codegen.cuda_attention --write` renews this file.
+{version}, ahead of time; `python3 -m tools.codegen.cuda_attention --write` renews this file.
 
 **Nothing on this page is a measurement of speed.** No kernel here spills, on any of the architectures.
 
