@@ -22,7 +22,15 @@ from .._once import once
 from ..providers.cpu import library as cpu
 from ..providers.native import check_not_truncated
 
-FILE = Path(__file__).parents[1] / (f"_fastpath.torch-{torch.__version__}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+_SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]  # of this Python
+FILE = Path(__file__).parents[1] / f"_fastpath.torch-{torch.__version__}{_SUFFIX}"
+
+
+def _built_for(file: Path) -> str:
+    version = file.name.removeprefix("_fastpath.torch-")
+    return (
+        version.removesuffix(_SUFFIX) if version.endswith(_SUFFIX) else f"{version.split('.cp')[0]} and another Python"
+    )
 
 
 @once
@@ -34,9 +42,9 @@ def load() -> tuple[Any, str]:
     if reason is not None:
         return None, reason
     if not FILE.exists():
-        others = sorted(path.name for path in FILE.parent.glob("_fastpath.torch-*"))
-        built = f"it was built for others ({', '.join(others)})" if others else "it is not built"
-        return None, f"{built}, and this torch and Python need {FILE.name}"
+        others = ", ".join(sorted(map(_built_for, FILE.parent.glob("_fastpath.torch-*"))))
+        built = f"it was built for torch {others}" if others else "it is not built"
+        return None, f"{built}, and this is torch {torch.__version__}"
     try:
         check_not_truncated(FILE)
         loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(FILE))

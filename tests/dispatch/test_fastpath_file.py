@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 
 import pytest
 import torch
@@ -29,12 +30,22 @@ def _file(path, monkeypatch):
         monkeypatch.undo()
 
 
-def test_fastpath_of_another_torch_is_left_out(tmp_path, monkeypatch):
-    (tmp_path / "_fastpath.torch-2.99.0.cpython-311-x86_64-linux-gnu.so").touch()
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([], "it is not built, and this is torch "),
+        (["2.99.0{suffix}"], "it was built for torch 2.99.0, and this is torch "),
+        (["2.99.0{suffix}", "2.98.0.cpython-39.so"], "it was built for torch 2.98.0 and another Python, 2.99.0, and "),
+    ],
+)
+def test_fastpath_of_another_torch_or_python_is_left_out(files, said, tmp_path, monkeypatch):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    for name in files:
+        (tmp_path / f"_fastpath.torch-{name.format(suffix=suffix)}").touch()
     with _file(tmp_path / fastpath.FILE.name, monkeypatch):
         module, reason = fastpath.load()
         assert module is None
-        assert "it was built for others (_fastpath.torch-2.99.0.cpython-311" in reason and fastpath.FILE.name in reason
+        assert reason.startswith(said) and reason.endswith(torch.__version__)
 
 
 def test_fastpath_can_be_left_out(monkeypatch):
