@@ -34,7 +34,6 @@ MODES: dict[str, dict[str, Any]] = {
     "causal_dropout": {"upper": True, "dropout": True},
 }
 DIMS = (64, 128)
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABULATED = (80, 90, 100)
 
 

@@ -8,6 +8,7 @@ padded (its value is one bound of a comparison).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ import torch
 
 from fusednorm._options import from_flat
 from fusednorm.providers.triton import attention as triton_attention
+from fusednorm.providers.triton import attention_config as table
 from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton.attention_config import columns
 from tools.codegen import compile
@@ -25,6 +27,7 @@ from tools.codegen.compile import Launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDEST = 256
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _LENGTH, _BATCH, _HEADS = 512, 2, 2
 
 
@@ -113,15 +116,28 @@ def covering(dims: Iterable[int], dtypes: Iterable[str], strength: int) -> list[
     return found
 
 
+@functools.cache
+def _tiles(wide: int, itemsize: int, dropout: bool, heavy: bool, bounded: bool) -> tuple[Any, ...]:
+    """What the table gives a call's kernels on each device."""
+    devices = [triton_host.compiled_for(divmod(arch, 10)) for arch in ARCHITECTURES]
+    needs = [table.Need(wide, itemsize, dropout, heavy, bounded, *d, triton_host.version()) for d in devices]
+    tiles = (table.forward, table.delta, table.backward_queries, table.backward_keys, table.backward_mask)
+    return tuple(choose(need) for need in needs for choose in (*tiles, table.splits))
+
+
 def heaviest(calls: Iterable[Call]) -> list[Call]:
     """Of all calls that the table gives the same tiles the one with most to hold at once: every other switch on."""
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
+        if call.d != call.dv:
+            continue
         switches = (call.mask == "float32", call.key_mask, call.lower, call.upper, call.lower_right, call.dlse)
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
-        told = (call.dropout, call.mask != "none" or call.logits == "softcap", call.lower or call.upper)
-        key = (call.d, call.dtype, call.precision, *told)
-        if call.d == call.dv and weight > best.get(key, (-1, call))[0]:
+        itemsize, summed = DTYPES[call.dtype].itemsize, call.gradient in ("heads", "queries") and call.gradient
+        heavy = call.mask != "none" or call.logits == "softcap" or (itemsize == 2 and call.logits == "apart")
+        tiles = _tiles(columns(call.d), itemsize, call.dropout, heavy, call.lower or call.upper)
+        key = (call.d, call.dtype, call.precision, summed, tiles)
+        if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
     return [call for _, call in best.values()]
 

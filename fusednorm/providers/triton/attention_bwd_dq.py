@@ -248,7 +248,7 @@ def _attention_bwd_dmask_kernel(
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, SUM_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Split s of a tile of the mask (mask_b, mask_h, mask_q, n_keys): row s of partials (n_splits, mask's elements).
 
@@ -286,9 +286,11 @@ def _attention_bwd_dmask_kernel(
         dout_head = dout_ptr + (b * stride_dout_b + h * stride_dout_h + first * stride_dout_s) * VEC
         k_head = k_ptr + (b * stride_k_b + kv * stride_k_h) * VEC
         v_head = v_ptr + (b * stride_v_b + kv * stride_v_h) * VEC
-        q = load_rows(row_pointers(q_head, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-        dout_tile = row_pointers(dout_head, stride_dout_s, BLOCK_M, DV_COLS, VEC)
-        dout = load_rows(dout_tile, rows_ok, DV, DV_COLS, True)
+        q = row_pointers(q_head, stride_q_s, BLOCK_M, PART if PART else D_COLS, VEC)
+        dout = row_pointers(dout_head, stride_dout_s, BLOCK_M, PART if PART else DV_COLS, VEC)
+        if not PART:
+            q = load_rows(q, rows_ok, D, D_COLS, True)
+            dout = load_rows(dout, rows_ok, DV, DV_COLS, True)
         lse_row = b * stride_lse_b + h * stride_lse_h + first
         key_mask = key_mask_ptr
         if key_mask_ptr is not None:
@@ -304,7 +306,7 @@ def _attention_bwd_dmask_kernel(
             mask_ptr + b * stride_mask_b + h * stride_mask_h + first * stride_mask_q, stride_mask_q, stride_mask_k,
             key_mask, stride_key_mask_k, seed_ptr, lse_row,
             stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-            PRECISION, False, SOFTCAP, "additive", DROPOUT, True, LOWER, UPPER, 0,
+            PRECISION, False, SOFTCAP, "additive", DROPOUT, True, LOWER, UPPER, PART,
             D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
         )
         if inverse_ptr is not None:

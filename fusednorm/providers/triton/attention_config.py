@@ -119,6 +119,10 @@ def part_of_queries(n: Need) -> int:
     return 64 if part(n) else 0
 
 
+def part_of_mask(n: Need) -> int:
+    return 64 if n.columns > (64 if n.itemsize == 2 else 128) else 0
+
+
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
         return _float32(n)
@@ -167,4 +171,4 @@ def backward_mask(n: Need) -> Tile:
         return _float32(n)
     if n.avoids_tensor_memory:
         return Tile(32, 32, 4, 1)
-    return Tile(64, 64 if n.columns <= 64 else 32, 8, 1) if n.columns <= 128 else Tile(64, 32, 4, 1)
+    return Tile(64, 64 if n.columns <= 64 and not n.registers_hold_operands else 32, 8, 1)
