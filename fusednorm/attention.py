@@ -162,9 +162,10 @@ def scaled_dot_product_attention(
         and type(causal_align) is str
         and causal_align == "upper_left"
         and (current := settings.current).fastpath is not None
-        and current.provider is None
+        and current.provider != "cpu"
     ):
-        fast_out = current.fastpath.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa)
+        fast, mode = current.fastpath, current.fastpath_mode
+        fast_out = fast.attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa, mode)
         if fast_out is not None:
             return fast_out
     if has_torch_function_variadic(query, key, value, attn_mask, key_mask, seed):

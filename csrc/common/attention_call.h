@@ -34,6 +34,18 @@ struct AttentionGradients {
   Handle dq, dk, dv, dmask;  // undefined where not wanted
 };
 
+// As Norms of norm_call.h.
+struct Attentions {
+  int64_t abi;
+  void (*forward)(const AttentionTensors& tensors, const AttentionOptions& options, int64_t longest_query,
+                  int64_t longest_key, const Handle& out, const Handle& lse);
+  void (*backward)(const AttentionTensors& tensors, const AttentionOptions& options, int64_t longest_query,
+                   int64_t longest_key, const AttentionKept& kept, const AttentionCotangents& cotangents,
+                   const AttentionGradients& gradients);
+};
+constexpr int64_t kAttentionsAbi = ((int64_t(sizeof(AttentionTensors)) * 4096 + sizeof(AttentionOptions)) * 4096 +
+                                    sizeof(AttentionKept)) * 4096 + sizeof(AttentionCotangents) * 64 + sizeof(AttentionGradients);
+
 constexpr int64_t kMostHeadDim = 256;  // MOST_HEAD_DIM of fusednorm/_attention_checks.py
 
 // A tensor (batch, heads, positions, features), or packed (positions, heads, features), of the sizes said.

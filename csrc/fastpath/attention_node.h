@@ -7,7 +7,8 @@ namespace fusednorm_fastpath {
 
 struct AttentionOptions {
   double scale;
-  bool native;  // by the library's kernels; by torch's, which know neither key_mask nor window, otherwise
+  bool native;  // by a library's kernels; by torch's, which know neither key_mask nor window, otherwise
+  bool by_cuda;
   bool causal;
   int64_t window_left, window_right;  // -1: unbounded
 };
@@ -19,6 +20,9 @@ struct AttentionCall : AttentionOptions {
 };
 
 at::Tensor attention(const AttentionCall& call);
+
+// Whether the CUDA library is there, and takes the call, whose operands fit together.
+bool cuda_takes(const AttentionCall& call);
 
 bool bounded(const char* name, const at::Tensor& tensor);
 

@@ -17,6 +17,7 @@
 #include "../cpu/support/abi.h"
 #include "activation_node.h"
 #include "attention_node.h"
+#include "cuda_library.h"
 #include "norm_node.h"
 #include "plain.h"
 #include "rules.h"
@@ -252,6 +253,14 @@ bool prefers_ours(const AttentionCall& call) {
                         call.needs_grad ? Py_True : Py_False);
 }
 
+Rule cuda_serves;  // of fusednorm.dispatch.rules_attention
+
+// Whether automatic choice leaves attention on a GPU, which torch's operator does not compute alike, to the CUDA library.
+bool cuda_is_chosen(const at::Tensor& query) {
+  const long long gpu = query.get_device();
+  return cuda_serves({gpu}, "L", gpu);
+}
+
 // A side of the window: -1 for None, unbounded.
 bool parse_side(PyObject* object, int64_t& side) {
   side = -1;
@@ -274,7 +283,7 @@ bool parse_key_mask(PyObject* object, AttentionCall& call) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
   call.key_mask = THPVariable_Unpack(object);
-  return plain(call.key_mask) && call.key_mask.scalar_type() == at::kBool && call.key_mask.dim() == 2 &&
+  return plain(call.key_mask, device_key(call.by_cuda)) && call.key_mask.scalar_type() == at::kBool && call.key_mask.dim() == 2 &&
          call.key_mask.size(0) == call.query.size(0) && call.key_mask.size(1) == call.key.size(2);
 }
 
@@ -283,9 +292,12 @@ bool parse_attention(PyObject* const* args, AttentionCall& call) {
   for (int i = 0; i < 3; ++i)
     if (args[i] == Py_None) return false;
   if (!plain_thread() || at::impl::torch_function_mode_enabled()) return false;
-  if (!parse_tensor(args[0], call.query) || !parse_tensor(args[1], call.key) || !parse_tensor(args[2], call.value))
+  PyObject *key_mask = args[3], *causal = args[4], *window = args[5], *scale = args[6], *grouped = args[7], *asked = args[8];
+  call.by_cuda = for_cuda(args[0], asked);
+  const c10::DispatchKey device = device_key(call.by_cuda);
+  if (!parse_tensor(args[0], call.query, device) || !parse_tensor(args[1], call.key, device) ||
+      !parse_tensor(args[2], call.value, device))
     return false;
-  PyObject *key_mask = args[3], *causal = args[4], *window = args[5], *scale = args[6], *grouped = args[7];
   if (!PyBool_Check(causal) || !PyBool_Check(grouped) || !(scale == Py_None || PyFloat_CheckExact(scale))) return false;
   if (!kernels_take(call.query, call.key, call.value, grouped == Py_True)) return false;
   if (!parse_key_mask(key_mask, call) || !parse_window(window, call)) return false;
@@ -294,6 +306,11 @@ bool parse_attention(PyObject* const* args, AttentionCall& call) {
   call.needs_grad = at::GradMode::is_enabled() &&
                     (call.query.requires_grad() || call.key.requires_grad() || call.value.requires_grad());
   call.native = call.key_mask.defined() || call.window_left >= 0 || call.window_right >= 0;
+  if (call.by_cuda) {
+    const bool chosen = PyUnicode_Check(asked) || (call.native && cuda_is_chosen(call.query));
+    call.native = true;
+    return chosen && cuda_takes(call);
+  }
   if (call.native) return true;
   // torch's kernels add -inf to what causality masks, and scale it: what is masked must be bounded, the scale positive
   call.native = !torchs_take(call.query, call.key, call.value) || prefers_ours(call) ||
@@ -314,11 +331,13 @@ PyObject* attention(PyObject* const* args) {
 }
 
 PyObject* attach(PyObject* const* args) {
-  void* const norms = PyLong_AsVoidPtr(args[0]);
-  if (!norms) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_ValueError, "norms: expected an address");
-  const uint64_t devices = PyLong_AsUnsignedLongLong(args[2]);
+  void *const norms = PyLong_AsVoidPtr(args[0]), *const attentions = PyLong_AsVoidPtr(args[1]);
   if (PyErr_Occurred()) return nullptr;
-  attach_cuda(static_cast<const fusednorm::Norms*>(norms), args[1] == Py_True, devices);
+  if (!norms || !attentions) return PyErr_Format(PyExc_ValueError, "norms, attentions: expected addresses");
+  const uint64_t devices = PyLong_AsUnsignedLongLong(args[3]);
+  if (PyErr_Occurred()) return nullptr;
+  attach_cuda({static_cast<const fusednorm::Norms*>(norms), static_cast<const fusednorm::Attentions*>(attentions),
+               args[2] == Py_True, devices});
   Py_RETURN_NONE;
 }
 
@@ -333,6 +352,7 @@ PyObject* counted(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyObject* forget(PyObject* const*) {
   fastpath_serves.forget();
   ours_is_faster.forget();
+  cuda_serves.forget();
   Py_RETURN_NONE;
 }
 
@@ -344,10 +364,10 @@ PyMethodDef methods[] = {
      "(normed, residual_out), or None"},
     {"bias_act_dropout", (PyCFunction)(void*)counted<6, bias_act_dropout>, METH_FASTCALL,
      "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
-    {"attention", (PyCFunction)(void*)counted<8, attention>, METH_FASTCALL,
-     "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa) -> Tensor, or None"},
-    {"attach_cuda", (PyCFunction)(void*)counted<3, attach>, METH_FASTCALL,
-     "attach_cuda(norms, emulated, devices): the CUDA library, by the address of what it offers, and a bit for each GPU"},
+    {"attention", (PyCFunction)(void*)counted<9, attention>, METH_FASTCALL,
+     "attention(query, key, value, key_mask, is_causal, window, scale, enable_gqa, asked) -> Tensor, or None"},
+    {"attach_cuda", (PyCFunction)(void*)counted<4, attach>, METH_FASTCALL,
+     "attach_cuda(norms, attentions, emulated, devices): what the CUDA library offers, by address, and a bit for each GPU"},
     {"forget", (PyCFunction)(void*)counted<0, forget>, METH_FASTCALL, "forget(): what the rules answered"},
     {}};
 
@@ -364,6 +384,7 @@ PyMODINIT_FUNC PyInit__fastpath() {
     return nullptr;
   }
   const bool found = fastpath_serves.find("fusednorm.dispatch.rules", "fastpath_serves") &&
-                     ours_is_faster.find("fusednorm.dispatch.rules_attention", "ours_is_faster");
+                     ours_is_faster.find("fusednorm.dispatch.rules_attention", "ours_is_faster") &&
+                     cuda_serves.find("fusednorm.dispatch.rules_attention", "cuda_serves");
   return found ? PyModule_Create(&definition) : nullptr;
 }

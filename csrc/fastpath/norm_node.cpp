@@ -2,6 +2,7 @@
 
 #include <ATen/record_function.h>
 
+#include "cuda_library.h"
 #include "node.h"
 
 namespace fusednorm_fastpath {
@@ -18,11 +19,8 @@ fusednorm::Dtype dtype_of(at::ScalarType type) {
 }
 
 const fusednorm::Norms cpu = {fusednorm::kNormsAbi, fusednorm_cpu::run_forward, fusednorm_cpu::run_backward};
-const fusednorm::Norms* cuda = nullptr;
-bool cuda_is_emulated = false;
-uint64_t cuda_devices = 0;
 
-const fusednorm::Norms& library(bool by_cuda) { return by_cuda ? *cuda : cpu; }
+const fusednorm::Norms& library(bool by_cuda) { return by_cuda ? *cuda.norms : cpu; }
 
 // Rows and parameters as the CUDA library reads them. Of others Python makes copies.
 bool as_cuda_reads(const at::Tensor& rows, const at::Tensor& like) {
@@ -105,22 +103,9 @@ struct Norm {
 
 }  // namespace
 
-void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices) {
-  TORCH_CHECK(norms->abi == fusednorm::kNormsAbi, "the fast path and libfusednorm_cuda.so are of different builds");
-  cuda = norms;
-  cuda_is_emulated = emulated;
-  cuda_devices = devices;
-}
-
-c10::DispatchKey device_key(bool by_cuda) {
-  return by_cuda && !cuda_is_emulated ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
-}
-
 bool cuda_takes(const NormCall& call) {
   constexpr int64_t kMostColumns = int64_t(1) << 30;
-  if (!cuda || !call.x.numel()) return false;
-  const auto device = uint64_t(cuda_is_emulated ? 0 : call.x.get_device());
-  if (device >= 64 || !(cuda_devices >> device & 1)) return false;
+  if (!call.x.numel() || !cuda.runs_on(call.x)) return false;
   if (c10::multiply_integers(call.x.sizes().slice(call.x.dim() - call.normalized_ndim)) >= kMostColumns) return false;
   if (call.dropout_p > 0 && call.normalized_ndim > 1) return false;
   if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;

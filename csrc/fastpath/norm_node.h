@@ -27,14 +27,7 @@ struct NormResult {
 
 NormResult norm(const NormCall& call);
 
-// The CUDA library, which takes tensors on a GPU; or `emulated`, for tests, tensors on the CPU. It stays loaded. `devices` has
-// a bit for each GPU on which its kernels run.
-void attach_cuda(const fusednorm::Norms* norms, bool emulated, uint64_t devices);
-
-// Whether it is there, and takes the call.
+// Whether the CUDA library is there, and takes the call.
 bool cuda_takes(const NormCall& call);
-
-// Of tensors for the one library or the other.
-c10::DispatchKey device_key(bool by_cuda);
 
 }  // namespace fusednorm_fastpath

@@ -118,15 +118,15 @@ def fastpath_backward(
     lse: Tensor,
     key_mask: Tensor | None,
     scale: float,
-    native: bool,
+    provider: str,
     causal: bool,
     window_left: int,
     window_right: int,
     *wanted: bool,
 ) -> tuple[Tensor | None, ...]:
     """What the fast path's node leaves to Python: derivatives of its gradients, and tensors that are not plain."""
-    if not native:
+    if provider == "torch":
         return attention_torch.torch_gradients(dout, q, k, v, out, lse, None, causal, scale)
     options = AttentionOptions(q.shape[2], k.shape[2], scale, 0.0, causal, False, window_left, window_right)
     inputs = AttentionInputs(q, k, v, None, key_mask)
-    return attention_backward(dout, None, inputs, out, lse, options, [*wanted, False], "cpu")[:3]
+    return attention_backward(dout, None, inputs, out, lse, options, [*wanted, False], provider)[:3]

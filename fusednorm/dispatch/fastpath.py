@@ -58,11 +58,12 @@ def load() -> tuple[Any, str]:
 
 
 def attach_cuda(library: Path, emulated: bool, devices: int) -> None:
-    """Let it serve norms by the CUDA library, which is loaded, on the GPUs whose bits `devices` has.
+    """Let it serve norms and attention by the CUDA library, which is loaded, on the GPUs whose bits `devices` has.
 
     Where the library is `emulated`, on CPU tensors, if bit 0 is there.
     """
     module = load()[0]
     if module is not None:
-        norms = ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_norms")
-        module.attach_cuda(ctypes.addressof(norms), emulated, devices)
+        names = ("fusednorm_cuda_norms", "fusednorm_cuda_attentions")
+        offered = [ctypes.c_char.in_dll(ctypes.CDLL(str(library)), name) for name in names]
+        module.attach_cuda(*map(ctypes.addressof, offered), emulated, devices)

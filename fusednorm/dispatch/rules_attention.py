@@ -26,6 +26,7 @@ from torch import Tensor
 from .._options import AttentionInputs, AttentionOptions
 from .._transforms import readable, traced
 from ..providers.cpu import library as cpu
+from ..providers.cuda import library as cuda
 from ..providers.torch import attention as torch_attention
 from . import registry
 
@@ -46,6 +47,12 @@ def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, needs_grad: bool)
 def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
     """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
     return not (_is_compiling() or traced()) and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
+
+
+def cuda_serves(gpu: int) -> bool:
+    """Whether by automatic choice the CUDA library serves what is ours to serve on a GPU: where Triton cannot."""
+    reasons = (registry.unavailable_reason("triton"), registry.unavailable_reason("cuda"), cuda.unusable(gpu))
+    return reasons[0] is not None and reasons[1] is None and reasons[2] is None
 
 
 class Asked(NamedTuple):

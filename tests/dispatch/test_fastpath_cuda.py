@@ -180,13 +180,14 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
 
 
 def test_fastpath_refuses_a_library_of_another_build():
-    other = torch.zeros(3, dtype=torch.int64)  # where its layout would be
+    other = torch.zeros(3, dtype=torch.int64).data_ptr()  # where its layout would be
     with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
-        dispatch.settings.current.fastpath.attach_cuda(other.data_ptr(), True, 1)
-    with pytest.raises(ValueError, match="an address"):
-        dispatch.settings.current.fastpath.attach_cuda(0, True, 1)
+        dispatch.settings.current.fastpath.attach_cuda(other, other, True, 1)
+    for missing in ((0, other), (other, 0)):
+        with pytest.raises(ValueError, match="addresses"):
+            dispatch.settings.current.fastpath.attach_cuda(*missing, True, 1)
     with pytest.raises(TypeError):
-        dispatch.settings.current.fastpath.attach_cuda("here", True, 1)
+        dispatch.settings.current.fastpath.attach_cuda("here", other, True, 1)
 
 
 # --- which calls on a GPU it is for ---

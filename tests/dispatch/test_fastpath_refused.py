@@ -30,7 +30,8 @@ def activation(x=X, bias=X[0], activation="relu", dropout_p=0.0, seed=None):
 
 
 def attention(query=QUERY, key=KEY, value=KEY, key_mask=None, is_causal=False, window=None, scale=None, gqa=False):
-    return dispatch.settings.current.fastpath.attention(query, key, value, key_mask, is_causal, window, scale, gqa)
+    fast = dispatch.settings.current.fastpath
+    return fast.attention(query, key, value, key_mask, is_causal, window, scale, gqa, True)
 
 
 OPERATORS = (norm, activation, attention)

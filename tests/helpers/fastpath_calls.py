@@ -47,7 +47,7 @@ class Form:
     ) -> dict[str, Tensor]:
         """Of these dtypes by name. The shape is that of the rows; attention has its own."""
         if self.function == "scaled_dot_product_attention":
-            return heads(dtype)
+            return heads(dtype, device=device)
         leaves = {}
         for name in self.names:
             values = torch.randn(tuple(shape) if name in ROWS else tuple(shape[-ndim:]))
@@ -73,6 +73,7 @@ def heads(
     lengths: tuple[int, int] = (5, 7),
     counts: tuple[int, int] = (2, 2),
     dims: tuple[int, int] = (8, 8),
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Query, key and value; lengths and counts are of queries and of keys, dims of keys and of values."""
     (n_queries, n_keys), (dim, dim_v) = lengths, dims
@@ -81,7 +82,7 @@ def heads(
         "key": (2, counts[1], n_keys, dim),
         "value": (2, counts[1], n_keys, dim_v),
     }
-    return {name: torch.randn(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
+    return {name: torch.randn(shape).to(device, dtype).requires_grad_() for name, shape in shapes.items()}
 
 
 LAYER, RMS = ("x", "residual", "weight", "bias"), ("x", "residual", "weight")

@@ -1,5 +1,6 @@
 // fusednorm_cuda::attention_fwd and _bwd: arguments checked, kernels launched. Outputs are the caller's, who lays them out.
 #include "../../common/attention_call.h"
+#include "../../common/export.h"
 #include "../support/forms.h"
 #include "../support/machine.h"
 #include "../support/operands.h"
@@ -86,18 +87,23 @@ struct Call {
   }
 };
 
+void run_forward(const AttentionTensors& tensors, const AttentionOptions& options, int64_t longest_query,
+                 int64_t longest_key, const Handle& out, const Handle& lse) {
+  Call call(tensors, options, longest_query, longest_key);
+  call.a.out = call.like_queries("out", out, call.given.call.value_dim);
+  call.a.lse = call.statistics("lse", lse);
+  const int device = device_of(tensors.q);
+  const OnDevice guard(device);
+  call.launchers.forward(call.a, call.general, current_cuda_stream(device));
+}
+
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   StableIValue* rest = stack + 3;
   const AttentionTensors tensors = fusednorm::parse_attention_tensors(stack, rest);
   const AttentionOptions options = fusednorm::parse_attention_options(rest);
   const Handle out = parse_tensor(stack[16]), lse = parse_tensor(stack[17]);
-  Call call(tensors, options, to<int64_t>(stack[14]), to<int64_t>(stack[15]));
-  call.a.out = call.like_queries("out", out, call.given.call.value_dim);
-  call.a.lse = call.statistics("lse", lse);
-  const int device = device_of(tensors.q);
-  const OnDevice guard(device);
-  call.launchers.forward(call.a, call.general, current_cuda_stream(device));
+  run_forward(tensors, options, to<int64_t>(stack[14]), to<int64_t>(stack[15]), out, lse);
 }
 
 // Of an additive mask: by one launch, or as sums of as many parts as fill the device.
@@ -129,16 +135,13 @@ void mask_gradient(Call& call, const Handle& dmask, const Limits& limit, void* c
                cuda_stream);
 }
 
-void backward_op(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
-  StableIValue* rest = stack + 7;
-  const AttentionTensors tensors = fusednorm::parse_attention_tensors(stack + 2, rest);
-  const AttentionOptions options = fusednorm::parse_attention_options(rest);
-  const Handle dout = parse_tensor(stack[0]), dlse = parse_optional(stack[1]), out = parse_tensor(stack[5]),
-               lse = parse_tensor(stack[6]);
-  const Handle dq = parse_optional(stack[20]), dk = parse_optional(stack[21]), dv = parse_optional(stack[22]),
-               dmask = parse_optional(stack[23]);
-  Call call(tensors, options, to<int64_t>(stack[18]), to<int64_t>(stack[19]));
+void run_backward(const AttentionTensors& tensors, const AttentionOptions& options, int64_t longest_query,
+                  int64_t longest_key, const AttentionKept& kept, const AttentionCotangents& cotangents,
+                  const AttentionGradients& gradients) {
+  const auto& [out, lse] = kept;
+  const auto& [dout, dlse] = cotangents;
+  const auto& [dq, dk, dv, dmask] = gradients;
+  Call call(tensors, options, longest_query, longest_key);
   Attention& a = call.a;
   const AttentionCall& c = call.given.call;
   a.dout = call.like_queries("dout", dout, c.value_dim), a.out = call.like_queries("out", out, c.value_dim);
@@ -159,6 +162,17 @@ void backward_op(StableIValue* stack, uint64_t, uint64_t) {
   if (dmask) mask_gradient(call, dmask, limits(device), cuda_stream);
 }
 
+void backward_op(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  StableIValue* rest = stack + 7;
+  const AttentionTensors tensors = fusednorm::parse_attention_tensors(stack + 2, rest);
+  const AttentionOptions options = fusednorm::parse_attention_options(rest);
+  const AttentionCotangents cotangents{parse_tensor(stack[0]), parse_optional(stack[1])};
+  const AttentionKept kept{parse_tensor(stack[5]), parse_tensor(stack[6])};
+  run_backward(tensors, options, to<int64_t>(stack[18]), to<int64_t>(stack[19]), kept, cotangents,
+               {parse_optional(stack[20]), parse_optional(stack[21]), parse_optional(stack[22]), parse_optional(stack[23])});
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cuda, m) {
   const std::string shared = std::string(fusednorm::kAttentionArguments) + "int max_seqlen_q, int max_seqlen_k, ";
   m.def(("attention_fwd(Tensor q, Tensor k, Tensor v, " + shared + "Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
@@ -174,3 +188,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, FN_DISPATCH_KEY, m) {
 }  // namespace
 
 }  // namespace fusednorm_cuda
+
+extern "C" {
+FUSEDNORM_EXPORT extern const fusednorm::Attentions fusednorm_cuda_attentions;  // as fusednorm_cuda_norms
+const fusednorm::Attentions fusednorm_cuda_attentions = {fusednorm::kAttentionsAbi, fusednorm_cuda::run_forward,
+                                                         fusednorm_cuda::run_backward};
+}
