@@ -61,7 +61,7 @@ def info() -> str:
         + (
             f"not here: {reason}"
             if reason
-            else "ready: norms, activations and attention on the CPU, small norms on a GPU, in one C++ call"
+            else "ready: norms, activations and attention on the CPU, small norms and attention on a GPU"
         )
     )
     return "\n".join(lines)

@@ -65,7 +65,7 @@ bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
 
 Rule fastpath_serves;  // of fusednorm.dispatch.rules
 
-// Whether a norm is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
+// Whether a call is for the CUDA library: `asked` is "cuda", or True, to choose, beside a tensor on a GPU. False is the CPU
 // library.
 bool for_cuda(PyObject* x, PyObject* asked) {
   return PyUnicode_Check(asked) || (asked == Py_True && THPVariable_CheckExact(x) && THPVariable_Unpack(x).is_cuda());

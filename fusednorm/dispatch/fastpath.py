@@ -1,7 +1,7 @@
 """The fast path: norms, ``bias_act_dropout`` and attention on the CPU in one C++ call each, autograd included.
 
-Norms on a GPU go through it to the CUDA library. It takes plain dense tensors of one dtype, and no mode, transform,
-autocast or tracing. For every other call it returns None, and Python goes on.
+Norms and attention on a GPU go through it to the CUDA library. It takes plain dense tensors of one dtype, and no mode,
+transform, autocast or tracing. For every other call it returns None, and Python goes on.
 
 It is built over torch's own C++ interface, which is not stable. So it serves the torch and the Python that built it,
 and is left out elsewhere.
@@ -13,6 +13,7 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def load() -> tuple[Any, str]:
     if not FILE.exists():
         others = ", ".join(sorted(map(_built_for, FILE.parent.glob("_fastpath.torch-*"))))
         built = f"it was built for torch {others}" if others else "it is not built"
-        return None, f"{built}, and this is torch {torch.__version__}"
+        return None, f"{built}, and this is torch {torch.__version__} of Python {platform.python_version()}"
     try:
         check_not_truncated(FILE)
         loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(FILE))

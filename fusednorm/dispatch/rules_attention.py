@@ -51,8 +51,9 @@ def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
 
 def cuda_serves(gpu: int) -> bool:
     """Whether by automatic choice the CUDA library serves what is ours to serve on a GPU: where Triton cannot."""
-    reasons = (registry.unavailable_reason("triton"), registry.unavailable_reason("cuda"), cuda.unusable(gpu))
-    return reasons[0] is not None and reasons[1] is None and reasons[2] is None
+    if registry.unavailable_reason("triton") is None or registry.unavailable_reason("cuda") is not None:
+        return False
+    return cuda.unusable(gpu) is None  # a first launch, on a GPU where nothing else of ours serves
 
 
 class Asked(NamedTuple):
