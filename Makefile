@@ -20,7 +20,7 @@ DIST := worksteal
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist $(DIST) --benchmark-disable
 # The tests of one mark: first those that measure time, one after another, then the others. 5: pytest found none.
 both = a=0; b=0; \
-  $(2) $(PYTEST) -m "$(1) and alone" $(or $(ARGS),$$(grep -rl "mark\.alone" tests)) || a=$$?; \
+  $(2) $(PYTEST) -m "$(1) and alone" $(or $(ARGS),$$(grep -rl --include="*.py" "mark\.alone" tests)) || a=$$?; \
   [ $$a -eq 0 ] || [ $$a -eq 5 ] || exit $$a; \
   $(2) $(SIDE_BY_SIDE) -m "$(1) and not alone" $(ARGS) || b=$$?; \
   [ $$b -eq 0 ] || { [ $$b -eq 5 ] && [ $$a -eq 0 ]; }

@@ -56,8 +56,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # so that -k takes a folder: pytest -k providers/cpu
         item.extra_keyword_matches.add(item.path.parent.relative_to(Path(__file__).parent).as_posix())
         quick = item.get_closest_marker("quick_on")
-        if quick is not None and item.callspec.params["place"][0] not in quick.args:
-            item.add_marker(pytest.mark.slow)
+        if quick is not None:
+            assert {AUTOMATIC, *dispatch.PROVIDERS}.issuperset(quick.args), f"{item.nodeid}: {quick.args}"
+            provider, device = item.callspec.params["place"]
+            if device == "cpu" and provider not in quick.args:
+                item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

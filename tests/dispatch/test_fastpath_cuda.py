@@ -5,6 +5,7 @@ On a GPU, or without one on the emulation.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 
@@ -20,6 +21,7 @@ from fusednorm import dispatch
 from fusednorm._options import from_flat
 from fusednorm.dispatch import crossovers as choice
 from fusednorm.dispatch import fastpath, rules
+from fusednorm.providers.cuda import library as cuda_library
 
 pytestmark = [NEEDS_FASTPATH, *([] if EMULATED else [pytest.mark.gpu])]
 NODE = "FusedNormBackward"
@@ -181,8 +183,13 @@ def test_automatic_choice_on_the_cpu_is_not_the_emulation():
 
 def test_fastpath_refuses_a_library_of_another_build():
     other = torch.zeros(3, dtype=torch.int64).data_ptr()  # where its layout would be
-    with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
-        dispatch.settings.current.fastpath.attach_cuda(other, other, True, 1)
+    library = ctypes.CDLL(str(cuda_library._library()))
+    norms, attentions = (
+        ctypes.addressof(ctypes.c_char.in_dll(library, f"fusednorm_cuda_{name}")) for name in ("norms", "attentions")
+    )
+    for tables in ((other, attentions), (norms, other)):
+        with pytest.raises(RuntimeError, match="libfusednorm_cuda"):
+            dispatch.settings.current.fastpath.attach_cuda(*tables, True, 1)
     for missing in ((0, other), (other, 0)):
         with pytest.raises(ValueError, match="addresses"):
             dispatch.settings.current.fastpath.attach_cuda(*missing, True, 1)

@@ -61,6 +61,8 @@ def test_fastpath_to_cuda_attention_gives_the_bits_of_the_python_path(name, dtyp
     leaves = operands(dtype=dtype)
     hold_to_python_path(FORMS[name], leaves)
     with torch.no_grad():
+        options = {"grouped" if k == "enable_gqa" else k: v for k, v in FORMS[name].options.items()}
+        assert taken(leaves, **options) is not None
         found = FORMS[name].call(leaves)
         with dispatch.settings.without_fastpath():
             same(found, FORMS[name].call(leaves))
@@ -161,6 +163,7 @@ def test_fastpath_to_cuda_attention_under_compiled_autograd():
     expected = gradients(form.call(leaves), leaves, [dout])
     for _ in range(2):
         outputs = form.call(leaves)
+        assert outputs[0].grad_fn.name() == NODE
         with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
             found = gradients(outputs, leaves, [dout])
         same(found, expected)
@@ -169,9 +172,12 @@ def test_fastpath_to_cuda_attention_under_compiled_autograd():
 def test_a_profile_names_the_cuda_library():
     leaves = operands()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        fusednorm.scaled_dot_product_attention(*leaves.values()).sum().backward()
+        out = fusednorm.scaled_dot_product_attention(*leaves.values())
+        out.sum().backward()
+    assert out.grad_fn.name() == NODE
     names = {event.key for event in profile.key_averages()}
     assert {"fusednorm_cuda::attention_fwd", "fusednorm_cuda::attention_bwd"} <= names
+    assert not any(name.startswith("fusednorm_cpu::attention") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +192,10 @@ def test_a_profile_names_the_cuda_library():
 def test_automatic_choice_leads_to_cuda_where_triton_cannot_serve(triton, cuda, gpu, serves, monkeypatch):
     reasons = {"triton": triton, "cuda": cuda}
     monkeypatch.setattr(registry, "unavailable_reason", lambda name: reasons[name])
-    monkeypatch.setattr(rules_attention.cuda, "unusable", lambda index: gpu)
+    asked = []
+    monkeypatch.setattr(rules_attention.cuda, "unusable", lambda index: asked.append(index) or gpu)
     assert rules_attention.cuda_serves(0) is serves
+    assert asked == ([0] if triton and cuda is None else [])  # a first launch, of a library that is there
 
 
 def test_a_request_for_the_cpu_library_is_none_for_the_fast_path():

@@ -45,7 +45,7 @@ def test_fastpath_of_another_torch_or_python_is_left_out(files, said, tmp_path, 
     with _file(tmp_path / fastpath.FILE.name, monkeypatch):
         module, reason = fastpath.load()
         assert module is None
-        assert reason.startswith(said) and reason.endswith(torch.__version__)
+        assert reason.startswith(said) and torch.__version__ in reason.split("this is ")[1]
 
 
 def test_fastpath_can_be_left_out(monkeypatch):

@@ -110,3 +110,14 @@ def test_normed_is_kept_by_our_kernel(on_a_gpu):
 def test_explain_says_so(on_a_gpu):
     preference = rules.preference(*norm_call(rows(1)))
     assert preference == ("torch", "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host")
+
+
+@pytest.mark.gpu
+def test_without_triton_the_fast_path_leads_masks_of_ours_to_cuda(monkeypatch):
+    monkeypatch.setitem(dispatch.registry._reasons, "triton", "absent")
+    dispatch.settings.forget()
+    q, k, v = torch.randn(3, 2, 2, 5, 8, device="cuda", requires_grad=True).unbind()
+    padded = fusednorm.scaled_dot_product_attention(q, k, v, key_mask=torch.ones(2, 5, dtype=torch.bool, device="cuda"))
+    causal = fusednorm.scaled_dot_product_attention(q, k, v, is_causal=True)
+    dispatch.settings.forget()
+    assert padded.grad_fn.name() == "FusedAttentionBackward" != causal.grad_fn.name()

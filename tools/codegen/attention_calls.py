@@ -122,11 +122,12 @@ def _tiles(wide: int, itemsize: int, dropout: bool, heavy: bool, bounded: bool) 
     devices = [triton_host.compiled_for(divmod(arch, 10)) for arch in ARCHITECTURES]
     needs = [table.Need(wide, itemsize, dropout, heavy, bounded, *d, triton_host.version()) for d in devices]
     tiles = (table.forward, table.delta, table.backward_queries, table.backward_keys, table.backward_mask)
-    return tuple(choose(need) for need in needs for choose in (*tiles, table.splits))
+    parts = (table.part, table.part_of_queries, table.part_of_mask, table.splits)
+    return tuple(choose(need) for need in needs for choose in (*tiles, *parts))
 
 
 def heaviest(calls: Iterable[Call]) -> list[Call]:
-    """Of all calls that the table gives the same tiles the one with most to hold at once: every other switch on."""
+    """Of all calls that the table gives the same tiles the one with most to hold at once, with dropout and without."""
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
         if call.d != call.dv:
@@ -136,7 +137,7 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
         itemsize, summed = DTYPES[call.dtype].itemsize, call.gradient in ("heads", "queries") and call.gradient
         heavy = call.mask != "none" or call.logits == "softcap" or (itemsize == 2 and call.logits == "apart")
         tiles = _tiles(columns(call.d), itemsize, call.dropout, heavy, call.lower or call.upper)
-        key = (call.d, call.dtype, call.precision, summed, tiles)
+        key = (call.d, call.dtype, call.precision, call.dropout, summed, tiles)
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
     return [call for _, call in best.values()]

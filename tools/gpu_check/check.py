@@ -43,6 +43,7 @@ STAGES = ("environment", "build", "tests", "sanitizer", "benchmark")
 ASKED_FOR = ("tune", "targets")  # beside the five they would not fit
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TABLE_SECONDS = 15.0  # for the table of targets, imports included
+LEAST_SECONDS = 35.0  # for the quick benchmark
 CUDA_ATTENTION_SECONDS = 16.0  # for attention by provider cuda, imports included
 # The machine's own, which every stage must share.
 NOT_FROM_PEERS = ("torch", "triton", "fusednorm")
@@ -132,7 +133,9 @@ def stages(outdir: Path, device: str, peers: Sequence[str]) -> list[Stage]:
         quick = [*python, "-m", "benchmarks.run", "--quick", "--device", device]
         # by automatic choice Triton serves attention on a GPU; its CUDA C++ kernels stand beside eager in the log alone
         native = [*quick, "--only", "^attention", "--provider", "cuda", "--limit", f"{CUDA_ATTENTION_SECONDS / 2:.0f}"]
-        later = [native] if device == "cuda" and find_tool("nvcc") else []  # else there is no such provider
+        # the stage before builds it; else there is no such provider
+        built = (ROOT / "fusednorm" / "libfusednorm_cuda.so").exists()
+        later = [native] if device == "cuda" and built and limit >= LEAST_SECONDS + CUDA_ATTENTION_SECONDS else []
         # imports come before that limit begins to count, the last case and the report after it
         cases_for = max(3.0, 0.8 * (limit - CUDA_ATTENTION_SECONDS * len(later)) - 15.0)
         return [[*quick, "--limit", f"{cases_for:.0f}", "--json", str(outdir / "benchmark.json")], *later]

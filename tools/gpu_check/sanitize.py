@@ -92,7 +92,11 @@ CUDA_WORKS = tuple(
         Work("masked, odd lengths", ATTENTION, 37, 32, torch.float32, DROPOUT, ("attn_mask",)),
         Work("one mask for all heads", ATTENTION, 40, 64, torch.float16, DROPOUT, ("attn_mask",), True),
         Work("window, wide heads", ATTENTION, 70, 128, torch.float16, {"window": (16, 8), "softcap": 20.0}),
+        Work("wide heads", ATTENTION, 33, 128, torch.bfloat16, {"window": (16, 8)}),
         Work("widest heads", ATTENTION, 33, 256, torch.bfloat16, {"window": (16, 8)}),
+        Work("widest heads, masked", ATTENTION, 20, 256, torch.float32, DROPOUT, ("attn_mask",)),
+        Work("widest heads, every mask", ATTENTION, 20, 256, torch.float16, {"softcap": 20.0}),
+        Work("wide heads in float32", ATTENTION, 20, 128, torch.float32, {"is_causal": True}),
     )
 )
 FORMS = (

@@ -1,4 +1,7 @@
-"""Which forms of the CUDA C++ kernels the calls of sanitize.py reach: their own tables say it."""
+"""Which forms of the CUDA C++ kernels the calls of sanitize.py reach: their own tables say it.
+
+Attention has no table: the calls' arguments say it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+BODIES = ("causality, windows", "every mask", "float32")  # of attention's kernels
 _CLUSTERS = ("forward, cluster", "backward, cluster")
 FORMS = (
     *(f"forward, {form}" for form in ("rows side by side", "1 vector", "2 vectors", "4 vectors", "tiles", "unaligned")),
     *(f"backward, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
     *(f"activation, {form}" for form in ("rows side by side", "one block", "slabs", "unaligned")),
-    *(f"attention, {columns} columns" for columns in (64, 128, 256)),
-    *("attention, every mask", "attention, float32", "attention, mask gradient"),
+    *(f"attention, {columns} columns, {body}" for columns in (64, 128, 256) for body in BODIES),
+    "attention, mask gradient",
     *("epilogue", "float32 stream", "two row strides", "many rounds", "many rounds of clusters", *_CLUSTERS),
 )
 
@@ -25,11 +29,13 @@ def forms(device: str) -> tuple[str, ...]:
 
 
 def attention(x: Tensor, options: Mapping[str, object], masked: bool) -> set[str]:
-    """The forms of a call of attention on x and of its backward: bodies by width, with every mask or without."""
+    """The kernels that a call of attention on x launches, as csrc/cuda/attention/attention_ops.cpp chooses them."""
     columns = max(64, 1 << (x.shape[-1] - 1).bit_length())
-    every = masked or options.keys() & {"dropout_p", "softcap"}
-    found = {f"{columns} columns", *(["every mask"] if every else []), *(["mask gradient"] if masked else [])}
-    return {f"attention, {form}" for form in (*found, *(["float32"] if x.dtype == torch.float32 else []))}
+    if x.dtype == torch.float32:
+        body = "float32"
+    else:
+        body = "every mask" if masked or options.keys() & {"dropout_p", "softcap"} else "causality, windows"
+    return {f"attention, {columns} columns, {body}", *(["attention, mask gradient"] if masked else [])}
 
 
 def reached(function: str, x: Tensor) -> set[str]:
