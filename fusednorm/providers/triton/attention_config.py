@@ -137,7 +137,7 @@ def backward_keys(n: Need) -> Tile:
         if more and n.columns <= 64:
             return Tile(16, 32, 4, 2)
         if more:
-            return Tile(16, 32 if n.heavy else 64, 8, 1 if n.heavy and n.bounded else 2)
+            return Tile(16, 32, 8, 1 if n.heavy and n.bounded else 2)
         return Tile(32, 32, 4, 2) if n.columns <= 64 or n.bounded else Tile(32, 64, 8, 2)
     if n.has_tensor_memory and n.columns > 64:
         return Tile(16, 32 if n.heavy else 64, 8, 2)
