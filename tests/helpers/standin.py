@@ -22,7 +22,7 @@ import emulated
 import fresh
 import torch
 from torch import Tensor
-from torch.library import Library
+from torch import library as torch_library
 from torch.utils._pytree import tree_map_only
 
 STREAMS = (0x5A0, 0x5B0)  # handles of the devices' current streams
@@ -176,9 +176,9 @@ def _tell_torch() -> None:
     torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )
-    fallback = Library("_", "IMPL")
+    fallback = torch_library.Library("_", "IMPL")
     fallback.fallback(_on_the_cpu, "CUDA")
-    aten = Library("aten", "IMPL")
+    aten = torch_library.Library("aten", "IMPL")
     copy = torch.ops.aten.copy_.default  # a composite, which looks for a kernel of the device without the dispatcher
     aten.impl("copy_", partial(_on_the_cpu, copy), "CUDA")
     _kept.extend((fallback, aten))

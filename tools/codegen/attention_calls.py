@@ -117,13 +117,22 @@ def covering(dims: Iterable[int], dtypes: Iterable[str], strength: int) -> list[
 
 
 @functools.cache
-def _tiles(wide: int, itemsize: int, dropout: bool, heavy: bool, bounded: bool) -> tuple[Any, ...]:
+def _tiles(need: table.Need) -> tuple[Any, ...]:
     """What the table gives a call's kernels on each device."""
     devices = [triton_host.compiled_for(divmod(arch, 10)) for arch in ARCHITECTURES]
-    needs = [table.Need(wide, itemsize, dropout, heavy, bounded, *d, triton_host.version()) for d in devices]
+    needs = [need._replace(**device._asdict()) for device in devices]
     tiles = (table.forward, table.delta, table.backward_queries, table.backward_keys, table.backward_mask)
     parts = (table.part, table.part_of_queries, table.part_of_mask, table.splits)
     return tuple(choose(need) for need in needs for choose in (*tiles, *parts))
+
+
+def _need(call: Call) -> table.Need:
+    """What the provider says a call needs, on one device."""
+    return triton_attention._Problem(
+        *(call.d, call.dv, DTYPES[call.dtype], call.precision, call.logits == "folded", call.logits == "softcap"),
+        *(call.mask, call.dropout, call.lower, call.upper, call.lower_right),
+        triton_host.compiled_for(triton_attention.INTERPRETED),
+    ).need
 
 
 def heaviest(calls: Iterable[Call]) -> list[Call]:
@@ -134,10 +143,8 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
             continue
         switches = (call.mask == "float32", call.key_mask, call.lower, call.upper, call.lower_right, call.dlse)
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
-        itemsize, summed = DTYPES[call.dtype].itemsize, call.gradient in ("heads", "queries") and call.gradient
-        heavy = call.mask != "none" or call.logits == "softcap" or (itemsize == 2 and call.logits == "apart")
-        tiles = _tiles(columns(call.d), itemsize, call.dropout, heavy, call.lower or call.upper)
-        key = (call.d, call.dtype, call.precision, call.dropout, summed, tiles)
+        summed = call.gradient in ("heads", "queries") and call.gradient
+        key = (call.d, call.dtype, call.precision, call.dropout, summed, _tiles(_need(call)))
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
     return [call for _, call in best.values()]

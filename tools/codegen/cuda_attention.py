@@ -42,6 +42,12 @@ def identity(k: Kernel) -> tuple[str, int, bool]:
     return k.name, k.constants[0], k.name == "attention_bwd_dmask" or bool(k.constants[1])
 
 
+def described(k: Kernel) -> tuple[str, ...]:
+    """The first cells of its row: name, columns, what it takes, dtype."""
+    name, columns, general = identity(k)
+    return name, str(columns), "every mask" if general else "causality, windows", k.types[0]
+
+
 def threads(k: Kernel) -> int:
     """Shape of csrc/cuda/attention/attention_shape.h: two warps where rows are a KiB, else four."""
     return 64 if SIZES[k.types[0]] * k.constants[0] >= 1024 else 128
@@ -96,10 +102,9 @@ def markdown(compiled: Iterable[Kernel]) -> str:
         "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for k in sorted(compiled, key=lambda k: (k.arch, NAMES.index(k.name), identity(k)[1:])):
-        name, columns, general = identity(k)
         matrices, loads = (sum(n for op, n in k.units if op.startswith(start)) for start in ("HMMA", "LDSM"))
         lines.append(
-            f"| {name} | {columns} | {'every mask' if general else 'causality, windows'} | {k.types[0]} | {k.arch} "
+            f"| {' | '.join(described(k))} | {k.arch} "
             f"| {k.registers} | {max(k.stack, k.spilled)} | {threads(k)} | {resident_blocks(k.registers, threads(k))} "
             f"| {matrices} | {loads} |"
         )
@@ -111,9 +116,7 @@ def registers(compiled: Sequence[Kernel]) -> str:
     architectures = sorted({k.arch for k in compiled}, key=lambda arch: int(arch.rstrip("a")))
     rows: dict[tuple[str, ...], dict[str, int]] = {}
     for k in sorted(compiled, key=lambda k: (k.types[0], NAMES.index(k.name), identity(k)[1:])):
-        name, columns, general = identity(k)
-        takes = "every mask" if general else "causality, windows"
-        rows.setdefault((name, str(columns), takes, k.types[0]), {})[k.arch] = k.registers
+        rows.setdefault(described(k), {})[k.arch] = k.registers
     lines = [
         "| " + " | ".join(["kernel", "columns", "takes", "dtype", *(f"sm_{arch}" for arch in architectures)]) + " |",
         "|---|--:|---|---|" + "--:|" * len(architectures),

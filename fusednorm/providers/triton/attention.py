@@ -116,13 +116,13 @@ def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Callable
     vec = 16 // dtype.itemsize
     constants: tuple[Any, ...] = (d, table.columns(d), dv, table.columns(dv), vec, precision, *switches)
     parts = {"dkv": table.part, "dq": table.part_of_queries, "dmask": table.part_of_mask}
-    part = parts[kernel](problem.need) if kernel in parts else 0
+    part = (parts[kernel](problem.need),) if kernel in parts else ()
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)
     elif kernel == "dmask":
-        constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, part, tile.block_m, tile.block_n)
+        constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, *part, tile.block_m, tile.block_n)
     else:
-        constants += (*([part] if kernel in parts else []), tile.block_m, tile.block_n)
+        constants += (*part, tile.block_m, tile.block_n)
     return functools.partial(host.variant, function, constants, tile, True), tile
 
 
