@@ -41,14 +41,16 @@ def _logits(
     LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Logits of a tile, -inf where not visible, what is visible, and which keys are there."""
+    """Logits of a tile, -inf where not visible, what is visible, and which keys are there.
+
+    The mask is loaded before the product. Loaded after it, the mask's layout wins over the product's, and Triton
+    computes the softmax twice, once in each.
+    """
     keys = first_key + tl.arange(0, BLOCK_N)
     there = keys < n_keys
     if MASKED and key_mask_ptr is not None:
         shown = tl.load(key_mask_ptr + keys.to(tl.int64) * stride_key_mask, mask=there, other=0)
         there = there & (shown != 0)
-    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, COLS, MASKED)
-    logits, _ = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
     visible = there[None, :]
     if MASKED:
         visible = visible & (rows < n_queries)[:, None]
@@ -58,6 +60,9 @@ def _logits(
         lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
         mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
+    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, COLS, MASKED)
+    logits, _ = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
+    if MASKED:
         if MASK == "additive":
             logits += mask
         logits = tl.where(visible, logits, float("-inf"))
