@@ -115,7 +115,12 @@ def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Callable
     d, dv, dtype, precision, *switches, _ = problem
     vec = 16 // dtype.itemsize
     constants: tuple[Any, ...] = (d, table.columns(d), dv, table.columns(dv), vec, precision, *switches)
-    parts = {"dkv": table.part, "dq": table.part_of_queries, "dmask": table.part_of_mask}
+    parts = {
+        "fwd": table.part_of_forward,
+        "dkv": table.part_of_keys,
+        "dq": table.part_of_queries,
+        "dmask": table.part_of_mask,
+    }
     part = (parts[kernel](problem.need),) if kernel in parts else ()
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)

@@ -65,14 +65,17 @@ def columns(d: int) -> int:
     return max(16, 1 << max(d - 1, 0).bit_length())
 
 
-def _float32(n: Need) -> Tile:
-    """Outside the matrix units, where a thread has in registers all that its elements are products of."""
-    return Tile(16, 16, 8, 1)
+_FLOAT32 = Tile(32, 32, 8, 1)  # outside the matrix units, four logits a thread
+
+
+def _float32_part(n: Need) -> int:
+    """Columns of a product at a time: a thread has in registers all that its logits are products of."""
+    return 32 if n.columns > 32 else 0
 
 
 def forward(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _float32(n)
+        return _FLOAT32
     if n.avoids_tensor_memory:
         if n.columns > 128:
             return Tile(32, 32, 8, 2)
@@ -103,35 +106,45 @@ def splits(n: Need) -> bool:
     return n.columns > 64 and (n.dropout or n.heavy or n.bounded or n.has_tensor_memory)
 
 
-def part(n: Need) -> int:
-    """How many columns a product of whole heads takes at a time in the backward; 0: all.
+def part_of_forward(n: Need) -> int:
+    """How many columns a product of whole heads takes at a time; 0: all.
 
     All is faster where it does not spill: a program's own rows are then loaded once.
     """
-    if n.columns <= 128 or n.itemsize == 4:
+    return _float32_part(n) if n.itemsize == 4 else 0
+
+
+def part_of_keys(n: Need) -> int:
+    if n.itemsize == 4:
+        return _float32_part(n)
+    if n.columns <= 128:
         return 0
     return 128 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
 
 
 def part_of_queries(n: Need) -> int:
-    if n.capability[0] == 9 and n.itemsize == 2 and n.columns <= 128 and n.heavy:
+    if n.itemsize == 4:
+        return _float32_part(n)
+    if n.capability[0] == 9 and n.columns <= 128 and n.heavy:
         return n.columns  # else ptxas makes its matrix instructions wait one by one
-    return 64 if part(n) else 0
+    return 64 if part_of_keys(n) else 0
 
 
 def part_of_mask(n: Need) -> int:
-    return 64 if n.columns > (64 if n.itemsize == 2 else 128) else 0
+    if n.itemsize == 4:
+        return _float32_part(n)
+    return 64 if n.columns > 64 else 0
 
 
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _float32(n)
+        return _FLOAT32
     more = n.dropout or n.heavy
     if n.avoids_tensor_memory and n.columns <= 128:
         return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
     if n.columns > 128:
         if n.capability[0] == 9:
-            return Tile(16, 64 if part(n) else 128, 8, 2)
+            return Tile(16, 64 if part_of_keys(n) else 128, 8, 2)
         return Tile(16, 32, 8, 1 if more or n.bounded or n.narrow else 2)
     if n.registers_hold_operands:
         if more and n.columns <= 64:
@@ -148,13 +161,13 @@ def backward_keys(n: Need) -> Tile:
 
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _float32(n)
+        return _FLOAT32
     if n.columns > 128 and (n.narrow or n.avoids_tensor_memory):
         return Tile(32, 32, 8, 1)
     if n.avoids_tensor_memory:
         return Tile(32, 32 if n.columns > 64 or n.heavy else 64, 4, 2)
     if n.columns > 128:
-        return Tile(64, 32 if part(n) else 16, 8, 2)
+        return Tile(64, 32 if part_of_keys(n) else 16, 8, 2)
     if n.registers_hold_operands:
         if n.dropout and n.columns <= 64:
             return Tile(32, 32, 4, 2)
@@ -168,7 +181,7 @@ def backward_queries(n: Need) -> Tile:
 
 def backward_mask(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _float32(n)
+        return _FLOAT32
     if n.avoids_tensor_memory:
         return Tile(32, 32, 4, 1)
     return Tile(64, 64 if n.columns <= 64 and not n.registers_hold_operands else 32, 8, 1)

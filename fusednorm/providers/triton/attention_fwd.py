@@ -24,6 +24,7 @@ from .attention_common import (
     load_mask,
     load_rows,
     powers,
+    products_in_parts,
     program,
     row_pointers,
     sequence,
@@ -35,16 +36,17 @@ from .attention_common import (
 
 @triton.jit
 def _logits(
-    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
+    q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, stride_k, scale, softcap,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PART: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Logits of a tile, -inf where not visible, what is visible, and which keys are there.
 
     The mask is loaded before the product. Loaded after it, the mask's layout wins over the product's, and Triton
-    computes the softmax twice, once in each.
+    computes the softmax twice, once in each. With PART q is a pointer to so many of its columns, and products are made
+    of these at a time.
     """
     keys = first_key + tl.arange(0, BLOCK_N)
     there = keys < n_keys
@@ -60,8 +62,14 @@ def _logits(
         lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
         mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
-    k = load_rows(k_tile + first_key.to(tl.int64) * (stride_k * VEC), there, D, COLS, MASKED)
-    logits, _ = capped(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, FOLD, SOFTCAP)
+    k_ptr += first_key.to(tl.int64) * (stride_k * VEC)
+    if PART:
+        k_part = row_pointers(k_ptr, stride_k, BLOCK_N, PART, VEC)
+        products = products_in_parts(q, rows < n_queries, k_part, there, first_key, PART, D, COLS, PRECISION)
+    else:
+        k = load_rows(row_pointers(k_ptr, stride_k, BLOCK_N, COLS, VEC), there, D, COLS, MASKED)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    logits, _ = capped(products, scale, softcap, FOLD, SOFTCAP)
     if MASKED:
         if MASK == "additive":
             logits += mask
@@ -80,7 +88,7 @@ def _attention_fwd_kernel(
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     tile, head, batch = program(n_tiles, n_heads, UPPER)
@@ -106,8 +114,9 @@ def _attention_fwd_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
-    q = load_rows(row_pointers(q_ptr, stride_q_s, BLOCK_M, D_COLS, VEC), rows_ok, D, D_COLS, True)
-    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, D_COLS, VEC)
+    q = row_pointers(q_ptr, stride_q_s, BLOCK_M, PART if PART else D_COLS, VEC)
+    if not PART:
+        q = load_rows(q, rows_ok, D, D_COLS, True)
     v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -130,10 +139,10 @@ def _attention_fwd_kernel(
                     key_tile = full_low + n
                 first_key = key_tile * BLOCK_N
                 logits, visible, there = _logits(
-                    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
+                    q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                     stride_k_s, scale, softcap,
-                    PRECISION, FOLD, SOFTCAP, MASK, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, BLOCK_N,
+                    PRECISION, FOLD, SOFTCAP, MASK, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, PART, BLOCK_N,
                 )
                 now = tl.maximum(largest, tl.max(logits, 1))
                 # nothing seen yet: -inf - -inf would be NaN
@@ -166,11 +175,10 @@ def _attention_fwd_kernel(
                 for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
                     first_key = begin + n * RARE
                     logits, visible, there = _logits(
-                        q, row_pointers(k_ptr, stride_k_s, RARE, D_COLS, VEC), rows, first_key,
-                        n_queries, n_keys, lower, upper,
+                        q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
                         mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                         stride_k_s, scale, softcap,
-                        PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, RARE,
+                        PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, PART, RARE,
                     )
                     p = powers(logits, base[:, None], factor, FOLD, PRECISION)
                     if DROPOUT:
