@@ -122,7 +122,7 @@ def _tiles(need: table.Need) -> tuple[Any, ...]:
     devices = [triton_host.compiled_for(divmod(arch, 10)) for arch in ARCHITECTURES]
     needs = [need._replace(**device._asdict()) for device in devices]
     tiles = (table.forward, table.delta, table.backward_queries, table.backward_keys, table.backward_mask)
-    parts = (table.part, table.part_of_queries, table.part_of_mask, table.splits)
+    parts = (table.part_of_forward, table.part_of_keys, table.part_of_queries, table.part_of_mask, table.splits)
     return tuple(choose(need) for need in needs for choose in (*tiles, *parts))
 
 
@@ -136,7 +136,10 @@ def _need(call: Call) -> table.Need:
 
 
 def heaviest(calls: Iterable[Call]) -> list[Call]:
-    """Of all calls that the table gives the same tiles the one with most to hold at once, with dropout and without."""
+    """Of all calls that the table gives the same tiles the one with most to hold at once.
+
+    Calls with dropout, with a bool mask, and with a summed gradient of the mask have one each.
+    """
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
         if call.d != call.dv:
@@ -144,7 +147,8 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
         switches = (call.mask == "float32", call.key_mask, call.lower, call.upper, call.lower_right, call.dlse)
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
         summed = call.gradient in ("heads", "queries") and call.gradient
-        key = (call.d, call.dtype, call.precision, call.dropout, summed, _tiles(_need(call)))
+        kind = (call.d, call.dtype, call.precision, call.dropout, call.mask == "bool", summed)
+        key = (kind, _tiles(_need(call)))
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
     return [call for _, call in best.values()]
