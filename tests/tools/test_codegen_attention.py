@@ -94,9 +94,8 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     assert pairs(covering) == pairs(every)
     assert len(covering) < len(every) // 20
     forward = seen["attention_fwd"]
-    constants, pointers = forward[:15], forward[15:]
-    names = "d d_cols dv dv_cols vec precision fold softcap mask dropout lower upper lower_right"
-    values = dict(zip(names.split(), constants, strict=False))
+    names = "d d_cols dv dv_cols vec precision fold softcap mask dropout lower upper lower_right part block_m block_n"
+    values, pointers = dict(zip(names.split(), forward, strict=False)), forward[16:]
     assert values["precision"] == {"ieee", "tf32"}
     assert values["mask"] == {"additive", "bool", "none"}
     switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right")

@@ -133,11 +133,10 @@ def test_triton_attention_with_key_masks(options, dtype, small_tiles, generator)
 
 
 @pytest.mark.parametrize("dims", quick([(40, 40), (256, 256), (24, 136)], (40, 40), (24, 136)), ids=str)
-def test_triton_attention_backward_with_products_of_a_part_of_the_columns_at_a_time(
-    dims, small_tiles, monkeypatch, generator
-):
-    """As where matrix units read registers; a part that is cut off, and values of other parts than keys."""
-    monkeypatch.setattr(table, "part", lambda need: 16)
+def test_triton_attention_with_products_of_a_part_of_the_columns_at_a_time(dims, small_tiles, monkeypatch, generator):
+    """A part that is cut off, and values of other parts than keys."""
+    for kernel in ("forward", "keys", "queries"):
+        monkeypatch.setattr(table, f"part_of_{kernel}", lambda need: 16)
     leaves = leaves_of(generator, torch.float16, 20, 35, *dims, heads=2, key_heads=1)
     leaves["mask"] = torch.randn(1, 2, 20, 35, generator=generator).half()
     options = {"enable_gqa": True, "window": (9, 30), "softcap": 2.0, "dropout_p": 0.1, "seed": 3}
