@@ -119,7 +119,8 @@ def part_of_keys(n: Need) -> int:
         return _float32_part(n)
     if n.columns <= 128:
         return 0
-    return 128 if n.dropout or n.heavy or (n.bounded and n.registers_hold_operands) else 0
+    in_registers = n.registers_hold_operands or n.avoids_tensor_memory
+    return 128 if n.dropout or n.heavy or (n.bounded and in_registers) else 0
 
 
 def part_of_queries(n: Need) -> int:
@@ -155,7 +156,7 @@ def backward_keys(n: Need) -> Tile:
     if n.has_tensor_memory and n.columns > 64:
         return Tile(16, 32 if n.heavy else 64, 8, 2)
     if more:
-        return Tile(16, 64 if n.has_tensor_memory and (n.heavy or n.bounded) else 128, 8, 2)
+        return Tile(16, 64 if n.has_tensor_memory else 128, 8, 2)
     return Tile(32 if n.columns > 64 or n.bounded or n.has_tensor_memory else 64, 128, 8, 2)
 
 
