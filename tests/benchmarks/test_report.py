@@ -304,15 +304,6 @@ def test_memory_is_drawn_where_eager_has_it_too(drawn):
     assert points == {(4096 * 4, 0.25)}
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it measured first"))
-    (tmp_path / "file").write_text("")
-    for option in (["--report", str(tmp_path / "file")], ["--json", str(tmp_path / "file" / "x.json")]):
-        with pytest.raises(SystemExit) as stop:
-            run.main(["--device", "cpu", *option])
-        assert stop.value.code == 2 and "file" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(("low", "high"), [(512, 1 << 30), (512, 4 << 20), (1000, 3000), (4096, 4096)])
 def test_sizes_on_the_axis_enclose_every_point(low, high):
     ticks = report_plots.size_ticks(low, high)

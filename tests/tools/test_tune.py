@@ -25,14 +25,9 @@ from tools.tune import norms as tune
 from tools.tune import report as tune_report
 from tools.tune.forms import Variant
 
+pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
 ADD_LAYER_NORM = fusednorm.add_layer_norm
-
-
-@pytest.fixture(autouse=True)
-def ordinary_memory(poisoned_memory: None) -> None:
-    """Filling every new tensor with NaN would be timed too."""
-    torch.use_deterministic_algorithms(False)
 
 
 # --- one case ---
