@@ -165,12 +165,8 @@ def test_run_leaves_the_number_of_threads_as_it_was(task, monkeypatch):
 encoder = fusednorm.TransformerEncoder.forward
 
 
-def half(self, src, *args, **kwargs):
-    return encoder(self, src, *args, **kwargs) - 0.5 * src
-
-
-def spoiled(self, src, *args, **kwargs):
-    return encoder(self, src, *args, **kwargs) - math.nan * src
+def spoiled_by(share):
+    return lambda self, src, *args, **kwargs: encoder(self, src, *args, **kwargs) - share * src
 
 
 def without_padding_mask(self, source):
@@ -186,8 +182,8 @@ def not_a_number(self, decoded):
 @pytest.mark.parametrize(
     ("task", "kind", "method", "wrong", "message"),
     [
-        ("lm", fusednorm.TransformerEncoder, "forward", half, "exceeds"),
-        ("lm", fusednorm.TransformerEncoder, "forward", spoiled, "not finite"),
+        ("lm", fusednorm.TransformerEncoder, "forward", spoiled_by(0.5), "exceeds"),
+        ("lm", fusednorm.TransformerEncoder, "forward", spoiled_by(math.nan), "not finite"),
         ("translate", Translator, "encode", without_padding_mask, "exceeds"),
         ("translate", Translator, "logits", not_a_number, "not finite"),
     ],
