@@ -60,4 +60,7 @@ def test_attention_sees_the_pairs_that_its_model_counts(name):
     if mask is not None:
         seen = seen & mask.reshape(-1, mask.shape[-2], 150)
     assert op.pairs(shape) == seen.sum()
-    assert op.flops(shape, "both") == 14 * 8 * 4 * seen.sum()
+    # two products forward and five backward, of 2 * 8 for each of the pairs of 4 heads
+    assert [op.flops(shape, direction) for direction in cases.DIRECTIONS] == [
+        n * 16 * 4 * seen.sum() for n in (2, 5, 7)
+    ]
