@@ -47,7 +47,7 @@ def page(of, tmp_path):
 def test_the_page_needs_no_other_file(page, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures and is not installed")
     drawn = [path.read_bytes() for path in tmp_path.glob("*.png")]
-    assert len(drawn) == 2
+    assert len(drawn) == 2 and all(picture.startswith(b"\x89PNG") for picture in drawn)
     prefix = "data:image/png;base64,"
     assert all(source.startswith(prefix) for source in page.images)
     assert sorted(base64.b64decode(source.removeprefix(prefix)) for source in page.images) == sorted(drawn)
