@@ -17,11 +17,6 @@ from examples.training.measure import measure_memory
 from examples.training.model import IGNORED, VARIANTS, library, load_checkpoint, loss_of, save_checkpoint
 from examples.training.text import train_tokenizer
 
-
-def quiet(line: str) -> None:
-    """In place of print."""
-
-
 # the twins
 
 
@@ -108,14 +103,14 @@ def test_training_repeats_bit_for_bit_with_dropout(case):
     for _ in range(2):
         with machine.deterministic():
             twins = case.twins(replace(case.config, dropout=0.2))
-            runs.append(train_twins(twins, case.side(22), case.side(5), case.settings, case.device, quiet)[0])
+            runs.append(train_twins(twins, case.side(22), case.side(5), case.settings, case.device, print)[0])
     assert runs[0] == runs[1]
     fused = runs[0]["fused"]
     assert len(fused["steps"]) == 12 and len(fused["test"]) == 3 and fused["train"][-1] < fused["train"][0]
 
 
 def test_curves_of_the_twins_agree(case):
-    curves, speed = train_twins(case.twins(), case.side(40), case.side(5), case.settings, case.device, quiet)
+    curves, speed = train_twins(case.twins(), case.side(40), case.side(5), case.settings, case.device, print)
     assert report.verdict(curves, case.job.bounds["float32"], 0.0)["faults"] == []
     assert all(speed[v]["tokens_per_s"] > 0 and speed[v]["steps"] == 20 - WARM_UP for v in VARIANTS)
 
