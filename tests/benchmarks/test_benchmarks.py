@@ -1,10 +1,11 @@
-"""A run of the benchmark: verdicts, timers, comparison, report; no GPU needed."""
+"""A run of the benchmark: verdicts, timers, comparison, report, planted providers; no GPU needed."""
 
 import json
 import re
 import runpy
 import sys
 import time
+import types
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,15 +17,18 @@ import fusednorm
 from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
 from benchmarks.report import pages as report
+from fusednorm.providers.reference import norm as reference
+from tests.helpers import dispatching
 
 pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
 SMALL = "^(layer_norm|bias_dropout_add_rms_norm)/.*4x64"
-FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none"]
+FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none", "--quick"]
+FORWARD, BACKWARD = "add_layer_norm_fwd", "add_layer_norm_bwd"
 
 
 def test_run_writes_samples_environment_and_page(tmp_path):
-    assert run.main([*FAST, "--quick", "--only", SMALL, "--report", str(tmp_path)]) == 0
+    assert run.main([*FAST, "--only", SMALL, "--report", str(tmp_path)]) == 0
     result, page = json.loads((tmp_path / "benchmark.json").read_text()), (tmp_path / "benchmark.md").read_text()
     chosen = [case.name for case in cases.sweep("cpu", "quick") if re.match(SMALL, case.name)]
     assert [record["name"] for record in result["cases"]] == chosen and len(chosen) == 8
@@ -44,7 +48,7 @@ def test_a_case_without_memory_costs_the_others_nothing(monkeypatch, tmp_path, c
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(fusednorm, "layer_norm", mock.Mock(side_effect=error))
     raw = tmp_path / "raw.json"
-    assert run.main([*FAST, "--quick", "--only", "^(layer|rms)_norm/.*float32/4x64", "--json", str(raw)]) == 0
+    assert run.main([*FAST, "--only", "^(layer|rms)_norm/.*float32/4x64", "--json", str(raw)]) == 0
     found = {r["name"].split("/")[0]: (r["status"], len(r["variants"])) for r in json.loads(raw.read_text())["cases"]}
     assert found == {"layer_norm": ("out of memory", 0), "rms_norm": ("measured", 2)}
     assert "Tried to allocate 2.00 GiB" in capsys.readouterr().out
@@ -199,7 +203,7 @@ def test_cuda_timer_flushes_by_reading():
 
 def test_what_is_left_out_is_named(monkeypatch, tmp_path):
     raw = tmp_path / "raw.json"
-    arguments = [*FAST, "--quick", "--only", "^layer_norm/forward/float32/", "--json", str(raw)]
+    arguments = [*FAST, "--only", "^layer_norm/forward/float32/", "--json", str(raw)]
     monkeypatch.setattr(measure, "available_memory", lambda device: 1 << 20)
     assert run.main(arguments) == 0
     found = json.loads(raw.read_text())
@@ -234,3 +238,114 @@ def test_lists_its_cases_from_a_checkout(capsys, monkeypatch):
         runpy.run_path(run.__file__, run_name="__main__")
     line = next(line for line in capsys.readouterr().out.splitlines() if "/4x64 " in line)
     assert ended.value.code == 0 and line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]
+
+
+# --- planted providers, measured from end to end: a slow one is flagged, a wrong one gets no figure ---
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Puts the reference into the table under the name `planted`, with ops of one's own in place of some of its."""
+
+    def replace(**ops):
+        module = types.ModuleType("fusednorm_test_benchmarks_planted")
+        own = {FORWARD: getattr(reference, FORWARD), BACKWARD: getattr(reference, BACKWARD)}
+        vars(module).update(own | ops, unavailable_reason=lambda: None, refusal=lambda op, *args: None)
+        dispatching.plant(monkeypatch, "planted", module)
+
+    return replace
+
+
+def measured(only, raw, *options):
+    """The exit status of a run with the planted provider, and its records by name."""
+    status = run.main([*FAST, "--provider", "planted", "--only", only, "--json", str(raw), *map(str, options)])
+    return status, {record["name"]: record for record in json.loads(raw.read_text())["cases"]}
+
+
+def slow(op):
+    def waiting(*args):
+        time.sleep(1e-2)
+        return getattr(reference, op)(*args)
+
+    return waiting
+
+
+@pytest.mark.parametrize(("op", "direction"), [(FORWARD, "forward"), (BACKWARD, "both")])
+def test_a_kernel_that_became_slow_is_flagged(op, direction, plant, tmp_path, capsys):
+    name = f"rms_norm/{direction}/float32/4x64"
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    rounds = ("--seconds", 0.6)  # many: the interval of a few samples holds what a busy machine does to one of them
+    plant()
+    status, records = measured(f"^{name}$", before, *rounds)
+    assert status == 0 and records[name]["provider"] == "planted"
+    assert "Compared" not in capsys.readouterr().out
+    plant(**{op: slow(op)})
+    status, records = measured(f"^{name}$", after, "--compare", before, *rounds)
+    assert status == 3
+    assert min(records[name]["variants"]["fused"]["samples"]) > 1e-2
+    out = capsys.readouterr().out
+    assert "1 changed beyond the spread, 1 for the worse." in out
+    assert [name in line for line in out.splitlines() if "SLOWER" in line] == [True]
+    plant()
+    assert measured(f"^{name}$", before, "--compare", after, *rounds)[0] == 0  # faster again: no regression
+    assert "1 changed beyond the spread, 0 for the worse." in capsys.readouterr().out
+
+
+def spoiled(op, index, spoil):
+    """An op whose result number `index` is spoiled."""
+
+    def wrong(*args):
+        results = list(getattr(reference, op)(*args))
+        results[index] = spoil(results[index])
+        return tuple(results)
+
+    return wrong
+
+
+def one_element(t):
+    if not t.numel():
+        return t
+    t = t.clone()
+    t.view(-1)[-1] += 0.25
+    return t
+
+
+WRONG = {
+    "normed": (FORWARD, spoiled(FORWARD, 0, one_element)),
+    "residual_out": (FORWARD, spoiled(FORWARD, 1, one_element)),
+    "NaN": (FORWARD, spoiled(FORWARD, 0, lambda t: t * float("nan"))),
+    "dx": (BACKWARD, spoiled(BACKWARD, 0, one_element)),
+    "dresidual": (BACKWARD, spoiled(BACKWARD, 1, one_element)),
+    "dweight": (BACKWARD, spoiled(BACKWARD, 2, one_element)),
+    "dbias": (BACKWARD, spoiled(BACKWARD, 3, lambda t: 2 * t)),
+    "dx_bias": (BACKWARD, spoiled(BACKWARD, 4, one_element)),
+    "no launch": (FORWARD, mock.Mock(side_effect=RuntimeError("launch failed"))),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_provider_gets_no_figure(fault, plant, tmp_path, capsys):
+    op, wrong = WRONG[fault]
+    plant(**{op: wrong})
+    status, records = measured("^bias_dropout_add_layer_norm/.*/float32/4x64$", tmp_path / "raw.json")
+    assert status == 1
+    forward, both = (records[f"bias_dropout_add_layer_norm/{d}/float32/4x64"] for d in ("forward", "both"))
+    verdict = "failed" if fault == "no launch" else "wrong"
+    assert (both["status"], both["variants"]) == (verdict, {})
+    expected = ("measured", True) if op == BACKWARD else (verdict, False)
+    assert (forward["status"], bool(forward["variants"])) == expected
+    lines = [line for line in capsys.readouterr().out.splitlines() if "_layer_norm/both" in line]
+    assert lines and all(verdict.upper() in line and " us" not in line for line in lines)
+    said = {"NaN": "max|normed - fp64|", "no launch": "RuntimeError: launch failed"}.get(fault, f"max|{fault} - fp64|")
+    assert all(said in line for line in lines)
+
+
+def test_a_kernel_that_became_wrong_is_flagged_and_has_no_figure(plant, tmp_path, capsys):
+    only, before = "^rms_norm/forward/float32/4x64$", tmp_path / "before.json"
+    plant()
+    assert measured(only, before)[0] == 0
+    plant(**{FORWARD: spoiled(FORWARD, 0, one_element)})
+    status, records = measured(only, tmp_path / "after.json", "--compare", before)
+    assert status == 1 and [record["variants"] for record in records.values()] == [{}]
+    said = capsys.readouterr().out.rpartition("Compared")[2]
+    assert "1 changed beyond the spread, 1 for the worse." in said and "WRONG" in said.partition("Conclusion")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from itertools import pairwise
 
@@ -145,9 +144,8 @@ def test_nothing_is_measured_that_no_target_is_about():
     for case in cases_targets.every():
         made = stand_in(case, BASELINES)
         for name in made["variants"].keys() - {"fused", "eager"}:
-            fewer = copy.copy(made)
-            fewer["variants"] = {key: value for key, value in made["variants"].items() if key != name}
-            assert comparisons(fewer) < comparisons(made), (case.name, name)
+            fewer = {key: value for key, value in made["variants"].items() if key != name}
+            assert comparisons(made | {"variants": fewer}) < comparisons(made), (case.name, name)
         assert comparisons(made), case.name
 
 
