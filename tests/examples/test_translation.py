@@ -192,16 +192,12 @@ class Planned(nn.Module):
         return decoded
 
 
-def test_greedy_decoding_ends_a_row_at_its_end_and_the_batch_with_the_last():
+@pytest.mark.parametrize(("positions", "steps"), [(20, 5), (3, 3)], ids=["enough_positions", "too_few_positions"])
+def test_greedy_decoding_ends_a_row_at_its_end_and_the_batch_with_the_last_row_or_position(positions, steps):
     plan = [[4, 5, END_ID, 9, 9, 9], [END_ID, 9, 9, 9, 9, 9], [7, 7, 7, 7, END_ID, 9]]
-    model = Planned(plan, positions=20).train()
-    assert translate(model, torch.tensor([[2], [0], [1]])) == [[7, 7, 7, 7], [4, 5], []]
-    assert model.longest == 5 and model.training
-
-
-def test_greedy_decoding_stops_at_the_last_position():
-    model = Planned([[4] * 9], positions=6)
-    assert translate(model, torch.tensor([[0]])) == [[4] * 6] and model.longest == 6
+    model = Planned(plan, positions).train()
+    assert translate(model, torch.tensor([[2], [0], [1]])) == [[7] * min(4, steps), [4, 5], []]
+    assert model.longest == steps and model.training
 
 
 @torch.no_grad()

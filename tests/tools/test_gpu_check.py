@@ -55,7 +55,7 @@ def test_results_and_exit_of_good_and_failing_stages(tmp_path):
     assert "Not well: bad." in text and "early" in text
 
 
-def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
+def test_time_that_a_stage_leaves_goes_to_the_later_ones_and_a_stage_without_any_is_no_success(tmp_path):
     stages = [stage("one", "", share=20), stage("skipped", share=30, skip="why not"), stage("two", "", share=20)]
     found = check(tmp_path, 100, *stages)
     assert found["one"]["limit"] in (78, 79)  # all but a second and what the last one keeps
@@ -64,9 +64,6 @@ def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
     assert found["one"]["limit"] in (14, 15)  # too little for both: in proportion
     found = check(tmp_path, 100, stage("one", "", share=20, most=7), stage("two", "", share=20))
     assert (found["one"]["limit"], found["two"]["limit"] > 90) == (7, True)
-
-
-def test_a_stage_without_time_is_no_success(tmp_path):
     found = check(tmp_path, 2.5, stage("one", "", share=10), stage("two", "", share=10))
     assert {found["one"]["status"], found["two"]["status"]} == {"not run"}
     assert not found[""]["passed"]

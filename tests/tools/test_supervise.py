@@ -17,8 +17,6 @@ from tools import supervise
 from tools.supervise import Child, Lost, Supervised
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 HANG = "import time; time.sleep(60)"
 
 
