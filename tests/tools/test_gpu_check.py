@@ -174,7 +174,7 @@ def test_hangs(): time.sleep(60)
 """
 
 
-GPU = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"  # no file with the mark itself: it is searched for
+GPU = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"  # in two parts: this file is not one of a GPU's
 
 
 @pytest.fixture
