@@ -162,6 +162,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
+@pytest.fixture
+def ordinary_memory(poisoned_memory: None) -> None:
+    """Filling every new tensor with NaN would be timed too."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """A plan made by another test holds what that test had put in a provider's place."""

@@ -1,141 +1,54 @@
-"""A run of the benchmark: verdicts, timers, comparison, report; no GPU needed."""
+"""A run of the benchmark: verdicts, timers, comparison, report, planted providers; no GPU needed."""
 
-import copy
 import json
 import re
 import runpy
 import sys
 import time
-from pathlib import Path
+import types
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from shared import made_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
 from benchmarks.report import pages as report
+from fusednorm.providers.reference import norm as reference
+from tests.helpers import dispatching
 
+pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
 SMALL = "^(layer_norm|bias_dropout_add_rms_norm)/.*4x64"
-FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none"]
+FAST = ["--device", "cpu", "--threads", "1", "--seconds", "0.02", "--baselines", "none", "--quick"]
+FORWARD, BACKWARD = "add_layer_norm_fwd", "add_layer_norm_bwd"
 
 
-@pytest.fixture(autouse=True)
-def ordinary_memory(poisoned_memory: None) -> None:
-    """Filling every new tensor with NaN would be timed too."""
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The report of one small run, as the command makes it."""
-
-    def reported(folder: Path) -> Path:
-        assert run.main([*FAST, "--quick", "--only", SMALL, "--report", str(folder)]) == 0
-        return folder
-
-    return made_once(tmp_path_factory, "report", reported)
-
-
-@pytest.fixture
-def result(folder) -> dict:
-    return json.loads((folder / "benchmark.json").read_text())
-
-
-def test_run_writes_samples_and_environment(result):
+def test_run_writes_samples_environment_and_page(tmp_path):
+    assert run.main([*FAST, "--only", SMALL, "--report", str(tmp_path)]) == 0
+    result, page = json.loads((tmp_path / "benchmark.json").read_text()), (tmp_path / "benchmark.md").read_text()
     chosen = [case.name for case in cases.sweep("cpu", "quick") if re.match(SMALL, case.name)]
     assert [record["name"] for record in result["cases"]] == chosen and len(chosen) == 8
-    assert all(r["status"] == "measured" for r in result["cases"])
     for record in result["cases"]:
-        assert set(record["variants"]) == {"fused", "eager"}
+        assert record["status"] == "measured" and set(record["variants"]) == {"fused", "eager"}
         for variant in record["variants"].values():
             assert sum(0 < s < 1 for s in variant["samples"]) >= measure.SLOW_ROUNDS
         assert record["provider"] in fusednorm.available_providers()
-        assert 0 < record["roofline_seconds"] < 1
+        assert 0 < record["roofline_seconds"] < 1 and record["name"] in page
     assert result["environment"]["torch"] == torch.__version__
     assert result["environment"].keys() >= {"device", "triton", "python", "commit", "date", "load"}
     assert result["method"]["threads"] == 1
     assert set(result["baselines"]["absent"]) == set(baselines.BASELINES) - {"eager"}
 
 
-def test_run_writes_page_and_pictures(result, folder):
-    text = (folder / "benchmark.md").read_text()
-    for record in result["cases"]:
-        assert record["name"] in text
-    assert "## Where we lose" in text
-    pytest.importorskip("matplotlib")
-    names = {f"{kind}-{d}.png" for kind in ("roofline", "speedup-eager") for d in ("forward", "both")}
-    assert {path.name for path in folder.glob("*.png")} == names
-    assert all(f"({name})" in text for name in names)
-    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in names)
-
-
-def slowed(old: dict, factor: float, name: str) -> dict:
-    new = copy.deepcopy(old)
-    (fused,) = (r["variants"]["fused"] for r in new["cases"] if r["name"] == name)
-    fused["samples"] = [s * factor for s in fused["samples"]]
-    return new
-
-
-@pytest.fixture
-def steady(result) -> dict:
-    """The run with samples of a known spread: 2% around 10 us, and eager at 20 us."""
-    wobble = [1 + 0.002 * ((7 * i) % 11 - 5) for i in range(11)]
-    for record in result["cases"]:
-        record["variants"]["fused"]["samples"] = [1e-5 * w for w in wobble]
-        record["variants"]["eager"]["samples"] = [2e-5] * 11
-    return result
-
-
-def test_compare_flags_a_planted_regression(steady):
-    name = steady["cases"][3]["name"]
-    assert report.compare(steady, steady)[1] == 0
-    assert "None changed" in report.compare(steady, steady)[0]
-    text, slower = report.compare(steady, slowed(steady, 1.3, name))
-    assert slower == 1
-    assert [name in line and "0.77" in line for line in text.splitlines() if "SLOWER" in line] == [True]
-    text, slower = report.compare(steady, slowed(steady, 1 / 1.3, name))
-    assert slower == 0 and "faster" in text and name in text
-
-
-def test_compare_ignores_what_lies_within_the_spread(steady):
-    name = steady["cases"][3]["name"]
-    assert report.compare(steady, slowed(steady, 1.02, name))[1] == 0  # too small a change
-    disturbed = slowed(steady, 1.3, name)
-    next(r for r in disturbed["cases"] if r["name"] == name)["variants"]["fused"]["samples"][4] = 1e-5
-    assert report.compare(steady, disturbed)[1] == 0  # the fastest sample is as fast as ever
-    for record in steady["cases"]:  # large, but so is the spread
-        record["variants"]["fused"]["samples"] = [1e-5 * (1 + i) for i in range(11)]
-    assert report.compare(steady, slowed(steady, 1.3, name))[1] == 0
-
-
-def test_compare_flags_a_case_that_became_wrong(steady):
-    new = copy.deepcopy(steady)
-    new["cases"][0] |= {"status": "wrong", "variants": {}}
-    text, slower = report.compare(steady, new)
-    assert slower == 1 and "WRONG" in text
-    del new["cases"][1]
-    assert "Only in the old run: 1 cases" in report.compare(steady, new)[0]
-
-
-def test_losses_name_the_case_and_the_winner(steady):
-    assert report.losses(steady) == []
-    slow = slowed(steady, 4.0, steady["cases"][0]["name"])
-    assert [(loss[0]["name"], loss[1]) for loss in report.losses(slow)] == [(steady["cases"][0]["name"], "eager")]
-    assert "2.00x slower" in report.losses_text(slow)
-
-
 def test_a_case_without_memory_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
-    def without(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(fusednorm, "layer_norm", without)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(fusednorm, "layer_norm", mock.Mock(side_effect=error))
     raw = tmp_path / "raw.json"
-    assert run.main([*FAST, "--quick", "--only", "^(layer|rms)_norm/.*float32/4x64", "--json", str(raw)]) == 0
+    assert run.main([*FAST, "--only", "^(layer|rms)_norm/.*float32/4x64", "--json", str(raw)]) == 0
     found = {r["name"].split("/")[0]: (r["status"], len(r["variants"])) for r in json.loads(raw.read_text())["cases"]}
     assert found == {"layer_norm": ("out of memory", 0), "rms_norm": ("measured", 2)}
     assert "Tried to allocate 2.00 GiB" in capsys.readouterr().out
@@ -158,23 +71,18 @@ def test_check_accepts_the_hand_written_reference(op):
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.family == "layer"])
 def test_wrong_layer_is_noticed(op, monkeypatch):
     """One that leaves out a bias, deep inside."""
-    real = fusednorm.TransformerEncoderLayer.forward, fusednorm.TransformerDecoderLayer.forward
 
     def without(forward):
         def call(self, *args, **kwargs):
-            kept = self.linear1.bias
-            self.linear1._parameters["bias"] = torch.zeros_like(kept) + 0 * kept
-            try:
+            with mock.patch.dict(self.linear1._parameters, bias=0 * self.linear1.bias):
                 return forward(self, *args, **kwargs)
-            finally:
-                self.linear1._parameters["bias"] = kept
 
         return call
 
     case = Case(op, cases.TINY_LAYER, "float32", "both")
     assert measure.check(case, CPU).ok
-    monkeypatch.setattr(fusednorm.TransformerEncoderLayer, "forward", without(real[0]))
-    monkeypatch.setattr(fusednorm.TransformerDecoderLayer, "forward", without(real[1]))
+    for layer in (fusednorm.TransformerEncoderLayer, fusednorm.TransformerDecoderLayer):
+        monkeypatch.setattr(layer, "forward", without(layer.forward))
     assert not measure.check(case, CPU).ok
 
 
@@ -203,10 +111,9 @@ def test_no_relu_of_a_measured_layer_is_near_its_kink(op, monkeypatch):
 
 def test_kept_bytes_of_a_layer_count_each_storage_once():
     op = OPS["encoder_layer"]
-    leaves = {
-        name: leaf.requires_grad_()
-        for name, leaf in measure.problem(Case(op.name, cases.TINY_LAYER, "float32", "both"), CPU).leaves.items()
-    }
+    leaves = measure.problem(Case(op.name, cases.TINY_LAYER, "float32", "both"), CPU).leaves
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     x = torch.randn(3, 5)
     assert op.kept_bytes(leaves, lambda: ((leaves["x"] * 2).exp().exp(),)) == 2 * 4 * leaves["x"].numel()
     assert op.kept_bytes({**leaves, "y": x}, lambda: (leaves["linear1.bias"].sum() * x,)) == 0  # an input's own
@@ -272,12 +179,11 @@ def test_cuda_timer_counts_device_time_alone():
     timer = measure.CudaTimer(CPU, cuda)
     calls = {"fused": cuda.kernel(1e-3, 64), "eager": cuda.kernel(2e-3, 256)}
     found = timer.measure(calls, 0.02)
-    assert found["fused"]["samples"] == pytest.approx([1e-3] * len(found["fused"]["samples"]))
-    assert found["eager"]["samples"] == pytest.approx([2e-3] * len(found["eager"]["samples"]))
-    assert (found["fused"]["peak"], found["eager"]["peak"]) == (64, 256)
-    assert len(found["fused"]["inclusive"]) == len(found["fused"]["samples"]) >= measure.SLOW_ROUNDS
+    for name, seconds, peak in (("fused", 1e-3, 64), ("eager", 2e-3, 256)):
+        samples = found[name]["samples"]
+        assert samples == pytest.approx([seconds] * len(samples)) and found[name]["peak"] == peak
+        assert len(found[name]["inclusive"]) == len(samples) >= measure.SLOW_ROUNDS
     assert min(cuda.asleep) >= 5e-5 * 1e9  # the device sleeps while the host queues
-    assert report.ratio({"variants": found})[0] == pytest.approx(2.0)
 
 
 def test_cuda_timer_flushes_by_reading():
@@ -295,23 +201,9 @@ def test_cuda_timer_flushes_by_reading():
     assert timer.scratch.nbytes == 4 << 10
 
 
-def test_report_of_a_gpu_run_shows_host_time_and_memory(steady, tmp_path):
-    steady["environment"]["device_type"] = "cuda"
-    steady["cases"] = [r for r in steady["cases"] if r["direction"] == "both"]
-    for record in steady["cases"]:
-        for name, variant in record["variants"].items():
-            variant |= {"inclusive": [3e-5 if name == "fused" else 1e-5] * 11, "peak": 4096, "host": 1e-5}
-    assert len(report.losses(steady)) == len(steady["cases"])  # by the host's time alone
-    assert "host included" in report.losses_text(steady)
-    report.write(steady, tmp_path)
-    assert "4 KiB" in (tmp_path / "benchmark.md").read_text()
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "memory-both.png").exists()
-
-
 def test_what_is_left_out_is_named(monkeypatch, tmp_path):
     raw = tmp_path / "raw.json"
-    arguments = [*FAST, "--quick", "--only", "^layer_norm/forward/float32/", "--json", str(raw)]
+    arguments = [*FAST, "--only", "^layer_norm/forward/float32/", "--json", str(raw)]
     monkeypatch.setattr(measure, "available_memory", lambda device: 1 << 20)
     assert run.main(arguments) == 0
     found = json.loads(raw.read_text())
@@ -326,13 +218,16 @@ def test_what_is_left_out_is_named(monkeypatch, tmp_path):
         (["--only", "("], "no regular expression"),
         (["--baselines", "liger"], "unknown 'liger'"),
         (["--compare", "absent.json"], "FileNotFoundError"),
+        (["--report", "{file}"], "file"),
+        (["--json", "{file}/x.json"], "file"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, capsys):
+def test_bad_arguments_are_named_before_anything_is_measured(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it measured first"))
+    (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
-        run.main(arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+        run.main(["--device", "cpu", *(word.format(file=tmp_path / "file") for word in arguments)])
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_lists_its_cases_from_a_checkout(capsys, monkeypatch):
@@ -343,3 +238,114 @@ def test_lists_its_cases_from_a_checkout(capsys, monkeypatch):
         runpy.run_path(run.__file__, run_name="__main__")
     line = next(line for line in capsys.readouterr().out.splitlines() if "/4x64 " in line)
     assert ended.value.code == 0 and line.split()[1::2] == ["rms_norm/forward/float32/4x64", "2304", "1024", "0.44"]
+
+
+# --- planted providers, measured from end to end: a slow one is flagged, a wrong one gets no figure ---
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Puts the reference into the table under the name `planted`, with ops of one's own in place of some of its."""
+
+    def replace(**ops):
+        module = types.ModuleType("fusednorm_test_benchmarks_planted")
+        own = {FORWARD: getattr(reference, FORWARD), BACKWARD: getattr(reference, BACKWARD)}
+        vars(module).update(own | ops, unavailable_reason=lambda: None, refusal=lambda op, *args: None)
+        dispatching.plant(monkeypatch, "planted", module)
+
+    return replace
+
+
+def measured(only, raw, *options):
+    """The exit status of a run with the planted provider, and its records by name."""
+    status = run.main([*FAST, "--provider", "planted", "--only", only, "--json", str(raw), *map(str, options)])
+    return status, {record["name"]: record for record in json.loads(raw.read_text())["cases"]}
+
+
+def slow(op):
+    def waiting(*args):
+        time.sleep(1e-2)
+        return getattr(reference, op)(*args)
+
+    return waiting
+
+
+@pytest.mark.parametrize(("op", "direction"), [(FORWARD, "forward"), (BACKWARD, "both")])
+def test_a_kernel_that_became_slow_is_flagged(op, direction, plant, tmp_path, capsys):
+    name = f"rms_norm/{direction}/float32/4x64"
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    rounds = ("--seconds", 0.6)  # many: the interval of a few samples holds what a busy machine does to one of them
+    plant()
+    status, records = measured(f"^{name}$", before, *rounds)
+    assert status == 0 and records[name]["provider"] == "planted"
+    assert "Compared" not in capsys.readouterr().out
+    plant(**{op: slow(op)})
+    status, records = measured(f"^{name}$", after, "--compare", before, *rounds)
+    assert status == 3
+    assert min(records[name]["variants"]["fused"]["samples"]) > 1e-2
+    out = capsys.readouterr().out
+    assert "1 changed beyond the spread, 1 for the worse." in out
+    assert [name in line for line in out.splitlines() if "SLOWER" in line] == [True]
+    plant()
+    assert measured(f"^{name}$", before, "--compare", after, *rounds)[0] == 0  # faster again: no regression
+    assert "1 changed beyond the spread, 0 for the worse." in capsys.readouterr().out
+
+
+def spoiled(op, index, spoil):
+    """An op whose result number `index` is spoiled."""
+
+    def wrong(*args):
+        results = list(getattr(reference, op)(*args))
+        results[index] = spoil(results[index])
+        return tuple(results)
+
+    return wrong
+
+
+def one_element(t):
+    if not t.numel():
+        return t
+    t = t.clone()
+    t.view(-1)[-1] += 0.25
+    return t
+
+
+WRONG = {
+    "normed": (FORWARD, spoiled(FORWARD, 0, one_element)),
+    "residual_out": (FORWARD, spoiled(FORWARD, 1, one_element)),
+    "NaN": (FORWARD, spoiled(FORWARD, 0, lambda t: t * float("nan"))),
+    "dx": (BACKWARD, spoiled(BACKWARD, 0, one_element)),
+    "dresidual": (BACKWARD, spoiled(BACKWARD, 1, one_element)),
+    "dweight": (BACKWARD, spoiled(BACKWARD, 2, one_element)),
+    "dbias": (BACKWARD, spoiled(BACKWARD, 3, lambda t: 2 * t)),
+    "dx_bias": (BACKWARD, spoiled(BACKWARD, 4, one_element)),
+    "no launch": (FORWARD, mock.Mock(side_effect=RuntimeError("launch failed"))),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_provider_gets_no_figure(fault, plant, tmp_path, capsys):
+    op, wrong = WRONG[fault]
+    plant(**{op: wrong})
+    status, records = measured("^bias_dropout_add_layer_norm/.*/float32/4x64$", tmp_path / "raw.json")
+    assert status == 1
+    forward, both = (records[f"bias_dropout_add_layer_norm/{d}/float32/4x64"] for d in ("forward", "both"))
+    verdict = "failed" if fault == "no launch" else "wrong"
+    assert (both["status"], both["variants"]) == (verdict, {})
+    expected = ("measured", True) if op == BACKWARD else (verdict, False)
+    assert (forward["status"], bool(forward["variants"])) == expected
+    lines = [line for line in capsys.readouterr().out.splitlines() if "_layer_norm/both" in line]
+    assert lines and all(verdict.upper() in line and " us" not in line for line in lines)
+    said = {"NaN": "max|normed - fp64|", "no launch": "RuntimeError: launch failed"}.get(fault, f"max|{fault} - fp64|")
+    assert all(said in line for line in lines)
+
+
+def test_a_kernel_that_became_wrong_is_flagged_and_has_no_figure(plant, tmp_path, capsys):
+    only, before = "^rms_norm/forward/float32/4x64$", tmp_path / "before.json"
+    plant()
+    assert measured(only, before)[0] == 0
+    plant(**{FORWARD: spoiled(FORWARD, 0, one_element)})
+    status, records = measured(only, tmp_path / "after.json", "--compare", before)
+    assert status == 1 and [record["variants"] for record in records.values()] == [{}]
+    said = capsys.readouterr().out.rpartition("Compared")[2]
+    assert "1 changed beyond the spread, 1 for the worse." in said and "WRONG" in said.partition("Conclusion")[0]

@@ -28,6 +28,10 @@ def record(op, shape, direction, provider, eager, ours, dtype="bfloat16"):
     return facts | {"status": "measured", "variants": variants}
 
 
+def small(eager, ours, provider="triton", dtype="bfloat16", op="layer_norm"):
+    return record(op, (4, 64), "forward", provider, eager, ours, dtype)
+
+
 def result(*records, **environment):
     return {"environment": DEVICE | environment, "cases": list(records)}
 
@@ -38,99 +42,79 @@ def winners(*results):
     return {(name, r, c): choice.decisive(steps[name], r, c)[0].provider for name, r, c in crossovers.speeds(results)}
 
 
-def line(times):
-    """The steps for `layer_norm` without gradients, and their loss, by the times of torch and Triton at each shape."""
-    records = [record("layer_norm", shape, "forward", "triton", *pair) for shape, pair in times.items()]
-    made = crossovers.table([result(*records)], ["raw.json"])
-    return made["steps"]["layer_norm/2/forward"], pytest.approx(made["worst_loss"], abs=2e-3)
+WINNERS = {  # results, and who wins at the one shape
+    "the fastest provider": ([[small(90, 30)], [small(90, 45, "cpu")]], "triton"),
+    "the kernel, where times are equal": ([[small(10, 10.1)]], "triton"),
+    "by the slower of two dtypes of a size": ([[small(10, 5, dtype="float16"), small(10, 20)]], "torch"),
+    "who was measured in every dtype": (
+        [[small(10, 9, dtype="float16"), small(10, 9)], [small(10, 1, "cpu")]],
+        "triton",
+    ),
+    "not eager dropout, with another mask": ([[small(10, 20, op="bias_dropout_add_layer_norm")]], "triton"),
+    "nobody, without a figure": ([[small(10, 1) | {"status": "wrong", "variants": {}}]], None),
+}
 
 
-def test_the_fastest_provider_of_a_shape_wins():
-    triton = result(record("add_layer_norm", (4096, 1024), "forward", "triton", 90, 30))
-    cpu = result(record("add_layer_norm", (4096, 1024), "forward", "torch", 90, 45))
-    assert winners(triton, cpu) == {("add_layer_norm/2/forward", 4096, 1024): "triton"}
+@pytest.mark.parametrize("which", WINNERS)
+def test_who_wins_at_a_shape(which):
+    results, provider = WINNERS[which]
+    assert list(winners(*(result(*records) for records in results)).values()) == ([provider] if provider else [])
 
 
 def test_each_direction_has_its_own_winner():
     slow = result(
-        record("layer_norm", (4, 64), "forward", "triton", 6, 12),
+        small(6, 12),
         record("layer_norm", (4, 64), "both", "triton", 60, 20),
         record("layer_norm", (4, 64), "backward", "triton", 60, 600),  # no call is a backward alone
     )
-    assert winners(slow) == {
-        ("layer_norm/2/forward", 4, 64): "torch",
-        ("layer_norm/2/both", 4, 64): "triton",
-    }
+    assert winners(slow) == {("layer_norm/2/forward", 4, 64): "torch", ("layer_norm/2/both", 4, 64): "triton"}
 
 
 def test_a_stumble_of_the_machine_decides_nothing():
     lucky = record("layer_norm", (1, 1024), "both", "triton", 70, 10)
     lucky["variants"]["eager"]["inclusive"][3] = 8e-6  # what eager takes when every thread has its core
     assert winners(result(lucky)) == {("layer_norm/2/both", 1, 1024): "triton"}
-    lucky["variants"]["fused"]["inclusive"][5] = 9e-6
-    unlucky = record("layer_norm", (4, 64), "both", "triton", 10, 70)
+    unlucky = small(10, 70)
     unlucky["variants"]["fused"]["inclusive"][3] = 11e-6
-    assert winners(result(unlucky)) == {("layer_norm/2/both", 4, 64): "torch"}
-    assert crossovers.speeds([result(unlucky)])["layer_norm/2/both", 4, 64]["triton"] == pytest.approx(1 / 1.1)
+    assert winners(result(unlucky)) == {("layer_norm/2/forward", 4, 64): "torch"}
+    assert crossovers.speeds([result(unlucky)])["layer_norm/2/forward", 4, 64]["triton"] == pytest.approx(1 / 1.1)
 
 
-def test_a_shape_disturbed_for_all_its_samples_decides_nothing():
-    found = line({(1, 1024): (80, 10), (4, 1024): (10, 20), (4096, 1024): (100, 10)})
-    assert found == ([(1, 1, "torch"), (1, 131072, "triton")], 0.0)
+NARROW = {(4, 16): (10, 20), (64, 16): (10, 20), (4096, 16): (20, 40)}
+STEPS = {  # times of torch and Triton at each shape; the steps and their loss
+    "a shape disturbed for all its samples decides nothing": (
+        {(1, 1024): (80, 10), (4, 1024): (10, 20), (4096, 1024): (100, 10)},
+        ([(1, 1, "torch"), (1, 131072, "triton")], 0.0),
+    ),
+    "each begins between two measured sizes": (
+        {(1, 64): (10, 20), (4, 64): (10, 20), (16, 64): (20, 10), (64, 64): (40, 10)},
+        ([(1, 1, "torch"), (1, 512, "triton")], 0.0),
+    ),
+    "narrow rows have their own": (
+        NARROW | {(1, 64): (10, 5), (16, 64): (10, 5)},
+        ([(1, 1, "torch"), (32, 1, "triton")], 0.0),
+    ),
+    "so have wide ones": (
+        NARROW | {(1, 64): (10, 20), (16, 64): (10, 5), (1, 256): (10, 20), (16, 256): (10, 5)},
+        ([(1, 1, "torch"), (32, 1, "torch"), (32, 512, "triton")], 0.0),
+    ),
+    "a small loss is none": ({(1, 64): (10, 10.4), (16, 64): (10, 5)}, ([(1, 1, "triton")], 0.04)),
+    # shapes of one size, at which Triton and torch are the faster in turn
+    "a loss that none avoid is stated": (
+        {(1, 4096): (10, 5), (64, 64): (10, 10), (4, 1024): (10, 12), (16, 256): (10, 5), (256, 16): (10, 12)},
+        ([(1, 1, "torch"), (32, 1, "triton")], 0.2),
+    ),
+    "a larger loss is one": ({(1, 64): (10, 10.6), (16, 64): (10, 5)}, ([(1, 1, "torch"), (1, 256, "triton")], 0.0)),
+}
 
 
-def test_each_step_begins_between_two_measured_sizes():
-    found = line({(1, 64): (10, 20), (4, 64): (10, 20), (16, 64): (20, 10), (64, 64): (40, 10)})
-    assert found == ([(1, 1, "torch"), (1, 512, "triton")], 0.0)
-
-
-def test_narrow_rows_have_steps_of_their_own():
-    narrow = {(4, 16): (10, 20), (64, 16): (10, 20), (4096, 16): (20, 40)}
-    assert line(narrow | {(1, 64): (10, 5), (16, 64): (10, 5)}) == ([(1, 1, "torch"), (32, 1, "triton")], 0.0)
-    steps, _ = line(narrow | {(1, 64): (10, 20), (16, 64): (10, 5), (1, 256): (10, 20), (16, 256): (10, 5)})
-    assert steps == [(1, 1, "torch"), (32, 1, "torch"), (32, 512, "triton")]
-
-
-def test_a_small_loss_is_no_step():
-    assert line({(1, 64): (10, 10.4), (16, 64): (10, 5)}) == ([(1, 1, "triton")], 0.04)
-    assert line({(1, 64): (10, 10.6), (16, 64): (10, 5)})[0] == [(1, 1, "torch"), (1, 256, "triton")]
-
-
-def test_a_loss_that_no_steps_avoid_is_stated():
-    """Shapes of one size, at which Triton and torch are the faster in turn."""
-    contrary = {(1, 4096): (10, 5), (64, 64): (10, 10), (4, 1024): (10, 12), (16, 256): (10, 5), (256, 16): (10, 12)}
-    steps, loss = line(contrary)
-    assert steps[-1][2] == "triton" and loss == 0.2
-
-
-def test_equal_times_leave_a_call_with_the_kernel():
-    assert winners(result(record("layer_norm", (64, 64), "forward", "triton", 10, 10.1))) == {
-        ("layer_norm/2/forward", 64, 64): "triton"
-    }
-
-
-def test_the_slower_of_two_dtypes_of_a_size_counts():
-    both = result(
-        record("layer_norm", (4, 64), "forward", "triton", 10, 5, "float16"),
-        record("layer_norm", (4, 64), "forward", "triton", 10, 20, "bfloat16"),
-    )
-    assert winners(both) == {("layer_norm/2/forward", 4, 64): "torch"}
-
-
-def test_a_provider_not_measured_in_every_dtype_is_no_candidate():
-    whole = [record("layer_norm", (4, 64), "forward", "triton", 10, 9, dtype) for dtype in ("float16", "bfloat16")]
-    half = record("layer_norm", (4, 64), "forward", "cpu", 10, 1)
-    assert winners(result(*whole), result(half))["layer_norm/2/forward", 4, 64] == "triton"
-
-
-def test_eager_dropout_is_no_candidate():
-    lost = result(record("bias_dropout_add_layer_norm", (4, 64), "forward", "triton", 10, 20))
-    assert winners(lost) == {("bias_dropout_add_layer_norm/2/forward", 4, 64): "triton"}
-
-
-def test_cases_without_a_figure_do_not_count():
-    wrong = record("layer_norm", (4, 64), "forward", "triton", 10, 1) | {"status": "wrong", "variants": {}}
-    assert winners(result(wrong)) == {}
+@pytest.mark.parametrize("which", STEPS)
+def test_steps(which):
+    times, (steps, loss) = STEPS[which]
+    records = [record("layer_norm", shape, "forward", "triton", *pair) for shape, pair in times.items()]
+    made = crossovers.table([result(*records)], ["raw.json"])
+    assert made["steps"] == {"layer_norm/2/forward": steps}
+    assert made["worst_loss"] == pytest.approx(loss, abs=2e-3)
 
 
 def test_results_of_two_devices_are_refused():
@@ -141,7 +125,7 @@ def test_results_of_two_devices_are_refused():
 def test_command_says_what_changes_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choice, "FOLDER", tmp_path / "choice")
     raw = tmp_path / "raw.json"
-    raw.write_text(json.dumps(result(record("layer_norm", (4, 64), "forward", "triton", 6, 12))))
+    raw.write_text(json.dumps(result(small(6, 12))))
     assert crossovers.main([str(raw)]) == 0
     assert "torch" in capsys.readouterr().out and not choice.FOLDER.exists()
     assert crossovers.main([str(raw), "--write"]) == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
+import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
@@ -12,37 +13,22 @@ from benchmarks.report import pages as report
 from tests.benchmarks.test_report import record, result
 
 
-class Reader(HTMLParser):
+class Reader:
     """Tables as rows of cells, the text of headings, the attributes that could name another file."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables, self.headings, self.images, self.links, self.tags = [], [], [], [], set()
-        self.inside = ""
-        self.feed(text)
+    def __init__(self, page: str) -> None:
+        self.tags = set(re.findall(r"<(\w+)", page))
+        self.headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+        self.images, self.links = (re.findall(rf"\b{name}=[\"']?([^\"'\s>]*)", page) for name in ("src", "href"))
+        tables = (
+            re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in re.findall(r"<table>(.*?)</table>", page, re.S)
+        )
+        self.tables = [[self.cells(row) for row in table] for table in tables]
 
-    def handle_starttag(self, tag, attributes):
-        named, self.inside = dict(attributes), tag
-        self.tags.add(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag == "h2":
-            self.headings.append("")
-        self.images += [named["src"]] if "src" in named else []
-        self.links += [named["href"]] if "href" in named else []
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside in ("td", "th"):
-            self.tables[-1][-1][-1] += data
-        elif self.inside == "h2":
-            self.headings[-1] += data
+    def cells(self, row: str) -> list[str]:
+        """Without what a browser takes for tags."""
+        found = re.findall(r"<t[dh]\b[^>]*>(.*?)</t[dh]>", row, re.S)
+        return [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in found]
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def page(of, tmp_path):
 def test_the_page_needs_no_other_file(page, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures and is not installed")
     drawn = [path.read_bytes() for path in tmp_path.glob("*.png")]
-    assert len(drawn) == 2
+    assert len(drawn) == 2 and all(picture.startswith(b"\x89PNG") for picture in drawn)
     prefix = "data:image/png;base64,"
     assert all(source.startswith(prefix) for source in page.images)
     assert sorted(base64.b64decode(source.removeprefix(prefix)) for source in page.images) == sorted(drawn)

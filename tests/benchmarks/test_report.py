@@ -112,13 +112,10 @@ def test_what_nobody_tells_is_not_guessed(tmp_path, clock):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="own_seconds reads /proc, which this system lacks")
 def test_own_time_holds_that_of_children():
-    def spin():
-        end = time.process_time() + 0.2
-        while time.process_time() < end:
-            pass
-
     before = measure_load.own_seconds(Path("/proc"), os.getpid())
-    spin()
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
     work = "import time\nwhile time.process_time() < 0.5: pass"
     subprocess.run([sys.executable, "-c", work], check=True)
     assert measure_load.own_seconds(Path("/proc"), os.getpid()) - before >= 0.6
@@ -159,10 +156,62 @@ def title_of(figure) -> str:
     return " ".join(figure.get_suptitle().split())
 
 
-def test_pictures_of_a_busy_machine_say_so(drawn):
+def test_pictures_of_both_directions_say_whether_the_machine_was_busy(drawn):
     for others, said in ((0.02, False), (0.34, True)):
-        pictures = drawn(result(record(), others=others))
-        assert pictures and all(("THE MACHINE WAS BUSY" in title_of(f)) is said for f in pictures.values())
+        pictures = drawn(result(record(), record(direction="both"), others=others))
+        assert set(pictures) == {
+            f"{kind}-{d}.png" for kind in ("roofline", "speedup-eager") for d in ("forward", "both")
+        }
+        assert all(("THE MACHINE WAS BUSY" in title_of(f)) is said for f in pictures.values())
+
+
+# --- comparisons, of two runs and with eager ---
+
+
+def run_with(eager, **other):
+    """A steady case, and one whose eager takes so many times as long as ours: by this ratio are runs compared."""
+    return result(record(eager=2.0), record(shape=(1, 4096), eager=eager, **other))
+
+
+def test_compare_flags_a_planted_regression():
+    old = run_with(2.0)
+    text, slower = report.compare(old, old)
+    assert slower == 0 and "None changed" in text
+    text, slower = report.compare(old, run_with(2.0 / 1.3))
+    assert slower == 1
+    assert ["1x4096" in line and "0.77" in line for line in text.splitlines() if "SLOWER" in line] == [True]
+    text, slower = report.compare(old, run_with(2.0 * 1.3))
+    assert slower == 0 and "faster" in text and "1x4096" in text
+    assert "Only in the old run: 1 cases" in report.compare(old, result(record(eager=2.0)))[0]
+
+
+def test_compare_ignores_what_lies_within_the_spread():
+    assert report.compare(run_with(2.0), run_with(2.0 / 1.02))[1] == 0  # too small a change
+    disturbed = run_with(2.0 / 1.3)
+    disturbed["cases"][1]["variants"]["fused"]["samples"][4] /= 1.3
+    assert report.compare(run_with(2.0), disturbed)[1] == 0  # the fastest sample is as fast as ever
+    assert (
+        report.compare(run_with(2.0, spread=0.2), run_with(2.0 / 1.3, spread=0.2))[1] == 0
+    )  # large, but so is the spread
+
+
+def test_losses_name_the_case_and_the_winner():
+    assert report.losses(run_with(2.0)) == []
+    slow = run_with(0.5)
+    assert [(loss[0]["size"], loss[1]) for loss in report.losses(slow)] == [("1x4096", "eager")]
+    assert "2.00x slower" in report.losses_text(slow)
+
+
+def test_report_of_a_gpu_run_shows_host_time_and_memory(tmp_path):
+    of = run_with(2.0)
+    of["environment"]["device_type"] = "cuda"
+    for case in of["cases"]:
+        for name, variant in case["variants"].items():
+            variant |= {"inclusive": [3e-5 if name == "fused" else 1e-5] * 11, "peak": 4096, "host": 1e-5}
+    assert len(report.losses(of)) == 2  # by the host's time alone
+    assert "host included" in report.losses_text(of)
+    report.write(of, tmp_path)
+    assert "4 KiB" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_cells_left_out_say_so_and_why(tmp_path):
@@ -302,15 +351,6 @@ def test_memory_is_drawn_where_eager_has_it_too(drawn):
     axis = drawn(result(*records))["memory-forward.png"].axes[0]
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"}
     assert points == {(4096 * 4, 0.25)}
-
-
-def test_a_report_that_cannot_be_written_is_refused_before_measuring(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("it measured first"))
-    (tmp_path / "file").write_text("")
-    for option in (["--report", str(tmp_path / "file")], ["--json", str(tmp_path / "file" / "x.json")]):
-        with pytest.raises(SystemExit) as stop:
-            run.main(["--device", "cpu", *option])
-        assert stop.value.code == 2 and "file" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("low", "high"), [(512, 1 << 30), (512, 4 << 20), (1000, 3000), (4096, 4096)])

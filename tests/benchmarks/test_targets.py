@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import types
 from itertools import pairwise
 
@@ -57,12 +55,10 @@ def test_share_of_the_copy(seconds, verdict):
     }
 
 
-def test_a_share_that_no_memory_can_have_counts_for_nothing():
-    assert verdicts(record("add_layer_norm", roofline_seconds=3e-5, **LARGE)) == {}
-
-
-@pytest.mark.parametrize("left_out", [{"shape": (1024, 4096)}, {"shape": (1 << 20, 64)}, {"dtype": "float32"}])
-def test_small_or_narrow_rows_and_other_dtypes_are_not_meant(left_out):
+@pytest.mark.parametrize(
+    "left_out", [{"shape": (1024, 4096)}, {"shape": (1 << 20, 64)}, {"dtype": "float32"}, {"roofline_seconds": 3e-5}]
+)
+def test_small_or_narrow_rows_and_other_dtypes_and_shares_that_no_memory_can_have_are_not_meant(left_out):
     assert verdicts(record("add_layer_norm", **LARGE | left_out)) == {}
 
 
@@ -112,13 +108,6 @@ def test_median_over_a_cpus_sweep():
     assert the(found, "add + LayerNorm, worst") == ("0.50x", three[0]["name"], "3", "MISSED")
 
 
-def test_table_of_a_run_is_printed(tmp_path, capsys):
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps(measured(record("add_layer_norm", eager=1.5))))
-    assert targets.main([str(path)]) == 0
-    assert " 1.50x | add_layer_norm/forward/float32/4x64 |" in capsys.readouterr().out
-
-
 def test_check_tells_an_old_table(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "TABLE", tmp_path / "targets.md")
     monkeypatch.setattr(add_result, "newest", lambda for_targets: kept)
@@ -155,9 +144,8 @@ def test_nothing_is_measured_that_no_target_is_about():
     for case in cases_targets.every():
         made = stand_in(case, BASELINES)
         for name in made["variants"].keys() - {"fused", "eager"}:
-            fewer = copy.copy(made)
-            fewer["variants"] = {key: value for key, value in made["variants"].items() if key != name}
-            assert comparisons(fewer) < comparisons(made), (case.name, name)
+            fewer = {key: value for key, value in made["variants"].items() if key != name}
+            assert comparisons(made | {"variants": fewer}) < comparisons(made), (case.name, name)
         assert comparisons(made), case.name
 
 

@@ -12,6 +12,7 @@ from examples.language_model.data import Rows
 from examples.language_model.job import LanguageModelJob
 from examples.training.job import Job
 from examples.training.loop import Settings, Side
+from examples.training.machine import threads
 from examples.training.model import Batch, ModelConfig, Twin, make_twins
 from examples.translation.data import BEGIN_ID, END_ID, Encoded, Sentences
 from examples.translation.job import TranslationJob
@@ -20,10 +21,8 @@ from examples.translation.job import TranslationJob
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small gain nothing from threads and lose much where other work runs beside them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,6 @@ class Case:
         return batch
 
 
-def rows_of(count: int) -> Rows:
-    return Rows(torch.randint(97, (count, 13), generator=torch.Generator().manual_seed(11)))
-
-
 def pairs_of(count: int, longest: int = 11) -> Encoded:
     """Pairs of random tokens, sources and targets of 1 to `longest` tokens beside the marks."""
     generator = torch.Generator().manual_seed(11)
@@ -64,7 +59,11 @@ def drawn() -> Callable[..., Encoded]:
     return pairs_of
 
 
-LANGUAGE_MODEL = Case(LanguageModelJob, ModelConfig(vocab=97, context=12, layers=2, width=32, heads=2), rows_of)
+LANGUAGE_MODEL = Case(
+    LanguageModelJob,
+    ModelConfig(vocab=97, context=12, layers=2, width=32, heads=2),
+    lambda count: Rows(torch.randint(97, (count, 13), generator=torch.Generator().manual_seed(11))),
+)
 TRANSLATION = Case(
     TranslationJob,
     ModelConfig(vocab=61, context=14, layers=2, width=32, heads=2),

@@ -17,11 +17,6 @@ from examples.training.measure import measure_memory
 from examples.training.model import IGNORED, VARIANTS, library, load_checkpoint, loss_of, save_checkpoint
 from examples.training.text import train_tokenizer
 
-
-def quiet(line: str) -> None:
-    """In place of print."""
-
-
 # the twins
 
 
@@ -108,14 +103,14 @@ def test_training_repeats_bit_for_bit_with_dropout(case):
     for _ in range(2):
         with machine.deterministic():
             twins = case.twins(replace(case.config, dropout=0.2))
-            runs.append(train_twins(twins, case.side(22), case.side(5), case.settings, case.device, quiet)[0])
+            runs.append(train_twins(twins, case.side(22), case.side(5), case.settings, case.device, print)[0])
     assert runs[0] == runs[1]
     fused = runs[0]["fused"]
     assert len(fused["steps"]) == 12 and len(fused["test"]) == 3 and fused["train"][-1] < fused["train"][0]
 
 
 def test_curves_of_the_twins_agree(case):
-    curves, speed = train_twins(case.twins(), case.side(40), case.side(5), case.settings, case.device, quiet)
+    curves, speed = train_twins(case.twins(), case.side(40), case.side(5), case.settings, case.device, print)
     assert report.verdict(curves, case.job.bounds["float32"], 0.0)["faults"] == []
     assert all(speed[v]["tokens_per_s"] > 0 and speed[v]["steps"] == 20 - WARM_UP for v in VARIANTS)
 
@@ -165,19 +160,13 @@ def test_memory_is_measured_and_repeats(case):
 
 @pytest.mark.parametrize("before", [False, True])
 def test_deterministic_restores_what_it_found(before):
-    found = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        with pytest.raises(KeyError), machine.deterministic():
-            assert torch.are_deterministic_algorithms_enabled()
-            assert not torch.utils.deterministic.fill_uninitialized_memory
-            raise KeyError
-        assert torch.are_deterministic_algorithms_enabled() is before
-        assert torch.utils.deterministic.fill_uninitialized_memory
-    finally:
-        torch.use_deterministic_algorithms(found[0])
-        torch.utils.deterministic.fill_uninitialized_memory = found[1]
+    torch.use_deterministic_algorithms(before)  # the fixture for poisoned memory turns this back, and filled memory on
+    with pytest.raises(KeyError), machine.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        raise KeyError
+    assert torch.are_deterministic_algorithms_enabled() is before
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 # the verdict
@@ -196,10 +185,13 @@ def test_verdict_accepts_what_is_within_the_bound():
     assert checks["faults"] == [] and checks["end_difference"] == pytest.approx(1 / 30)
 
 
-@pytest.mark.parametrize("planted", [3.0006, 2.9994, math.nan, math.inf])
+@pytest.mark.parametrize("planted", [1.0002, 0.9998, math.nan, math.inf])
 def test_verdict_names_a_planted_difference(planted):
-    faults = verdict([5.0, 4.0, planted], [5.0, 4.0, 3.0])["faults"]
+    """Without dropout of any epoch, with it before and after training."""
+    faults = verdict([5.0, 4.0, 3.0 * planted], [5.0, 4.0, 3.0])["faults"]
     assert len(faults) == 2 and all("epoch 2" in fault for fault in faults)
+    (fault,) = verdict([5.0 * planted, 3.0], [5.0, 3.0], 0.1)["faults"]
+    assert "before training" in fault
 
 
 def test_verdict_refuses_curves_of_unequal_length():
@@ -210,11 +202,5 @@ def test_verdict_refuses_curves_of_unequal_length():
 @pytest.mark.parametrize("planted", [3.2, 2.8, math.nan, math.inf])
 def test_verdict_with_dropout_names_a_planted_difference_at_the_end(planted, bound):
     for pair in (([5.0, planted], [5.0, 3.0]), ([5.0, 3.0], [5.0, planted]), ([5.0, planted], [5.0, math.nan])):
-        faults = verdict(*pair, 0.1, bound)["faults"]
-        assert len(faults) == 1 and "after training" in faults[0]
-
-
-@pytest.mark.parametrize("planted", [5.001, 4.999, math.nan, math.inf])
-def test_verdict_with_dropout_names_a_planted_difference_at_the_start(planted):
-    faults = verdict([planted, 3.0], [5.0, 3.0], 0.1)["faults"]
-    assert len(faults) == 1 and "before training" in faults[0]
+        (fault,) = verdict(*pair, 0.1, bound)["faults"]
+        assert "after training" in fault

@@ -37,11 +37,6 @@ def tiny(task: str) -> list[str]:
     return ["--task", task, "--small", "--device", "cpu", *sizes]
 
 
-def need(task: str) -> None:
-    for module in train.TASKS[task].packages:
-        pytest.importorskip(module, reason=f"{module} is missing; the extra translate brings it: '.[translate]'")
-
-
 @pytest.fixture(params=train.TASKS)
 def task(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -53,7 +48,8 @@ pairs = functools.cache(load_pairs)
 @contextlib.contextmanager
 def little_data(task: str, folder: Path, share: int = 16) -> Iterator[list[str]]:
     """The arguments of a tiny run; a little of the real data, of the pairs one in `share`."""
-    need(task)
+    for module in train.TASKS[task].packages:
+        pytest.importorskip(module, reason=f"{module} is missing; the extra translate brings it: '.[translate]'")
     (folder / "a text.txt").write_text("".join(split_documents(*load_documents()).train[:3]), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(translation, "load_pairs", lambda: pairs()[::share])
@@ -165,12 +161,8 @@ def test_run_leaves_the_number_of_threads_as_it_was(task, monkeypatch):
 encoder = fusednorm.TransformerEncoder.forward
 
 
-def half(self, src, *args, **kwargs):
-    return encoder(self, src, *args, **kwargs) - 0.5 * src
-
-
-def spoiled(self, src, *args, **kwargs):
-    return encoder(self, src, *args, **kwargs) - math.nan * src
+def spoiled_by(share):
+    return lambda self, src, *args, **kwargs: encoder(self, src, *args, **kwargs) - share * src
 
 
 def without_padding_mask(self, source):
@@ -186,8 +178,8 @@ def not_a_number(self, decoded):
 @pytest.mark.parametrize(
     ("task", "kind", "method", "wrong", "message"),
     [
-        ("lm", fusednorm.TransformerEncoder, "forward", half, "exceeds"),
-        ("lm", fusednorm.TransformerEncoder, "forward", spoiled, "not finite"),
+        ("lm", fusednorm.TransformerEncoder, "forward", spoiled_by(0.5), "exceeds"),
+        ("lm", fusednorm.TransformerEncoder, "forward", spoiled_by(math.nan), "not finite"),
         ("translate", Translator, "encode", without_padding_mask, "exceeds"),
         ("translate", Translator, "logits", not_a_number, "not finite"),
     ],
@@ -238,13 +230,10 @@ OF_ONE_TASK = [
     ("task", "arguments", "named"), [(task, *refused) for task in train.TASKS for refused in REFUSED] + OF_ONE_TASK
 )
 def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, task, arguments, named):
-    def trained(*_):
-        raise AssertionError("the tokenizer was trained first")
-
     # Pairs that no package brings, so that what is refused is refused without the packages too.
     monkeypatch.setattr(translation, "load_pairs", lambda: [Pair(f"Word {i}", f"词 {i}", "here") for i in range(100)])
     monkeypatch.setattr(text, "require_packages", lambda *_: None)
-    monkeypatch.setattr(text, "train_tokenizer", trained)
+    monkeypatch.setattr(text, "train_tokenizer", lambda *_: pytest.fail("it was trained first"))
     monkeypatch.setattr(fusednorm, "available_providers", lambda: ["reference"])
     (tmp_path / "file").write_text("", encoding="utf-8")
     least = {"lm": 257, "translate": 259}[task]

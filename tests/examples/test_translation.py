@@ -139,26 +139,15 @@ def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
 
 def test_buckets_take_every_pair_once_and_pad_little(drawn):
     encoded = drawn(103)
-    for seed in (None, 1):
-        batches = data.buckets(encoded, 8, seed)
+    by_length, shuffled = data.buckets(encoded, 8), data.buckets(encoded, 8, 1)
+    for batches in (by_length, shuffled):
         assert sorted(i for batch in batches for i in batch) == list(range(103))
         assert sorted(map(len, batches)) == [7] + [8] * 12
         padding = sum(int((data.batch_of(encoded, batch).wanted == IGNORED).sum()) for batch in batches)
         assert padding <= 0.1 * sum(len(target) for _, target in encoded)
-
-
-def test_buckets_are_drawn_from_the_seed_alone(drawn):
-    encoded = drawn(103)
-    first = data.buckets(encoded, 8, 1)
-    torch.rand(3)
-    assert first == data.buckets(encoded, 8, 1) != data.buckets(encoded, 8, 2)
-    lengths = [len(encoded[i][1]) for batch in data.buckets(encoded, 8) for i in batch]
+    lengths = [len(encoded[i][1]) for batch in by_length for i in batch]
     assert lengths == sorted(lengths)
-    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in data.buckets(encoded, 8, 2)}
-
-
-def test_padded_rows_end_in_pad():
-    assert padded([[5], [6, 7, 8]]).tolist() == [[5, PAD_ID, PAD_ID], [6, 7, 8]]
+    assert {frozenset(batch) for batch in shuffled} != {frozenset(batch) for batch in data.buckets(encoded, 8, 2)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -203,16 +192,12 @@ class Planned(nn.Module):
         return decoded
 
 
-def test_greedy_decoding_ends_a_row_at_its_end_and_the_batch_with_the_last():
+@pytest.mark.parametrize(("positions", "steps"), [(20, 5), (3, 3)], ids=["enough_positions", "too_few_positions"])
+def test_greedy_decoding_ends_a_row_at_its_end_and_the_batch_with_the_last_row_or_position(positions, steps):
     plan = [[4, 5, END_ID, 9, 9, 9], [END_ID, 9, 9, 9, 9, 9], [7, 7, 7, 7, END_ID, 9]]
-    model = Planned(plan, positions=20).train()
-    assert translate(model, torch.tensor([[2], [0], [1]])) == [[7, 7, 7, 7], [4, 5], []]
-    assert model.longest == 5 and model.training
-
-
-def test_greedy_decoding_stops_at_the_last_position():
-    model = Planned([[4] * 9], positions=6)
-    assert translate(model, torch.tensor([[0]])) == [[4] * 6] and model.longest == 6
+    model = Planned(plan, positions).train()
+    assert translate(model, torch.tensor([[2], [0], [1]])) == [[7] * min(4, steps), [4, 5], []]
+    assert model.longest == steps and model.training
 
 
 @torch.no_grad()
@@ -232,7 +217,7 @@ def by_hand(model: Translator, source: list[int]) -> list[int]:
 def test_rows_of_a_batch_are_translated_as_by_hand(translation, drawn, variant):
     model, settings = translation.twins()[variant], replace(translation.settings, epochs=4)
     sides = Sentences(drawn(40)), Sentences(drawn(4))
-    curves, _ = train_twins({variant: model}, *sides, settings, translation.device, lambda line: None)
+    curves, _ = train_twins({variant: model}, *sides, settings, translation.device, print)
     assert curves[variant]["train"][-1] < curves[variant]["train"][0]
     sources = [source for source, _ in drawn(12)]
     together = translate(model, padded(sources))

@@ -8,25 +8,20 @@ call of every kind, by `make test-all`; every pair of switches by the command li
 
 from __future__ import annotations
 
-import functools
 import itertools
 from importlib import metadata
 
 import pytest
 
-from tests.tools.test_codegen_norms import OLDEST, ROOT, compiled, oldest_triton, pytestmark, triton
-from tests.tools.test_codegen_norms import gate as gate_of
+from tests.tools.test_codegen_norms import ROOT, compiled, gate, holds, oldest_triton, pytestmark, triton
 
 __all__ = ["oldest_triton", "pytestmark", "triton"]  # which pytest finds by name
 KERNELS = {"attention_fwd", "attention_bwd_delta", "attention_bwd_dq", "attention_bwd_dkv"}
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
-gate = functools.partial(gate_of, command="attention")
-
-
 def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
-    figures = gate(tmp_path, "--arch", "90", "--modes", "causal", "--dims", "128")["figures"]
+    figures = gate("attention", tmp_path, "--arch", "90", "--modes", "causal", "--dims", "128")["figures"]
     assert {f["kernel"] for f in figures} == KERNELS
     assert all(f["stack"] == 0 for f in figures)
     products = [f for f in figures if f["kernel"] != "attention_bwd_delta"]
@@ -66,8 +61,7 @@ def test_heavy_attention_kernels_do_not_spill_or_wait():
 )
 def test_attention_gate_for_the_heaviest_calls(arch, dim, triton, tmp_path):
     """Of all that get the same tiles."""
-    found = gate(tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", dim, triton=triton)
-    assert triton is None or found["triton"] == OLDEST.split("==")[1]
+    found = gate("attention", tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", dim, triton=triton)
     assert {f["kernel"] for f in found["figures"]} == {*KERNELS, "attention_bwd_dmask"}
 
 
@@ -113,40 +107,32 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     [("float32", ["full"], ["40", "64"]), ("float16", ["full", "causal_dropout"], ["40", "64", "256"])],
 )
 def test_attention_gate_for_other_dtypes_and_dims(dtype, modes, dims, tmp_path):
-    gate(tmp_path, "--modes", *modes, "--dims", *dims, "--dtypes", dtype)
+    gate("attention", tmp_path, "--modes", *modes, "--dims", *dims, "--dtypes", dtype)
 
 
 PLANT = """
 from fusednorm.providers.triton import attention_config as table
 from tools.codegen import attention as gate
-table.{plant}
+table.{choose} = lambda need: table.Tile({numbers})
 chosen = gate.variants(gate.modes(["causal"], [128], ["bfloat16"]), 90)
 chosen = [v for v in chosen if v.launch.kernel == "{kernel}"]
 print(*gate.faults(gate.figures(chosen[0], 90)), sep="\\n")
 """
 
 
+PLANTED = {  # kernel, what chooses its tiles, their numbers; what the gate says
+    "tiles_too_large": ("attention_bwd_dkv", "backward_keys", "128, 128, 8, 2", "spills"),
+    "too_many_stages": ("attention_fwd", "forward", "128, 128, 8, 5", "of shared memory, there are"),
+    "tiles_too_small": ("attention_fwd", "forward", "32, 64, 4, 2", "no asynchronous matrix instr"),
+}
+
+
 @pytest.mark.parametrize(
-    ("kernel", "plant", "said"),
-    [
-        pytest.param(
-            *("attention_bwd_dkv", "backward_keys = lambda need: table.Tile(128, 128, 8, 2)", "spills"),
-            marks=pytest.mark.slow,
-            id="tiles_too_large",
-        ),
-        pytest.param(
-            *("attention_fwd", "forward = lambda need: table.Tile(128, 128, 8, 5)", "of shared memory, there are"),
-            marks=pytest.mark.slow,
-            id="too_many_stages",
-        ),
-        pytest.param(
-            *("attention_fwd", "forward = lambda need: table.Tile(32, 64, 4, 2)", "no asynchronous matrix instr"),
-            id="tiles_too_small",
-        ),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "tiles_too_small" else ()) for name in PLANTED]
 )
-def test_attention_gate_fails_on_what_is_planted(kernel, plant, said):
-    assert said in compiled("-c", PLANT.format(plant=plant, kernel=kernel))
+def test_attention_gate_fails_on_what_is_planted(name):
+    kernel, choose, numbers, said = PLANTED[name]
+    assert said in compiled("-c", PLANT.format(choose=choose, numbers=numbers, kernel=kernel))
 
 
 FRAME = "/*0000*/ LDC R1, c[0x0][0x28] ;\n/*0010*/ IADD3 R1, R1, -0x8, RZ ;\n/*0020*/ FADD R2, R10, R11 ;\n"
@@ -181,15 +167,12 @@ def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
     monkeypatch.setattr(host, "_devices", {})
     small, large = host.device(0), host.compiled_for((8, 0))
     assert small == host.Device((8, 0), 101376) and large == host.Device((8, 0), 166912)
-    tiles = [
-        [
-            choose(table.Need(256, 2, False, False, False, *device, (3, 6)))
-            for choose in (table.forward, table.backward_queries)
-        ]
-        for device in (small, large)
-    ]
-    rows = [[2 * t.block_m + 2 * t.block_n * t.stages for t in chosen] for chosen in tiles]  # that lie in shared memory
-    assert all(fewer < more for fewer, more in zip(*rows, strict=True))
+
+    def rows(choose, device) -> int:  # that lie in shared memory
+        tile = choose(table.Need(256, 2, False, False, False, *device, (3, 6)))
+        return tile.block_m + tile.block_n * tile.stages
+
+    assert all(rows(choose, small) < rows(choose, large) for choose in (table.forward, table.backward_queries))
 
 
 def test_desktop_blackwell_gets_the_tiles_of_sm_80():
@@ -216,6 +199,4 @@ def test_committed_table_of_attention_has_every_configuration_of_today():
         for arch in attention.TABULATED
         for v in attention.variants(attention.modes(attention.MODES, attention.DIMS, ["bfloat16"]), arch)
     ]
-    rows = [line for line in committed if line.startswith("| attention_")]
-    assert len(rows) == len(expected)
-    assert all(row.startswith(start) for row, start in zip(rows, expected, strict=True))
+    assert holds(committed, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Iterable
 
 import pytest
@@ -151,21 +153,49 @@ def test_the_tool_says_what_is_missing(monkeypatch, capsys):
     assert codegen_cuda.main([]) == 2 and "nvcc is not installed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spilled", [0, 8])
-def test_the_page_is_not_written_of_kernels_that_break_the_gate(spilled, monkeypatch, tmp_path, capsys):
-    compiled = [kernel("sum_partials", ("float",), (), spilled=spilled)]
-    monkeypatch.setattr(codegen_cuda, "missing", lambda: None)
-    monkeypatch.setattr(codegen_cuda, "compile_sources", lambda *_: compiled)
-    monkeypatch.setattr(codegen_cuda, "page", lambda kernels: codegen_cuda.markdown(kernels))
+def compiled(command: str, stack: int) -> list:
+    """A made-up kernel as the command compiles it, with so many bytes spilled to the stack."""
+    if command == "cuda":
+        return [kernel("sum_partials", ("float",), (), registers=32, spilled=stack)]
+    pytest.importorskip("triton", reason="triton is not installed")
+    from tools.codegen import attention, compile
+
+    if command == "norms":
+        of, numbers = ("add_layer_norm_fwd", "add", "bfloat16", 64, 90, "1 x [8, 64]", 4, 1), (None, None)
+        return [compile.Figures(*of, *numbers, registers=32, stack=stack)]
+    of = ("attention_fwd", "", "full", 64, "float32", 80, "64 x 64", 4, 1)
+    return [attention.Figures(*of, 32, stack, 0, 0, 0, 9)]
+
+
+@pytest.mark.parametrize("stack", [0, 8], ids=["within_the_gate", "spills"])
+@pytest.mark.parametrize(
+    ("command", "compiles", "page", "options"),
+    [
+        ("norms", "in_processes", "codegen.md", ["--modes", "add"]),
+        ("attention", "in_processes", "codegen_attention.md", ["--modes", "full"]),
+        ("cuda", "compile_sources", "codegen_cuda.md", []),
+    ],
+)
+def test_a_page_is_not_written_of_kernels_that_break_the_gate(
+    command, compiles, page, options, stack, monkeypatch, tmp_path, capsys
+):
+    kernels, module = compiled(command, stack), importlib.import_module(f"tools.codegen.{command}")
+    (tmp_path / page).write_text("as it was")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    page = tmp_path / codegen_cuda.PAGE.name
-    page.write_text("as it was")
-    assert codegen_cuda.main(["--write"]) == bool(spilled)
-    said = capsys.readouterr().err
-    if spilled:
-        assert page.read_text() == "as it was" and "is not written" in said and "spills" in said
+    monkeypatch.setattr(module, compiles, lambda *_: kernels)
+    monkeypatch.setattr(codegen_cuda, "missing", lambda: None)
+    monkeypatch.setattr(codegen_cuda, "page", codegen_cuda.markdown)
+    assert module.main(["--write", *options]) == bool(stack)
+    text, said = (tmp_path / page).read_text(), capsys.readouterr().err
+    if stack:
+        assert (
+            text == "as it was"
+            and re.search("spills: .*8 (bytes of stack|spilled)", said)
+            and f"{page} is not written" in said
+        )
     else:
-        assert page.read_text() == codegen_cuda.markdown(compiled)
+        assert text == codegen_cuda.markdown(kernels) if command == "cuda" else text.startswith("# What the Triton")
+        assert "| 32 | 0 |" in text
 
 
 @pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")

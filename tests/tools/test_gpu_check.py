@@ -22,6 +22,7 @@ from tools.gpu_check import check as gpu_check
 from tools.gpu_check import run_tests as gpu_tests
 from tools.gpu_check import stages as gpu_stages
 from tools.gpu_check.stages import Stage
+from tools.supervise import Child
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = "import time; time.sleep(60)"
@@ -54,7 +55,7 @@ def test_results_and_exit_of_good_and_failing_stages(tmp_path):
     assert "Not well: bad." in text and "early" in text
 
 
-def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
+def test_time_that_a_stage_leaves_goes_to_the_later_ones_and_a_stage_without_any_is_no_success(tmp_path):
     stages = [stage("one", "", share=20), stage("skipped", share=30, skip="why not"), stage("two", "", share=20)]
     found = check(tmp_path, 100, *stages)
     assert found["one"]["limit"] in (78, 79)  # all but a second and what the last one keeps
@@ -63,48 +64,30 @@ def test_time_that_a_stage_leaves_goes_to_the_later_ones(tmp_path):
     assert found["one"]["limit"] in (14, 15)  # too little for both: in proportion
     found = check(tmp_path, 100, stage("one", "", share=20, most=7), stage("two", "", share=20))
     assert (found["one"]["limit"], found["two"]["limit"] > 90) == (7, True)
-
-
-def test_a_stage_without_time_is_no_success(tmp_path):
     found = check(tmp_path, 2.5, stage("one", "", share=10), stage("two", "", share=10))
     assert {found["one"]["status"], found["two"]["status"]} == {"not run"}
     assert not found[""]["passed"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
-def test_a_run_that_is_cut_off_keeps_what_it_has(how, tmp_path):
-    program = f"""
-import sys
-from pathlib import Path
-from tools.gpu_check import check as gpu_check
-from tools.gpu_check import stages as gpu_stages
-def stages(outdir, device, peers):
-    def stage(name, code):
-        return gpu_stages.Stage(name, name + ".log", 10, lambda _: [[sys.executable, "-S", "-c", code]])
-    return [stage("environment", "print('the machine')"), stage("tests", {HANG!r}), stage("benchmark", "")]
-gpu_check.stages = stages
-sys.exit(gpu_check.main([{str(tmp_path)!r}, "--device", "cpu", "--minutes", "1"]))
-"""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_run_that_is_cut_off_keeps_what_it_has(how, tmp_path, monkeypatch):
+    stages = [stage("environment", "print('the machine')"), stage("tests", HANG), stage("benchmark", "")]
+    monkeypatch.setattr(gpu_check, "stages", lambda *_: stages)
+    arguments = [str(tmp_path), "--device", "cpu", "--minutes", "1"]
+    child = Child.of_function(lambda: sys.exit(gpu_check.main(arguments)))
 
     def statuses() -> list[str]:
-        try:
-            return [s["status"] for s in json.loads((tmp_path / "summary.json").read_text())["stages"]]
-        except OSError:
-            return []
+        return [s["status"] for s in json.loads((tmp_path / "summary.json").read_text())["stages"]]
 
-    wait_for(lambda: statuses()[1:2] == ["running"])
-    assert statuses() == ["passed", "running", "not run"]
-    process.send_signal(how)
-    process.communicate(timeout=20)
+    wait_for((tmp_path / "summary.json").exists)
+    wait_for(lambda: statuses() == ["passed", "running", "not run"])
+    os.kill(child.pid, how)
+    wait_for(child.ended)
     assert "the machine" in (tmp_path / "summary.md").read_text()
     assert statuses() == ["passed", "cut off" if how == signal.SIGTERM else "running", "not run"]
     assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
-    if how == signal.SIGTERM:
-        assert process.returncode == 130
+    assert child.end() == (130 if how == signal.SIGTERM else -signal.SIGKILL)
 
 
 def test_a_brief_last_command_leaves_the_time_to_the_first(tmp_path):
@@ -187,9 +170,11 @@ def test_dies(): os._exit(9)
 @pytest.mark.slow
 def test_slow(): assert False
 def test_last(): pass
-def test_hangs():
-    if os.environ.get("PLANTED_HANG"): time.sleep(60)
+def test_hangs(): time.sleep(60)
 """
+
+
+GPU = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"  # in two parts: this file is not one of a GPU's
 
 
 @pytest.fixture
@@ -206,34 +191,29 @@ def outcomes(path: Path) -> dict[str, str]:
     return {case.get("name"): case[0].tag if len(case) else "passed" for case in cases}
 
 
-def test_tests_after_a_crash_still_run(planted, tmp_path, capfd):
-    xml = tmp_path / "tests.xml"
-    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "1", "--xml", str(xml)]) == 1
-    expected = {"test_right": "passed", "test_wrong": "failure", "test_skipped": "skipped", "test_dies": "failure"}
-    assert outcomes(xml) == expected | {"test_last": "passed", "test_hangs": "passed"}
-    out = capfd.readouterr().out
-    assert "exit code 9" in out and "assert 1 == 2" in out and "(not today)" in out
-    assert out.splitlines()[-1].startswith("6 of 6 tests") and "2 failed, 3 passed, 1 skipped" in out
+def run_tests(status: int, *files: Path, device: str = "cpu", workers: int = 1) -> dict[str, str]:
+    """The outcome of each test; the run has to end with this status."""
+    xml = files[0].with_suffix(".xml")
+    arguments = [*map(str, files), "--device", device, "--workers", str(workers), "--xml", str(xml)]
+    assert gpu_tests.main(arguments) == status
+    return outcomes(xml)
 
 
-def test_a_test_that_does_not_end_is_given_up(planted, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("PLANTED_HANG", "1")
+def test_tests_after_a_crash_still_run_and_one_that_does_not_end_is_given_up(planted, monkeypatch, capfd):
     monkeypatch.setattr(gpu_tests, "LONGEST_TEST", 1.0)
-    planted.write_text(PLANTED.replace("def test_dies(): os._exit(9)", ""))
-    assert gpu_tests.main([str(planted), "--device", "cpu", "--workers", "1"]) == 1
+    expected = {"test_right": "passed", "test_wrong": "failure", "test_skipped": "skipped", "test_dies": "failure"}
+    assert run_tests(1, planted) == expected | {"test_last": "passed", "test_hangs": "failure"}
     out = capfd.readouterr().out
-    assert "no answer in 1 s" in out
-    assert "5 of 5 tests" in out.splitlines()[-1]
+    assert all(said in out for said in ("exit code 9", "assert 1 == 2", "(not today)", "no answer in 1 s"))
+    assert out.splitlines()[-1].startswith("6 of 6 tests") and "3 failed, 2 passed, 1 skipped" in out
 
 
 def test_tests_after_a_fault_of_the_device_get_a_new_process(planted, tmp_path):
     """Without a GPU every process counts as one whose device is gone."""
-    mark = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"
     note = f"def note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
-    planted.write_text(mark + note + "def test_1(): note(); assert 0\ndef test_2(): note()\ndef test_3(): note()\n")
-    xml = tmp_path / "tests.xml"
-    assert gpu_tests.main([str(planted), "--device", "cuda", "--workers", "1", "--xml", str(xml)]) == 1
-    assert outcomes(xml) == {"test_1": "failure", "test_2": "passed", "test_3": "passed"}
+    planted.write_text(GPU + note + "def test_1(): note(); assert 0\ndef test_2(): note()\ndef test_3(): note()\n")
+    found = run_tests(1, planted, device="cuda")
+    assert found == {"test_1": "failure", "test_2": "passed", "test_3": "passed"}
     first, second, third = (tmp_path / "pids").read_text().split()
     assert second == third
     assert torch.cuda.is_available() or first != second
@@ -243,7 +223,7 @@ def test_an_interrupted_test_run_says_how_far_it_came(planted, tmp_path):
     xml, log = tmp_path / "tests.xml", tmp_path / "log"
     command = [sys.executable, "-m", "tools.gpu_check.run_tests", str(planted), "--device=cpu", "--xml", str(xml)]
     with log.open("wb") as output:
-        env = os.environ | {"PYTHONPATH": str(ROOT), "PLANTED_HANG": "1"}
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen([*command, "--workers=1"], cwd=ROOT, env=env, stdout=output)
         wait_for(lambda: "test_last" in log.read_text())
         process.send_signal(signal.SIGINT)
@@ -259,10 +239,7 @@ def test_workers_share_the_tests_without_loss(planted, tmp_path):
     note = f"import os, pytest\ndef note(): open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
     dealt.write_text(note + "@pytest.mark.parametrize('n', range(7))\ndef test_n(n): note()\n")
     alone.write_text(note + "@pytest.mark.parametrize('n', range(4))\ndef test_m(n): note()\n")
-    xml = tmp_path / "tests.xml"
-    files = [str(dealt), str(alone)]
-    assert gpu_tests.main([*files, "--device", "cpu", "--workers", "6", "--xml", str(xml)]) == 0
-    assert outcomes(xml) == {
+    assert run_tests(0, dealt, alone, workers=6) == {
         f"test_{name}[{n}]": "passed" for name, count in (("n", 7), ("m", 4)) for n in range(count)
     }
     ran = Counter((tmp_path / "pids").read_text().split())
@@ -270,41 +247,36 @@ def test_workers_share_the_tests_without_loss(planted, tmp_path):
 
 
 def test_a_file_that_cannot_be_collected_fails_once_and_stops_no_other(planted, tmp_path, capfd):
-    broken, xml = tmp_path / "test_broken.py", tmp_path / "tests.xml"
-    mark = f"import pytest\npytestmark = pytest.mark.{'gpu'}\n"
-    planted.write_text(mark + "def test_right(): pass\n")
+    broken = tmp_path / "test_broken.py"
+    planted.write_text(GPU + "def test_right(): pass\n")
     broken.write_text("import no_such_module\n")
-    command = [str(planted), str(broken), "--device", "cuda", "--workers", "2", "--xml", str(xml)]
-    assert gpu_tests.main(command) == 1
-    cases = list(ElementTree.parse(xml).getroot().iter("testcase"))
-    assert len(cases) == 2 and "no_such_module" in cases[0][0].text
-    assert outcomes(xml)["test_right"] == "passed"
+    found = run_tests(1, planted, broken, device="cuda", workers=2)
+    assert len(found) == 2 and found["test_right"] == "passed"
+    assert "no_such_module" in planted.with_suffix(".xml").read_text()
     assert capfd.readouterr().out.count("FAILED     0.00s") == 1
 
 
 def test_tests_marked_alone_run_before_all_others_in_one_process(planted, tmp_path):
-    mark = f"import os, pytest\npytestmark = pytest.mark.{'gpu'}\n"
     note = f"def note(n): open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.getpid()}} {{n}}\\n')\n"
     other = tmp_path / "test_other.py"
     for file, first in ((planted, 0), (other, 10)):
         tests = f"def test_{first}(): note('beside')\n@pytest.mark.alone\ndef test_{first + 1}(): note('alone')\n"
-        file.write_text(mark + note + tests)
-    assert gpu_tests.main([str(planted), str(other), "--device", "cuda", "--workers", "2"]) == 0
+        file.write_text(GPU + note + tests)
+    run_tests(0, planted, other, device="cuda", workers=2)
     seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
     assert [phase for _, phase in seen] == ["alone", "alone", "beside", "beside"]
     assert len({pid for pid, phase in seen if phase == "alone"}) == 1
     assert len({pid for pid, phase in seen if phase == "beside"}) == 2
 
 
-def test_our_kernels_are_tested_first_and_every_file_is_counted(planted, tmp_path, capfd):
+def test_our_kernels_are_tested_first_and_every_file_is_counted(planted, capfd):
     """What is slow in Triton's interpreter comes last."""
     places = [(name, "cuda") for name in ("reference", "torch", "automatic", "triton")] + [("triton", "cpu")]
     over = f"@pytest.mark.parametrize('place', {places!r}, ids='-'.join)\ndef "
     planted.write_text(f"import pytest\n{over}test_all(place): pass\n@pytest.mark.slow\n{over}test_slow(place): pass\n")
-    xml = tmp_path / "tests.xml"
-    assert gpu_tests.main([str(planted), "--device", "cuda", "--workers", "1", "--xml", str(xml)]) == 0
+    found = run_tests(0, planted, device="cuda")
     ran = [f"test_all[{name}-cuda]" for name in ("triton", "automatic", "reference", "torch")]
-    assert list(outcomes(xml)) == [*ran, "test_slow[triton-cuda]"]
+    assert list(found) == [*ran, "test_slow[triton-cuda]"]
     assert "planted 5/5\n5 of 5 tests" in capfd.readouterr().out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_targets_stage_end_to_end(tmp_path, monkeypatch):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"targets.json", "targets.log", "summary.json", "summary.md"}
     log = (tmp_path / "targets.log").read_text()
-    assert "2 cases in" in log and "| their forward + backward under 1 MiB" in log.rpartition("$ ")[2]
+    assert "2 cases in" in log
+    row = r"\n\| their forward \+ backward under 1 MiB .* \d\.\d\dx \| +layer_norm/both/float32/4x64 \|"
+    assert re.search(row, log.rpartition("$ ")[2])
     assert "their forward + backward under 1 MiB" in (tmp_path / "summary.md").read_text()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,36 +17,27 @@ from tools import supervise
 from tools.supervise import Child, Lost, Supervised
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 HANG = "import time; time.sleep(60)"
 
 
-@pytest.mark.parametrize("deaf", [False, True], ids=["interrupted", "ignores_interrupts"])
-def test_a_command_is_bounded_and_its_whole_group_dies(deaf, tmp_path):
-    pid = tmp_path / "pid"
-    parent = f"""
-import signal, subprocess, sys
-child = subprocess.Popen([sys.executable, "-S", "-c", {HANG!r}])
-{"signal.signal(signal.SIGINT, signal.SIG_IGN)" if deaf else ""}
-open({str(pid)!r}, "w").write(str(child.pid))
-child.wait()
-"""
-    start = time.monotonic()
-    log = tmp_path / "log"
-    ended = supervise.run([sys.executable, "-S", "-c", parent], log, {}, 2.0, lambda: None)
+@pytest.mark.parametrize(
+    ("then", "limit", "ended"),
+    [
+        ("child.wait()", 2.0, (None, True)),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN); child.wait()", 2.0, (None, True)),
+        ("", 30.0, (0, False)),
+    ],
+    ids=["interrupted", "ignores_interrupts", "leaves_a_child_behind"],
+)
+def test_a_command_is_bounded_and_its_whole_group_dies(then, limit, ended, tmp_path):
+    start, log, child = time.monotonic(), tmp_path / "log", f"[sys.executable, '-S', '-c', {HANG!r}]"
+    program = (
+        f"import signal, subprocess, sys; child = subprocess.Popen({child}); print('child', child.pid, flush=True)"
+    )
+    command = [sys.executable, "-S", "-c", f"{program}\n{then}"]
+    assert supervise.run(command, log, {}, limit, lambda: None) == ended
     assert time.monotonic() - start < 6
-    assert ended == (None, True)
-    child = int(pid.read_text())
-    wait_for(lambda: gone(child))
-
-
-def test_what_a_command_leaves_behind_dies_with_it(tmp_path):
-    program = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-S', '-c', {HANG!r}]).pid)"
-    log = tmp_path / "log"
-    ended = supervise.run([sys.executable, "-S", "-c", program], log, {}, 30, lambda: None)
-    assert ended == (0, False)
-    child = int(supervise.tail(log)[-1])
+    child = int(re.search(r"^child (\d+)$", log.read_text(), re.M)[1])
     wait_for(lambda: gone(child))
 
 
@@ -93,16 +85,20 @@ def put(*message): print(json.dumps(message), file=reports, flush=True)
 """
 
 
-def followed(tmp_path: Path, body: str, **options) -> tuple[list, Supervised]:
-    """All messages of a child that runs `body`, with the steps done and lost in `left_out`."""
+def supervised(tmp_path: Path, body: str, **options) -> Supervised:
+    """A child that runs `body`, with the steps done and lost in `left_out`."""
 
     def start(of: Supervised) -> Child:
         program = REPORTING.format(path=str(of.reports), body=f"left_out = {[*of.done, *of.lost]!r}\n{body}")
         with of.output.open("ab") as output:
             return Child.of_command([sys.executable, "-S", "-c", program], output, {})
 
-    of = Supervised(start, lambda step: 10.0, tmp_path, **options)
-    messages = []
+    return Supervised(start, lambda step: 10.0, tmp_path, **options)
+
+
+def followed(tmp_path: Path, body: str, **options) -> tuple[list, Supervised]:
+    """All its messages."""
+    of, messages = supervised(tmp_path, body, **options), []
     while of.running:
         time.sleep(supervise.POLL)
         messages += of.poll()
@@ -136,20 +132,14 @@ def test_it_is_started_no_oftener_than_allowed(tmp_path):
     assert messages[-1] == ("stopped", "its process ended with exit code 1")
 
 
-def test_a_process_that_crashes_after_its_end_is_told(tmp_path):
-    messages, _ = followed(tmp_path, "put('end', None)\nimport os; os.kill(os.getpid(), 11)")
+@pytest.mark.parametrize("said", ["", "put('end', None)"], ids=["nothing_said", "after_its_end"])
+def test_a_process_that_crashes_before_it_tries_anything_is_not_started_again(said, tmp_path):
+    messages, _ = followed(tmp_path, f"{said}\nimport os; os.kill(os.getpid(), 11)")
     assert messages == [("stopped", "its process ended with exit code -11")]
 
 
 def test_stopping_hands_over_what_was_said(tmp_path):
-    body = "put('case', {'name': 'a'})\nput('trying', 'b')\nimport time; time.sleep(60)"
-
-    def start(of: Supervised) -> Child:
-        with of.output.open("wb") as output:
-            program = REPORTING.format(path=str(of.reports), body=body)
-            return Child.of_command([sys.executable, "-S", "-c", program], output, {})
-
-    of = Supervised(start, lambda step: 60.0, tmp_path)
+    of = supervised(tmp_path, "put('case', {'name': 'a'})\nput('trying', 'b')\nimport time; time.sleep(60)")
     wait_for(lambda: "trying" in of.reports.read_text())
     assert of.stop() == [("case", {"name": "a"})] and of.step == "b" and not of.running
     assert of.stop() == []

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import time
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -25,14 +24,10 @@ from tools.tune import norms as tune
 from tools.tune import report as tune_report
 from tools.tune.forms import Variant
 
+pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
+CASE = Case("add_layer_norm", (4, 64), "float32", "forward")
 ADD_LAYER_NORM = fusednorm.add_layer_norm
-
-
-@pytest.fixture(autouse=True)
-def ordinary_memory(poisoned_memory: None) -> None:
-    """Filling every new tensor with NaN would be timed too."""
-    torch.use_deterministic_algorithms(False)
 
 
 # --- one case ---
@@ -43,20 +38,13 @@ def wrong(x, residual, *settings, **options):
     return normed + 0.25, z
 
 
-@contextmanager
-def impossible():
-    raise RuntimeError("a form\nthat cannot be")
-    yield
-
-
-def never(*args, **kwargs):
-    raise torch.OutOfMemoryError("it does not fit")
-
-
+impossible = mock.MagicMock()
+impossible.__enter__.side_effect = RuntimeError("a form\nthat cannot be")
+never = mock.Mock(side_effect=torch.OutOfMemoryError("it does not fit"))
 PLANTED = [
     Variant("reference"),
     Variant("reference", "wrong", lambda: mock.patch.object(fusednorm, "add_layer_norm", wrong)),
-    Variant("reference", "impossible", impossible),
+    Variant("reference", "impossible", lambda: impossible),
     Variant("reference", "too large", lambda: mock.patch.object(fusednorm, "add_layer_norm", never)),
     Variant("reference", "another"),
 ]
@@ -89,33 +77,27 @@ def test_a_wrong_form_gets_no_time_and_one_that_raises_stops_no_other(planted, d
 
 
 def test_what_an_earlier_process_lost_is_not_tried_again(planted):
-    case = Case("add_layer_norm", (4, 64), "float32", "forward")
-    arguments = (case, CPU, measure.CpuTimer(), ["reference"], 0.01)
-    lost = {(case.name, "reference another"): "no answer"}
+    arguments = (CASE, CPU, measure.CpuTimer(), ["reference"], 0.01)
+    lost = {(CASE.name, "reference another"): "no answer"}
     *_, (_, record) = tune.measure_case(*arguments, lost)
     assert record["rejected"]["reference another"] == {"status": "failed", "detail": "no answer"}
-    *_, (kind, record) = tune.measure_case(*arguments, {(case.name, ""): "its process ended"})
+    *_, (kind, record) = tune.measure_case(*arguments, {(CASE.name, ""): "its process ended"})
     assert (kind, record["status"], record["variants"]) == ("case", "failed", {})
     assert "its process ended" in record["detail"]
 
 
 def test_a_provider_that_loses_process_after_process_is_left_out(planted):
-    case = Case("add_layer_norm", (4, 64), "float32", "forward")
     lost = {(str(k), "reference another"): "no answer" for k in range(tune.MOST_LOST)}
-    (_, facts), stopped = tune.work([case], "cpu", 0.01, math.inf, set(), lost)
+    (_, facts), stopped = tune.work([CASE], "cpu", 0.01, math.inf, set(), lost)
     assert facts["absent"] == {"reference": "5 of its forms took their process with them"}
     assert stopped == ("stopped", "no provider of ours has forms to try here")
 
 
 def test_a_lost_device_ends_the_work(planted, monkeypatch):
-    def gone(device):
-        raise RuntimeError("an illegal memory access")
-
-    monkeypatch.setattr(tune, "_wait", gone)
-    case = Case("add_layer_norm", (4, 64), "float32", "forward")
-    messages = list(tune.work([case, case], "cpu", 0.01, math.inf, set(), {}))
+    monkeypatch.setattr(tune, "_wait", mock.Mock(side_effect=RuntimeError("an illegal memory access")))
+    messages = list(tune.work([CASE, CASE], "cpu", 0.01, math.inf, set(), {}))
     assert messages[-2:] == [
-        ("trying", (case.name, "reference table")),
+        ("trying", (CASE.name, "reference table")),
         ("lost", "RuntimeError: an illegal memory access"),
     ]
 
@@ -138,40 +120,27 @@ def surviving(names: dict, done, lost):
         yield "case", record
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang():
-    time.sleep(60)
-
-
 def lose():
     yield "lost", "no device"
-    hang()
+    time.sleep(60)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_form_that_kills_its_process_or_hangs_costs_itself_alone():
-    plan = {"a": {"1": None, "2": kill}, "b": {"1": hang, "2": lose, "3": None}, "c": {"1": None}}
+    plan = {
+        "a": {"1": None, "2": lambda: os.kill(os.getpid(), signal.SIGKILL)},
+        "b": {"1": lambda: time.sleep(60), "2": lose, "3": None},
+        "c": {"1": lambda: [("facts", {})]},
+    }
     start = time.monotonic()
     messages = list(supervise.supervised(lambda done, lost: surviving(plan, done, lost), 1.0))
     assert messages == [
         ("case", {"name": "a", "kept": ["its process ended with exit code -9"]}),
         ("case", {"name": "b", "kept": ["no answer in 1 s", "no device"]}),
+        ("facts", {}),
         ("case", {"name": "c", "kept": []}),
     ]
     assert time.monotonic() - start < 20
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_tries_nothing_is_not_started_again():
-    def work(done, lost):
-        yield "facts", {}
-        kill()
-
-    messages = list(supervise.supervised(work, 5.0))
-    assert messages == [("facts", {}), ("stopped", "its process ended with exit code -9")]
 
 
 # --- what is written ---

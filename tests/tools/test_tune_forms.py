@@ -110,7 +110,7 @@ def test_backward_varies_one_thing_at_a_time(hopper):
 def test_configurations_of_triton_hold_the_row(name):
     case = GPU_CASES[name]
     base, *others = tune_forms.triton_configs(case)
-    assert 2 <= len(others) <= tune_variants.MOST_TRITON and len({base, *others}) == 1 + len(others)
+    assert 3 <= len(others) <= tune_variants.MOST_TRITON and len({base, *others}) == 1 + len(others)
     n = case.shape[-1]
     for config in (base, *others):
         assert config.chunks == 0 or n <= config.block_n * config.chunks < n + config.block_n
@@ -121,11 +121,6 @@ def test_configurations_of_triton_hold_the_row(name):
     for config in pinned:
         assert config[:4] == base[:4] and config.registers == base.registers and config.per_sm != base.per_sm
         assert config != Config(*config[:5]) and config.stages == base.stages
-
-
-def test_at_least_three_configurations_of_triton_are_tried_beside_the_tables():
-    fewer = [name for name, case in GPU_CASES.items() if len(tune_forms.triton_configs(case)) < 4]
-    assert fewer == []
 
 
 # --- how a form is forced, and left again ---
@@ -183,10 +178,7 @@ def test_the_tables_configuration_of_triton_comes_back_after_a_fault():
     assert (triton_norm._forward, triton_norm._backward, table.forward, table.backward) == before
 
 
-INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not what runs its kernels here")
-
-
-@INTERPRETER
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not what runs its kernels here")
 @pytest.mark.parametrize("name", [name for name in GPU_CASES if re.search("bfloat16/.*x(256|8192)$", name)])
 def test_what_is_compiled_ahead_is_what_a_call_launches(name):
     from tools.codegen import compile
