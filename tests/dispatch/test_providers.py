@@ -62,19 +62,6 @@ def test_available_providers_lists_usable_names_best_first():
             pass
 
 
-def test_unknown_name_says_what_is_known():
-    with pytest.raises(ValueError, match=r"name.*'cuda13'; did you mean 'cuda'.*'reference'"):
-        fusednorm.use_provider("cuda13")
-
-
-def test_unavailable_name_says_why_and_what_is_usable(planted):
-    name = planted(unavailable="no such chip here")
-    assert name not in fusednorm.available_providers()
-    with pytest.raises(RuntimeError, match=r"'planted'.*no such chip here.*reference"), fusednorm.use_provider(name):
-        pytest.fail("entered")
-    assert dispatch.requested() is None
-
-
 def test_explicit_request_never_falls_back(planted):
     planted(refusal=lambda op, x, *rest: "x: more than two rows")
     with (
@@ -137,29 +124,18 @@ def test_explain_takes_modules_and_leaves_the_random_state_alone():
     assert "no function" in fusednorm.explain(torch.sum, torch.ones(2))
 
 
-def test_use_provider_nests_and_restores(planted):
+def test_use_provider_nests_and_restores_whatever_happens(planted):
     planted()
-    assert dispatch.requested() is None
-    with fusednorm.use_provider("reference"):
-        assert dispatch.requested() == "reference"
+    planted("absent", unavailable="no such chip here")
+    assert "absent" not in fusednorm.available_providers()
+    with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
         with fusednorm.use_provider("planted"):
             assert dispatch.requested() == "planted"
         assert dispatch.requested() == "reference"
-    assert dispatch.requested() is None
-
-
-def test_use_provider_restores_after_an_exception():
-    with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
-        raise ZeroDivisionError
-    assert dispatch.requested() is None
-
-
-def test_use_provider_restores_after_a_failed_entry(planted):
-    planted(unavailable="no")
-    with fusednorm.use_provider("reference"):
-        with pytest.raises(RuntimeError), fusednorm.use_provider("planted"):
-            pytest.fail("entered")
+        with pytest.raises(RuntimeError, match=r"'absent'.*no such chip here.*reference"):
+            fusednorm.use_provider("absent").__enter__()
         assert dispatch.requested() == "reference"
+        raise ZeroDivisionError
     assert dispatch.requested() is None
 
 
@@ -171,14 +147,6 @@ def test_use_provider_is_a_decorator_also_when_recursive():
 
     assert run(3) == "done"
     assert dispatch.requested() is None
-
-
-def test_use_provider_instance_may_be_entered_again():
-    context = fusednorm.use_provider("reference")
-    for _ in range(2):
-        with context:
-            assert dispatch.requested() == "reference"
-        assert dispatch.requested() is None
 
 
 def test_backward_outside_the_block_uses_the_forwards_provider(planted):
@@ -225,16 +193,6 @@ def test_no_gradient_needed_no_function_recorded(planted):
             outputs += fusednorm.add_layer_norm(torch.randn(3, 8), torch.randn(3, 8), (8,), weight)
     assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
     assert calls == ["add_layer_norm_fwd"] * 2
-
-
-def test_interleaved_blocks_leave_nothing_behind():
-    first, second = fusednorm.use_provider("reference"), fusednorm.use_provider("reference")
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert dispatch.requested() == "reference"
-    second.__exit__(None, None, None)
-    assert dispatch.requested() is None and not dispatch.settings.current.listeners
 
 
 def test_decorating_a_generator_is_refused():
