@@ -254,20 +254,23 @@ def test_one_graph(case, library):
     assert (explained.graph_count, reasons) == (1, [])
 
 
-def test_encoder_layer_without_biases_trains_compiled():
+@pytest.mark.parametrize("bias", [False, True])
+def test_encoder_layer_trains_compiled(bias):
     torch.manual_seed(0)
-    layer = fusednorm.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True, bias=False)
-    x = torch.randn(2, 5, 16)
+    layer = fusednorm.TransformerEncoderLayer(16, 2, 32, 0.5, batch_first=True, bias=bias)
+    x, dout = torch.randn(2, 2, 5, 16)  # what is summed after a norm would have gradients near 0
+    x.requires_grad_()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-
-    dout = torch.randn(2, 5, 16)  # what is summed after a norm would have gradients near 0
 
     def gradients(run):
         torch.manual_seed(3)
-        return torch.autograd.grad(run(x), list(layer.parameters()), dout)
+        return torch.autograd.grad(run(x), [x, *layer.parameters()], dout)
 
     # the same operators; where the graph adds in another order, sums of ten rows differ by a few roundings
     torch.testing.assert_close(gradients(compiled), gradients(layer), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(compiled(x), compiled(x))
+    layer.eval()
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_attention_weights_are_collected_in_a_compiled_function():
