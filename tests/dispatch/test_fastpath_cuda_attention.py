@@ -12,7 +12,6 @@ from fastpath_calls import (
     ATTENTION,
     KEY_MASK,
     NEEDS_FASTPATH,
-    Form,
     both_ways,
     heads,
     hold_to_python_path,
@@ -58,29 +57,6 @@ def test_fastpath_to_cuda_attention_gives_the_bits_of_the_python_path(name, dtyp
         found = FORMS[name].call(leaves)
         with dispatch.settings.without_fastpath():
             same(found, FORMS[name].call(leaves))
-
-
-LAYOUTS = {
-    "several tiles": (lambda: operands(lengths=(70, 130), dims=(16, 24)), {"is_causal": True}),
-    "grouped": (lambda: operands(lengths=(7, 7), counts=(4, 2)), {"enable_gqa": True}),
-    "other value dim": (lambda: operands(lengths=(7, 7), dims=(8, 12)), {}),
-    "odd head dim": (lambda: operands(lengths=(7, 9), dims=(5, 7)), {"window": (2, 2)}),
-    "transposed features": (
-        lambda: operands() | {"key": torch.randn(2, 2, 8, 7, device=DEVICE).mT.requires_grad_()},
-        {"is_causal": True},
-    ),
-    "expanded": (
-        lambda: operands() | {"key": torch.randn(1, 2, 7, 8, device=DEVICE).expand(2, 2, 7, 8).requires_grad_()},
-        {},
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fastpath_to_cuda_attention_of_layouts(layout):
-    make, options = LAYOUTS[layout]
-    leaves = make()
-    hold_to_python_path(Form("scaled_dot_product_attention", tuple(leaves), options), leaves)
 
 
 REFUSED = {
