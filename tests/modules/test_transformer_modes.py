@@ -9,7 +9,7 @@ import pytest
 import torch
 from derivatives import kept_and_recomputed
 from drop_in import error, results, twins
-from fresh import interpreter
+from fresh import python
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -207,7 +207,7 @@ def test_two_processes_train_as_one(tmp_path, recompute):
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     shared |= {"RESULT": str(tmp_path / "rank"), "RECOMPUTE": recompute}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rank: interpreter("-c", WORKER, **shared, RANK=rank), "01"))
+        list(pool.map(lambda rank: python("-c", WORKER, **shared, RANK=rank), "01"))
     torch.manual_seed(0)
     model = Transformer(16, 4, 1, 1, 32, 0.0, batch_first=True, norm_first=True, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
