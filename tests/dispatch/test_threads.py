@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fresh import interpreter
+from fresh import python
 
 import fusednorm
 from fusednorm import dispatch
@@ -219,7 +219,7 @@ print(faults, len(set(found)), dispatch.requested(), not dispatch.settings.curre
 
 def test_the_first_calls_of_a_process_may_come_from_several_threads():
     chosen = {name: os.environ.get(name, "") for name in ("FUSEDNORM_EMULATE", "TRITON_INTERPRET")}
-    assert interpreter("-c", FIRST_USE, **chosen).strip() == "[] 1 None True"
+    assert python("-c", FIRST_USE, **chosen).strip() == "[] 1 None True"
 
 
 # --- a block that is never entered ---
