@@ -92,17 +92,13 @@ def test_automatic_choice_logs_a_refusal_once_and_goes_on(planted, caplog):
     assert "planted" in records[0].getMessage()
 
 
-def test_explain_names_the_provider_and_the_refusals(planted):
-    planted(refusal="layer_scale: not taken")
+@pytest.mark.parametrize("why", [{"refusal": "layer_scale: not taken"}, {"unavailable": "no such chip here"}], ids=list)
+def test_explain_names_the_provider_and_why_another_does_not_serve(planted, why):
+    (reason,) = why.values()
+    planted(**why)
     said = fusednorm.explain(fusednorm.add_layer_norm, torch.randn(3, 8), None, (8,))
     assert "torch, torch's own operators" in said
-    assert re.search(r"planted.*layer_scale: not taken", said)
-
-
-def test_explain_of_an_unavailable_provider(planted):
-    planted(unavailable="no such chip here")
-    said = fusednorm.explain(fusednorm.layer_norm, torch.randn(3, 8), (8,))
-    assert re.search(r"planted.*no such chip here", said)
+    assert re.search(rf"planted.*{reason}", said)
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
