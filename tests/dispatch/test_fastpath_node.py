@@ -20,6 +20,7 @@ from fastpath_calls import (
     heads,
     same,
 )
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
@@ -151,8 +152,6 @@ def test_a_drawn_seed_under_checkpoint(native):
     *cuda_forms("add_layer_norm", "all"),
 )
 def test_compiled_autograd(form):
-    from torch._dynamo import compiled_autograd
-
     torch._dynamo.reset()
     leaves = form.leaves()
     outputs = form.call(leaves)
@@ -169,8 +168,6 @@ def test_compiled_autograd(form):
 
 def test_compiled_autograd_tells_which_parameters_there_are(native):
     """Behind hooks on saved tensors a frozen weight and a frozen bias look alike."""
-    from torch._dynamo import compiled_autograd
-
     x, r = torch.randn(2, 4, 8)
     x.requires_grad_()
     found = []

@@ -10,24 +10,15 @@ from torch import nn
 
 import fusednorm
 
+FORMS = [((8,), {}), (((2, 4),), {}), (([8],), {"eps": 1e-3}), ((8, 1e-6, False), {})]
 PAIRS = {
     "LayerNorm": [
-        ((8,), {}),
-        (((2, 4),), {}),
-        (([8],), {"eps": 1e-3}),
-        ((8, 1e-6, False), {}),
+        *FORMS,
         ((8,), {"bias": False}),
         ((8,), {"dtype": torch.bfloat16}),
         ((torch.Size([8]),), {"device": "meta"}),
     ],
-    "RMSNorm": [
-        ((8,), {}),
-        (((2, 4),), {}),
-        (([8],), {"eps": 1e-3}),
-        ((8, 1e-6, False), {}),
-        ((8,), {"dtype": torch.float16}),
-        ((8, None, True, "meta"), {}),
-    ],
+    "RMSNorm": [*FORMS, ((8,), {"dtype": torch.float16}), ((8, None, True, "meta"), {})],
 }
 CASES = [(name, args, kwargs) for name, cases in PAIRS.items() for args, kwargs in cases]
 EVERY_CASE = pytest.mark.parametrize(("name", "args", "kwargs"), CASES, ids=str)

@@ -192,19 +192,16 @@ dist.destroy_process_group()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 @pytest.mark.parametrize(
     "recompute", ["", pytest.param(" ".join(PARTS), marks=pytest.mark.slow)], ids=["keep", "recompute"]
 )
 def test_two_processes_train_as_one(tmp_path, recompute):
     """DistributedDataParallel over gloo: three steps of two halves of a batch are those of the whole batch."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     shared |= {"RESULT": str(tmp_path / "rank"), "RECOMPUTE": recompute}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rank: python("-c", WORKER, **shared, RANK=rank), "01"))

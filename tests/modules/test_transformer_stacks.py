@@ -12,6 +12,7 @@ from torch import nn
 import fusednorm
 from fusednorm import Transformer, TransformerDecoder, TransformerEncoder, TransformerEncoderLayer
 from fusednorm.dispatch.explain import decisions
+from fusednorm.modules import attention
 
 OP = "attention_fwd"
 B, S, T, E, H = 3, 6, 5, 16, 4
@@ -66,22 +67,14 @@ def test_transformer_gives_torchs_results(form, using):
     assert error(results(ours, unbatched), results(theirs, unbatched)) < 1e-13
 
 
-def routes(module, *args, **kwargs) -> list[str]:
-    return [f"{r.function}: {r.provider}, {r.how}" for r in decisions(module, *args, **kwargs)]
-
-
 def test_between_pre_norm_layers_every_sum_is_fused_with_the_next_norm():
     ours = TransformerEncoder(TransformerEncoderLayer(E, H, 24, norm_first=True), 3, fusednorm.LayerNorm(E))
     x = torch.randn(S, B, E, requires_grad=True)
-    lines = routes(ours, x)
+    lines = [f"{r.function}: {r.provider}, {r.how}" for r in decisions(ours, x)]
     assert lines[0] == "TransformerEncoder: fused, 3 layers, each residual step with the next layer's norm"
     assert sum(line.startswith("add_layer_norm") for line in lines) == 2 * 3 + 1
     assert not any(line.startswith("layer_norm") for line in lines)
     assert sum(line.startswith("bias_act_dropout") for line in lines) == 3
-
-
-def nothing(*args):
-    pass
 
 
 def with_other_class(stack):
@@ -90,9 +83,9 @@ def with_other_class(stack):
 
 
 CHANGES = {  # what explain says, and what is done to a stack
-    "layers.1 has hooks": lambda stack: stack.layers[1].register_forward_hook(nothing),
+    "layers.1 has hooks": lambda stack: stack.layers[1].register_forward_hook(lambda *args: None),
     "layers.2 is torch.nn.TransformerEncoderLayer; use fusednorm.TransformerEncoderLayer": with_other_class,
-    "layers.0.linear1 has hooks": lambda stack: stack.layers[0].linear1.register_forward_hook(nothing),
+    "layers.0.linear1 has hooks": lambda stack: stack.layers[0].linear1.register_forward_hook(lambda *args: None),
     "layers.1 is compiled by itself": lambda stack: stack.layers[1].compile(backend="eager"),
 }
 
@@ -148,9 +141,7 @@ def test_torchs_layers_inside_our_stacks():
     assert error(results(ours, args, mask), results(theirs, args, mask)) < 1e-13
 
 
-def attention_calls(monkeypatch) -> list[dict]:
-    from fusednorm.modules import attention
-
+def test_a_causal_mask_is_found_and_a_padding_mask_never_expanded(monkeypatch):
     seen = []
     function = attention.scaled_dot_product_attention
 
@@ -159,11 +150,6 @@ def attention_calls(monkeypatch) -> list[dict]:
         return function(q, k, v, attn_mask, dropout_p, is_causal, **kwargs)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
-    return seen
-
-
-def test_a_causal_mask_is_found_and_a_padding_mask_never_expanded(monkeypatch):
-    seen = attention_calls(monkeypatch)
     ours = TransformerEncoder(TransformerEncoderLayer(E, H, 24, batch_first=True), 2)
     x = torch.randn(B, S, E)
     causal = nn.Transformer.generate_square_subsequent_mask(S)
