@@ -111,7 +111,7 @@ def test_p_just_below_one_drops_everything():
 def test_add_norm_applies_exactly_the_mask(function, shape, with_path, using, device):
     """Read off residual_out: x is all ones, so what is kept equals the scale and the rest is exactly zero.
 
-    The mode is not asked for, as torch's scaled_dot_product_attention does not: without gradients too p drops.
+    Dropout goes by p alone, as in torch's scaled_dot_product_attention: without gradients too.
     """
     p, path_p, seed = 0.3, (0.4 if with_path else 0.0), -77
     with using, torch.no_grad():
