@@ -126,10 +126,7 @@ def test_batch_invariant_does_not_look_at_shapes(planted):
             assert served(4, 64)[0] == "torch"
         assert served(4, 64)[0] == "first"
     assert served(4, 64)[0] == "torch"
-
-
-def test_batch_invariant_decorates(planted):
-    assert fusednorm.batch_invariant()(served)(4, 64)[0] == "first"
+    assert fusednorm.batch_invariant()(served)(4, 64)[0] == "first"  # as a decorator
 
 
 def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):

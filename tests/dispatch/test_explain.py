@@ -113,6 +113,8 @@ def test_what_is_no_function_is_described_and_not_printed():
         explain(3)
     with pytest.raises(TypeError, match="got a list"):
         explain(list(range(1000)))
+    with pytest.raises(TypeError, match=r"function: expected a function or a module, .* got 'layer_norm'"):
+        explain("layer_norm", [4])
 
 
 def test_the_names_of_modules_are_put_together():

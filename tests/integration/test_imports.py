@@ -159,11 +159,6 @@ def test_command_help_names_the_environment(arguments, capsys):
     assert "FUSEDNORM_PROVIDER" in said and "FUSEDNORM_FASTPATH" in said
 
 
-def test_explain_of_a_name_says_what_to_pass():
-    with pytest.raises(TypeError, match=r"function: expected a function or a module, .* got 'layer_norm'"):
-        fusednorm.explain("layer_norm", [4])
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

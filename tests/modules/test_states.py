@@ -47,10 +47,6 @@ def _last(state: dict[str, Any]) -> str:
     return list(state)[-1]
 
 
-def _clears_what_is_missing(module: nn.Module) -> None:
-    module.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
-
-
 def _renames_what_it_saves(module: nn.Module) -> None:
     def rename(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         state["renamed"] = state.pop(_last(state))
@@ -73,7 +69,7 @@ STATES = {
 }
 HOOKS = {
     "no hook": lambda module: None,
-    "missing keys cleared": _clears_what_is_missing,
+    "missing keys cleared": lambda m: m.register_load_state_dict_post_hook(lambda m, keys: keys.missing_keys.clear()),
     "renamed when saved": _renames_what_it_saves,
 }
 
