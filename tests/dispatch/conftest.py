@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from fastpath_calls import EVERY
+from fastpath_calls import EVERY, on_cuda
 
 import fusednorm
 
@@ -19,8 +19,9 @@ def native():
 
 @pytest.fixture
 def form(request):
-    """One of EVERY by its name. Attention is not asked for: a request for it takes the Python path."""
-    form = EVERY[request.param]
-    attention = form.function == "scaled_dot_product_attention"
-    with contextlib.nullcontext() if attention else fusednorm.use_provider("cpu"):
+    """One of EVERY by its name. Attention by the CPU library is not asked for: a request takes the Python path."""
+    library, name = request.param if isinstance(request.param, tuple) else ("cpu", request.param)
+    form = EVERY[name] if library == "cpu" else on_cuda(EVERY[name])
+    unasked = library == "cpu" and form.function == "scaled_dot_product_attention"
+    with contextlib.nullcontext() if unasked else fusednorm.use_provider(library):
         yield form

@@ -58,11 +58,19 @@ def served(rows, columns, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "provider"),
-    [(4, 64, "torch"), (500, 255, "torch"), (15, 256, "torch"), (16, 256, "first"), (10_000, 1024, "first")],
+    ("rows", "columns", "options", "provider"),
+    [
+        *[(4, 64, {}, "torch"), (500, 255, {}, "torch"), (15, 256, {}, "torch")],
+        *[(16, 256, {}, "first"), (10_000, 1024, {}, "first")],
+        # who draws a mask does not hang on the grad mode: the step of both ways decides
+        *[(4, 64, {name: 0.1}, "first") for name in ("dropout_p", "drop_path_p")],
+        # what was not measured goes by the order of the table: another operation, a mixture of dtypes, no rows
+        *[(4, 64, {"x_bias": None}, "first"), (4, 64, {"residual_dtype": torch.float64}, "first")],
+        (0, 64, {}, "first"),
+    ],
 )
-def test_the_last_step_that_a_call_reaches_decides(planted, rows, columns, provider):
-    assert served(rows, columns)[0] == provider
+def test_the_last_step_that_a_call_reaches_decides(planted, rows, columns, options, provider):
+    assert served(rows, columns, **options)[0] == provider
 
 
 def test_a_call_with_gradients_goes_by_what_was_measured_of_both_ways(planted):
@@ -71,10 +79,6 @@ def test_a_call_with_gradients_goes_by_what_was_measured_of_both_ways(planted):
     assert served(4, 64, x_bias=trained)[0] == "first"
     with torch.no_grad():
         assert served(4, 64, x_bias=trained)[0] == "torch"
-
-
-def test_the_grad_mode_does_not_decide_who_draws_a_mask(planted):
-    assert served(4, 64, dropout_p=0.1)[0] == served(4, 64, drop_path_p=0.1)[0] == "first"
 
 
 @pytest.mark.parametrize(
@@ -122,19 +126,7 @@ def test_batch_invariant_does_not_look_at_shapes(planted):
             assert served(4, 64)[0] == "torch"
         assert served(4, 64)[0] == "first"
     assert served(4, 64)[0] == "torch"
-
-
-def test_batch_invariant_decorates(planted):
-    assert fusednorm.batch_invariant()(served)(4, 64)[0] == "first"
-
-
-def test_an_operation_never_measured_goes_by_the_order_of_the_table(planted):
-    assert served(4, 64, x_bias=None)[0] == "first"
-
-
-def test_a_mixture_of_dtypes_goes_by_the_order_of_the_table(planted):
-    assert served(4, 64)[0] == "torch"
-    assert served(4, 64, residual_dtype=torch.float64)[0] == "first"
+    assert fusednorm.batch_invariant()(served)(4, 64)[0] == "first"  # as a decorator
 
 
 def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):
@@ -145,10 +137,6 @@ def test_what_the_fastest_refuses_goes_by_the_order_of_the_table(planted):
 def test_an_explicit_request_does_not_look_at_the_table(planted):
     with fusednorm.use_provider("first"):
         assert served(4, 64)[0] == "first"
-
-
-def test_empty_calls_are_served(planted):
-    assert served(0, 64)[0] == "first"
 
 
 def test_a_reason_is_logged_once_for_a_shape(planted, caplog):
@@ -208,6 +196,8 @@ DAMAGED = {
     "steps that descend": with_steps([1, 1, "torch"], [1, 64, "cpu"], [1, 32, "torch"]),
     "a step twice": with_steps([1, 1, "torch"], [1, 1, "cpu"]),
     "deep": "[" * 100_000,
+    "no text": b"\xff\xfe\x00{",
+    "a folder": None,
 }
 
 
@@ -233,21 +223,14 @@ def warned(file):
     return [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("text", DAMAGED.values(), ids=list(DAMAGED))
-def test_a_damaged_file_is_named_once_and_not_gone_by(text, file):
-    file.write_text(text)
-    (message,) = warned(file)
-    assert str(file) in message and "order" in message
-
-
-@pytest.mark.parametrize("kind", ["folder", "bytes"])
-def test_a_file_that_cannot_be_read_is_named_once(kind, file):
-    if kind == "folder":
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_file_is_named_once_and_not_gone_by(content, file):
+    if content is None:
         file.mkdir()
     else:
-        file.write_bytes(b"\xff\xfe\x00{")
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     (message,) = warned(file)
-    assert str(file) in message
+    assert str(file) in message and "order" in message
 
 
 def test_a_whole_file_and_none_are_silent(file):

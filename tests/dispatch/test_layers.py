@@ -58,19 +58,11 @@ def test_a_provider_imports_no_other_and_nothing_above(path):
             assert rest[0] in SHARED or rest[:1] == own, f"{name_of(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "dispatch"], ids=name_of)
-def test_dispatch_imports_nothing_above(path):
-    above = {m for m in imported(path) if m.split(".")[0] in ("autograd", "modules", "norm", "activation", "attention")}
-    assert not above, f"{name_of(path)} imports {above}"
+PUBLIC = ("modules", "norm", "activation", "attention")
+MAY_NOT_IMPORT = {"dispatch": ("autograd", *PUBLIC), "autograd": PUBLIC, "modules": ("providers",)}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "autograd"], ids=name_of)
-def test_autograd_imports_no_public_function(path):
-    above = {m for m in imported(path) if m.split(".")[0] in ("modules", "norm", "activation", "attention")}
-    assert not above, f"{name_of(path)} imports {above}"
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "modules"], ids=name_of)
-def test_modules_import_no_provider(path):
-    below = {m for m in imported(path) if m.startswith("providers")}
-    assert not below, f"{name_of(path)} imports {below}"
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in MAY_NOT_IMPORT], ids=name_of)
+def test_a_folder_imports_nothing_that_it_may_not(path):
+    found = {module for module in imported(path) if module.split(".")[0] in MAY_NOT_IMPORT[path.parent.name]}
+    assert not found, f"{name_of(path)} imports {found}"

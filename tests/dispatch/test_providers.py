@@ -62,19 +62,6 @@ def test_available_providers_lists_usable_names_best_first():
             pass
 
 
-def test_unknown_name_says_what_is_known():
-    with pytest.raises(ValueError, match=r"name.*'cuda13'; did you mean 'cuda'.*'reference'"):
-        fusednorm.use_provider("cuda13")
-
-
-def test_unavailable_name_says_why_and_what_is_usable(planted):
-    name = planted(unavailable="no such chip here")
-    assert name not in fusednorm.available_providers()
-    with pytest.raises(RuntimeError, match=r"'planted'.*no such chip here.*reference"), fusednorm.use_provider(name):
-        pytest.fail("entered")
-    assert dispatch.requested() is None
-
-
 def test_explicit_request_never_falls_back(planted):
     planted(refusal=lambda op, x, *rest: "x: more than two rows")
     with (
@@ -105,17 +92,13 @@ def test_automatic_choice_logs_a_refusal_once_and_goes_on(planted, caplog):
     assert "planted" in records[0].getMessage()
 
 
-def test_explain_names_the_provider_and_the_refusals(planted):
-    planted(refusal="layer_scale: not taken")
+@pytest.mark.parametrize("why", [{"refusal": "layer_scale: not taken"}, {"unavailable": "no such chip here"}], ids=list)
+def test_explain_names_the_provider_and_why_another_does_not_serve(planted, why):
+    (reason,) = why.values()
+    planted(**why)
     said = fusednorm.explain(fusednorm.add_layer_norm, torch.randn(3, 8), None, (8,))
     assert "torch, torch's own operators" in said
-    assert re.search(r"planted.*layer_scale: not taken", said)
-
-
-def test_explain_of_an_unavailable_provider(planted):
-    planted(unavailable="no such chip here")
-    said = fusednorm.explain(fusednorm.layer_norm, torch.randn(3, 8), (8,))
-    assert re.search(r"planted.*no such chip here", said)
+    assert re.search(rf"planted.*{reason}", said)
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
@@ -137,29 +120,18 @@ def test_explain_takes_modules_and_leaves_the_random_state_alone():
     assert "no function" in fusednorm.explain(torch.sum, torch.ones(2))
 
 
-def test_use_provider_nests_and_restores(planted):
+def test_use_provider_nests_and_restores_whatever_happens(planted):
     planted()
-    assert dispatch.requested() is None
-    with fusednorm.use_provider("reference"):
-        assert dispatch.requested() == "reference"
+    planted("absent", unavailable="no such chip here")
+    assert "absent" not in fusednorm.available_providers()
+    with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
         with fusednorm.use_provider("planted"):
             assert dispatch.requested() == "planted"
         assert dispatch.requested() == "reference"
-    assert dispatch.requested() is None
-
-
-def test_use_provider_restores_after_an_exception():
-    with pytest.raises(ZeroDivisionError), fusednorm.use_provider("reference"):
-        raise ZeroDivisionError
-    assert dispatch.requested() is None
-
-
-def test_use_provider_restores_after_a_failed_entry(planted):
-    planted(unavailable="no")
-    with fusednorm.use_provider("reference"):
-        with pytest.raises(RuntimeError), fusednorm.use_provider("planted"):
-            pytest.fail("entered")
+        with pytest.raises(RuntimeError, match=r"'absent'.*no such chip here.*reference"):
+            fusednorm.use_provider("absent").__enter__()
         assert dispatch.requested() == "reference"
+        raise ZeroDivisionError
     assert dispatch.requested() is None
 
 
@@ -171,14 +143,6 @@ def test_use_provider_is_a_decorator_also_when_recursive():
 
     assert run(3) == "done"
     assert dispatch.requested() is None
-
-
-def test_use_provider_instance_may_be_entered_again():
-    context = fusednorm.use_provider("reference")
-    for _ in range(2):
-        with context:
-            assert dispatch.requested() == "reference"
-        assert dispatch.requested() is None
 
 
 def test_backward_outside_the_block_uses_the_forwards_provider(planted):
@@ -225,16 +189,6 @@ def test_no_gradient_needed_no_function_recorded(planted):
             outputs += fusednorm.add_layer_norm(torch.randn(3, 8), torch.randn(3, 8), (8,), weight)
     assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
     assert calls == ["add_layer_norm_fwd"] * 2
-
-
-def test_interleaved_blocks_leave_nothing_behind():
-    first, second = fusednorm.use_provider("reference"), fusednorm.use_provider("reference")
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert dispatch.requested() == "reference"
-    second.__exit__(None, None, None)
-    assert dispatch.requested() is None and not dispatch.settings.current.listeners
 
 
 def test_decorating_a_generator_is_refused():

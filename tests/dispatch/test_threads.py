@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fresh import interpreter
+from fresh import python
 
 import fusednorm
 from fusednorm import dispatch
@@ -42,7 +42,8 @@ def together(work, threads=THREADS):
 
 
 def untouched():
-    return dispatch.requested() is None and dispatch.settings.current.by_shape
+    settings = dispatch.settings.current
+    return dispatch.requested() is None and settings.by_shape and not settings.listeners
 
 
 def test_blocks_of_many_threads_leave_nothing_behind(many_switches):
@@ -106,13 +107,16 @@ def test_calls_go_on_while_other_threads_enter_and_leave(turns, many_switches):
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_interleaved_batch_invariant_blocks_each_remove_themselves(order):
-    blocks = [fusednorm.batch_invariant(), fusednorm.batch_invariant()]
+@pytest.mark.parametrize("kind", ["use_provider", "batch_invariant"])
+def test_blocks_left_in_any_order_each_remove_themselves(kind, order):
+    arguments = [("torch",), ("reference",)] if kind == "use_provider" else [(), ()]
+    blocks = [getattr(fusednorm, kind)(*given) for given in arguments]
     for block in blocks:
         block.__enter__()
     left, still = blocks if order == "first" else blocks[::-1]
     left.__exit__(None, None, None)
-    assert not dispatch.settings.current.by_shape
+    assert dispatch.requested() == getattr(still, "name", None)
+    assert dispatch.settings.current.by_shape == (kind == "use_provider")
     still.__exit__(None, None, None)
     assert untouched()
 
@@ -137,24 +141,15 @@ def test_tasks_that_interleave_leave_nothing_behind():
     assert untouched()
 
 
-def test_a_block_left_in_another_order_leaves_the_others_choice():
-    first, second = fusednorm.use_provider("torch"), fusednorm.use_provider("reference")
-    with first:
-        second.__enter__()
-        assert dispatch.requested() == "reference"
-        second.__exit__(None, None, None)
-        assert dispatch.requested() == "torch"
-    assert untouched()
-
-
 @pytest.mark.parametrize("make", [lambda: fusednorm.use_provider("torch"), fusednorm.batch_invariant])
 def test_one_instance_nests_and_says_when_it_is_left_too_often(make):
     block = make()
-    with block, block:
-        with block:
+    for _ in range(2):
+        with block, block:
+            with block:
+                assert not untouched()
             assert not untouched()
-        assert not untouched()
-    assert untouched()
+        assert untouched()
     with pytest.raises(RuntimeError, match="left once more than it was entered"):
         block.__exit__(None, None, None)
     assert untouched()
@@ -224,7 +219,7 @@ print(faults, len(set(found)), dispatch.requested(), not dispatch.settings.curre
 
 def test_the_first_calls_of_a_process_may_come_from_several_threads():
     chosen = {name: os.environ.get(name, "") for name in ("FUSEDNORM_EMULATE", "TRITON_INTERPRET")}
-    assert interpreter("-c", FIRST_USE, **chosen).strip() == "[] 1 None True"
+    assert python("-c", FIRST_USE, **chosen).strip() == "[] 1 None True"
 
 
 # --- a block that is never entered ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def converted(layer: nn.Module) -> nn.Module:
 def twins(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """(torch's module, ours), both made from one seed; a layer among the arguments is ours in ours."""
     torch.manual_seed(11)
-    theirs = getattr(nn, name)(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's encoder says why it makes no nested tensors
+        theirs = getattr(nn, name)(*args, **kwargs)
     torch.manual_seed(11)
     ours = getattr(fusednorm, name)(*[converted(a) if type(a) in _LAYERS else a for a in args], **kwargs)
     assert list(theirs.state_dict()) == list(ours.state_dict())
@@ -49,7 +52,10 @@ def tensors(values: Any) -> list[torch.Tensor]:
 def results(module: nn.Module, args: tuple, kwargs: dict | None = None) -> list[torch.Tensor]:
     """Outputs, and the gradients of inputs and parameters for random cotangents."""
     kwargs = kwargs or {}
-    outputs = module(*args, **kwargs)
+    with warnings.catch_warnings():
+        if type(module).__module__.startswith("torch."):
+            warnings.filterwarnings("ignore", "(Support for mismatched|The PyTorch API of nested)")
+        outputs = module(*args, **kwargs)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
     generator = torch.Generator().manual_seed(5)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]

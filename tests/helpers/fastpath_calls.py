@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from backends import EMULATED
 from oracle_activation import ACTIVATIONS
 from torch import Tensor
 
@@ -32,6 +33,11 @@ class Form:
     function: str
     names: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    library: str = "cpu"  # or "cuda": the one that the fast path calls
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.library == "cuda" and not EMULATED else "cpu"
 
     @property
     def node(self) -> str:
@@ -42,16 +48,15 @@ class Form:
         shape: Sequence[int] = (6, 33),
         dtype: torch.dtype = torch.float32,
         ndim: int = 1,
-        device: str = "cpu",
         **dtypes: torch.dtype,
     ) -> dict[str, Tensor]:
         """Of these dtypes by name. The shape is that of the rows; attention has its own."""
         if self.function == "scaled_dot_product_attention":
-            return heads(dtype, device=device)
+            return heads(dtype, device=self.device)
         leaves = {}
         for name in self.names:
             values = torch.randn(tuple(shape) if name in ROWS else tuple(shape[-ndim:]))
-            leaves[name] = values.to(device, dtypes.get(name, dtype)).requires_grad_()
+            leaves[name] = values.to(self.device, dtypes.get(name, dtype)).requires_grad_()
         return leaves
 
     def call(self, leaves: Mapping[str, Tensor], ndim: int = 1, **more: Any) -> tuple[Tensor, ...]:
@@ -127,7 +132,20 @@ ATTENTION = {
 EVERY = {**NORMS, **EPILOGUES, **ACTIVATED, **ATTENTION}
 
 
-def chosen(*names: str) -> Any:
+def on_cuda(form: Form) -> Form:
+    """The same for the CUDA library: on a GPU, or without one on the emulation."""
+    form = replace(form, library="cuda")
+    options = {name: o.to(form.device) if isinstance(o, Tensor) else o for name, o in form.options.items()}
+    return replace(form, options=options)
+
+
+def cuda_forms(*names: str) -> list[Any]:
+    """For `chosen`: these forms by the CUDA library."""
+    marks = [] if EMULATED else [pytest.mark.gpu]
+    return [pytest.param(("cuda", name), id=f"{name} by cuda", marks=marks) for name in names]
+
+
+def chosen(*names: Any) -> Any:
     """Of the fixture `form`."""
     return pytest.mark.parametrize("form", names, indirect=True)
 

@@ -81,6 +81,7 @@ def parameters() -> dict[str, Tensor]:
 CALLS = {
     "add_layer_norm_fwd": [
         norm_forward,
+        lambda: norm_forward(store=False),
         lambda: norm_forward(seed(), 0.3, residual=torch.randn(3, 4, 8), **parameters()),
     ],
     "add_layer_norm_bwd": [

@@ -59,10 +59,9 @@ def test_an_activation(activation, using, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_activation_keeps_the_dtype_of_x(dtype, using, device):
+    x, bias = torch.ones(2, 4, device=device, dtype=dtype), torch.ones(4, device=device)
     with using:
-        y = fusednorm.bias_act_dropout(
-            torch.ones(2, 4, device=device, dtype=dtype), torch.ones(4, device=device), "relu", 1
-        )
+        y = fusednorm.bias_act_dropout(x, bias, "relu", 1)
     assert y.dtype == dtype
 
 

@@ -62,12 +62,6 @@ def test_mask_of_a_tensor_seed_is_that_of_the_int(seed):
     assert torch.equal(fusednorm.dropout_mask((4, 9), 0.5, tensor[0], "cpu"), expected)  # 0-d
 
 
-def test_seeds_equal_modulo_2_to_the_64_are_the_same():
-    for seed in (-1, -(2**63), -12345):
-        one, other = (fusednorm.dropout_mask((4, 9), 0.5, s, "cpu") for s in (seed, seed + 2**64))
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3), (1,), (7,), (2, 3, 5), (1, 1), (6, 1)], ids=str)
 def test_mask_of_every_shape(shape):
     mask = fusednorm.dropout_mask(shape, 0.5, 3, "cpu")
@@ -84,23 +78,13 @@ def test_mask_of_no_elements_counts_no_rows(shape, native, monkeypatch):
     assert mask.shape == shape and mask.dtype == torch.bool
 
 
-def test_mask_depends_on_seed_row_and_column_only():
-    large = fusednorm.dropout_mask((40, 50), 0.4, 99, "cpu")
-    assert torch.equal(fusednorm.dropout_mask((7, 13), 0.4, 99, "cpu"), large[:7, :13])
-    assert torch.equal(fusednorm.dropout_mask((5, 8, 50), 0.4, 99, "cpu"), large.view(5, 8, 50))
-    assert not torch.equal(fusednorm.dropout_mask((40, 50), 0.4, 100, "cpu"), large)
-
-
-def test_lower_p_keeps_a_superset():
-    low, high = (fusednorm.dropout_mask((64, 64), p, 5, "cpu") for p in (0.2, 0.6))
-    assert bool((low | ~high).all())
-
-
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9, 0.999])
 def test_keep_rate_and_independence(p):
     """Within five standard deviations: a chance of one in a million, and the seed is fixed besides."""
     rows, columns = 400, 500
-    mask = fusednorm.dropout_mask((rows, columns), p, 2024, "cpu").double()
+    mask = fusednorm.dropout_mask((rows, columns), p, 2024, "cpu")
+    assert torch.equal(mask, keep_mask(rows, columns, p, 2024))
+    mask = mask.double()
     keep, deviation = 1 - p, math.sqrt(p * (1 - p))
     assert abs(mask.mean().item() - keep) < 5 * deviation / math.sqrt(rows * columns)
     centred = mask - keep
@@ -125,9 +109,12 @@ def test_p_just_below_one_drops_everything():
 @pytest.mark.parametrize("shape", [(6, 37), (3, 4, 20), (19,)], ids=str)
 @pytest.mark.parametrize("function", FUSED)
 def test_add_norm_applies_exactly_the_mask(function, shape, with_path, using, device):
-    """Read off residual_out: x is all ones, so what is kept equals the scale and the rest is exactly zero."""
+    """Read off residual_out: x is all ones, so what is kept equals the scale and the rest is exactly zero.
+
+    Dropout goes by p alone, as in torch's scaled_dot_product_attention: without gradients too.
+    """
     p, path_p, seed = 0.3, (0.4 if with_path else 0.0), -77
-    with using:
+    with using, torch.no_grad():
         _, z = getattr(fusednorm, function)(
             torch.ones(shape, device=device), None, shape[-1:], dropout_p=p, drop_path_p=path_p, seed=seed
         )
@@ -225,11 +212,3 @@ def test_modules_drop_in_training_only(using, device):
             x, None, (64,), module.weight, module.bias, dropout_p=0.5, drop_path_p=0.5, seed=4
         )
         assert torch.equal(module(x, seed=4)[0], expected[0])
-
-
-def test_functional_form_drops_whenever_p_is_positive():
-    """As torch's scaled_dot_product_attention does; there is no training flag to consult."""
-    with torch.no_grad():
-        z = fusednorm.add_layer_norm(torch.ones(8, 64), None, (64,), dropout_p=0.5, seed=1)[1]
-    assert (z == 0).any()
-    assert (z == 2).any()

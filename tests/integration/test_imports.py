@@ -95,7 +95,7 @@ normed, z = fusednorm.add_layer_norm(x, x, (8,), dropout_p=0.5)
 normed.backward(torch.ones_like(normed))
 print(fusednorm.available_providers())
 """
-    assert "reference" in interpreter("-c", program)
+    assert "reference" in python("-c", program)
 
 
 def test_command_info():
@@ -113,14 +113,6 @@ def test_command_explain(function, capsys):
     assert any(name in said for name in fusednorm.available_providers())
 
 
-def test_command_explain_asks_about_the_activation(monkeypatch):
-    asked = []
-    monkeypatch.setattr(fusednorm, "explain", lambda *args, **keywords: asked.append(keywords) or "")
-    __main__.main(["explain", "bias_act_dropout", "--shape", "4x64", "--activation", "gelu"])
-    __main__.main(["explain", "bias_act_dropout", "--shape", "4x64"])
-    assert asked == [{"activation": "gelu"}, {}]
-
-
 @pytest.mark.parametrize(
     ("arguments", "args", "keywords"),
     [
@@ -134,6 +126,7 @@ def test_command_explain_asks_about_the_activation(monkeypatch):
             {"x_bias": torch.float32},
         ),
         (["bias_act_dropout", "--no-bias"], (torch.float32, None), {}),
+        (["bias_act_dropout", "--activation", "gelu"], (torch.float32,) * 2, {"activation": "gelu"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -148,7 +141,9 @@ def test_command_explain_makes_the_call_that_is_described(arguments, args, keywo
     __main__.main(["explain", *arguments])
 
     def kind(value):
-        return value.dtype if isinstance(value, torch.Tensor) else None if value is None else type(value)
+        if value is None or isinstance(value, str):
+            return value
+        return value.dtype if isinstance(value, torch.Tensor) else type(value)
 
     ((given, named),) = calls
     assert tuple(map(kind, given)) == args
@@ -162,11 +157,6 @@ def test_command_help_names_the_environment(arguments, capsys):
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert "FUSEDNORM_PROVIDER" in said and "FUSEDNORM_FASTPATH" in said
-
-
-def test_explain_of_a_name_says_what_to_pass():
-    with pytest.raises(TypeError, match=r"function: expected a function or a module, .* got 'layer_norm'"):
-        fusednorm.explain("layer_norm", [4])
 
 
 @pytest.mark.parametrize(
@@ -199,8 +189,6 @@ sys.modules["numpy"] = None
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "numpy" else find(name, *rest)
-import warnings
-warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
 import fusednorm
 assert "triton" not in fusednorm.available_providers()
 try:
@@ -210,19 +198,18 @@ except RuntimeError as fault:
 """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    assert "pip install numpy" in interpreter("-c", program, TRITON_INTERPRET="1")
+    assert "pip install numpy" in python("-c", program, TRITON_INTERPRET="1")
 
 
 def test_compiled_kernels_need_no_numpy():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     program = """
-import sys, warnings
+import sys
 sys.modules["numpy"] = None
-warnings.simplefilter("ignore")  # torch's own, on the missing NumPy
 import fusednorm.providers.triton.launch, fusednorm.providers.triton.norm_fwd, fusednorm.providers.triton.norm_bwd
 """
-    interpreter("-c", program, TRITON_INTERPRET="0")
+    python("-c", program, TRITON_INTERPRET="0")
 
 
 def test_command_without_arguments_says_how_to_use_it(capsys):
@@ -232,9 +219,3 @@ def test_command_without_arguments_says_how_to_use_it(capsys):
     said = capsys.readouterr().err
     assert "info" in said
     assert "explain" in said
-
-
-def test_every_public_name_is_there_and_documented():
-    assert sorted(fusednorm.__all__) == fusednorm.__all__
-    for name in fusednorm.__all__:
-        assert getattr(fusednorm, name).__doc__, name

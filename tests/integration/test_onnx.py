@@ -29,10 +29,13 @@ MASKS = {
 }
 
 
-def attention(**options) -> Program:
+def attention(grouped: bool = False, **options) -> Program:
+    """Grouped: one head of keys for two of queries."""
+
     def call(x, y):
         q, k = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (x, y))
-        return fusednorm.scaled_dot_product_attention(q, k, k, **options)
+        k = k[:, :1] if grouped else k
+        return fusednorm.scaled_dot_product_attention(q, k, k, enable_gqa=grouped, **options)
 
     return Program(call)
 
@@ -45,18 +48,10 @@ def export(program: torch.nn.Module) -> None:
         assert "onnx is not installed" in str(error)
 
 
-def grouped_attention(**options) -> Program:
-    def call(x, y):
-        q, k = x.unflatten(-1, (2, 8)).transpose(1, 2), y[..., :8].unsqueeze(1)
-        return fusednorm.scaled_dot_product_attention(q, k, k, enable_gqa=True, **options)
-
-    return Program(call)
-
-
 @pytest.mark.parametrize("grouped", [False, True], ids=["heads", "grouped"])
 @pytest.mark.parametrize("masks", MASKS)
 def test_masks_become_one(masks, grouped, monkeypatch):
-    program = (grouped_attention if grouped else attention)(**MASKS[masks])
+    program = attention(grouped, **MASKS[masks])
     monkeypatch.setattr(_onnx, "exporting", lambda: True)
     traced = torch.jit.trace(program, inputs())
     assert not [node for node in traced.inlined_graph.nodes() if "fusednorm" in node.kind()]
@@ -73,7 +68,7 @@ def test_exporter_knows_every_operator_of_it(name):
 
 @pytest.mark.parametrize("masks", ["", "causal", "window", "additive_and_key_mask"])
 def test_exporter_sees_as_many_heads_of_keys_as_of_queries(masks):
-    export(grouped_attention(**MASKS.get(masks, {})))
+    export(attention(True, **MASKS.get(masks, {})))
 
 
 def test_decoder_with_a_causal_mask_is_exported():

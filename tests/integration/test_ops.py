@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fresh import python
-from op_calls import CALL, CALLS, EVERY_CALL, FEW, attention, norm_calls, norm_forward, row
+from op_calls import CALL, CALLS, EVERY_CALL, FEW, attention, norm_calls
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +53,8 @@ def test_op_under_a_dispatch_mode_and_with_fake_tensors(name, make, named):
         watched = listed(op(*args))
     assert f"fusednorm.{name}.default" in seen
     assert len(plain) == len(op.default._schema.returns)
+    if name == "add_layer_norm_fwd":  # without a stream to store, the second is empty
+        assert plain[1].numel() == (args[0].numel() if args[-2] else 0)
     for one, other in zip(plain, watched, strict=True):
         assert torch.equal(one, other)
     with FakeTensorMode() as mode:
@@ -62,8 +64,9 @@ def test_op_under_a_dispatch_mode_and_with_fake_tensors(name, make, named):
 
 @pytest.mark.parametrize(CALL, [*FEW, *norm_calls()])
 def test_opcheck(name, make, named, device):
-    """Of every provider its results; what a compiler makes of the op by each provider at the call that has everything.
+    """Of every provider its results, none of which is an input or another result.
 
+    What a compiler makes of the op is held to it by each provider at the call that has everything.
     The other calls go through the compiler by one provider: the graph is the same but for a name in it.
     """
     checks = ["test_schema", "test_faketensor"]
@@ -71,18 +74,6 @@ def test_opcheck(name, make, named, device):
         checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     args = [arg.to(device) if isinstance(arg, Tensor) else arg for arg in make()]
     library.opcheck(getattr(torch.ops.fusednorm, name).default, (*args, named), test_utils=checks)
-
-
-@pytest.mark.parametrize("name", ["add_layer_norm_fwd"])
-@pytest.mark.parametrize("store", [False, True], ids=["no_stream", "stream"])
-def test_op_outputs_are_no_alias_of_inputs_or_each_other(name, store, named):
-    """Fixed arity and no aliasing, also where z equals x."""
-    args = norm_forward(weight=row(), bias=row(), store=store)
-    outputs = torch.ops.fusednorm.add_layer_norm_fwd(*args, named)
-    assert len(outputs) == 3
-    assert outputs[1].numel() == (args[0].numel() if store else 0)
-    storages = [t.untyped_storage().data_ptr() for t in (args[0], *outputs) if t.numel()]
-    assert len(set(storages)) == len(storages)
 
 
 @pytest.mark.parametrize("name", _ops.RECORDED)

@@ -175,15 +175,3 @@ def test_checkpoint_recomputes_the_same_mask(function, memory_efficient, use_ree
     assert (plain[1] == residual).any()  # something was dropped
     for expected, got in zip(plain, recomputed, strict=True):
         assert torch.equal(expected, got)
-
-
-def test_backward_twice_with_retain_graph(using, device, generator):
-    call, leaves = problem("add_layer_norm", "everything", device, generator)
-    fresh = [leaf.requires_grad_() for leaf in leaves.values()]
-    with using:
-        outputs = call.ours(leaves)
-        cotangents = [torch.randn_like(output) for output in outputs]
-        first = torch.autograd.grad(outputs, fresh, cotangents, retain_graph=True)
-        second = torch.autograd.grad(outputs, fresh, cotangents)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one, other)

@@ -17,20 +17,17 @@ from fusednorm import dispatch
 N = 8
 
 
-def _norm_arguments() -> dict:
-    x = torch.linspace(-1.0, 1.0, 4 * N).reshape(4, N)
-    return {"x": x, "residual": x.flip(0), "normalized_shape": N, "weight": torch.ones(N), "eps": 1e-5}
-
-
 def _arguments(function: str) -> dict:
     """A call that every provider takes."""
+    x = torch.linspace(-1.0, 1.0, 4 * N).reshape(4, N)
     if "norm" in function:
-        given = _norm_arguments() | ({} if "rms" in function else {"bias": torch.zeros(N)})
+        given = {"x": x, "residual": x.flip(0), "normalized_shape": N, "weight": torch.ones(N), "eps": 1e-5}
+        given |= {} if "rms" in function else {"bias": torch.zeros(N)}
         if function.startswith("add_"):
             return given
         return {"input": given.pop("x")} | {name: value for name, value in given.items() if name != "residual"}
     if function == "bias_act_dropout":
-        return {"x": torch.linspace(-1.0, 1.0, 4 * N).reshape(4, N), "bias": torch.ones(N)}
+        return {"x": x, "bias": torch.ones(N)}
     if function == "dropout_mask":
         return {"shape": (4, N), "p": 0.5, "seed": 1, "device": "cpu"}
     q = torch.linspace(-1.0, 1.0, 64).reshape(1, 2, 4, N)
@@ -81,11 +78,6 @@ def outcome(function: str, arguments: dict) -> str:
     return ", ".join(f"{r.dtype} {tuple(r.shape)}" for r in results)
 
 
-def serving() -> list[str]:
-    """Every provider that can run here, on tensors of the CPU."""
-    return ["automatic", *fusednorm.available_providers()]
-
-
 @pytest.mark.parametrize(("function", "name"), CASES, ids=str)
 def test_every_provider_takes_or_refuses_a_value_alike(function, name):
     """With gradients and without: these are different ways down."""
@@ -102,7 +94,7 @@ def fault_of(function: str, name: str, value: object) -> str | None:
             if needs_grad and isinstance(given, Tensor) and given.is_floating_point() and given.is_leaf:
                 given.requires_grad_()
         arguments[name] = value
-        for provider in serving():
+        for provider in ("automatic", *fusednorm.available_providers()):
             if provider == "automatic":
                 said = outcome(function, arguments)
             else:

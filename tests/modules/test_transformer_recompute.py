@@ -152,44 +152,6 @@ def test_a_learned_mask_gets_its_gradient_through_recomputed_attention():
     assert error(found[1], found[0]) < 1e-12
 
 
-def test_derivatives_of_second_order():
-    for recompute in ((), PARTS):
-        layer = fusednorm.TransformerEncoderLayer(4, 2, 6, 0.0, "gelu", dtype=torch.float64, recompute=recompute)
-        x = torch.randn(3, 1, 4, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
-        parameters = [x, layer.linear1.weight, layer.linear2.weight, layer.self_attn.in_proj_weight]
-        first = torch.autograd.grad(layer(x).pow(3).sum(), parameters, create_graph=True)
-        assert all(
-            g is not None and g.isfinite().all() for g in torch.autograd.grad(first[0].square().sum(), parameters)
-        )
-
-
-class Twice(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(self.layer(x))
-
-
-@pytest.mark.parametrize("recompute", SETS[1:], ids="+".join)
-def test_gradients_with_create_graph_where_one_input_is_made_of_another(recompute):
-    """The memory of a source, a weight's product and its bias, a layer's own output."""
-    sizes = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "dtype": torch.float64, "recompute": recompute}
-    model = fusednorm.Transformer(8, 2, 1, 1, 12, **sizes)
-    twice = Twice(fusednorm.TransformerEncoderLayer(8, 2, 12, **sizes))
-    src, tgt = (torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 3))
-    for module, args in ((model, (src, tgt)), (twice, (src,))):
-        loss = module(*args).sin().sum()
-        leaves = [*args, *module.parameters()]
-        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
-        assert error(torch.autograd.grad(loss, leaves, create_graph=True), plain) < 1e-12
-        alone = [torch.autograd.grad(loss, leaf, create_graph=True)[0] for leaf in leaves]
-        assert error(alone, plain) < 1e-12
-        assert torch.autograd.gradgradcheck(module, args, fast_mode=True)
-
-
 def test_frozen_parameters_and_inputs_without_gradient():
     layer = module("TransformerEncoderLayer", PARTS)
     x = torch.randn(B, L, E)
@@ -201,29 +163,29 @@ def test_frozen_parameters_and_inputs_without_gradient():
     assert layer.linear2.weight.grad is not None and layer.linear1.weight.grad is None
 
 
-# --- derivatives of every kind ---
-
-
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("recompute", SETS[1:], ids="+".join)
 @pytest.mark.parametrize("form", ["stack", "shared layer", "one tensor twice"])
-def test_recomputed_gradients_that_are_to_be_differentiated_are_the_same(form, part):
-    """Inputs that were made of each other, as the decoder's memory and a layer's own output: nothing counts twice."""
+def test_recomputed_gradients_that_are_to_be_differentiated_are_the_same(form, recompute):
+    """Inputs that were made of each other, as a decoder's memory, a weight's product and its bias, and a layer's own
+    output: nothing counts twice."""
     name = {"stack": "", "shared layer": "EncoderLayer", "one tensor twice": "DecoderLayer"}[form]
-    sizes = (E, H, 2, 2, F, 0.0) if form == "stack" else (E, H, F, 0.0)
-    x = torch.randn(2, 5, E, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, 4, E, dtype=torch.float64)
+    sizes, lengths = ((8, 2, 2, 2, 12, 0.0), (4, 3)) if form == "stack" else ((8, 2, 12, 0.0), (4,))
+    args = [torch.randn(2, length, 8, dtype=torch.float64, requires_grad=True) for length in lengths]
 
-    def derivatives(recompute: tuple[str, ...]) -> tuple[tuple[torch.Tensor, ...], ...]:
+    def derivatives(recompute: tuple[str, ...]) -> tuple:
         torch.manual_seed(2)
-        made = getattr(fusednorm, f"Transformer{name}")
-        model = made(*sizes, activation="gelu", batch_first=True, recompute=recompute).double()
-        args = {"stack": (x, y), "one tensor twice": (x, x)}.get(form)
-        loss = (model(*args) if args else model(model(x))).sin().sum()
-        wanted = [x, *model.parameters()]
-        plain = torch.autograd.grad(loss, wanted, retain_graph=True)
-        graphed = torch.autograd.grad(loss, wanted, create_graph=True)
-        return plain, graphed, torch.autograd.grad(sum(g.square().sum() for g in graphed), x)
+        model = getattr(fusednorm, f"Transformer{name}")(
+            *sizes, activation="gelu", batch_first=True, dtype=torch.float64, recompute=recompute
+        )
+        run = {"shared layer": lambda x: model(model(x)), "one tensor twice": lambda x: model(x, x)}.get(form, model)
+        assert torch.autograd.gradgradcheck(run, args, fast_mode=True)
+        loss, leaves = run(*args).sin().sum(), [*args, *model.parameters()]
+        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+        alone = [torch.autograd.grad(loss, leaf, create_graph=True)[0] for leaf in leaves]
+        graphed = torch.autograd.grad(loss, leaves, create_graph=True)
+        return plain, alone, graphed, torch.autograd.grad(sum(g.square().sum() for g in graphed), leaves)
 
-    plain, graphed, second = derivatives((part,))
+    plain, alone, graphed, second = derivatives(recompute)
+    assert error(graphed, plain) < 1e-12 and error(alone, plain) < 1e-12
     torch.testing.assert_close(graphed, plain, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(second, derivatives(())[2], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(second, derivatives(())[3], rtol=1e-9, atol=1e-11)

@@ -35,7 +35,7 @@ from tools.supervise import POLL, Child, Message, Supervised, reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (("/norm/", "/reported/test_norm"), ("/attention/", "/reported/test_attention"))  # families of files
-OF_A_GPU = re.compile(r"pytest\.mark\.gpu|^ *def test\w*\([^)]*\b(place|using)\b", re.M)
+OF_A_GPU = re.compile(r"pytest\.mark\.gpu|\bcuda_forms\b|^ *def test\w*\([^)]*\b(place|using)\b", re.M)
 LATER = {"automatic": 1, "torch": 2, "reference": 2}  # a provider's turn; ours are first
 BROKEN_DEVICE = 71  # a process's exit status
 LONGEST_TEST = 90.0  # seconds, compilation included
