@@ -8,38 +8,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import EMULATED
 from derivatives import gradients_of
 from oracle import DTYPES, Call, check
 from shapes import COTANGENTS, FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
 from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from fusednorm.dispatch import eager, rules
+from fusednorm.dispatch import eager
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
+from tests.providers.conftest import MACHINE
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
+pytestmark = pytest.mark.usefixtures("cuda")
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-# (threads of a forward block for each vector, of a backward block, blocks of a cluster, multiprocessors)
 MACHINES = {
-    "large_blocks": (128, 512, 8, 2),
+    "large_blocks": MACHINE,
     "clusters_of_small_blocks": (32, 32, 8, 2),
     "small_blocks_without_clusters": (32, 32, 1, 3),
 }
 
 
-def emulate(machine: str = "large_blocks", seed: int = 1) -> None:
+def emulate(machine: str, seed: int = 1) -> None:
     torch.ops.fusednorm_cuda.emulate(*MACHINES[machine], seed)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulation():
-    emulate()
-    with fusednorm.use_provider("cuda"):
-        yield
-    emulate()
 
 
 # Vectors of 16 bytes in a row, and a tail of elements: a warp of the forward holds 32, 64 and 128 of them in 1, 2 and 4
@@ -269,11 +260,6 @@ REFUSED = {
 def test_cuda_refuses_what_its_kernels_do_not_read(said):
     with pytest.raises(ValueError, match=rf"'cuda' cannot run.*{said.strip().split(' (')[0]}"):
         REFUSED[said]()
-
-
-def test_automatic_choice_never_emulates():
-    reluctance = rules.reluctance("cuda", "add_layer_norm_fwd", NormInputs(torch.ones(2, 8)), None)
-    assert reluctance is not None and "emulation" in reluctance
 
 
 @pytest.mark.parametrize("function", PLAIN)

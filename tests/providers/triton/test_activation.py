@@ -8,18 +8,14 @@ from __future__ import annotations
 import oracle_activation
 import pytest
 import torch
-from backends import INTERPRETED
 from oracle import check
 from oracle_activation import ACTIVATIONS, ActivationCall
 from shapes import Shape, named, random_leaves
 
-import fusednorm
 from fusednorm import bias_act_dropout
-from fusednorm._options import ActivationInputs, ActivationOptions
-from fusednorm.dispatch import rules
 from fusednorm.providers.triton import activation as triton_activation
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+pytestmark = pytest.mark.usefixtures("triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
@@ -34,12 +30,6 @@ SHAPES = [
     Shape("odd_tiles_a_row", (3, 1101)),
     Shape("more_row_groups_than_programs", (277, 40)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton():
-    with fusednorm.use_provider("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -118,10 +108,3 @@ def test_triton_activation_of_more_groups_than_programs(monkeypatch, generator):
     monkeypatch.setattr(triton_activation, "_MOST_GROUPS", 2)
     leaves = random_leaves(Shape("", (131, 40)), BOTH, torch.float32, "cpu", generator)
     check(ActivationCall("relu", options={"dropout_p": 0.2, "seed": 5}), leaves, generator)
-
-
-def test_automatic_choice_never_interprets_the_activation():
-    reluctance = rules.reluctance(
-        "triton", "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
-    )
-    assert reluctance is not None and "interpreter" in reluctance
