@@ -9,7 +9,7 @@ from oracle import DTYPES, Call, check
 from shapes import COTANGENTS, EMPTY_SHAPES, FUSED, PLAIN, SHAPES, Shape, affine, inputs, random_leaves
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-SEED = 0x1234_5678_9ABC_DEF0
+SEED = {"seed": 0x1234_5678_9ABC_DEF0}
 
 ODD = Shape("odd_width_masked_lanes", (9, 37))
 BATCHED = Shape("batched_3d", (3, 5, 40))
@@ -42,16 +42,16 @@ EPILOGUES: dict[str, tuple[tuple[str, ...], dict]] = {
     "x_bias": (("x_bias",), {}),
     "layer_scale": (("layer_scale",), {}),
     "x_bias_layer_scale": (("x_bias", "layer_scale"), {}),
-    "dropout": ((), {"dropout_p": 0.3}),
-    "drop_path": ((), {"drop_path_p": 0.4}),
-    "dropout_drop_path": ((), {"dropout_p": 0.1, "drop_path_p": 0.25}),
-    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3}),
+    "dropout": ((), {"dropout_p": 0.3, **SEED}),
+    "drop_path": ((), {"drop_path_p": 0.4, **SEED}),
+    "dropout_drop_path": ((), {"dropout_p": 0.1, "drop_path_p": 0.25, **SEED}),
+    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 2**63 + 5}),
     "zero_centered": ((), {"zero_centered_weight": True}),
     "eps": ((), {"eps": 0.1}),
     "memory_efficient": ((), {"memory_efficient": True}),
     "memory_efficient_everything": (
         ("x_bias", "layer_scale"),
-        {"dropout_p": 0.2, "drop_path_p": 0.3, "memory_efficient": True, "zero_centered_weight": True},
+        {"dropout_p": 0.2, "drop_path_p": 0.3, "memory_efficient": True, "zero_centered_weight": True, **SEED},
     ),
 }
 
@@ -64,8 +64,6 @@ EPILOGUES: dict[str, tuple[tuple[str, ...], dict]] = {
 @pytest.mark.parametrize("function", FUSED)
 def test_add_norm_epilogue(function, epilogue, shape, with_residual, dtype, using, device, generator):
     names, options = EPILOGUES[epilogue]
-    if "dropout_p" in options or "drop_path_p" in options:
-        options = options | {"seed": SEED}
     stream = ("x", "residual") if with_residual else ("x",)
     leaves = random_leaves(shape, (*stream, *affine(function), *names), dtype, device, generator)
     if options.get("zero_centered_weight"):
@@ -80,7 +78,7 @@ def test_add_norm_epilogue(function, epilogue, shape, with_residual, dtype, usin
 @pytest.mark.parametrize("function", FUSED)
 def test_add_norm_residual_dtype(function, case, memory_efficient, dtype, using, device, generator):
     """A float32 stream beside low-precision activations, given by the option or by the residual itself."""
-    wide, options = torch.float32, {"memory_efficient": memory_efficient, "dropout_p": 0.1, "seed": SEED}
+    wide, options = torch.float32, {"memory_efficient": memory_efficient, "dropout_p": 0.1, **SEED}
     names = inputs(function)
     dtypes = {"residual": wide}
     if case == "narrowed":

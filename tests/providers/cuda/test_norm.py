@@ -6,6 +6,8 @@ rows reach the forms of wide ones: warps, blocks, clusters, tiles and slabs.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from derivatives import gradients_of
@@ -17,6 +19,7 @@ from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSav
 from fusednorm.dispatch import eager
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
+from tests.norm import test_norm as general
 from tests.providers.conftest import MACHINE
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -72,32 +75,13 @@ def test_cuda_norm_of_rows_wider_than_a_cluster(columns, generator):
     check(Call("add_layer_norm"), leaves, generator)
 
 
-EPILOGUES = {
-    "x_bias": (("x_bias",), {}),
-    "layer_scale": (("layer_scale",), {}),
-    "dropout": ((), {"dropout_p": 0.3, "seed": 11}),
-    "drop_path": ((), {"drop_path_p": 0.4, "seed": 11}),
-    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 2**63 + 5}),
-    "zero_centered": ((), {"zero_centered_weight": True}),
-    "memory_efficient": ((), {"memory_efficient": True}),
-    "memory_efficient_everything": (
-        ("x_bias", "layer_scale"),
-        {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 5, "memory_efficient": True, "zero_centered_weight": True},
-    ),
-}
-
-
 @DTYPE
 @pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", general.EPILOGUES)
 @pytest.mark.parametrize("function", FUSED)
 def test_cuda_norm_with_every_epilogue(function, epilogue, columns, dtype, generator):
-    extra, options = EPILOGUES[epilogue]
     shape = Shape("", (3, 5, columns))
-    leaves = random_leaves(shape, (*inputs(function), *extra), dtype, "cpu", generator)
-    if options.get("zero_centered_weight"):
-        leaves["weight"] = leaves["weight"] - 1
-    check(Call(function, options=options), leaves, generator)
+    general.test_add_norm_epilogue(function, epilogue, shape, True, dtype, contextlib.nullcontext(), "cpu", generator)
 
 
 @pytest.mark.parametrize("width", [(257, 1), (513, 0)], ids=["unaligned", "aligned"])
