@@ -18,7 +18,7 @@ import torch
 from derivatives import gradients_of
 from oracle_attention import AttentionCall, check
 
-from fusednorm import dropout_mask, scaled_dot_product_attention
+from fusednorm import scaled_dot_product_attention
 from fusednorm.providers.triton import attention as triton_attention
 from fusednorm.providers.triton import attention_config as table
 from tests.attention import test_attention as general
@@ -228,7 +228,7 @@ def test_attention_with_only_the_gradients_that_are_wanted(small_tiles):
 
 @by_both(
     {"hiding": ["additive_documents"], "bad": [torch.inf]},
-    {"hiding": ["key_mask"], "bad": [torch.inf]},
+    {"hiding": ["padding"], "bad": [torch.inf]},
     hiding=masked.HIDING,
     bad=[torch.nan, torch.inf],
 )
@@ -268,15 +268,7 @@ def test_attention_of_packed_sequences(options, small_tiles, generator):
 
 @by_both({"n_keys": [66]}, {}, n_keys=[3, 33, 66])
 def test_attention_drops_what_dropout_mask_drops(n_keys, small_tiles):
-    """Equal logits; the values and the cotangent are rows of the identity, so results and gradients show the mask."""
-    mask = dropout_mask((1, 2, 18, n_keys), 0.4, -3)
-    q, k = torch.zeros(1, 2, 18, 8), torch.zeros(1, 2, n_keys, 8)
-    v = torch.eye(n_keys).expand(1, 2, -1, -1).clone().requires_grad_()
-    out = scaled_dot_product_attention(q, k, v, dropout_p=0.4, seed=-3)
-    (dv,) = torch.autograd.grad(out, v, torch.eye(18, n_keys).expand(1, 2, -1, -1))
-    assert torch.equal(out != 0, mask)
-    seen = min(18, n_keys)
-    assert torch.equal(dv[..., :seen] != 0, mask.mT[..., :seen])
+    general.test_the_mask_is_dropout_mask(n_keys, torch.float32, using(), "cpu", batch=1)
 
 
 def test_attention_past_2_to_the_31_elements(generator):
