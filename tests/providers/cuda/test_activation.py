@@ -6,6 +6,8 @@ rows take several warps and several slabs.
 
 from __future__ import annotations
 
+import contextlib
+
 import oracle_activation
 import pytest
 import torch
@@ -17,6 +19,7 @@ from shapes import COTANGENTS, Shape, random_leaves
 from fusednorm import bias_act_dropout
 from fusednorm._options import ActivationInputs, ActivationOptions
 from fusednorm.dispatch import eager
+from tests.activation import test_activation as general
 from tests.providers.conftest import MACHINE
 from tests.providers.cuda.test_norm import DTYPE, DTYPES, LAYOUTS
 
@@ -86,7 +89,7 @@ def test_cuda_activation_with_cotangents_of_any_layout(layout, generator):
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 @DTYPE
 def test_cuda_activation_drops_what_dropout_mask_drops(dtype, columns):
-    oracle_activation.hold_to_the_mask(columns, dtype)
+    general.test_the_mask_is_dropout_mask((9, columns), contextlib.nullcontext(), "cpu", dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -5,6 +5,8 @@ The interpreter runs a program at a time in Python, so each shape here is the sm
 
 from __future__ import annotations
 
+import contextlib
+
 import oracle_activation
 import pytest
 import torch
@@ -14,6 +16,7 @@ from shapes import Shape, named, random_leaves
 
 from fusednorm import bias_act_dropout
 from fusednorm.providers.triton import activation as triton_activation
+from tests.activation import test_activation as general
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -57,7 +60,7 @@ def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_activation_drops_what_dropout_mask_drops(columns):
-    oracle_activation.hold_to_the_mask(columns)
+    general.test_the_mask_is_dropout_mask((9, columns), contextlib.nullcontext(), "cpu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
