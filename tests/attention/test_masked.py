@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_attention import draw
+from oracle_attention import draw, operands
 
 from fusednorm import dropout_mask, scaled_dot_product_attention
 
@@ -123,7 +123,7 @@ def test_infinite_values_that_are_seen_are_passed_on(ours, using, device):
 @pytest.mark.parametrize("kind", ["attn_mask", "additive", "key_mask", "window"])
 def test_fully_masked_rows_are_zero_and_so_are_their_gradients(kind, using, device, generator):
     """And their log-sum-exp is -inf."""
-    *leaves, dout = (t.requires_grad_() for t in draw(generator, device, torch.float32, *[(2, 2, 5, 8)] * 4))
+    *leaves, dout = operands(generator, device, *[(2, 2, 5, 8)] * 4)
     nothing = torch.zeros(5, 5, dtype=torch.bool, device=device)
     options = {
         "attn_mask": {"attn_mask": nothing},

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_attention import AttentionCall, check
+from oracle_attention import AttentionCall, check, operands
 
 import fusednorm
 from fusednorm import dropout_mask, scaled_dot_product_attention
 
 OP = "attention_fwd"
-
-
-def operands(generator, device, *shapes, dtype=torch.float32):
-    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 # pytorch#108108: which corner is_causal starts from
