@@ -94,7 +94,10 @@ def test_add_norm_residual_dtype(function, case, memory_efficient, dtype, using,
         check(Call(function, options=options), leaves, generator)
 
 
-MIXED = pytest.mark.parametrize(
+MIXED_BY_TORCH = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+
+
+@pytest.mark.parametrize(
     ("dtype", "parameter_dtype"),
     [
         (torch.bfloat16, torch.float32),
@@ -104,27 +107,21 @@ MIXED = pytest.mark.parametrize(
     ],
     ids=["bf16_fp32", "fp16_fp32", "fp32_bf16", "fp32_fp64"],
 )
-
-
-@MIXED
-@pytest.mark.parametrize("function", PLAIN)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
-def test_plain_norm_mixed_parameter_dtype(function, dtype, parameter_dtype, using, device, generator):
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        *(pytest.param(f, {}, marks=MIXED_BY_TORCH) for f in PLAIN),
+        *((f, {"memory_efficient": kept}) for f in FUSED for kept in (False, True)),
+    ],
+    ids=str,
+)
+def test_norm_mixed_parameter_dtype(function, options, dtype, parameter_dtype, using, device, generator):
     """Also where torch's own CPU kernel refuses the mixture."""
-    dtypes = dict.fromkeys(("weight", "bias"), parameter_dtype)
-    with using:
-        check(Call(function), random_leaves(ODD, inputs(function), dtype, device, generator, dtypes), generator)
-
-
-@MIXED
-@pytest.mark.parametrize("memory_efficient", [False, True], ids=["keep_z", "keep_normed"])
-@pytest.mark.parametrize("function", FUSED)
-def test_add_norm_mixed_parameter_dtype(function, dtype, parameter_dtype, memory_efficient, using, device, generator):
-    dtypes = dict.fromkeys(("weight", "bias", "x_bias", "layer_scale"), parameter_dtype)
-    names = (*inputs(function), "layer_scale")
+    dtypes = dict.fromkeys(("weight", "bias", "layer_scale"), parameter_dtype)
+    names = (*inputs(function), "layer_scale") if function in FUSED else inputs(function)
     leaves = random_leaves(ODD, names, dtype, device, generator, dtypes)
     with using:
-        check(Call(function, options={"memory_efficient": memory_efficient}), leaves, generator)
+        check(Call(function, options=options), leaves, generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
