@@ -116,7 +116,8 @@ MASKS = {
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_bool_masks(shape, causal, dtype, using, device, generator):
     mask = torch.rand(shape, generator=generator).to(device) > 0.3
-    mask[..., :1, :] &= torch.rand(shape[-1], generator=generator).to(device) > 2  # a query that sees nothing
+    if shape[-2] > 1:
+        mask[..., 0, :] = False  # a query that sees nothing
     with using:
         check(AttentionCall({"is_causal": causal}, mask), leaves_of(generator, device, dtype), generator)
 

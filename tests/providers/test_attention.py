@@ -176,7 +176,8 @@ def test_attention_with_masks_of_any_strides(lay, shape, small_tiles, generator)
 @by_both({"shape": [MASKS[6]], **BFLOAT16}, FLOAT32, shape=[MASKS[0], MASKS[6]], dtype=DTYPES)
 def test_attention_with_bool_masks(shape, dtype, small_tiles, generator):
     mask = torch.rand(shape, generator=generator) > 0.4
-    mask[..., :1, :] &= torch.rand(shape[-1], generator=generator) > 2  # a query that sees nothing
+    if shape[-2] > 1:
+        mask[..., 0, :] = False  # a query that sees nothing
     check(AttentionCall({}, mask), leaves_of(generator, dtype, 20, 35, heads=2, batch=2), generator)
 
 
