@@ -25,14 +25,15 @@ both = a=0; b=0; \
   $(2) $(SIDE_BY_SIDE) -m "$(1) and not alone" $(ARGS) || b=$$?; \
   [ $$b -eq 0 ] || { [ $$b -eq 5 ] && [ $$a -eq 0 ]; }
 # The tests of one part: make test-triton
+BOTH := tests/providers/test_attention.py tests/providers/test_automatic_choice.py
 FOLDERS_norm := tests/norm tests/reported/test_norm.py
 FOLDERS_attention := tests/attention tests/reported/test_attention.py
 FOLDERS_activation := tests/activation
 FOLDERS_modules := tests/modules tests/reported/test_layers.py
 FOLDERS_dispatch := tests/dispatch
-FOLDERS_triton := tests/providers/triton tests/tools/test_codegen_norms.py tests/tools/test_codegen_attention.py
+FOLDERS_triton := tests/providers/triton $(BOTH) tests/tools/test_codegen_norms.py tests/tools/test_codegen_attention.py
 FOLDERS_cpu := tests/providers/cpu
-FOLDERS_cuda := tests/providers/cuda tests/tools/test_codegen_cuda.py tests/tools/test_codegen_cuda_attention.py
+FOLDERS_cuda := tests/providers/cuda $(BOTH) tests/tools/test_codegen_cuda.py tests/tools/test_codegen_cuda_attention.py
 FOLDERS_tools := tests/tools tests/benchmarks tests/examples
 # What pytest is told besides: make test ARGS="tests/norm -k backward"
 ARGS ?=

@@ -87,15 +87,15 @@ def test_strided_cotangents(activation, layout, using, device, generator):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (9, 3), (5, 64), (2, 3, 65), (130,)], ids=str)
-def test_the_mask_is_dropout_mask(shape, using, device):
-    x = torch.ones(shape, device=device, requires_grad=True)
+def test_the_mask_is_dropout_mask(shape, using, device, dtype=torch.float32):
+    x = torch.ones(shape, device=device, dtype=dtype, requires_grad=True)
     with using:
         y = bias_act_dropout(x, None, "relu", 0.4, seed=-3)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     mask = dropout_mask(shape, 0.4, -3, device)
-    scale = float(torch.tensor(1 / 0.6, dtype=torch.float32))
+    scale = torch.tensor(1 / 0.6, device=device)
     for result in (y, dx):
-        assert torch.equal(result, mask * torch.tensor(scale, device=device))
+        assert torch.equal(result, (mask * scale).to(dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

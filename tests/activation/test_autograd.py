@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from derivatives import assert_gradients, gradients_of, kept_and_recomputed, of_every_kind
-from oracle_activation import ACTIVATIONS, ActivationCall
+from oracle_activation import ActivationCall
 from shapes import Shape, random_leaves
 
 from fusednorm import bias_act_dropout
+from tests.activation.test_activation import ACTIVATION, BOTH, DROPOUT, ODD, values
 
 OP = "bias_act_dropout_fwd"
-
-ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
-DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
-BOTH = ("x", "bias")
-ODD = Shape("odd_width_masked_lanes", (9, 37))
-
-
-def values(*shape: int, generator: torch.Generator, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 # --- gradients: which, and of which order ---

@@ -116,7 +116,8 @@ MASKS = {
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)
 def test_bool_masks(shape, causal, dtype, using, device, generator):
     mask = torch.rand(shape, generator=generator).to(device) > 0.3
-    mask[..., :1, :] &= torch.rand(shape[-1], generator=generator).to(device) > 2  # a query that sees nothing
+    if shape[-2] > 1:
+        mask[..., 0, :] = False  # a query that sees nothing
     with using:
         check(AttentionCall({"is_causal": causal}, mask), leaves_of(generator, device, dtype), generator)
 
@@ -248,6 +249,7 @@ def test_varlen_is_attention_of_each_sequence(key_heads, options, dtype, using, 
     bare = {name: value for name, value in options.items() if name not in dropout}
     with using:
         out, lse = varlen_attention(*leaves, *bounds, 9, 12, **options, return_lse=True)
+        assert torch.equal(out, varlen_attention(*leaves, *bounds, 9, 12, **options))
         dout, dlse = (
             torch.randn(out.shape, generator=generator).to(out),
             torch.randn(lse.shape, generator=generator).to(lse),
@@ -293,17 +295,22 @@ def test_varlen_of_nothing(lengths, using, device):
 # --- the mask of dropout, seeds, the log-sum-exp ---
 
 
-def test_the_mask_is_dropout_mask(using, device):
-    """Equal logits and the identity as values: the output is the mask, and so is the values' gradient."""
-    q, k = torch.zeros(2, 3, 5, 8, device=device), torch.zeros(2, 3, 8, 8, device=device)
-    v = torch.eye(8, device=device).expand(2, 3, 8, 8).clone().requires_grad_()
-    mask = dropout_mask((2, 3, 5, 8), 0.4, -3, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n_keys", [7, 64, 1030])
+def test_the_mask_is_dropout_mask(n_keys, dtype, using, device, batch=2):
+    """Equal logits; the values and the cotangent are rows of the identity, so results and gradients show the mask."""
+    q, k = (torch.zeros(batch, 2, n, 8, device=device, dtype=dtype) for n in (18, n_keys))
+    mask = dropout_mask((batch, 2, 18, n_keys), 0.4, -3, device)
     with using:
-        out = scaled_dot_product_attention(q, k, v, dropout_p=0.4, seed=-3)
-        (dv,) = torch.autograd.grad(out, v, torch.eye(5, 8, device=device).expand(2, 3, 5, 8))
-    assert torch.equal(out != 0, mask)
-    assert torch.equal(dv[..., :5] != 0, mask.mT)
-    torch.testing.assert_close(out[mask], torch.full_like(out[mask], 1 / 8 / 0.6))
+        for columns in torch.arange(n_keys, device=device).split(256):  # the widest head
+            v = torch.eye(n_keys, device=device, dtype=dtype)[:, columns].repeat(batch, 2, 1, 1).requires_grad_()
+            out = scaled_dot_product_attention(q, k, v, dropout_p=0.4, seed=-3)
+            assert torch.equal(out != 0, mask[..., columns])
+            torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / n_keys / 0.6))
+        dout = torch.eye(18, len(columns), device=device, dtype=dtype)
+        (dv,) = torch.autograd.grad(out, v, dout.expand_as(out))
+    queries = min(dout.shape)
+    assert torch.equal(dv[..., :queries] != 0, mask[:, :, :queries].mT)
 
 
 def test_the_lse_is_of_the_precision_computed_in(using, device):

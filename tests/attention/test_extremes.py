@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle_attention import AttentionCall, check
+from oracle_attention import AttentionCall, check, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
@@ -17,10 +17,6 @@ from fusednorm import scaled_dot_product_attention, varlen_attention
 OP = "attention_fwd"
 
 SCALE = pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-3, 200.0])
-
-
-def draw(generator, device, *shapes, dtype=torch.float32):
-    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
 def finite_gradients(out, leaves, cotangent=None):
@@ -33,7 +29,7 @@ def finite_gradients(out, leaves, cotangent=None):
 @pytest.mark.parametrize("causal", [True, False])
 def test_causality_holds_for_every_scale(scale, causal, using, device, generator):
     """What is masked is gone whatever the scale makes of -inf."""
-    leaves = dict(zip("qkv", draw(generator, device, *[(1, 2, 5, 8)] * 3)))
+    leaves = dict(zip("qkv", operands(generator, device, *[(1, 2, 5, 8)] * 3)))
     leaves["q"] = (leaves["q"].detach() / max(1.0, abs(scale))).requires_grad_()
     with using:
         check(AttentionCall({"scale": scale, "is_causal": causal}), leaves, generator)
@@ -59,7 +55,7 @@ HUGE = {torch.float32: torch.finfo(torch.float32).max, torch.bfloat16: torch.fin
 @pytest.mark.parametrize("form", ["attn_mask", "additive", "key_mask", "causal"])
 def test_huge_numbers_behind_a_mask_reach_nothing(form, which, dtype, ours, using, device, generator):
     """Their products overflow: 0 times infinity is NaN where the product is made before the mask is looked at."""
-    q, k, v = draw(generator, device, *[(1, 2, 8, 16)] * 3, dtype=dtype)
+    q, k, v = operands(generator, device, *[(1, 2, 8, 16)] * 3, dtype=dtype)
     with torch.no_grad():
         (k if which == "k" else v)[:, :, -1] = HUGE[dtype]
         q[:, :, -1] = 0.0  # with causality the last query sees the last key: their product would be NaN by right
@@ -102,7 +98,7 @@ def test_huge_numbers_behind_a_mask_by_automatic_choice(which, needs_grad):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_softcap_keeps_what_is_masked_out_of_gradients(bad, using, device, generator):
     """The cap's derivative is NaN there."""
-    q, k, v = draw(generator, device, *[(2, 1, 3, 8)] * 3)
+    q, k, v = operands(generator, device, *[(2, 1, 3, 8)] * 3)
     with torch.no_grad():
         k[:, :, 2] = bad
         q[1, :, 1] = bad  # a query that sees nothing
@@ -135,7 +131,7 @@ def test_a_mask_beside_causality(share, value_dim, needs_grad, using, device, ge
     """Torch's own operator refuses the two together, or not, by which of its kernels serves the call."""
     q, k, v = (
         t.detach().requires_grad_(needs_grad)
-        for t in draw(generator, device, *[(1, 2, 8, 8)] * 2, (1, 2, 8, value_dim))
+        for t in operands(generator, device, *[(1, 2, 8, 8)] * 2, (1, 2, 8, value_dim))
     )
     mask = torch.rand(8, 8, generator=generator).to(device) < share
     mask[:, 0] = True
@@ -167,14 +163,14 @@ def test_fake_tensors_outside_their_mode(options):
 
 @pytest.mark.parametrize("far", [2**40, 2**63, 2**70])
 def test_a_window_may_be_wider_than_any_sequence(far, using, device, generator):
-    q, k, v = draw(generator, device, *[(1, 2, 9, 8)] * 3)
+    q, k, v = operands(generator, device, *[(1, 2, 9, 8)] * 3)
     with using:
         out = scaled_dot_product_attention(q, k, v, window=(far, 0))
         torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, window=(None, 0)))
 
 
 def test_boundaries_of_any_stride(using, device, generator):
-    q, k, v = draw(generator, device, *[(9, 2, 8)] * 3)
+    q, k, v = operands(generator, device, *[(9, 2, 8)] * 3)
     bounds = torch.tensor([0, 7, 4, 7, 9, 7], dtype=torch.int32, device=device)[::2]
     with using:
         out = varlen_attention(q, k, v, bounds, bounds, 5, 5)
@@ -200,3 +196,34 @@ def test_hooks_on_saved_tensors_may_bring_another_layout(route, causal, monkeypa
     found = torch.autograd.grad(out.sin().sum(), [q, k, v])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+LAYOUTS = {  # of (2, 2, 9, 16)
+    "contiguous": lambda: torch.randn(2, 2, 9, 16),
+    "transposed_rows": lambda: torch.randn(2, 2, 16, 9).mT,
+    "positions_before_heads": lambda: torch.randn(2, 9, 2, 16).transpose(1, 2),
+    "slice_of_a_projection": lambda: torch.randn(2, 9, 2, 48).transpose(1, 2)[..., 16:32],
+    "every_second_column": lambda: torch.randn(2, 2, 9, 32)[..., ::2],
+    "expanded": lambda: torch.randn(1, 2, 9, 16).expand(2, 2, 9, 16),
+    "permuted_last": lambda: torch.randn(9, 16, 2, 2).permute(2, 3, 0, 1),
+}
+
+
+OPTIONS = {"plain": {}, "causal": {"is_causal": True}, "mask": {"attn_mask": torch.ones(9, 9).tril() > 0}}
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_lie_as_torchs_do(layout, name, needs_grad, using, device):
+    """In memory, so that ``view`` works where it works there."""
+    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in OPTIONS[name].items()}
+    leaves = [LAYOUTS[layout]().to(device).requires_grad_(needs_grad) for _ in range(3)]
+    with using:
+        out = scaled_dot_product_attention(*leaves, **options)
+        gradients = torch.autograd.grad(out, leaves, torch.randn_like(out)) if needs_grad else ()
+    torchs = F.scaled_dot_product_attention(*leaves, **options)
+    assert out.stride() == torchs.stride()
+    expected = torch.autograd.grad(torchs, leaves, torch.randn_like(out)) if needs_grad else ()
+    for got, other in zip(gradients, expected, strict=True):  # where torch's columns are apart, ours need not be
+        assert got.stride(-1) == 1 or got.stride() == other.stride()

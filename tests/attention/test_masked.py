@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle_attention import draw
+from oracle_attention import draw, operands
 
 from fusednorm import dropout_mask, scaled_dot_product_attention
 
@@ -20,7 +20,11 @@ HIDING = {  # options; bad positions of (keys and values), of (queries and cotan
         {"attn_mask": torch.where(ONE_DOCUMENT, 0.5, -torch.inf)},
         *(slice(9, N), slice(9, N), slice(0, 9), slice(0, 9)),
     ),
-    "key_mask": ({"key_mask": (POSITION < 9).expand(2, N)}, slice(9, N), slice(0), slice(0, N), slice(0, N)),
+    "padding": ({"key_mask": (POSITION < 9).expand(2, N)}, slice(9, N), slice(0), slice(0, N), slice(0, N)),
+    "padding_as_bool_mask": (
+        {"attn_mask": (POSITION < 9).expand(2, 1, 1, N)},
+        *(slice(9, N), slice(0), slice(0, N), slice(0, N)),
+    ),
     "keys_after_causal": ({"is_causal": True}, slice(9, N), slice(0), slice(0, 9), slice(0)),
     "queries_before_causal": ({"is_causal": True}, slice(0), slice(0, 3), slice(3, N), slice(3, N)),
     "keys_outside_window": ({"window": (None, 1)}, slice(9, N), slice(0), slice(0, 8), slice(0)),
@@ -54,6 +58,8 @@ def test_what_is_masked_reaches_nothing(hiding, create_graph, bad, using, device
                     outputs = (out,)
                 cotangents = (dout, torch.where(lse[0] > -torch.inf, dout[..., 0], value))[: len(outputs)]
                 dq, dk, dv = torch.autograd.grad(outputs, leaves, cotangents, create_graph=create_graph)
+                if "padding" in hiding:
+                    assert not dk[:, :, bad_keys].any() and not dv[:, :, bad_keys].any()
                 results.append([t[:, :, clean[0]] for t in (out, dq)] + [t[:, :, clean[1]] for t in (dk, dv)])
                 results[-1].append(torch.where(lse[0] > -torch.inf, lse[0], 0.0)[:, :, clean[0]])
     for got, expected in zip(results[0] + results[1], results[2] + results[3], strict=True):
@@ -111,3 +117,23 @@ def test_infinite_values_that_are_seen_are_passed_on(ours, using, device):
     expected[:, 0], expected[1:, 1], expected[2, 2], expected[:, 3] = torch.inf, -torch.inf, torch.nan, torch.nan
     expected[0, 3] = torch.inf
     torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
+
+
+# pytorch#41508, #103963, #118628: NaN where a query or a whole sequence sees nothing
+@pytest.mark.parametrize("kind", ["attn_mask", "additive", "key_mask", "window"])
+def test_fully_masked_rows_are_zero_and_so_are_their_gradients(kind, using, device, generator):
+    """And their log-sum-exp is -inf."""
+    *leaves, dout = operands(generator, device, *[(2, 2, 5, 8)] * 4)
+    nothing = torch.zeros(5, 5, dtype=torch.bool, device=device)
+    options = {
+        "attn_mask": {"attn_mask": nothing},
+        "additive": {"attn_mask": torch.full((5, 5), -torch.inf, device=device)},
+        "key_mask": {"key_mask": nothing[:2]},
+        "window": {"window": (0, 0), "attn_mask": ~torch.eye(5, dtype=torch.bool, device=device)},
+    }[kind]
+    with using:
+        out, lse = scaled_dot_product_attention(*leaves, **options, return_lse=True)
+        plain = scaled_dot_product_attention(*leaves, **options)
+        gradients = torch.autograd.grad((out, plain), leaves, (dout, dout))
+    assert not out.any() and not plain.any() and (lse == -torch.inf).all()
+    assert not any(gradient.any() for gradient in gradients)

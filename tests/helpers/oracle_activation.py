@@ -82,17 +82,6 @@ class ActivationCall:
         return (y.to(x.dtype),)
 
 
-def hold_to_the_mask(columns: int, dtype: torch.dtype = torch.float32) -> None:
-    """What is dropped, forward and backward, is what `dropout_mask` says."""
-    import fusednorm
-
-    x = torch.ones(9, columns, dtype=dtype, requires_grad=True)
-    y = fusednorm.bias_act_dropout(x, None, "relu", 0.4, seed=-3)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    mask = fusednorm.dropout_mask((9, columns), 0.4, -3)
-    assert torch.equal(y != 0, mask) and torch.equal(dx != 0, mask)
-
-
 def hold_to_torch_at_huge_values(
     activation: str,
     values: tuple[float, ...] = (3e38, 1e20, 3e4, 100.0, 20.0),

@@ -16,6 +16,11 @@ def draw(generator: torch.Generator, device: Any, dtype: torch.dtype, *shapes: t
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
 
 
+def operands(generator: torch.Generator, device: Any, *shapes: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Each is to have a gradient."""
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
 def visible(shape: torch.Size, options: Mapping[str, Any], attn_mask: Tensor | None, device: Any) -> Tensor:
     """True where query i sees key j, of the logits' shape (..., Sq, Sk), written element by element."""
     n_queries, n_keys = shape[-2:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import pytest
 import torch
 from shapes import FUSED, PLAIN
@@ -9,7 +12,6 @@ from shapes import FUSED, PLAIN
 import fusednorm
 
 EVERY = PLAIN + FUSED
-BOTH = pytest.mark.parametrize("function", EVERY)
 MODULES = {
     "layer_norm": fusednorm.LayerNorm,
     "rms_norm": fusednorm.RMSNorm,
@@ -53,6 +55,14 @@ REFUSED = {
     "weight_list": refused(EVERY, TypeError, r"weight.*list.*torch\.tensor\(weight\)", weight=[1.0] * WIDTH),
     "sparse_residual": refused(FUSED, TypeError, "residual.*dense", residual=torch.eye(4, WIDTH).to_sparse()),
 }
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors|Sparse")
+    for _layout in (torch.sparse_coo, torch.sparse_csr):
+        REFUSED[f"x_{_layout}"] = refused(EVERY, TypeError, "X.*dense", x=torch.eye(WIDTH).to_sparse(layout=_layout))
+    for _layout, _shape in itertools.product((torch.strided, torch.jagged), ((WIDTH,), WIDTH)):
+        _nested = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)], layout=_layout)
+        _row = refused(EVERY, TypeError, "X.*nested.*pad", x=_nested, normalized_shape=_shape)
+        REFUSED[f"x_nested_{_layout}_{_shape}"] = _row
 for _dtype in (torch.int64, torch.int8, torch.bool):
     REFUSED[f"x_{_dtype}"] = refused(EVERY, TypeError, rf"X.*float32.*{_dtype}", x=X.to(_dtype))
 for _shape in ((5,), (4, 5), (3, 4, WIDTH), (WIDTH, WIDTH)):
@@ -95,26 +105,6 @@ def test_error_names_argument_value_and_what_is_accepted(case, function, using):
     with using, pytest.raises(error, match=said.replace("X", main_argument(function))) as raised:
         call(function, **given)
     assert all(value in str(raised.value) for value in shown)
-
-
-@BOTH
-@pytest.mark.parametrize("shape", [(WIDTH,), WIDTH], ids=["tuple", "number"])
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_tensor_is_refused_with_the_remedy(function, layout, shape, using):
-    nested = torch.nested.nested_tensor([torch.randn(2, WIDTH), torch.randn(3, WIDTH)], layout=layout)
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*nested.*pad"):
-        call(function, nested, shape)
-
-
-@BOTH
-@pytest.mark.parametrize("layout", ["coo", "csr"])
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
-def test_sparse_tensor_is_refused_with_the_remedy(function, layout, using):
-    dense = torch.eye(WIDTH)
-    sparse = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
-    with using, pytest.raises(TypeError, match=rf"{main_argument(function)}.*dense"):
-        call(function, sparse)
 
 
 @pytest.mark.parametrize(

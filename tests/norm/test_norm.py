@@ -9,7 +9,7 @@ from oracle import DTYPES, Call, check
 from shapes import COTANGENTS, EMPTY_SHAPES, FUSED, PLAIN, SHAPES, Shape, affine, inputs, random_leaves
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-SEED = 0x1234_5678_9ABC_DEF0
+SEED = {"seed": 0x1234_5678_9ABC_DEF0}
 
 ODD = Shape("odd_width_masked_lanes", (9, 37))
 BATCHED = Shape("batched_3d", (3, 5, 40))
@@ -42,16 +42,16 @@ EPILOGUES: dict[str, tuple[tuple[str, ...], dict]] = {
     "x_bias": (("x_bias",), {}),
     "layer_scale": (("layer_scale",), {}),
     "x_bias_layer_scale": (("x_bias", "layer_scale"), {}),
-    "dropout": ((), {"dropout_p": 0.3}),
-    "drop_path": ((), {"drop_path_p": 0.4}),
-    "dropout_drop_path": ((), {"dropout_p": 0.1, "drop_path_p": 0.25}),
-    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3}),
+    "dropout": ((), {"dropout_p": 0.3, **SEED}),
+    "drop_path": ((), {"drop_path_p": 0.4, **SEED}),
+    "dropout_drop_path": ((), {"dropout_p": 0.1, "drop_path_p": 0.25, **SEED}),
+    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 2**63 + 5}),
     "zero_centered": ((), {"zero_centered_weight": True}),
     "eps": ((), {"eps": 0.1}),
     "memory_efficient": ((), {"memory_efficient": True}),
     "memory_efficient_everything": (
         ("x_bias", "layer_scale"),
-        {"dropout_p": 0.2, "drop_path_p": 0.3, "memory_efficient": True, "zero_centered_weight": True},
+        {"dropout_p": 0.2, "drop_path_p": 0.3, "memory_efficient": True, "zero_centered_weight": True, **SEED},
     ),
 }
 
@@ -64,8 +64,6 @@ EPILOGUES: dict[str, tuple[tuple[str, ...], dict]] = {
 @pytest.mark.parametrize("function", FUSED)
 def test_add_norm_epilogue(function, epilogue, shape, with_residual, dtype, using, device, generator):
     names, options = EPILOGUES[epilogue]
-    if "dropout_p" in options or "drop_path_p" in options:
-        options = options | {"seed": SEED}
     stream = ("x", "residual") if with_residual else ("x",)
     leaves = random_leaves(shape, (*stream, *affine(function), *names), dtype, device, generator)
     if options.get("zero_centered_weight"):
@@ -80,7 +78,7 @@ def test_add_norm_epilogue(function, epilogue, shape, with_residual, dtype, usin
 @pytest.mark.parametrize("function", FUSED)
 def test_add_norm_residual_dtype(function, case, memory_efficient, dtype, using, device, generator):
     """A float32 stream beside low-precision activations, given by the option or by the residual itself."""
-    wide, options = torch.float32, {"memory_efficient": memory_efficient, "dropout_p": 0.1, "seed": SEED}
+    wide, options = torch.float32, {"memory_efficient": memory_efficient, "dropout_p": 0.1, **SEED}
     names = inputs(function)
     dtypes = {"residual": wide}
     if case == "narrowed":
@@ -96,7 +94,10 @@ def test_add_norm_residual_dtype(function, case, memory_efficient, dtype, using,
         check(Call(function, options=options), leaves, generator)
 
 
-MIXED = pytest.mark.parametrize(
+MIXED_BY_TORCH = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+
+
+@pytest.mark.parametrize(
     ("dtype", "parameter_dtype"),
     [
         (torch.bfloat16, torch.float32),
@@ -106,27 +107,21 @@ MIXED = pytest.mark.parametrize(
     ],
     ids=["bf16_fp32", "fp16_fp32", "fp32_bf16", "fp32_fp64"],
 )
-
-
-@MIXED
-@pytest.mark.parametrize("function", PLAIN)
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
-def test_plain_norm_mixed_parameter_dtype(function, dtype, parameter_dtype, using, device, generator):
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        *(pytest.param(f, {}, marks=MIXED_BY_TORCH) for f in PLAIN),
+        *((f, {"memory_efficient": kept}) for f in FUSED for kept in (False, True)),
+    ],
+    ids=str,
+)
+def test_norm_mixed_parameter_dtype(function, options, dtype, parameter_dtype, using, device, generator):
     """Also where torch's own CPU kernel refuses the mixture."""
-    dtypes = dict.fromkeys(("weight", "bias"), parameter_dtype)
-    with using:
-        check(Call(function), random_leaves(ODD, inputs(function), dtype, device, generator, dtypes), generator)
-
-
-@MIXED
-@pytest.mark.parametrize("memory_efficient", [False, True], ids=["keep_z", "keep_normed"])
-@pytest.mark.parametrize("function", FUSED)
-def test_add_norm_mixed_parameter_dtype(function, dtype, parameter_dtype, memory_efficient, using, device, generator):
-    dtypes = dict.fromkeys(("weight", "bias", "x_bias", "layer_scale"), parameter_dtype)
-    names = (*inputs(function), "layer_scale")
+    dtypes = dict.fromkeys(("weight", "bias", "layer_scale"), parameter_dtype)
+    names = (*inputs(function), "layer_scale") if function in FUSED else inputs(function)
     leaves = random_leaves(ODD, names, dtype, device, generator, dtypes)
     with using:
-        check(Call(function, options={"memory_efficient": memory_efficient}), leaves, generator)
+        check(Call(function, options=options), leaves, generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

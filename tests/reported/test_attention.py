@@ -3,38 +3,21 @@
 Reported faults that other files test: a crash of masks that must be expanded (flash-attention#352, #840, #1179, #1898;
 every mask of test_attention), a mask beside is_causal ignored or not checked (pytorch#131254; test_attention's bool
 masks, test_errors), double backward refused (pytorch#116350; gradgradcheck in tests/attention/test_autograd.py), NaN
-where a query sees nothing (pytorch#41508, #103963, #118628; tests/attention/test_fully_masked_rows.py).
+where a query sees nothing (pytorch#41508, #103963, #118628; tests/attention/test_masked.py), NaN of padding in every
+result (pytorch#101967; tests/attention/test_masked.py), another dropout mask from each backend (pytorch#149726),
+packed queries and keys of unlike lengths (transformers#35032), both in tests/attention/test_attention.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from oracle_attention import AttentionCall, check
+from oracle_attention import AttentionCall, check, operands
 
 import fusednorm
-from fusednorm import dropout_mask, scaled_dot_product_attention, varlen_attention
+from fusednorm import dropout_mask, scaled_dot_product_attention
 
 OP = "attention_fwd"
-
-
-def operands(generator, device, *shapes, dtype=torch.float32):
-    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
-
-
-# pytorch#101967: NaN of padding reaches every result
-def test_nan_in_padding_reaches_nothing(ours, using, device, generator):
-    q, k, v, dout = operands(generator, device, *[(2, 2, 6, 8)] * 4)
-    key_mask = torch.arange(6, device=device) < torch.tensor([[4], [6]], device=device)
-    with torch.no_grad():
-        for t in (k, v):
-            t[0, :, 4:] = torch.nan
-    with using:
-        for options in ({"key_mask": key_mask}, {"attn_mask": key_mask[:, None, None]}):
-            out = scaled_dot_product_attention(q, k, v, **options)
-            gradients = torch.autograd.grad(out, (q, k, v), dout)
-            assert out.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
-            assert not gradients[1][0, :, 4:].any() and not gradients[2][0, :, 4:].any()
 
 
 # pytorch#108108: which corner is_causal starts from
@@ -57,20 +40,6 @@ def test_dropout_goes_by_its_argument_alone(using, device, generator):
         bare = scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(kept, bare)
     assert not torch.equal(dropped, bare)
-
-
-# pytorch#149726: another mask from each backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("n_keys", [7, 64, 1030])
-def test_the_dropout_mask_is_the_same_from_every_provider(n_keys, dtype, using, device):
-    heads, dim = 2, 256
-    q, k = (torch.zeros(1, heads, n, 8, device=device, dtype=dtype) for n in (5, n_keys))
-    mask = dropout_mask((1, heads, 5, n_keys), 0.5, 77, device)
-    with using:
-        for start in range(0, n_keys, dim):
-            v = torch.eye(n_keys, device=device, dtype=dtype)[:, start : start + dim].expand(1, heads, n_keys, -1)
-            out = scaled_dot_product_attention(q, k, v, dropout_p=0.5, seed=77)
-            assert torch.equal(out != 0, mask[..., start : start + dim])
 
 
 # pytorch#116350
@@ -132,19 +101,6 @@ def test_a_learned_bias_has_its_gradient(shape, dtype, using, device, generator)
     key_mask = torch.arange(9, device=device) < torch.tensor([[9], [4], [0]], device=device)
     with using:
         check(AttentionCall({"key_mask": key_mask}), {n: t.detach() for n, t in leaves.items()}, generator)
-
-
-# transformers#35032
-def test_packed_cross_attention_has_lengths_of_its_own_on_either_side(using, device, generator):
-    lengths_q, lengths_k = torch.tensor([2, 5]), torch.tensor([4, 3])
-    q, k, v = operands(generator, device, (2, 5, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8))
-    key_mask = (torch.arange(4) < lengths_k[:, None]).to(device)
-    query_mask = (torch.arange(5) < lengths_q[:, None]).to(device)
-    bounds = [torch.cat((torch.tensor([0]), n.cumsum(0))).to(device, torch.int32) for n in (lengths_q, lengths_k)]
-    with using:
-        padded = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), key_mask=key_mask)
-        packed = varlen_attention(q[query_mask], k[key_mask], v[key_mask], *bounds, 5, 4)
-    torch.testing.assert_close(packed, padded.transpose(1, 2)[query_mask])
 
 
 # flash-attention#1556, triton#1975: a head dim that is not served

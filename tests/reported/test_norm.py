@@ -31,25 +31,24 @@ def call(function, x, *parameters, **options):
     return outputs_of(getattr(fusednorm, function)(*args, x.shape[-1:], *parameters, **options))
 
 
-# flash-attention#295, #144, apex#403: a list of supported widths
-@pytest.mark.parametrize("width", [6145, 12288, 12289, 16385, 32768, 65537])
+SHAPES = [
+    # flash-attention#295, #144, apex#403: a list of supported widths
+    *(((2, width), torch.bfloat16) for width in (6145, 12288, 12289, 16385, 32768, 65537)),
+    # flash-attention#781: the weight gradient of a 1-D input was uninitialized memory
+    *(((64,), torch.float32), ((1, 64), torch.float32)),
+    # FlagGems#5392: wrong and out of bounds from rank 3 on
+    *(((*(2, 3, 2, 1, 2)[:lead], 10), torch.float32) for lead in range(6)),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 @BOTH
-def test_no_width_is_refused(function, width, using, device, interpreted, generator):
-    if interpreted and width > 17_000:
+def test_no_shape_is_refused(function, shape, dtype, using, device, interpreted, generator):
+    if interpreted and shape[-1] > 17_000:
         pytest.skip("the interpreter takes minutes; 16385 columns take the same path")
-    leaves = random_leaves(Shape("", (2, width)), inputs(function), torch.bfloat16, device, generator)
+    leaves = random_leaves(Shape("", shape), inputs(function), dtype, device, generator)
     with using:
         check(Call(function), leaves, generator)
-
-
-# flash-attention#781: the weight gradient of a 1-D input was uninitialized memory
-@pytest.mark.parametrize("shape", [(64,), (1, 64)], ids=str)
-@BOTH
-def test_weight_grad_of_a_single_row_is_exact_and_repeats(function, shape, using, device, generator):
-    leaves = random_leaves(Shape("", shape), inputs(function), torch.float32, device, generator)
-    with using:
-        for _ in range(3):
-            check(Call(function), leaves, generator)
 
 
 # Liger-Kernel#945: atomics; also the promise of the default backward
@@ -195,16 +194,6 @@ def test_more_than_65536_rows(function, with_affine, using, device, interpreted,
     rows = 1037 if interpreted else 65_537 + 70
     names = tuple(n for n in inputs(function) if with_affine or n in ("x", "residual"))
     leaves = random_leaves(Shape("", (rows, 3)), names, torch.float32, device, generator)
-    with using:
-        check(Call(function), leaves, generator)
-
-
-# FlagGems#5392: wrong and out of bounds from rank 3 on
-@pytest.mark.parametrize("rank", range(1, 7))
-@BOTH
-def test_every_rank(function, rank, using, device, generator):
-    shape = (*(2, 3, 2, 1, 2)[: rank - 1], 10)
-    leaves = random_leaves(Shape("", shape), inputs(function), torch.float32, device, generator)
     with using:
         check(Call(function), leaves, generator)
 

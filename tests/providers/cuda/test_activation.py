@@ -6,6 +6,8 @@ rows take several warps and several slabs.
 
 from __future__ import annotations
 
+import contextlib
+
 import oracle_activation
 import pytest
 import torch
@@ -14,26 +16,17 @@ from oracle import check
 from oracle_activation import ACTIVATIONS, ActivationCall
 from shapes import COTANGENTS, Shape, random_leaves
 
-import fusednorm
 from fusednorm import bias_act_dropout
 from fusednorm._options import ActivationInputs, ActivationOptions
-from fusednorm.dispatch import eager, rules
-from tests.providers.cuda.test_norm import DTYPE, DTYPES, LAYOUTS, pytestmark
+from fusednorm.dispatch import eager
+from tests.activation import test_activation as general
+from tests.providers.conftest import MACHINE
+from tests.providers.cuda.test_norm import DTYPE, DTYPES, LAYOUTS
 
-__all__ = ["pytestmark"]  # which pytest finds by name
-
-
+pytestmark = pytest.mark.usefixtures("cuda")
 DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
 BOTH = ("x", "bias")
-SMALL, LARGE = (32, 32, 1, 3), (128, 512, 8, 2)  # threads of a block, blocks of a cluster, multiprocessors
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulation():
-    torch.ops.fusednorm_cuda.emulate(*LARGE, 1)
-    with fusednorm.use_provider("cuda"):
-        yield
-    torch.ops.fusednorm_cuda.emulate(*LARGE, 1)
+SMALL, LARGE = (32, 32, 1, 3), MACHINE
 
 
 # Vectors of 16 bytes in a row, and a tail of elements: a block of the small machine holds 32.
@@ -96,7 +89,7 @@ def test_cuda_activation_with_cotangents_of_any_layout(layout, generator):
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 @DTYPE
 def test_cuda_activation_drops_what_dropout_mask_drops(dtype, columns):
-    oracle_activation.hold_to_the_mask(columns, dtype)
+    general.test_the_mask_is_dropout_mask((9, columns), contextlib.nullcontext(), "cpu", dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -133,12 +126,6 @@ def test_cuda_activation_refuses_strides_its_kernels_do_not_read():
     for x in (torch.ones(8, 4).t(), torch.ones(4, 16)[:, ::2], torch.ones(4, 1).expand(4, 8)):
         with pytest.raises(ValueError, match=r"'cuda' cannot run.*x: strides"):
             bias_act_dropout(x, None)
-
-
-def test_automatic_choice_never_emulates_the_activation():
-    call = ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
-    reluctance = rules.reluctance("cuda", "bias_act_dropout_fwd", *call)
-    assert reluctance is not None and "emulation" in reluctance
 
 
 @pytest.mark.parametrize("mask", [[True, True], [True, False], [False, True]], ids=str)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import EMULATED
 from oracle import Call, check
 from shapes import Shape, inputs, random_leaves
 
@@ -13,15 +12,11 @@ from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSav
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
-
 
 @pytest.fixture(autouse=True)
-def on_the_emulation():
+def on_the_emulation(cuda):
     force = torch.ops.fusednorm_cuda.force
-    torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
-    with fusednorm.use_provider("cuda"):
-        yield force
+    yield force
     for what in ("forward", "backward", "overlap"):
         force(what, [])
 

@@ -6,40 +6,34 @@ rows reach the forms of wide ones: warps, blocks, clusters, tiles and slabs.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from backends import EMULATED
 from derivatives import gradients_of
 from oracle import DTYPES, Call, check
 from shapes import COTANGENTS, FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
 from fusednorm._options import NormGradOptions, NormInputs, NormOptions, NormSaved
-from fusednorm.dispatch import eager, rules
+from fusednorm.dispatch import eager
 from fusednorm.providers.cuda import norm as cuda
 from fusednorm.providers.reference import norm as reference
+from tests.norm import test_norm as general
+from tests.providers.conftest import MACHINE
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="a GPU runs the kernels itself, in every other test, or no g++")
+pytestmark = pytest.mark.usefixtures("cuda")
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-# (threads of a forward block for each vector, of a backward block, blocks of a cluster, multiprocessors)
 MACHINES = {
-    "large_blocks": (128, 512, 8, 2),
+    "large_blocks": MACHINE,
     "clusters_of_small_blocks": (32, 32, 8, 2),
     "small_blocks_without_clusters": (32, 32, 1, 3),
 }
 
 
-def emulate(machine: str = "large_blocks", seed: int = 1) -> None:
+def emulate(machine: str, seed: int = 1) -> None:
     torch.ops.fusednorm_cuda.emulate(*MACHINES[machine], seed)
-
-
-@pytest.fixture(autouse=True)
-def on_the_emulation():
-    emulate()
-    with fusednorm.use_provider("cuda"):
-        yield
-    emulate()
 
 
 # Vectors of 16 bytes in a row, and a tail of elements: a warp of the forward holds 32, 64 and 128 of them in 1, 2 and 4
@@ -81,32 +75,13 @@ def test_cuda_norm_of_rows_wider_than_a_cluster(columns, generator):
     check(Call("add_layer_norm"), leaves, generator)
 
 
-EPILOGUES = {
-    "x_bias": (("x_bias",), {}),
-    "layer_scale": (("layer_scale",), {}),
-    "dropout": ((), {"dropout_p": 0.3, "seed": 11}),
-    "drop_path": ((), {"drop_path_p": 0.4, "seed": 11}),
-    "everything": (("x_bias", "layer_scale"), {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 2**63 + 5}),
-    "zero_centered": ((), {"zero_centered_weight": True}),
-    "memory_efficient": ((), {"memory_efficient": True}),
-    "memory_efficient_everything": (
-        ("x_bias", "layer_scale"),
-        {"dropout_p": 0.2, "drop_path_p": 0.3, "seed": 5, "memory_efficient": True, "zero_centered_weight": True},
-    ),
-}
-
-
 @DTYPE
 @pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", general.EPILOGUES)
 @pytest.mark.parametrize("function", FUSED)
 def test_cuda_norm_with_every_epilogue(function, epilogue, columns, dtype, generator):
-    extra, options = EPILOGUES[epilogue]
     shape = Shape("", (3, 5, columns))
-    leaves = random_leaves(shape, (*inputs(function), *extra), dtype, "cpu", generator)
-    if options.get("zero_centered_weight"):
-        leaves["weight"] = leaves["weight"] - 1
-    check(Call(function, options=options), leaves, generator)
+    general.test_add_norm_epilogue(function, epilogue, shape, True, dtype, contextlib.nullcontext(), "cpu", generator)
 
 
 @pytest.mark.parametrize("width", [(257, 1), (513, 0)], ids=["unaligned", "aligned"])
@@ -269,11 +244,6 @@ REFUSED = {
 def test_cuda_refuses_what_its_kernels_do_not_read(said):
     with pytest.raises(ValueError, match=rf"'cuda' cannot run.*{said.strip().split(' (')[0]}"):
         REFUSED[said]()
-
-
-def test_automatic_choice_never_emulates():
-    reluctance = rules.reluctance("cuda", "add_layer_norm_fwd", NormInputs(torch.ones(2, 8)), None)
-    assert reluctance is not None and "emulation" in reluctance
 
 
 @pytest.mark.parametrize("function", PLAIN)

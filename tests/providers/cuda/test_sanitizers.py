@@ -84,10 +84,10 @@ QUICK = (
 
 
 @pytest.mark.parametrize(
-    ("chosen", "least"), [(QUICK, 79), pytest.param("", 850, marks=pytest.mark.slow)], ids=["quick", "every_test"]
+    ("chosen", "least"), [(QUICK, 79), pytest.param("cuda", 850, marks=pytest.mark.slow)], ids=["quick", "every_test"]
 )
 def test_kernels_under_sanitizers(chosen, least):
-    """The tests of norms, activations and attention beside this file, in memory that AddressSanitizer watches."""
+    """The tests of norms, activations and attention by this provider, in memory that AddressSanitizer watches."""
     found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = os.environ | {
         "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
@@ -96,8 +96,8 @@ def test_kernels_under_sanitizers(chosen, least):
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{name}.py") for name in ("norm", "activation", "attention")]
-    command += ["-k", chosen] if chosen else []
+    files = [HERE / f"test_{name}.py" for name in ("norm", "activation", "attention")]
+    command += [*map(str, files), str(HERE.parent / "test_attention.py"), "-k", f"cuda and ({chosen})"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, timeout=1800)
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said

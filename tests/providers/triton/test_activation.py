@@ -5,21 +5,20 @@ The interpreter runs a program at a time in Python, so each shape here is the sm
 
 from __future__ import annotations
 
+import contextlib
+
 import oracle_activation
 import pytest
 import torch
-from backends import INTERPRETED
 from oracle import check
 from oracle_activation import ACTIVATIONS, ActivationCall
 from shapes import Shape, named, random_leaves
 
-import fusednorm
 from fusednorm import bias_act_dropout
-from fusednorm._options import ActivationInputs, ActivationOptions
-from fusednorm.dispatch import rules
 from fusednorm.providers.triton import activation as triton_activation
+from tests.activation import test_activation as general
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+pytestmark = pytest.mark.usefixtures("triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DROPOUT = pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 2**63 + 5}], ids=["bare", "dropout"])
@@ -34,12 +33,6 @@ SHAPES = [
     Shape("odd_tiles_a_row", (3, 1101)),
     Shape("more_row_groups_than_programs", (277, 40)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton():
-    with fusednorm.use_provider("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -67,7 +60,7 @@ def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_activation_drops_what_dropout_mask_drops(columns):
-    oracle_activation.hold_to_the_mask(columns)
+    general.test_the_mask_is_dropout_mask((9, columns), contextlib.nullcontext(), "cpu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -118,10 +111,3 @@ def test_triton_activation_of_more_groups_than_programs(monkeypatch, generator):
     monkeypatch.setattr(triton_activation, "_MOST_GROUPS", 2)
     leaves = random_leaves(Shape("", (131, 40)), BOTH, torch.float32, "cpu", generator)
     check(ActivationCall("relu", options={"dropout_p": 0.2, "seed": 5}), leaves, generator)
-
-
-def test_automatic_choice_never_interprets_the_activation():
-    reluctance = rules.reluctance(
-        "triton", "bias_act_dropout_fwd", ActivationInputs(torch.ones(2, 8)), ActivationOptions("relu", 0.0)
-    )
-    assert reluctance is not None and "interpreter" in reluctance

@@ -71,18 +71,19 @@ def gpus():
         yield lambda *call, **options: pool.submit(*call, **options).result(600)
 
 
-def check(launch: launched.Launch, device: int = 0) -> None:
+def check(launches: list[launched.Launch], device: int = 0) -> None:
     """Bit for bit; Triton adds two addresses of scratch memory, which our kernels have not."""
-    note, given = launch.note, launch.parameters.values()
-    assert (note.kernel, note.grid, note.cluster) == (launch.kernel, (*launch.grid, 1), 1)
-    assert note.block == (32 * launch.warps, 1, 1) == (launch.threads, 1, 1)
-    assert (note.shared, note.device, note.stream) == (launch.shared, device, standin.STREAMS[device])
-    assert launch.declared == [*(IN_PTX.get(kind, "u64") for kind, _ in given), "u64", "u64"]
-    packed = [struct.pack(PACKED.get(kind, "<Q"), value) for kind, value in given]
-    assert dict(zip(launch.parameters, note.parameters)) == dict(zip(launch.parameters, packed))
-    assert note.parameters[len(packed) :] == (bytes(8), bytes(8))
-    for name in launch.aligned & set(launch.parameters):
-        assert launch.parameters[name][1] % 16 == 0, name
+    for launch in launches:
+        note, given = launch.note, launch.parameters.values()
+        assert (note.kernel, note.grid, note.cluster) == (launch.kernel, (*launch.grid, 1), 1)
+        assert note.block == (32 * launch.warps, 1, 1) == (launch.threads, 1, 1)
+        assert (note.shared, note.device, note.stream) == (launch.shared, device, standin.STREAMS[device])
+        assert launch.declared == [*(IN_PTX.get(kind, "u64") for kind, _ in given), "u64", "u64"]
+        packed = [struct.pack(PACKED.get(kind, "<Q"), value) for kind, value in given]
+        assert dict(zip(launch.parameters, note.parameters)) == dict(zip(launch.parameters, packed))
+        assert note.parameters[len(packed) :] == (bytes(8), bytes(8))
+        for name in launch.aligned & set(launch.parameters):
+            assert launch.parameters[name][1] % 16 == 0, name
 
 
 def strides_of(name: str, tensor: launched.Known) -> dict[str, int]:
@@ -100,8 +101,8 @@ def test_what_is_launched(gpus, call, options):
     step = gpus(launched.step, call, **options)
     known: dict[str, int | float] = {f"{name}_ptr": tensor.address for name, tensor in step.tensors.items()}
     known |= step.numbers
+    check(step.launches)
     for launch in step.launches:
-        check(launch)
         given = {name: value for name, (_, value) in launch.parameters.items()}
         there = {name: tensor for name, tensor in step.tensors.items() if f"{name}_ptr" in given}
         expected = known | {n: stride for name, t in there.items() for n, stride in strides_of(name, t).items()}
@@ -117,8 +118,7 @@ def test_one_graph_launches_the_same_and_no_warning_is_given(gpus, name):
     eager = gpus(launched.step, call, **options).launches
     step, warned = gpus(launched.compiled, call, **options)
     assert not warned
-    for launch in step.launches:
-        check(launch)
+    check(step.launches)
     assert [(one.kernel, one.grid) for one in step.launches] == [(one.kernel, one.grid) for one in eager]
 
 
@@ -137,8 +137,7 @@ def test_driver_error_is_named_and_the_next_call_is_served(gpus, function, calls
         gpus(launched.step, norm, "add_layer_norm", BIASED, **options)
     launches = gpus(launched.step, norm, "add_layer_norm", BIASED, **options).launches
     assert len(launches) == 3
-    for launch in launches:
-        check(launch)
+    check(launches)
 
 
 def test_while_capturing_what_is_loaded_is_launched_and_nothing_is_loaded(gpus):
@@ -146,8 +145,7 @@ def test_while_capturing_what_is_loaded_is_launched_and_nothing_is_loaded(gpus):
     gpus(launched.step, norm, *loaded)
     gpus(standin.capture, True)
     try:
-        for launch in gpus(launched.step, norm, *loaded).launches:
-            check(launch)
+        check(gpus(launched.step, norm, *loaded).launches)
         with pytest.raises(RuntimeError, match=r"^add_layer_norm_fwd: .*call once before capturing"):
             gpus(launched.step, norm, *other)
     finally:
@@ -164,8 +162,7 @@ def test_launch_goes_to_the_device_of_the_tensors(gpus, current, device):
     finally:
         gpus(standin.current_device, 0)
     assert len(launches) == 3
-    for launch in launches:
-        check(launch, device)
+    check(launches, device)
 
 
 def test_the_gpu_of_the_tensors_is_asked_whether_it_captures(gpus):
@@ -175,5 +172,4 @@ def test_the_gpu_of_the_tensors_is_asked_whether_it_captures(gpus):
 def test_profiler_is_told_of_each_launch_and_changes_none(gpus):
     step, told = gpus(launched.profiled, norm, function="layer_norm", vectors=BIASED)
     assert told == [launch.kernel for launch in step.launches for _ in ("before", "after")]
-    for launch in step.launches:
-        check(launch)
+    check(step.launches)

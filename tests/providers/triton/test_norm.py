@@ -9,18 +9,15 @@ import itertools
 
 import pytest
 import torch
-from backends import INTERPRETED
 from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
-from fusednorm._options import NormInputs
-from fusednorm.dispatch import rules
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton import strides as triton_layout
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the kernels itself, in every other test")
+pytestmark = pytest.mark.usefixtures("triton")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [
@@ -41,12 +38,6 @@ EPILOGUES = {
     "memory_efficient": ((), {"memory_efficient": True}),
     "float32_stream": ((), {"residual_dtype": torch.float32}),
 }
-
-
-@pytest.fixture(autouse=True)
-def triton():
-    with fusednorm.use_provider("triton"):
-        yield
 
 
 @pytest.fixture
@@ -137,12 +128,6 @@ def test_one_value_expanded_over_the_columns_costs_the_others_no_alignment():
 def test_triton_refuses_dropout_over_several_dimensions():
     with pytest.raises(ValueError, match=r"dropout_p.*flatten"):
         fusednorm.add_layer_norm(torch.ones(2, 3, 4), None, (3, 4), dropout_p=0.1)
-
-
-def test_automatic_choice_never_interprets():
-    x = torch.ones(2, 8)
-    reluctance = rules.reluctance("triton", "add_layer_norm_fwd", NormInputs(x), None)
-    assert reluctance is not None and "interpreter" in reluctance
 
 
 def test_table_counts_on_no_more_warps_than_the_smallest_multiprocessor_has(monkeypatch):

@@ -7,20 +7,13 @@ import weakref
 
 import pytest
 import torch
-from backends import INTERPRETED
 
 import fusednorm
 from fusednorm._options import NormInputs, NormOptions
 from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton import norm as triton_norm
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="only in the interpreter does the provider take CPU tensors")
-
-
-@pytest.fixture(autouse=True)
-def triton():
-    with fusednorm.use_provider("triton"):
-        yield
+pytestmark = pytest.mark.usefixtures("triton")
 
 
 def at(offset, *shape, grad=True):
