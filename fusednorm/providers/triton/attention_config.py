@@ -86,7 +86,8 @@ def forward(n: Need) -> Tile:
         if n.heavy:
             return Tile(64, 32, 8, 2)
         if n.columns <= 64:
-            return Tile(64, 32, 4, 2) if n.dropout else Tile(64, 64, 4, 3)
+            warps = 8 if n.bounded and n.capability[0] == 12 and n.triton < (3, 9) else 4
+            return Tile(64, 32, 4, 2) if n.dropout else Tile(64, 64, warps, 3)
         return Tile(64, 64, 8, 2)
     if n.heavy:
         return Tile(128, 32, 8, 2)
