@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..._options import ActivationInputs, ActivationOptions
@@ -13,6 +15,15 @@ refusal = library.refusal
 
 def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
     return library.bias_act_dropout_fwd(*inputs, FORWARD_OPTIONS[options.activation], options.dropout_p)
+
+
+def _prepare_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Callable[..., Tensor]:
+    """`bias_act_dropout_fwd` of all calls with these options: their part of the arguments is made once."""
+    kernel, rest = library.bias_act_dropout_fwd, (FORWARD_OPTIONS[options.activation], options.dropout_p)
+    return lambda inputs, _: kernel(*inputs, *rest)
+
+
+bias_act_dropout_fwd.prepare = _prepare_fwd  # type: ignore[attr-defined]
 
 
 def bias_act_dropout_bwd(
