@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+_DATACENTER = 131072  # bytes of shared memory that only a datacenter GPU's programs may have
+
 
 class Tile(NamedTuple):
     """A launch configuration: queries, keys, warps, and how many tiles are on their way at once."""
@@ -57,7 +59,7 @@ class Need(NamedTuple):
         """Whether heads of 256 need smaller tiles: 99 KiB of shared memory, that of desktop GPUs, are too few for the
         others, and so are registers that hold operands too."""
         full = self.registers_hold_operands and (self.dropout or self.heavy or self.bounded)
-        return self.shared < 131072 or full
+        return self.shared < _DATACENTER or full
 
 
 def columns(d: int) -> int:
@@ -86,7 +88,7 @@ def forward(n: Need) -> Tile:
         if n.heavy:
             return Tile(64, 32, 8, 2)
         if n.columns <= 64:
-            warps = 8 if n.bounded and n.capability[0] == 12 and n.triton < (3, 9) else 4
+            warps = 8 if n.bounded and n.shared < _DATACENTER and n.triton < (3, 9) else 4
             return Tile(64, 32, 4, 2) if n.dropout else Tile(64, 64, warps, 3)
         return Tile(64, 64, 8, 2)
     if n.heavy:
@@ -120,8 +122,7 @@ def part_of_keys(n: Need) -> int:
         return _float32_part(n)
     if n.columns <= 128:
         return 0
-    in_registers = n.registers_hold_operands or n.avoids_tensor_memory
-    return 128 if n.dropout or n.heavy or (n.bounded and in_registers) else 0
+    return 128 if n.dropout or n.heavy or (n.bounded and n.capability[0] != 9) else 0
 
 
 def part_of_queries(n: Need) -> int:
