@@ -119,8 +119,12 @@ def summary(kept: Sequence[tuple[Path, Record]]) -> str:
         + [f"{g.mean:.2f}" if (g := found[path].get((op, direction, d))) else "" for path, _, d in columns]
         for op, direction in SUMMARY
     ]
-    legend = "Eager's time over ours, above 1 we are faster: geometric mean over the sizes of the sweep, 2 threads."
-    return "\n\n".join([NOTE, legend, table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)])
+    legend = (
+        "Speed-up: eager's time divided by ours, the geometric mean over all measured sizes, on 2 threads. Rows are "
+        "benchmark names: `bias_dropout_add_layer_norm` is `add_layer_norm` with `x_bias` and `dropout_p`, "
+        "`bias_gelu_dropout` is `bias_act_dropout`. Empty: not measured."
+    )
+    return "\n\n".join([NOTE, wrapped(legend), table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)])
 
 
 def _dtypes(result: Record) -> list[str]:
