@@ -124,7 +124,9 @@ def summary(kept: Sequence[tuple[Path, Record]]) -> str:
         "benchmark names: `bias_dropout_add_layer_norm` is `add_layer_norm` with `x_bias` and `dropout_p`, "
         "`bias_gelu_dropout` is `bias_act_dropout`. Empty: not measured."
     )
-    return "\n\n".join([NOTE, wrapped(legend), table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)])
+    return "\n\n".join(
+        [NOTE, wrapped(legend), table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)]
+    )
 
 
 def _dtypes(result: Record) -> list[str]:

@@ -92,7 +92,9 @@ def test_automatic_choice_logs_a_refusal_once_and_goes_on(planted, caplog):
     assert "planted" in records[0].getMessage()
 
 
-@pytest.mark.parametrize("why", [{"refusal": "layer_scale: not taken"}, {"unavailable": "no such chip here"}], ids=list)
+@pytest.mark.parametrize(
+    "why", [{"refusal": "layer_scale: not taken"}, {"unavailable": "no such chip here"}], ids="".join
+)
 def test_explain_names_the_provider_and_why_another_does_not_serve(planted, why):
     (reason,) = why.values()
     planted(**why)

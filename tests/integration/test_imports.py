@@ -95,7 +95,7 @@ normed, z = fusednorm.add_layer_norm(x, x, (8,), dropout_p=0.5)
 normed.backward(torch.ones_like(normed))
 print(fusednorm.available_providers())
 """
-    assert "reference" in python("-c", program)
+    assert "reference" in interpreter("-c", program)  # a torch imported with NumPy would still convert to arrays
 
 
 def test_command_info():
@@ -198,7 +198,7 @@ except RuntimeError as fault:
 """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    assert "pip install numpy" in python("-c", program, TRITON_INTERPRET="1")
+    assert "pip install numpy" in interpreter("-c", program, TRITON_INTERPRET="1")
 
 
 def test_compiled_kernels_need_no_numpy():
@@ -209,7 +209,7 @@ import sys
 sys.modules["numpy"] = None
 import fusednorm.providers.triton.launch, fusednorm.providers.triton.norm_fwd, fusednorm.providers.triton.norm_bwd
 """
-    python("-c", program, TRITON_INTERPRET="0")
+    interpreter("-c", program, TRITON_INTERPRET="0")
 
 
 def test_command_without_arguments_says_how_to_use_it(capsys):

@@ -57,7 +57,11 @@ def test_heavy_attention_kernels_do_not_spill_or_wait():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "dim"), [*((arch, "128") for arch in ARCHITECTURES), ("80", "256"), ("90", "256"), ("120", "256")]
+    ("arch", "dim"),
+    [
+        *((arch, "128") for arch in ARCHITECTURES),
+        *(("80", "256"), ("90", "256"), ("100", "256"), ("120", "256"), ("86", "64"), ("100", "64"), ("120", "64")),
+    ],
 )
 def test_attention_gate_for_the_heaviest_calls(arch, dim, triton, tmp_path):
     """Of all that get the same tiles."""
@@ -175,12 +179,14 @@ def test_tiles_follow_the_shared_memory_of_a_device(monkeypatch):
     assert all(rows(choose, small) < rows(choose, large) for choose in (table.forward, table.backward_queries))
 
 
-def test_desktop_blackwell_gets_the_tiles_of_sm_80():
+def test_desktop_blackwell_gets_the_tiles_of_sm_89():
     """Its matrix units are these, not those of sm_100."""
     from fusednorm.providers.triton import attention_config as table
     from fusednorm.providers.triton import host
 
+    kernels = ("forward", "keys", "queries", "mask")
     chooses = (table.forward, table.backward_keys, table.backward_queries, table.backward_mask, table.splits)
+    chooses += tuple(getattr(table, f"part_of_{kernel}") for kernel in kernels)
     for columns, *switches in itertools.product((64, 128, 256), *[(False, True)] * 3):
         for version in ((3, 6), (3, 9)):
             needs = [table.Need(columns, 2, *switches, *host.compiled_for(c), version) for c in ((8, 9), (12, 0))]

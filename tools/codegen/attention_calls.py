@@ -138,7 +138,7 @@ def _need(call: Call) -> table.Need:
 def heaviest(calls: Iterable[Call]) -> list[Call]:
     """Of all calls that the table gives the same tiles the one with most to hold at once.
 
-    Calls with dropout, with a bool mask, and with a summed gradient of the mask have one each.
+    Calls that differ in dropout, in the kind of mask, or in how a mask's gradient is summed are kept apart.
     """
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
@@ -147,7 +147,8 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
         switches = (call.mask == "float32", call.key_mask, call.lower, call.upper, call.lower_right, call.dlse)
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
         summed = call.gradient in ("heads", "queries") and call.gradient
-        kind = (call.d, call.dtype, call.precision, call.dropout, call.mask == "bool", summed)
+        mask = call.mask if call.mask in ("none", "bool") else "additive"
+        kind = (call.d, call.dtype, call.precision, call.dropout, mask, summed)
         key = (kind, _tiles(_need(call)))
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)

@@ -17,13 +17,13 @@ def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -
     return library.bias_act_dropout_fwd(*inputs, FORWARD_OPTIONS[options.activation], options.dropout_p)
 
 
-def _prepare_fwd(inputs: ActivationInputs, options: ActivationOptions) -> Callable[..., Tensor]:
-    """`bias_act_dropout_fwd` of all calls with these options: their part of the arguments is made once."""
+def _prepare(inputs: ActivationInputs, options: ActivationOptions) -> Callable[..., Tensor]:
+    """What serves every call of these options. The arguments that they give are made once."""
     kernel, rest = library.bias_act_dropout_fwd, (FORWARD_OPTIONS[options.activation], options.dropout_p)
     return lambda inputs, _: kernel(*inputs, *rest)
 
 
-bias_act_dropout_fwd.prepare = _prepare_fwd  # type: ignore[attr-defined]
+bias_act_dropout_fwd.prepare = _prepare  # type: ignore[attr-defined]
 
 
 def bias_act_dropout_bwd(

@@ -25,8 +25,8 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     )
 
 
-def _prepare_fwd(inputs: NormInputs, options: NormOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`add_layer_norm_fwd` of all calls with these sizes and options: their part of the arguments is made once."""
+def _prepare(inputs: NormInputs, options: NormOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What serves every call of these sizes and options. The arguments that the options give are made once."""
     if not inputs.x.numel():
         return add_layer_norm_fwd
     kernel = library.add_layer_norm_fwd
@@ -34,7 +34,7 @@ def _prepare_fwd(inputs: NormInputs, options: NormOptions) -> Callable[..., tupl
     return lambda inputs, _: kernel(*inputs, *rest)
 
 
-add_layer_norm_fwd.prepare = _prepare_fwd  # type: ignore[attr-defined]
+add_layer_norm_fwd.prepare = _prepare  # type: ignore[attr-defined]
 
 
 def _empty(x: Tensor, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_DATACENTER = 131072  # bytes of shared memory that only a datacenter GPU's programs may have
+_LARGE_SHARED = 131072  # bytes; desktop GPUs give a program less
 
 
 class Tile(NamedTuple):
@@ -59,7 +59,7 @@ class Need(NamedTuple):
         """Whether heads of 256 need smaller tiles: 99 KiB of shared memory, that of desktop GPUs, are too few for the
         others, and so are registers that hold operands too."""
         full = self.registers_hold_operands and (self.dropout or self.heavy or self.bounded)
-        return self.shared < _DATACENTER or full
+        return self.shared < _LARGE_SHARED or full
 
 
 def columns(d: int) -> int:
@@ -67,11 +67,11 @@ def columns(d: int) -> int:
     return max(16, 1 << max(d - 1, 0).bit_length())
 
 
-_FLOAT32 = Tile(32, 32, 8, 1)  # outside the matrix units, four logits a thread
+_FLOAT32 = Tile(32, 32, 8, 1)  # four logits a thread; IEEE products run outside the matrix units
 
 
 def _float32_part(n: Need) -> int:
-    """Columns of a product at a time: a thread has in registers all that its logits are products of."""
+    """A thread keeps the operands of its logits in registers. Those of 32 columns fit."""
     return 32 if n.columns > 32 else 0
 
 
@@ -88,7 +88,8 @@ def forward(n: Need) -> Tile:
         if n.heavy:
             return Tile(64, 32, 8, 2)
         if n.columns <= 64:
-            warps = 8 if n.bounded and n.shared < _DATACENTER and n.triton < (3, 9) else 4
+            four_spill = n.bounded and n.capability != (8, 0) and n.triton < (3, 9)
+            warps = 8 if four_spill else 4
             return Tile(64, 32, 4, 2) if n.dropout else Tile(64, 64, warps, 3)
         return Tile(64, 64, 8, 2)
     if n.heavy:
@@ -109,11 +110,10 @@ def splits(n: Need) -> bool:
     return n.columns > 64 and (n.dropout or n.heavy or n.bounded or n.has_tensor_memory)
 
 
-def part_of_forward(n: Need) -> int:
-    """How many columns a product of whole heads takes at a time; 0: all.
+# How many columns a product of whole heads takes at a time; 0: all. With all, a program loads its own rows once.
 
-    All is faster where it does not spill: a program's own rows are then loaded once.
-    """
+
+def part_of_forward(n: Need) -> int:
     return _float32_part(n) if n.itemsize == 4 else 0
 
 

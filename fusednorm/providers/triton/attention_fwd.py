@@ -44,9 +44,8 @@ def _logits(
 ):
     """Logits of a tile, -inf where not visible, what is visible, and which keys are there.
 
-    The mask is loaded before the product. Loaded after it, the mask's layout wins over the product's, and Triton
-    computes the softmax twice, once in each. With PART q is a pointer to so many of its columns, and products are made
-    of these at a time.
+    The mask is loaded before the product. Else the softmax takes the mask's layout too, and Triton computes it twice.
+    With PART, q is pointers to its first PART columns, and the product is made of so many columns at a time.
     """
     keys = first_key + tl.arange(0, BLOCK_N)
     there = keys < n_keys

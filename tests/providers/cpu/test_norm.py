@@ -12,7 +12,7 @@ import torch
 import fusednorm
 from fusednorm import dispatch
 from fusednorm.dispatch import crossovers as choice
-from fusednorm.dispatch import rules
+from fusednorm.dispatch import rules, settings
 
 ROOT = Path(fusednorm.__file__).parents[1]
 REASON = dispatch.unavailable_reason("cpu")
@@ -175,3 +175,19 @@ def test_float32_is_rounded_as_torch_rounds(dtype, on_instruction_sets):
         for z in on_instruction_sets(lambda x=x: only_z(x, None, residual_dtype=dtype)):
             assert torch.equal(z.isnan(), expected.isnan())
             assert torch.equal(z.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+def test_forwards_prepared_for_a_signature_compute_what_others_do():
+    """Calls without gradients run prepared functions; those with gradients, which do not, give the same bits."""
+    parameter = torch.randn(24, requires_grad=True)
+    calls = [
+        lambda x, eps: fusednorm.add_layer_norm(x, x, 24, parameter, layer_scale=parameter, eps=eps),
+        lambda x, eps: fusednorm.bias_act_dropout(x, parameter, "silu" if eps == 0.5 else "gelu"),
+    ]
+    with settings.without_fastpath(), fusednorm.use_provider("cpu"):
+        for call in calls:
+            for rows, eps in [(5, 1e-5), (5, 0.5), (5, 1e-5), (0, 1e-5), (6, 0.5)]:
+                x = torch.randn(rows, 24)
+                with torch.no_grad():
+                    prepared = call(x, eps)
+                assert_same_bits([*prepared], [*call(x, eps)])

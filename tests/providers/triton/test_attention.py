@@ -36,14 +36,22 @@ def test_triton_attention_at_1025(generator):
 @pytest.mark.parametrize("dims", [(40, 40), *slow((256, 256)), (24, 136)], ids=str)
 def test_triton_attention_with_products_of_a_part_of_the_columns_at_a_time(dims, small_tiles, monkeypatch, generator):
     """A part that is cut off, and values of other parts than keys."""
-    for kernel in ("forward", "keys", "queries"):
+    for kernel in ("forward", "keys", "queries", "mask"):
         monkeypatch.setattr(table, f"part_of_{kernel}", lambda need: 16)
     leaves = leaves_of(generator, torch.float16, 20, 35, *dims, heads=2, key_heads=1)
     leaves["mask"] = torch.randn(1, 2, 20, 35, generator=generator).half()
     options = {"enable_gqa": True, "window": (9, 30), "softcap": 2.0, "dropout_p": 0.1, "seed": 3}
     check(AttentionCall(options), leaves, generator)
-    del leaves["mask"]
+    leaves["mask"] = torch.randn(1, 35, generator=generator).half()  # its gradient is a sum, by a kernel of its own
     check(AttentionCall({"enable_gqa": True}), leaves, generator)
+
+
+def test_triton_attention_in_float32_with_the_tiles_of_the_table(generator):
+    """Products of 32 of 40 columns at a time, for results and for the gradient of a mask that is a sum."""
+    leaves = leaves_of(generator, torch.float32, 40, 45, 40, heads=2)
+    leaves["mask"] = torch.randn(40, 45, generator=generator)
+    key_mask = torch.arange(45)[None] != 7
+    check(AttentionCall({"key_mask": key_mask, "dropout_p": 0.2, "seed": 5}), leaves, generator)
 
 
 def test_triton_attention_variants_do_not_depend_on_any_length(launches):
