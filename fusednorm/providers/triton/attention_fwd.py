@@ -36,7 +36,7 @@ from .attention_common import (
 
 @triton.jit
 def _logits(
-    q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
+    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, stride_k, scale, softcap,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
@@ -45,7 +45,8 @@ def _logits(
     """Logits of a tile, -inf where not visible, what is visible, and which keys are there.
 
     The mask is loaded before the product. Else the softmax takes the mask's layout too, and Triton computes it twice.
-    With PART, q is pointers to its first PART columns, and the product is made of so many columns at a time.
+    k_tile points to the first keys. With PART, it and q point to the first PART columns, and the product is made of so
+    many columns at a time.
     """
     keys = first_key + tl.arange(0, BLOCK_N)
     there = keys < n_keys
@@ -61,12 +62,11 @@ def _logits(
         lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
         mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
-    k_ptr += first_key.to(tl.int64) * (stride_k * VEC)
+    k_tile += first_key.to(tl.int64) * (stride_k * VEC)
     if PART:
-        k_part = row_pointers(k_ptr, stride_k, BLOCK_N, PART, VEC)
-        products = products_in_parts(q, rows < n_queries, k_part, there, first_key, PART, D, COLS, PRECISION)
+        products = products_in_parts(q, rows < n_queries, k_tile, there, first_key, PART, D, COLS, PRECISION)
     else:
-        k = load_rows(row_pointers(k_ptr, stride_k, BLOCK_N, COLS, VEC), there, D, COLS, MASKED)
+        k = load_rows(k_tile, there, D, COLS, MASKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     logits, _ = capped(products, scale, softcap, FOLD, SOFTCAP)
     if MASKED:
@@ -113,9 +113,11 @@ def _attention_fwd_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
-    q = row_pointers(q_ptr, stride_q_s, BLOCK_M, PART if PART else D_COLS, VEC)
+    COLS: tl.constexpr = PART if PART else D_COLS
+    q = row_pointers(q_ptr, stride_q_s, BLOCK_M, COLS, VEC)
     if not PART:
         q = load_rows(q, rows_ok, D, D_COLS, True)
+    k_tile = row_pointers(k_ptr, stride_k_s, BLOCK_N, COLS, VEC)
     v_tile = row_pointers(v_ptr, stride_v_s, BLOCK_N, DV_COLS, VEC)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -138,7 +140,7 @@ def _attention_fwd_kernel(
                     key_tile = full_low + n
                 first_key = key_tile * BLOCK_N
                 logits, visible, there = _logits(
-                    q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
+                    q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                     stride_k_s, scale, softcap,
                     PRECISION, FOLD, SOFTCAP, MASK, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, PART, BLOCK_N,
@@ -174,7 +176,8 @@ def _attention_fwd_kernel(
                 for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
                     first_key = begin + n * RARE
                     logits, visible, there = _logits(
-                        q, k_ptr, rows, first_key, n_queries, n_keys, lower, upper,
+                        q, row_pointers(k_ptr, stride_k_s, RARE, COLS, VEC), rows, first_key,
+                        n_queries, n_keys, lower, upper,
                         mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                         stride_k_s, scale, softcap,
                         PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, PART, RARE,
