@@ -141,7 +141,7 @@ def part_of_mask(n: Need) -> int:
 
 def backward_keys(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _FLOAT32
+        return _FLOAT32 if n.columns <= 128 else Tile(16, 32, 8, 1)
     more = n.dropout or n.heavy
     if n.avoids_tensor_memory and n.columns <= 128:
         return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
