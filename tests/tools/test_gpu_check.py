@@ -285,7 +285,7 @@ def test_the_gpu_files_are_found():
     names = {f"/{Path(path).relative_to(tests).as_posix()}" for path in gpu_tests.test_files()}
     assert names >= {
         *(f"/norm/test_{name}.py" for name in ("norm", "edges", "memory_efficient", "torch_compat")),
-        *(f"/attention/test_{name}.py" for name in ("attention", "autograd", "extremes", "layout", "masked")),
+        *(f"/attention/test_{name}.py" for name in ("attention", "autograd", "extremes", "masked")),
         *(f"/activation/test_{name}.py" for name in ("activation", "autograd")),
         *(f"/integration/test_{name}.py" for name in ("compile", "dropout", "ops", "transforms", "transforms_nested")),
         *(f"/modules/test_{name}.py" for name in ("attention", "norm", "transformer_layers", "transformer_stacks")),
