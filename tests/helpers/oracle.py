@@ -103,8 +103,11 @@ class Call:
     def _normalized_shape(self, x: Tensor) -> torch.Size:
         return x.shape[x.ndim - self.normalized_ndim :]
 
-    def columns(self, leaves: Mapping[str, Tensor]) -> int:
-        return self._normalized_shape(self.view(leaves["x"])).numel()
+    def columns(self, leaves: Mapping[str, Tensor]) -> float:
+        """How many of a row dropout leaves, on average. Without a residual, the others are zero."""
+        x, residual = self._inputs(leaves)
+        left = 1.0 - self.options.get("dropout_p", 0.0) if residual is None else 1.0
+        return left * self._normalized_shape(x).numel()
 
     def eps(self, dtype: torch.dtype) -> float:
         eps = self.options.get("eps", None if self.rms else 1e-5)
@@ -357,11 +360,7 @@ def check(
             evaluate(lambda t: call.exact(t, leaves["x"].dtype), wide, wide_cotangents),
         ]
 
-    budget = partial(
-        assert_within_budget,
-        what=f"{call.function} ",
-        computed_in=call.computed_in(leaves),
-    )
+    budget = partial(assert_within_budget, what=f"{call.function} ", computed_in=call.computed_in(leaves))
     first = draw(leaves)
     try:
         budget(*first)
