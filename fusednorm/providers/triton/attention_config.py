@@ -164,7 +164,7 @@ def backward_keys(n: Need) -> Tile:
 
 def backward_queries(n: Need) -> Tile:
     if n.itemsize == 4:
-        return _FLOAT32 if n.columns <= 128 else Tile(32, 16, 8, 1)
+        return _FLOAT32 if n.columns <= 128 else Tile(16, 16, 8, 1)
     if n.columns > 128 and (n.narrow or n.avoids_tensor_memory):
         return Tile(32, 32, 8, 1)
     if n.avoids_tensor_memory:
