@@ -20,8 +20,8 @@ def native():
 @pytest.fixture
 def form(request):
     """One of EVERY by its name. Attention by the CPU library is not asked for: a request takes the Python path."""
-    library, name = request.param if isinstance(request.param, tuple) else ("cpu", request.param)
-    form = EVERY[name] if library == "cpu" else on_cuda(EVERY[name])
-    unasked = library == "cpu" and form.function == "scaled_dot_product_attention"
-    with contextlib.nullcontext() if unasked else fusednorm.use_provider(library):
+    provider, name = request.param if isinstance(request.param, tuple) else ("cpu", request.param)
+    form = EVERY[name] if provider == "cpu" else on_cuda(EVERY[name])
+    unasked = provider == "cpu" and form.function == "scaled_dot_product_attention"
+    with contextlib.nullcontext() if unasked else fusednorm.use_provider(provider):
         yield form

@@ -72,7 +72,7 @@ def test_activations_by_automatic_choice(activation, dtype):
 
 @chosen(*NORMS, "bias", "dropout", "both", *ACTIVATED, "causal", "padded", *cuda_forms("bias", "both", "causal"))
 def test_any_subset_of_gradients(form):
-    base = form.leaves((6, 40) if form.library == "cuda" else (6, 33))
+    base = form.leaves((6, 40) if form.provider == "cuda" else (6, 33))
     for count in range(1, len(base) + 1):
         for subset in itertools.combinations(base, count):
             leaves = {name: leaf.detach().requires_grad_(name in subset) for name, leaf in base.items()}
@@ -196,7 +196,7 @@ def test_attention_of_layouts(form, layout):
     tensors = [t.detach() for t in heads(**{"lengths": (7, 7), "device": form.device, **sizes}).values()]
     tensors = OTHER_LAYOUTS.get(layout, lambda *heads: heads)(*tensors)
     leaves = {name: t.requires_grad_() for name, t in zip(form.names, tensors, strict=True)}
-    exact = form.library == "cuda" or layout in ("packed", "expanded", "inf under causality")
+    exact = form.provider == "cuda" or layout in ("packed", "expanded", "inf under causality")
     assert hold_attention_to_python_path(leaves, options, exact).isfinite().all()
     out = scaled_dot_product_attention(*leaves.values(), **options)
     assert all(t.isfinite().all() for t in torch.autograd.grad(out.sum(), list(leaves.values())))

@@ -32,7 +32,7 @@ ONE_OF_EACH = chosen("add_layer_norm", "both", "gelu", "gelu, half dropped", "ca
 
 def close(form: Form, found, expected) -> None:
     """To the last bit, but of attention by the CPU library, which may read copies in another layout."""
-    if form.function == "scaled_dot_product_attention" and form.library == "cpu":
+    if form.function == "scaled_dot_product_attention" and form.provider == "cpu":
         torch.testing.assert_close(list(found), list(expected))
     else:
         same(found, expected)
@@ -216,7 +216,7 @@ def test_calls_show_in_the_profiler_and_leak_nothing(form):
         sum(output.sum() for output in outputs).backward()
     op = OPS.get(form.function, "add_layer_norm")
     found = {event.name for event in profile.events() if event.name.startswith("fusednorm_")}
-    assert found == {f"fusednorm_{form.library}::{op}_fwd", f"fusednorm_{form.library}::{op}_bwd"}
+    assert found == {f"fusednorm_{form.provider}::{op}_fwd", f"fusednorm_{form.provider}::{op}_bwd"}
     references = [weakref.ref(t) for t in (*leaves.values(), *outputs)]
     del leaves, outputs
     gc.collect()

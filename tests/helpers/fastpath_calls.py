@@ -33,11 +33,11 @@ class Form:
     function: str
     names: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    library: str = "cpu"  # or "cuda": the one that the fast path calls
+    provider: str = "cpu"  # or "cuda": the one whose kernels the fast path calls
 
     @property
     def device(self) -> str:
-        return "cuda" if self.library == "cuda" and not EMULATED else "cpu"
+        return "cuda" if self.provider == "cuda" and not EMULATED else "cpu"
 
     @property
     def node(self) -> str:
@@ -134,7 +134,7 @@ EVERY = {**NORMS, **EPILOGUES, **ACTIVATED, **ATTENTION}
 
 def on_cuda(form: Form) -> Form:
     """The same for the CUDA library: on a GPU, or without one on the emulation."""
-    form = replace(form, library="cuda")
+    form = replace(form, provider="cuda")
     options = {name: o.to(form.device) if isinstance(o, Tensor) else o for name, o in form.options.items()}
     return replace(form, options=options)
 

@@ -188,4 +188,5 @@ def test_recomputed_gradients_that_are_to_be_differentiated_are_the_same(form, r
     plain, alone, graphed, second = derivatives(recompute)
     assert error(graphed, plain) < 1e-12 and error(alone, plain) < 1e-12
     torch.testing.assert_close(graphed, plain, rtol=1e-10, atol=1e-12)
+    # float64; second derivatives are sums of more terms than the first, in another order where they are recomputed
     torch.testing.assert_close(second, derivatives(())[3], rtol=1e-9, atol=1e-11)
