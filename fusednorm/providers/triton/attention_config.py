@@ -140,8 +140,10 @@ def part_of_mask(n: Need) -> int:
 
 
 def backward_keys(n: Need) -> Tile:
+    if n.itemsize == 4 and n.columns > 128:
+        return Tile(16, 16 if n.dropout and n.capability[0] == 12 else 32, 8, 1)
     if n.itemsize == 4:
-        return _FLOAT32 if n.columns <= 128 else Tile(16, 32, 8, 1)
+        return _FLOAT32
     more = n.dropout or n.heavy
     if n.avoids_tensor_memory and n.columns <= 128:
         return Tile(16 if n.columns > 64 or more else 32, 32, 8 if n.heavy and n.columns > 64 else 4, 2)
