@@ -13,6 +13,7 @@ from .autograd import activation as autograd_activation
 from .dispatch import eager, settings
 from .dispatch.settings import Decision
 
+_tuple = tuple.__new__
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -65,7 +66,8 @@ def bias_act_dropout(
         torch.Size([2, 5, 32])
     """
     current = settings.current  # looked up once: another thread may replace it
-    if not _is_compiling() and current.fastpath is not None:
+    compiling = _is_compiling()
+    if not compiling and current.fastpath is not None:
         y = current.fastpath.bias_act_dropout(x, bias, activation, dropout_p, seed, current.fastpath_mode)
         if y is not None:
             return y
@@ -74,8 +76,8 @@ def bias_act_dropout(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
     signature = None
-    if type(dropout_p) is float and type(activation) is str and seed is None:  # a seed may have to be converted
-        inputs = ActivationInputs(x, bias)
+    if not compiling and type(dropout_p) is float and type(activation) is str and seed is None:
+        inputs = _tuple(ActivationInputs, (x, bias, None))  # a third of the class's own call
         plan, signature = eager.find(inputs, "bias_act_dropout", activation, dropout_p)
         if plan is not None:
             return plan(inputs)

@@ -153,8 +153,9 @@ def scaled_dot_product_attention(
         >>> fusednorm.scaled_dot_product_attention(q, k, v, is_causal=True, key_mask=padding).shape
         torch.Size([2, 4, 6, 8])
     """
+    compiling = _is_compiling()
     if (
-        not _is_compiling()
+        not compiling
         and attn_mask is None is seed
         and type(dropout_p) is type(softcap) is float
         and dropout_p == softcap == 0.0
@@ -182,7 +183,8 @@ def scaled_dot_product_attention(
         )
     signature = None
     if (
-        type(dropout_p) is type(softcap) is float
+        not compiling
+        and type(dropout_p) is type(softcap) is float
         and (scale is None or type(scale) is float)
         and type(is_causal) is type(enable_gqa) is type(return_lse) is bool
         and type(causal_align) is str

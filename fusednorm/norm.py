@@ -210,10 +210,12 @@ def add_layer_norm(
             zero_centered_weight=zero_centered_weight,
             memory_efficient=memory_efficient,
         )
+    # fmt: off
     return _add_norm(
-        *(x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
-        *(residual_dtype, zero_centered_weight, memory_efficient, False),  # not RMS
+        x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed,
+        residual_dtype, zero_centered_weight, memory_efficient, False,  # not RMS
     )
+    # fmt: on
 
 
 def add_rms_norm(
@@ -277,10 +279,12 @@ def add_rms_norm(
             zero_centered_weight=zero_centered_weight,
             memory_efficient=memory_efficient,
         )
+    # fmt: off
     return _add_norm(
-        *(x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed),
-        *(residual_dtype, zero_centered_weight, memory_efficient, True),  # RMS
+        x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed,
+        residual_dtype, zero_centered_weight, memory_efficient, True,  # RMS
     )
+    # fmt: on
 
 
 def _plain_norm(

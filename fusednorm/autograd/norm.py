@@ -44,12 +44,9 @@ def plan(call: str, inputs: NormInputs, options: NormOptions, memory_efficient: 
         return functools.partial(torch_norm.plain_add_layer_norm, shape=shape, eps=options.eps, rms=options.rms)
     else:
         run = plans.fused(op, AddLayerNormFunction, inputs, options, decision.provider, from_normed)
-    return functools.partial(_outputs, run=run, writes_residual=options.store_residual)
-
-
-def _outputs(inputs: NormInputs, run: Callable[[NormInputs], Any], writes_residual: bool) -> tuple[Tensor, Tensor]:
-    outputs = run(inputs)
-    return outputs[0], outputs[1] if writes_residual else inputs.x
+    if options.store_residual:
+        return lambda inputs: run(inputs)[:2]
+    return lambda inputs: (run(inputs)[0], inputs.x)
 
 
 class AddLayerNormFunction(torch.autograd.Function):

@@ -60,7 +60,7 @@ def bias_act_dropout_fwd(inputs: ActivationInputs, options: ActivationOptions) -
         numbers = (m, layout.n_units, layout.rows_inner, *layout.strides, *host.dropout_scalars(dropout_p))
         return variant(), (slabs, min(host.ceil(m, config.block_m), _MOST_GROUPS)), numbers
 
-    def run(inputs: ActivationInputs, options: ActivationOptions) -> Tensor:
+    def run(inputs: ActivationInputs, *_: object) -> Tensor:
         x, bias, seed = inputs
         y = host.allocator(x)(*like)
         if m == 0 or n == 0:

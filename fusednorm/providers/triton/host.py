@@ -151,8 +151,8 @@ _prepared: dict[tuple[Any, ...], Callable[..., Any]] = {}
 def prepared(make: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
     """An op's function of `make`, which looks at all of its arguments but at no address and no value.
 
-    What it returns takes the same arguments. It is kept for each signature, and `prepare` gives it. Who has seen the
-    signature before (`dispatch/eager.py`) calls it without another look.
+    What it returns takes the same arguments, a forward's the inputs alone too. It is kept for each signature, and
+    `prepare` gives it. Who has seen the signature before (`dispatch/eager.py`) calls it without another look.
     """
 
     def prepare(*args: Any) -> Callable[..., Any]:

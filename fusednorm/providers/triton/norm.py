@@ -159,7 +159,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
         )
         return variant(), (host.ceil(m, block_m), 1), numbers
 
-    def run(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
+    def run(inputs: NormInputs, *_: object) -> tuple[Tensor, Tensor, Tensor]:
         x, residual, weight, bias, x_bias, layer_scale, seed = inputs
         empty = host.allocator(x)
         normed, stats = empty(shape, strides, normed_dtype), empty(stats_shape, stats_strides, acc)
