@@ -164,7 +164,7 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
         return variant(), (n_tiles * n_heads * n_batches, 1), numbers
 
     def run(inputs: AttentionInputs, *_: object) -> tuple[Tensor, Tensor]:
-        q, k, v, *_ = inputs
+        q, k, v = inputs[:3]
         empty = host.allocator(q)
         written = out = empty(*out_like)
         lse = empty(*lse_like)
