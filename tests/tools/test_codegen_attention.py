@@ -55,6 +55,24 @@ def test_heavy_attention_kernels_do_not_spill_or_wait():
     assert compiled("-c", HEAVY).splitlines() == [f"attention_{kernel}" for kernel in kernels]
 
 
+MASK_ACCESSES = """
+from tools.codegen import attention as gate
+from tools.codegen import attention_calls as calls
+call = calls.Call(64, 64, "bfloat16", mask="bool", logits="softcap", unaligned={unaligned})
+additive = call._replace(mask="bfloat16", gradient="direct")
+for call, kernel in ((call, "attention_fwd"), (call, "attention_bwd_dkv"), (additive, "attention_bwd_dq")):
+    [launch] = [v.launch for v in gate.variants([gate.described(call)], 90) if v.launch.kernel == kernel]
+    ptx = launch.compiled(90).asm["ptx"]
+    print(sum(ptx.count(f"{{kind}}.global.b{{bits}}") for kind in ("ld", "st") for bits in (8, 16)))
+"""
+
+
+def test_attention_masks_are_read_and_their_gradients_written_16_bytes_at_a_time():
+    """No access of a byte or of two is left. Of a mask that is not aligned every element takes one."""
+    assert compiled("-c", MASK_ACCESSES.format(unaligned=False)).split() == ["0"] * 3
+    assert all(int(count) >= 8 for count in compiled("-c", MASK_ACCESSES.format(unaligned=True)).split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dim"),
@@ -92,10 +110,12 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     assert pairs(covering) == pairs(every)
     assert len(covering) < len(every) // 20
     forward = seen["attention_fwd"]
-    names = "d d_cols dv dv_cols vec precision fold softcap mask dropout lower upper lower_right part block_m block_n"
-    values, pointers = dict(zip(names.split(), forward, strict=False)), forward[16:]
+    names = "d d_cols dv dv_cols vec precision fold softcap mask mask_vec dropout"
+    names += " lower upper lower_right part block_m block_n"
+    values, pointers = dict(zip(names.split(), forward, strict=False)), forward[17:]
     assert values["precision"] == {"ieee", "tf32"}
     assert values["mask"] == {"additive", "bool", "none"}
+    assert values["mask_vec"] == {"1", "4", "8", "16"}
     switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right")
     assert all(values[name] == {"False", "True"} for name in switches)
     assert len(pointers[3]) == 4  # none, bool, float32, and as the queries

@@ -47,6 +47,7 @@ class Call(NamedTuple):
     dropout: bool = False
     packed: bool = False
     dlse: bool = False
+    unaligned: bool = False  # whether attn_mask is read an element at a time, not in vectors of 16 bytes
     gradient: str = "none"  # of attn_mask: direct, of the logits' shape; heads or queries: summed over them
 
     @property
@@ -59,6 +60,7 @@ class Call(NamedTuple):
             and (self.mask in ("float32", self.dtype) or self.gradient == "none")
             and not (wide and self.logits == "folded")
             and not (self.mask in ("float32", self.dtype) and self.logits == "folded")
+            and (self.mask != "none" or not self.unaligned)
             and (not self.lower_right or self.lower or self.upper)
             and (not self.dlse or wide or self.gradient != "none" or self == self.plain._replace(dlse=True))
         )
@@ -86,7 +88,7 @@ def axes(dims: Iterable[int], dtypes: Iterable[str]) -> dict[str, tuple[Any, ...
         "mask": tuple(dict.fromkeys(("none", "bool", "float32", *floats))),
         "key_mask": both,
         "logits": ("folded", "apart", "softcap"),
-        **dict.fromkeys(("lower", "upper", "lower_right", "dropout", "packed", "dlse"), both),
+        **dict.fromkeys(("lower", "upper", "lower_right", "dropout", "packed", "dlse", "unaligned"), both),
         "gradient": ("none", "direct", "heads", "queries"),
     }
 
@@ -130,7 +132,7 @@ def _need(call: Call) -> table.Need:
     """What the provider says a call needs, on one device."""
     return triton_attention._Problem(
         *(call.d, call.dv, DTYPES[call.dtype], call.precision, call.logits == "folded", call.logits == "softcap"),
-        *(call.mask, call.dropout, call.lower, call.upper, call.lower_right),
+        *(call.mask, 1, call.dropout, call.lower, call.upper, call.lower_right),
         triton_host.compiled_for(triton_attention.INTERPRETED),
     ).need
 
@@ -138,7 +140,7 @@ def _need(call: Call) -> table.Need:
 def heaviest(calls: Iterable[Call]) -> list[Call]:
     """Of all calls that the table gives the same tiles the one with most to hold at once.
 
-    Calls that differ in dropout, in the kind of mask, or in how a mask's gradient is summed are kept apart.
+    Calls that differ in dropout, in a mask's kind or alignment, or in how its gradient is summed are kept apart.
     """
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
@@ -148,7 +150,7 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
         summed = call.gradient in ("heads", "queries") and call.gradient
         mask = call.mask if call.mask in ("none", "bool") else "additive"
-        kind = (call.d, call.dtype, call.precision, call.dropout, mask, summed)
+        kind = (call.d, call.dtype, call.precision, call.dropout, mask, call.unaligned, summed)
         key = (kind, _tiles(_need(call)))
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
@@ -202,7 +204,9 @@ def _arguments(call: Call) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     shape = {"none": (_LENGTH,) * 2, "heads": (_LENGTH,) * 2, "queries": (1, _LENGTH)}
     shape["direct"] = (_BATCH, _HEADS, _LENGTH, _LENGTH)
     kinds = {"bool": torch.bool, **DTYPES}
-    mask = None if call.mask == "none" else torch.empty(shape[call.gradient], dtype=kinds[call.mask])
+    *rows, n_keys = shape[call.gradient]
+    row = torch.empty((*rows, n_keys + call.unaligned), dtype=kinds[call.mask]) if call.mask != "none" else None
+    mask = None if row is None else row[..., call.unaligned :]
     bounds = torch.empty(_BATCH + 1, dtype=torch.int32) if call.packed else None
     return (
         mask,

@@ -70,6 +70,7 @@ class _Problem(NamedTuple):
     fold: bool
     softcap: bool
     mask: str
+    mask_vec: int  # elements of the mask that are read at once
     dropout: bool
     lower: bool  # whether a query's keys are bounded below, and above
     upper: bool
@@ -92,7 +93,8 @@ def _problem(q: Tensor, v: Tensor, attn_mask: Tensor | None, options: AttentionO
     fold = q.element_size() == 2 and not softcap and mask != "additive" and _FOLDED[0] < options.scale < _FOLDED[1]
     return _Problem(
         *(q.shape[-1], v.shape[-1], q.dtype, _precision(q.dtype), fold, softcap != 0.0, mask),
-        *(options.dropout_p > 0.0, lower, upper, options.lower_right and (lower or upper)),
+        *(memory.mask_vec(attn_mask, options.max_seqlen_k), options.dropout_p > 0.0),
+        *(lower, upper, options.lower_right and (lower or upper)),
         host.device(q.get_device()) if q.is_cuda else host.compiled_for(INTERPRETED),
     )
 
@@ -154,11 +156,12 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
 
     def way(tensors: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], lse: Tensor) -> _Way:
         (q, k, v, _), (attn_mask, key_mask, *_) = tensors, masks
-        variant, tile = _plan("fwd", _problem(q, v, attn_mask, options))
+        problem = _problem(q, v, attn_mask, options)
+        variant, tile = _plan("fwd", problem)
         n_tiles, n_heads = host.ceil(options.max_seqlen_q, tile.block_m), q.shape[1]
         numbers = (
             *(n_tiles, n_heads, n_heads // k.shape[1], options.max_seqlen_q, options.max_seqlen_k),
-            *(*memory.strides_of(tensors, packed), *memory.mask_strides(attn_mask)),
+            *(*memory.strides_of(tensors, packed), *memory.mask_strides(attn_mask, problem.mask_vec)),
             *(*memory.key_mask_strides(key_mask), *memory.lse_strides(lse), *_scalars(options)),
         )
         return variant(), (n_tiles * n_heads * n_batches, 1), numbers
@@ -175,7 +178,7 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
             q, k, v = map(memory.read, (q, k, v), copied[:3])
             written = memory.padded(out) if copied[3] else out
         masks = _masks(inputs)
-        key = copied, _precision(dtype)
+        key = copied, _precision(dtype), host.aligned(masks[0])
         found = ways.get(key) or ways.setdefault(key, way((q, k, v, written), masks, lse))
         found[0].launch(found[1], (q, k, v, *masks, written, lse), found[2])
         memory.deliver(written, out)
@@ -233,7 +236,7 @@ def attention_bwd(
         own: tuple[int, ...]
         problem, strides = _problem(q, v, masks[0], options), memory.strides_of(tensors, packed)
         lengths = (q.shape[1] // k.shape[1], options.max_seqlen_q, options.max_seqlen_k)
-        mask_strides = (*memory.mask_strides(masks[0]), *memory.key_mask_strides(masks[1]))
+        mask_strides = (*memory.mask_strides(masks[0], problem.mask_vec), *memory.key_mask_strides(masks[1]))
         last = (*mask_strides, *memory.lse_strides(lse), *_scalars(options))
         if not exact:  # packed sequences are one to it
             variant, tile = _plan("delta", problem)
@@ -244,7 +247,8 @@ def attention_bwd(
         if dq is not None or direct or exact:
             variant, tile = _plan("dq", problem)
             n_tiles = host.ceil(options.max_seqlen_q, tile.block_m)
-            own = (*memory.strides(q if dq is None else dq, packed), *memory.mask_strides(dmask if direct else None))
+            written_mask = memory.mask_strides(dmask if direct else None, problem.mask_vec)
+            own = (*memory.strides(q if dq is None else dq, packed), *written_mask)
             numbers = (n_tiles, q.shape[1], *lengths, *strides, *own, *last)
             found["dq"] = variant(), (n_tiles * q.shape[1] * n_batches, 1), numbers
         if wants_k or wants_v:
@@ -281,7 +285,7 @@ def attention_bwd(
         dq, dk, dv = written = [memory.written_to(g, c) for g, c in zip(written, copied[4:])]
         out, masks, delta = memory.read(out, copied[7]), _masks(inputs), empty(*row_like)
         dlse, inverse = contiguous(dlse), empty(*row_like) if exact else None
-        key = copied, _precision(dtype)
+        key = copied, _precision(dtype), host.aligned(masks[0])
         found = ways.get(key) or ways.setdefault(key, way(tensors, written, out, masks, lse, dmask))
         rows = (lse, delta, dlse if exact else None, inverse)
         read, direct_dmask = (*tensors, *masks, *rows), dmask if direct else None
@@ -335,7 +339,8 @@ def _mask_gradient(
         (
             *(*logits[:2], q.shape[1] // k.shape[1], *logits[2:], *shape[:3], splits),
             *memory.strides_of(operands, False),
-            *(*memory.mask_strides(masks[0]), *memory.key_mask_strides(masks[1]), *lse_strides, *_scalars(options)),
+            *(*memory.mask_strides(masks[0], problem.mask_vec), *memory.key_mask_strides(masks[1])),
+            *(*lse_strides, *_scalars(options)),
         ),
     )
     flat = dmask if dmask.is_contiguous() else torch.empty_like(dmask, memory_format=torch.contiguous_format)

@@ -24,6 +24,7 @@ from .attention_common import (
     kept,
     load_mask,
     load_rows,
+    mask_offset,
     products_in_parts,
     program,
     row_pointers,
@@ -69,11 +70,12 @@ def _attention_bwd_delta_kernel(
 
 @triton.jit
 def _tile(
-    k, v, q_ptr, dout_ptr, keys, keys_ok, first_row, first_key, n_queries, lower, upper,
+    k, v, q_ptr, dout_ptr, keys, keys_ok, first_row, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr, lse_row,
     stride_q, stride_dout, scale, factor, softcap, threshold, keep_scale,
     WANTS_DS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr,
+    MASK: tl.constexpr, MASK_VEC: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    LOWER: tl.constexpr, UPPER: tl.constexpr,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -100,9 +102,12 @@ def _tile(
         visible = visible & keys_ok[:, None]
         mask_tile = mask_ptr
         if MASK != "none":
-            mask_tile = mask_ptr + first_row.to(tl.int64) * stride_mask_q
+            mask_tile = mask_ptr + mask_offset(first_row.to(tl.int64), 0, stride_mask_q, stride_mask_k, MASK_VEC)
         lanes_q, lanes_k = tl.arange(0, BLOCK_M)[None, :], tl.arange(0, BLOCK_N)[:, None]
-        mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
+        mask = load_mask(
+            mask_tile, lanes_q, lanes_k, visible, rows_ok[None, :], keys[:, None], n_keys,
+            stride_mask_q, stride_mask_k, MASK, MASK_VEC,
+        )
         visible = visible_tile(rows[None, :], keys[:, None], visible, lower, upper, mask, LOWER, UPPER, MASK)
         if MASK == "additive":
             logits += mask
@@ -153,8 +158,8 @@ def _attention_bwd_dkv_kernel(
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+    DROPOUT: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """`n_heads` are the keys', each with `group` of the queries'. Of dk_ptr and dv_ptr one may be None."""
@@ -181,7 +186,8 @@ def _attention_bwd_dkv_kernel(
     dout_ptr += (b * stride_dout_b + first_q * stride_dout_s) * VEC
     lse_first = b * stride_lse_b + first_q
     if mask_ptr is not None:
-        mask_ptr += b * stride_mask_b + first_key.to(tl.int64) * stride_mask_k
+        own_keys = mask_offset(0, first_key.to(tl.int64), stride_mask_q, stride_mask_k, MASK_VEC)
+        mask_ptr += b * stride_mask_b * MASK_VEC + own_keys
 
     k = row_pointers(k_ptr, stride_k_s, BLOCK_N, PART if PART else D_COLS, VEC)
     v = row_pointers(v_ptr, stride_v_s, BLOCK_N, PART if PART else DV_COLS, VEC)
@@ -213,7 +219,7 @@ def _attention_bwd_dkv_kernel(
         dout_head = dout_ptr + h * stride_dout_h * VEC
         mask_head = mask_ptr
         if mask_ptr is not None:
-            mask_head = mask_ptr + h * stride_mask_h
+            mask_head = mask_ptr + h * stride_mask_h * MASK_VEC
         lse_row = lse_first + h * stride_lse_h
         for MASKED in tl.static_range(2):
             if MASKED:
@@ -227,10 +233,12 @@ def _attention_bwd_dkv_kernel(
                     else:
                         row_tile = full_low + n
                     q, dout, p, ds, visible, reached = _tile(
-                        k, v, q_head, dout_head, keys, keys_ok, row_tile * BLOCK_M, first_key, n_queries, lower, upper,
+                        k, v, q_head, dout_head, keys, keys_ok, row_tile * BLOCK_M, first_key,
+                        n_queries, n_keys, lower, upper,
                         mask_head, stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
                         lse_row, stride_q_s, stride_dout_s, scale, factor, softcap, threshold, keep_scale,
-                        dk_ptr is not None, PART, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER,
+                        dk_ptr is not None, PART, PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, DROPOUT, MASKED == 1,
+                        LOWER, UPPER,
                         D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
                     )
                     if dv_ptr is not None:
@@ -266,16 +274,17 @@ def _attention_bwd_dkv_kernel(
                             dout_head = dout_ptr + h * stride_dout_h * VEC
                             mask_head = mask_ptr
                             if mask_ptr is not None:
-                                mask_head = mask_ptr + h * stride_mask_h
+                                mask_head = mask_ptr + h * stride_mask_h * MASK_VEC
                             for n in tl.range(0, (end - begin + RARE - 1) // RARE, num_stages=1, disable_licm=True):
                                 first_row = begin + n * RARE
                                 q, dout, p, ds, visible, reached = _tile(
                                     k, v, q_head, dout_head,
-                                    keys, keys_ok, first_row, first_key, n_queries, lower, upper, mask_head,
+                                    keys, keys_ok, first_row, first_key, n_queries, n_keys, lower, upper, mask_head,
                                     stride_mask_q, stride_mask_k, lse_ptr, delta_ptr, dlse_ptr, inverse_ptr, seed_ptr,
                                     lse_first + h * stride_lse_h,
                                     stride_q_s, stride_dout_s, scale, factor, softcap, threshold, keep_scale,
-                                    OF_DK == 1, PART, PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER,
+                                    OF_DK == 1, PART, PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, DROPOUT, True,
+                                    LOWER, UPPER,
                                     D, D_COLS, DV, DV_COLS, VEC, RARE, BLOCK_N,
                                 )
                                 if OF_DK:

@@ -22,8 +22,10 @@ from .attention_common import (
     capped,
     kept,
     key_range,
+    keys_of_mask,
     load_mask,
     load_rows,
+    mask_offset,
     products_in_parts,
     program,
     row_pointers,
@@ -40,8 +42,8 @@ def _tile(
     q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, seed_ptr, lse_row,
     stride_k, stride_v, scale, factor, softcap, threshold, keep_scale,
-    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+    DROPOUT: tl.constexpr, MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PART: tl.constexpr,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -72,12 +74,16 @@ def _tile(
     logits, slope = capped(products, scale, softcap, FOLD, SOFTCAP)
     visible = there[None, :]
     if MASKED:
-        visible = visible & (rows < n_queries)[:, None]
+        row_is_there = (rows < n_queries)[:, None]
+        visible = visible & row_is_there
         mask_tile = mask_ptr
         if MASK != "none":
-            mask_tile = mask_ptr + first_key.to(tl.int64) * stride_mask_k
+            mask_tile = mask_ptr + mask_offset(0, first_key.to(tl.int64), stride_mask_q, stride_mask_k, MASK_VEC)
         lanes_q, lanes_k = tl.arange(0, rows.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
-        mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
+        mask = load_mask(
+            mask_tile, lanes_q, lanes_k, visible, row_is_there, keys[None, :], n_keys, stride_mask_q, stride_mask_k,
+            MASK, MASK_VEC,
+        )
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
         if MASK == "additive":
             logits += mask
@@ -105,8 +111,8 @@ def _attention_bwd_dq_kernel(
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+    DROPOUT: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """`dmask` begins as zeros: tiles of keys that no query sees are not visited.
@@ -135,9 +141,9 @@ def _attention_bwd_dq_kernel(
     v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * VEC
     lse_row = b * stride_lse_b + h * stride_lse_h + first
     if mask_ptr is not None:
-        mask_ptr += b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q
+        mask_ptr += (b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q) * MASK_VEC
     if dmask_ptr is not None:
-        dmask_ptr += b * stride_dmask_b + h * stride_dmask_h
+        dmask_ptr += (b * stride_dmask_b + h * stride_dmask_h) * MASK_VEC
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
@@ -167,7 +173,7 @@ def _attention_bwd_dq_kernel(
                 n_queries, n_keys, lower, upper, mask_ptr, stride_mask_q, stride_mask_k,
                 key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                 stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER, PART,
+                PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, DROPOUT, True, LOWER, UPPER, PART,
                 D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
             )
             total += tl.sum(p, 1)
@@ -193,13 +199,15 @@ def _attention_bwd_dq_kernel(
                     q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                     stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                    PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, MASKED == 1, LOWER, UPPER, PART,
+                    PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, DROPOUT, MASKED == 1, LOWER, UPPER, PART,
                     D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
                 )
                 if dmask_ptr is not None:
                     keys = first_key + tl.arange(0, BLOCK_N)
-                    at = rows.to(tl.int64)[:, None] * stride_dmask_q + keys.to(tl.int64)[None, :] * stride_dmask_k
-                    ok = rows_ok[:, None] & (keys < n_keys)[None, :]
+                    at = mask_offset(
+                        rows.to(tl.int64)[:, None], keys.to(tl.int64)[None, :], stride_dmask_q, stride_dmask_k, MASK_VEC
+                    )
+                    ok = rows_ok[:, None] & keys_of_mask(keys, n_keys, MASK_VEC)[None, :]
                     dmask = ds
                     if inverse_ptr is not None:
                         dmask = ds * inverse[:, None]
@@ -224,7 +232,7 @@ def _attention_bwd_dq_kernel(
                             q, dout, k_ptr, v_ptr, lse, delta, dlse, rows, first_key, n_queries, n_keys, lower, upper,
                             mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k, seed_ptr, lse_row,
                             stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-                            PRECISION, FOLD, SOFTCAP, MASK, DROPOUT, True, LOWER, UPPER, PART,
+                            PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, DROPOUT, True, LOWER, UPPER, PART,
                             D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, RARE,
                         )
                         if SOFTCAP:
@@ -246,7 +254,7 @@ def _attention_bwd_dmask_kernel(
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, MASK_VEC: tl.constexpr, DROPOUT: tl.constexpr,
     LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, SUM_Q: tl.constexpr,
     PART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -303,20 +311,22 @@ def _attention_bwd_dmask_kernel(
             tl.load(lse_ptr + lse_row + lanes, mask=rows_ok, other=0.0),
             tl.load(delta_ptr + lse_row + lanes, mask=rows_ok, other=0.0), dlse,
             rows, first_key, n_queries, n_keys, lower, upper,
-            mask_ptr + b * stride_mask_b + h * stride_mask_h + first * stride_mask_q, stride_mask_q, stride_mask_k,
+            mask_ptr + (b * stride_mask_b + h * stride_mask_h + first * stride_mask_q) * MASK_VEC,
+            stride_mask_q, stride_mask_k,
             key_mask, stride_key_mask_k, seed_ptr, lse_row,
             stride_k_s, stride_v_s, scale, factor, softcap, threshold, keep_scale,
-            PRECISION, False, SOFTCAP, "additive", DROPOUT, True, LOWER, UPPER, PART,
+            PRECISION, False, SOFTCAP, "additive", MASK_VEC, DROPOUT, True, LOWER, UPPER, PART,
             D, D_COLS, DV, DV_COLS, VEC, BLOCK_M, BLOCK_N,
         )
         if inverse_ptr is not None:
             ds = ds * tl.load(inverse_ptr + lse_row + lanes, mask=rows_ok, other=0.0)[:, None]
         total += ds
 
-    size = n_keys.to(tl.int64) * mask_q
+    size = (n_keys // MASK_VEC * MASK_VEC).to(tl.int64) * mask_q  # the compiler sees whole vectors
     partials_ptr += (split.to(tl.int64) * mask_b * mask_h + own_batch * mask_h + own_head) * size
     if SUM_Q:
         total = tl.broadcast_to(tl.sum(total, 0)[None, :], [BLOCK_M, BLOCK_N])
     own_rows, keys = own_row_tile * BLOCK_M + lanes, key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = own_rows.to(tl.int64)[:, None] * n_keys + keys[None, :]
-    tl.store(partials_ptr + at, total, mask=(own_rows < mask_q)[:, None] & (keys < n_keys)[None, :])
+    at = own_rows.to(tl.int64)[:, None] * (n_keys // MASK_VEC * MASK_VEC) + keys[None, :]
+    ok = (own_rows < mask_q)[:, None] & keys_of_mask(keys, n_keys, MASK_VEC)[None, :]
+    tl.store(partials_ptr + at, total, mask=ok)

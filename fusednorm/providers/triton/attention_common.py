@@ -4,7 +4,8 @@ Positions are 32-bit, addresses 64-bit. `rows` are queries and `keys` are keys; 
 transposed, and both come in already shaped ([M, 1] and [1, N], or the other way round), so that what is elementwise
 does not know which. FOLD: logits stay as the matrix units give them, and factor = scale log2(e) is folded into the
 exponent; else they are natural ones. PRECISION is that of float32 products; "ieee" for float32 operands alone. Columns
-lie one after another, and strides are numbers of VEC elements, 16 bytes.
+lie one after another, and strides are numbers of VEC elements, 16 bytes. With MASK_VEC > 1 that holds for attn_mask
+and MASK_VEC too, and keys are a multiple of it; else attn_mask has strides of elements.
 """
 
 # fmt: off
@@ -200,12 +201,32 @@ def visible_tile(
 
 
 @triton.jit
-def load_mask(mask_ptr, lanes_q, lanes_k, ok, stride_q, stride_k, MASK: tl.constexpr):
+def mask_offset(rows, keys, stride_q, stride_k, MASK_VEC: tl.constexpr):
+    """Where attn_mask or its gradient has these rows and keys."""
+    if MASK_VEC > 1:
+        return rows * (stride_q * MASK_VEC) + keys
+    else:
+        return rows * stride_q + keys * stride_k
+
+
+@triton.jit
+def keys_of_mask(keys, n_keys, MASK_VEC: tl.constexpr):
+    """Which keys there are, the same for all of a vector: else it would be read an element at a time."""
+    return keys // MASK_VEC < n_keys // MASK_VEC
+
+
+@triton.jit
+def load_mask(
+    mask_ptr, lanes_q, lanes_k, ok, rows_ok, keys, n_keys, stride_q, stride_k,
+    MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+):
     """The tile of attn_mask at mask_ptr; a dimension along which it is broadcast has stride 0."""
     if MASK == "none":
         return ok
     else:  # a tile spans less than 2**31 elements
-        pointers = mask_ptr + (lanes_q * stride_q.to(tl.int32) + lanes_k * stride_k.to(tl.int32))
+        if MASK_VEC > 1:
+            ok = rows_ok & keys_of_mask(keys, n_keys, MASK_VEC)
+        pointers = mask_ptr + mask_offset(lanes_q, lanes_k, stride_q.to(tl.int32), stride_k.to(tl.int32), MASK_VEC)
         if MASK == "bool":
             return tl.load(pointers, mask=ok, other=0) != 0
         else:

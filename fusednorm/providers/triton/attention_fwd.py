@@ -23,6 +23,7 @@ from .attention_common import (
     key_range,
     load_mask,
     load_rows,
+    mask_offset,
     powers,
     products_in_parts,
     program,
@@ -38,9 +39,9 @@ from .attention_common import (
 def _logits(
     q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask, stride_k, scale, softcap,
-    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
-    PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+    MASKED: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+    VEC: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Logits of a tile, -inf where not visible, what is visible, and which keys are there.
 
@@ -55,12 +56,16 @@ def _logits(
         there = there & (shown != 0)
     visible = there[None, :]
     if MASKED:
-        visible = visible & (rows < n_queries)[:, None]
+        rows_ok = (rows < n_queries)[:, None]
+        visible = visible & rows_ok
         mask_tile = mask_ptr
         if MASK != "none":
-            mask_tile = mask_ptr + first_key.to(tl.int64) * stride_mask_k
+            mask_tile = mask_ptr + mask_offset(0, first_key.to(tl.int64), stride_mask_q, stride_mask_k, MASK_VEC)
         lanes_q, lanes_k = tl.arange(0, q.shape[0])[:, None], tl.arange(0, BLOCK_N)[None, :]
-        mask = load_mask(mask_tile, lanes_q, lanes_k, visible, stride_mask_q, stride_mask_k, MASK)
+        mask = load_mask(
+            mask_tile, lanes_q, lanes_k, visible, rows_ok, keys[None, :], n_keys, stride_mask_q, stride_mask_k,
+            MASK, MASK_VEC,
+        )
         visible = visible_tile(rows[:, None], keys[None, :], visible, lower, upper, mask, LOWER, UPPER, MASK)
     k_tile += first_key.to(tl.int64) * (stride_k * VEC)
     if PART:
@@ -86,8 +91,8 @@ def _attention_fwd_kernel(
     stride_lse_b, stride_lse_h,
     window_left, window_right, scale, factor, softcap, threshold, keep_scale,
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
-    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
+    DROPOUT: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     tile, head, batch = program(n_tiles, n_heads, UPPER)
@@ -109,7 +114,7 @@ def _attention_fwd_kernel(
     out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * VEC
     lse_row = b * stride_lse_b + h * stride_lse_h + first  # the row of the dropout mask too
     if mask_ptr is not None:
-        mask_ptr += b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q
+        mask_ptr += (b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q) * MASK_VEC
     if key_mask_ptr is not None:
         key_mask_ptr += b * stride_key_mask_b
 
@@ -143,7 +148,7 @@ def _attention_fwd_kernel(
                     q, k_tile, rows, first_key, n_queries, n_keys, lower, upper,
                     mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                     stride_k_s, scale, softcap,
-                    PRECISION, FOLD, SOFTCAP, MASK, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, PART, BLOCK_N,
+                    PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, MASKED == 1, LOWER, UPPER, D, D_COLS, VEC, PART, BLOCK_N,
                 )
                 now = tl.maximum(largest, tl.max(logits, 1))
                 # nothing seen yet: -inf - -inf would be NaN
@@ -180,7 +185,7 @@ def _attention_fwd_kernel(
                         n_queries, n_keys, lower, upper,
                         mask_ptr, stride_mask_q, stride_mask_k, key_mask_ptr, stride_key_mask_k,
                         stride_k_s, scale, softcap,
-                        PRECISION, FOLD, SOFTCAP, MASK, True, LOWER, UPPER, D, D_COLS, VEC, PART, RARE,
+                        PRECISION, FOLD, SOFTCAP, MASK, MASK_VEC, True, LOWER, UPPER, D, D_COLS, VEC, PART, RARE,
                     )
                     p = powers(logits, base[:, None], factor, FOLD, PRECISION)
                     if DROPOUT:

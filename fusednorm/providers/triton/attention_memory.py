@@ -97,11 +97,22 @@ def bounded_stride(mask: Tensor | None) -> Tensor | None:
     return mask.contiguous()
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    """Of four dimensions, 0 where it is broadcast."""
+def mask_vec(mask: Tensor | None, n_keys: int) -> int:
+    """How many elements of attn_mask kernels take at once: 16 bytes, or one where its rows are no whole vectors."""
+    if mask is None or mask.shape[-1] != n_keys or mask.stride(-1) != 1:
+        return 1
+    vec = 16 // mask.element_size()
+    outer = zip(mask.shape[:-1], mask.stride())
+    whole = n_keys % vec == 0 and all(size == 1 or stride % vec == 0 for size, stride in outer)
+    return vec if whole and host.aligned(mask) else 1
+
+
+def mask_strides(mask: Tensor | None, vec: int) -> tuple[int, ...]:
+    """Of four dimensions, 0 where it is broadcast, in vectors; along the keys it is 1."""
     if mask is None:
         return (0, 0, 0, 0)
-    own = [stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride())]
+    *outer, last = [stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride())]
+    own = (*[stride // vec for stride in outer], last)
     return (*[0] * (4 - len(own)), *own)
 
 

@@ -41,6 +41,7 @@ UNALIGNED = (
     *("seed_ptr", "stats_ptr", "sums_ptr", "mask_ptr", "key_mask_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"),
     *("lse_ptr", "dlse_ptr", "inverse_ptr", "delta_ptr", "dmask_ptr"),
 )
+_MASKS = ("mask_ptr", "dmask_ptr")  # aligned where they are read in vectors
 NUMBER_TYPES = {  # every other number is an i64
     "n_units": "i32",
     "eps": "fp32",
@@ -84,7 +85,8 @@ def compile_kernel(
     values.update(zip(names[len(names) - len(constants) :], constants, strict=True))
     attributes = {}
     if aligned:
-        promised = [n for n in pointers if signature[n] != "constexpr" and n not in UNALIGNED]
+        unaligned = UNALIGNED if values.get("MASK_VEC", 1) == 1 else [n for n in UNALIGNED if n not in _MASKS]
+        promised = [n for n in pointers if signature[n] != "constexpr" and n not in unaligned]
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in promised}
     source = ASTSource(function, signature, values, attributes)
     # floating-point fusion by name: its default differs between versions of Triton

@@ -54,6 +54,34 @@ def test_triton_attention_in_float32_with_the_tiles_of_the_table(generator):
     check(AttentionCall({"key_mask": key_mask, "dropout_p": 0.2, "seed": 5}), leaves, generator)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((torch.bool, shape) for shape in ((1, 2, 20, 48), (1, 48))),
+        *((torch.float32, shape) for shape in ((1, 2, 20, 48), (20, 48), (1, 48))),  # gradients: direct, and summed
+        (torch.float16, (20, 48)),
+    ],
+    ids=str,
+)
+def test_triton_attention_reads_a_mask_in_vectors_as_it_does_by_element(dtype, shape, small_tiles, generator):
+    """The same bits, of keys that are whole vectors and tiles that the last of them cuts off."""
+    leaves = leaves_of(generator, torch.float16, 20, 48, 40, heads=2)
+    mask = torch.randn(shape, generator=generator)
+    mask = mask > -0.5 if dtype is torch.bool else mask.to(dtype)
+    shifted = torch.empty(mask.numel() + 1, dtype=dtype)[1:].view(shape).copy_(mask)  # no vector is aligned
+    key_mask = torch.arange(48)[None] != 7
+    results = []
+    for given in (mask, shifted):
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves.values()]
+        if given.is_floating_point():
+            inputs.append(given.detach().requires_grad_())
+        out = scaled_dot_product_attention(
+            *inputs[:3], given if dtype is torch.bool else inputs[3], 0.1, key_mask=key_mask, window=(30, 5), seed=3
+        )
+        results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    assert len(results[0]) >= 4 and all(map(torch.equal, *results))
+
+
 def test_triton_attention_variants_do_not_depend_on_any_length(launches):
     for batch, heads, n_queries, n_keys in ((1, 1, 1, 1), (2, 3, 16, 48), (3, 1, 17, 1), (1, 2, 512, 64)):
         leaves = leaves_of(None, torch.bfloat16, n_queries, n_keys, 64, heads=heads, batch=batch)

@@ -6,6 +6,7 @@ Shapes that would be large are of the meta device: they have strides, and no mem
 from __future__ import annotations
 
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -94,6 +95,52 @@ def test_triton_attention_reads_masks_with_strides_of_dimensions_of_one_in_place
     operands = [torch.empty(2, 2, n, 64, dtype=torch.bfloat16, device="meta") for n in (20, 48, 48)]
     attend(*operands, mask)
     assert launches[0].pointers[3] is mask
+
+
+def vectors(mask, launches):
+    """How many elements of the mask each launch of a forward and a backward reads at once."""
+    n_keys = 48 if mask.shape[-1] == 1 else mask.shape[-1]
+    operands = [torch.empty(2, 2, n, 64, dtype=torch.bfloat16) for n in (20, n_keys, n_keys)]
+    launches.clear()
+    attend(*operands, mask)
+    found = set()
+    for launch in launches:
+        names = [*inspect.signature(launch.variant.function.fn).parameters]
+        if "MASK_VEC" in names:
+            found.add(launch.variant.constants[names.index("MASK_VEC") - len(names)])
+    return found
+
+
+MASKS_IN_VECTORS = {
+    "whole": lambda dtype: torch.zeros(2, 2, 20, 48, dtype=dtype),
+    "of_every_head": lambda dtype: torch.zeros(20, 48, dtype=dtype),
+    "of_every_query": lambda dtype: torch.zeros(1, 48, dtype=dtype),
+    "expanded": lambda dtype: torch.zeros(48, dtype=dtype).expand(2, 2, 20, 48),
+    "rows_of_64": lambda dtype: torch.zeros(20, 64, dtype=dtype)[:, :48],
+}
+MASKS_BY_ELEMENT = {
+    "odd_keys": lambda dtype: torch.zeros(20, 45, dtype=dtype),
+    "keys_of_half_a_vector": lambda dtype: torch.zeros(20, 32 + 8 // dtype.itemsize, dtype=dtype),
+    "an_element_off": lambda dtype: torch.zeros(20 * 48 + 1, dtype=dtype)[1:].view(20, 48),
+    "rows_of_49": lambda dtype: torch.zeros(20, 49, dtype=dtype)[:, :48],
+    "transposed": lambda dtype: torch.zeros(48, 20, dtype=dtype).mT,
+    "of_every_key": lambda dtype: torch.zeros(20, 1, dtype=dtype),
+    "every_other_key": lambda dtype: torch.zeros(20, 96, dtype=dtype)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32], ids=str)
+def test_triton_attention_reads_masks_with_rows_of_whole_vectors_16_bytes_at_a_time(dtype, launches):
+    for name, make in MASKS_IN_VECTORS.items():
+        assert vectors(make(dtype), launches) == {16 // dtype.itemsize}, name
+    for name, make in MASKS_BY_ELEMENT.items():
+        assert vectors(make(dtype), launches) == {1}, name
+
+
+def test_triton_attention_looks_at_a_masks_address_in_each_call(launches):
+    memory = torch.zeros(20 * 48 + 1)
+    aligned, off = memory[:-1].view(20, 48), memory[1:].view(20, 48)
+    assert [vectors(mask, launches) for mask in (aligned, off, aligned)] == [{4}, {1}, {4}]
 
 
 UNALIGNED = {
