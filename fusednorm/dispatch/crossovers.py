@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 class Table(NamedTuple):
     device: str
-    source: str  # the raw results it was made from
+    source: str  # the raw results it was made from, a file below benchmarks/results
     worst_loss: float  # at a measured shape: 0.06 where a choice takes 1.06 times as long as the fastest
     steps: dict[str, list[Step]]  # by operation, element size and direction, "add_layer_norm/2/both"
 
@@ -107,10 +107,10 @@ def fastest(key: str, operation: str, itemsize: int, needs_grad: bool, rows: int
     narrower = next((s.columns for s in later if s.columns > step.columns), None)
     limits = filter(None, (_limits(step.elements, fewer, "elements"), _limits(step.columns, narrower, "columns")))
     why = (
-        f"{step.provider} was measured to be the fastest, to within {100 * found.worst_loss:.3g} %, for "
+        f"{step.provider} was measured fastest, to within {100 * found.worst_loss:.3g} %, for "
         f"{_in_words(operation)} of {itemsize}-byte elements, "
         f"{'forward and backward' if needs_grad else 'forward alone'}, {' and '.join(limits) or 'at every size'}, "
-        f"on {found.device} ({found.source})"
+        f"on {found.device} ({PurePosixPath(found.source).name})"
     )
     return Preference(step.provider, why)
 
