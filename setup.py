@@ -46,7 +46,7 @@ TARGET = (2, 11)
 MACOS = sys.platform == "darwin"
 WANTED = os.environ.get("FUSEDNORM_NATIVE", "")
 CUDA_WANTED = os.environ.get("FUSEDNORM_CUDA", "")
-ARCHITECTURES = ("80", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "89", "90a", "100", "120")  # 90a: with the matrix instructions of warpgroups
 READ_BY_COMPILERS = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "SDKROOT")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -100,7 +100,7 @@ def cuda_architectures(compiler: list[str]) -> list[str]:
         raise RuntimeError(f"{compiler[0]} --list-gpu-code names no GPU: {asked.stderr.strip() or asked.stdout!r}")
     variable = "FUSEDNORM_CUDA_ARCHITECTURES"
     if variable not in os.environ:
-        named = [name for name in ARCHITECTURES if name in known]
+        named = [name for name in ARCHITECTURES if name.rstrip("a") in known]
         if not named:
             raise RuntimeError(
                 f"{compiler[0]} compiles for {' '.join(known)}, and for none of {' '.join(ARCHITECTURES)}"
@@ -115,6 +115,7 @@ def cuda_architectures(compiler: list[str]) -> list[str]:
             raise RuntimeError(f"{variable}=native: nvidia-smi does not answer: {fault}") from fault
         found = [line.strip().replace(".", "") for line in answer.splitlines() if line.strip()]
         named = [name for name in found if not name.isdecimal() or int(name) >= 80]
+        named = ["90a" if name == "90" else name for name in named]
         if found and not named:
             raise RuntimeError(f"{variable}=native: this machine's GPUs, {' '.join(found)}, are older than 80")
     if not named or not all(re.fullmatch(r"\d+a?", name) for name in named):
@@ -136,7 +137,8 @@ def code_for(architectures: list[str]) -> list[str]:
         flags += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
         major, next_major = (int(n.rstrip("a")) // 10 for n in (name, following))
         if next_major > major + 1:  # 100 and 120: those of 110 have to compile what 100 is
-            flags += ["-gencode", f"arch=compute_{name},code=compute_{name}"]
+            newer = name.rstrip("a")  # PTX of 90a runs on nothing newer
+            flags += ["-gencode", f"arch=compute_{newer},code=compute_{newer}"]
     return flags
 
 

@@ -136,6 +136,12 @@ class Machine {
     return give(mine, ~0u, place, "exchange");
   }
 
+  // The warps of a block that are one warpgroup. It orders no memory.
+  void meet_group(int warps, Place place) {
+    if (threads_ != warps * kWarp) fibers_.fail(at(place) + "a block that is no warpgroup");
+    meet(group_barriers_[block()], threads_, place, 0, "warpgroup");
+  }
+
   // A barrier of the block, and whether any thread says yes.
   bool sync_threads_or(bool yes, Place place) {
     const size_t round = size_t(votes_of_[fibers_.current()]++);
@@ -217,6 +223,7 @@ class Machine {
     const unsigned across = launch_->grid.x / blocks;
     first_block_ = {index % across * blocks, index / across, 0};
     block_barriers_.assign(blocks, {});
+    group_barriers_.assign(blocks, {});
     warp_barriers_.assign((count + kWarp - 1) / kWarp, {});
     cluster_barrier_ = {};
     block_intervals_.assign(blocks, 0);
@@ -271,6 +278,7 @@ class Machine {
       if (!b.waiting.empty()) places[b.place.name()] += int(b.waiting.size());
     };
     for (const Barrier& b : block_barriers_) count(b);
+    for (const Barrier& b : group_barriers_) count(b);
     for (const Barrier& b : warp_barriers_) count(b);
     count(cluster_barrier_);
     std::string message = "divergent barrier: nothing can go on;";
@@ -289,7 +297,7 @@ class Machine {
   const Launch* launch_ = nullptr;
   int threads_ = 1;
   Dim3 first_block_;
-  std::vector<Barrier> block_barriers_, warp_barriers_;
+  std::vector<Barrier> block_barriers_, warp_barriers_, group_barriers_;
   Barrier cluster_barrier_;
   std::vector<uint64_t> block_intervals_;
   uint64_t cluster_interval_ = 0;

@@ -92,14 +92,14 @@ def unchanged(files: Mapping[str, str]) -> bool:
     return all(digest_of(file) == digest for file, digest in files.items())
 
 
-def build_provider(sanitized: bool) -> Path:
-    """The provider's library with its kernels on the CPU."""
+def build_provider(sanitized: bool, warpgroups: bool = False) -> Path:
+    """The provider's library with its kernels on the CPU; with `warpgroups` those that nvcc compiles for sm_90a."""
     torch = torch_directory()
     sources = [path for pattern in ("*.cu", "*.cpp") for path in (CSRC / "cuda").rglob(pattern)]
     sources += [*(CSRC / "common").glob("*.cpp"), CSRC / "emulation" / "limits.cpp"]
     sources = [source for source in sources if source.name != "machine.cu"]
     flags = ["-DFN_EMULATED", TORCH_TARGET, "-isystem", str(torch / "include"), "-fPIC"]
-    flags += SANITIZED if sanitized else PLAIN
+    flags += (SANITIZED if sanitized else PLAIN) + (("-DFN_EMULATED_WARPGROUPS",) if warpgroups else ())
     return build("libfusednorm_cuda.so", sorted(sources), flags, link_torch(torch))
 
 

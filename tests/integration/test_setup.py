@@ -30,14 +30,14 @@ def architectures(tmp_path, monkeypatch):
 
 
 def test_every_supported_generation_unless_named(architectures):
-    assert architectures() == ["80", "89", "90", "100", "120"]
+    assert architectures() == ["80", "89", "90a", "100", "120"]
     assert architectures("100 90a 80") == ["80", "90a", "100"]
 
 
 def test_no_more_than_nvcc_compiles_for_unless_named(architectures):
     """nvcc 12.4 knows neither 100 nor 120."""
     older = "50 52 75 80 86 87 89 90 90a"
-    assert architectures(known=older) == ["80", "89", "90"]
+    assert architectures(known=older) == ["80", "89", "90a"]
     assert architectures("90a", known=older) == ["90a"]
     with pytest.raises(RuntimeError, match=r"does not compile for 100 120, but for 50 .*; install a newer CUDA \(12.8"):
         architectures("80 100 120", known=older)
@@ -50,8 +50,8 @@ def test_no_more_than_nvcc_compiles_for_unless_named(architectures):
 
 
 def test_native_is_what_the_machine_has(architectures):
-    assert architectures("native", "9.0\\n") == ["90"]
-    assert architectures("native", "10.0\\n9.0\\n9.0\\n") == ["90", "100"]
+    assert architectures("native", "9.0\\n") == ["90a"]
+    assert architectures("native", "10.0\\n9.0\\n9.0\\n") == ["90a", "100"]
     assert architectures("native", "7.5\\n8.6\\n") == ["86"]
 
 
@@ -73,7 +73,7 @@ def test_what_names_no_architecture_is_refused(architectures, named, said, messa
 
 @pytest.mark.parametrize(
     ("architectures", "ptx"),
-    [("80 89 90 100 120", {"100", "120"}), ("90", {"90"}), ("80 90a", {"90a"}), ("80 100", {"80", "100"})],
+    [("80 89 90 100 120", {"100", "120"}), ("90", {"90"}), ("80 90a", {"90"}), ("80 100", {"80", "100"})],
 )
 def test_generations_without_code_of_their_own_find_ptx(architectures, ptx):
     flags = emulated.setup_script().code_for(architectures.split())

@@ -15,8 +15,10 @@ from tools.codegen import cuda_attention as gate
 from tools.codegen.cuda_kernel import Kernel
 
 COPIES, PRODUCTS, LOADS = "LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "LDSM.16.M88.4"
+OF_GROUPS, BEGUN, WAITS = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR.LE"
+FENCE = "FENCE.VIEW.ASYNC"
 SOUND = Kernel(
-    arch="90a",
+    arch="80",
     name="attention_bwd_dkv",
     types=("BFloat16",),
     constants=(128, 0, 2, 128, 1),
@@ -27,11 +29,25 @@ SOUND = Kernel(
     accesses=(),
     units=((PRODUCTS, 128), (COPIES, 24), (LOADS, 80)),
 )
+
+
+def of_groups(**counts):
+    """Units of SOUND on sm_90a, but for those said."""
+    sound = {OF_GROUPS: 24, COPIES: 24, BEGUN: 4, WAITS: 4, FENCE: 1}
+    return {"arch": "90a", "units": tuple((sound | counts).items())}
+
+
+HOPPER = replace(SOUND, **of_groups())
 PLANTED = {
     "spills": {"spilled": 8},
     "no block": {"registers": 520},
     "no 16-byte copies": {"units": ((PRODUCTS, 128), (LOADS, 80))},
-    "matrix instructions, not 128": {"units": ((PRODUCTS, 96), (COPIES, 24), (LOADS, 80))},
+    "of warpgroups, not 128 and 0": {"units": ((PRODUCTS, 96), (COPIES, 24), (LOADS, 80))},
+    "of warpgroups, not 0 and 24": {"arch": "90a"},
+    "wait 24 times": of_groups(**{WAITS: 24}),
+    "wait 0 times": of_groups(**{WAITS: 0}),
+    "begin 3 times": of_groups(**{BEGUN: 3}),
+    "0 fences": of_groups(**{FENCE: 0}),
     "loads of matrices": {"units": ((PRODUCTS, 128), (COPIES, 24))},
     "round float32": {"types": ("float",)},
 }
@@ -40,11 +56,27 @@ PLANTED = {
 @pytest.mark.parametrize("copies", [COPIES, "LDGSTS.E.BYPASS.128.ZFILL"])  # up to sm_90, and from sm_100 on
 def test_cuda_attention_gate_passes_what_is_sound(copies):
     assert gate.faults(replace(SOUND, units=((PRODUCTS, 128), (copies, 24), (LOADS, 80)))) == []
+    assert gate.faults(replace(HOPPER, **of_groups(**{COPIES: 0, copies: 24}))) == []
 
 
 @pytest.mark.parametrize("said", PLANTED)
 def test_cuda_attention_gate_fails_on_what_is_planted(said):
     assert any(said in fault for fault in gate.faults(replace(SOUND, **PLANTED[said])))
+
+
+@pytest.mark.skipif(codegen_cuda.missing() is not None, reason=str(codegen_cuda.missing()))
+def test_page_of_cuda_attention_has_figures_of_sm_90a_and_registers_of_every_architecture():
+    float16 = [replace(k, types=("Float16",)) for k in (SOUND, HOPPER)]
+    figures, registers = gate.page([SOUND, replace(HOPPER, registers=242), *float16]).split("## Registers of a thread")
+    assert [line for line in figures.splitlines() if line.startswith("| attention")] == [
+        "| attention_bwd_dkv | 128 | causality, windows | BFloat16 | 90a | 242 | 0 | 128 | 2 | 24 | 0 | 0 |"
+    ]
+    assert [line for line in registers.splitlines() if line.startswith("|")] == [
+        "| kernel | columns | takes | dtype | sm_80 | sm_90a |",
+        "|---|--:|---|---|--:|--:|",
+        "| attention_bwd_dkv | 128 | causality, windows | BFloat16 | 255 | 242 |",
+        "| attention_bwd_dkv | 128 | causality, windows | Float16 | 255 | 255 |",
+    ]
 
 
 @pytest.mark.slow

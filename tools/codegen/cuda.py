@@ -31,6 +31,7 @@ from tools.codegen.cuda_sass import hot_loop, kernels
 
 ARCHITECTURES = ("80", "90a", "100")
 PAGE = results.FOLDER / "codegen_cuda.md"
+UNITS = ("HMMA", "LDSM", "LDGSTS", "HGMMA", "WARPGROUP", "FENCE")  # the matrix units', and copies to shared memory
 ON_PAGE, ARCH_ON_PAGE = ["norm_bfloat16", "activation", "norm_float32", "partials"], "90a"
 NVCC = shutil.which("nvcc")
 _TRITON = find_spec("triton")
@@ -113,7 +114,7 @@ def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
                 local=sum(n for op, n in ops.items() if op[2] == "L"),
                 hot=len(hot),
                 hot_loads=sum(i.reads_memory for i in hot),
-                units=tuple(sorted(Counter(i.opcode for i in program if i.stem in ("HMMA", "LDSM", "LDGSTS")).items())),
+                units=tuple(sorted(Counter(i.opcode for i in program if i.stem in UNITS).items())),
             )
         )
     return found

@@ -53,15 +53,36 @@ def threads(k: Kernel) -> int:
     return 64 if SIZES[k.types[0]] * k.constants[0] >= 1024 else 128
 
 
-def products(k: Kernel) -> int:
-    """Matrix instructions of a warp's tile: each is 16 rows by 8 columns, and sums over 16."""
-    _, columns, _ = identity(k)
-    row = SIZES[k.types[0]] * columns
-    tile = (64 if row < 256 else 32) if k.name == "attention_fwd" else 16 if row >= 512 else 32
-    each = columns // 16 * (tile // 8)
-    # a product less where sums of keys and of values are made by a launch each; delta is 16 x 16
-    count = {"attention_fwd": 2, "attention_bwd_dq": 3, "attention_bwd_dkv": 4, "attention_bwd_dmask": 2}[k.name]
-    return count * each + (columns // 16 * 2 if k.name == "attention_bwd_dq" else 0)
+PRODUCTS = {  # of a tile: logits' and their gradients', and those of weights
+    "attention_fwd": (1, 1),
+    "attention_bwd_dq": (2, 1),
+    "attention_bwd_dkv": (2, 2),
+    "attention_bwd_dmask": (2, 0),
+}
+
+
+def tile(k: Kernel) -> int:
+    """Keys, or queries, at a time, as Shape of csrc/cuda/attention/attention_shape.h has them."""
+    row = SIZES[k.types[0]] * k.constants[0]
+    return (64 if row < 256 else 32) if k.name == "attention_fwd" else 16 if row >= 512 else 32
+
+
+def of_warpgroups(k: Kernel) -> bool:
+    """Whether its products are a warpgroup's: kOfWarpgroups of csrc/cuda/attention/attention_tile.cuh."""
+    return k.arch == "90a" and SIZES[k.types[0]] == 2
+
+
+def warp_products(k: Kernel) -> int:
+    """`mma` of a warp's tile: each is 16 rows by 8 columns, and sums over 16."""
+    columns = k.constants[0]
+    delta = columns // 16 * 2 if k.name == "attention_bwd_dq" else 0  # is 16 x 16
+    return delta + (0 if of_warpgroups(k) else sum(PRODUCTS[k.name]) * columns // 16 * (tile(k) // 8))
+
+
+def group_products(k: Kernel) -> int:
+    """`wgmma` of a block's tile: each is 64 rows by the tile or by 64 columns, and sums over 16."""
+    columns, (logits, weights) = k.constants[0], PRODUCTS[k.name]
+    return logits * columns // 16 + weights * (columns // 64) * (tile(k) // 16) if of_warpgroups(k) else 0
 
 
 def faults(k: Kernel) -> list[str]:
@@ -73,16 +94,26 @@ def faults(k: Kernel) -> list[str]:
     counts = dict(k.units)
     if not any(op.startswith("LDGSTS") and ".128" in op for op in counts):
         found.append(f"no 16-byte copies to shared memory: {counts}")
-    matrices = sum(n for op, n in counts.items() if op.startswith("HMMA"))
-    loads = sum(n for op, n in counts.items() if op.startswith("LDSM"))
+    matrices, loads, groups = (counted(k, start) for start in ("HMMA", "LDSM", "HGMMA"))
+    begun, waits, fences = (counted(k, start) for start in ("WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"))
     if SIZES[k.types[0]] == 2:
-        if matrices != products(k):
-            found.append(f"{matrices} matrix instructions, not {products(k)}")
-        if not loads or matrices > 2 * loads:
+        if (matrices, groups) != (warp_products(k), group_products(k)):
+            wanted = f"{warp_products(k)} and {group_products(k)}"
+            found.append(f"{matrices} matrix instructions of warps and {groups} of warpgroups, not {wanted}")
+        if matrices > 2 * loads:
             found.append(f"{loads} loads of matrices for {matrices} products")
-    elif matrices:
+        each = sum(PRODUCTS[k.name]) if of_warpgroups(k) else 0
+        if (begun, waits) != (each, each):
+            found.append(f"products of warpgroups begin {begun} times and wait {waits} times, not {each} times")
+        if fences != of_warpgroups(k):
+            found.append(f"{fences} fences between copies and matrix instructions of warpgroups")
+    elif matrices or groups:
         found.append(f"{matrices} matrix instructions, which round float32")
     return found
+
+
+def counted(k: Kernel, start: str) -> int:
+    return sum(n for op, n in k.units if op.startswith(start))
 
 
 def compile_source(source: str, arch: str, folder: Path) -> list[Kernel]:
@@ -98,15 +129,14 @@ def broken(compiled: Iterable[Kernel]) -> list[str]:
 
 def markdown(compiled: Iterable[Kernel]) -> str:
     lines = [
-        "| kernel | columns | takes | dtype | sm | registers | spilled | threads | blocks | mma | ldmatrix |",
-        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
+        "| kernel | columns | takes | dtype | sm | registers | spilled | threads | blocks | wgmma | mma | ldmatrix |",
+        "|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for k in sorted(compiled, key=lambda k: (k.arch, NAMES.index(k.name), identity(k)[1:])):
-        matrices, loads = (sum(n for op, n in k.units if op.startswith(start)) for start in ("HMMA", "LDSM"))
         lines.append(
             f"| {' | '.join(described(k))} | {k.arch} "
             f"| {k.registers} | {max(k.stack, k.spilled)} | {threads(k)} | {resident_blocks(k.registers, threads(k))} "
-            f"| {matrices} | {loads} |"
+            f"| {' | '.join(str(counted(k, start)) for start in ('HGMMA', 'HMMA', 'LDSM'))} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -132,8 +162,9 @@ _HEADER = """# What the CUDA C++ attention kernels compile to
 **Nothing on this page is a measurement of speed.** No kernel here spills, on any of the architectures.
 
 Heads of up to 64, 128 and 256 columns share kernels. Those without every mask have causality and windows alone; in
-float32 one body has all. Blocks are as many as a multiprocessor's registers hold. Matrix instructions (`mma`) and
-loads for them (`ldmatrix`) are those in the binary of one tile; an `mma` is 16 rows by 8 columns, and sums over 16.
+float32 one body has all. Blocks are as many as a multiprocessor's registers hold. Matrix instructions of warpgroups
+(`wgmma`) and of warps (`mma`) and loads for these (`ldmatrix`) are those in the binary of one tile. A `wgmma` is 64
+rows by the keys of a tile or by 64 columns, an `mma` 16 by 8; each sums over 16.
 `NOTES.md` derives from them which fraction of the matrix units' rate the kernels can reach at most.
 
 ## sm_90a

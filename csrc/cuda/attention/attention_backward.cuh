@@ -93,8 +93,7 @@ attention_bwd_dq_kernel(FN_ARGUMENT Attention a) {
   const Tiles tiles = tiles_seen<N>(first, last, s.lower, s.upper, s.n_keys);
   const int64_t row = s.statistics(a, head);
 
-  const T queries{0}, douts = queries.below(S::kRows), own = queries.below(kWarpRows * l.warp),
-          own_dout = douts.below(kWarpRows * l.warp);
+  const T queries{0}, douts = queries.below(S::kRows);
   Ring<E, DIM, S> ring{douts.below(S::kRows).offset};
   queries.template fill<S::kRows, S::kThreads>(s.queries(a.q, head, a.dim), first);
   douts.template fill<S::kRows, S::kThreads>(s.queries(a.dout, head, a.value_dim), first);
@@ -111,7 +110,8 @@ attention_bwd_dq_kernel(FN_ARGUMENT Attention a) {
     wait_copies<0>();
     sync_threads();
     float d[2][4];
-    products<kWarpRows>(d, own_dout, outs.below(kWarpRows * l.warp), l);
+    const int own = kWarpRows * l.warp;
+    products_of_warp<kWarpRows>(d, douts.below(own), outs.below(own), l);
     const int holder = 4 * l.row + l.row / 2;
     of.delta[0] = shuffle(l.row % 2 ? d[0][1] : d[0][0], holder);
     of.delta[1] = shuffle(l.row % 2 ? d[1][3] : d[1][2], holder);
@@ -130,11 +130,11 @@ attention_bwd_dq_kernel(FN_ARGUMENT Attention a) {
           ring.second(ahead).template fill<N, S::kThreads>(v, tile * N);
         },
         [&](int tile) {
-          if (!sees(query, s.n_queries, tile * N, N, s.lower, s.upper)) return;
+          if (!kOfWarpgroups<E> && !sees(query, s.n_queries, tile * N, N, s.lower, s.upper)) return;
           const Corner corner{s.batch, head, query, tile * N, tiles.whole(tile)};
           float p[N / 8][4], dp[N / 8][4], slope[N / 8][4];
           const uint32_t visible =
-              differentiate<E, N, GENERAL>(p, dp, slope, of, a, s, corner, own, own_dout, ring.first(0), ring.second(0), l);
+              differentiate<E, N, GENERAL>(p, dp, slope, of, a, s, corner, queries, douts, ring.first(0), ring.second(0), l);
           if (pass == kSums) {
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)

@@ -28,12 +28,13 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
   const int key_head = place.head, first = place.tile * S::kRows, last = least(first + S::kRows, s.n_keys) - 1;
   if (first >= s.n_keys) return;
   const int group = a.n_heads / a.n_key_heads;
-  const Tiles tiles = tiles_seen<N>(first, last, -s.upper, -s.lower, s.n_queries);
+  Tiles tiles = tiles_seen<N>(first, last, -s.upper, -s.lower, s.n_queries);
+  // rows past the last key are hidden: exp(0 - lse) may be infinite
+  if (first + S::kRows > s.n_keys) tiles.full_end = tiles.full;
   const int per_head = tiles.end - tiles.begin;
   const bool wants_dk = a.dk.data, wants_dv = a.dv.data;
 
-  const T keys{0}, values = keys.below(S::kRows), own = keys.below(kWarpRows * l.warp),
-          own_value = values.below(kWarpRows * l.warp);
+  const T keys{0}, values = keys.below(S::kRows);
   Ring<E, DIM, S> ring{values.below(S::kRows).offset};
   keys.template fill<S::kRows, S::kThreads>(s.keys(a, a.k, key_head, a.dim), first);
   values.template fill<S::kRows, S::kThreads>(s.keys(a, a.v, key_head, a.value_dim), first);
@@ -56,7 +57,7 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
           const Sequence& s = now.s;
           const int head = now.head * group + item / per_head, tile = tiles.begin + item % per_head;
           const int key = now.tile * S::kRows + kWarpRows * l.warp;
-          if (!sees(key, s.n_keys, tile * N, N, -s.upper, -s.lower)) return;
+          if (!kOfWarpgroups<E> && !sees(key, s.n_keys, tile * N, N, -s.upper, -s.lower)) return;
           const Corner corner{s.batch, head, tile * N, key, tiles.whole(tile)};
           const int64_t row = s.statistics(a, head);
           const auto statistic = [&](const float* of, int n, int e, float otherwise = 0.0f) {
@@ -64,7 +65,7 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
             return read(of, row + query, query < s.n_queries, otherwise);
           };
           float p[N / 8][4], slope[N / 8][4];
-          products<N>(p, own, ring.first(0), l);
+          products<N>(p, keys, ring.first(0), l);
           const uint32_t visible = make_logits<E, N, GENERAL, true, true>(p, slope, a, s, corner, l);
 #pragma unroll
           for (int n = 0; n < N / 8; ++n)
@@ -89,7 +90,7 @@ attention_bwd_dkv_kernel(FN_ARGUMENT Attention a) {
           }
           if (!wants_dk) return;
           float dp[N / 8][4];
-          products<N>(dp, own_value, ring.second(0), l);
+          products<N>(dp, values, ring.second(0), l);
           if constexpr (GENERAL)
             if (a.element.on) {
 #pragma unroll

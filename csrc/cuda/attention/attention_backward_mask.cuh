@@ -58,11 +58,11 @@ attention_bwd_dmask_kernel(FN_ARGUMENT Attention a) {
     of.load(a, row, query, a.n_queries, l, E{});
     of.load_sums(a, row, query, l);
     wait_copies<0>();
+    if constexpr (kOfWarpgroups<E>) fence_for_warpgroups();
     sync_threads();
     const Corner corner{batch.batch, head, query, key, tiles.whole(key / N)};
     float p[N / 8][4], dp[N / 8][4], slope[N / 8][4];
-    const uint32_t visible = differentiate<E, N, true>(p, dp, slope, of, a, batch, corner, queries.below(own_row),
-                                                       douts.below(own_row), keys, values, l);
+    const uint32_t visible = differentiate<E, N, true>(p, dp, slope, of, a, batch, corner, queries, douts, keys, values, l);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll

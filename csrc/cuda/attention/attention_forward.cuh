@@ -25,7 +25,7 @@ attention_fwd_kernel(FN_ARGUMENT Attention a) {
   const Tiles tiles = tiles_seen<N>(first, last, s.lower, s.upper, s.n_keys);
   const int64_t row = s.statistics(a, head);
 
-  const T block{0}, queries = block.below(kWarpRows * l.warp);
+  const T block{0};
   Ring<E, DIM, S> ring{block.below(S::kRows).offset};
   block.template fill<S::kRows, S::kThreads>(q, first);
 
@@ -41,10 +41,10 @@ attention_fwd_kernel(FN_ARGUMENT Attention a) {
           ring.second(ahead).template fill<N, S::kThreads>(v, tile * N);
         },
         [&](int tile) {
-          if (!sees(query, s.n_queries, tile * N, N, s.lower, s.upper)) return;
+          if (!kOfWarpgroups<E> && !sees(query, s.n_queries, tile * N, N, s.lower, s.upper)) return;
           const Corner corner{s.batch, head, query, tile * N, tiles.whole(tile)};
           float x[N / 8][4];
-          products<N>(x, queries, ring.first(0), l);
+          products<N>(x, block, ring.first(0), l);
           uint32_t reached = make_logits<E, N, GENERAL, false, false>(x, x, a, s, corner, l);
           float now[2] = {largest[0], largest[1]}, shrink[2], base[2];
 #pragma unroll

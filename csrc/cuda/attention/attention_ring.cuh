@@ -9,6 +9,7 @@ namespace fusednorm_cuda {
 // Two tiles at a time of a block's way over them; while one pair is computed with, the next is on its way.
 template <class E, int DIM, class S>
 struct Ring {
+  static_assert(!kOfWarpgroups<E> || S::kWarps == kGroupWarps);
   static constexpr int kStageBytes = 2 * S::kTile * Tile<E, DIM>::kRowBytes;
   int offset, stage = 0;
 
@@ -23,6 +24,7 @@ struct Ring {
 #pragma unroll 1
     for (int i = begin; i < end; ++i) {
       wait_copies<0>();
+      if constexpr (kOfWarpgroups<E>) fence_for_warpgroups();
       sync_threads();  // the copies of all; and nobody reads the other pair any more
       if (S::kStages == 2) {
         if (i + 1 < end) load(i + 1, 1);

@@ -4,7 +4,7 @@
 // it, and both again eight rows further down. 16-bit products are the matrix units'; float32 ones are sums of FMAs.
 #pragma once
 
-#include "../support/matrix.cuh"
+#include "../support/warpgroup.cuh"
 #include "attention_args.h"
 
 namespace fusednorm_cuda {
@@ -30,12 +30,30 @@ FN_DEVICE GlobalRows rows_of(const Operand& o, int64_t batch, int64_t head, int6
   return {o.data + batch * o.batch + head * o.head + first * o.position, o.position, o.feature, n, columns, o.aligned, nullptr, 0};
 }
 
-// `offset` bytes into shared memory. A row is DIM elements and 16 bytes more: eight rows then lie in different banks.
+// Whether products use `wgmma`: 16-bit elements, on sm_90a.
+template <class E>
+constexpr bool kOfWarpgroups = kHasWarpgroups && sizeof(E) == 2;
+
+// `offset` bytes into shared memory. Eight rows lie in different banks. So a row is DIM elements and 16 bytes more, or, for
+// `wgmma`, is swizzled as `GroupOperand` says.
 template <class E, int DIM>
 struct Tile {
-  static constexpr int kVector = 16 / sizeof(E), kChunks = DIM / kVector, kPitch = kChunks + 1, kRowBytes = 16 * kPitch;
+  static constexpr int kVector = 16 / sizeof(E), kChunks = DIM / kVector, kPitch = kChunks + (kOfWarpgroups<E> ? 0 : 1);
+  static constexpr int kRowBytes = 16 * kPitch;
   int offset;
 
+  // Where a row's vector of 16 bytes is.
+  FN_DEVICE static int at(int row, int chunk) {
+    if constexpr (kOfWarpgroups<E>)
+      return row / 8 * 8 * kChunks + chunk / 8 * 64 + row % 8 * 8 + (chunk % 8 ^ row % 8);
+    else
+      return row * kPitch + chunk;
+  }
+  // The operand from a row and column on: multiples of 8 and of 16.
+  FN_DEVICE GroupOperand operand(int row, int column) const {
+    static_assert(8 * kRowBytes % 1024 == 0);
+    return {offset + row * kRowBytes + column / 64 * 1024 + column % 64 * 2, 8 * kRowBytes, 1024};
+  }
   FN_DEVICE Tile below(int rows) const { return {offset + rows * kRowBytes}; }
   FN_DEVICE Shared<uint4> vectors() const { return Shared<uint4>(offset); }
 
@@ -45,7 +63,7 @@ struct Tile {
     static_assert(THREADS % kChunks == 0 && ROWS * kChunks % THREADS == 0);
     constexpr int kStep = THREADS / kChunks;
     const int thread = thread_again();
-    const int row = thread / kChunks, column = thread % kChunks * kVector, at = row * kPitch + thread % kChunks;
+    const int row = thread / kChunks, chunk = thread % kChunks, column = chunk * kVector;
     const auto there = [&](int position) {
       return position < from.n && !(from.shown && from.shown[position * from.shown_stride] == 0);
     };
@@ -56,14 +74,14 @@ struct Tile {
       for (int r = 0; r < ROWS; r += kStep) {
         const int position = first + row + r;
         const bool copied = inside && there(position);
-        vectors().copy(at + r * kPitch, copied ? begin + position * from.stride : from.data, copied);
+        vectors().copy(at(row + r, chunk), copied ? begin + position * from.stride : from.data, copied);
       }
     } else {
 #pragma unroll 1
       for (int r = 0; r < ROWS; r += kStep) {
         const int position = first + row + r;
         const int columns = there(position) ? from.columns : 0;
-        vectors().set(at + r * kPitch, gathered(from.data + (columns ? position * from.stride : 0), from.feature, column, columns));
+        vectors().set(at(row + r, chunk), gathered(from.data + (columns ? position * from.stride : 0), from.feature, column, columns));
       }
     }
   }
@@ -76,7 +94,7 @@ struct Tile {
       const int row = i / kChunks, column = i % kChunks * kVector;
       if (first + row >= to.n || column >= to.columns) continue;
       char* const begin = const_cast<char*>(to.data) + int64_t(first + row) * to.stride;
-      const uint4 vector = vectors().get(row * kPitch + i % kChunks);
+      const uint4 vector = vectors().get(at(row, i % kChunks));
       if (to.aligned) {
         *reinterpret_cast<uint4*>(begin + column * int(sizeof(E))) = vector;
         continue;
@@ -102,12 +120,12 @@ struct Tile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float a = numbers[n][2 * half] * factors[half], b = numbers[n][2 * half + 1] * factors[half];
-        const Tile row = below(l.row + 8 * half);
+        const int row = l.row + 8 * half;
         if constexpr (sizeof(E) == 2) {
-          Shared<uint32_t>(row.offset).set(4 * n + l.pair, pack(a, b, E{}));
+          Shared<uint32_t>(offset).set(4 * at(row, n) + l.pair, pack(a, b, E{}));
         } else {
           const uint64_t bits = bit_cast<uint32_t>(a) | uint64_t(bit_cast<uint32_t>(b)) << 32;
-          Shared<uint64_t>(row.offset).set(4 * n + l.pair, bits);
+          Shared<uint64_t>(offset).set(2 * at(row, 2 * n) + l.pair, bits);
         }
       }
   }
@@ -115,10 +133,10 @@ struct Tile {
   // The numbers 8 n + 2 pair and the next of a row.
   FN_DEVICE void pair_of(int row, int n, int pair, float (&to)[2]) const {
     if constexpr (sizeof(E) == 2) {
-      const uint32_t bits = Shared<uint32_t>(offset + row * kRowBytes).get(4 * n + pair);
+      const uint32_t bits = Shared<uint32_t>(offset).get(4 * at(row, n) + pair);
       to[0] = widened(uint16_t(bits), E{}), to[1] = widened(uint16_t(bits >> 16), E{});
     } else {
-      const uint64_t bits = Shared<uint64_t>(offset + row * kRowBytes).get(4 * n + pair);
+      const uint64_t bits = Shared<uint64_t>(offset).get(2 * at(row, 2 * n) + pair);
       to[0] = bit_cast<float>(uint32_t(bits)), to[1] = bit_cast<float>(uint32_t(bits >> 32));
     }
   }
@@ -148,28 +166,26 @@ FN_DEVICE void clear(float (&numbers)[N][4]) {
     for (int e = 0; e < 4; ++e) numbers[n][e] = 0;
 }
 
-// sum = own other^T: of the warp's 16 rows `own` with the first N rows of `other`.
+// sum = own other^T: of the warp's 16 rows `own` with the first N rows of `other`, by each warp for itself.
 template <int N, class E, int DIM>
-FN_DEVICE void products(float (&sum)[N / 8][4], Tile<E, DIM> own, Tile<E, DIM> other, const Lane& l) {
+FN_DEVICE void products_of_warp(float (&sum)[N / 8][4], Tile<E, DIM> own, Tile<E, DIM> other, const Lane& l) {
   using T = Tile<E, DIM>;
   clear(sum);
   if constexpr (sizeof(E) == 2) {
-    const int at_own = l.lane % 16 * T::kPitch + l.lane / 16;
-    const int at_other = (l.lane % 8 + l.lane / 16 * 8) * T::kPitch + l.lane / 8 % 2;
 #pragma unroll
     for (int k = 0; k < DIM / 16; ++k) {
       uint32_t a[4], b[4];
-      load_matrices<false>(own.vectors(), at_own + 2 * k, a);
+      load_matrices<false>(own.vectors(), T::at(l.lane % 16, l.lane / 16 + 2 * k), a);
 #pragma unroll
       for (int n = 0; n < N / 16; ++n) {
-        load_matrices<false>(other.vectors(), at_other + n * 16 * T::kPitch + 2 * k, b);
+        load_matrices<false>(other.vectors(), T::at(l.lane % 8 + l.lane / 16 * 8 + 16 * n, l.lane / 8 % 2 + 2 * k), b);
         multiply_add(sum[2 * n], a, b[0], b[1], E{});
         multiply_add(sum[2 * n + 1], a, b[2], b[3], E{});
       }
     }
   } else {
     const auto four = [](T tile, int row, int k, float(&to)[4]) {
-      const uint4 v = tile.vectors().get(row * T::kPitch + k);
+      const uint4 v = tile.vectors().get(T::at(row, k));
       to[0] = bit_cast<float>(v.x), to[1] = bit_cast<float>(v.y), to[2] = bit_cast<float>(v.z), to[3] = bit_cast<float>(v.w);
     };
 #pragma unroll 2
@@ -191,6 +207,38 @@ FN_DEVICE void products(float (&sum)[N / 8][4], Tile<E, DIM> own, Tile<E, DIM> o
   }
 }
 
+// sum = block other^T: of the block's rows, of which this warp has 16, with the first N rows of `other`.
+template <int N, class E, int DIM>
+FN_DEVICE void products(float (&sum)[N / 8][4], Tile<E, DIM> block, Tile<E, DIM> other, const Lane& l) {
+  if constexpr (kOfWarpgroups<E>) {
+    begin_group_products();
+#pragma unroll
+    for (int k = 0; k < DIM; k += 16) group_multiply_add<N>(sum, block.operand(0, k), other.operand(0, k), k > 0, E{});
+    end_group_products(sum);
+  } else {
+    products_of_warp<N>(sum, block.below(kWarpRows * l.warp), other, l);
+  }
+}
+
+// As `add_products`; operand(k, a) gives a warp's weights for rows 16 k on.
+template <int N, class E, int DIM, class F>
+FN_DEVICE void add_group_products(float (&sum)[DIM / 8][4], const F& operand, Tile<E, DIM> tile) {
+  uint32_t a[N / 16][4];
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) operand(k, a[k]);
+  begin_group_products(sum, a);
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) {
+    group_multiply_add<0>(sum, a[k], tile.operand(16 * k, 0), E{});
+    if constexpr (DIM > 64) group_multiply_add<8>(sum, a[k], tile.operand(16 * k, 64), E{});
+    if constexpr (DIM > 128) {
+      group_multiply_add<16>(sum, a[k], tile.operand(16 * k, 128), E{});
+      group_multiply_add<24>(sum, a[k], tile.operand(16 * k, 192), E{});
+    }
+  }
+  end_group_products(sum);
+}
+
 // Adds weights tile: of a warp's 16 rows of weights for the N rows of the tile. Bit 4 n + e of `reached` says that element e
 // of columns 8 n to 8 n + 7 takes part. Where `careful` what does not is left out, else it is a weight of zero.
 template <int N, class E, int DIM>
@@ -198,17 +246,21 @@ FN_DEVICE void add_products(float (&sum)[DIM / 8][4], const float (&weights)[N /
                             Tile<E, DIM> tile, const Lane& l) {
   using T = Tile<E, DIM>;
   if constexpr (sizeof(E) == 2) {
-    if (!careful) {
-      const int at = l.lane % 16 * T::kPitch + l.lane / 16;
+    const auto operand = [&](int k, uint32_t(&a)[4]) {
+      const auto &left = weights[2 * k], &right = weights[2 * k + 1];
+      a[0] = pack(left[0], left[1], E{}), a[1] = pack(left[2], left[3], E{});
+      a[2] = pack(right[0], right[1], E{}), a[3] = pack(right[2], right[3], E{});
+    };
+    if constexpr (kOfWarpgroups<E>) {
+      if (!careful) return add_group_products<N>(sum, operand, tile);
+    } else if (!careful) {
 #pragma unroll
       for (int k = 0; k < N / 16; ++k) {
-        const auto &left = weights[2 * k], &right = weights[2 * k + 1];
-        const uint32_t a[4] = {pack(left[0], left[1], E{}), pack(left[2], left[3], E{}), pack(right[0], right[1], E{}),
-                               pack(right[2], right[3], E{})};
-        uint32_t b[4];
+        uint32_t a[4], b[4];
+        operand(k, a);
 #pragma unroll
         for (int n = 0; n < DIM / 16; ++n) {
-          load_matrices<true>(tile.vectors(), at + k * 16 * T::kPitch + 2 * n, b);
+          load_matrices<true>(tile.vectors(), T::at(l.lane % 16 + 16 * k, l.lane / 16 + 2 * n), b);
           multiply_add(sum[2 * n], a, b[0], b[1], E{});
           multiply_add(sum[2 * n + 1], a, b[2], b[3], E{});
         }

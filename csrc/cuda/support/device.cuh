@@ -23,6 +23,12 @@ constexpr bool kSinceHopper = false;
 constexpr bool kSinceHopper = true;
 #endif
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;  // `warpgroup.cuh`
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
+
 FN_DEVICE void sync_threads() { __syncthreads(); }
 
 // The compiler moves no access to memory across.
@@ -70,7 +76,7 @@ FN_DEVICE V shuffle_xor(V value, int offset) {
   return __shfl_xor_sync(kEveryLane, value, offset);
 }
 
-extern __shared__ __align__(16) char shared_memory[];
+extern __shared__ __align__(1024) char shared_memory[];
 
 FN_DEVICE unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
@@ -128,6 +134,11 @@ FN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int PENDING>
 FN_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Orders this thread's writes to shared memory, copies that it waited for included, before `wgmma` reads them, which is by
+// the asynchronous proxy. A barrier must follow.
+FN_DEVICE void fence_for_warpgroups() {
+  if constexpr (kHasWarpgroups) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // An array in the block's dynamic shared memory, `offset` bytes in.
@@ -196,6 +207,11 @@ using fusednorm_emulation::Machine;
 
 constexpr unsigned kEveryLane = 0xffffffffu;
 constexpr bool kSinceHopper = true;
+#if defined(FN_EMULATED_WARPGROUPS)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
+#endif
 
 inline void sync_threads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   Machine::get().sync_threads({file, line});
@@ -212,6 +228,7 @@ inline int cluster_size() { return int(Machine::get().cluster_size()); }
 inline void compiler_fence() {}
 inline void trigger_dependents() {}
 inline void wait_for_dependency() {}
+inline void fence_for_warpgroups() {}
 inline void commit_copies() { Machine::get().commit_copies(); }
 template <int PENDING>
 void wait_copies(int line = __builtin_LINE()) {

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/support/matrix.cuh"
+#include "../../../csrc/cuda/support/warpgroup.cuh"
 
 namespace fusednorm_cuda {
 
@@ -195,6 +195,62 @@ static void matrix_read_too_soon() { multiply<false>(false, kThreads, 0); }
 static void matrix_that_some_skip() { multiply<false>(true, kThreads - 1, 0); }
 static void matrix_of_a_tile_too_many() { multiply<false>(true, kThreads, 32); }
 
+constexpr int kGroupThreads = 32 * kGroupWarps, kGroupRows = 64, kGroupBytes = (kGroupRows + 16) * 128;
+
+// Rows of 64 numbers: the first 64 by the next 16; and weights, in registers, by these 16.
+static void multiply_by_groups(bool permuted, bool with_barrier, int threads, int rows) {
+  const auto number = [](int row, int column) { return float((3 * row + 5 * column) % 7 - 3); };
+  const auto weight = [](int row, int k) { return float((row + k) % 3); };
+  const auto expect = [](float found, float expected) {
+    if (found != expected) Machine::get().fail("a product is wrong");
+  };
+  for (int i = thread(); i < kGroupBytes / 16; i += kGroupThreads) {
+    const int row = i / 8, vector = i % 8;
+    uint32_t words[4];
+    for (int w = 0; w < 4; ++w) {
+      const int column = 8 * vector + 2 * w;
+      words[w] = pack(number(row, column), number(row, column + 1), BFloat16{});
+    }
+    Shared<uint4>(0).set(8 * row + (permuted ? vector ^ row % 8 : vector), {words[0], words[1], words[2], words[3]});
+  }
+  if (with_barrier) sync_threads();
+  if (thread() >= threads) return;
+  const int row = thread() / 32 * 16 + thread() % 32 / 4, column = 2 * (thread() % 4);
+  const GroupOperand other{kGroupRows * 128, rows, 1024};
+  uint32_t weights[4];
+  for (int i = 0; i < 4; ++i) {
+    const int r = row + 8 * (i % 2), k = column + 8 * (i / 2);
+    weights[i] = pack(weight(r, k), weight(r, k + 1), BFloat16{});
+  }
+  float sum[2][4] = {}, of_weights[8][4] = {};
+  begin_group_products();
+  for (int k = 0; k < 64; k += 16)
+    group_multiply_add<16>(sum, {2 * k, 1024, 1024}, {other.offset + 2 * k, rows, 1024}, k > 0, BFloat16{});
+  end_group_products(sum);
+  begin_group_products();
+  group_multiply_add<0>(of_weights, weights, other, BFloat16{});
+  end_group_products(of_weights);
+  for (int e = 0; e < 4; ++e) {
+    const int r = row + 8 * (e / 2);
+    for (int n = 0; n < 8; ++n) {
+      const int c = 8 * n + column + e % 2;
+      float total = 0, weighed = 0;
+      for (int k = 0; k < 64; ++k) total += number(r, k) * number(kGroupRows + c % 16, k);
+      for (int k = 0; k < 16; ++k) weighed += weight(r, k) * number(kGroupRows + k, c);
+      if (n < 2) expect(sum[n][e], total);
+      expect(of_weights[n][e], weighed);
+    }
+  }
+  output[thread()] = sum[0][0];
+}
+
+static void group_sound() { multiply_by_groups(true, true, kGroupThreads, 1024); }
+static void group_of_vectors_in_order() { multiply_by_groups(false, true, kGroupThreads, 1024); }
+static void group_of_rows_elsewhere() { multiply_by_groups(true, true, kGroupThreads, 0); }
+static void group_of_rows_too_far() { multiply_by_groups(true, true, kGroupThreads, 2048); }
+static void group_read_too_soon() { multiply_by_groups(true, false, kGroupThreads, 1024); }
+static void group_that_a_warp_skips() { multiply_by_groups(true, true, kGroupThreads - 32, 1024); }
+
 }  // namespace fusednorm_cuda
 
 int main(int argc, char** argv) {
@@ -205,6 +261,7 @@ int main(int argc, char** argv) {
     void (*kernel)();
     int cluster;
     size_t shared_bytes = kThreads * 4;
+    int threads = kThreads;
   } kernels[] = {
 #define ENTRY(kernel, cluster) {#kernel, kernel, cluster}
       ENTRY(sound, 1),
@@ -234,13 +291,20 @@ int main(int argc, char** argv) {
       MATRIX(matrix_read_too_soon),
       MATRIX(matrix_that_some_skip),
       MATRIX(matrix_of_a_tile_too_many),
+#define GROUP(kernel) {#kernel, kernel, 1, kGroupBytes, kGroupThreads}
+      GROUP(group_sound),
+      GROUP(group_of_vectors_in_order),
+      GROUP(group_of_rows_elsewhere),
+      GROUP(group_of_rows_too_far),
+      GROUP(group_read_too_soon),
+      GROUP(group_that_a_warp_skips),
   };
   for (const auto& k : kernels) {
     if (name != k.name) continue;
     for (uint64_t seed = 1; seed <= 4; ++seed) {
       Machine::get().seed = seed;
       try {
-        Machine::get().run({{unsigned(k.cluster), 1, 1}, {kThreads, 1, 1}, k.cluster, k.shared_bytes, k.kernel});
+        Machine::get().run({{unsigned(k.cluster), 1, 1}, {unsigned(k.threads), 1, 1}, k.cluster, k.shared_bytes, k.kernel});
       } catch (const std::exception& fault) {
         std::fprintf(stderr, "%s\n", fault.what());
         return 1;

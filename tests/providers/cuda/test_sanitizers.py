@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import emulated
@@ -37,6 +38,11 @@ FAULTS = {
     "matrix_read_too_soon": r"never written",
     "matrix_that_some_skip": r"31 threads wait at faults\.cpp:\d+",
     "matrix_of_a_tile_too_many": r"shared memory: byte \d+ of 768",
+    "group_of_vectors_in_order": r"a product is wrong",
+    "group_of_rows_elsewhere": r"a product is wrong",
+    "group_of_rows_too_far": r"shared memory: byte \d+ of 10240",
+    "group_read_too_soon": r"never written|race",
+    "group_that_a_warp_skips": r"96 threads wait at faults\.cpp:\d+",
 }
 
 
@@ -58,7 +64,9 @@ def test_emulation_catches_a_planted_fault(name, faults):
     assert re.search(FAULTS[name], done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("name", ["sound", "cluster_sound", "arrivals_sound", "copies_sound", "matrix_sound"])
+@pytest.mark.parametrize(
+    "name", ["sound", "cluster_sound", "arrivals_sound", "copies_sound", "matrix_sound", "group_sound"]
+)
 def test_emulation_lets_a_sound_kernel_pass_in_any_order(name, faults):
     done = run(faults, name)
     assert done.returncode == 0, done.stderr
@@ -83,22 +91,50 @@ QUICK = (
 )
 
 
+ATTENTION = [HERE / "test_attention.py", HERE.parent / "test_attention.py"]
+EVERY = [HERE / "test_norm.py", HERE / "test_activation.py", *ATTENTION]
+
+
+def all_pass(library: Path, files: Sequence[Path], chosen: str, least: int, sanitized: bool) -> None:
+    """The chosen tests of these files pass by the library, and there are at least so many."""
+    environment = os.environ | {"FUSEDNORM_EMULATE": str(library)}
+    if sanitized:
+        found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        environment |= {
+            "LD_PRELOAD": found.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [*map(str, files), "-k", f"cuda and ({chosen})"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, timeout=1800)
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, said
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least and "skipped" not in done.stdout, said
+
+
 @pytest.mark.parametrize(
     ("chosen", "least"), [(QUICK, 79), pytest.param("cuda", 850, marks=pytest.mark.slow)], ids=["quick", "every_test"]
 )
 def test_kernels_under_sanitizers(chosen, least):
     """The tests of norms, activations and attention by this provider, in memory that AddressSanitizer watches."""
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = os.environ | {
-        "FUSEDNORM_EMULATE": str(emulated.build_provider(sanitized=True)),
-        "LD_PRELOAD": found.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    files = [HERE / f"test_{name}.py" for name in ("norm", "activation", "attention")]
-    command += [*map(str, files), str(HERE.parent / "test_attention.py"), "-k", f"cuda and ({chosen})"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, timeout=1800)
-    said = done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.returncode == 0, said
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least and "skipped" not in done.stdout, said
+    all_pass(emulated.build_provider(sanitized=True), EVERY, chosen, least, sanitized=True)
+
+
+OF_WARPGROUPS = (
+    "(attention_of_every_head_dim and (64 or 80 or 256) and not at_257) or attention_of_several_blocks"
+    " or attention_with_masks_of_several_tiles or does_not_depend_on_the_order"
+    " or (what_is_masked_made_again and bfloat16)"
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "least", "sanitized"),
+    [(OF_WARPGROUPS, 10, False), pytest.param("cuda", 230, True, marks=pytest.mark.slow)],
+    ids=["quick", "every_test_under_sanitizers"],
+)
+def test_attention_by_products_of_warpgroups(chosen, least, sanitized):
+    """The tests of attention by the kernels that nvcc compiles for sm_90a."""
+    library = emulated.build_provider(sanitized, warpgroups=True)
+    assert b"no warpgroup" in library.read_bytes()  # what `Machine::meet_group` may say
+    all_pass(library, ATTENTION, chosen, least, sanitized)
