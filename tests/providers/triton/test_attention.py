@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle_attention import AttentionCall, check
 
-from fusednorm import scaled_dot_product_attention
+from fusednorm import scaled_dot_product_attention, use_provider
 from fusednorm.providers.triton import attention_config as table
 from tests.providers.test_attention import leaves_of, small_tiles
 
@@ -80,6 +80,24 @@ def test_triton_attention_reads_a_mask_in_vectors_as_it_does_by_element(dtype, s
         )
         results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
     assert len(results[0]) >= 4 and all(map(torch.equal, *results))
+
+
+EXPANDED = [((1, 1, 16, 8), (1, 1, 0, 1)), ((1, 2, 1, 32), (1, 0, 1, 1)), ((1, 1, 20, 40), (1, 8, 0, 1))]
+
+
+@pytest.mark.parametrize(("shape", "strides"), [*EXPANDED, ((2, 2, 20, 48), (0, 960, 0, 1))], ids=str)
+def test_triton_attention_writes_the_gradient_of_an_expanded_mask_at_its_own_strides(shape, strides, generator):
+    """The mask is read in vectors. Its gradient may lie otherwise: torch orders equal strides in its own way."""
+    batch, heads, n_queries, n_keys = shape
+    leaves = leaves_of(generator, torch.float32, n_queries, n_keys, 16, heads=heads, batch=batch).values()
+    memory = torch.randn(4096, generator=generator)
+    found = []
+    for provider in ("triton", "reference"):
+        mask = memory.as_strided(shape, strides).detach().requires_grad_()
+        with use_provider(provider):
+            out = scaled_dot_product_attention(*leaves, mask)
+        found += torch.autograd.grad(out, mask, torch.ones_like(out))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_triton_attention_variants_do_not_depend_on_any_length(launches):
