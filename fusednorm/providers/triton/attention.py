@@ -235,7 +235,7 @@ def attention_bwd(
         numbers: tuple[int | float, ...]
         own: tuple[int, ...]
         problem, strides = _problem(q, v, masks[0], options), memory.strides_of(tensors, packed)
-        if direct and memory.mask_vec(dmask, options.max_seqlen_k) == 1:  # an expanded mask's gradient has other strides
+        if direct and memory.mask_vec(dmask, options.max_seqlen_k) == 1:  # an expanded mask's gradient lies otherwise
             problem = problem._replace(mask_vec=1)
         lengths = (q.shape[1] // k.shape[1], options.max_seqlen_q, options.max_seqlen_k)
         mask_strides = (*memory.mask_strides(masks[0], problem.mask_vec), *memory.key_mask_strides(masks[1]))
