@@ -87,13 +87,14 @@ def check(launches: list[launched.Launch], device: int = 0) -> None:
 
 
 def strides_of(name: str, tensor: launched.Known) -> dict[str, int]:
-    """As attention kernels take them: of masks in elements, else in vectors of 16 bytes; 0 along one element."""
+    """In vectors of 16 bytes, but along keys, and of a key mask and of the lse; 0 along a dimension of one."""
     dims = len(tensor.shape)
     masks = {"mask": "bhqk", "dmask": "bhqk", "key_mask": "bk", "lse": "bh" if dims == 3 else "h"}
     letters = masks.get(name, "bhs" if dims == 4 else "sh")
-    unit = 1 if name in masks else 16 // tensor.itemsize
-    along = zip(letters, tensor.shape, tensor.strides)
-    return {f"stride_{name}_{letter}": stride // unit if size > 1 else 0 for letter, size, stride in along}
+    vector = 1 if name in ("key_mask", "lse") else 16 // tensor.itemsize  # KEYS are whole vectors of a mask
+    units = [1 if letter == "k" else vector for letter in letters]
+    along = zip(letters, tensor.shape, tensor.strides, units)
+    return {f"stride_{name}_{letter}": stride // unit if size > 1 else 0 for letter, size, stride, unit in along}
 
 
 @pytest.mark.parametrize(("call", "options"), CALLS)
