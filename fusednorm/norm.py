@@ -14,6 +14,7 @@ from .autograd import norm as autograd_norm
 from .dispatch import eager, settings
 
 _TORCH_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
+_OF_TRACER = "Cannot insert a Tensor that requires grad as a constant"  # it ends the trace: what follows would crash
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -60,8 +61,9 @@ def layer_norm(
         if current.use_torch_layer_norm and type(eps) is float and eager.plain_on_cpu(input):
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             return torch.layer_norm(input, shape, weight, bias, eps)  # type: ignore[arg-type]
-    except _TORCH_ERRORS:
-        pass  # what follows takes what torch does not, or says what is wrong with it
+    except _TORCH_ERRORS as fault:  # what follows takes what torch does not, or says what is wrong with it
+        if _OF_TRACER in str(fault):
+            raise
     fast, mode = current.fastpath, current.fastpath_mode
     if not _is_compiling() and fast is not None and (mode == "cuda" or getattr(input, "is_cuda", False)):
         no_epilogue, rms = (None, 0.0, None), False
@@ -115,8 +117,9 @@ def rms_norm(
             shape = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
             if weight is None or weight.dtype is input.dtype:  # else torch would take the wider dtype
                 return torch.rms_norm(input, shape, weight, eps)  # type: ignore[arg-type]
-    except _TORCH_ERRORS:
-        pass  # as for layer_norm
+    except _TORCH_ERRORS as fault:  # as for layer_norm
+        if _OF_TRACER in str(fault):
+            raise
     return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
 
 

@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 class Table(NamedTuple):
     device: str
-    source: str  # the raw results it was made from, a file below benchmarks/results
+    source: str  # the raw results it was made from, files below benchmarks/results
     worst_loss: float  # at a measured shape: 0.06 where a choice takes 1.06 times as long as the fastest
     steps: dict[str, list[Step]]  # by operation, element size and direction, "add_layer_norm/2/both"
 
@@ -110,7 +110,7 @@ def fastest(key: str, operation: str, itemsize: int, needs_grad: bool, rows: int
         f"{step.provider} was measured fastest, to within {100 * found.worst_loss:.3g} %, for "
         f"{_in_words(operation)} of {itemsize}-byte elements, "
         f"{'forward and backward' if needs_grad else 'forward alone'}, {' and '.join(limits) or 'at every size'}, "
-        f"on {found.device} ({PurePosixPath(found.source).name})"
+        f"on {found.device} ({', '.join(PurePosixPath(path).name for path in found.source.split(', '))})"
     )
     return Preference(step.provider, why)
 

@@ -70,7 +70,7 @@ def find(inputs: Sequence[Tensor | None], *rest: Any) -> tuple[Plan | None, Sign
     has looked at types, since True equals 1. It does not call while torch.compile traces, when no plan is kept. Each
     look-up counts, because eager's own call takes 7 microseconds.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or _dispatch_modes():  # guards do not see those of fake tensors
         return None, None
     try:
         key = (rest, _grad_enabled(), inputs[0].shape, *map(type, inputs))  # type: ignore[union-attr]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusednorm
 from fusednorm import dispatch
@@ -177,6 +179,25 @@ def test_a_plan_does_not_let_through_what_equals_a_good_argument(arguments):
         fusednorm.add_layer_norm(x, x, x.shape[-1], eps=1.0)
         with pytest.raises((TypeError, ValueError)):
             fusednorm.add_layer_norm(x, x, *arguments)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_kept_plan_does_not_serve_fake_tensors_and_make_fx(twice):
+    """Their modes are no part of what a guard sees. A tensor given twice has a look-up of its own."""
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    other = x if twice else x + 1
+
+    def call(x):
+        return fusednorm.add_layer_norm(x, x if twice else other, 16, weight)[0]
+
+    with settings.without_fastpath(), fusednorm.use_provider("reference"):
+        call(x)
+        call(x)
+        assert settings.current.plans
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(call(x)) is FakeTensor
+        nodes = [node.target for node in make_fx(call)(x).graph.nodes]
+        assert torch.ops.fusednorm.add_layer_norm_fwd.default in nodes, nodes
 
 
 def test_plans_are_bounded(monkeypatch):

@@ -122,3 +122,19 @@ def test_compiled_exported_program_trains():
 def test_a_trace_is_the_same_with_and_without_gradients(name):
     """torch.jit.trace looks at that: it traces once more under no_grad, and compares."""
     torch.jit.trace(CALLS[name](), inputs())
+
+
+WEIGHT = torch.ones(16, requires_grad=True)
+OF_A_CONSTANT = {
+    "layer_norm": lambda x: fusednorm.layer_norm(x, 16, WEIGHT),
+    "rms_norm": lambda x: fusednorm.rms_norm(x, 16, WEIGHT),
+    "add_layer_norm": lambda x: fusednorm.add_layer_norm(x, x, 16, WEIGHT),
+    "bias_act_dropout": lambda x: fusednorm.bias_act_dropout(x, WEIGHT, "gelu"),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CONSTANT)
+def test_a_trace_refuses_a_constant_that_requires_a_gradient(name):
+    """With torch's own error: going on after it ends the process."""
+    with pytest.raises(RuntimeError, match="Cannot insert a Tensor that requires grad as a constant"):
+        torch.jit.trace(OF_A_CONSTANT[name], (torch.randn(3, 16),), check_trace=False)
