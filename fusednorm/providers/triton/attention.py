@@ -61,7 +61,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 class _Problem(NamedTuple):
-    """What kernels are compiled for and tiles chosen by, besides addresses; no length is among it."""
+    """What kernels are compiled for and tiles chosen by. Of lengths and addresses only `mask_vec` follows."""
 
     d: int
     dv: int

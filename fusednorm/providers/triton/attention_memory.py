@@ -89,10 +89,15 @@ def deliver(written: Tensor | None, result: Tensor | None) -> None:
 
 
 def bounded_stride(mask: Tensor | None) -> Tensor | None:
-    """attn_mask with tiles that span less than 2**31 elements; what does not is a part of something vast."""
-    if mask is None or all(
-        size == 1 or stride < _MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])
-    ):
+    """attn_mask as kernels read it: with tiles that span less than 2**31 elements, and not as its negative.
+
+    A mask with longer tiles is a part of something vast.
+    """
+    if mask is None:
+        return None
+    if mask.is_neg():
+        mask = mask.resolve_neg()
+    if all(size == 1 or stride < _MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
         return mask
     return mask.contiguous()
 

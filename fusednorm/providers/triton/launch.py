@@ -144,8 +144,9 @@ class Variant:
         if torch.cuda.is_current_stream_capturing():
             kernel = self.function.__name__.strip("_").removesuffix("_kernel")
             raise RuntimeError(
-                f"{kernel}: its kernel for these dtypes, strides and options is not loaded yet, and CUDA loads none "
-                "while a graph is captured; call once before capturing, forward and backward, with the same arguments"
+                f"{kernel}: its kernel for these dtypes, strides, options and alignment of attn_mask is not loaded "
+                "yet, and CUDA loads none while a graph is captured; call once before capturing, forward and backward, "
+                "with the same arguments"
             )
         driver = triton.runtime.driver.active
         kernel = compile_kernel(

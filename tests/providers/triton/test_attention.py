@@ -82,6 +82,13 @@ def test_triton_attention_reads_a_mask_in_vectors_as_it_does_by_element(dtype, s
     assert len(results[0]) >= 4 and all(map(torch.equal, *results))
 
 
+def test_triton_attention_reads_a_mask_that_is_the_negative_of_its_memory(generator):
+    leaves = [*leaves_of(generator, torch.float32, 20, 48, 16, heads=2).values()]
+    negative = torch._neg_view(torch.randn(20, 48, generator=generator))
+    found = [scaled_dot_product_attention(*leaves, mask) for mask in (negative, negative.resolve_neg())]
+    assert negative.is_neg() and torch.equal(*found)
+
+
 EXPANDED = [((1, 1, 16, 8), (1, 1, 0, 1)), ((1, 2, 1, 32), (1, 0, 1, 1)), ((1, 1, 20, 40), (1, 8, 0, 1))]
 
 
