@@ -122,6 +122,8 @@ def part_of_keys(n: Need) -> int:
         return _float32_part(n)
     if n.columns <= 128:
         return 0
+    if n.registers_hold_operands and n.dropout and n.heavy and n.bounded:
+        return 64
     return 128 if n.dropout or n.heavy or (n.bounded and n.capability[0] != 9) else 0
 
 
