@@ -120,6 +120,8 @@ def part_of_forward(n: Need) -> int:
 def part_of_keys(n: Need) -> int:
     if n.itemsize == 4:
         return _float32_part(n)
+    if n.dropout and n.heavy and n.columns == 128 and n.capability[0] == 12:
+        return 64
     if n.columns <= 128:
         return 0
     if n.registers_hold_operands and n.dropout and n.heavy and n.bounded:
@@ -132,7 +134,7 @@ def part_of_queries(n: Need) -> int:
         return _float32_part(n)
     if n.capability[0] == 9 and n.columns <= 128 and n.heavy:
         return n.columns  # else ptxas makes its matrix instructions wait one by one
-    return 64 if part_of_keys(n) else 0
+    return 64 if n.columns > 128 and part_of_keys(n) else 0
 
 
 def part_of_mask(n: Need) -> int:
