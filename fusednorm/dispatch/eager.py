@@ -64,7 +64,7 @@ def find(inputs: Sequence[Tensor | None], *rest: Any) -> tuple[Plan | None, Sign
     """The plan that was kept for calls like this one, and what `keep` takes; None for what is not there.
 
     One guard of torch.compile's looks at all tensors: at class, dtype, sizes, strides, device and requires_grad. It
-    looks at the thread's dispatch keys too, which transforms, modes, tracing and autocast change.
+    looks at the thread's dispatch keys too, which transforms, tracing and autocast change.
 
     `rest` is what is no tensor, the function's name first. Values that compare equal must mean the same: the caller
     has looked at types, since True equals 1. It does not call while torch.compile traces, when no plan is kept. Each
@@ -95,14 +95,8 @@ def find(inputs: Sequence[Tensor | None], *rest: Any) -> tuple[Plan | None, Sign
 
 
 def _watched() -> bool:
-    """Whether somebody else takes part in what the thread computes."""
-    return bool(
-        _functorch_active()
-        or _dispatch_modes()
-        or _tracing_state() is not None
-        or _autocast_active()
-        or settings.current.listeners
-    )
+    """Whether somebody else takes part in what the thread computes, besides modes, which `find` asks for first."""
+    return bool(_functorch_active() or _tracing_state() is not None or _autocast_active() or settings.current.listeners)
 
 
 def sizes(normalized_shape: Any) -> Any:

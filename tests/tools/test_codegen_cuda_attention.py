@@ -64,8 +64,8 @@ def test_cuda_attention_gate_fails_on_what_is_planted(said):
     assert any(said in fault for fault in gate.faults(replace(SOUND, **PLANTED[said])))
 
 
-@pytest.mark.skipif(codegen_cuda.missing() is not None, reason=str(codegen_cuda.missing()))
-def test_page_of_cuda_attention_has_figures_of_sm_90a_and_registers_of_every_architecture():
+def test_page_of_cuda_attention_has_figures_of_sm_90a_and_registers_of_every_architecture(monkeypatch):
+    monkeypatch.setattr(gate, "version", lambda: "nvcc")
     float16 = [replace(k, types=("Float16",)) for k in (SOUND, HOPPER)]
     figures, registers = gate.page([SOUND, replace(HOPPER, registers=242), *float16]).split("## Registers of a thread")
     assert [line for line in figures.splitlines() if line.startswith("| attention")] == [

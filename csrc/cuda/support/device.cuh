@@ -138,7 +138,7 @@ FN_DEVICE void wait_copies() {
 // Orders this thread's writes to shared memory, copies that it waited for included, before `wgmma` reads them, which is by
 // the asynchronous proxy. A barrier must follow.
 FN_DEVICE void fence_for_warpgroups() {
-  if constexpr (kHasWarpgroups) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // An array in the block's dynamic shared memory, `offset` bytes in.

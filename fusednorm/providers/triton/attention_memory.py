@@ -95,8 +95,7 @@ def bounded_stride(mask: Tensor | None) -> Tensor | None:
     """
     if mask is None:
         return None
-    if mask.is_neg():
-        mask = mask.resolve_neg()
+    mask = mask.resolve_neg()
     if all(size == 1 or stride < _MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
         return mask
     return mask.contiguous()
