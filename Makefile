@@ -60,6 +60,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*/*.*
 	$(PIP) install -q -c constraints.txt setuptools wheel ninja numpy torch
 	@$(PIP) freeze | grep -i '^triton==' > $(VENV)/triton.txt || echo "$(TRITON)" > $(VENV)/triton.txt
 	$(PIP) install -q -c constraints.txt -c $(VENV)/triton.txt --no-build-isolation -e '.[dev]'
+	@# Its torchvision does not load beside the CPU build of torch; the tests need the models alone.
+	$(PIP) install -q -c constraints.txt --no-deps timm
 	@touch $@
 
 install: $(STAMP) ## make .venv with the package and the pinned versions
