@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _flops as _flops
@@ -17,6 +18,7 @@ from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .varlen import varlen_attention
 
 if TYPE_CHECKING:
+    from .acceleration import Report, accelerate, restore
     from .modules import (
         MultiheadAttention,
         Transformer,
@@ -36,11 +38,13 @@ __all__ = [
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "Report",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "accelerate",
     "activation_bytes",
     "add_layer_norm",
     "add_rms_norm",
@@ -51,6 +55,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "layer_norm",
+    "restore",
     "rms_norm",
     "scaled_dot_product_attention",
     "use_provider",
@@ -58,11 +63,17 @@ __all__ = [
 ]
 
 
+_ACCELERATION = ("Report", "accelerate", "restore")
+
+
 def __getattr__(name: str) -> Any:
-    """The Transformer layers, which are imported when they are first asked for."""
-    if name not in modules.LAYERS:
+    """The Transformer layers and ``accelerate``, which are imported when they are first asked for."""
+    if name in _ACCELERATION:
+        value = getattr(importlib.import_module(".acceleration", __name__), name)
+    elif name in modules.LAYERS:
+        value = getattr(modules, name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(modules, name)
     globals()[name] = value
     return value
 

@@ -1,0 +1,315 @@
+"""What rewritten forwards call: the fused operators, and the original operations wherever those do not apply."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from .. import norm as norm_functions
+from .._activations import FUNCTIONS, gelu_tanh
+from ..activation import bias_act_dropout
+
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._get_tracing_state
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+__all__ = ["Dropout", "activate", "add", "following", "gelu_tanh"]  # what rewritten methods use
+
+_HANDED = "_fusednorm_handed"
+NEXT = "_fusednorm_next"
+
+
+class Dropout(NamedTuple):
+    """``F.dropout(x, p, training)`` as a step between a branch and the sum."""
+
+    p: float = 0.5
+    training: bool = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+
+# What each class of step computes. accelerate() adds classes whose results it has compared with these.
+KINDS: dict[type, str] = {
+    nn.Linear: "linear",
+    nn.Dropout: "dropout",
+    Dropout: "dropout",
+    nn.Identity: "identity",
+}
+# (activation function or class of the module, the name by which bias_act_dropout has it)
+ACTIVATIONS: set[tuple[Any, str]] = {
+    *((function, name) for name, function in FUNCTIONS.items()),
+    *((F.relu, "relu"), (nn.ReLU, "relu"), (nn.SiLU, "silu"), (nn.GELU, "gelu"), (nn.GELU, "gelu_tanh")),
+}
+
+
+class Steps(NamedTuple):
+    """What the fused operator computes between the branch and the sum."""
+
+    linear: Any = None
+    dropout_p: float = 0.0
+    layer_scale: Tensor | None = None
+    drop_path_p: float = 0.0
+
+
+_NO_STEPS = Steps()
+
+
+class NormForm(NamedTuple):
+    """Which norm a module computes, and by which names it has its parameters."""
+
+    rms: bool
+    eps: str | None  # None: the machine epsilon of torch.nn.RMSNorm
+    weight: str | None = "weight"
+    bias: str | None = None
+    zero_centered: bool = False
+
+    def parameters(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        weight = None if self.weight is None else getattr(module, self.weight)
+        return weight, None if self.bias is None else getattr(module, self.bias)
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        weight, bias = self.parameters(module)
+        eps: Any = None if self.eps is None else getattr(module, self.eps)
+        size = x.shape[-1:] if weight is None else weight.shape
+        if not self.rms:
+            return norm_functions.layer_norm(x, size, weight, bias, eps)
+        if self.zero_centered and weight is not None:
+            weight = 1.0 + weight.float()
+        return norm_functions.rms_norm(x, size, weight, eps)
+
+    def add(self, module: nn.Module, residual: Tensor, x: Tensor, bias: Tensor | None, steps: Steps) -> Any:
+        """(normed, sum) in one operator."""
+        weight, norm_bias = self.parameters(module)
+        eps: Any = None if self.eps is None else getattr(module, self.eps)
+        size = x.shape[-1:]
+        keywords: dict[str, Any] = {"x_bias": bias, "dropout_p": steps.dropout_p}
+        if steps.layer_scale is not None:
+            keywords["layer_scale"] = steps.layer_scale
+        if steps.drop_path_p:
+            keywords["drop_path_p"] = steps.drop_path_p
+        if self.rms:
+            if self.zero_centered:
+                keywords["zero_centered_weight"] = True
+            return norm_functions.add_rms_norm(x, residual, size, weight, eps, **keywords)
+        return norm_functions.add_layer_norm(x, residual, size, weight, norm_bias, eps, **keywords)
+
+
+class Handed:
+    """A normed tensor that waits, on the sum it belongs to, for its norm to ask for it."""
+
+    __slots__ = ("grad", "norm", "normed", "version")
+
+    def __init__(self, norm: nn.Module, normed: Tensor, version: int | None, grad: bool) -> None:
+        self.norm, self.normed, self.version, self.grad = norm, normed, version, grad
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()  # a copy of the sum has nothing to hand over
+
+
+def _nothing() -> None:
+    return None
+
+
+class Next:
+    """The norm that reads a block's output, kept outside the module tree of the block."""
+
+    __slots__ = ("norm",)
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def take(norm: nn.Module, x: Tensor) -> Tensor | None:
+    """The tensor that waits at `x` for `norm`, if computing it now would give the same values and gradients."""
+    if _is_compiling() or not isinstance(x, Tensor):
+        return None
+    handed = x.__dict__.pop(_HANDED, None)
+    if (
+        handed is None
+        or handed.norm is not norm
+        or handed.version != _version(x)
+        or handed.grad is not torch.is_grad_enabled()
+        or x._backward_hooks  # a hook on the sum has to see its whole gradient
+        or x.retains_grad
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return None
+    return handed.normed
+
+
+def following(block: nn.Module) -> nn.Module | None:
+    """The norm of the next block, which reads what this block returns; None where it must not be computed here.
+
+    Under activation checkpointing each block is computed again alone, so a block cannot do the work of the next one.
+    """
+    link = block.__dict__.get(NEXT)
+    if link is None or not without_hooks(block) or _is_compiling() or _saved_tensor_hooks(True) is not None:
+        return None
+    return link.norm
+
+
+def without_hooks(module: nn.Module) -> bool:
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _no_global_hooks() -> bool:
+    return not (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
+
+
+def _steps(modules: tuple[Any, ...]) -> Steps | None:
+    """The steps as arguments of the operator; None if one of them has hooks or they come in another order."""
+    steps = _NO_STEPS
+    for module in modules:
+        kind = KINDS.get(type(module))
+        if kind is None or (type(module) is not Dropout and not without_hooks(module)):
+            return None
+        if kind == "dropout":
+            if module.training and module.p:
+                if steps[1:] != _NO_STEPS[1:] or not 0.0 < module.p < 1.0:
+                    return None
+                steps = steps._replace(dropout_p=float(module.p))
+        elif kind in ("linear", "conv1d"):
+            if steps != _NO_STEPS:
+                return None
+            steps = Steps(module)
+        elif kind == "layer_scale":
+            if steps.layer_scale is not None or steps.drop_path_p:
+                return None
+            steps = steps._replace(layer_scale=next(iter(module._parameters.values())))
+        elif kind == "drop_path" and module.training and module.drop_prob:
+            if steps.drop_path_p or not 0.0 < module.drop_prob < 1.0:
+                return None
+            steps = steps._replace(drop_path_p=float(module.drop_prob))
+    return steps
+
+
+def _weight(linear: Any) -> Tensor:
+    """(out, in). Hugging Face's ``Conv1D`` keeps it transposed."""
+    weight: Tensor = linear.weight
+    return weight if KINDS[type(linear)] == "linear" else weight.t()
+
+
+_PARAMETERS = (nn.Parameter, Tensor)  # not a sharded one
+_listener: Callable[[nn.Module, Tensor, Steps], None] | None = None
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[nn.Module, Tensor, Steps], None]) -> Iterator[None]:
+    """Call `listener(norm, sum, steps)` for every fused sum inside the block."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def add(*, residual: Tensor, branch: Tensor, norm: Any, steps: tuple[Any, ...] = ()) -> Tensor:
+    """``residual + steps(branch)``, and the norm of that sum handed over to `norm`.
+
+    Args:
+        residual: one side of the sum.
+        branch: what the first step takes, or the other side of the sum.
+        norm: the module that reads the sum next; None where that is not known.
+        steps: the modules between `branch` and the sum, in the order in which they run.
+
+    Returns:
+        The sum.
+    """
+    if norm is not None and not _is_compiling() and not _is_tracing():
+        total = _fused_add(residual, branch, norm, steps)
+        if total is not None:
+            return total
+    for step in steps:
+        branch = step(branch)
+    return residual + branch
+
+
+def _fused_add(residual: Tensor, x: Tensor, norm: Any, modules: tuple[Any, ...]) -> Tensor | None:
+    form: NormForm | None = getattr(type(norm), "_fusednorm_norm", None)
+    if form is None or type(residual) is not Tensor or type(x) is not Tensor or not residual.ndim:
+        return None
+    steps = _steps(modules)
+    if steps is None or not without_hooks(norm) or not _no_global_hooks():
+        return None
+    shape, dtype, bias = x.shape, x.dtype, None
+    if steps.linear is not None:
+        matrix, bias = _weight(steps.linear), steps.linear.bias
+        if type(matrix) not in _PARAMETERS or matrix.dtype != dtype:
+            return None
+        shape = torch.Size((*shape[:-1], matrix.shape[0]))
+    weight = form.parameters(norm)[0]
+    if (
+        residual.shape != shape
+        or residual.dtype != dtype
+        or residual.device != x.device
+        or (weight is not None and (type(weight) not in _PARAMETERS or weight.shape != shape[-1:]))
+        or (weight is not None and weight.dtype != dtype)
+        or (weight is None and tuple(getattr(norm, "normalized_shape", shape[-1:])) != shape[-1:])
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return None
+    if steps.linear is not None:
+        x = F.linear(x, matrix)
+    normed, total = form.add(norm, residual, x, bias, steps)
+    total.__dict__[_HANDED] = Handed(norm, normed, _version(total), torch.is_grad_enabled())
+    if _listener is not None:
+        _listener(norm, total, steps)
+    return total
+
+
+def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any = None) -> Tensor:
+    """``dropout(activation(linear(x)))``, where bias, activation and dropout are one operator.
+
+    Args:
+        x: what the linear layer takes.
+        linear: a linear module.
+        activation: the original activation, a module or a function.
+        name: what :func:`fusednorm.bias_act_dropout` calls it.
+        dropout: a dropout module or :class:`Dropout`, or None.
+    """
+    if not _is_compiling() and not _is_tracing():
+        y = _fused_activate(x, linear, activation, name, dropout)
+        if y is not None:
+            return y
+    y = activation(linear(x))
+    return y if dropout is None else dropout(y)
+
+
+def _fused_activate(x: Tensor, linear: Any, activation: Any, name: str, dropout: Any) -> Tensor | None:
+    if KINDS.get(type(linear)) not in ("linear", "conv1d") or not without_hooks(linear) or type(x) is not Tensor:
+        return None
+    if isinstance(activation, nn.Module):
+        known = (type(activation), name) in ACTIVATIONS and without_hooks(activation)
+        if known and type(activation) is nn.GELU:
+            known = activation.approximate == ("tanh" if name == "gelu_tanh" else "none")
+    else:
+        known = (activation, name) in ACTIVATIONS
+    steps = _NO_STEPS if dropout is None else _steps((dropout,))
+    if not known or steps is None or not x.ndim or not _no_global_hooks():
+        return None
+    weight = _weight(linear)
+    if type(weight) not in _PARAMETERS:
+        return None
+    return bias_act_dropout(F.linear(x, weight), linear.bias, name, steps.dropout_p)

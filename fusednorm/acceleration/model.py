@@ -1,0 +1,335 @@
+"""``accelerate(model)`` and ``restore(model)``."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .._checks import check_flag
+from ..modules._fusible import class_path
+from . import fused, layers, recognise, source, swap
+from .example import Example, Mismatch
+from .links import links
+from .patterns import Finder, Found
+from .report import Entry, Report
+from .tree import Tree
+
+_OPTIONS = ("norms", "residual", "feed_forward", "attention", "layers")
+
+
+class Change(NamedTuple):
+    """One change of one module, not yet made."""
+
+    path: str
+    apply: Callable[[], Any]
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    residual: bool = True,
+    feed_forward: bool = True,
+    attention: bool = True,
+    layers: bool = True,
+    dry_run: bool = False,
+    example: Any = None,
+) -> Report:
+    r"""Make a model use the fused operators, without a change of its code, parameters or ``state_dict``.
+
+    .. math:: \mathrm{norm}(r + \mathrm{dropout}(W x + b)) \to \mathrm{add\_layer\_norm}(W x, r, x\_bias = b), \qquad
+              \mathrm{act}(W x + b) \to \mathrm{bias\_act\_dropout}(W x, b)
+
+    Only this instance changes. Modules get subclasses of their classes, so ``isinstance``, hooks, optimizers, tied
+    weights and checkpoints stay as they are. Residual sums are found in the source of each block's ``forward``. What
+    does not match is left as it is, and the report says why. :func:`restore` undoes everything.
+
+    Under ``torch.compile`` and ``torch.export``, the rewritten methods run the original operations: the compiler fuses
+    them itself.
+
+    Args:
+        model: any module, on any device and of any dtype, before it is compiled or wrapped for several devices.
+        norms: swap ``nn.LayerNorm``, ``nn.RMSNorm``, and classes that compute the same over the last dimension.
+        residual: fuse a sum with the norm that reads it next, with bias, dropout, layer scale and drop path before it.
+        feed_forward: fuse the bias of a linear layer, the activation after it and dropout.
+        attention: give Hugging Face models the attention of :mod:`fusednorm.integrations.transformers`.
+        layers: swap ``nn.MultiheadAttention`` and the Transformer classes of ``torch.nn``.
+        dry_run: change nothing, and report what would change.
+        example: a batch: a dict of keywords, a tuple of arguments, or one tensor. Outputs and gradients in eval mode
+            are compared before and after, with their distance from float64.
+
+    Returns:
+        A :class:`Report`. ``print(report)`` shows a table.
+
+    Raises:
+        TypeError: `model` is no module, or an option no bool.
+        ValueError: the model is compiled, scripted, or wrapped by DDP or FSDP.
+        RuntimeError: with `example`: results differ. Everything was undone, and the message names the module.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+        >>> report = fusednorm.accelerate(layer, example=torch.randn(2, 5, 8))
+        >>> isinstance(layer, fusednorm.TransformerEncoderLayer)
+        True
+        >>> fusednorm.restore(layer)
+        >>> type(layer) is torch.nn.TransformerEncoderLayer
+        True
+    """
+    given = dict(zip(_OPTIONS, (norms, residual, feed_forward, attention, layers), strict=True))
+    options = {name: check_flag(name, value) for name, value in given.items()}
+    dry_run = check_flag("dry_run", dry_run)
+    _check(model, "accelerate")
+    before = None
+    accelerated = any(map(swap.is_swapped, model.modules()))
+    if accelerated:
+        restore(model)
+    if example is not None and not dry_run:
+        before = Example(model, example)
+    report, changes, readers = _Analysis(model, options, dry_run).run()
+    if dry_run and not accelerated:
+        return report
+    for change in changes:
+        change.apply()
+    _sources(model, report)
+    if before is not None:
+        _compare(model, before, report, changes, readers)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`: every module has its own class and ``forward`` again. Parameters are not touched.
+
+    Args:
+        model: a model, accelerated or not, or a copy of an accelerated one.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model is compiled, scripted, or wrapped by DDP or FSDP.
+
+    Example:
+        >>> norm = torch.nn.LayerNorm(8)
+        >>> report = fusednorm.accelerate(norm)
+        >>> fusednorm.restore(norm)
+        >>> type(norm) is torch.nn.LayerNorm
+        True
+    """
+    _check(model, "restore")
+    for module in model.modules():
+        swap.restore(module)
+    integration = sys.modules.get("fusednorm.integrations.transformers")
+    if integration is not None and integration.is_switched(model):
+        integration.restore_attention(model)
+
+
+def _check(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        where = f"model{'.' + path if path else ''}"
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+            raise ValueError(f"{where}: is wrapped for several devices; {name} before wrapping")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where}: is scripted; {name} the original module")
+        if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
+            raise ValueError(f"{where}: is compiled; {name} first, then compile")
+        for key, parameter in module._parameters.items():
+            if parameter is not None and "DTensor" in {kind.__name__ for kind in type(parameter).__mro__}:
+                raise ValueError(f"{where}.{key}: is sharded over several devices; {name} before sharding")
+
+
+def _sources(model: nn.Module, report: Report) -> None:
+    for path, module in model.named_modules():
+        texts = swap.texts(module)
+        if texts:
+            report._sources[path] = texts
+
+
+def _compare(model: nn.Module, before: Example, report: Report, changes: list[Change], readers: dict[int, str]) -> None:
+    try:
+        report.savings = before.compare(model, readers)
+    except Mismatch as difference:
+        culprit = "no module alone, only all together"
+        for change in changes:
+            restore(model)
+            change.apply()
+            try:
+                before.compare(model, readers)
+            except Mismatch:
+                culprit = f"module {change.path!r} ({type(model.get_submodule(change.path)).__name__})"
+                break
+        restore(model)
+        raise RuntimeError(
+            f"example: {difference}, first by {culprit}. Everything was undone. Leave that kind of change out by its "
+            "option, such as residual=False"
+        ) from None
+
+
+class _Analysis:
+    """Looks at every module once, and lists the changes."""
+
+    def __init__(self, model: nn.Module, options: dict[str, bool], dry_run: bool) -> None:
+        self.model, self.options = model, options
+        self.report = Report(class_path(type(model)), dry_run)
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.forms: dict[int, fused.NormForm] = {}
+        self.changes: list[Change] = []
+        self.norm_changes: dict[int, Change] = {}
+        self.kept: dict[int, list[Tree]] = {}
+        self.inside: set[int] = set()  # modules of layers that become ours, or are
+
+    def run(self) -> tuple[Report, list[Change], dict[int, str]]:
+        if self.options["layers"]:
+            self._layers()
+        self._norms()
+        for module in self.model.modules():
+            recognise.learn_step(module)
+        if self.options["residual"] or self.options["feed_forward"]:
+            self._methods()
+        self.changes = [*self.norm_changes.values(), *self.changes]
+        if self.options["attention"]:
+            self._attention()
+        order = {path: i for i, path in enumerate(self.paths.values())}
+        self.report.entries.sort(key=lambda entry: order.get(entry.path, len(order)))
+        return self.report, self.changes, {key: self.paths[key] for key in self.forms}
+
+    def _add(self, path: str, kind: str, what: str, into: str = "", reason: str = "") -> None:
+        self.report.entries.append(Entry(path, kind, what, into, reason))
+
+    def _layers(self) -> None:
+        for path, module in self.model.named_modules():
+            reason = layers.why_left(module)
+            if reason is None:
+                continue
+            if not reason:
+                self.inside |= {id(part) for part in module.modules()}
+                self.changes.append(Change(path, functools.partial(layers.convert, module)))
+            into = class_path(layers.OURS[type(module)]) if not reason else ""
+            self._add(path, "layer", class_path(type(module)), into, reason)
+
+    def _norms(self) -> None:
+        ours = tuple(layers.OURS.values())
+        for module in self.model.modules():
+            if isinstance(module, ours):
+                self.inside |= {id(part) for part in module.modules()}
+        for path, module in self.model.named_modules():
+            if id(module) in self.inside or not recognise.may_be_norm(module):
+                continue
+            form, reason = recognise.norm_form(module)
+            if form is not None:
+                self.forms[id(module)] = form
+                if self.options["norms"]:
+                    self._swap(module)
+            if self.options["norms"]:
+                name = "fusednorm.rms_norm" if form is not None and form.rms else "fusednorm.layer_norm"
+                self._add(path, "norm", class_path(type(module)), "" if reason else name, reason)
+
+    def _swap(self, module: nn.Module) -> None:
+        change = functools.partial(swap.swap_norm, module, self.forms[id(module)])
+        self.norm_changes[id(module)] = Change(self.paths[id(module)], change)
+
+    def _is_norm(self, module: Any) -> bool:
+        return id(module) in self.forms
+
+    def _trees(self, module: nn.Module) -> list[Tree]:
+        """The methods of a module that may hold something to fuse: forward, and those it calls on self."""
+        known = self.kept.get(id(module))
+        if known is None:
+            known = self.kept[id(module)] = []
+            if id(module) not in self.inside and not type(module).__module__.startswith(("torch.", "fusednorm.")):
+                try:
+                    known += _methods(module)
+                except source.Unreadable as reason:
+                    if any(isinstance(child, nn.Linear) or self._is_norm(child) for child in module.children()):
+                        path = self.paths[id(module)]
+                        self._add(path, "residual", class_path(type(module)), reason=str(reason))
+        return known
+
+    def _methods(self) -> None:
+        following: dict[int, Any] = {}
+        if self.options["residual"]:
+            for module in self.model.modules():
+                for block, norm in links(module, self._trees, self._is_norm):
+                    if following.setdefault(id(block), norm) is not norm:
+                        following[id(block)] = None  # called in two places
+        for path, module in self.model.named_modules():
+            found: dict[str, tuple[source.Method, Found]] = {}
+            norm = following.get(id(module))
+            returns = False
+            for tree in self._trees(module):
+                main = tree.function.name == "forward"
+                finder = Finder(
+                    tree, self._is_norm, recognise.activation_name, main and norm is not None,
+                    self.options["residual"], self.options["feed_forward"],
+                )  # fmt: skip
+                sites = finder.run()
+                returns |= main and sites.returns_sum
+                for site in sites.sites:
+                    self._add(path, site.kind, site.what, site.into, site.reason)
+                    if site.norm is not None and id(site.norm) not in self.norm_changes:
+                        self._swap(site.norm)
+                if sites.replaced:
+                    found[tree.function.name] = (tree.method, sites)
+            if found:
+                self.changes.append(Change(path, functools.partial(swap.rewrite, module, found)))
+            if returns and norm is not None:
+                if id(norm) not in self.norm_changes:
+                    self._swap(norm)
+                self.changes.append(Change(path, functools.partial(_link, module, norm)))
+
+    def _attention(self) -> None:
+        transformers = sys.modules.get("transformers")
+        base = getattr(transformers, "PreTrainedModel", None)
+        if base is None or not any(isinstance(module, base) for module in self.model.modules()):
+            return
+        from ..integrations import transformers as integration
+
+        switches = integration.switch_attention(self.model, dry_run=True)
+        for path, ok, reason in switches:
+            module = self.model.get_submodule(path)
+            into = "fusednorm.scaled_dot_product_attention" if ok else ""
+            self._add(path, "attention", class_path(type(module)), into, "" if ok else reason)
+        if any(switch.fused for switch in switches):
+            self.changes.append(Change("", functools.partial(integration.switch_attention, self.model)))
+
+
+def _link(block: nn.Module, norm: nn.Module) -> None:
+    block.__dict__[fused.NEXT] = fused.Next(norm)
+
+
+def _methods(module: nn.Module) -> list[Tree]:
+    cls = type(module)
+    if "forward" in module.__dict__:
+        raise source.Unreadable("its forward was replaced")
+    home = inspect.getattr_static(cls, "forward").__module__
+    trees, names, seen = [], ["forward"], {"forward"}
+    while names:
+        name = names.pop(0)
+        try:
+            tree = Tree(module, source.read(cls, name))
+        except source.Unreadable:
+            if name == "forward":
+                raise
+            continue
+        trees.append(tree)
+        for node in ast.walk(tree.function):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == tree.self_name
+                and node.attr not in seen
+                and node.attr not in module.__dict__
+            ):
+                seen.add(node.attr)
+                method = inspect.getattr_static(cls, node.attr, None)
+                if isinstance(method, types.FunctionType) and method.__module__ == home:
+                    names.append(node.attr)
+    return trees

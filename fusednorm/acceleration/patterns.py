@@ -1,0 +1,326 @@
+"""Finds what can be fused in a method: sums whose next reader is a norm, and activations of linear layers."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..modules._fusible import class_path
+from . import fused
+from .reader import RETURNED, Reader, short
+from .source import HELPER, Method
+from .tree import COMPREHENSIONS, UNKNOWN, Place, Tree, assigned, is_sum, without_calls
+
+LINEAR = ("linear", "conv1d")
+
+
+class Site(NamedTuple):
+    """One thing seen in a method."""
+
+    kind: str  # "residual" or "feed_forward"
+    line: int
+    what: str  # the source
+    into: str
+    reason: str = ""  # why it is left as it is, or nothing
+    norm: Any = None  # the module that reads the sum
+
+
+class Found(NamedTuple):
+    sites: list[Site]
+    replaced: dict[int, ast.expr]  # by id of the old node
+    removed: set[int]
+    returns_sum: bool
+
+
+class Finder:
+    """Collects the changes of one method of one instance.
+
+    Args:
+        tree: the method.
+        is_norm: whether a module is a norm that can take a sum's normed tensor.
+        activation: the name of an activation module or function, or None.
+        linked: whether the norm after this block is known.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        is_norm: Callable[[Any], bool],
+        activation: Callable[[Any], str | None],
+        linked: bool,
+        residual: bool = True,
+        feed_forward: bool = True,
+    ) -> None:
+        self.tree, self.is_norm, self.activation, self.linked = tree, is_norm, activation, linked
+        self.residual, self.feed_forward = residual, feed_forward
+        self.reader = Reader(tree, is_norm)
+        children = list(tree.module.children())
+        self.has_linear = any(fused.KINDS.get(type(child)) in LINEAR for child in children)
+        self.is_block = self.has_linear or any(map(is_norm, children))
+        self.sites: list[Site] = []
+        self.replaced: dict[int, ast.expr] = {}
+        self.removed: set[int] = set()
+        self.used: set[int] = set()  # steps that a sum has taken
+        self.returns_sum = False
+
+    def run(self) -> Found:
+        if self.residual:
+            for place in self.tree.places:
+                for node in _expressions(place.statement):
+                    if isinstance(node, ast.BinOp) and is_sum(node):
+                        self._sum(node, place)
+                    else:
+                        self._sum_in_other_words(node, place)
+                if self.is_block and isinstance(place.statement, ast.AugAssign) and is_sum(place.statement):
+                    self._left(place.statement, "it adds in place")
+        if self.feed_forward:
+            for place in self.tree.places:
+                for node in _expressions(place.statement):
+                    if isinstance(node, ast.Call) and id(node) not in self.replaced:
+                        self._activation(node, place)
+        return Found(self.sites, self.replaced, self.removed, self.returns_sum)
+
+    # --- sums
+
+    def _sum(self, node: ast.BinOp, place: Place) -> None:
+        around = self.tree.parents.get(id(node))
+        norm: ast.expr | None = None
+        reason = ""
+        if isinstance(around, ast.Call) and self.is_norm(self.tree.called(around)):
+            norm = around.func
+        elif assigned(place.statement) is not None and place.statement.value is node:  # type: ignore[attr-defined]
+            norm, reason = self.reader.after(place, {assigned(place.statement) or ""})
+        elif isinstance(place.statement, ast.Return) and place.statement.value is node:
+            reason = RETURNED
+        else:
+            if self._calls_module(node):
+                self._left(node, f"`{short(place.statement)}` reads it before a norm does")
+            return
+        text = ast.unparse(node)
+        line = node.lineno
+        if reason == RETURNED:
+            self.returns_sum = True
+            if self.linked:
+                following = ast.Call(_helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
+                into = self._fuse(node, place, following)
+                self.sites.append(Site("residual", line, text, f"{into}, with the norm of the next block"))
+                return
+            reason = "the method returns it, and the norm that reads it then could not be seen"
+        if norm is not None and not fused.without_hooks(self.tree.resolve(norm)):
+            reason = f"{ast.unparse(norm)} has hooks"
+        if norm is None or reason:
+            self.sites.append(Site("residual", line, text, "", reason))
+            return
+        into = self._fuse(node, place, norm)
+        self.sites.append(
+            Site("residual", line, text, f"{into}, with {ast.unparse(norm)}", norm=self.tree.resolve(norm))
+        )
+
+    def _sum_in_other_words(self, node: ast.AST, place: Place) -> None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_"):
+            torchs = self.tree.method.global_value(node.func) is torch.add
+            if self._calls_module(node) and (torchs or self.tree.resolve(node.func) is UNKNOWN):
+                self._left(node, f"it is no `a + b` but a call of {node.func.attr}")
+
+    def _left(self, node: ast.expr | ast.stmt | ast.AST, reason: str) -> None:
+        self.sites.append(Site("residual", getattr(node, "lineno", 0), ast.unparse(node), "", reason))
+
+    def _calls_module(self, node: ast.AST) -> bool:
+        calls = (n for n in ast.walk(node) if isinstance(n, ast.Call))
+        return any(isinstance(self.tree.resolve(call.func), nn.Module) for call in calls)
+
+    def _fuse(self, node: ast.BinOp, place: Place, norm: ast.expr) -> str:
+        movable = self.tree.alone(node, place)
+        base, steps, consumed = self._steps(node.right, place, movable and without_calls(node.left))
+        residual, branch_first = node.left, False
+        left = self._steps(node.left, place, movable)
+        if not steps and left[1] and without_calls(node.right):
+            base, steps, consumed = left
+            residual, branch_first = node.right, True
+        self.removed |= {id(p.statement) for p in consumed}
+        self.used |= {id(step) for step in steps}
+        operands = [ast.keyword("residual", residual), ast.keyword("branch", base)]
+        keywords = [*(reversed(operands) if branch_first else operands), ast.keyword("norm", norm)]
+        if steps:
+            keywords.append(ast.keyword("steps", ast.Tuple(steps, ast.Load())))
+        self.replaced[id(node)] = ast.Call(_helper("add"), [], keywords)
+        kinds = [self._kind(step) for step in steps]
+        names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
+        return " + ".join([names.get(k, k) for k in kinds if k != "identity"] + ["sum"])
+
+    def _steps(self, node: ast.expr, place: Place, movable: bool) -> tuple[ast.expr, list[ast.expr], list[Place]]:
+        """(what the first step takes, the steps in running order, statements that they stood in)."""
+        steps: list[ast.expr] = []
+        consumed: list[Place] = []
+        while True:
+            if isinstance(node, ast.Name) and movable:
+                found = self.tree.definition(node.id, place)
+                if found is None or self._step(found[0]) is None:
+                    break
+                node, place = found
+                consumed.append(place)
+            step = self._step(node)
+            if step is None:
+                break
+            steps.insert(0, step)
+            node = node.args[0]  # type: ignore[attr-defined]
+            if self._kind(step) in LINEAR:
+                break
+        return node, steps, consumed
+
+    def _step(self, node: ast.expr) -> ast.expr | None:
+        """The module or ``fused.Dropout(...)`` of a call that the operator can do, else None."""
+        module = self.tree.called(node)
+        if isinstance(module, nn.Module):
+            return node.func if type(module) in fused.KINDS else None  # type: ignore[attr-defined]
+        if not isinstance(node, ast.Call) or not node.args or isinstance(node.args[0], ast.Starred):
+            return None
+        if self.tree.method.global_value(node.func) not in (F.dropout, torch.dropout):
+            return None
+        names = ["p", "training"] if self.tree.method.global_value(node.func) is F.dropout else ["p", "train"]
+        values = dict(zip(names, node.args[1:], strict=False))
+        values.update({k.arg: k.value for k in node.keywords if k.arg})
+        if len(values) != len(node.args) - 1 + len(node.keywords) or not set(values) <= set(names):
+            return None
+        keywords = [ast.keyword("training" if name == "train" else name, value) for name, value in values.items()]
+        return ast.Call(_helper("Dropout"), [], keywords)
+
+    def _kind(self, step: ast.expr) -> str:
+        return "dropout" if isinstance(step, ast.Call) else fused.KINDS[type(self.tree.resolve(step))]
+
+    # --- activations
+
+    def _activation(self, node: ast.Call, place: Place) -> None:
+        name, function, argument = self._activation_call(node)
+        if name is None or argument is None:
+            self._unknown_activation(node, place)
+            return
+        consumed: list[Place] = []
+        linear = argument
+        if isinstance(linear, ast.Name) and self.tree.alone(node, place):
+            found = self.tree.definition(linear.id, place)
+            if found is not None:
+                linear, consumed = found[0], [found[1]]
+        module = self.tree.called(linear)
+        outer, dropout, dropped = self._dropout_after(node, place)
+        reason = self._not_linear(linear, module)
+        if not reason and module.bias is None and dropout is None:
+            reason = f"{ast.unparse(linear.func)} has no bias, so there is nothing to fuse"  # type: ignore[attr-defined]
+        if reason:
+            if self.has_linear:
+                self.sites.append(Site("feed_forward", node.lineno, ast.unparse(node), "", reason))
+            return
+        text = ast.unparse(linear) + " -> " + ast.unparse(function) + (" -> dropout" if dropout else "")
+        keywords = [
+            ast.keyword("x", linear.args[0]),  # type: ignore[attr-defined]
+            ast.keyword("linear", linear.func),  # type: ignore[attr-defined]
+            ast.keyword("activation", function),
+            ast.keyword("name", ast.Constant(name)),
+        ]
+        if dropout is not None:
+            keywords.append(ast.keyword("dropout", dropout))
+        self.replaced[id(outer)] = ast.Call(_helper("activate"), [], keywords)
+        self.removed |= {id(p.statement) for p in (*consumed, *dropped)}
+        into = f"bias + {name}" + (" + dropout" if dropout else "")
+        self.sites.append(Site("feed_forward", node.lineno, text, into))
+
+    def _unknown_activation(self, node: ast.Call, place: Place) -> None:
+        module = self.tree.called(node)
+        if not isinstance(module, nn.Module) or type(module) in fused.KINDS or self.is_norm(module):
+            return
+        linear: ast.expr = node.args[0]
+        if isinstance(linear, ast.Name):
+            linear = (self.tree.definition(linear.id, place) or (linear,))[0]
+        leaf = not module._modules and not module._parameters
+        if leaf and not self._not_linear(linear, self.tree.called(linear)):
+            reason = f"{class_path(type(module))} is no activation of bias_act_dropout"
+            self.sites.append(Site("feed_forward", node.lineno, ast.unparse(node), "", reason))
+
+    def _not_linear(self, node: ast.expr, module: Any) -> str:
+        if not isinstance(module, nn.Module):
+            return "its input is not that of a linear layer"
+        name = ast.unparse(node.func)  # type: ignore[attr-defined]
+        if fused.KINDS.get(type(module)) not in LINEAR:
+            return f"{name} is {class_path(type(module))}, no linear layer"
+        return "" if fused.without_hooks(module) else f"{name} has hooks"
+
+    def _activation_call(self, node: ast.Call) -> tuple[str | None, ast.expr, ast.expr | None]:
+        module = self.tree.called(node)
+        if module is not UNKNOWN:
+            return self.activation(module), node.func, node.args[0]
+        if len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
+            return None, node.func, None
+        function = self.tree.method.global_value(node.func)
+        if function is F.gelu and len(node.keywords) == 1 and node.keywords[0].arg == "approximate":
+            value = node.keywords[0].value
+            if isinstance(value, ast.Constant) and value.value == "tanh":
+                return "gelu_tanh", _helper("gelu_tanh"), node.args[0]
+            return None, node.func, None
+        if node.keywords or function is None:
+            return None, node.func, None
+        return self.activation(function), node.func, node.args[0]
+
+    def _dropout_after(self, node: ast.Call, place: Place) -> tuple[ast.expr, ast.expr | None, list[Place]]:
+        """(the outermost expression, the dropout, statements it stood in), where a dropout takes the activation."""
+        around = self.tree.parents.get(id(node))
+        if isinstance(around, ast.Call) and around.args and around.args[0] is node:
+            step = self._free_dropout(around)
+            if step is not None:
+                return around, step, []
+        after = place.next()
+        name = assigned(place.statement)
+        if after is not None and name is not None and place.statement.value is node:  # type: ignore[attr-defined]
+            value = getattr(after.statement, "value", None)
+            step = None if value is None or assigned(after.statement) != name else self._free_dropout(value)
+            taken = None if step is None else value.args[0]  # type: ignore[union-attr]
+            free = id(after.statement) not in self.removed and self.tree.definition(name, after) is not None
+            if isinstance(taken, ast.Name) and taken.id == name and free:
+                return node, step, [after]
+        return node, None, []
+
+    def _free_dropout(self, node: ast.expr) -> ast.expr | None:
+        step = self._step(node)
+        return None if step is None or id(step) in self.used or self._kind(step) != "dropout" else step
+
+
+def _helper(name: str) -> ast.Attribute:
+    return ast.Attribute(ast.Name(HELPER, ast.Load()), name, ast.Load())
+
+
+def _expressions(statement: ast.stmt) -> list[ast.AST]:
+    """The nodes of a statement itself, outermost first, without those of the statements inside it."""
+    found: list[ast.AST] = []
+    stack: list[ast.AST] = [c for c in ast.iter_child_nodes(statement) if not isinstance(c, ast.stmt)]
+    while stack:
+        node = stack.pop(0)
+        if isinstance(node, (ast.ExceptHandler, ast.Lambda, *COMPREHENSIONS)):
+            continue
+        found.append(node)
+        stack += [c for c in ast.iter_child_nodes(node) if not isinstance(c, ast.stmt)]
+    return found
+
+
+class _Apply(ast.NodeTransformer):
+    def __init__(self, found: Found) -> None:
+        self.found = found
+
+    def visit(self, node: ast.AST) -> Any:
+        if id(node) in self.found.removed:
+            return None
+        return self.generic_visit(self.found.replaced.get(id(node), node))
+
+
+def apply(method: Method, found: Found) -> ast.FunctionDef:
+    """The changed tree. The method's own stays as it is."""
+    import copy
+
+    memo: dict[int, Any] = {}
+    tree = copy.deepcopy(method.tree, memo)
+    replaced = {id(memo[old]): copy.deepcopy(new, memo) for old, new in found.replaced.items()}
+    removed = {id(memo[old]) for old in found.removed}
+    return ast.fix_missing_locations(_Apply(Found([], replaced, removed, False)).visit(tree))

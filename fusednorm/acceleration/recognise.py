@@ -1,0 +1,213 @@
+"""Which norm, activation or step a module computes, found by running it beside the known ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._activations import FUNCTIONS
+from ..modules._fusible import class_path
+from . import fused
+from .fused import NormForm
+
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
+_PLAIN = {nn.LayerNorm, nn.RMSNorm}
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _leaf(module: nn.Module) -> bool:
+    return not module._modules and not any(b is not None for b in module._buffers.values())
+
+
+def may_be_norm(module: nn.Module) -> bool:
+    """Whether it looks like a norm: by its name, or by one vector or two and an epsilon."""
+    if not _leaf(module):
+        return False
+    parameters = _parameters(module)
+    vectors = len(parameters) in (1, 2) and all(p.ndim == 1 for p in parameters.values())
+    named = "norm" in type(module).__name__.lower()
+    return named or (vectors and any(hasattr(module, name) for name in _EPS_NAMES))
+
+
+@contextlib.contextmanager
+def _quietly() -> Any:
+    """Without gradients, autocast or a change of any generator."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _run(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor | None:
+    probe = type(module).__new__(type(module))  # forward alone, without hooks
+    probe.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    try:
+        with _quietly():
+            y = probe.forward(x)
+    except Exception:  # whatever a stranger's forward raises on this input
+        return None
+    return y if isinstance(y, Tensor) else None
+
+
+def _candidates(module: nn.Module) -> list[tuple[NormForm, Any]]:
+    """(form, function of x and parameters) of each norm the module may be."""
+    names = list(_parameters(module))
+    if len(names) > 2:
+        return []
+    weight = names[0] if names else None
+    bias = names[1] if len(names) == 2 else None
+    if bias is not None and "bias" in names:
+        weight, bias = next(n for n in names if n != "bias"), "bias"
+    found: list[tuple[NormForm, Any]] = []
+    for eps_name in [n for n in _EPS_NAMES if isinstance(getattr(module, n, None), float)]:
+        eps = getattr(module, eps_name)
+
+        def layer(x: Tensor, p: dict[str, Tensor], eps: float = eps) -> Tensor:
+            return F.layer_norm(x, x.shape[-1:], p.get(weight or ""), p.get(bias or ""), eps)
+
+        def rms(x: Tensor, p: dict[str, Tensor], eps: float = eps, shift: float = 0.0) -> Tensor:
+            y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            return y if weight is None else y * (shift + p[weight])
+
+        found.append((NormForm(False, eps_name, weight, bias), layer))
+        if bias is None:
+            found.append((NormForm(True, eps_name, weight), rms))
+            if weight is not None:
+                found.append((NormForm(True, eps_name, weight, None, True), functools.partial(rms, shift=1.0)))
+    return found
+
+
+def norm_form(module: nn.Module) -> tuple[NormForm | None, str]:
+    """(what the module computes, or None; why not)."""
+    kind = type(module)
+    if "forward" in module.__dict__:
+        return None, "its forward was replaced"
+    if kind is nn.LayerNorm or kind is nn.RMSNorm:
+        if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
+            return None, "it normalizes more than the last dimension"
+        weight = "weight" if module.weight is not None else None
+        bias = "bias" if getattr(module, "bias", None) is not None else None
+        no_eps = kind is nn.RMSNorm and module.eps is None
+        return NormForm(kind is nn.RMSNorm, None if no_eps else "eps", weight, bias), ""
+    known = _PLAIN.intersection(kind.__mro__)
+    parameters = _parameters(module)
+    if any(p.ndim != 1 for p in parameters.values()) or len({p.shape for p in parameters.values()}) > 1:
+        return None, f"{class_path(kind)} has other parameters than a norm over the last dimension"
+    size = next((p.shape[0] for p in parameters.values()), 0)
+    if not size:
+        shape = getattr(module, "normalized_shape", None) or getattr(module, "dim", None)
+        only = shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 1 else shape
+        size = only if isinstance(only, int) else 16
+    with _quietly():
+        random = {name: torch.randn(p.shape) for name, p in parameters.items()}
+        inputs = [torch.randn(2, 5, size), 1e-3 * torch.randn(3, size), 30.0 + torch.randn(2, 3, 2, size)]
+    results = [_run(module, random, x) for x in inputs]
+    if all(y is not None for y in results):
+        for form, function in _candidates(module):
+            with _quietly():
+                expected = [function(x, random) for x in inputs]
+            if all(_equal(y, e) for y, e in zip(results, expected, strict=True)):
+                return form, ""
+    what = "its own forward" if known else "something else than LayerNorm or RMSNorm over the last dimension"
+    return None, f"{class_path(kind)} has {what}" if known else f"{class_path(kind)} computes {what}"
+
+
+def _equal(y: Tensor | None, expected: Tensor) -> bool:
+    """To a few float32 roundings of the largest value: the formulas differ in the order of operations."""
+    if y is None or y.dtype != expected.dtype or y.shape != expected.shape:
+        return False
+    return bool((y - expected).abs().max() <= 2e-5 * expected.abs().max())
+
+
+_GRID_STEPS = 401
+
+
+def activation_name(activation: Any) -> str | None:
+    """What ``bias_act_dropout`` calls it, or None."""
+    for name in FUNCTIONS:
+        if not isinstance(activation, nn.Module) and _known(activation, name):
+            return name
+    if not isinstance(activation, nn.Module) or not _leaf(activation) or _parameters(activation):
+        return None
+    if not fused.without_hooks(activation) or "norm" in type(activation).__name__.lower():
+        return None
+    grid = torch.linspace(-6.0, 6.0, _GRID_STEPS)
+    y = _run(activation, {}, grid)
+    if y is None or y.shape != grid.shape:
+        return None
+    for name, function in FUNCTIONS.items():
+        if float((y - function(grid)).abs().max()) <= 1e-6:
+            fused.ACTIVATIONS.add((type(activation), name))
+            return name
+    return None
+
+
+def _known(function: Any, name: str) -> bool:
+    try:
+        return (function, name) in fused.ACTIVATIONS
+    except TypeError:  # not hashable
+        return False
+
+
+def learn_step(module: nn.Module) -> None:
+    """Enter the class of a layer scale, a drop path or Hugging Face's Conv1D into the table of steps."""
+    kind = type(module)
+    if kind in fused.KINDS or kind.__module__.startswith("torch.nn."):
+        return
+    if not _leaf(module) or "forward" in module.__dict__ or inspect.isabstract(kind):
+        return
+    parameters = _parameters(module)
+    shapes = [p.ndim for p in parameters.values()]
+    if shapes == [1] and not may_be_norm(module) and _is_layer_scale(module, parameters):
+        fused.KINDS[kind] = "layer_scale"
+    elif sorted(parameters) == ["bias", "weight"] and module.weight.ndim == 2 and _is_conv1d(module):
+        fused.KINDS[kind] = "conv1d"
+    elif not parameters and isinstance(getattr(module, "drop_prob", None), (int, float)) and _is_drop_path(module):
+        fused.KINDS[kind] = "drop_path"
+
+
+def _is_layer_scale(module: nn.Module, parameters: dict[str, Tensor]) -> bool:
+    ((name, parameter),) = parameters.items()
+    with _quietly():
+        scale, x = torch.randn(parameter.shape), torch.randn(2, 3, *parameter.shape)
+    y = _run(module, {name: scale}, x.clone())
+    return y is not None and torch.equal(y, x * scale)
+
+
+def _is_conv1d(module: Any) -> bool:
+    rows, columns = module.weight.shape
+    if module.bias is None or module.bias.shape != (columns,):
+        return False
+    with _quietly():
+        weight, bias, x = torch.randn(rows, columns), torch.randn(columns), torch.randn(2, 3, rows)
+    y = _run(module, {"weight": weight, "bias": bias}, x)
+    return y is not None and y.shape == (2, 3, columns) and torch.allclose(y, x @ weight + bias, atol=1e-4)
+
+
+def _is_drop_path(module: Any) -> bool:
+    """Whether it drops whole samples and scales the others by 1 / (1 - p)."""
+    p, training = float(module.drop_prob), module.training
+    if not 0.0 < p < 1.0:
+        return False
+    x = torch.ones(64, 2, 3)
+    try:
+        module.training = True
+        dropped = _run(module, {}, x)
+        module.training = False
+        kept = _run(module, {}, x)
+    finally:
+        module.training = training
+    if dropped is None or dropped.shape != x.shape or kept is None or not torch.equal(kept, x):
+        return False
+    samples = dropped.flatten(1)
+    whole = bool((samples == samples[:, :1]).all())
+    values = (samples[:, 0] == 0.0) | ((samples[:, 0] - 1.0 / (1.0 - p)).abs() < 1e-5)
+    return whole and bool(values.all())

@@ -1,0 +1,180 @@
+"""Changes one module instance by giving it a subclass of its class, and undoes that. Nothing global changes."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import LayerNorm, RMSNorm
+from . import fused, patterns, source
+from .fused import NormForm
+
+BASE = "_fusednorm_base"  # on generated classes: the class that restore() gives back
+WAS = "_fusednorm_was"  # on instances of layers of torch.nn that became ours
+
+
+class Rewritten(NamedTuple):
+    """A method in another form."""
+
+    name: str
+    text: str  # of the new one
+    before: str  # of the original
+
+
+class Plan(NamedTuple):
+    """What is different in a generated class. It is pickled with an instance."""
+
+    norm: NormForm | None = None
+    methods: tuple[Rewritten, ...] = ()
+
+
+_classes: dict[tuple[type, Plan], type] = {}
+
+
+def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -> type:
+    """The subclass of `base` for a plan, one for all instances; it has the name of `base`."""
+    found = _classes.get((base, plan))
+    if found is None:
+        namespace: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__new__": lambda cls, *args, **kwargs: base(*args, **kwargs),  # a new instance is an original one
+            "__reduce_ex__": _reduce,
+            BASE: base,
+            "_fusednorm_plan": plan,
+            **(functions or {}),
+        }
+        parent = base
+        if plan.norm is not None:
+            namespace |= {"_fusednorm_norm": plan.norm, "forward": _NORMS.get(base) or _norm_forward(base, plan.norm)}
+            parent = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}.get(base, base)
+        found = _classes[base, plan] = type(base)(base.__name__, (parent,), namespace)
+    return found
+
+
+def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
+    normed = fused.take(self, input)
+    if normed is not None:
+        return normed
+    try:
+        return LayerNorm.forward(self, input)
+    except (TypeError, ValueError):  # what is wrong here is said as torch says it
+        return nn.LayerNorm.forward(self, input)
+
+
+def _rms_norm_forward(self: Any, x: Tensor) -> Tensor:
+    normed = fused.take(self, x)
+    if normed is not None:
+        return normed
+    try:
+        return RMSNorm.forward(self, x)
+    except (TypeError, ValueError):
+        return nn.RMSNorm.forward(self, x)
+
+
+_NORMS: dict[type, Any] = {nn.LayerNorm: _layer_norm_forward, nn.RMSNorm: _rms_norm_forward}
+
+
+def _norm_forward(base: Any, form: NormForm) -> Any:
+    """For a class of another library: ours where input and weight have one dtype, else its own forward."""
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        x = given[0] if len(given) == 1 else None
+        if type(x) is not Tensor:
+            return original(self, *args, **kwargs)
+        normed = fused.take(self, x)
+        if normed is not None:
+            return normed
+        weight, bias = form.parameters(self)
+        if (
+            torch.compiler.is_compiling()
+            or not x.is_floating_point()
+            or (weight is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:]))
+            or (bias is not None and bias.dtype != x.dtype)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return original(self, *args, **kwargs)
+        return form(self, x)
+
+    return forward
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """As for any module, but with the class made again from its base where the copy is made."""
+    cls = type(self)
+    made = next(c for c in cls.__mro__ if BASE in c.__dict__)
+    reduced = getattr(made, BASE).__reduce_ex__(self, protocol)
+    if cls is not made or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return reduced
+    return (_make, (getattr(made, BASE), made._fusednorm_plan), *reduced[2:])
+
+
+def _make(base: type, plan: Plan) -> Any:
+    """An empty instance, for pickle and copy. Where the class has other source now, it is the original one."""
+    cls: Any = _classes.get((base, plan))
+    if cls is None:
+        try:
+            cls = generated(base, plan, _methods(base, plan))
+        except source.Unreadable as reason:
+            warnings.warn(f"{base.__qualname__}: loaded as it was before accelerate(), since {reason}", stacklevel=2)
+            cls = base
+    return object.__new__(cls)
+
+
+def _methods(base: type, plan: Plan) -> dict[str, Any]:
+    import ast
+
+    made = {}
+    for method in plan.methods:
+        original = source.read(base, method.name)
+        if original.text != method.before:
+            raise source.Unreadable(f"the source of {method.name} is another now")
+        tree = ast.parse(method.text).body[0]
+        made[method.name] = source.rebuild(original, tree)[0]  # type: ignore[arg-type]
+    return made
+
+
+def swap_norm(module: nn.Module, form: NormForm) -> None:
+    module.__class__ = generated(type(module), Plan(norm=form))
+
+
+def rewrite(module: nn.Module, found: dict[str, tuple[source.Method, patterns.Found]]) -> None:
+    """Give a module the methods in their new form."""
+    functions, methods = {}, []
+    for name, (method, sites) in found.items():
+        functions[name], text = source.rebuild(method, patterns.apply(method, sites))
+        methods.append(Rewritten(name, text, method.text))
+    module.__class__ = generated(type(module), Plan(methods=tuple(methods)), functions)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return BASE in type(module).__dict__ or WAS in module.__dict__
+
+
+def restore(module: nn.Module) -> bool:
+    """Give one instance its class back. Whether anything had to be done."""
+    changed = module.__dict__.pop(fused.NEXT, None) is not None
+    was = module.__dict__.pop(WAS, None)
+    if was is not None:
+        module.__class__ = was
+        return True
+    cls = type(module)
+    if BASE in cls.__dict__:
+        module.__class__ = cls.__dict__[BASE]
+        return True
+    return changed
+
+
+def texts(module: nn.Module) -> dict[str, str]:
+    """The source of each rewritten method of a module."""
+    plan = getattr(type(module), "_fusednorm_plan", None)
+    return {} if plan is None else {method.name: method.text for method in plan.methods}
