@@ -1,4 +1,4 @@
-"""Which norm reads what a block returns: seen in the loop of the module that calls the blocks one after another."""
+"""Which norm reads what a block returns: seen in the methods that call the blocks one after another."""
 
 from __future__ import annotations
 
@@ -9,53 +9,99 @@ from typing import Any
 
 from torch import nn
 
-from .reader import Reader
-from .tree import Place, Tree, assigned, mentions
+from .reader import RETURNED, Reader
+from .tree import Place, Tree, first_assigned, is_sum, reads
 
 Trees = Callable[[nn.Module], list[Tree]]
 
 
-def first_norm(block: nn.Module, trees: Trees, is_norm: Callable[[Any], bool]) -> Any:
-    """The norm that reads a block's first argument before anything else does, or None."""
-    tree = next((t for t in trees(block) if t.function.name == "forward"), None)
-    if tree is None or len(tree.function.args.args) < 2 or not tree.function.body:
-        return None
-    name = tree.function.args.args[1].arg
-    reader = Reader(tree, is_norm)
-    found, _ = reader.starting(Place(tree.function.body, 0, None), {name})
-    return None if found is None else tree.resolve(found)
+class Links:
+    """Follows values from block to block.
 
+    Args:
+        trees: the methods of a module, as far as their source can be read.
+        is_norm: whether a module is a norm that can take a sum's normed tensor.
+    """
 
-def links(parent: nn.Module, trees: Trees, is_norm: Callable[[Any], bool]) -> list[tuple[nn.Module, Any]]:
-    """(block, the norm that reads its output) of the blocks that `parent` calls in turn."""
-    found: list[tuple[nn.Module, Any]] = []
-    if type(parent) is nn.Sequential:
-        found += _chain(list(parent), trees, is_norm)
-    for tree in trees(parent):
-        reader = Reader(tree, is_norm)
+    def __init__(self, trees: Trees, is_norm: Callable[[Any], bool]) -> None:
+        self.trees, self.is_norm = trees, is_norm
+        self._first: dict[int, Any] = {}
+        self._returning: dict[int, Any] = {}
+
+    def consumer(self, module: nn.Module) -> Any:
+        """The norm that reads the first argument of a module before anything else does, or None."""
+        if self.is_norm(module):
+            return module
+        if id(module) not in self._first:
+            self._first[id(module)] = None  # while it is looked for: a module may call itself
+            self._first[id(module)] = self._first_norm(module)
+        return self._first[id(module)]
+
+    def _first_norm(self, module: nn.Module) -> Any:
+        if type(module) is nn.Sequential:
+            return self.consumer(module[0]) if len(module) else None
+        tree = self._forward(module)
+        if tree is None or len(tree.function.args.args) < 2:
+            return None
+        name = tree.function.args.args[1].arg
+        return Reader(tree, self.consumer).starting(Place(tree.function.body, 0, None), {name})[0]
+
+    def _forward(self, module: nn.Module) -> Tree | None:
+        return next((tree for tree in self.trees(module) if tree.function.name == "forward"), None)
+
+    def summing(self, module: nn.Module) -> Any:
+        """The module whose sum is what a block returns, the block itself or one that it calls last, or None."""
+        if id(module) not in self._returning:
+            self._returning[id(module)] = None
+            self._returning[id(module)] = self._summing(module)
+        return self._returning[id(module)]
+
+    def _summing(self, module: nn.Module) -> Any:
+        if type(module) is nn.Sequential:
+            return self.summing(module[-1]) if len(module) else None
+        tree = self._forward(module)
+        if tree is None:
+            return None
+        reader = Reader(tree, self.consumer)
         for place in tree.places:
-            blocks, variable = _loop(tree, place)
-            if not blocks:
-                blocks, variable = _sequential(tree, place)
-                new: list[tuple[nn.Module, Any]] = []
-            else:
-                new = _chain(blocks, trees, is_norm)
-            if variable is None or not blocks:
+            value, name = getattr(place.statement, "value", None), first_assigned(place.statement)
+            returned = isinstance(place.statement, ast.Return)
+            if value is None or not (returned or (name and reader.after(place, {name})[1] == RETURNED)):
                 continue
-            last, _ = reader.after(place, {variable})
-            if last is not None:
-                new.append((blocks[-1], tree.resolve(last)))
-            found += new
-    return found
+            if is_sum(value):
+                return module
+            called = tree.resolve(value.func) if isinstance(value, ast.Call) else None
+            if isinstance(called, nn.Module) and not self.is_norm(called):
+                return self.summing(called)
+        return None
 
+    def of(self, parent: nn.Module) -> list[tuple[nn.Module, Any]]:
+        """(module that returns a sum, the norm that reads it) of what `parent` calls."""
+        found = self._chain(list(parent)) if type(parent) is nn.Sequential else []
+        for tree in self.trees(parent):
+            reader = Reader(tree, self.consumer)
+            for place in tree.places:
+                blocks, variable = _loop(tree, place)
+                found += self._chain(blocks)
+                if variable is None:
+                    blocks, variable = self._call(tree, place)
+                if variable is not None and blocks:
+                    found += self._pair(blocks[-1], reader.after(place, {variable})[0])
+        return found
 
-def _chain(blocks: list[nn.Module], trees: Trees, is_norm: Callable[[Any], bool]) -> list[tuple[nn.Module, Any]]:
-    pairs = itertools.pairwise(blocks)
-    found = [
-        (block, following if is_norm(following) else first_norm(following, trees, is_norm))
-        for block, following in pairs
-    ]
-    return [(block, norm) for block, norm in found if norm is not None]
+    def _chain(self, blocks: list[nn.Module]) -> list[tuple[nn.Module, Any]]:
+        pairs = itertools.pairwise(blocks)
+        return [link for block, after in pairs for link in self._pair(block, self.consumer(after))]
+
+    def _pair(self, block: nn.Module, norm: Any) -> list[tuple[nn.Module, Any]]:
+        summing = None if norm is None else self.summing(block)
+        return [] if summing is None else [(summing, norm)]
+
+    def _call(self, tree: Tree, place: Place) -> tuple[list[nn.Module], str | None]:
+        """The block of ``h = self.block(...)`` or ``h, other = self.block(...)``."""
+        value, name = getattr(place.statement, "value", None), first_assigned(place.statement)
+        block = tree.resolve(value.func) if name is not None and isinstance(value, ast.Call) else None
+        return ([block], name) if isinstance(block, nn.Module) and not self.is_norm(block) else ([], None)
 
 
 def _loop(tree: Tree, place: Place) -> tuple[list[nn.Module], str | None]:
@@ -68,17 +114,18 @@ def _loop(tree: Tree, place: Place) -> tuple[list[nn.Module], str | None]:
         if len(iterated.args) != 1 or not isinstance(target, ast.Tuple) or len(target.elts) != 2:
             return [], None
         iterated, target = iterated.args[0], target.elts[1]
-    if isinstance(iterated, ast.Subscript) and isinstance(iterated.slice, ast.Slice) and _from_start(iterated.slice):
+    if isinstance(iterated, ast.Subscript) and isinstance(iterated.slice, ast.Slice):
+        if iterated.slice.lower is not None or iterated.slice.step is not None:
+            return [], None
         iterated = iterated.value
     blocks = tree.resolve(iterated)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not isinstance(target, ast.Name):
         return [], None
     for inner in tree.places:
-        if not _inside(inner, place):
-            continue
-        value, name = getattr(inner.statement, "value", None), assigned(inner.statement)
+        value, name = getattr(inner.statement, "value", None), first_assigned(inner.statement)
         if (
-            name is not None
+            inner.inside((ast.For,)) is place
+            and name is not None
             and isinstance(value, ast.Call)
             and isinstance(value.func, ast.Name)
             and value.func.id == target.id
@@ -86,30 +133,12 @@ def _loop(tree: Tree, place: Place) -> tuple[list[nn.Module], str | None]:
             and isinstance(value.args[0], ast.Name)
             and value.args[0].id == name
         ):
-            reads = sum(isinstance(n, ast.Name) and n.id == name for s in statement.body for n in ast.walk(s))
-            return (list(blocks), name) if reads == 2 else ([], None)
+            others = [s for s in tree.places if s.inside((ast.For,)) is place and s is not inner]
+            return ([], None) if _reads_elsewhere(tree, others, value, name) else (list(blocks), name)
     return [], None
 
 
-def _from_start(node: ast.Slice) -> bool:
-    return node.lower is None and node.step is None
-
-
-def _inside(place: Place, outer: Place) -> bool:
-    parent = place.parent
-    while parent is not None:
-        if parent.statement is outer.statement:
-            return True
-        parent = parent.parent
-    return False
-
-
-def _sequential(tree: Tree, place: Place) -> tuple[list[nn.Module], str | None]:
-    """The blocks of ``h = self.blocks(h)``, an ``nn.Sequential``."""
-    value, name = getattr(place.statement, "value", None), assigned(place.statement)
-    if name is None or not isinstance(value, ast.Call) or len(value.args) != 1 or value.keywords:
-        return [], None
-    blocks = tree.resolve(value.func)
-    if type(blocks) is not nn.Sequential or not len(blocks) or mentions(value.func, {name}):
-        return [], None
-    return list(blocks), name
+def _reads_elsewhere(tree: Tree, places: list[Place], call: ast.Call, name: str) -> bool:
+    arguments = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
+    simple = [p.statement for p in places if not hasattr(p.statement, "body")]
+    return any(reads(tree, node, {name}) for node in (*simple, *arguments))

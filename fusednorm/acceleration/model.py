@@ -17,7 +17,7 @@ from .._checks import check_flag
 from ..modules._fusible import class_path
 from . import fused, layers, recognise, source, swap
 from .example import Example, Mismatch
-from .links import links
+from .links import Links
 from .patterns import Finder, Found
 from .report import Entry, Report
 from .tree import Tree
@@ -255,9 +255,10 @@ class _Analysis:
 
     def _methods(self) -> None:
         following: dict[int, Any] = {}
+        links = Links(self._trees, self._is_norm)
         if self.options["residual"]:
             for module in self.model.modules():
-                for block, norm in links(module, self._trees, self._is_norm):
+                for block, norm in links.of(module):
                     if following.setdefault(id(block), norm) is not norm:
                         following[id(block)] = None  # called in two places
         for path, module in self.model.named_modules():
@@ -267,7 +268,7 @@ class _Analysis:
             for tree in self._trees(module):
                 main = tree.function.name == "forward"
                 finder = Finder(
-                    tree, self._is_norm, recognise.activation_name, main and norm is not None,
+                    tree, self._is_norm, links.consumer, recognise.activation_name, main and norm is not None,
                     self.options["residual"], self.options["feed_forward"],
                 )  # fmt: skip
                 sites = finder.run()

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..modules._fusible import class_path
 from . import fused
-from .reader import RETURNED, Reader, short
+from .reader import RETURNED, Consumer, Reader, short
 from .source import HELPER, Method
-from .tree import COMPREHENSIONS, UNKNOWN, Place, Tree, assigned, is_sum, without_calls
+from .tree import COMPREHENSIONS, SIMPLE, UNKNOWN, Place, Tree, assigned, first_assigned, is_sum, reads, without_calls
 
 LINEAR = ("linear", "conv1d")
 
@@ -43,6 +43,7 @@ class Finder:
     Args:
         tree: the method.
         is_norm: whether a module is a norm that can take a sum's normed tensor.
+        consumer: the norm by which a module reads its first argument, as in :class:`Reader`.
         activation: the name of an activation module or function, or None.
         linked: whether the norm after this block is known.
     """
@@ -51,6 +52,7 @@ class Finder:
         self,
         tree: Tree,
         is_norm: Callable[[Any], bool],
+        consumer: Consumer,
         activation: Callable[[Any], str | None],
         linked: bool,
         residual: bool = True,
@@ -58,7 +60,7 @@ class Finder:
     ) -> None:
         self.tree, self.is_norm, self.activation, self.linked = tree, is_norm, activation, linked
         self.residual, self.feed_forward = residual, feed_forward
-        self.reader = Reader(tree, is_norm)
+        self.reader = Reader(tree, consumer)
         children = list(tree.module.children())
         self.has_linear = any(fused.KINDS.get(type(child)) in LINEAR for child in children)
         self.is_block = self.has_linear or any(map(is_norm, children))
@@ -89,12 +91,13 @@ class Finder:
 
     def _sum(self, node: ast.BinOp, place: Place) -> None:
         around = self.tree.parents.get(id(node))
-        norm: ast.expr | None = None
-        reason = ""
+        module, norm, reason = None, None, ""
         if isinstance(around, ast.Call) and self.is_norm(self.tree.called(around)):
-            norm = around.func
+            module, norm = self.tree.called(around), around.func
         elif assigned(place.statement) is not None and place.statement.value is node:  # type: ignore[attr-defined]
-            norm, reason = self.reader.after(place, {assigned(place.statement) or ""})
+            module, reason = self.reader.after(place, {assigned(place.statement) or ""})
+            norm = None if module is None else self.tree.expression(module)
+            reason = reason or ("" if norm is not None else "the norm that reads it is in no module of this one")
         elif isinstance(place.statement, ast.Return) and place.statement.value is node:
             reason = RETURNED
         else:
@@ -111,15 +114,13 @@ class Finder:
                 self.sites.append(Site("residual", line, text, f"{into}, with the norm of the next block"))
                 return
             reason = "the method returns it, and the norm that reads it then could not be seen"
-        if norm is not None and not fused.without_hooks(self.tree.resolve(norm)):
+        if norm is not None and module is not None and not fused.without_hooks(module):
             reason = f"{ast.unparse(norm)} has hooks"
         if norm is None or reason:
-            self.sites.append(Site("residual", line, text, "", reason))
+            self._left(node, reason)
             return
         into = self._fuse(node, place, norm)
-        self.sites.append(
-            Site("residual", line, text, f"{into}, with {ast.unparse(norm)}", norm=self.tree.resolve(norm))
-        )
+        self.sites.append(Site("residual", line, text, f"{into}, with {ast.unparse(norm)}", norm=module))
 
     def _sum_in_other_words(self, node: ast.AST, place: Place) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_"):
@@ -127,7 +128,19 @@ class Finder:
             if self._calls_module(node) and (torchs or self.tree.resolve(node.func) is UNKNOWN):
                 self._left(node, f"it is no `a + b` but a call of {node.func.attr}")
 
-    def _left(self, node: ast.expr | ast.stmt | ast.AST, reason: str) -> None:
+    def _of_module(self, node: ast.AST) -> bool:
+        """Whether a value comes from a module of this one, as far as one assignment back."""
+        if self._calls_module(node):
+            return True
+        every = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names = {name for name in every if reads(self.tree, node, {name})}
+        statements = (place.statement for place in self.tree.places)
+        found = (s for s in statements if isinstance(s, SIMPLE) and first_assigned(s) in names)
+        return any(self._calls_module(statement) for statement in found)
+
+    def _left(self, node: ast.AST, reason: str) -> None:
+        if not self._of_module(node):
+            return  # of positions, masks or logits
         self.sites.append(Site("residual", getattr(node, "lineno", 0), ast.unparse(node), "", reason))
 
     def _calls_module(self, node: ast.AST) -> bool:

@@ -6,9 +6,12 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from .tree import COMPREHENSIONS, SIMPLE, Place, Tree, assigned, mentions
+from torch import nn
+
+from .tree import COMPREHENSIONS, SIMPLE, UNKNOWN, Place, Tree, assigned, changes, mentions, reads
 
 RETURNED = "returned"
+Consumer = Callable[[nn.Module], Any]
 
 
 class Reader:
@@ -16,70 +19,78 @@ class Reader:
 
     Args:
         tree: the method.
-        is_norm: whether a module is a norm that can take a sum's normed tensor.
+        consumer: for a module, the norm that reads its first argument before anything else does: itself, one inside, or
+            None.
     """
 
-    def __init__(self, tree: Tree, is_norm: Callable[[Any], bool]) -> None:
-        self.tree, self.is_norm = tree, is_norm
+    def __init__(self, tree: Tree, consumer: Consumer) -> None:
+        self.tree, self.consumer = tree, consumer
 
-    def after(self, place: Place, names: set[str]) -> tuple[ast.expr | None, str]:
-        """The norm that is certain to read a value next, which the variables `names` hold, or why there is none."""
-        after = place.next()
-        if after is None:
-            outer = place.parent
-            if outer is None:
-                return None, "no norm reads it"
-            if not isinstance(outer.statement, ast.If):
-                return None, "a loop or block ends before a norm reads it"
-            return self.after(outer, names)
-        return self.starting(after, names)
+    def after(self, place: Place, names: set[str]) -> tuple[Any, str]:
+        """The norm that is certain to read a value after a statement, or (None, why there is none).
 
-    def starting(self, place: Place, names: set[str]) -> tuple[ast.expr | None, str]:
+        Args:
+            place: the statement.
+            names: the variables that hold the value.
+        """
+        following = place.next()
+        if following is not None:
+            return self.starting(following, names)
+        outer = place.parent
+        if outer is None:
+            return None, "no norm reads it"
+        if not isinstance(outer.statement, ast.If):
+            return None, "a loop or block ends before a norm reads it"
+        return self.after(outer, names)
+
+    def starting(self, place: Place, names: set[str]) -> tuple[Any, str]:
+        """As `after`, with this statement."""
         statement = place.statement
         if isinstance(statement, ast.If):
-            return self._reader_if(place, statement, names)
-        if not mentions(statement, names):
+            return self._if(place, statement, names)
+        if not reads(self.tree, statement, names):
             if isinstance(statement, (ast.Return, ast.Raise, ast.Break, ast.Continue)):
                 return None, "no norm reads it"
             return self.after(place, names)
-        if isinstance(statement, ast.Return):
-            value = statement.value
-            first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
-            others = value.elts[1:] if isinstance(value, ast.Tuple) else []
-            if isinstance(first, ast.Name) and not any(mentions(other, names) for other in others):
-                return None, RETURNED
-        if isinstance(statement, (*SIMPLE, ast.AugAssign)):
-            target = assigned(statement)
-            norms = [n for n in ast.walk(statement) if self._reads(n, names) and self._unconditional(n, place)]
-            if norms and not isinstance(statement, ast.AugAssign) and not self._passed(statement, norms[0], names):
-                if self._escapes(place, names):
-                    return None, "the method returns the sum too, whose gradient has to be whole"
-                return norms[0].func, ""  # type: ignore[attr-defined]
-            value = getattr(statement, "value", None)
+        if isinstance(statement, ast.Return) and returns_first(statement, names):
+            return None, RETURNED
+        if isinstance(statement, SIMPLE):
+            target, value = assigned(statement), getattr(statement, "value", None)
+            for call in ast.walk(statement):
+                norm = self._reads(call, names)
+                if norm is not None and self._unconditional(call, place) and not self._passed(statement, call, names):
+                    if self._escapes(place, names):
+                        return None, "the method returns the sum too, whose gradient has to be whole"
+                    return norm, ""
             if target is not None and isinstance(value, ast.Name) and value.id in names:
                 return self.after(place, names | {target})
-            if target is not None and value is not None and not mentions(value, names):
+            if target is not None and value is not None and not reads(self.tree, value, names):
                 left = names - {target}
                 return self.after(place, left) if left else (None, "no norm reads it")
         return None, f"`{short(statement)}` reads it before a norm does"
 
-    def _reader_if(self, place: Place, statement: ast.If, names: set[str]) -> tuple[ast.expr | None, str]:
-        known = self.tree.test(statement.test)
-        if mentions(statement.test, names):
+    def _if(self, place: Place, statement: ast.If, names: set[str]) -> tuple[Any, str]:
+        known = self.tree.branch(statement)
+        if reads(self.tree, statement.test, names):
             return None, f"`if {short(statement.test)}` reads it before a norm does"
         if known is None:
             if mentions(statement, names):
                 return None, f"whether a norm reads it next depends on `{short(statement.test)}`"
             return self.after(place, names)
-        body = statement.body if known else statement.orelse
-        if not body:
-            return self.after(place, names)
-        return self.starting(Place(body, 0, place), names)
+        body, other = (statement.body, statement.orelse) if known else (statement.orelse, statement.body)
+        if any(changes(part, names) for part in other):
+            return None, f"`if {short(statement.test)}` may change it in place"
+        return self.starting(Place(body, 0, place), names) if body else self.after(place, names)
 
-    def _reads(self, node: ast.AST, names: set[str]) -> bool:
-        if not isinstance(node, ast.Call) or not self.is_norm(self.tree.called(node)):
-            return False
-        return isinstance(node.args[0], ast.Name) and node.args[0].id in names
+    def _reads(self, node: ast.AST, names: set[str]) -> Any:
+        """The norm by which a call reads the value, or None."""
+        if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Name):
+            return None
+        module = self.tree.resolve(node.func)
+        if node.args[0].id not in names or module is UNKNOWN or not isinstance(module, nn.Module):
+            return None
+        others = (*node.args[1:], *(keyword.value for keyword in node.keywords))
+        return None if any(reads(self.tree, other, names) for other in others) else self.consumer(module)
 
     def _unconditional(self, node: ast.AST, place: Place) -> bool:
         while node is not place.statement:
@@ -96,7 +107,7 @@ class Reader:
             around.add(id(node))
             node = self.tree.parents.get(id(node))
         calls = (n for n in ast.walk(statement) if isinstance(n, ast.Call) and id(n) not in around)
-        return any(mentions(call, names) and not self._reads(call, names) for call in calls)
+        return any(reads(self.tree, call, names) and self._reads(call, names) is None for call in calls)
 
     def _escapes(self, place: Place | None, names: set[str]) -> bool:
         """Whether the method returns the value itself after its norm has read it."""
@@ -106,13 +117,38 @@ class Reader:
                 value = statement.value
                 parts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value]
                 return any(isinstance(part, ast.Name) and part.id in names for part in parts)
-            target = assigned(statement)
-            if target is not None:
-                value = statement.value  # type: ignore[attr-defined]
-                alias = isinstance(value, ast.Name) and value.id in names
-                names = names | {target} if alias else names - {target}
+            names = self._holders(statement, names)
             place = place.following()
         return False
+
+    def _holders(self, statement: ast.stmt, names: set[str]) -> set[str]:
+        """Which variables may hold the value after a statement, if these did before."""
+        if isinstance(statement, ast.If):
+            known = self.tree.branch(statement)
+            ways = (
+                [statement.body, statement.orelse] if known is None else [statement.body if known else statement.orelse]
+            )
+            ends: set[str] = set()
+            for body in ways:
+                held = names
+                for inner in body:
+                    held = self._holders(inner, held)
+                ends |= held
+            return ends
+        target = assigned(statement)
+        if target is None:
+            return names
+        value = statement.value  # type: ignore[attr-defined]
+        alias = isinstance(value, ast.Name) and value.id in names
+        return names | {target} if alias else names - {target}
+
+
+def returns_first(statement: ast.Return, names: set[str]) -> bool:
+    """Whether a method returns the value, alone or as the first of several, and no other part of it is returned."""
+    value = statement.value
+    first = value.elts[0] if isinstance(value, ast.Tuple) and value.elts else value
+    others = value.elts[1:] if isinstance(value, ast.Tuple) else []
+    return isinstance(first, ast.Name) and first.id in names and not any(mentions(other, names) for other in others)
 
 
 def short(node: ast.AST) -> str:

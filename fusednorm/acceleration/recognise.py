@@ -30,7 +30,7 @@ def _leaf(module: nn.Module) -> bool:
 
 def may_be_norm(module: nn.Module) -> bool:
     """Whether it looks like a norm: by its name, or by one vector or two and an epsilon."""
-    if not _leaf(module):
+    if not _leaf(module) or type(module).__module__.startswith("torch.nn.utils."):
         return False
     parameters = _parameters(module)
     vectors = len(parameters) in (1, 2) and all(p.ndim == 1 for p in parameters.values())

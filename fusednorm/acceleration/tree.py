@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .source import Method
@@ -88,6 +89,19 @@ class Tree:
                 return owner[key]
         return UNKNOWN
 
+    def expression(self, module: nn.Module) -> ast.expr | None:
+        """``self.a.b[0]`` for a module inside this one."""
+        path = next((name for name, part in self.module.named_modules() if part is module and name), None)
+        if path is None or self.rebinds_self:
+            return None
+        node: ast.expr = ast.Name(self.self_name, ast.Load())
+        for part in path.split("."):
+            if part.isdigit():
+                node = ast.Subscript(node, ast.Constant(int(part)), ast.Load())
+            else:
+                node = ast.Attribute(node, part, ast.Load())
+        return node
+
     def called(self, node: ast.AST) -> Any:
         """The module of ``self.module(one_argument)``, else UNKNOWN."""
         if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords:
@@ -139,14 +153,35 @@ class Tree:
         calls = (n for n in ast.walk(place.statement) if isinstance(n, (ast.Call, ast.Await, ast.NamedExpr)))
         return isinstance(place.statement, SIMPLE) and all(id(n) in inside or id(n) in around for n in calls)
 
+    def branch(self, statement: ast.If) -> bool | None:
+        """Which way an ``if`` goes, as far as this instance and the defaults of the arguments say.
+
+        An argument that is None by default is given where the instance has the modules that then run.
+        """
+        known = self.test(statement.test)
+        argument = any(isinstance(n, ast.Name) and n.id != self.self_name for n in ast.walk(statement.test))
+        if known is not False or not argument:
+            return known
+        calls = (n for part in statement.body for n in ast.walk(part) if isinstance(n, ast.Call))
+        return any(isinstance(self.resolve(call.func), nn.Module) for call in calls)
+
     def test(self, node: ast.expr) -> bool | None:
-        """What an ``if`` will find, as far as this instance and the defaults of the arguments say."""
+        """The value of a condition, or None if it is not known."""
+        if isinstance(node, ast.Name):
+            values = [p.statement.value for p in self.places if assigned(p.statement) == node.id]  # type: ignore[attr-defined]
+            return self.test(values[0]) if len(values) == 1 == self.stores.get(node.id) else None
+        if isinstance(node, ast.BoolOp):
+            parts = [self.test(part) for part in node.values]
+            decisive = isinstance(node.op, ast.Or)
+            return decisive if decisive in parts else None if None in parts else not decisive
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             known = self.test(node.operand)
             return None if known is None else not known
         if isinstance(node, ast.Attribute):
             value = self.resolve(node)
             return value if isinstance(value, bool) and node.attr != "training" else None
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
+            return self._dtype_test(node.left, node.comparators[0])
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and _constant(node.comparators[0], False) is None:
             is_none = None
             if isinstance(node.left, ast.Name) and not self.stores.get(node.left.id):
@@ -158,6 +193,14 @@ class Tree:
             if is_none is not None and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
                 return is_none is isinstance(node.ops[0], ast.Is)
         return None
+
+    def _dtype_test(self, left: ast.expr, right: ast.expr) -> bool | None:
+        """``x.dtype == torch.float16``: x has the dtype of the parameters, or of autocast."""
+        dtype = self.method.global_value(right)
+        if not isinstance(left, ast.Attribute) or left.attr != "dtype" or not isinstance(dtype, torch.dtype):
+            return None
+        own = {p.dtype for p in self.module.parameters() if p.is_floating_point()}
+        return own == {dtype} if len(own) == 1 and torch.float16 not in own else None
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -200,8 +243,47 @@ def assigned(statement: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
+def first_assigned(statement: ast.stmt) -> str | None:
+    """The variable of ``name = value`` or of ``name, other = value``, else None."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+        if isinstance(target, ast.Tuple) and target.elts and isinstance(target.elts[0], ast.Name):
+            return target.elts[0].id
+    return assigned(statement)
+
+
 def mentions(node: ast.AST, names: set[str]) -> bool:
     return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
+
+
+_METADATA = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
+_METADATA_CALLS = {"size", "dim", "numel", "is_floating_point", "stride"}
+
+
+def reads(tree: Tree, node: ast.AST, names: set[str]) -> bool:
+    """Whether a node uses more of a variable than shape, dtype or device. An assignment to it counts too."""
+    for found in ast.walk(node):
+        if isinstance(found, ast.Name) and found.id in names:
+            around = tree.parents.get(id(found))
+            if not isinstance(around, ast.Attribute):
+                return True
+            called = isinstance(tree.parents.get(id(around)), ast.Call)
+            if around.attr not in (_METADATA_CALLS if called else _METADATA):
+                return True
+    return False
+
+
+def changes(node: ast.AST, names: set[str]) -> bool:
+    """Whether a node may change a variable's tensor in place."""
+    for found in ast.walk(node):
+        if isinstance(found, ast.AugAssign) and mentions(found.target, names):
+            return True
+        if isinstance(found, ast.Subscript) and isinstance(found.ctx, ast.Store) and mentions(found, names):
+            return True
+        called = found.func if isinstance(found, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr.endswith("_") and mentions(called.value, names):
+            return True
+    return False
 
 
 def without_calls(node: ast.expr) -> bool:

@@ -119,7 +119,7 @@ def part_of_forward(n: Need) -> int:
 
 def part_of_keys(n: Need) -> int:
     if n.itemsize == 4:
-        return _float32_part(n)
+        return 16 if n.columns > 128 and n.dropout and n.heavy and n.capability[0] == 12 else _float32_part(n)
     if n.dropout and n.heavy and n.columns == 128 and n.shared < _LARGE_SHARED:
         return 64
     if n.columns <= 128:
