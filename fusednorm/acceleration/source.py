@@ -11,7 +11,7 @@ import textwrap
 import types
 from typing import Any, NamedTuple
 
-from . import fused
+from . import fused, recipes
 
 HELPER = "fused"  # the name by which a rewritten method sees the module of the same name
 
@@ -56,11 +56,12 @@ def read(cls: type, name: str) -> Method:
     Raises:
         Unreadable: its source cannot be had, or is none that can be compiled again with the same meaning.
     """
-    return _read(inspect.getattr_static(cls, name, None), name)
+    owner = next((base for base in cls.__mro__ if name in base.__dict__), cls)
+    return _read(inspect.getattr_static(cls, name, None), name, owner)
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(found: Any, name: str) -> Method:
+def _read(found: Any, name: str, owner: type) -> Method:
     if not isinstance(found, types.FunctionType):
         raise Unreadable(f"{name} is no plain method")
     wrappers = []
@@ -73,7 +74,7 @@ def _read(found: Any, name: str) -> Method:
         function = inner
     try:
         text = textwrap.dedent(inspect.getsource(function))
-        tree = ast.parse(text).body[0]
+        tree = ast.parse(recipes.edited(owner, name, text)).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise Unreadable(f"the source of {name} cannot be had") from error
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args or tree.name != function.__name__:

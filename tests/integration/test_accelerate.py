@@ -336,3 +336,26 @@ def test_activations_of_the_table_are_recognised_and_others_are_not():
     names = ["relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "gelu", "relu", "relu", "silu"]
     assert [activation_name(activation) for activation in known] == names
     assert not any(map(activation_name, [nn.Tanh(), nn.ELU(), nn.PReLU(), nn.Softplus(), torch.tanh, len, "relu"]))
+
+
+def test_a_recipe_is_used_where_each_of_its_texts_stands_once(monkeypatch, stack):
+    from fusednorm.acceleration import recipes, source
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+
+        def forward(self, x):
+            h = (x + self.fc(x)).clone()
+            return self.norm(h)
+
+    key = f"{Doubled.__module__}.{Doubled.__qualname__}", "forward"
+    for text, fuses in [("(x + self.fc(x)).clone()", True), ("x", False), ("no such text", False)]:
+        monkeypatch.setitem(recipes.RECIPES, key, ((text, "x + self.fc(x)"),))
+        source._read.cache_clear()
+        model, x = Doubled(), torch.randn(3, D)
+        own = model(x)
+        assert bool(sums(fusednorm.accelerate(model))) is fuses
+        torch.testing.assert_close(model(x), own)
+    source._read.cache_clear()
