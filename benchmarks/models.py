@@ -1,0 +1,176 @@
+"""Training steps of whole models before and after `fusednorm.accelerate`, interleaved.
+
+    python3 -m benchmarks.models --report DIR                # blocks of BERT-base and GPT-2 size, then every small model
+    python3 -m benchmarks.models --only 'bert|gpt' --rounds 20
+
+A step is forward, backward and the gradients set to None, in training mode with the dropout of the models' own
+configurations. The ratio is the median of the ratios of neighbouring steps: above 1, the accelerated model is faster.
+Launches are the operators that torch's profiler counts in one step. Writes models.json and models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import fusednorm
+from benchmarks.measure.machine import environment
+from benchmarks.measure.timers import median_interval
+
+VIEWS = {"view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select", "slice"}
+VIEWS |= {"permute", "unflatten", "flatten", "squeeze", "_unsafe_view", "unbind", "split", "chunk", "narrow", "detach_"}
+
+
+class Case(NamedTuple):
+    name: str
+    build: Callable[[], nn.Module]
+    step: Callable[[nn.Module], Any]  # the loss
+
+
+def headline() -> list[Case]:
+    """Blocks of BERT-base and of GPT-2: width 768, 128 tokens, batch 8, the dropout of their configurations."""
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    ids = torch.randint(0, 1000, (8, 128), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[::2, 96:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def bert() -> nn.Module:
+        return BertForMaskedLM(BertConfig(num_hidden_layers=2, vocab_size=1000))
+
+    def gpt2() -> nn.Module:
+        sizes = {"n_layer": 2, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+        return GPT2LMHeadModel(GPT2Config(**sizes))
+
+    return [Case(name, build, lambda model: model(**batch).loss) for name, build in (("bert", bert), ("gpt2", gpt2))]
+
+
+def small() -> list[Case]:
+    """Every model that the tests prove, with dropout 0.1."""
+    from tests.helpers.model_zoo import models
+
+    def case(name: str, entry: Any) -> Case:
+        batch = entry.batch(0)
+        return Case(name, lambda: entry.build(0.1), lambda model: entry.loss(model, batch))
+
+    return [case(name, entry) for name, entry in models().items()]
+
+
+def run(case: Case, model: nn.Module) -> float:
+    start = time.perf_counter()
+    case.step(model).backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+def launches(case: Case, model: nn.Module) -> int:
+    """Operators of one step that no other operator calls, views left out."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
+        run(case, model)
+    names = [event.name for event in profiled.events() if _outermost(event)]
+    return sum(name.rpartition("::")[2] not in VIEWS for name in names)
+
+
+def _outermost(event: Any) -> bool:
+    """An operator whose callers are no operators: autograd's nodes are none."""
+    if "::" not in event.name or event.name.startswith("autograd::"):
+        return False
+    parent = event.cpu_parent
+    while parent is not None:
+        if "::" in parent.name and not parent.name.startswith("autograd::"):
+            return False
+        parent = parent.cpu_parent
+    return True
+
+
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    before = case.build().train()
+    after = copy.deepcopy(before)
+    report = fusednorm.accelerate(after)
+    pair = (before, after)
+    for model in pair:
+        for _ in range(3):
+            run(case, model)
+    counts = [launches(case, model) for model in pair]
+    once = run(case, before)
+    rounds = max(rounds, min(400, int(seconds / max(2 * once, 1e-6))))
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds):
+        for k in (0, 1) if i % 2 else (1, 0):
+            times[k].append(run(case, pair[k]))
+    ratios = [b / a for b, a in zip(*times, strict=True)]
+    low, high = median_interval(ratios)
+    return {
+        "model": case.name,
+        "before_ms": 1e3 * statistics.median(times[0]),
+        "after_ms": 1e3 * statistics.median(times[1]),
+        "ratio": statistics.median(ratios),
+        "interval": [low, high],
+        "rounds": rounds,
+        "launches": counts,
+        "fused": len(report.fused),
+        "left": len(report.left),
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    machine = result["environment"]
+    lines = [
+        "# Training steps before and after `fusednorm.accelerate`",
+        "",
+        "Written by `python3 -m benchmarks.models`. Milliseconds are medians of interleaved steps; the ratio is the median",
+        "of paired ratios, with its 95 % interval. Launches are the operators of one step, views left out.",
+        "",
+        f"Machine: {machine.get('device', 'CPU')}, {machine.get('threads', torch.get_num_threads())} threads.",
+        "",
+        "| model | before, ms | after, ms | ratio | 95 % interval | launches before | after |",
+        "|---|--:|--:|--:|:-:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['model']} | {row['before_ms']:.2f} | {row['after_ms']:.2f} | {row['ratio']:.2f} | "
+            f"{low:.2f} to {high:.2f} | {row['launches'][0]} | {row['launches'][1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="folder for models.json and models.md")
+    parser.add_argument("--only", default="", help="a regular expression for the names of models")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps of each model, at least")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each model, if more rounds fit")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    chosen = [case for case in (*headline(), *small()) if re.search(args.only, case.name, re.IGNORECASE)]
+    if not chosen:
+        parser.error(f"--only: no model is named like {args.only!r}")
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
+    for case in tqdm(chosen, desc="models", disable=None):
+        result["rows"].append(measure(case, args.rounds, args.seconds))
+    text = page(result)
+    print(text)
+    if args.report is not None:
+        args.report.mkdir(parents=True, exist_ok=True)
+        (args.report / "models.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.report / "models.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
