@@ -1,6 +1,6 @@
 """Training steps of whole models before and after `fusednorm.accelerate`, interleaved.
 
-    python3 -m benchmarks.models --report DIR                # blocks of BERT-base and GPT-2 size, then every small model
+    python3 -m benchmarks.models --report DIR                # BERT-base and GPT-2 blocks, then small models
     python3 -m benchmarks.models --only 'bert|gpt' --rounds 20
 
 A step is forward, backward and the gradients set to None, in training mode with the dropout of the models' own
@@ -132,8 +132,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Training steps before and after `fusednorm.accelerate`",
         "",
-        "Written by `python3 -m benchmarks.models`. Milliseconds are medians of interleaved steps; the ratio is the median",
-        "of paired ratios, with its 95 % interval. Launches are the operators of one step, views left out.",
+        "Written by `python3 -m benchmarks.models`. Milliseconds are medians of interleaved steps. The ratio is the",
+        "median of paired ratios, with its 95 % interval. Launches are the operators of one step, views left out.",
         "",
         f"Machine: {machine.get('device', 'CPU')}, {machine.get('threads', torch.get_num_threads())} threads.",
         "",

@@ -25,6 +25,12 @@ from .tree import Tree
 _OPTIONS = ("norms", "residual", "feed_forward", "attention", "layers")
 
 
+COMPILED = (
+    "Under torch.compile, norms, sums and activations run torch's own operations: the compiler fuses them itself."
+)
+WEIGHTS = "Fused attention returns no weights: output_attentions=True gives None for each layer, as with sdpa."
+
+
 class Change(NamedTuple):
     """One change of one module, not yet made."""
 
@@ -197,6 +203,10 @@ class _Analysis:
         self.changes = [*self.norm_changes.values(), *self.changes]
         if self.options["attention"]:
             self._attention()
+        if any(entry.kind in ("norm", "residual", "feed_forward") for entry in self.report.fused):
+            self.report.notes.append(COMPILED)
+        if any(entry.kind == "attention" for entry in self.report.fused):
+            self.report.notes.append(WEIGHTS)
         order = {path: i for i, path in enumerate(self.paths.values())}
         self.report.entries.sort(key=lambda entry: order.get(entry.path, len(order)))
         return self.report, self.changes, {key: self.paths[key] for key in self.forms}
