@@ -129,9 +129,20 @@ class Report:
             lines += ["", *_table(_counted(rows))]
         if self.savings:
             launches, size = sum(s.launches for s in self.savings), sum(s.bytes for s in self.savings)
-            lines += ["", f"Of one forward of the example: {launches} launches and {size / 2**20:.1f} MiB of memory"]
-            lines[-1] += " traffic fewer, counting what each operator reads and writes."
+            lines += [
+                "",
+                f"One forward of the example takes {launches} launches and {_bytes(size)} of memory traffic less,",
+            ]
+            lines.append("counting what each operator reads and writes.")
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+
+
+def _bytes(size: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size} {unit}"
+        size = round(size / 1024)
+    return f"{size} GiB"
 
 
 def _digits(path: str) -> str:
