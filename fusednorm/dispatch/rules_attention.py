@@ -79,7 +79,7 @@ def why_not_torch(inputs: AttentionInputs, options: AttentionOptions, asked: Ask
         return reason
     if asked.return_lse:
         return "it returns no log-sum-exp"
-    if options.dropout_p and (ours or seed is not None):
+    if options.dropout_p and (seed is not None or (ours and not _learns_small_mask(inputs, asked))):
         return "its dropout mask is not `dropout_mask`"
     if ours:
         reason = _why_ours(inputs, options, asked)
@@ -110,6 +110,19 @@ def masked(inputs: AttentionInputs, options: AttentionOptions) -> bool:
 _NOT_LOOKED_FOR = "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
 
 
+# On a CPU our gradient of the mask computes the logits once more, torch's keeps them: forward and backward, torch's took
+# 0.5 to 0.8 of our time up to this many attention weights. Above, what it keeps is over 64 MiB.
+_MOST_KEPT_WEIGHTS = 1 << 24
+
+
+def _learns_small_mask(inputs: AttentionInputs, asked: Asked) -> bool:
+    """Whether the gradient of attn_mask is wanted on a CPU, of no more weights than torch's operator had better keep."""
+    q, k, _, attn_mask, *_ = inputs
+    if not asked.needs_grad or attn_mask is None or not attn_mask.requires_grad or not q.is_cpu:
+        return False
+    return q.shape[:-1].numel() * k.shape[-2] <= _MOST_KEPT_WEIGHTS
+
+
 def _why_ours(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) -> str:
     """Why a kernel of ours, which could serve the call, is to be preferred to torch's, or nothing."""
     q, k, v, attn_mask, key_mask, *_ = inputs
@@ -122,6 +135,8 @@ def _why_ours(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) 
         return "it refuses attn_mask beside is_causal, unless its flash attention serves the call"
     if causal and not scales(options.scale):
         return "it scales the -inf that it adds to what causality masks"
+    if _learns_small_mask(inputs, asked):
+        return ""
     if needs_grad and attn_mask is not None and attn_mask.requires_grad:
         return "it holds the gradient of attn_mask, which is never summed, in full"
     if q.is_cpu and needs_grad and asked.dims == 4 and not flash_takes(q, k, v):

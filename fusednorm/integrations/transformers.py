@@ -155,12 +155,13 @@ def attention(
     if max(query.shape[-1], value.shape[-1]) > MOST_HEAD_DIM:
         pattern = pattern._replace(key_mask=keys)
         return _by_torch(query, key, value, full, pattern, p, scale, cap).transpose(1, 2).contiguous(), None
+    aligned = n_queries == n_keys or not (pattern.is_causal or pattern.window)  # then both alignments are one
     out = scaled_dot_product_attention(
         *(query, key, value, full, p, pattern.is_causal, scale, query.shape[1] != key.shape[1]),
         key_mask=keys,
         window=pattern.window,
         softcap=cap,
-        causal_align=pattern.causal_align,
+        causal_align="upper_left" if aligned else pattern.causal_align,
     )
     return out.transpose(1, 2).contiguous(), None
 
