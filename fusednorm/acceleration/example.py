@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,18 +22,25 @@ class Mismatch(Exception):
     """Which result differs, and by how much."""
 
 
+def check_batch(batch: Any) -> Any:
+    """The batch as a dict of keywords or a tuple of arguments."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if isinstance(batch, Mapping):  # a tokenizer's BatchEncoding too
+        return dict(batch)
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch)
+    raise TypeError(f"example: expected a dict of keyword arguments, a tuple or a tensor, got {type(batch).__name__}")
+
+
 class Example:
     """Outputs and gradients of the original model for one batch."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
-        if isinstance(batch, Tensor):
-            batch = (batch,)
-        if not isinstance(batch, (dict, tuple, list)):
-            raise TypeError(
-                f"example: expected a dict of keyword arguments, a tuple or a tensor, got {type(batch).__name__}"
-            )
         self.batch = batch
         self.before = _results(model, batch)
+        if not self.before:
+            raise ValueError("example: the model's output has no floating-point tensor, so there is nothing to compare")
         self.exact = _in_float64(model, batch)
 
     def compare(self, model: nn.Module, norms: dict[int, str]) -> list[Saving]:
@@ -137,9 +145,12 @@ def _in_float64(model: nn.Module, batch: Any) -> dict[str, Tensor] | None:
 def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield name, output
-    elif isinstance(output, dict):
+    elif isinstance(output, Mapping):
         for key, value in output.items():
             yield from _tensors(value, f"{name}.{key}")
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name), f"{name}.{field.name}")
     elif isinstance(output, (tuple, list)):
         for i, value in enumerate(output):
             yield from _tensors(value, f"{name}[{i}]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +35,71 @@ class Dropout(NamedTuple):
         return F.dropout(x, self.p, self.training)
 
 
-# What each class of step computes. accelerate() adds classes whose results it has compared with these.
-KINDS: dict[type, str] = {
+# What the classes of torch compute as steps of a branch.
+STEP_KINDS: dict[type, str] = {
     nn.Linear: "linear",
     nn.Dropout: "dropout",
     Dropout: "dropout",
     nn.Identity: "identity",
 }
-# (activation function or class of the module, the name by which bias_act_dropout has it)
-ACTIVATIONS: set[tuple[Any, str]] = {
-    *((function, name) for name, function in FUNCTIONS.items()),
-    *((F.relu, "relu"), (nn.ReLU, "relu"), (nn.SiLU, "silu"), (nn.GELU, "gelu"), (nn.GELU, "gelu_tanh")),
+LINEAR = ("linear", "conv1d")
+_ACTIVATIONS: dict[Any, str] = {
+    **{function: name for name, function in FUNCTIONS.items()},
+    F.relu: "relu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
 }
+
+
+class Verdict(NamedTuple):
+    """What an instance of another library's class was seen to compute, and the attributes that may decide it."""
+
+    computes: str  # a kind of step, or the name of an activation
+    attributes: dict[str, Any]
+
+
+_VERDICT = "_fusednorm_verdict"
+_NOT_DECISIVE = {"training", "drop_prob", "p"}  # read at every call
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name[0] != "_"
+        and name not in _NOT_DECISIVE
+        and (value is None or callable(value) or isinstance(value, (bool, int, float, str)))
+    }
+
+
+def mark(module: nn.Module, computes: str) -> None:
+    module.__dict__[_VERDICT] = Verdict(computes, _attributes(module))
+
+
+def unmark(module: nn.Module) -> None:
+    module.__dict__.pop(_VERDICT, None)
+
+
+def _seen_to_compute(module: nn.Module) -> str | None:
+    verdict = module.__dict__.get(_VERDICT)
+    return verdict.computes if verdict is not None and verdict.attributes == _attributes(module) else None
+
+
+def step_kind(module: Any) -> str | None:
+    """The kind of a step, or None if the operator cannot do it."""
+    kind = STEP_KINDS.get(type(module))
+    if kind is None:
+        return _seen_to_compute(module) if isinstance(module, nn.Module) else None
+    return None if getattr(module, "inplace", False) else kind  # what it changes may be read later
+
+
+def activation_name(activation: Any) -> str | None:
+    """What ``bias_act_dropout`` calls an activation, as far as torch's classes and `mark` say."""
+    if not isinstance(activation, nn.Module):
+        return _ACTIVATIONS.get(activation) if isinstance(activation, Hashable) else None
+    if type(activation) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    return _ACTIVATIONS.get(type(activation)) or _seen_to_compute(activation)
 
 
 class Steps(NamedTuple):
@@ -62,13 +115,14 @@ _NO_STEPS = Steps()
 
 
 class NormForm(NamedTuple):
-    """Which norm a module computes, and by which names it has its parameters."""
+    """The type of a norm, and the names of its eps, weight and bias attributes."""
 
     rms: bool
     eps: str | None  # None: the machine epsilon of torch.nn.RMSNorm
     weight: str | None = "weight"
     bias: str | None = None
     zero_centered: bool = False
+    float32_only: bool = False  # in 16 bits the module computes another dtype than its input's
 
     def parameters(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
         own = module._parameters  # four times as fast as the attribute
@@ -108,7 +162,7 @@ class NormForm(NamedTuple):
 
 
 class Handed(tuple[Any, ...]):
-    """(norm, normed, version of the sum, gradient mode): a normed tensor that waits, on its sum, for its norm."""
+    """(norm, normed, version of the sum, gradient mode, parameters): a normed tensor that waits for its norm."""
 
     __slots__ = ()
 
@@ -132,6 +186,17 @@ class Next:
         self.norm = norm
 
 
+def _versions(parameters: tuple[Tensor | None, Tensor | None]) -> tuple[Any, ...]:
+    """What changes when a norm gets other parameters, or other values in them."""
+    weight, bias = parameters
+    return (
+        id(weight),
+        None if weight is None or weight.is_inference() else weight._version,
+        id(bias),
+        None if bias is None or bias.is_inference() else bias._version,
+    )
+
+
 def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     """The tensor that waits at `x` for `norm`, if computing it now would give the same values and gradients."""
     if _is_compiling() or not isinstance(x, Tensor):
@@ -139,9 +204,10 @@ def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     handed = x.__dict__.pop(_HANDED, None)
     if handed is None:
         return None
-    owner, normed, version, grad = handed
+    owner, normed, version, grad, parameters = handed
     if (
         owner is not norm
+        or parameters != _versions(type(norm)._fusednorm_norm.parameters(norm))
         or version != (None if x.is_inference() else x._version)
         or grad is not torch.is_grad_enabled()
         or x._backward_hooks  # a hook on the sum has to see its whole gradient
@@ -186,7 +252,7 @@ def _steps(modules: tuple[Any, ...]) -> Steps | None:
     """The steps as arguments of the operator; None if one of them has hooks or they come in another order."""
     steps = _NO_STEPS
     for module in modules:
-        kind = KINDS.get(type(module))
+        kind = step_kind(module)
         if kind is None or (type(module) is not Dropout and not without_hooks(module)):
             return None
         if kind == "dropout":
@@ -194,7 +260,7 @@ def _steps(modules: tuple[Any, ...]) -> Steps | None:
                 if steps[1:] != _NO_STEPS[1:] or not 0.0 < module.p < 1.0:
                     return None
                 steps = steps._replace(dropout_p=float(module.p))
-        elif kind in ("linear", "conv1d"):
+        elif kind in LINEAR:
             if steps != _NO_STEPS:
                 return None
             steps = Steps(module)
@@ -212,11 +278,11 @@ def _steps(modules: tuple[Any, ...]) -> Steps | None:
 def _weight(linear: Any) -> Tensor:
     """(out, in). Hugging Face's ``Conv1D`` keeps it transposed."""
     weight: Tensor = linear.weight
-    return weight if KINDS[type(linear)] == "linear" else weight.t()
+    return weight if type(linear) is nn.Linear else weight.t()
 
 
-# Layer scale and drop path have no C++ fast path. Forward and backward, torch's operators were 1.3 times as fast on 2^13
-# elements, as fast on 2^16, and 1.3 to 1.5 times as slow on 2^18 (one thread, AMD EPYC).
+# Layer scale and drop path have no C++ fast path. Forward and backward, torch's operators were 1.3 times as fast on
+# 2^13 elements, as fast on 2^16, and 1.3 to 1.5 times as slow on 2^18 (one thread, AMD EPYC).
 _LEAST_WITHOUT_FASTPATH = 1 << 17
 _PARAMETERS = (nn.Parameter, Tensor)  # not a sharded one
 _listener: Callable[[nn.Module, Tensor, Steps], None] | None = None
@@ -255,6 +321,11 @@ def add(*, residual: Tensor, branch: Tensor, norm: Any, steps: tuple[Any, ...] =
     return residual + branch
 
 
+def _too_small(residual: Tensor) -> bool:
+    """For what has no fast path. While accelerate() compares results, every operator runs."""
+    return _listener is None and residual.numel() < _LEAST_WITHOUT_FASTPATH
+
+
 def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: tuple[Any, ...]) -> Tensor | None:
     if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
         return None
@@ -270,19 +341,24 @@ def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: 
         fits = fits and x.shape[:-1] == shape[:-1] and matrix.shape[0] == shape[-1] and x.ndim > 0
     if not fits or x.dtype != dtype or x.device != residual.device or not shape:
         return None
-    weight = form.parameters(norm)[0]
+    parameters = form.parameters(norm)
+    weight = parameters[0]
+    if form.float32_only and dtype != torch.float32:
+        return None
     if weight is None:
         if tuple(getattr(norm, "normalized_shape", shape[-1:])) != shape[-1:]:
             return None
     elif type(weight) not in _PARAMETERS or weight.dtype != dtype or weight.shape != shape[-1:]:
         return None
-    if (steps.layer_scale is not None or steps.drop_path_p) and residual.numel() < _LEAST_WITHOUT_FASTPATH:
+    if weight is not None and weight.device != residual.device:
+        return None
+    if (steps.layer_scale is not None or steps.drop_path_p) and _too_small(residual):
         return None
     if steps.linear is not None:
         x = F.linear(x, matrix)
     normed, total = form.add(norm, residual, x, bias, steps)
     version = None if total.is_inference() else total._version
-    total.__dict__[_HANDED] = Handed((norm, normed, version, torch.is_grad_enabled()))
+    total.__dict__[_HANDED] = Handed((norm, normed, version, torch.is_grad_enabled(), _versions(parameters)))
     if _listener is not None:
         _listener(norm, total, steps)
     return total
@@ -307,14 +383,9 @@ def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any
 
 
 def _fused_activate(x: Tensor, linear: Any, activation: Any, name: str, dropout: Any) -> Tensor | None:
-    if KINDS.get(type(linear)) not in ("linear", "conv1d") or not without_hooks(linear) or type(x) is not Tensor:
+    if type(x) is not Tensor or step_kind(linear) not in LINEAR or not without_hooks(linear):
         return None
-    if isinstance(activation, nn.Module):
-        known = (type(activation), name) in ACTIVATIONS and without_hooks(activation)
-        if known and type(activation) is nn.GELU:
-            known = activation.approximate == ("tanh" if name == "gelu_tanh" else "none")
-    else:
-        known = (activation, name) in ACTIVATIONS
+    known = activation_name(activation) == name and (not isinstance(activation, nn.Module) or without_hooks(activation))
     steps = _NO_STEPS if dropout is None else _steps((dropout,))
     if not known or steps is None or not x.ndim or not _no_global_hooks():
         return None

@@ -16,7 +16,7 @@ from torch import nn
 from .._checks import check_flag
 from ..modules._fusible import class_path
 from . import fused, layers, recognise, source, swap
-from .example import Example, Mismatch
+from .example import Example, Mismatch, check_batch
 from .links import Links
 from .patterns import Finder, Found
 from .report import Entry, Report
@@ -93,20 +93,25 @@ def accelerate(
     options = {name: check_flag(name, value) for name, value in given.items()}
     dry_run = check_flag("dry_run", dry_run)
     _check(model, "accelerate")
-    before = None
-    accelerated = any(map(swap.is_swapped, model.modules()))
+    batch = None if example is None else check_batch(example)
+    accelerated = any(map(swap.is_swapped, model.modules())) or _attention_is_switched(model)
+    if accelerated and dry_run:
+        raise ValueError("dry_run: the model is accelerated already; call fusednorm.restore(model) first")
     if accelerated:
         restore(model)
-    if example is not None and not dry_run:
-        before = Example(model, example)
+    before = None if batch is None or dry_run else Example(model, batch)
     report, changes, readers = _Analysis(model, options, dry_run).run()
-    if dry_run and not accelerated:
+    if dry_run:
         return report
-    for change in changes:
-        change.apply()
-    _sources(model, report)
-    if before is not None:
-        _compare(model, before, report, changes, readers)
+    try:
+        for change in changes:
+            change.apply()
+        _sources(model, report)
+        if before is not None:
+            _compare(model, before, report, changes, readers)
+    except BaseException:
+        restore(model)
+        raise
     return report
 
 
@@ -130,9 +135,13 @@ def restore(model: nn.Module) -> None:
     _check(model, "restore")
     for module in model.modules():
         swap.restore(module)
+    if _attention_is_switched(model):
+        sys.modules["fusednorm.integrations.transformers"].restore_attention(model)
+
+
+def _attention_is_switched(model: nn.Module) -> bool:
     integration = sys.modules.get("fusednorm.integrations.transformers")
-    if integration is not None and integration.is_switched(model):
-        integration.restore_attention(model)
+    return integration is not None and integration.is_switched(model)
 
 
 def _check(model: Any, name: str) -> None:
@@ -141,12 +150,14 @@ def _check(model: Any, name: str) -> None:
     for path, module in model.named_modules():
         where = f"model{'.' + path if path else ''}"
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+        if kinds & {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(f"{where}: is wrapped for several devices; {name} before wrapping")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where}: is scripted; {name} the original module")
         if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
             raise ValueError(f"{where}: is compiled; {name} first, then compile")
+        if swap.is_changed_since(module):
+            raise ValueError(f"{where}: was parametrized after accelerate; remove the parametrization first")
         for key, parameter in module._parameters.items():
             if parameter is not None and "DTensor" in {kind.__name__ for kind in type(parameter).__mro__}:
                 raise ValueError(f"{where}.{key}: is sharded over several devices; {name} before sharding")
@@ -190,14 +201,14 @@ class _Analysis:
         self.changes: list[Change] = []
         self.norm_changes: dict[int, Change] = {}
         self.kept: dict[int, list[Tree]] = {}
+        self.kinds: dict[int, str | None] = {}  # of steps
+        self.names: dict[int, str | None] = {}  # of activations
         self.inside: set[int] = set()  # modules of layers that become ours, or are
 
     def run(self) -> tuple[Report, list[Change], dict[int, str]]:
         if self.options["layers"]:
             self._layers()
         self._norms()
-        for module in self.model.modules():
-            recognise.learn_step(module)
         if self.options["residual"] or self.options["feed_forward"]:
             self._methods()
         self.changes = [*self.norm_changes.values(), *self.changes]
@@ -249,6 +260,26 @@ class _Analysis:
     def _is_norm(self, module: Any) -> bool:
         return id(module) in self.forms
 
+    def _kind(self, module: Any) -> str | None:
+        if not isinstance(module, nn.Module):
+            return None
+        if id(module) not in self.kinds:
+            self.kinds[id(module)] = recognise.step_kind(module)
+            self._mark(module, self.kinds[id(module)])
+        return self.kinds[id(module)]
+
+    def _activation(self, activation: Any) -> str | None:
+        if not isinstance(activation, nn.Module) or id(activation) not in self.paths:  # nothing global is marked
+            return fused.activation_name(activation)
+        if id(activation) not in self.names:
+            self.names[id(activation)] = recognise.activation_name(activation)
+            self._mark(activation, self.names[id(activation)])
+        return self.names[id(activation)]
+
+    def _mark(self, module: nn.Module, computes: str | None) -> None:
+        if computes is not None and not type(module).__module__.startswith("torch."):
+            self.changes.append(Change(self.paths[id(module)], functools.partial(fused.mark, module, computes)))
+
     def _trees(self, module: nn.Module) -> list[Tree]:
         """The methods of a module that may hold something to fuse: forward, and those it calls on self."""
         known = self.kept.get(id(module))
@@ -278,7 +309,7 @@ class _Analysis:
             for tree in self._trees(module):
                 main = tree.function.name == "forward"
                 finder = Finder(
-                    tree, self._is_norm, links.consumer, recognise.activation_name, main and norm is not None,
+                    tree, self._is_norm, links.consumer, self._kind, self._activation, main and norm is not None,
                     self.options["residual"], self.options["feed_forward"],
                 )  # fmt: skip
                 sites = finder.run()
@@ -301,8 +332,11 @@ class _Analysis:
         base = getattr(transformers, "PreTrainedModel", None)
         if base is None or not any(isinstance(module, base) for module in self.model.modules()):
             return
-        from ..integrations import transformers as integration
-
+        try:
+            from ..integrations import transformers as integration
+        except ImportError as error:  # an older transformers
+            self._add("", "attention", class_path(type(self.model)), reason=str(error))
+            return
         switches = integration.switch_attention(self.model, dry_run=True)
         for path, ok, reason in switches:
             module = self.model.get_submodule(path)

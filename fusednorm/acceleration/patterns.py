@@ -12,11 +12,10 @@ from torch import nn
 
 from ..modules._fusible import class_path
 from . import fused
+from .fused import LINEAR
 from .reader import RETURNED, Consumer, Reader, short
 from .source import HELPER, Method
 from .tree import COMPREHENSIONS, SIMPLE, UNKNOWN, Place, Tree, assigned, first_assigned, is_sum, reads, without_calls
-
-LINEAR = ("linear", "conv1d")
 
 
 class Site(NamedTuple):
@@ -44,6 +43,7 @@ class Finder:
         tree: the method.
         is_norm: whether a module is a norm that can take a sum's normed tensor.
         consumer: the norm by which a module reads its first argument, as in :class:`Reader`.
+        kind: the kind of a module that may be a step of a branch, or None.
         activation: the name of an activation module or function, or None.
         linked: whether the norm after this block is known.
     """
@@ -53,16 +53,17 @@ class Finder:
         tree: Tree,
         is_norm: Callable[[Any], bool],
         consumer: Consumer,
+        kind: Callable[[Any], str | None],
         activation: Callable[[Any], str | None],
         linked: bool,
         residual: bool = True,
         feed_forward: bool = True,
     ) -> None:
         self.tree, self.is_norm, self.activation, self.linked = tree, is_norm, activation, linked
-        self.residual, self.feed_forward = residual, feed_forward
+        self.kind, self.residual, self.feed_forward = kind, residual, feed_forward
         self.reader = Reader(tree, consumer)
         children = list(tree.module.children())
-        self.has_linear = any(fused.KINDS.get(type(child)) in LINEAR for child in children)
+        self.has_linear = any(kind(child) in LINEAR for child in children)
         self.is_block = self.has_linear or any(map(is_norm, children))
         self.sites: list[Site] = []
         self.replaced: dict[int, ast.expr] = {}
@@ -190,7 +191,7 @@ class Finder:
         """The module or ``fused.Dropout(...)`` of a call that the operator can do, else None."""
         module = self.tree.called(node)
         if isinstance(module, nn.Module):
-            return node.func if type(module) in fused.KINDS else None  # type: ignore[attr-defined]
+            return node.func if self.kind(module) is not None else None  # type: ignore[attr-defined]
         if not isinstance(node, ast.Call) or not node.args or isinstance(node.args[0], ast.Starred):
             return None
         if self.tree.method.global_value(node.func) not in (F.dropout, torch.dropout):
@@ -204,7 +205,7 @@ class Finder:
         return ast.Call(_helper("Dropout"), [], keywords)
 
     def _kind(self, step: ast.expr) -> str:
-        return "dropout" if isinstance(step, ast.Call) else fused.KINDS[type(self.tree.resolve(step))]
+        return "dropout" if isinstance(step, ast.Call) else self.kind(self.tree.resolve(step)) or ""
 
     # --- activations
 
@@ -244,7 +245,7 @@ class Finder:
 
     def _unknown_activation(self, node: ast.Call, place: Place) -> None:
         module = self.tree.called(node)
-        if not isinstance(module, nn.Module) or type(module) in fused.KINDS or self.is_norm(module):
+        if not isinstance(module, nn.Module) or self.kind(module) is not None or self.is_norm(module):
             return
         linear: ast.expr = node.args[0]
         if isinstance(linear, ast.Name):
@@ -258,7 +259,7 @@ class Finder:
         if not isinstance(module, nn.Module):
             return "its input is not that of a linear layer"
         name = ast.unparse(node.func)  # type: ignore[attr-defined]
-        if fused.KINDS.get(type(module)) not in LINEAR:
+        if self.kind(module) not in LINEAR:
             return f"{name} is {class_path(type(module))}, no linear layer"
         return "" if fused.without_hooks(module) else f"{name} has hooks"
 

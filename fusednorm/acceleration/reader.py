@@ -60,7 +60,7 @@ class Reader:
                 norm = self._reads(call, names)
                 if norm is not None and self._unconditional(call, place) and not self._passed(statement, call, names):
                     if self._escapes(place, names):
-                        return None, "the method returns the sum too, whose gradient has to be whole"
+                        return None, "the sum leaves the method too, and its gradient has to be whole"
                     return norm, ""
             if target is not None and isinstance(value, ast.Name) and value.id in names:
                 return self.after(place, names | {target})
@@ -110,16 +110,33 @@ class Reader:
         return any(reads(self.tree, call, names) and self._reads(call, names) is None for call in calls)
 
     def _escapes(self, place: Place | None, names: set[str]) -> bool:
-        """Whether the method returns the value itself after its norm has read it."""
+        """Whether the method gives the value itself away after its norm has read it: returned, kept or hooked."""
         while place is not None and names:
-            statement = place.statement
-            if isinstance(statement, ast.Return):
-                value = statement.value
-                parts = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value]
-                return any(isinstance(part, ast.Name) and part.id in names for part in parts)
-            names = self._holders(statement, names)
+            if any(self._gives_away(node, names) for node in ast.walk(place.statement)):
+                return True
+            if isinstance(place.statement, ast.Return):
+                return False
+            names = self._holders(place.statement, names)
             place = place.following()
         return False
+
+    def _gives_away(self, node: ast.AST, names: set[str]) -> bool:
+        if not isinstance(node, ast.Name) or node.id not in names or not isinstance(node.ctx, ast.Load):
+            return False
+        around = self.tree.parents.get(id(node))
+        while isinstance(around, (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Starred, ast.IfExp, ast.keyword)):
+            around = self.tree.parents.get(id(around))
+        if isinstance(around, ast.Attribute):
+            return around.attr in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+        if isinstance(around, (ast.Assign, ast.AnnAssign)):
+            return assigned(around) is None  # an attribute, an element or several variables
+        if isinstance(around, ast.Call):
+            if isinstance(self.tree.resolve(around.func), nn.Module):
+                return False
+            function = self.tree.method.global_value(around.func)
+            home = getattr(function, "__module__", None) or ""
+            return not (home.startswith("torch") and not home.startswith("torch.autograd"))
+        return isinstance(around, (ast.Return, ast.Yield, ast.Lambda, ast.NamedExpr))
 
     def _holders(self, statement: ast.stmt, names: set[str]) -> set[str]:
         """Which variables may hold the value after a statement, if these did before."""

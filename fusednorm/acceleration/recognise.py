@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -46,9 +45,10 @@ def _quietly() -> Any:
         yield
 
 
-def _run(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor | None:
-    probe = type(module).__new__(type(module))  # forward alone, without hooks
+def _run(module: nn.Module, parameters: dict[str, Tensor], x: Tensor, **attributes: Any) -> Tensor | None:
+    probe = object.__new__(type(module))  # forward alone, without hooks
     probe.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    probe.__dict__.update(attributes)
     try:
         with _quietly():
             y = probe.forward(x)
@@ -109,13 +109,14 @@ def norm_form(module: nn.Module) -> tuple[NormForm | None, str]:
     with _quietly():
         random = {name: torch.randn(p.shape) for name, p in parameters.items()}
         inputs = [torch.randn(2, 5, size), 1e-3 * torch.randn(3, size), 30.0 + torch.randn(2, 3, 2, size)]
-    results = [_run(module, random, x) for x in inputs]
+    results = [_run(module, random, x, training=training) for x in inputs for training in (False, True)]
     if all(y is not None for y in results):
         for form, function in _candidates(module):
             with _quietly():
-                expected = [function(x, random) for x in inputs]
+                expected = [function(x, random) for x in inputs for _ in range(2)]
             if all(_equal(y, e) for y, e in zip(results, expected, strict=True)):
-                return form, ""
+                half = _run(module, {n: p.bfloat16() for n, p in random.items()}, inputs[0].bfloat16())
+                return form._replace(float32_only=half is None or half.dtype != torch.bfloat16), ""
     what = "its own forward" if known else "something else than LayerNorm or RMSNorm over the last dimension"
     return None, f"{class_path(kind)} has {what}" if known else f"{class_path(kind)} computes {what}"
 
@@ -131,13 +132,11 @@ _GRID_STEPS = 401
 
 
 def activation_name(activation: Any) -> str | None:
-    """What ``bias_act_dropout`` calls it, or None."""
-    for name in FUNCTIONS:
-        if not isinstance(activation, nn.Module) and _known(activation, name):
-            return name
-    if not isinstance(activation, nn.Module) or not _leaf(activation) or _parameters(activation):
-        return None
-    if not fused.without_hooks(activation) or "norm" in type(activation).__name__.lower():
+    """What ``bias_act_dropout`` calls an activation, or None."""
+    known = fused.activation_name(activation)
+    if known is not None or not isinstance(activation, nn.Module) or type(activation).__module__.startswith("torch."):
+        return known
+    if not _leaf(activation) or _parameters(activation) or not fused.without_hooks(activation):
         return None
     grid = torch.linspace(-6.0, 6.0, _GRID_STEPS)
     y = _run(activation, {}, grid)
@@ -145,33 +144,26 @@ def activation_name(activation: Any) -> str | None:
         return None
     for name, function in FUNCTIONS.items():
         if float((y - function(grid)).abs().max()) <= 1e-6:
-            fused.ACTIVATIONS.add((type(activation), name))
             return name
     return None
 
 
-def _known(function: Any, name: str) -> bool:
-    try:
-        return (function, name) in fused.ACTIVATIONS
-    except TypeError:  # not hashable
-        return False
-
-
-def learn_step(module: nn.Module) -> None:
-    """Enter the class of a layer scale, a drop path or Hugging Face's Conv1D into the table of steps."""
-    kind = type(module)
-    if kind in fused.KINDS or kind.__module__.startswith("torch.nn."):
-        return
-    if not _leaf(module) or "forward" in module.__dict__ or inspect.isabstract(kind):
-        return
+def step_kind(module: nn.Module) -> str | None:
+    """Whether a module is a linear layer, dropout, layer scale or drop path, and which; or None."""
+    kind = fused.STEP_KINDS.get(type(module))
+    if kind is not None or type(module).__module__.startswith("torch."):
+        return fused.step_kind(module) if kind is not None else None
+    if not _leaf(module) or "forward" in module.__dict__ or getattr(module, "inplace", False):
+        return None
     parameters = _parameters(module)
     shapes = [p.ndim for p in parameters.values()]
     if shapes == [1] and not may_be_norm(module) and _is_layer_scale(module, parameters):
-        fused.KINDS[kind] = "layer_scale"
-    elif sorted(parameters) == ["bias", "weight"] and module.weight.ndim == 2 and _is_conv1d(module):
-        fused.KINDS[kind] = "conv1d"
-    elif not parameters and isinstance(getattr(module, "drop_prob", None), (int, float)) and _is_drop_path(module):
-        fused.KINDS[kind] = "drop_path"
+        return "layer_scale"
+    if sorted(parameters) == ["bias", "weight"] and shapes in ([1, 2], [2, 1]) and _is_conv1d(module):
+        return "conv1d"
+    if not parameters and isinstance(getattr(module, "drop_prob", None), float) and _is_drop_path(module):
+        return "drop_path"
+    return None
 
 
 def _is_layer_scale(module: nn.Module, parameters: dict[str, Tensor]) -> bool:
@@ -192,22 +184,13 @@ def _is_conv1d(module: Any) -> bool:
     return y is not None and y.shape == (2, 3, columns) and torch.allclose(y, x @ weight + bias, atol=1e-4)
 
 
-def _is_drop_path(module: Any) -> bool:
-    """Whether it drops whole samples and scales the others by 1 / (1 - p)."""
-    p, training = float(module.drop_prob), module.training
-    if not 0.0 < p < 1.0:
-        return False
-    x = torch.ones(64, 2, 3)
-    try:
-        module.training = True
-        dropped = _run(module, {}, x)
-        module.training = False
-        kept = _run(module, {}, x)
-    finally:
-        module.training = training
+def _is_drop_path(module: nn.Module) -> bool:
+    """Whether it drops whole samples and scales the others by 1 / (1 - p), in training mode alone."""
+    p, x = 0.5, torch.ones(64, 2, 3)
+    dropped = _run(module, {}, x, drop_prob=p, training=True)
+    kept = _run(module, {}, x, drop_prob=p, training=False)
     if dropped is None or dropped.shape != x.shape or kept is None or not torch.equal(kept, x):
         return False
     samples = dropped.flatten(1)
     whole = bool((samples == samples[:, :1]).all())
-    values = (samples[:, 0] == 0.0) | ((samples[:, 0] - 1.0 / (1.0 - p)).abs() < 1e-5)
-    return whole and bool(values.all())
+    return whole and set(samples[:, 0].tolist()) == {0.0, 1.0 / (1.0 - p)}

@@ -108,7 +108,12 @@ def _changed(function: types.FunctionType) -> bool:
     code = function.__code__
     every = _codes(code.co_filename, "".join(linecache.getlines(code.co_filename)))
     same = (other for other in every if other.co_firstlineno == code.co_firstlineno)
-    return not any(other.co_code == code.co_code and other.co_names == code.co_names for other in same)
+    return not any(_fingerprint(other) == _fingerprint(code) for other in same)
+
+
+def _fingerprint(code: types.CodeType) -> tuple[Any, ...]:
+    constants = tuple(repr(c) for c in code.co_consts if not isinstance(c, types.CodeType))
+    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 @functools.lru_cache(maxsize=256)

@@ -44,7 +44,7 @@ def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "__new__": lambda cls, *args, **kwargs: base(*args, **kwargs),  # a new instance is an original one
+            "__new__": _new,
             "__reduce_ex__": _reduce,
             BASE: base,
             "_fusednorm_plan": plan,
@@ -104,12 +104,19 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
             or not x.is_floating_point()
             or (weight is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:]))
             or (bias is not None and bias.dtype != x.dtype)
+            or (form.float32_only and x.dtype != torch.float32)
             or torch.is_autocast_enabled(x.device.type)
         ):
             return original(self, *args, **kwargs)
         return form(self, x)
 
     return forward
+
+
+def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """A new instance is an original one. Without arguments it is an empty one, as nn.DataParallel asks for it."""
+    made = next(c for c in cls.__mro__ if BASE in c.__dict__)
+    return getattr(made, BASE)(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -164,18 +171,20 @@ def is_swapped(module: nn.Module) -> bool:
     return BASE in type(module).__dict__ or WAS in module.__dict__
 
 
-def restore(module: nn.Module) -> bool:
-    """Give one instance its class back. Whether anything had to be done."""
-    changed = module.__dict__.pop(fused.NEXT, None) is not None
+def is_changed_since(module: nn.Module) -> bool:
+    """Whether another library has derived a class from the generated one, as torch's parametrizations do."""
+    return BASE not in type(module).__dict__ and hasattr(type(module), BASE)
+
+
+def restore(module: nn.Module) -> None:
+    """Give one instance its class back."""
+    module.__dict__.pop(fused.NEXT, None)
+    fused.unmark(module)
     was = module.__dict__.pop(WAS, None)
     if was is not None:
         module.__class__ = was
-        return True
-    cls = type(module)
-    if BASE in cls.__dict__:
-        module.__class__ = cls.__dict__[BASE]
-        return True
-    return changed
+    elif BASE in type(module).__dict__:
+        module.__class__ = type(module).__dict__[BASE]
 
 
 def texts(module: nn.Module) -> dict[str, str]:

@@ -110,13 +110,13 @@ def masked(inputs: AttentionInputs, options: AttentionOptions) -> bool:
 _NOT_LOOKED_FOR = "NaN and Inf of masked keys and values reach its results, and they are not looked for here"
 
 
-# On a CPU our gradient of the mask computes the logits once more, torch's keeps them: forward and backward, torch's took
-# 0.5 to 0.8 of our time up to this many attention weights. Above, what it keeps is over 64 MiB.
+# On a CPU our gradient of the mask computes the logits once more, torch's keeps them. Forward and backward, torch's
+# took 0.5 to 0.8 of our time up to this many attention weights. Above, what it keeps is over 64 MiB.
 _MOST_KEPT_WEIGHTS = 1 << 24
 
 
 def _learns_small_mask(inputs: AttentionInputs, asked: Asked) -> bool:
-    """Whether the gradient of attn_mask is wanted on a CPU, of no more weights than torch's operator had better keep."""
+    """Whether the gradient of attn_mask is wanted on a CPU, and few enough attention weights are kept for it."""
     q, k, _, attn_mask, *_ = inputs
     if not asked.needs_grad or attn_mask is None or not attn_mask.requires_grad or not q.is_cpu:
         return False

@@ -14,38 +14,7 @@ from torch import nn
 
 import fusednorm
 from fusednorm.acceleration import fused
-
-D = 16
-
-
-class Block(nn.Module):
-    """A pre-norm block with a feed-forward part."""
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.mix = nn.Linear(D, D)
-        self.fc1, self.fc2, self.act, self.drop = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.GELU(), nn.Dropout(p)
-
-    def forward(self, x):
-        x = x + self.drop(self.mix(self.norm1(x)))
-        h = self.norm2(x)
-        h = self.fc1(h)
-        h = self.act(h)
-        h = self.fc2(h)
-        return x + self.drop(h)
-
-
-class Stack(nn.Module):
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(p), Block(p)])
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+from tests.helpers.small_blocks import Block, D, Stack, sums
 
 
 class Wrapper(nn.Module):
@@ -73,10 +42,6 @@ class Wrong(nn.Module):
 def stack() -> Stack:
     torch.manual_seed(0)
     return Stack()
-
-
-def sums(report):
-    return [entry for entry in report.fused if entry.kind == "residual"]
 
 
 def launched(function) -> int:
@@ -232,7 +197,7 @@ def test_a_part_or_a_wrapper_of_the_model_can_be_restored(stack):
 def test_a_new_instance_of_its_class_is_not_accelerated(stack):
     fusednorm.accelerate(stack)
     kind = type(stack.blocks[0])
-    assert kind is not Block and type(kind()) is Block
+    assert kind is not Block and type(kind(0.0)) is Block
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -253,7 +218,7 @@ def test_a_pickle_is_read_by_another_process(stack, tmp_path):
     path = tmp_path / "model.pt"
     torch.save((stack, x, stack(x)), path)
     program = (
-        "import sys, torch, fusednorm; from tests.integration.test_accelerate import Block\n"
+        "import sys, torch, fusednorm; from tests.helpers.small_blocks import Block\n"
         f"model, x, y = torch.load({str(path)!r}, weights_only=False)\n"
         "assert torch.equal(model(x), y) and type(model.blocks[0]) is not Block\n"
         "fusednorm.restore(model); assert type(model.blocks[0]) is Block"

@@ -40,6 +40,13 @@ from tests.helpers.model_zoo import Batch, Model, models, tensors
 # torch's own fast path of an encoder, once a process
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 
+
+@pytest.fixture(autouse=True)
+def always_fused(monkeypatch):
+    """Layer scale and drop path of small tensors too."""
+    monkeypatch.setattr("fusednorm.acceleration.fused._LEAST_WITHOUT_FASTPATH", 0)
+
+
 MODELS = models()
 HUGGING_FACE = [name for name, model in MODELS.items() if model.package == "transformers"]
 GENERATING = [name for name, model in MODELS.items() if model.prompt is not None]

@@ -25,6 +25,12 @@ SEEDS, GROUP = 200, 10
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch, once
 
 
+@pytest.fixture(autouse=True)
+def always_fused(monkeypatch):
+    """Layer scale and drop path of small tensors too."""
+    monkeypatch.setattr("fusednorm.acceleration.fused._LEAST_WITHOUT_FASTPATH", 0)
+
+
 @pytest.fixture
 def load(tmp_path):
     """Writes a block into a file and imports that."""
