@@ -11,18 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from .. import norm as norm_functions
 from .._activations import FUNCTIONS, gelu_tanh
 from ..activation import bias_act_dropout
+from .handover import NormForm, any_autocast, can_hand_over, following, hand_over, inner, without_hooks
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._get_tracing_state
-_any_autocast = torch._C._is_any_autocast_enabled
-_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-__all__ = ["Dropout", "activate", "add", "following", "gelu_tanh"]  # what rewritten methods use
-
-_HANDED = "_fusednorm_handed"
-NEXT = "_fusednorm_next"
+# what rewritten methods use
+__all__ = ["Dropout", "activate", "add", "following", "gelu_tanh", "inner"]
 
 
 class Dropout(NamedTuple):
@@ -114,131 +110,6 @@ class Steps(NamedTuple):
 _NO_STEPS = Steps()
 
 
-class NormForm(NamedTuple):
-    """The type of a norm, and the names of its eps, weight and bias attributes."""
-
-    rms: bool
-    eps: str | None  # None: the machine epsilon of torch.nn.RMSNorm
-    weight: str | None = "weight"
-    bias: str | None = None
-    zero_centered: bool = False
-    float32_only: bool = False  # in 16 bits the module computes another dtype than its input's
-
-    def parameters(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        own = module._parameters  # four times as fast as the attribute
-        if self.weight is None:
-            return None, None
-        weight = own[self.weight] if self.weight in own else getattr(module, self.weight)  # a parametrised one
-        if self.bias is None:
-            return weight, None
-        return weight, own[self.bias] if self.bias in own else getattr(module, self.bias)
-
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
-        weight, bias = self.parameters(module)
-        eps: Any = None if self.eps is None else getattr(module, self.eps)
-        size = x.shape[-1:] if weight is None else weight.shape
-        if not self.rms:
-            return norm_functions.layer_norm(x, size, weight, bias, eps)
-        if self.zero_centered and weight is not None:
-            weight = 1.0 + weight.float()
-        return norm_functions.rms_norm(x, size, weight, eps)
-
-    def add(self, module: nn.Module, residual: Tensor, x: Tensor, bias: Tensor | None, steps: Steps) -> Any:
-        """(normed, sum) in one operator."""
-        weight, norm_bias = self.parameters(module)
-        eps: Any = None if self.eps is None else getattr(module, self.eps)
-        size = x.shape[-1:] if weight is None else weight.shape
-        _, dropout_p, layer_scale, drop_path_p = steps
-        keywords: dict[str, Any] = {}
-        if layer_scale is not None or drop_path_p:
-            keywords = {"layer_scale": layer_scale, "drop_path_p": drop_path_p}
-        if not self.rms:
-            return norm_functions.add_layer_norm(
-                x, residual, size, weight, norm_bias, eps, x_bias=bias, dropout_p=dropout_p, **keywords
-            )
-        if self.zero_centered:
-            keywords["zero_centered_weight"] = True
-        return norm_functions.add_rms_norm(x, residual, size, weight, eps, x_bias=bias, dropout_p=dropout_p, **keywords)
-
-
-class Handed(tuple[Any, ...]):
-    """(norm, normed, version of the sum, gradient mode, parameters): a normed tensor that waits for its norm."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> Any:
-        return _nothing, ()  # a copy of the sum has nothing to hand over
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-
-def _nothing() -> None:
-    return None
-
-
-class Next:
-    """The norm that reads a block's output, kept outside the module tree of the block."""
-
-    __slots__ = ("norm",)
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.norm = norm
-
-
-def _versions(parameters: tuple[Tensor | None, Tensor | None]) -> tuple[Any, ...]:
-    """What changes when a norm gets other parameters, or other values in them."""
-    weight, bias = parameters
-    return (
-        id(weight),
-        None if weight is None or weight.is_inference() else weight._version,
-        id(bias),
-        None if bias is None or bias.is_inference() else bias._version,
-    )
-
-
-def take(norm: nn.Module, x: Tensor) -> Tensor | None:
-    """The tensor that waits at `x` for `norm`, if computing it now would give the same values and gradients."""
-    if _is_compiling() or not isinstance(x, Tensor):
-        return None
-    handed = x.__dict__.pop(_HANDED, None)
-    if handed is None:
-        return None
-    owner, normed, version, grad, parameters = handed
-    if (
-        owner is not norm
-        or parameters != _versions(type(norm)._fusednorm_norm.parameters(norm))
-        or version != (None if x.is_inference() else x._version)
-        or grad is not torch.is_grad_enabled()
-        or x._backward_hooks  # a hook on the sum has to see its whole gradient
-        or x.retains_grad
-        or _any_autocast()
-    ):
-        return None
-    return normed
-
-
-def following(block: nn.Module) -> nn.Module | None:
-    """The norm of the next block, which reads what this block returns; None where it must not be computed here.
-
-    Under activation checkpointing each block is computed again alone, so a block cannot do the work of the next one.
-    """
-    link = block.__dict__.get(NEXT)
-    if link is None or not without_hooks(block) or _is_compiling() or _saved_tensor_hooks(True) is not None:
-        return None
-    return link.norm
-
-
-def without_hooks(module: nn.Module) -> bool:
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _no_global_hooks() -> bool:
     return not (
         global_hooks._global_forward_hooks
@@ -288,6 +159,11 @@ _PARAMETERS = (nn.Parameter, Tensor)  # not a sharded one
 _listener: Callable[[nn.Module, Tensor, Steps], None] | None = None
 
 
+def _too_small(residual: Tensor) -> bool:
+    """For what has no fast path. While accelerate() compares results, every operator runs."""
+    return _listener is None and residual.numel() < _LEAST_WITHOUT_FASTPATH
+
+
 @contextlib.contextmanager
 def listening(listener: Callable[[nn.Module, Tensor, Steps], None]) -> Iterator[None]:
     """Call `listener(norm, sum, steps)` for every fused sum inside the block."""
@@ -299,69 +175,78 @@ def listening(listener: Callable[[nn.Module, Tensor, Steps], None]) -> Iterator[
         _listener = before
 
 
-def add(*, residual: Tensor, branch: Tensor, norm: Any, steps: tuple[Any, ...] = ()) -> Tensor:
+def add(
+    *, residual: Tensor, branch: Tensor, norm: Any, steps: tuple[Any, ...] = (), branch_first: bool = False
+) -> Tensor:
     """``residual + steps(branch)``, and the norm of that sum handed over to `norm`.
 
     Args:
         residual: one side of the sum.
         branch: what the first step takes, or the other side of the sum.
         norm: the module that reads the sum next; None where that is not known.
-        steps: the modules between `branch` and the sum, in the order in which they run.
+        steps: the modules between `branch` and the sum, in the order in which they run: a linear layer, dropout, layer
+            scale, drop path.
+        branch_first: whether the branch is the left side.
 
     Returns:
         The sum.
     """
-    form = getattr(type(norm), "_fusednorm_norm", None)
+    form = type(norm).__dict__.get("_fusednorm_norm")  # of this very class: a parametrised norm computes by itself
     if form is not None and not _is_compiling() and _is_tracing() is None:
         total = _fused_add(form, residual, branch, norm, steps)
         if total is not None:
             return total
     for step in steps:
         branch = step(branch)
-    return residual + branch
-
-
-def _too_small(residual: Tensor) -> bool:
-    """For what has no fast path. While accelerate() compares results, every operator runs."""
-    return _listener is None and residual.numel() < _LEAST_WITHOUT_FASTPATH
+    return branch + residual if branch_first else residual + branch
 
 
 def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: tuple[Any, ...]) -> Tensor | None:
     if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
         return None
     steps = _steps(modules) if modules else _NO_STEPS
-    if steps is None or not _no_global_hooks() or _any_autocast():
+    if steps is None or not _no_global_hooks() or any_autocast() or not can_hand_over():
         return None
     shape, dtype, bias = residual.shape, residual.dtype, None
+    if x.dtype != dtype or not shape or x.device != residual.device or not residual.is_contiguous():
+        return None
     if steps.linear is None:
-        fits = x.shape == shape
+        fits = x.shape == shape and x.is_contiguous()
     else:
         matrix, bias = _weight(steps.linear), steps.linear.bias
         fits = type(matrix) in _PARAMETERS and matrix.dtype == dtype
         fits = fits and x.shape[:-1] == shape[:-1] and matrix.shape[0] == shape[-1] and x.ndim > 0
-    if not fits or x.dtype != dtype or x.device != residual.device or not shape:
+    if not fits or (form.float32_only and dtype != torch.float32) or not _norm_fits(form, norm, residual):
         return None
-    parameters = form.parameters(norm)
-    weight = parameters[0]
-    if form.float32_only and dtype != torch.float32:
+    scale = steps.layer_scale
+    if scale is not None and (scale.dtype != dtype or scale.shape != shape[-1:]):
         return None
-    if weight is None:
-        if tuple(getattr(norm, "normalized_shape", shape[-1:])) != shape[-1:]:
-            return None
-    elif type(weight) not in _PARAMETERS or weight.dtype != dtype or weight.shape != shape[-1:]:
-        return None
-    if weight is not None and weight.device != residual.device:
-        return None
-    if (steps.layer_scale is not None or steps.drop_path_p) and _too_small(residual):
+    if (scale is not None or steps.drop_path_p) and _too_small(residual):
         return None
     if steps.linear is not None:
         x = F.linear(x, matrix)
     normed, total = form.add(norm, residual, x, bias, steps)
-    version = None if total.is_inference() else total._version
-    total.__dict__[_HANDED] = Handed((norm, normed, version, torch.is_grad_enabled(), _versions(parameters)))
+    hand_over(form, norm, total, normed)
     if _listener is not None:
         _listener(norm, total, steps)
     return total
+
+
+def _norm_fits(form: NormForm, norm: Any, x: Tensor) -> bool:
+    """Whether the operator computes this norm of x in x's dtype."""
+    width = x.shape[-1:]
+    if form.eps is not None and type(getattr(norm, form.eps)) is not float:
+        return False
+    weight, bias = form.parameters(norm)
+    if weight is None:
+        return bias is None and tuple(getattr(norm, "normalized_shape", width)) == width
+    own = weight if bias is None else bias
+    return (
+        type(weight) in _PARAMETERS
+        and weight.dtype == own.dtype == x.dtype
+        and weight.shape == own.shape == width
+        and weight.device == x.device
+    )
 
 
 def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any = None) -> Tensor:

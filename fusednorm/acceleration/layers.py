@@ -14,7 +14,8 @@ from ..modules import (
     TransformerEncoderLayer,
 )
 from ..modules._fusible import class_path
-from . import fused, swap
+from . import swap
+from .handover import without_hooks
 
 OURS: dict[type, type] = {
     nn.MultiheadAttention: MultiheadAttention,
@@ -36,6 +37,8 @@ def why_left(module: nn.Module) -> str | None:
         return None if base is None or ours else f"{class_path(kind)} is derived from {class_path(base)}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if kind is nn.MultiheadAttention and (getattr(module, "bias_k", None) is not None or module.add_zero_attn):
+        return "torch's lets its is_causal hint replace the mask of the appended keys too"
     wanted = _STACKS.get(kind)
     stacked = () if wanted is None else module.get_submodule("layers").children()
     if wanted is not None and any(type(layer) not in (wanted, OURS[wanted]) for layer in stacked):
@@ -50,6 +53,6 @@ def convert(module: nn.Module) -> None:
     for part in (module, *module.children()):
         kind = type(part)
         ours = LayerNorm if kind is nn.LayerNorm else OURS.get(kind)
-        if ours is not None and (part is module or kind is nn.LayerNorm) and fused.without_hooks(part):
+        if ours is not None and (part is module or kind is nn.LayerNorm) and without_hooks(part):
             part.__dict__[swap.WAS] = kind
             part.__class__ = ours

@@ -47,7 +47,7 @@ class Links:
         return Reader(tree, self.consumer).starting(Place(tree.function.body, 0, None), {name})[0]
 
     def _forward(self, module: nn.Module) -> Tree | None:
-        return next((tree for tree in self.trees(module) if tree.function.name == "forward"), None)
+        return next((tree for tree in self.trees(module) if tree.name == "forward"), None)
 
     def summing(self, module: nn.Module) -> Any:
         """The module whose sum is what a block returns, the block itself or one that it calls last, or None."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._checks import check_flag
 from ..modules._fusible import class_path
-from . import fused, layers, recognise, source, swap
+from . import fused, handover, layers, recognise, source, swap
 from .example import Example, Mismatch, check_batch
 from .links import Links
 from .patterns import Finder, Found
@@ -157,7 +157,8 @@ def _check(model: Any, name: str) -> None:
         if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
             raise ValueError(f"{where}: is compiled; {name} first, then compile")
         if swap.is_changed_since(module):
-            raise ValueError(f"{where}: was parametrized after accelerate; remove the parametrization first")
+            kind = class_path(type(module))
+            raise ValueError(f"{where}: was given the class {kind} after accelerate; undo that first")
         for key, parameter in module._parameters.items():
             if parameter is not None and "DTensor" in {kind.__name__ for kind in type(parameter).__mro__}:
                 raise ValueError(f"{where}.{key}: is sharded over several devices; {name} before sharding")
@@ -197,7 +198,7 @@ class _Analysis:
         self.model, self.options = model, options
         self.report = Report(class_path(type(model)), dry_run)
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self.forms: dict[int, fused.NormForm] = {}
+        self.forms: dict[int, handover.NormForm] = {}
         self.changes: list[Change] = []
         self.norm_changes: dict[int, Change] = {}
         self.kept: dict[int, list[Tree]] = {}
@@ -307,7 +308,7 @@ class _Analysis:
             norm = following.get(id(module))
             returns = False
             for tree in self._trees(module):
-                main = tree.function.name == "forward"
+                main = tree.name == "forward"
                 finder = Finder(
                     tree, self._is_norm, links.consumer, self._kind, self._activation, main and norm is not None,
                     self.options["residual"], self.options["feed_forward"],
@@ -319,7 +320,7 @@ class _Analysis:
                     if site.norm is not None and id(site.norm) not in self.norm_changes:
                         self._swap(site.norm)
                 if sites.replaced:
-                    found[tree.function.name] = (tree.method, sites)
+                    found[tree.name] = (tree.method, sites)
             if found:
                 self.changes.append(Change(path, functools.partial(swap.rewrite, module, found)))
             if returns and norm is not None:
@@ -347,19 +348,21 @@ class _Analysis:
 
 
 def _link(block: nn.Module, norm: nn.Module) -> None:
-    block.__dict__[fused.NEXT] = fused.Next(norm)
+    block.__dict__[handover.NEXT] = handover.Next(norm)
 
 
 def _methods(module: nn.Module) -> list[Tree]:
     cls = type(module)
     if "forward" in module.__dict__:
         raise source.Unreadable("its forward was replaced")
+    if recognise.why_not_derived(cls):
+        raise source.Unreadable(recognise.why_not_derived(cls))
     home = inspect.getattr_static(cls, "forward").__module__
     trees, names, seen = [], ["forward"], {"forward"}
     while names:
         name = names.pop(0)
         try:
-            tree = Tree(module, source.read(cls, name))
+            tree = Tree(module, source.read(cls, name), name)
         except source.Unreadable:
             if name == "forward":
                 raise

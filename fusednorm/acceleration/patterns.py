@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modules._fusible import class_path
-from . import fused
 from .fused import LINEAR
+from .handover import without_hooks
 from .reader import RETURNED, Consumer, Reader, short
 from .source import HELPER, Method
 from .tree import COMPREHENSIONS, SIMPLE, UNKNOWN, Place, Tree, assigned, first_assigned, is_sum, reads, without_calls
@@ -115,7 +115,7 @@ class Finder:
                 self.sites.append(Site("residual", line, text, f"{into}, with the norm of the next block"))
                 return
             reason = "the method returns it, and the norm that reads it then could not be seen"
-        if norm is not None and module is not None and not fused.without_hooks(module):
+        if norm is not None and module is not None and not without_hooks(module):
             reason = f"{ast.unparse(norm)} has hooks"
         if norm is None or reason:
             self._left(node, reason)
@@ -149,8 +149,8 @@ class Finder:
         return any(isinstance(self.tree.resolve(call.func), nn.Module) for call in calls)
 
     def _fuse(self, node: ast.BinOp, place: Place, norm: ast.expr) -> str:
-        movable = self.tree.alone(node, place)
-        base, steps, consumed = self._steps(node.right, place, movable and without_calls(node.left))
+        movable = self.tree.alone(node, place) and self.tree.comes_first(node, place)
+        base, steps, consumed = self._steps(node.right, place, movable and isinstance(node.left, ast.Name))
         residual, branch_first = node.left, False
         left = self._steps(node.left, place, movable)
         if not steps and left[1] and without_calls(node.right):
@@ -162,6 +162,8 @@ class Finder:
         keywords = [*(reversed(operands) if branch_first else operands), ast.keyword("norm", norm)]
         if steps:
             keywords.append(ast.keyword("steps", ast.Tuple(steps, ast.Load())))
+        if branch_first:
+            keywords.append(ast.keyword("branch_first", ast.Constant(True)))
         self.replaced[id(node)] = ast.Call(_helper("add"), [], keywords)
         kinds = [self._kind(step) for step in steps]
         names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
@@ -173,7 +175,7 @@ class Finder:
         consumed: list[Place] = []
         while True:
             if isinstance(node, ast.Name) and movable:
-                found = self.tree.definition(node.id, place)
+                found = self._moved(node.id, place)
                 if found is None or self._step(found[0]) is None:
                     break
                 node, place = found
@@ -186,6 +188,11 @@ class Finder:
             if self._kind(step) in LINEAR:
                 break
         return node, steps, consumed
+
+    def _moved(self, name: str, place: Place) -> tuple[ast.expr, Place] | None:
+        """The definition of a variable, where it may be evaluated later: it assigns no other variable."""
+        found = self.tree.definition(name, place)
+        return None if found is None or any(isinstance(n, ast.NamedExpr) for n in ast.walk(found[0])) else found
 
     def _step(self, node: ast.expr) -> ast.expr | None:
         """The module or ``fused.Dropout(...)`` of a call that the operator can do, else None."""
@@ -216,8 +223,8 @@ class Finder:
             return
         consumed: list[Place] = []
         linear = argument
-        if isinstance(linear, ast.Name) and self.tree.alone(node, place):
-            found = self.tree.definition(linear.id, place)
+        if isinstance(linear, ast.Name) and self.tree.alone(node, place) and self.tree.comes_first(node, place):
+            found = self._moved(linear.id, place)
             if found is not None:
                 linear, consumed = found[0], [found[1]]
         module = self.tree.called(linear)
@@ -261,7 +268,7 @@ class Finder:
         name = ast.unparse(node.func)  # type: ignore[attr-defined]
         if self.kind(module) not in LINEAR:
             return f"{name} is {class_path(type(module))}, no linear layer"
-        return "" if fused.without_hooks(module) else f"{name} has hooks"
+        return "" if without_hooks(module) else f"{name} has hooks"
 
     def _activation_call(self, node: ast.Call) -> tuple[str | None, ast.expr, ast.expr | None]:
         module = self.tree.called(node)

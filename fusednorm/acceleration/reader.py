@@ -60,7 +60,7 @@ class Reader:
                 norm = self._reads(call, names)
                 if norm is not None and self._unconditional(call, place) and not self._passed(statement, call, names):
                     if self._escapes(place, names):
-                        return None, "the sum leaves the method too, and its gradient has to be whole"
+                        return None, "the sum is kept or changed after the norm too"
                     return norm, ""
             if target is not None and isinstance(value, ast.Name) and value.id in names:
                 return self.after(place, names | {target})
@@ -114,6 +114,8 @@ class Reader:
         while place is not None and names:
             if any(self._gives_away(node, names) for node in ast.walk(place.statement)):
                 return True
+            if changes(place.statement, names):
+                return True
             if isinstance(place.statement, ast.Return):
                 return False
             names = self._holders(place.statement, names)
@@ -123,13 +125,14 @@ class Reader:
     def _gives_away(self, node: ast.AST, names: set[str]) -> bool:
         if not isinstance(node, ast.Name) or node.id not in names or not isinstance(node.ctx, ast.Load):
             return False
-        around = self.tree.parents.get(id(node))
+        around, held = self.tree.parents.get(id(node)), False
         while isinstance(around, (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.Starred, ast.IfExp, ast.keyword)):
+            held = held or not isinstance(around, (ast.IfExp, ast.keyword))
             around = self.tree.parents.get(id(around))
         if isinstance(around, ast.Attribute):
             return around.attr in ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
         if isinstance(around, (ast.Assign, ast.AnnAssign)):
-            return assigned(around) is None  # an attribute, an element or several variables
+            return held or assigned(around) is None  # an attribute, an element or several variables
         if isinstance(around, ast.Call):
             if isinstance(self.tree.resolve(around.func), nn.Module):
                 return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from .._activations import FUNCTIONS
 from ..modules._fusible import class_path
 from . import fused
-from .fused import NormForm
+from .handover import NormForm, without_hooks
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
 _PLAIN = {nn.LayerNorm, nn.RMSNorm}
@@ -85,18 +87,31 @@ def _candidates(module: nn.Module) -> list[tuple[NormForm, Any]]:
     return found
 
 
+def why_not_derived(kind: type) -> str:
+    """Why no class can be derived from a class without knowing more of it, or nothing."""
+    if type(kind) not in (type, abc.ABCMeta):
+        return f"{class_path(kind)} has a metaclass"
+    hook = kind.__init_subclass__
+    parameters = inspect.signature(hook).parameters.values() if inspect.ismethod(hook) else ()
+    if any(p.default is p.empty and p.kind is p.KEYWORD_ONLY for p in parameters):
+        return f"{class_path(kind)} can only be derived from with keywords"
+    return ""
+
+
 def norm_form(module: nn.Module) -> tuple[NormForm | None, str]:
     """(what the module computes, or None; why not)."""
     kind = type(module)
     if "forward" in module.__dict__:
         return None, "its forward was replaced"
+    if why_not_derived(kind):
+        return None, why_not_derived(kind)
     if kind is nn.LayerNorm or kind is nn.RMSNorm:
         if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
             return None, "it normalizes more than the last dimension"
-        weight = "weight" if module.weight is not None else None
-        bias = "bias" if getattr(module, "bias", None) is not None else None
-        no_eps = kind is nn.RMSNorm and module.eps is None
-        return NormForm(kind is nn.RMSNorm, None if no_eps else "eps", weight, bias), ""
+        rms = kind is nn.RMSNorm
+        if not isinstance(module.eps, float) and not (rms and module.eps is None):
+            return None, f"its eps is a {type(module.eps).__name__}, no float"
+        return NormForm(rms, None if module.eps is None else "eps", "weight", None if rms else "bias"), ""
     known = _PLAIN.intersection(kind.__mro__)
     parameters = _parameters(module)
     if any(p.ndim != 1 for p in parameters.values()) or len({p.shape for p in parameters.values()}) > 1:
@@ -136,7 +151,7 @@ def activation_name(activation: Any) -> str | None:
     known = fused.activation_name(activation)
     if known is not None or not isinstance(activation, nn.Module) or type(activation).__module__.startswith("torch."):
         return known
-    if not _leaf(activation) or _parameters(activation) or not fused.without_hooks(activation):
+    if not _leaf(activation) or _parameters(activation) or not without_hooks(activation):
         return None
     grid = torch.linspace(-6.0, 6.0, _GRID_STEPS)
     y = _run(activation, {}, grid)

@@ -34,10 +34,15 @@ class Method(NamedTuple):
         while isinstance(node, ast.Attribute):
             path.append(node.attr)
             node = node.value
-        if not isinstance(node, ast.Name):
-            return None
-        closure = inspect.getclosurevars(self.function)
-        value = closure.nonlocals.get(node.id, self.function.__globals__.get(node.id))
+        if not isinstance(node, ast.Name) or node.id in self.function.__code__.co_varnames:
+            return None  # a variable of the method's own
+        cells = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
+        value = self.function.__globals__.get(node.id)
+        if node.id in cells:
+            try:
+                value = cells[node.id].cell_contents
+            except ValueError:  # still empty
+                return None
         for name in reversed(path):
             value = getattr(value, name, None)
         return value

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copyreg
 import functools
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import LayerNorm, RMSNorm
-from . import fused, patterns, source
-from .fused import NormForm
+from . import fused, handover, patterns, source
+from .handover import NormForm
 
 BASE = "_fusednorm_base"  # on generated classes: the class that restore() gives back
 WAS = "_fusednorm_was"  # on instances of layers of torch.nn that became ours
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
     methods: tuple[Rewritten, ...] = ()
 
 
-_classes: dict[tuple[type, Plan], type] = {}
+_classes: weakref.WeakValueDictionary[tuple[type, Plan], type] = weakref.WeakValueDictionary()
 
 
 def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -> type:
@@ -59,7 +60,7 @@ def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -
 
 
 def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
-    normed = fused.take(self, input)
+    normed = handover.take(self, input)
     if normed is not None:
         return normed
     if torch.compiler.is_compiling():  # the compiler fuses torch's norm with what is around it
@@ -71,7 +72,7 @@ def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _rms_norm_forward(self: Any, x: Tensor) -> Tensor:
-    normed = fused.take(self, x)
+    normed = handover.take(self, x)
     if normed is not None:
         return normed
     if torch.compiler.is_compiling():
@@ -93,9 +94,9 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         x = given[0] if len(given) == 1 else None
-        if type(x) is not Tensor:
+        if type(x) is not Tensor or not x.is_contiguous():
             return original(self, *args, **kwargs)
-        normed = fused.take(self, x)
+        normed = handover.take(self, x)
         if normed is not None:
             return normed
         weight, bias = form.parameters(self)
@@ -123,7 +124,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """As for any module, but with the class made again from its base where the copy is made."""
     cls = type(self)
     made = next(c for c in cls.__mro__ if BASE in c.__dict__)
-    reduced = getattr(made, BASE).__reduce_ex__(self, protocol)
+    reduced = getattr(made, BASE).__reduce_ex__(self, max(protocol, 2))
     if cls is not made or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced
     return (_make, (getattr(made, BASE), made._fusednorm_plan), *reduced[2:])
@@ -178,7 +179,7 @@ def is_changed_since(module: nn.Module) -> bool:
 
 def restore(module: nn.Module) -> None:
     """Give one instance its class back."""
-    module.__dict__.pop(fused.NEXT, None)
+    module.__dict__.pop(handover.NEXT, None)
     fused.unmark(module)
     was = module.__dict__.pop(WAS, None)
     if was is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import keyword
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .source import Method
+from .source import HELPER, Method
 
 UNKNOWN = object()
 
@@ -55,8 +56,8 @@ class Place:
 class Tree:
     """One method of one module instance."""
 
-    def __init__(self, module: nn.Module, method: Method) -> None:
-        self.module, self.method = module, method
+    def __init__(self, module: nn.Module, method: Method, name: str) -> None:
+        self.module, self.method, self.name = module, method, name
         self.self_name = method.self_name
         self.function = method.tree
         self.places = list(_places(self.function.body, None))
@@ -90,17 +91,15 @@ class Tree:
         return UNKNOWN
 
     def expression(self, module: nn.Module) -> ast.expr | None:
-        """``self.a.b[0]`` for a module inside this one."""
+        """``self.a``, or ``fused.inner(self, "a.0")``, for a module inside this one."""
         path = next((name for name, part in self.module.named_modules() if part is module and name), None)
         if path is None or self.rebinds_self:
             return None
-        node: ast.expr = ast.Name(self.self_name, ast.Load())
-        for part in path.split("."):
-            if part.isdigit():
-                node = ast.Subscript(node, ast.Constant(int(part)), ast.Load())
-            else:
-                node = ast.Attribute(node, part, ast.Load())
-        return node
+        own = ast.Name(self.self_name, ast.Load())
+        if path.isidentifier() and not keyword.iskeyword(path):
+            return ast.Attribute(own, path, ast.Load())
+        helper = ast.Attribute(ast.Name(HELPER, ast.Load()), "inner", ast.Load())
+        return ast.Call(helper, [own, ast.Constant(path)], [])
 
     def called(self, node: ast.AST) -> Any:
         """The module of ``self.module(one_argument)``, else UNKNOWN."""
@@ -127,8 +126,8 @@ class Tree:
         if any(mentions(scope, {name}) for scope in inner if scope is not self.function):
             return False
         if isinstance(place.statement, ast.Return):
-            return place.inside((ast.Try, ast.With)) is None
-        if place.inside((ast.For, ast.While, ast.Try)) is not None:
+            return place.inside((*TRIES, ast.With)) is None
+        if place.inside((ast.For, ast.While, *TRIES)) is not None:
             return False
         after = place.following()
         while after is not None:
@@ -138,6 +137,21 @@ class Tree:
             if mentions(statement, {name}):
                 return False
             after = after.following()
+        return True
+
+    def comes_first(self, node: ast.AST, place: Place) -> bool:
+        """Whether a statement evaluates nothing but names and modules' attributes before a node."""
+        while node is not place.statement:
+            around = self.parents[id(node)]
+            if isinstance(around, ast.Call):
+                if not (around.args and around.args[0] is node and isinstance(self.resolve(around.func), nn.Module)):
+                    return False
+            elif isinstance(around, ast.BinOp):
+                if around.right is node and not isinstance(around.left, (ast.Name, ast.Constant)):
+                    return False
+            elif not isinstance(around, SIMPLE):
+                return False
+            node = around
         return True
 
     def alone(self, node: ast.AST, place: Place) -> bool:
@@ -204,6 +218,7 @@ class Tree:
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusednorm
-from fusednorm.acceleration import fused
+from fusednorm.acceleration import fused, handover
 from tests.helpers.small_blocks import Block, D, Stack, sums
 
 
@@ -69,8 +69,8 @@ def test_every_sum_goes_with_the_norm_that_reads_it_next(stack):
 def test_the_norms_take_what_the_sums_hand_over(stack, monkeypatch):
     fusednorm.accelerate(stack)
     taken = []
-    take = fused.take
-    monkeypatch.setattr(fused, "take", lambda norm, x: taken.append(take(norm, x)) or taken[-1])
+    take = handover.take
+    monkeypatch.setattr(handover, "take", lambda norm, x: taken.append(take(norm, x)) or taken[-1])
     stack(torch.randn(3, 5, D))
     assert [normed is not None for normed in taken] == [False, True, True, True, True]
 
@@ -88,13 +88,13 @@ def test_a_sum_that_changed_is_normalized_anew(stack, between):
         total.retain_grad()
     elif between == "no_grad":
         with torch.no_grad():
-            assert fused.take(norm, total) is None
+            assert handover.take(norm, total) is None
         return
     elif between == "taken":
-        assert fused.take(norm, total) is not None
+        assert handover.take(norm, total) is not None
     elif between == "copied":
         total = copy.deepcopy(total.detach())
-    assert fused.take(other if between == "another norm" else norm, total) is None
+    assert handover.take(other if between == "another norm" else norm, total) is None
 
 
 def test_launches_saved_are_those_that_the_profiler_counts(stack):
