@@ -1,7 +1,7 @@
 // 64 logical bytes of lanes on every instruction set, in one to four native registers.
 //
 // Lane counts and the order of every sum are therefore the same everywhere, and with contraction of a * b + c off
-// (setup.py) so are results, bit for bit.
+// (setup.py) so are results, bit for bit. Products that need no rounding may be fused with a sum (exponential.h).
 #pragma once
 
 #include <cstdint>
