@@ -120,6 +120,14 @@ def test_the_negative_tail_is_relatively_accurate(activation):
     assert ((y.double() - expected).abs() <= NEGATIVE_TAIL[activation] * expected.abs()).all()
 
 
+def test_gelus_tail_is_monotone_and_its_slope_at_zero_one_half(on_instruction_sets):
+    """As far as results are normal numbers."""
+    x = torch.cat([torch.linspace(-13.0, -1.0, 1 << 17), torch.tensor([-20.0, 0.0])])[None]
+    for y, dx in on_instruction_sets(lambda: run(x, None, torch.ones_like(x), "gelu")):
+        assert (y[0, 1:-2] <= y[0, :-3]).all()
+        assert y[0, -2:].tolist() == [0.0, 0.0] and dx[0, -2:].tolist() == [0.0, 0.5]
+
+
 @DTYPE
 @ACTIVATION
 def test_special_values_are_torchs(activation, dtype):
