@@ -144,6 +144,8 @@ class Next:
 
 def following(block: nn.Module) -> nn.Module | None:
     """The norm of the next block, which reads what this block returns; None where it must not be computed here."""
+    if _is_compiling():
+        return None
     link = block.__dict__.get(NEXT)
     return None if link is None or not without_hooks(block) else link.norm
 
