@@ -136,8 +136,6 @@ def can_hand_over() -> bool:
 class Next:
     """The norm that reads a block's output, kept outside the module tree of the block."""
 
-    __slots__ = ("norm",)
-
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
 
