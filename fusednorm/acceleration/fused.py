@@ -207,46 +207,40 @@ def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: 
     steps = _steps(modules) if modules else _NO_STEPS
     if steps is None or not _no_global_hooks() or any_autocast() or not can_hand_over():
         return None
-    shape, dtype, bias = residual.shape, residual.dtype, None
-    if x.dtype != dtype or not shape or x.device != residual.device or not residual.is_contiguous():
+    dtype, bias = residual.dtype, None
+    own = weight, norm_bias = form.parameters(norm)
+    eps = None if form.eps is None else getattr(norm, form.eps)
+    if x.dtype is not dtype or not residual.is_contiguous() or (eps is not None and type(eps) is not float):
         return None
-    if steps.linear is None:
-        fits = x.shape == shape and x.is_contiguous()
-    else:
-        matrix, bias = _weight(steps.linear), steps.linear.bias
-        fits = type(matrix) in _PARAMETERS and matrix.dtype == dtype
-        fits = fits and x.shape[:-1] == shape[:-1] and matrix.shape[0] == shape[-1] and x.ndim > 0
-    if not fits or (form.float32_only and dtype != torch.float32) or not _norm_fits(form, norm, residual):
+    if weight is None:
+        width = residual.shape[-1:]
+        if norm_bias is not None or tuple(getattr(norm, "normalized_shape", width)) != width:
+            return None
+    elif type(weight) not in _PARAMETERS or weight.dtype is not dtype:
         return None
-    scale = steps.layer_scale
-    if scale is not None and (scale.dtype != dtype or scale.shape != shape[-1:]):
+    if (norm_bias is not None and norm_bias.dtype is not dtype) or (form.float32_only and dtype is not torch.float32):
         return None
-    if (scale is not None or steps.drop_path_p) and _too_small(residual):
+    if steps is not _NO_STEPS:
+        scale = steps.layer_scale
+        if scale is not None and (scale.dtype is not dtype or scale.shape != residual.shape[-1:]):
+            return None
+        if (scale is not None or steps.drop_path_p) and _too_small(residual):
+            return None
+        if steps.linear is not None:
+            matrix, bias = _weight(steps.linear), steps.linear.bias
+            if type(matrix) not in _PARAMETERS or matrix.dtype is not dtype or matrix.shape[:1] != residual.shape[-1:]:
+                return None
+            x = F.linear(x, matrix)
+    if not x.is_contiguous():
         return None
-    if steps.linear is not None:
-        x = F.linear(x, matrix)
-    normed, total = form.add(norm, residual, x, bias, steps)
-    hand_over(form, norm, total, normed)
+    try:
+        normed, total = form.add(own, eps, residual, x, bias, steps)
+    except (TypeError, ValueError):  # a sum that broadcasts, or what is wrong: said as torch says it
+        return None
+    hand_over(norm, own, eps, total, normed)
     if _listener is not None:
         _listener(norm, total, steps)
     return total
-
-
-def _norm_fits(form: NormForm, norm: Any, x: Tensor) -> bool:
-    """Whether the operator computes this norm of x in x's dtype."""
-    width = x.shape[-1:]
-    if form.eps is not None and type(getattr(norm, form.eps)) is not float:
-        return False
-    weight, bias = form.parameters(norm)
-    if weight is None:
-        return bias is None and tuple(getattr(norm, "normalized_shape", width)) == width
-    own = weight if bias is None else bias
-    return (
-        type(weight) in _PARAMETERS
-        and weight.dtype == own.dtype == x.dtype
-        and weight.shape == own.shape == width
-        and weight.device == x.device
-    )
 
 
 def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any = None) -> Tensor:

@@ -21,6 +21,9 @@ any_autocast = torch._C._is_any_autocast_enabled
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+Parameters = tuple[Tensor | None, Tensor | None]
+
+
 class NormForm(NamedTuple):
     """The type of a norm, and the names of its eps, weight and bias attributes."""
 
@@ -31,7 +34,7 @@ class NormForm(NamedTuple):
     zero_centered: bool = False
     float32_only: bool = False  # in 16 bits the module computes another dtype than its input's
 
-    def parameters(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    def parameters(self, module: nn.Module) -> Parameters:
         own = module._parameters  # four times as fast as the attribute
         if self.weight is None:
             return None, None
@@ -50,10 +53,9 @@ class NormForm(NamedTuple):
             weight = 1.0 + weight.float()
         return norm_functions.rms_norm(x, size, weight, eps)
 
-    def add(self, module: nn.Module, residual: Tensor, x: Tensor, bias: Tensor | None, steps: Any) -> Any:
-        """(normed, sum) in one operator."""
-        weight, norm_bias = self.parameters(module)
-        eps: Any = None if self.eps is None else getattr(module, self.eps)
+    def add(self, own: Parameters, eps: Any, residual: Tensor, x: Tensor, bias: Tensor | None, steps: Any) -> Any:
+        """(normed, sum) in one operator, with the parameters and eps of a module of this form."""
+        weight, norm_bias = own
         size = x.shape[-1:] if weight is None else weight.shape
         _, dropout_p, layer_scale, drop_path_p = steps
         keywords: dict[str, Any] = {}
@@ -79,21 +81,18 @@ class _Waiting(NamedTuple):
 _waiting: dict[int, _Waiting] = {}
 
 
-def _state(form: NormForm, norm: nn.Module, total: Tensor) -> tuple[Any, ...]:
-    """Whatever decides the values and gradients of ``norm(total)``."""
-    weight, bias = form.parameters(norm)
-    return (
-        total._version,
-        total.requires_grad,
-        total.grad_fn,
-        torch.is_grad_enabled(),
-        None if form.eps is None else getattr(norm, form.eps),
-        None if weight is None else (id(weight), weight._version, weight.requires_grad),
-        None if bias is None else (id(bias), bias._version, bias.requires_grad),
-    )
+def _state(own: Parameters, eps: float | None, total: Tensor) -> tuple[Any, ...]:
+    """Whatever decides the values and gradients of the norm of `total`."""
+    weight, bias = own
+    state = total._version, total.requires_grad, total.grad_fn, torch.is_grad_enabled(), eps
+    if weight is not None:
+        state += id(weight), weight._version, weight.requires_grad  # type: ignore[assignment]
+    if bias is not None:
+        state += id(bias), bias._version, bias.requires_grad  # type: ignore[assignment]
+    return state
 
 
-def hand_over(form: NormForm, norm: nn.Module, total: Tensor, normed: Tensor) -> None:
+def hand_over(norm: nn.Module, own: Parameters, eps: float | None, total: Tensor, normed: Tensor) -> None:
     """Let `normed` wait for a call of `norm` with `total`, as long as `total` lives."""
     key = id(total)
 
@@ -102,7 +101,7 @@ def hand_over(form: NormForm, norm: nn.Module, total: Tensor, normed: Tensor) ->
         if entry is not None and entry.sum is dead:
             _waiting.pop(key, None)
 
-    _waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(form, norm, total))
+    _waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(own, eps, total))
 
 
 def take(norm: nn.Module, x: Tensor) -> Tensor | None:
@@ -113,9 +112,11 @@ def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     if entry is None or entry.sum() is not x:
         return None
     _waiting.pop(id(x), None)
+    form: NormForm = type(norm)._fusednorm_norm  # type: ignore[attr-defined]
+    eps = None if form.eps is None else getattr(norm, form.eps)
     if (
         entry.norm is not norm
-        or entry.state != _state(type(norm)._fusednorm_norm, norm, x)  # type: ignore[attr-defined]
+        or entry.state != _state(form.parameters(norm), eps, x)
         or x._backward_hooks  # a hook on the sum has to see its whole gradient
         or x.retains_grad
         or any_autocast()

@@ -28,6 +28,7 @@ _OPTIONS = ("norms", "residual", "feed_forward", "attention", "layers")
 COMPILED = (
     "Under torch.compile, norms, sums and activations run torch's own operations: the compiler fuses them itself."
 )
+WITHOUT_FLOAT64 = "The model does not run in float64: the example's results were compared with those before alone."
 WEIGHTS = "Fused attention returns no weights: output_attentions=True gives None for each layer, as with sdpa."
 
 
@@ -49,14 +50,15 @@ def accelerate(
     dry_run: bool = False,
     example: Any = None,
 ) -> Report:
-    r"""Make a model use the fused operators, without a change of its code, parameters or ``state_dict``.
+    r"""Replace norms, residual sums, activations and attention of one model by fused operators.
 
     .. math:: \mathrm{norm}(r + \mathrm{dropout}(W x + b)) \to \mathrm{add\_layer\_norm}(W x, r, x\_bias = b), \qquad
               \mathrm{act}(W x + b) \to \mathrm{bias\_act\_dropout}(W x, b)
 
-    Only this instance changes. Modules get subclasses of their classes, so ``isinstance``, hooks, optimizers, tied
-    weights and checkpoints stay as they are. Residual sums are found in the source of each block's ``forward``. What
-    does not match is left as it is, and the report says why. :func:`restore` undoes everything.
+    Code, parameters and ``state_dict`` stay. Only this instance changes: modules get subclasses of their classes, so
+    ``isinstance``, hooks, optimizers, tied weights and checkpoints stay as they are. Residual sums are found in the
+    source of each block's ``forward``. What does not match is left, and the report says why. :func:`restore` undoes
+    everything.
 
     Under ``torch.compile`` and ``torch.export``, the rewritten methods run the original operations: the compiler fuses
     them itself.
@@ -108,6 +110,8 @@ def accelerate(
             change.apply()
         _sources(model, report)
         if before is not None:
+            if before.exact is None:
+                report.notes.append(WITHOUT_FLOAT64)
             _compare(model, before, report, changes, readers)
     except BaseException:
         restore(model)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-KINDS = {
+TITLES = {
     "norm": "norms",
     "residual": "sums with the norm after them",
     "feed_forward": "activations of linear layers",
@@ -39,12 +39,12 @@ class Entry(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """Of one call of the model with `example`, by counting the tensors that each operator reads and writes.
+    """What one fused sum saves in one forward of `example`, by counting the tensors that operators read and write.
 
     Attributes:
-        path: of the module.
-        launches: operators that torch would have launched, less ours, forward alone.
-        bytes: memory traffic less ours, forward alone.
+        path: of the norm.
+        launches: how many operators fewer.
+        bytes: how much less memory traffic.
     """
 
     path: str
@@ -113,13 +113,14 @@ class Report:
         if not self.entries:
             return lines[0] + "\nNothing here can be fused: no norm, residual sum, activation or attention was found."
         rows = [("what", "fused", "left")]
-        for kind, title in KINDS.items():
+        for kind, title in TITLES.items():
             mine = [entry for entry in self.entries if entry.kind == kind]
             if mine:
                 fused = sum(entry.fused for entry in mine)
                 rows.append((title, str(fused), str(len(mine) - fused)))
         lines += ["", *_table(rows)]
         if self.fused:
+            lines += ["", "n is how many are alike: `*` in a path stands for any number."]
             rows = [("module", "what", "into")]
             rows += [(_digits(e.path) or "(the model)", _short(e.what), e.into) for e in self.fused]
             lines += ["", *_table(_counted(rows))]
@@ -162,7 +163,7 @@ def _counted(rows: list[tuple[str, str, str]]) -> list[tuple[str, ...]]:
     more = len(shown) - MOST_ROWS
     if more > 0:
         shown = [*shown[:MOST_ROWS], ("", f"... {more} more: report.entries has all", "", "")]
-    return [("", *head), *shown]
+    return [("n", *head), *shown]
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
