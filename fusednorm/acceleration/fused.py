@@ -204,6 +204,8 @@ def add(
 def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: tuple[Any, ...]) -> Tensor | None:
     if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
         return None
+    if modules and _too_small(residual) and not all(type(module) in STEP_KINDS for module in modules):
+        return None
     steps = _steps(modules) if modules else _NO_STEPS
     if steps is None or not _no_global_hooks() or any_autocast() or not can_hand_over():
         return None
@@ -223,8 +225,6 @@ def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: 
     if steps is not _NO_STEPS:
         scale = steps.layer_scale
         if scale is not None and (scale.dtype is not dtype or scale.shape != residual.shape[-1:]):
-            return None
-        if (scale is not None or steps.drop_path_p) and _too_small(residual):
             return None
         if steps.linear is not None:
             matrix, bias = _weight(steps.linear), steps.linear.bias
