@@ -17,11 +17,14 @@ constexpr int64_t kStride = kBlockSize + 16;
 // workspace() bytes belongs to one thread at a time.
 struct AttentionKernels {
   int64_t (*workspace)(const AttentionCall&);
+  int64_t (*head_workspace)(const AttentionCall&);  // of head_gradients
   void (*forward)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);         // blocks of queries
   void (*delta)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);           // blocks of queries
   void (*precise_delta)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of queries; norms too
   void (*query_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);  // blocks of queries; norms
   void (*key_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of keys
+  // Both, and for at most kBlockSize keys precise_delta: the same bits. Heads of keys.
+  void (*head_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);
   void (*mask_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // tiles of the mask
   bool (*bounded)(const void* data, Dtype dtype, int64_t n, int64_t stride);
 };

@@ -1,5 +1,6 @@
 // Gradients of attention. Each kernel computes the probabilities of its tiles anew from the log-sum-exp, and owns what it
-// writes: nothing is added to from two threads, so results do not depend on their number.
+// writes: nothing is added to from two threads, so results do not depend on their number. attention_heads.h computes each
+// tile once, where there are heads enough, and adds the same numbers in the same order.
 #pragma once
 
 #include "attention_forward.h"
@@ -60,13 +61,19 @@ FN_INLINE void rows_to_lanes(const AttentionCall& a, const Memory<C>& m, int64_t
   transpose(m.value_rows, m.value_ld, n, a.value_dim, m.value_lanes);
 }
 
+// Products of queries and keys, and of dout and values, of a tile of which rows and lanes are staged.
+template <class C>
+FN_INLINE void multiply_staged(const AttentionCall& a, const Memory<C>& m, int64_t rows, int64_t lanes) {
+  product<C, false>(rows, lanes, a.dim, m.rows, m.ld, 1, m.lanes, kStride, m.logits, kStride);
+  product<C, false>(rows, lanes, a.value_dim, m.value_rows, m.value_ld, 1, m.value_lanes, kStride, m.slopes, kStride);
+}
+
 // Dropped probabilities and gradients of the logits of a tile, of which rows and lanes are staged.
 template <class C, bool LANES_ARE_KEYS>
 FN_INLINE void differentiate(const AttentionCall& a, const Memory<C>& m, const Head& h, const Tile& t, const C* hidden,
                              const Int<C>* keep, bool of_mask) {
   const int64_t rows = LANES_ARE_KEYS ? t.n_queries : t.n_keys, lanes = LANES_ARE_KEYS ? t.n_keys : t.n_queries;
-  product<C, false>(rows, lanes, a.dim, m.rows, m.ld, 1, m.lanes, kStride, m.logits, kStride);
-  product<C, false>(rows, lanes, a.value_dim, m.value_rows, m.value_ld, 1, m.value_lanes, kStride, m.slopes, kStride);
+  multiply_staged(a, m, rows, lanes);
   if (keep) keep_tile<C, LANES_ARE_KEYS>(a, h, t, m.keep);
   gradient_step<C, LANES_ARE_KEYS>(a, m, rows, lanes, hidden, keep, of_mask);
 }
@@ -74,43 +81,49 @@ FN_INLINE void differentiate(const AttentionCall& a, const Memory<C>& m, const H
 // The same as the sum of probabilities times their gradients, without an out that was rounded, and norms: of few keys, or
 // in a sum that is the gradient of a broadcast mask, the terms nearly cancel.
 template <class C>
-void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
-  stage_queries(a, m, h, first, n);
-  rows_to_lanes(a, m, n);
-  stage_statistics(a, m, h, first, n, false);
+struct PreciseSums {
   C totals[kBlockSize] = {}, products[kBlockSize] = {};
-  for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0;
-  over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
-    stage_keys(a, m, h, t.key, t.n_keys);
-    differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, true);
-    for (int64_t i = 0; i < n; ++i) {
+
+  FN_INLINE void stage(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+    stage_statistics(a, m, h, first, n, false);
+    for (int64_t i = 0; i < kBlockSize; ++i) m.delta[i] = m.factors[i] = 0;
+  }
+  FN_INLINE void add(const Memory<C>& m, const Tile& t) {
+    for (int64_t i = 0; i < t.n_queries; ++i) {
       C product = 0;
       for (int64_t j = 0; j < t.n_keys; ++j) product += m.slopes[j * kStride + i];
       totals[i] += m.totals[i], products[i] += product;
     }
-  });
-  for (int64_t i = 0; i < n; ++i) {
-    const C total = totals[i] == C(0) ? C(1) : totals[i];  // of what sees nothing
-    ((C*)a.norms)[h.row + first + i] = C(1) / total;
-    ((C*)a.delta)[h.row + first + i] = products[i] / total;
   }
-}
+  FN_INLINE void store(const AttentionCall& a, const Head& h, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const C total = totals[i] == C(0) ? C(1) : totals[i];  // of what sees nothing
+      ((C*)a.norms)[h.row + first + i] = C(1) / total;
+      ((C*)a.delta)[h.row + first + i] = products[i] / total;
+    }
+  }
+};
 
-// The query's gradient, and norms where they are not there yet: lse's rounding errs alike for all keys of a query.
 template <class C>
-void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+void precise_deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
   stage_queries(a, m, h, first, n);
   rows_to_lanes(a, m, n);
-  stage_statistics(a, m, h, first, n, a.precise);
-  C totals[kBlockSize] = {}, factors[kBlockSize];
-  __builtin_memset(m.sums, 0, n * m.ld * sizeof(C));
+  PreciseSums<C> sums;
+  sums.stage(a, m, h, first, n);
   over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
     stage_keys(a, m, h, t.key, t.n_keys);
-    differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, false);
-    for (int64_t i = 0; i < n; ++i) totals[i] += m.totals[i];
-    if (a.dq.data)
-      add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
+    differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, true);
+    sums.add(m, t);
   });
+  sums.store(a, h, first, n);
+}
+
+// m.sums, scaled, are the gradient of these queries. `totals` of their probabilities make norms, where these are not there
+// yet: lse's rounding errs alike for all keys of a query.
+template <class C>
+FN_INLINE void store_query_gradient(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n,
+                                    const C* totals) {
+  C factors[kBlockSize];
   for (int64_t i = 0; i < n; ++i) {
     factors[i] = C(a.scale);
     if (a.precise) continue;
@@ -121,6 +134,44 @@ void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head
   if (!a.dq.data) return;
   over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t i) { return sum * Vec<C>(factors[i]); });
   unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dq, offset_of(a.dq, h.batch, h.head, h.first_query + first));
+}
+
+template <class C>
+void query_block_gradient(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+  stage_queries(a, m, h, first, n);
+  rows_to_lanes(a, m, n);
+  stage_statistics(a, m, h, first, n, a.precise);
+  C totals[kBlockSize] = {};
+  __builtin_memset(m.sums, 0, n * m.ld * sizeof(C));
+  over_key_blocks(a, m, h, first, n, [&](const Tile& t, const C* hidden) {
+    stage_keys(a, m, h, t.key, t.n_keys);
+    differentiate<C, false>(a, m, h, t, hidden, a.element.on ? m.keep : nullptr, false);
+    for (int64_t i = 0; i < n; ++i) totals[i] += m.totals[i];
+    if (a.dq.data)
+      add_product<C>(n, a.dim, t.n_keys, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
+  });
+  store_query_gradient(a, m, h, first, n, totals);
+}
+
+// Norms that a tile was made without, put on the staged queries and dout that it is multiplied by.
+template <class C>
+FN_INLINE void scale_by_norms(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+  if (a.precise) return;
+  const C* const norms = (const C*)a.norms + h.row + first;
+  const auto step = [&](Vec<C> value, int64_t i) { return value * Vec<C>(norms[i]); };
+  if (a.dk.data) over_rows(m.rows, n, a.dim, m.ld, step);
+  if (a.dv.data) over_rows(m.value_rows, n, a.value_dim, m.value_ld, step);
+}
+
+// Sums of all queries of a group are the gradients of these keys.
+template <class C>
+FN_INLINE void store_key_gradients(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+  const int64_t position = h.first_key + first;
+  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t) { return sum * Vec<C>(C(a.scale)); });
+  if (a.dk.data)
+    unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dk, offset_of(a.dk, h.batch, h.key_head, position));
+  if (a.dv.data)
+    unstage_rows(m.value_sums, m.value_ld, n, a.value_dim, a.dtype, a.dv, offset_of(a.dv, h.batch, h.key_head, position));
 }
 
 // work(head, tile) for the tiles of these keys that causality and window do not hide, of all queries' heads of a group.
@@ -147,19 +198,15 @@ void key_block_gradients(const AttentionCall& a, const Memory<C>& m, const Head&
     const C* const hidden = seen == kSomething ? m.hidden : nullptr;
     const Int<C>* const keep = a.element.on ? m.keep : nullptr;
     stage_queries(a, m, own, t.query, t.n_queries);
-    stage_statistics(a, m, own, t.query, t.n_queries);
+    stage_statistics(a, m, own, t.query, t.n_queries, a.precise);
     differentiate<C, true>(a, m, own, t, hidden, keep, false);
+    scale_by_norms(a, m, own, t.query, t.n_queries);
     if (a.dv.data)
       add_product(n, a.value_dim, t.n_queries, m.logits, 1, kStride, hidden, keep, m.value_rows, m.value_ld, m.value_sums);
     if (a.dk.data)
       add_product<C>(n, a.dim, t.n_queries, m.slopes, 1, kStride, hidden, nullptr, m.rows, m.ld, m.sums);
   });
-  const int64_t position = h.first_key + first;
-  over_rows(m.sums, n, a.dim, m.ld, [&](Vec<C> sum, int64_t) { return sum * Vec<C>(C(a.scale)); });
-  if (a.dk.data)
-    unstage_rows(m.sums, m.ld, n, a.dim, a.dtype, a.dk, offset_of(a.dk, h.batch, h.key_head, position));
-  if (a.dv.data)
-    unstage_rows(m.value_sums, m.value_ld, n, a.value_dim, a.dtype, a.dv, offset_of(a.dv, h.batch, h.key_head, position));
+  store_key_gradients(a, m, h, first, n);
 }
 
 // A tile of the mask's gradient, summed over the batches, heads, queries and keys that the mask is broadcast over.

@@ -12,6 +12,7 @@ namespace fusednorm_cpu {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;  // multiplications that are worth another thread
+constexpr int64_t kMostOfHead = 16 << 20;  // bytes of a thread, for a head; with 12 MiB five products were still ahead
 
 // The boundaries of packed sequences, and the longest of these.
 const int32_t* boundaries(const char* name, const Handle& tensor, int64_t batches, int64_t total, int64_t& longest) {
@@ -34,13 +35,34 @@ AttentionArguments described(const AttentionTensors& tensors, const AttentionOpt
 
 int64_t blocks(int64_t n) { return pieces(n, kBlockSize); }
 
-// `kernel` over `count` items of `positions` each, against all `others`.
-void run(void (*kernel)(const AttentionCall&, void*, int64_t, int64_t), const AttentionCall& a, int64_t count,
-         int64_t positions, int64_t others) {
+using Kernel = void (*)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);
+
+// `kernel` over `count` items of so many multiplications.
+void run(Kernel kernel, const AttentionCall& a, int64_t count, int64_t cost, int64_t workspace) {
   if (!count) return;
-  const int64_t cost = times(std::min(positions, kBlockSize), std::max<int64_t>(times(others, a.dim + a.value_dim), 1));
-  parallel(count, std::max<int64_t>(kGrain / std::max<int64_t>(cost, 1), 1), kernels().attention->workspace(a),
+  parallel(count, std::max<int64_t>(kGrain / std::max<int64_t>(cost, 1), 1), workspace,
            [&](void* memory, int64_t begin, int64_t end) { kernel(a, memory, begin, end); });
+}
+
+int64_t cost_of(const AttentionCall& a, int64_t positions, int64_t others) {
+  return times(positions, std::max<int64_t>(times(others, a.dim + a.value_dim), 1));
+}
+
+// `kernel` over `count` blocks of `positions`, against all `others`.
+void run_blocks(Kernel kernel, const AttentionCall& a, int64_t count, int64_t positions, int64_t others) {
+  run(kernel, a, count, cost_of(a, std::min(positions, kBlockSize), others), kernels().attention->workspace(a));
+}
+
+// Whether to compute each tile once, a head of keys on one thread: five products instead of seven (with few keys nine), but
+// no thread gets less than a head. Either way gives the same bits, so the number of threads may decide.
+bool by_heads(const AttentionCall& a, bool few) {
+  const bool of_keys = a.dk.data || a.dv.data;
+  if ((a.dq.data || !a.precise) + of_keys + few < 2) return false;  // as many products
+  if (kernels().attention->head_workspace(a) > kMostOfHead) return false;
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  const int64_t heads = times(a.n_batches, a.n_key_heads);
+  return 5 * threads * pieces(heads, threads) <= 7 * heads;
 }
 
 void forward_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -67,7 +89,7 @@ void run_attention_forward(const AttentionTensors& tensors, const AttentionOptio
   AttentionCall& a = given.call;
   a.out = given.like_queries("out", out, a.value_dim);
   a.lse = given.statistics("lse", lse);
-  run(kernels().attention->forward, a, times(a.n_batches, a.n_heads, blocks(a.n_queries)), a.n_queries, a.n_keys);
+  run_blocks(kernels().attention->forward, a, times(a.n_batches, a.n_heads, blocks(a.n_queries)), a.n_queries, a.n_keys);
 }
 
 void run_attention_backward(const AttentionTensors& tensors, const AttentionOptions& options, const AttentionKept& kept,
@@ -90,13 +112,19 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
   a.delta = statistics.get();
   a.norms = (char*)a.delta + bytes;
   const AttentionKernels& k = *kernels().attention;
-  if (a.precise)
-    run(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
-  else
-    run(k.delta, a, query_blocks, a.n_queries, 1);
-  if (a.dq.data || !a.precise) run(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
-  if (a.dk.data || a.dv.data)
-    run(k.key_gradients, a, times(a.n_batches, a.n_key_heads, blocks(a.n_keys)), a.n_keys, a.n_queries);
+  const bool few = a.n_keys <= kBlockSize, whole = by_heads(a, few);
+  if (!a.precise)
+    run_blocks(k.delta, a, query_blocks, a.n_queries, 1);
+  else if (!few || !whole)
+    run_blocks(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
+  if (whole) {
+    const int64_t queries = times(a.n_queries, a.n_heads / a.n_key_heads);
+    run(k.head_gradients, a, times(a.n_batches, a.n_key_heads), cost_of(a, queries, a.n_keys), k.head_workspace(a));
+  } else {
+    if (a.dq.data || !a.precise) run_blocks(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
+    if (a.dk.data || a.dv.data)
+      run_blocks(k.key_gradients, a, times(a.n_batches, a.n_key_heads, blocks(a.n_keys)), a.n_keys, a.n_queries);
+  }
   if (!dmask) return;
   int64_t own[4];
   const int64_t sizes[4] = {a.mask_batches, a.mask_heads, a.mask_queries, a.mask_keys};
@@ -106,7 +134,7 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
   if (!m.data) return;
   a.dmask = {const_cast<char*>(m.data), m.batch, m.head, m.query, m.key};
   const int64_t tiles = times(a.mask_batches, a.mask_heads, blocks(a.mask_queries), blocks(a.mask_keys));
-  run(k.mask_gradient, a, tiles, a.n_queries, times(a.n_batches, a.n_heads, a.n_keys) / tiles);
+  run_blocks(k.mask_gradient, a, tiles, a.n_queries, times(a.n_batches, a.n_heads, a.n_keys) / tiles);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cpu, m) {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fresh import python
 
+import fusednorm
 from fusednorm import dispatch
 from fusednorm.providers.cpu import library as cpu
 
@@ -62,6 +63,74 @@ def test_all_bounded_over_several_threads():
         y = x.clone()
         y[at] = torch.inf
         assert not cpu.all_bounded(y, x, x)
+
+
+# --- two forms of the backward ---
+
+FORMS = {
+    "bare": lambda n, m: {},
+    "dropout": lambda n, m: {"dropout_p": 0.3, "seed": 5},
+    "causal": lambda n, m: {"is_causal": True},
+    "all": lambda n, m: {
+        "window": (20, 30),
+        "dropout_p": 0.2,
+        "seed": 6,
+        "softcap": 3.0,
+        "key_mask": torch.rand(2, m) < 0.7,
+    },
+    "additive": lambda n, m: {"attn_mask": torch.randn(2, 1, n, m)},
+    "trained": lambda n, m: {"attn_mask": torch.randn(2, 1, n, m, requires_grad=True), "dropout_p": 0.1, "seed": 7},
+}
+
+
+def on_threads(run):
+    """Results on one thread, which computes tiles once, and on three, too many for two heads: they are made anew."""
+    before = torch.get_num_threads()
+    try:
+        return [(torch.set_num_threads(count), run())[1] for count in (1, 3)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(ours, others):
+    """Equal, NaN where the other has NaN."""
+    return all(
+        torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()]) for a, b in zip(ours, others)
+    )
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["finite", "hostile"])
+@pytest.mark.parametrize("lengths", [(130, 200), (70, 64), (5, 129), (128, 1)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_of_whole_heads_has_the_bits_of_that_of_blocks(form, lengths, hostile):
+    torch.manual_seed(0)
+    n, m = lengths
+    options = FORMS[form](n, m)
+    for dtype, heads in itertools.product((torch.float64, torch.float32, torch.bfloat16), (1, 2)):
+        q, k, v = torch.randn(2, heads, n, 24), torch.randn(2, 1, m, 24), torch.randn(2, 1, m, 40)
+        cotangent = torch.randn(2, heads, n, 40, dtype=dtype)
+        if hostile:
+            q[0, 0, 3] = k[0, 0, -1] = v[1, 0, m // 2] = torch.nan
+            q[1, 0, 4], cotangent[0, 0, 1] = torch.inf, -torch.inf
+        q, k, v = (t.to(dtype).requires_grad_() for t in (q, k, v))
+        mask = options.get("attn_mask")
+        given = options if mask is None else options | {"attn_mask": mask.to(dtype)}
+        with fusednorm.use_provider("cpu"):
+            out = fusednorm.scaled_dot_product_attention(q, k, v, enable_gqa=True, **given)
+        for wanted in ([q, k, v], [q, v], [k, v], [q], [k], *([[q, k, v, mask]] if form == "trained" else [])):
+            whole, blocks = on_threads(lambda: torch.autograd.grad(out, wanted, cotangent, retain_graph=True))  # noqa: B023
+            assert same_bits(whole, blocks), (dtype, heads, len(wanted))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_backward_of_packed_heads_has_the_bits_of_that_of_blocks(heads):
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 70, 200], dtype=torch.int32)
+    q, k, v = (torch.randn(200, n, 24, requires_grad=True) for n in (heads, 1, 1))
+    with fusednorm.use_provider("cpu"):
+        out = fusednorm.varlen_attention(q, k, v, bounds, bounds, 130, 130, is_causal=True, dropout_p=0.1, seed=1)
+    whole, blocks = on_threads(lambda: torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))
+    assert same_bits(whole, blocks)
 
 
 # --- memory ---
