@@ -23,7 +23,7 @@ struct AttentionKernels {
   void (*precise_delta)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of queries; norms too
   void (*query_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);  // blocks of queries; norms
   void (*key_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // blocks of keys
-  // Both, and for at most kBlockSize keys precise_delta: the same bits. Heads of keys.
+  // All four, but precise_delta only of at most kBlockSize keys: the same bits. Heads of keys.
   void (*head_gradients)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);
   void (*mask_gradient)(const AttentionCall&, void* workspace, int64_t begin, int64_t end);   // tiles of the mask
   bool (*bounded)(const void* data, Dtype dtype, int64_t n, int64_t stride);

@@ -9,21 +9,27 @@ namespace fusednorm_cpu {
 namespace FN_ISA {
 
 // delta = sum(dout * out), of the same chain of additions as the products of dout and values: with one key they cancel
-// exactly.
+// exactly. dout is staged.
 template <class C>
 void deltas(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
-  constexpr int64_t kTogether = 8;  // chains that do not wait for one another
-  const int64_t position = h.first_query + first, ld = m.value_ld;
-  stage_rows(a.dout, a.dtype, offset_of(a.dout, h.batch, h.head, position), n, a.value_dim, m.value_rows, ld);
-  stage_rows(a.out, a.dtype, offset_of(a.out, h.batch, h.head, position), n, a.value_dim, m.value_sums, ld);
-  for (int64_t i = 0; i < n; i += kTogether) {
-    C totals[kTogether] = {};
-    const int64_t count = least(kTogether, n - i);
-    for (int64_t d = 0; d < a.value_dim; ++d)
-      for (int64_t r = 0; r < kTogether; ++r)
-        if (r < count)
-          totals[r] = multiply_add(m.value_rows[(i + r) * ld + d], m.value_sums[(i + r) * ld + d], totals[r]);
-    for (int64_t r = 0; r < count; ++r) ((C*)a.delta)[h.row + first + i + r] = totals[r];
+  constexpr int W = kNativeLanes<C>, kVectors = kBlock / W;
+  const int64_t ld = m.value_ld;
+  stage_rows(a.out, a.dtype, offset_of(a.out, h.batch, h.head, h.first_query + first), n, a.value_dim, m.value_sums, ld);
+  for (int64_t i = 0; i < n; i += kBlock) {  // a lane for each query
+    const int64_t rows = least(kBlock, n - i);
+    Native<C> totals[kVectors] = {};
+    for (int64_t d = 0; d < a.value_dim; d += kBlock) {
+      C gradients[kBlock * kBlock], values[kBlock * kBlock];
+      const int64_t columns = least(kBlock, a.value_dim - d);
+      transpose(m.value_rows + i * ld + d, ld, rows, columns, gradients, kBlock);
+      transpose(m.value_sums + i * ld + d, ld, rows, columns, values, kBlock);
+      for (int64_t c = 0; c < columns; ++c)
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t at = c * kBlock + v * W;
+          totals[v] = multiply_add(native_load(gradients + at), native_load(values + at), totals[v]);
+        }
+    }
+    __builtin_memcpy((C*)a.delta + h.row + first + i, totals, rows * sizeof(C));
   }
 }
 
@@ -42,10 +48,15 @@ FN_INLINE void stage_statistics(const AttentionCall& a, const Memory<C>& m, cons
 }
 
 template <class C>
+FN_INLINE void stage_dout(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
+  const int64_t offset = offset_of(a.dout, h.batch, h.head, h.first_query + first);
+  stage_rows(a.dout, a.dtype, offset, n, a.value_dim, m.value_rows, m.value_ld);
+}
+
+template <class C>
 FN_INLINE void stage_queries(const AttentionCall& a, const Memory<C>& m, const Head& h, int64_t first, int64_t n) {
-  const int64_t position = h.first_query + first;
-  stage_rows(a.q, a.dtype, offset_of(a.q, h.batch, h.head, position), n, a.dim, m.rows, m.ld);
-  stage_rows(a.dout, a.dtype, offset_of(a.dout, h.batch, h.head, position), n, a.value_dim, m.value_rows, m.value_ld);
+  stage_rows(a.q, a.dtype, offset_of(a.q, h.batch, h.head, h.first_query + first), n, a.dim, m.rows, m.ld);
+  stage_dout(a, m, h, first, n);
 }
 
 template <class C>
@@ -260,7 +271,10 @@ void mask_tile_gradient(const AttentionCall& a, const Memory<C>& m, int64_t item
 
 inline void attention_delta(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {
   over_query_blocks(a, workspace, begin, end,
-                    [&](const auto& m, const Head& h, int64_t first, int64_t n) { deltas(a, m, h, first, n); });
+                    [&](const auto& m, const Head& h, int64_t first, int64_t n) {
+                      stage_dout(a, m, h, first, n);
+                      deltas(a, m, h, first, n);
+                    });
 }
 
 inline void attention_precise_delta(const AttentionCall& a, void* workspace, int64_t begin, int64_t end) {

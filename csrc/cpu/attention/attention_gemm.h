@@ -186,17 +186,35 @@ __attribute__((noinline)) void unstage_rows(const C* in, int64_t ld, int64_t row
   });
 }
 
-// out[column][row] = in[row][column], with zeros in place of rows up to a multiple of kBlock; rows of out are kStride apart.
+// Of 16 / sizeof(C) rows and as many columns.
 template <class C>
-__attribute__((noinline)) void transpose(const C* in, int64_t ld_in, int64_t rows, int64_t columns, C* out) {
-  for (int64_t first = 0; first < rows; first += kBlock) {
-    const int64_t n = rows - first < kBlock ? rows - first : kBlock;
-    for (int64_t column = 0; column < columns; ++column) {
-      C lanes[kBlock];
-      for (int64_t i = 0; i < kBlock; ++i) lanes[i] = i < n ? in[(first + i) * ld_in + column] : C(0);
-      __builtin_memcpy(out + column * kStride + first, lanes, sizeof lanes);
-    }
+FN_INLINE void transpose_square(const C* in, int64_t ld_in, C* out, int64_t ld_out) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(C) == 4) {
+    __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + ld_in);
+    __m128 c = _mm_loadu_ps(in + 2 * ld_in), d = _mm_loadu_ps(in + 3 * ld_in);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, a), _mm_storeu_ps(out + ld_out, b), _mm_storeu_ps(out + 2 * ld_out, c);
+    return _mm_storeu_ps(out + 3 * ld_out, d);
   }
+#endif
+  for (size_t i = 0; i < 16 / sizeof(C); ++i)
+    for (size_t j = 0; j < 16 / sizeof(C); ++j) out[j * ld_out + i] = in[i * ld_in + j];
+}
+
+// out[column][row] = in[row][column], with zeros in place of rows up to a multiple of kBlock.
+template <class C>
+__attribute__((noinline)) void transpose(const C* in, int64_t ld_in, int64_t rows, int64_t columns, C* out,
+                                         int64_t ld_out = kStride) {
+  constexpr int64_t kSide = 16 / sizeof(C);
+  const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
+  const int64_t padded_rows = (rows + kBlock - 1) / kBlock * kBlock;
+  for (int64_t column = 0; column < whole_columns; column += kSide)
+    for (int64_t row = 0; row < whole_rows; row += kSide)
+      transpose_square(in + row * ld_in + column, ld_in, out + column * ld_out + row, ld_out);
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t row = column < whole_columns ? whole_rows : 0; row < padded_rows; ++row)
+      out[column * ld_out + row] = row < rows ? in[row * ld_in + column] : C(0);
 }
 
 }  // namespace FN_ISA

@@ -66,6 +66,7 @@ void block_gradients(const AttentionCall& a, const Memory<C>& m, const HeadMemor
   stage_queries(a, m, h, first, n);
   rows_to_lanes(a, m, n);
   if (few) precise_deltas_of_few(a, m, w, h, first, n);
+  if (!a.precise) deltas(a, m, h, first, n);
   stage_statistics(a, m, h, first, n, a.precise);
   C totals[kBlockSize] = {};
   __builtin_memset(m.sums, 0, n * m.ld * sizeof(C));

@@ -113,14 +113,12 @@ void run_attention_backward(const AttentionTensors& tensors, const AttentionOpti
   a.norms = (char*)a.delta + bytes;
   const AttentionKernels& k = *kernels().attention;
   const bool few = a.n_keys <= kBlockSize, whole = by_heads(a, few);
-  if (!a.precise)
-    run_blocks(k.delta, a, query_blocks, a.n_queries, 1);
-  else if (!few || !whole)
-    run_blocks(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
+  if (a.precise && (!few || !whole)) run_blocks(k.precise_delta, a, query_blocks, a.n_queries, a.n_keys);
   if (whole) {
     const int64_t queries = times(a.n_queries, a.n_heads / a.n_key_heads);
     run(k.head_gradients, a, times(a.n_batches, a.n_key_heads), cost_of(a, queries, a.n_keys), k.head_workspace(a));
   } else {
+    if (!a.precise) run_blocks(k.delta, a, query_blocks, a.n_queries, 1);
     if (a.dq.data || !a.precise) run_blocks(k.query_gradient, a, query_blocks, a.n_queries, a.n_keys);
     if (a.dk.data || a.dv.data)
       run_blocks(k.key_gradients, a, times(a.n_batches, a.n_key_heads, blocks(a.n_keys)), a.n_keys, a.n_queries);
