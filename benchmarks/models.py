@@ -1,7 +1,7 @@
 """Training steps of whole models before and after `fusednorm.accelerate`, interleaved.
 
     python3 -m benchmarks.models --report DIR                # BERT-base and GPT-2 blocks, then small models
-    python3 -m benchmarks.models --only 'bert|gpt' --rounds 20
+    python3 -m benchmarks.models --only '^(bert|gpt2)$' --rounds 20
 
 A step is forward, backward and the gradients set to None, in training mode with the dropout of the models' own
 configurations. The ratio is the median of the ratios of neighbouring steps: above 1, the accelerated model is faster.
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    chosen = [case for case in (*headline(), *small()) if re.search(args.only, case.name, re.IGNORECASE)]
+    chosen = [case for case in (*headline(), *small()) if re.search(args.only, case.name)]
     if not chosen:
         parser.error(f"--only: no model is named like {args.only!r}")
     result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
