@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -103,8 +104,8 @@ def test_launches_saved_are_those_that_the_profiler_counts(stack):
     report = fusednorm.accelerate(stack, example=x)
     assert sum(saving.launches for saving in report.savings) == len(sums(report)) == 4
     assert all(saving.bytes == (5 - 4) * 3 * 5 * D * 4 for saving in report.savings)
-    # four sums with their norms, and in both blocks the bias and activation of fc1, which torch has in two as well
-    assert launched(lambda: stack(x)) <= own
+    # a launch for each sum with its norm, and one for each dropout of p = 0, which the profiler sees as an operator
+    assert own - launched(lambda: stack(x)) == 4 + 4
 
 
 def test_dropout_and_bias_are_inside_the_operator():
@@ -140,7 +141,8 @@ def test_traceback_shows_the_rewritten_line(stack):
     fusednorm.accelerate(stack)
     with pytest.raises(RuntimeError) as caught:
         stack(torch.randn(3, 5, D + 1))
-    assert "blocks" in str(caught.traceback[-3]) or caught.traceback
+    shown = "".join(traceback.format_exception(caught.value))
+    assert 'File "<fusednorm: ' in shown and "fused.add(residual=x, branch=self.norm1(x), norm=self.norm2" in shown
 
 
 @pytest.mark.parametrize(
