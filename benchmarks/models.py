@@ -1,7 +1,7 @@
 """Training steps of whole models before and after `fusednorm.accelerate`, interleaved.
 
     python3 -m benchmarks.models --report DIR                # BERT-base and GPT-2 blocks, then small models
-    python3 -m benchmarks.models --only '^(bert|gpt2)$' --rounds 20
+    python3 -m benchmarks.models --only '^(bert|gpt2)$' --rounds 20 --compile
 
 A step is forward, backward and the gradients set to None, in training mode with the dropout of the models' own
 configurations. The ratio is the median of the ratios of neighbouring steps: above 1, the accelerated model is faster.
@@ -100,17 +100,17 @@ def _outermost(event: Any) -> bool:
     return True
 
 
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
     before = case.build().train()
     after = copy.deepcopy(before)
     report = fusednorm.accelerate(after)
-    pair = (before, after)
+    pair = (torch.compile(before), torch.compile(after)) if compiled else (before, after)
     for model in pair:
         for _ in range(3):
             run(case, model)
     counts = [launches(case, model) for model in pair]
-    once = run(case, before)
+    once = run(case, pair[0])
     rounds = max(rounds, min(400, int(seconds / max(2 * once, 1e-6))))
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds):
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="a regular expression for the names of models")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps of each model, at least")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each model, if more rounds fit")
+    parser.add_argument("--compile", action="store_true", help="compile both models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--only: no model is named like {args.only!r}")
     result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "rows": []}
     for case in tqdm(chosen, desc="models", disable=None):
-        result["rows"].append(measure(case, args.rounds, args.seconds))
+        result["rows"].append(measure(case, args.rounds, args.seconds, args.compile))
     text = page(result)
     print(text)
     if args.report is not None:
