@@ -22,7 +22,6 @@ class Site(NamedTuple):
     """One thing seen in a method."""
 
     kind: str  # "residual" or "feed_forward"
-    line: int
     what: str  # the source
     into: str
     reason: str = ""  # why it is left as it is, or nothing
@@ -106,13 +105,12 @@ class Finder:
                 self._left(node, f"`{short(place.statement)}` reads it before a norm does")
             return
         text = ast.unparse(node)
-        line = node.lineno
         if reason == RETURNED:
             self.returns_sum = True
             if self.linked:
                 following = ast.Call(_helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
                 into = self._fuse(node, place, following)
-                self.sites.append(Site("residual", line, text, f"{into}, with the norm of the next block"))
+                self.sites.append(Site("residual", text, f"{into}, with the norm of the next block"))
                 return
             reason = "the method returns it, and the norm that reads it then could not be seen"
         if norm is not None and module is not None and not without_hooks(module):
@@ -121,7 +119,7 @@ class Finder:
             self._left(node, reason)
             return
         into = self._fuse(node, place, norm)
-        self.sites.append(Site("residual", line, text, f"{into}, with {ast.unparse(norm)}", norm=module))
+        self.sites.append(Site("residual", text, f"{into}, with {ast.unparse(norm)}", norm=module))
 
     def _sum_in_other_words(self, node: ast.AST, place: Place) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_"):
@@ -142,7 +140,7 @@ class Finder:
     def _left(self, node: ast.AST, reason: str) -> None:
         if not self._of_module(node):
             return  # of positions, masks or logits
-        self.sites.append(Site("residual", getattr(node, "lineno", 0), ast.unparse(node), "", reason))
+        self.sites.append(Site("residual", ast.unparse(node), "", reason))
 
     def _calls_module(self, node: ast.AST) -> bool:
         calls = (n for n in ast.walk(node) if isinstance(n, ast.Call))
@@ -234,7 +232,7 @@ class Finder:
             reason = f"{ast.unparse(linear.func)} has no bias, so there is nothing to fuse"  # type: ignore[attr-defined]
         if reason:
             if self.has_linear:
-                self.sites.append(Site("feed_forward", node.lineno, ast.unparse(node), "", reason))
+                self.sites.append(Site("feed_forward", ast.unparse(node), "", reason))
             return
         text = ast.unparse(linear) + " -> " + ast.unparse(function) + (" -> dropout" if dropout else "")
         keywords = [
@@ -248,7 +246,7 @@ class Finder:
         self.replaced[id(outer)] = ast.Call(_helper("activate"), [], keywords)
         self.removed |= {id(p.statement) for p in (*consumed, *dropped)}
         into = f"bias + {name}" + (" + dropout" if dropout else "")
-        self.sites.append(Site("feed_forward", node.lineno, text, into))
+        self.sites.append(Site("feed_forward", text, into))
 
     def _unknown_activation(self, node: ast.Call, place: Place) -> None:
         module = self.tree.called(node)
@@ -260,7 +258,7 @@ class Finder:
         leaf = not module._modules and not module._parameters
         if leaf and not self._not_linear(linear, self.tree.called(linear)):
             reason = f"{class_path(type(module))} is no activation of bias_act_dropout"
-            self.sites.append(Site("feed_forward", node.lineno, ast.unparse(node), "", reason))
+            self.sites.append(Site("feed_forward", ast.unparse(node), "", reason))
 
     def _not_linear(self, node: ast.expr, module: Any) -> str:
         if not isinstance(module, nn.Module):

@@ -60,27 +60,23 @@ def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -
 
 
 def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
-    normed = handover.take(self, input)
-    if normed is not None:
-        return normed
-    if torch.compiler.is_compiling():  # the compiler fuses torch's norm with what is around it
-        return nn.LayerNorm.forward(self, input)
-    try:
-        return LayerNorm.forward(self, input)
-    except (TypeError, ValueError):  # what is wrong here is said as torch says it
-        return nn.LayerNorm.forward(self, input)
+    return _own_forward(self, input, LayerNorm, nn.LayerNorm)
 
 
 def _rms_norm_forward(self: Any, x: Tensor) -> Tensor:
+    return _own_forward(self, x, RMSNorm, nn.RMSNorm)
+
+
+def _own_forward(self: Any, x: Tensor, ours: Any, torchs: Any) -> Tensor:
     normed = handover.take(self, x)
     if normed is not None:
         return normed
-    if torch.compiler.is_compiling():
-        return nn.RMSNorm.forward(self, x)
+    if torch.compiler.is_compiling():  # the compiler fuses torch's norm with what is around it
+        return torchs.forward(self, x)
     try:
-        return RMSNorm.forward(self, x)
-    except (TypeError, ValueError):
-        return nn.RMSNorm.forward(self, x)
+        return ours.forward(self, x)
+    except (TypeError, ValueError):  # what is wrong here is said as torch says it
+        return torchs.forward(self, x)
 
 
 _NORMS: dict[type, Any] = {nn.LayerNorm: _layer_norm_forward, nn.RMSNorm: _rms_norm_forward}

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import keyword
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,12 +63,8 @@ class Tree:
         self.function = method.tree
         self.places = list(_places(self.function.body, None))
         self.parents = {id(child): node for node in ast.walk(self.function) for child in ast.iter_child_nodes(node)}
-        self.loads: dict[str, int] = {}
-        self.stores: dict[str, int] = {}
-        for node in ast.walk(self.function):
-            if isinstance(node, ast.Name):
-                counts = self.loads if isinstance(node.ctx, ast.Load) else self.stores
-                counts[node.id] = counts.get(node.id, 0) + 1
+        stored = (n.id for n in ast.walk(self.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+        self.stores = Counter(stored)
         self.rebinds_self = bool(self.stores.get(self.self_name))
 
     def resolve(self, node: ast.expr) -> Any:
