@@ -84,6 +84,8 @@ def _read(found: Any, name: str, owner: type) -> Method:
         raise Unreadable(f"the source of {name} cannot be had") from error
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args or tree.name != function.__name__:
         raise Unreadable(f"{name} is no plain method")
+    if getattr(tree, "type_params", None):
+        raise Unreadable(f"{name} has type parameters")
     if tree.decorator_list and not wrappers:
         raise Unreadable(f"{name} has a decorator that hides the function inside")
     for node in ast.walk(tree):
