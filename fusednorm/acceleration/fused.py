@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from .._activations import FUNCTIONS, gelu_tanh
 from ..activation import bias_act_dropout
+from ..modules._fusible import any_global_hooks
 from .handover import NormForm, any_autocast, can_hand_over, following, hand_over, inner, without_hooks
 
 _is_compiling = torch.compiler.is_compiling
@@ -110,15 +110,6 @@ class Steps(NamedTuple):
 _NO_STEPS = Steps()
 
 
-def _no_global_hooks() -> bool:
-    return not (
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
-
-
 def _steps(modules: tuple[Any, ...]) -> Steps | None:
     """The steps as arguments of the operator; None if one of them has hooks or they come in another order."""
     steps = _NO_STEPS
@@ -207,11 +198,11 @@ def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: 
     if modules and _too_small(residual) and not all(type(module) in STEP_KINDS for module in modules):
         return None
     steps = _steps(modules) if modules else _NO_STEPS
-    if steps is None or not _no_global_hooks() or any_autocast() or not can_hand_over():
+    if steps is None or any_global_hooks() or any_autocast() or not can_hand_over():
         return None
     dtype, bias = residual.dtype, None
     own = weight, norm_bias = form.parameters(norm)
-    eps = None if form.eps is None else getattr(norm, form.eps)
+    eps = form.epsilon(norm)
     if x.dtype is not dtype or not residual.is_contiguous() or (eps is not None and type(eps) is not float):
         return None
     if weight is None:
@@ -266,7 +257,7 @@ def _fused_activate(x: Tensor, linear: Any, activation: Any, name: str, dropout:
         return None
     known = activation_name(activation) == name and (not isinstance(activation, nn.Module) or without_hooks(activation))
     steps = _NO_STEPS if dropout is None else _steps((dropout,))
-    if not known or steps is None or not x.ndim or not _no_global_hooks():
+    if not known or steps is None or not x.ndim or any_global_hooks():
         return None
     weight = _weight(linear)
     if type(weight) not in _PARAMETERS:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import norm as norm_functions
+from ..modules._fusible import has_hooks
 
 NEXT = "_fusednorm_next"
 
@@ -43,9 +44,12 @@ class NormForm(NamedTuple):
             return weight, None
         return weight, own[self.bias] if self.bias in own else getattr(module, self.bias)
 
+    def epsilon(self, module: nn.Module) -> Any:
+        return None if self.eps is None else getattr(module, self.eps)
+
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, bias = self.parameters(module)
-        eps: Any = None if self.eps is None else getattr(module, self.eps)
+        eps = self.epsilon(module)
         size = x.shape[-1:] if weight is None else weight.shape
         if not self.rms:
             return norm_functions.layer_norm(x, size, weight, bias, eps)
@@ -113,10 +117,9 @@ def take(norm: nn.Module, x: Tensor) -> Tensor | None:
         return None
     _waiting.pop(id(x), None)
     form: NormForm = type(norm)._fusednorm_norm  # type: ignore[attr-defined]
-    eps = None if form.eps is None else getattr(norm, form.eps)
     if (
         entry.norm is not norm
-        or entry.state != _state(form.parameters(norm), eps, x)
+        or entry.state != _state(form.parameters(norm), form.epsilon(norm), x)
         or x._backward_hooks  # a hook on the sum has to see its whole gradient
         or x.retains_grad
         or any_autocast()
@@ -158,10 +161,4 @@ def inner(block: nn.Module, path: str) -> Any:
 
 
 def without_hooks(module: nn.Module) -> bool:
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return not has_hooks(module) and "forward" not in module.__dict__

@@ -259,6 +259,8 @@ class _Analysis:
                 self._add(path, "norm", class_path(type(module)), "" if reason else name, reason)
 
     def _swap(self, module: nn.Module) -> None:
+        if id(module) in self.norm_changes:
+            return
         change = functools.partial(swap.swap_norm, module, self.forms[id(module)])
         self.norm_changes[id(module)] = Change(self.paths[id(module)], change)
 
@@ -321,15 +323,14 @@ class _Analysis:
                 returns |= main and sites.returns_sum
                 for site in sites.sites:
                     self._add(path, site.kind, site.what, site.into, site.reason)
-                    if site.norm is not None and id(site.norm) not in self.norm_changes:
+                    if site.norm is not None:
                         self._swap(site.norm)
                 if sites.replaced:
                     found[tree.name] = (tree.method, sites)
             if found:
                 self.changes.append(Change(path, functools.partial(swap.rewrite, module, found)))
             if returns and norm is not None:
-                if id(norm) not in self.norm_changes:
-                    self._swap(norm)
+                self._swap(norm)
                 self.changes.append(Change(path, functools.partial(_link, module, norm)))
 
     def _attention(self) -> None:

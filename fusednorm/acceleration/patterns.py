@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -325,21 +326,19 @@ def _expressions(statement: ast.stmt) -> list[ast.AST]:
 
 
 class _Apply(ast.NodeTransformer):
-    def __init__(self, found: Found) -> None:
-        self.found = found
+    def __init__(self, replaced: dict[int, ast.expr], removed: set[int]) -> None:
+        self.replaced, self.removed = replaced, removed
 
     def visit(self, node: ast.AST) -> Any:
-        if id(node) in self.found.removed:
+        if id(node) in self.removed:
             return None
-        return self.generic_visit(self.found.replaced.get(id(node), node))
+        return self.generic_visit(self.replaced.get(id(node), node))
 
 
 def apply(method: Method, found: Found) -> ast.FunctionDef:
     """The changed tree. The method's own stays as it is."""
-    import copy
-
     memo: dict[int, Any] = {}
     tree = copy.deepcopy(method.tree, memo)
     replaced = {id(memo[old]): copy.deepcopy(new, memo) for old, new in found.replaced.items()}
     removed = {id(memo[old]) for old in found.removed}
-    return ast.fix_missing_locations(_Apply(Found([], replaced, removed, False)).visit(tree))
+    return ast.fix_missing_locations(_Apply(replaced, removed).visit(tree))

@@ -165,9 +165,10 @@ def activation_name(activation: Any) -> str | None:
 
 def step_kind(module: nn.Module) -> str | None:
     """Whether a module is a linear layer, dropout, layer scale or drop path, and which; or None."""
-    kind = fused.STEP_KINDS.get(type(module))
-    if kind is not None or type(module).__module__.startswith("torch."):
-        return fused.step_kind(module) if kind is not None else None
+    if type(module) in fused.STEP_KINDS:
+        return fused.step_kind(module)
+    if type(module).__module__.startswith("torch."):
+        return None
     if not _leaf(module) or "forward" in module.__dict__ or getattr(module, "inplace", False):
         return None
     parameters = _parameters(module)

@@ -1,10 +1,12 @@
 """Reads a method's syntax tree, and makes a method of a changed one, with the same globals, closure and decorators."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
 import functools
+import hashlib
 import inspect
 import linecache
 import textwrap
@@ -138,14 +140,9 @@ def _codes(filename: str, text: str) -> tuple[types.CodeType, ...]:
     return tuple(found)
 
 
-def _inner(module: types.CodeType, name: str) -> types.CodeType:
-    outer = next(c for c in module.co_consts if isinstance(c, types.CodeType))
-    return next(c for c in outer.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
-
-
 def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
     """The tree without decorators, annotations and defaults, which are evaluated where a function is defined."""
-    bare = tree
+    bare = copy.deepcopy(tree)
     bare.decorator_list = []
     bare.returns = None
     arguments = bare.args
@@ -158,19 +155,18 @@ def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
     return bare
 
 
-def _compile(function: types.FunctionType, tree: ast.FunctionDef, text: str, filename: str) -> types.CodeType:
+def _compile(function: types.FunctionType, text: str, filename: str) -> types.CodeType:
     """The code of the method, compiled where its free variables are those of an enclosing function."""
     free = (*function.__code__.co_freevars, HELPER)
     maker = f"def _({', '.join(free)}):\n{textwrap.indent(text, '    ')}\n"
     code = compile(maker, filename, "exec", dont_inherit=True, flags=_future_flags(function))
     lines = maker.splitlines(keepends=True)
     linecache.cache[filename] = (len(maker), None, lines, filename)
-    return _inner(code, tree.name)
+    outer = next(c for c in code.co_consts if isinstance(c, types.CodeType))
+    return next(c for c in outer.co_consts if isinstance(c, types.CodeType) and c.co_name == function.__name__)
 
 
 def _future_flags(function: types.FunctionType) -> int:
-    import __future__
-
     every = (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
     return function.__code__.co_flags & functools.reduce(int.__or__, every, 0)
 
@@ -178,9 +174,8 @@ def _future_flags(function: types.FunctionType) -> int:
 def rebuild(method: Method, tree: ast.FunctionDef) -> tuple[types.FunctionType, str]:
     """(a method with the new body inside the same decorators, its source text)."""
     function = method.function
-    bare = _bare(copy.deepcopy(tree))
-    text = ast.unparse(bare)
-    code = _compile(function, bare, text, f"<fusednorm: {function.__module__}.{function.__qualname__} {_digest(text)}>")
+    text = ast.unparse(_bare(tree))
+    code = _compile(function, text, f"<fusednorm: {function.__module__}.{function.__qualname__} {_digest(text)}>")
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     cells[HELPER] = types.CellType(fused)
     closure = tuple(cells[name] for name in code.co_freevars)
@@ -195,8 +190,6 @@ def rebuild(method: Method, tree: ast.FunctionDef) -> tuple[types.FunctionType, 
 
 
 def _digest(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copyreg
 import functools
 import warnings
@@ -139,8 +140,6 @@ def _make(base: type, plan: Plan) -> Any:
 
 
 def _methods(base: type, plan: Plan) -> dict[str, Any]:
-    import ast
-
     made = {}
     for method in plan.methods:
         original = source.read(base, method.name)

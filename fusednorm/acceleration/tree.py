@@ -109,9 +109,9 @@ class Tree:
         place = reader.previous()
         if place is None or assigned(place.statement) != name:
             return None
-        reads = sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(reader.statement))
+        times = sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(reader.statement))
         reassigned = assigned(reader.statement) == name
-        if reads - reassigned != 1:
+        if times - reassigned != 1:
             return None
         if not reassigned and not self._dead_after(name, reader):
             return None

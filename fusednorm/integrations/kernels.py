@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _every_module
 
 from .. import norm
+from ..modules._fusible import any_global_hooks, has_hooks
 
 __all__ = ["FOLDER", "BertOutput", "BertSelfOutput", "LayerNorm", "RMSNorm", "path"]
 
@@ -179,10 +179,7 @@ class BertOutput(nn.Module):
     can_torch_compile = True
     has_backward = True
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if not _fusible(self, hidden_states, input_tensor):
-            return type(self).forward(self, hidden_states, input_tensor)
-        return _dense_add_norm(self, hidden_states, input_tensor)
+    forward = BertSelfOutput.forward
 
 
 def _dense_add_norm(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -220,9 +217,7 @@ def _fusible(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> bool:
 
 def _hooked(part: nn.Module) -> bool:
     """Whether a call of it does more than its ``forward``, which is passed by here."""
-    own = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    everywhere = _every_module._has_any_global_hook()
-    return bool(own) or bool(everywhere) or _forward_is_replaced(part)
+    return has_hooks(part) or any_global_hooks() or _forward_is_replaced(part)
 
 
 def _forward_is_replaced(part: nn.Module) -> bool:

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import settings
 from ..dispatch.settings import Decision
-
-_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 EVERYWHERE = "hooks are registered for every module"
 
@@ -27,6 +25,17 @@ def class_path(kind: type) -> str:
     return f"{home}.{kind.__qualname__}"
 
 
+def any_global_hooks() -> bool:
+    return bool(_has_any_global_hook())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def why_not_fused(name: str, module: Any, classes: tuple[type, ...]) -> str:
     """Why a submodule has to be called as it is, or nothing. A parametrised module is of a class of its own."""
     kind = type(module)
@@ -37,7 +46,7 @@ def why_not_fused(name: str, module: Any, classes: tuple[type, ...]) -> str:
         if kind in classes[0].__bases__:  # torch's, where ours is needed
             return f"{name} is {class_path(kind)}; use {expected}"
         return f"{name} is {class_path(kind)}, not {expected}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return f"{name} has hooks"
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced"
@@ -45,9 +54,8 @@ def why_not_fused(name: str, module: Any, classes: tuple[type, ...]) -> str:
 
 
 def first_not_fused(parts: Iterable[tuple[str, Any, tuple[type, ...]]]) -> str:
-    for name in _GLOBAL:
-        if getattr(global_hooks, name):
-            return EVERYWHERE
+    if any_global_hooks():
+        return EVERYWHERE
     for part in parts:
         reason = why_not_fused(*part)
         if reason:
