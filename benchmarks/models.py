@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import re
 import statistics
@@ -80,10 +81,10 @@ def run(case: Case, model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
-def launches(case: Case, model: nn.Module) -> int:
-    """Operators of one step that no other operator calls, views left out."""
+def launches(function: Callable[[], Any]) -> int:
+    """Operators that no other operator calls, views left out."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
-        run(case, model)
+        function()
     names = [event.name for event in profiled.events() if _outermost(event)]
     return sum(name.rpartition("::")[2] not in VIEWS for name in names)
 
@@ -109,7 +110,7 @@ def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> 
     for model in pair:
         for _ in range(3):
             run(case, model)
-    counts = [launches(case, model) for model in pair]
+    counts = [launches(functools.partial(run, case, model)) for model in pair]
     once = run(case, pair[0])
     rounds = max(rounds, min(400, int(seconds / max(2 * once, 1e-6))))
     times: tuple[list[float], list[float]] = ([], [])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusednorm
+from benchmarks.models import launches
 from fusednorm.acceleration import fused, handover
 from tests.helpers.small_blocks import Block, D, Stack, sums
 
@@ -43,16 +44,6 @@ class Wrong(nn.Module):
 def stack() -> Stack:
     torch.manual_seed(0)
     return Stack()
-
-
-def launched(function) -> int:
-    """Operators that torch's profiler counts below the package's own dispatch."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        function()
-    views = ("view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select")
-    names = (event.name for event in profile.events() if event.cpu_parent is None)
-    return sum(name.removeprefix("aten::") not in views for name in names)
 
 
 def test_every_sum_goes_with_the_norm_that_reads_it_next(stack):
@@ -100,12 +91,12 @@ def test_a_sum_that_changed_is_normalized_anew(stack, between):
 
 def test_launches_saved_are_those_that_the_profiler_counts(stack):
     x = torch.randn(3, 5, D)
-    own = launched(lambda: stack(x))
+    own = launches(lambda: stack(x))
     report = fusednorm.accelerate(stack, example=x)
     assert sum(saving.launches for saving in report.savings) == len(sums(report)) == 4
     assert all(saving.bytes == (5 - 4) * 3 * 5 * D * 4 for saving in report.savings)
     # a launch for each sum with its norm, and one for each dropout of p = 0, which the profiler sees as an operator
-    assert own - launched(lambda: stack(x)) == 4 + 4
+    assert own - launches(lambda: stack(x)) == 4 + 4
 
 
 def test_dropout_and_bias_are_inside_the_operator():
