@@ -13,109 +13,25 @@ from fresh import interpreter
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import masking_utils  # noqa: E402
 
-from fusednorm.integrations import _transformers_masks as masks  # noqa: E402
 from fusednorm.integrations import transformers as integration  # noqa: E402
+from tests.helpers.transformers_models import (  # noqa: E402
+    DECODERS,
+    GROUPED,
+    MODELS,
+    TINY,
+    WORDS,
+    assert_close,
+    build,
+    inputs_of,
+    operands,
+    padding,
+    pair,
+    results,
+    sinks,
+)
 
 transformers.utils.logging.set_verbosity_error()
-
-TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 48}
-GROUPED = TINY | {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SEQ2SEQ = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-SEQ2SEQ |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32, "vocab_size": 48, "pad_token_id": 0}
-SEQ2SEQ |= {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-WORDS = {"bos_token_id": 1, "eos_token_id": 2}
-
-
-def _gemma2(**options):
-    sizes = GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "attn_logit_softcapping": 1.0}
-    return transformers.Gemma2Config(**sizes | options)
-
-
-def _whisper():
-    sizes = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "suppress_tokens": None}
-    return transformers.WhisperConfig(**SEQ2SEQ | sizes | {"begin_suppress_tokens": None})
-
-
-def _t5():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 48}
-    return transformers.T5Config(**sizes, decoder_start_token_id=0)
-
-
-MODELS = {
-    "bert": ("BertModel", lambda: transformers.BertConfig(**TINY)),
-    "gpt2": (
-        "GPT2LMHeadModel",
-        lambda: transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=48, n_positions=64, **WORDS),
-    ),
-    "llama": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**GROUPED)),
-    "mistral": ("MistralForCausalLM", lambda: transformers.MistralConfig(**GROUPED, sliding_window=4)),
-    "gemma2": ("Gemma2ForCausalLM", _gemma2),
-    "t5": ("T5ForConditionalGeneration", _t5),
-    "bart": ("BartForConditionalGeneration", lambda: transformers.BartConfig(**SEQ2SEQ)),
-    "whisper": ("WhisperForConditionalGeneration", _whisper),
-}
-DECODERS = ["gpt2", "llama", "mistral", "gemma2"]
-
-
-def build(name, implementation, config=None):
-    kind, make = MODELS[name]
-    torch.manual_seed(0)
-    config = make() if config is None else config
-    return getattr(transformers, kind)._from_config(config, attn_implementation=implementation).eval()
-
-
-def pair(name):
-    """One model, and its twin that computes attention here."""
-    eager, fused = build(name, "eager"), build(name, "fusednorm")
-    assert all(torch.equal(a, b) for a, b in zip(eager.parameters(), fused.parameters()))
-    return eager, fused
-
-
-def padding(side):
-    """Of nine tokens in three rows: none, some and most padded."""
-    mask = torch.ones(3, 9, dtype=torch.long)
-    if side == "left":
-        mask[1, :3] = mask[2, :7] = 0
-    elif side == "right":
-        mask[1, -3:] = mask[2, -7:] = 0
-    return mask
-
-
-def inputs_of(name, side):
-    """(keyword arguments, bool (B, S): the positions of the output that are not padding)."""
-    mask = padding(side)
-    ids = torch.randint(3, 48, (3, 9))
-    given = {} if side is None else {"attention_mask": mask}
-    if name == "whisper":
-        return {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": ids}, torch.ones(3, 9, dtype=torch.bool)
-    if name in ("t5", "bart"):
-        if side is not None:
-            given["decoder_attention_mask"] = mask
-        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} | given, mask.bool()
-    return {"input_ids": ids} | given, mask.bool()
-
-
-def results(model, inputs, kept, call=None):
-    """The output where nothing is padding, and the gradients of every parameter."""
-    model.zero_grad()
-    out = (model if call is None else call)(**inputs)[0][kept]
-    (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-    return {"output": out.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_close(got, expected):
-    """To 1e-5 of the largest value of its kind.
-
-    float32 rounds at 6e-8. Sums of 9 keys, 32 features and 27 positions, in another order, over two layers and back,
-    gave at most 6e-7. Gradients that are zero but for rounding (of a key's bias) are compared with the largest.
-    """
-    assert got.keys() == expected.keys()
-    scale = max(value.abs().max() for name, value in expected.items() if name != "output")
-    for name, value in expected.items():
-        error = (got[name] - value).abs().max() / (value.abs().max() if name == "output" else scale)
-        assert error < 1e-5, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -316,11 +232,6 @@ def _compares():
     return transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config(**GROUPED | sizes))
 
 
-def _sinks():
-    sizes = GROUPED | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
-
-
 def _asked_for(implementation):
     def make():
         model = build("llama", "sdpa")
@@ -340,7 +251,7 @@ def _weights_wanted():
     ("make", "reason"),
     [
         (_deberta, "DisentangledSelfAttention computes attention by code of its own"),
-        (_sinks, "attention sinks"),
+        (sinks, "attention sinks"),
         (_compares, "DeepseekV32Attention does otherwise where the implementation is not 'sdpa'"),
         (_asked_for("flash_attention_2"), "'flash_attention_2', which was asked for"),
         (_asked_for("flex_attention"), "'flex_attention', which was asked for"),
@@ -378,152 +289,6 @@ def test_dry_run_changes_nothing():
     held = model.config
     assert all(s.fused for s in integration.switch_attention(model, dry_run=True))
     assert model.config is held and held._attn_implementation == "sdpa"
-
-
-def operands(n_queries=6, n_keys=6, dim=8):
-    shapes = ((2, 4, n_queries, dim), (2, 2, n_keys, dim), (2, 2, n_keys, dim))
-    return [torch.randn(shape) for shape in shapes]
-
-
-@pytest.mark.parametrize(
-    ("keywords", "said"),
-    [
-        ({"s_aux": torch.zeros(4)}, "s_aux: attention sinks; .*eager"),
-        ({"head_mask": torch.ones(4)}, "head_mask: .*eager"),
-        ({"indices": torch.zeros(2, 6, 3, dtype=torch.long)}, "indices: sparse attention"),
-        ({"alibi": torch.randn(4, 6)}, "alibi: a keyword unknown here"),
-        ({"score_mod": max}, "score_mod"),
-        ({"block_table": torch.zeros(1, dtype=torch.int32)}, "block_table: a paged cache"),
-    ],
-)
-def test_what_would_change_the_result_is_refused(keywords, said):
-    with pytest.raises(ValueError, match=said):
-        integration.attention(torch.nn.Module(), *operands(), None, **keywords)
-
-
-def test_sinks_are_refused_in_a_model():
-    model = _sinks()
-    model.config._attn_implementation_internal = "fusednorm"
-    with pytest.raises(ValueError, match="s_aux: attention sinks"):
-        model(torch.randint(3, 48, (1, 5)))
-
-
-def test_plain_keywords_pass():
-    module = torch.nn.Module()
-    plain = {"position_ids": torch.arange(6)[None], "use_cache": True, "num_items_in_batch": torch.tensor(3.0)}
-    out, weights = integration.attention(module, *operands(), None, s_aux=None, output_attentions=True, **plain)
-    assert out.shape == (2, 6, 4, 8) and out.is_contiguous() and weights is None
-
-
-@pytest.mark.parametrize("dim", [8, 260])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_key_mask_or_none_leaves_causality_and_window_to_keywords(masked, causal, window, dim):
-    q, k, v = operands(4, 6, dim)
-    keys = torch.tensor([[True] * 6, [False] * 2 + [True] * 4]) if masked else None
-    module = torch.nn.Module()
-    module.is_causal = causal
-    out, _ = integration.attention(module, q, k, v, keys, sliding_window=window)
-    ahead = torch.arange(6) - torch.arange(4)[:, None] - 2
-    seen = (ahead <= 0) if causal else torch.ones_like(ahead, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (ahead.abs() < window)
-    seen = seen if keys is None else seen & keys[:, None, None]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), seen
-    )
-    expected = expected.nan_to_num(0.0).transpose(1, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    if causal:
-        said, _ = integration.attention(torch.nn.Module(), q, k, v, keys, sliding_window=window, is_causal=True)
-        assert torch.equal(said, out)
-
-
-def test_a_bias_gets_its_gradient_under_every_mask():
-    q, k, v = operands()
-    bias = torch.randn(1, 4, 6, 6, requires_grad=True)
-    keys = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    full = keys[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()
-    added = torch.zeros(2, 1, 6, 6).masked_fill(~full, torch.finfo(torch.float32).min)
-    grads = []
-    for mask in (keys, full, added):
-        out, _ = integration.attention(torch.nn.Module(), q, k, v, mask, position_bias=bias, is_causal=True)
-        grads.append(torch.autograd.grad(out.square().sum(), bias)[0])
-    assert grads[0].abs().max() > 1e-3
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grads[0], grads[2], rtol=1e-5, atol=1e-6)
-
-
-FUNCTIONS = {
-    "causal": (masking_utils.causal_mask_function, None),
-    "window": (masking_utils.sliding_window_causal_mask_function(3), 3),
-    "a window of all": (masking_utils.sliding_window_causal_mask_function(6), 6),
-    "both ways": (masking_utils.bidirectional_mask_function, None),
-    "window both ways": (masking_utils.sliding_window_bidirectional_mask_function(2), 2),
-    "chunks": (masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long)), 3),
-    "a prefix": (masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k < 2), None),
-}
-
-
-@pytest.mark.parametrize("side", [None, "left", "right", "nothing left"])
-@pytest.mark.parametrize(
-    ("q_length", "kv_length", "q_offset", "kv_offset"),
-    [(6, 6, 0, 0), (2, 6, 4, 0), (1, 6, 5, 0), (2, 6, 6, 2), (6, 9, 0, 0), (2, 9, 4, 0), (1, 9, 0, 0), (1, 9, 4, 0)],
-)
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_mask_says_what_sdpa_mask_says(name, q_length, kv_length, q_offset, kv_offset, side):
-    """Also where a cache is longer than what is filled, and in the two cases where there is none."""
-    function, local = FUNCTIONS[name]
-    mask = None if side is None else torch.ones(2, kv_length + kv_offset, dtype=torch.bool)
-    if side == "nothing left":
-        mask[1] = False
-    elif side is not None:
-        mask[1, :3] = mask[0, :1] = False
-        mask = mask if side == "left" else mask.flip(1)
-    both_ways = "both ways" in name
-    given = {"batch_size": 2, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
-    given |= {"kv_offset": kv_offset, "mask_function": function, "attention_mask": mask, "local_size": local}
-    given |= {"dtype": torch.float32, "config": None, "a_later_keyword": 1}
-    plain = name not in ("chunks", "a prefix")
-    skips = {"allow_is_causal_skip": not both_ways and name != "a prefix", "allow_is_bidirectional_skip": both_ways}
-    expected = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)
-    got = integration.attention_mask(**given, **skips)
-    if got is None:
-        assert masking_utils.sdpa_mask(**given, **skips) is None
-        got = masks.Pattern(None, not both_ways, None, "lower_right").full(q_length, kv_length, torch.device("cpu"))
-    elif side in ("left", "right") and plain and q_offset - kv_offset in (0, kv_length - q_length):
-        assert isinstance(got, masks.PatternMask)
-        assert got.shape == expected.shape and got.dtype == torch.bool and got._full is None
-    assert torch.equal(torch.broadcast_to(got, expected.shape), expected)
-
-
-def test_operations_see_the_full_mask():
-    keys = padding("left").bool()
-    make = {"batch_size": 3, "q_length": 9, "kv_length": 9, "attention_mask": keys}
-    full = masking_utils.sdpa_mask(**make)
-    for read in (
-        lambda m: m[:, :, 2:, :4],
-        lambda m: torch.where(m, 0.0, -1.0),
-        lambda m: ~m,
-        lambda m: torch.cat([m, m], -1),
-        lambda m: torch.stack([m])[0],
-        lambda m: m.to(torch.float32),
-        lambda m: m.expand(3, 2, 9, 9),
-        copy.deepcopy,
-    ):
-        mask = integration.attention_mask(**make)
-        assert isinstance(mask, masks.PatternMask)
-        assert type(read(mask)) is torch.Tensor and torch.equal(read(mask), read(full))
-    mask = integration.attention_mask(**make)
-    assert mask.to("cpu") is mask and mask._full is None
-    mask[:, :, :, 8] = False  # written to: the attention function takes what was written
-    written = full.clone()
-    written[:, :, :, 8] = False
-    q, k, v = torch.randn(3, 3, 4, 9, 8).unbind()
-    module = torch.nn.Module()
-    out, expected = (integration.attention(module, q, k, v, m)[0] for m in (mask, written))
-    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(
