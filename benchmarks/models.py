@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks.measure.machine import environment
-from benchmarks.measure.timers import median_interval
+from fusednorm.tuning.timers import median_interval
 
 VIEWS = {"view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select", "slice"}
 VIEWS |= {"permute", "unflatten", "flatten", "squeeze", "_unsafe_view", "unbind", "split", "chunk", "narrow", "detach_"}

@@ -31,12 +31,12 @@ from benchmarks import cases, measure
 from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
 from benchmarks.cases import Case
 from benchmarks.cases import targets as cases_targets
-from benchmarks.measure import load as measure_load
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder, read_result, write_result
 from benchmarks.report.stats import AUTOMATIC
 from benchmarks.report.table import table
+from fusednorm.tuning import load as measure_load
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5, "targets": 0.05}

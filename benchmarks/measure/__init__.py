@@ -14,7 +14,7 @@ from benchmarks.measure.correctness import (
     results,
 )
 from benchmarks.measure.roofline import Roofline, measure_roofline
-from benchmarks.measure.timers import (
+from fusednorm.tuning.timers import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     SLOW_ROUNDS,

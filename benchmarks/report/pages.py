@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.cases import DIRECTION_TITLES, OPS
-from benchmarks.measure.load import share_text
 from benchmarks.report import html_page
 from benchmarks.report.files import make_folder, read_result
 from benchmarks.report.plots import plots
@@ -42,6 +41,7 @@ from benchmarks.report.stats import (
     verdict,
 )
 from benchmarks.report.table import table
+from fusednorm.tuning.load import share_text
 
 CHANGE = 1.10  # addresses and clocks differ between two processes: smaller changes are none
 

@@ -9,8 +9,8 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from benchmarks.cases import OPS
-from benchmarks.measure import load as measure_load
 from benchmarks.measure import median_interval
+from fusednorm.tuning import load as measure_load
 
 LOSS = 0.98  # a ratio whose whole interval lies below counts as a loss; nearer to 1 is no difference
 BELIEVABLE = 2.0  # a cache may beat the copy of the same bytes; by more, the copy or the matmul was disturbed

@@ -7,11 +7,11 @@ import math
 import textwrap
 from typing import Any
 
-from benchmarks.measure import load as measure_load
 from benchmarks.report import stats as report_stats
 from benchmarks.report.table import table
 from examples.training.job import Job
 from examples.training.loop import WARM_UP
+from fusednorm.tuning import load as measure_load
 
 # With dropout each variant draws masks of its own: what the test loss after training may differ by, as a share of it.
 # Measured with dropout 0.1 (--small otherwise): 0.2 % after 9 epochs, 1.2 % after 4 of another seed, where training is

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases
-from benchmarks.measure import load as measure_load
 from benchmarks.measure.machine import environment
 from benchmarks.report.files import make_folder
 from examples.training import report as reports
@@ -35,6 +34,7 @@ from examples.training.machine import DTYPES, choose_device, deterministic, prov
 from examples.training.measure import measure_memory, routes
 from examples.training.model import VARIANTS, load_checkpoint, make_twins, save_checkpoint
 from examples.training.pictures import plot_curves
+from fusednorm.tuning import load as measure_load
 
 
 def parse(kind: type[Job], argv: Sequence[str] | None) -> argparse.Namespace:

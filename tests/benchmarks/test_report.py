@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import baselines, cases, run
-from benchmarks.measure import load as measure_load
 from benchmarks.report import pages as report
 from benchmarks.report import plots as report_plots
+from fusednorm.tuning import load as measure_load
 
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PLAIN = "torch's own operators: no kernel of ours serves this call"

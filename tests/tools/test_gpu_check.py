@@ -18,11 +18,11 @@ import torch
 from backends import EMULATED
 from processes import wait_for
 
+from fusednorm.tuning.supervise import Child
 from tools.gpu_check import check as gpu_check
 from tools.gpu_check import run_tests as gpu_tests
 from tools.gpu_check import stages as gpu_stages
 from tools.gpu_check.stages import Stage
-from tools.supervise import Child
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = "import time; time.sleep(60)"

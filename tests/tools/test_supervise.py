@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from processes import gone, wait_for
 
-from tools import supervise
-from tools.supervise import Child, Lost, Supervised
+from fusednorm.tuning import supervise
+from fusednorm.tuning.supervise import Child, Lost, Supervised
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG = "import time; time.sleep(60)"
@@ -47,7 +47,7 @@ def test_a_child_dies_with_a_parent_that_is_killed(kind, tmp_path):
     """It leads a group of its own, which a signal to the parent's group does not reach."""
     parent = f"""
 import sys, time
-from tools.supervise import Child
+from fusednorm.tuning.supervise import Child
 if {kind!r} == "command":
     child = Child.of_command([sys.executable, "-S", "-c", "import time; time.sleep(60)"], open("/dev/null", "wb"), {{}})
 else:

@@ -18,7 +18,7 @@ from backends import EMULATED
 import fusednorm
 from benchmarks import measure
 from benchmarks.cases import Case
-from tools import supervise
+from fusednorm.tuning import supervise
 from tools.tune import forms as tune_forms
 from tools.tune import norms as tune
 from tools.tune import report as tune_report

@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools.supervise import POLL, Child, Message, Supervised, reporter
+from fusednorm.tuning.supervise import POLL, Child, Message, Supervised, reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (("/norm/", "/reported/test_norm"), ("/attention/", "/reported/test_attention"))  # families of files

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.files import replace
-from tools import supervise
-from tools.supervise import tail
+from fusednorm.tuning import supervise
+from fusednorm.tuning.supervise import tail
 
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
 RUNNING, CUT_OFF, NOT_RUN = "running", "cut off", "not run"

@@ -32,7 +32,7 @@ from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report.files import make_folder, write_result
 from benchmarks.report.table import table
-from tools.supervise import Message, Step, supervised
+from fusednorm.tuning.supervise import Message, Step, supervised
 from tools.tune import forms as tune_forms
 from tools.tune import report as tune_report
 from tools.tune.compile_ahead import Compiling

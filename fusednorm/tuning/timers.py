@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 
+Calls = Mapping[str, Callable[[], Any]]  # by the variant's name
+Around = Callable[[str], contextlib.AbstractContextManager[Any]]
 MIN_ROUNDS, SLOW_ROUNDS, MAX_ROUNDS = 9, 5, 61
 SAMPLE_SECONDS = 2e-4  # calls are repeated within a sample until it takes as long
+
+
+def alone(name: str) -> contextlib.AbstractContextManager[None]:
+    """No context."""
+    return contextlib.nullcontext()
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -35,20 +42,26 @@ class CpuTimer:
 
     kind = "wall clock"
 
-    def measure(self, calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, Any]]:
+    def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
+        """`around` gives the context of a variant's samples. The first call in it is not timed, if it is short."""
         repeats, estimate = {}, 0.0
         for name, call in calls.items():
-            call()
-            repeats[name] = _repeats(_wall(call, 1))
-            once = _wall(call, repeats[name])
+            with around(name):
+                call()
+                repeats[name] = _repeats(_wall(call, 1))
+                once = _wall(call, repeats[name])
             repeats[name] = _repeats(once)
-            estimate += once * repeats[name]
+            estimate += once * (repeats[name] + (around is not alone and repeats[name] > 1))
+        found: dict[str, dict[str, Any]]
         found = {name: {"samples": [], "repeats": repeats[name], "faults": 0} for name in calls}
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
-                faults = _page_faults()
-                found[name]["samples"].append(_wall(calls[name], repeats[name]))
-                found[name]["faults"] += _page_faults() - faults
+                with around(name):
+                    if around is not alone and repeats[name] > 1:
+                        calls[name]()
+                    faults = _page_faults()
+                    found[name]["samples"].append(_wall(calls[name], repeats[name]))
+                    found[name]["faults"] += _page_faults() - faults
         for variant in found.values():
             variant["faults"] /= len(variant["samples"]) * variant["repeats"]
         return found
@@ -107,22 +120,27 @@ class CudaTimer:
         self.cuda.synchronize(self.device)
         return self.cuda.max_memory_allocated(self.device) - before
 
-    def measure(self, calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, Any]]:
+    def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
+        """`around` gives the context of a variant's samples. The first call in it is not timed."""
         found: dict[str, dict[str, Any]] = {}
         hosts, estimate = {}, 0.0
         for name, call in calls.items():
-            for _ in range(3):  # compilation and autotuning fall into these
-                call()
-            hosts[name] = self._host_seconds(call)
-            once = self._inclusive_sample(call, 3)
-            repeats = _repeats(once)
-            peak = self._peak_memory(call)
+            with around(name):
+                for _ in range(3):  # compilation and autotuning fall into these
+                    call()
+                hosts[name] = self._host_seconds(call)
+                once = self._inclusive_sample(call, 3)
+                repeats = _repeats(once)
+                peak = self._peak_memory(call)
             found[name] = {"samples": [], "inclusive": [], "repeats": repeats, "host": hosts[name], "peak": peak}
             estimate += 3 * max(once, hosts[name]) + repeats * once + 1e-4
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
-                found[name]["samples"].append(self._device_sample(calls[name], hosts[name]))
-                found[name]["inclusive"].append(self._inclusive_sample(calls[name], found[name]["repeats"]))
+                with around(name):
+                    if around is not alone:
+                        calls[name]()
+                    found[name]["samples"].append(self._device_sample(calls[name], hosts[name]))
+                    found[name]["inclusive"].append(self._inclusive_sample(calls[name], found[name]["repeats"]))
         return found
 
 
