@@ -1,7 +1,7 @@
 """Training steps of whole models before and after `fusednorm.accelerate`, interleaved.
 
     python3 -m benchmarks.models --report DIR                # BERT-base and GPT-2 blocks, then small models
-    python3 -m benchmarks.models --only '^(bert|gpt2)$' --rounds 20 --compile
+    python3 -m benchmarks.models --only '^(bert|gpt2)' --rounds 20 --compile
 
 A step is forward, backward and the gradients set to None, in training mode with the dropout of the models' own
 configurations. The ratio is the median of the ratios of neighbouring steps: above 1, the accelerated model is faster.
@@ -41,13 +41,16 @@ class Case(NamedTuple):
 
 
 def headline() -> list[Case]:
-    """Blocks of BERT-base and of GPT-2: width 768, 128 tokens, batch 8, the dropout of their configurations."""
+    """Two layers of BERT-base and of GPT-2, and their blocks alone, without embeddings and head.
+
+    Width 768, 128 tokens, batch 8, the dropout of their configurations.
+    """
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
     ids = torch.randint(0, 1000, (8, 128), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::2, 96:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    embedded = torch.randn(8, 128, 768, generator=torch.Generator().manual_seed(0))
 
     def bert() -> nn.Module:
         return BertForMaskedLM(BertConfig(num_hidden_layers=2, vocab_size=1000))
@@ -56,7 +59,30 @@ def headline() -> list[Case]:
         sizes = {"n_layer": 2, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
         return GPT2LMHeadModel(GPT2Config(**sizes))
 
-    return [Case(name, build, lambda model: model(**batch).loss) for name, build in (("bert", bert), ("gpt2", gpt2))]
+    def bert_blocks() -> nn.Module:
+        model = bert().bert
+        model.embeddings = GivenEmbeddings()
+        return model
+
+    def whole(model: nn.Module) -> Any:
+        return model(input_ids=ids, attention_mask=mask, labels=ids).loss
+
+    def blocks(model: nn.Module) -> Any:
+        return model(inputs_embeds=embedded, attention_mask=mask)[0].square().mean()
+
+    return [
+        Case("bert", bert, whole),
+        Case("gpt2", gpt2, whole),
+        Case("bert blocks", bert_blocks, blocks),
+        Case("gpt2 blocks", lambda: gpt2().transformer, blocks),
+    ]
+
+
+class GivenEmbeddings(nn.Module):
+    """Stands for BERT's embeddings where the embedded tokens are given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+        return inputs_embeds
 
 
 def small() -> list[Case]:

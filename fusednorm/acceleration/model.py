@@ -14,22 +14,16 @@ import torch
 from torch import nn
 
 from .._checks import check_flag
+from ..autograd.linear import gains_by_onednn
 from ..modules._fusible import class_path
 from . import fused, handover, layers, recognise, source, swap
 from .example import Example, Mismatch, check_batch
 from .links import Links
 from .patterns import Finder, Found
-from .report import Entry, Report
+from .report import COMPILED, LINEARS, WEIGHTS, WITHOUT_FLOAT64, Entry, Report
 from .tree import Tree
 
-_OPTIONS = ("norms", "residual", "feed_forward", "attention", "layers")
-
-
-COMPILED = (
-    "Under torch.compile, norms, sums and activations run torch's own operations: the compiler fuses them itself."
-)
-WITHOUT_FLOAT64 = "The model does not run in float64: the example's results were compared with those before alone."
-WEIGHTS = "Fused attention returns no weights: output_attentions=True gives None for each layer, as with sdpa."
+_OPTIONS = ("norms", "residual", "feed_forward", "attention", "layers", "linear")
 
 
 class Change(NamedTuple):
@@ -47,6 +41,7 @@ def accelerate(
     feed_forward: bool = True,
     attention: bool = True,
     layers: bool = True,
+    linear: bool = True,
     dry_run: bool = False,
     example: Any = None,
 ) -> Report:
@@ -70,6 +65,8 @@ def accelerate(
         feed_forward: fuse the bias of a linear layer, the activation after it and dropout.
         attention: give Hugging Face models the attention of :mod:`fusednorm.integrations.transformers`.
         layers: swap ``nn.MultiheadAttention`` and the Transformer classes of ``torch.nn``.
+        linear: swap each ``nn.Linear`` in float32 whose product one of torch's two CPU libraries was measured to compute
+            faster than torch's choice. So far that is so on AMD's processors with AVX-512.
         dry_run: change nothing, and report what would change.
         example: a batch: a dict of keywords, a tuple of arguments, or one tensor. Outputs and gradients in eval mode
             are compared before and after, with their distance from float64.
@@ -91,7 +88,7 @@ def accelerate(
         >>> type(layer) is torch.nn.TransformerEncoderLayer
         True
     """
-    given = dict(zip(_OPTIONS, (norms, residual, feed_forward, attention, layers), strict=True))
+    given = dict(zip(_OPTIONS, (norms, residual, feed_forward, attention, layers, linear), strict=True))
     options = {name: check_flag(name, value) for name, value in given.items()}
     dry_run = check_flag("dry_run", dry_run)
     _check(model, "accelerate")
@@ -219,6 +216,8 @@ class _Analysis:
         self.changes = [*self.norm_changes.values(), *self.changes]
         if self.options["attention"]:
             self._attention()
+        if self.options["linear"]:
+            self._linears()
         if any(entry.kind in ("norm", "residual", "feed_forward") for entry in self.report.fused):
             self.report.notes.append(COMPILED)
         if any(entry.kind == "attention" for entry in self.report.fused):
@@ -263,6 +262,17 @@ class _Analysis:
             return
         change = functools.partial(swap.swap_norm, module, self.forms[id(module)])
         self.norm_changes[id(module)] = Change(self.paths[id(module)], change)
+
+    def _linears(self) -> None:
+        """They are no entries of the report: nothing is fused."""
+        found = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if type(module) is nn.Linear and id(module) not in self.inside and gains_by_onednn(module.weight)
+        ]
+        self.changes += [Change(path, functools.partial(swap.swap_linear, module)) for path, module in found]
+        if found:
+            self.report.notes.append(f"{len(found)} {LINEARS}")
 
     def _is_norm(self, module: Any) -> bool:
         return id(module) in self.forms

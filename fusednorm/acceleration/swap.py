@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autograd.linear import linear
 from ..modules import LayerNorm, RMSNorm
 from . import fused, handover, patterns, source
+from .fused import BASE
 from .handover import NormForm
 
-BASE = "_fusednorm_base"  # on generated classes: the class that restore() gives back
 WAS = "_fusednorm_was"  # on instances of layers of torch.nn that became ours
 
 
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     """What is different in a generated class. It is pickled with an instance."""
 
     norm: NormForm | None = None
+    linear: bool = False
     methods: tuple[Rewritten, ...] = ()
 
 
@@ -56,6 +58,8 @@ def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -
         if plan.norm is not None:
             namespace |= {"_fusednorm_norm": plan.norm, "forward": _NORMS.get(base) or _norm_forward(base, plan.norm)}
             parent = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}.get(base, base)
+        if plan.linear:
+            namespace["forward"] = _linear_forward
         found = _classes[base, plan] = type(base)(base.__name__, (parent,), namespace)
     return found
 
@@ -78,6 +82,10 @@ def _own_forward(self: Any, x: Tensor, ours: Any, torchs: Any) -> Tensor:
         return ours.forward(self, x)
     except (TypeError, ValueError):  # what is wrong here is said as torch says it
         return torchs.forward(self, x)
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    return linear(input, self.weight, self.bias)
 
 
 _NORMS: dict[type, Any] = {nn.LayerNorm: _layer_norm_forward, nn.RMSNorm: _rms_norm_forward}
@@ -152,6 +160,10 @@ def _methods(base: type, plan: Plan) -> dict[str, Any]:
 
 def swap_norm(module: nn.Module, form: NormForm) -> None:
     module.__class__ = generated(type(module), Plan(norm=form))
+
+
+def swap_linear(module: nn.Module) -> None:
+    module.__class__ = generated(type(module), Plan(linear=True))
 
 
 def rewrite(module: nn.Module, found: dict[str, tuple[source.Method, patterns.Found]]) -> None:

@@ -99,6 +99,11 @@ def _watched() -> bool:
     return bool(_functorch_active() or _tracing_state() is not None or _autocast_active() or settings.current.listeners)
 
 
+def unwatched() -> bool:
+    """Whether nobody takes part in what the thread computes: no compiler, transform, mode, tracer or autocast."""
+    return not (_is_compiling() or forward_ad._current_level >= 0 or _dispatch_modes() or _watched())
+
+
 def sizes(normalized_shape: Any) -> Any:
     """A ``normalized_shape`` for a signature: an int or a tuple of ints. Else None, which no signature has."""
     if _is_compiling():

@@ -28,11 +28,16 @@ from .._options import (
     Options,
 )
 from .._transforms import wants_gradients
+from ..providers.cpu import library as cpu
 from . import crossovers, fastpath, registry, settings
 from .crossovers import Preference
 
 OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
 SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its launch 13 (benchmarks/NOTES.md)
+# From so many rows, features on either side, and multiplications on, oneDNN's float32 product was faster than MKL's on
+# AMD's processors with AVX-512 (benchmarks/NOTES.md, "Matrix products in float32").
+ONEDNN_ROWS, ONEDNN_FEATURES, ONEDNN_PRODUCTS = 8, 256, 1 << 25
+ONEDNN_TERMS = 1024  # of a sum: its error is 1.4 to 1.7 times MKL's up to here, 2.2 times at 3,072
 HOST_BOUND = {False: 32 << 20, True: 64 << 20}  # bytes of x, by whether gradients are wanted
 
 
@@ -136,6 +141,29 @@ def fastpath_serves(
         index = None if gpu < 0 else gpu
         found = fastest(Norm(operation, dtype, elements, columns, needs_grad, index, True, False))
     return (found is None or found.provider != "torch") if gpu < 0 else found is not None and found.provider == "cuda"
+
+
+def onednn_is_faster(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether torch's oneDNN takes less time than its MKL for x W^T in float32, x (rows, inputs), on this processor."""
+    return (
+        rows >= ONEDNN_ROWS
+        and outputs >= ONEDNN_FEATURES
+        and ONEDNN_FEATURES <= inputs <= ONEDNN_TERMS
+        and rows * outputs * inputs >= ONEDNN_PRODUCTS
+        and _onednn_was_measured_faster()
+    )
+
+
+@functools.cache
+def _onednn_was_measured_faster() -> bool:
+    return (
+        cpu.unavailable_reason() is None
+        and cpu.vendor() == "amd"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def forget() -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import norm
+from ..autograd.linear import linear
 from ..modules._fusible import any_global_hooks, has_hooks
 
 __all__ = ["FOLDER", "BertOutput", "BertSelfOutput", "LayerNorm", "RMSNorm", "path"]
@@ -185,7 +185,7 @@ class BertOutput(nn.Module):
 def _dense_add_norm(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     dense, layer_norm, dropout = module.dense, module.LayerNorm, module.dropout
     return norm.add_layer_norm(
-        F.linear(hidden_states, dense.weight),
+        linear(hidden_states, dense.weight),
         input_tensor,
         layer_norm.normalized_shape,
         layer_norm.weight,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks, dropout, norm
 from .._activations import TABLE
 from ..activation import bias_act_dropout
+from ..autograd.linear import linear
 from . import _recompute
 from ._arguments import check_activation, check_count, check_eps, check_heads, check_rate
 from ._fusible import AtomicStateDict, first_not_fused, record, why_not_fused
@@ -161,16 +162,16 @@ class FusedLayer(AtomicStateDict):
 
             product = _recompute.linear_of(attended, projection.weight, tensors)
         else:
-            product = F.linear(attention._attend(inputs, masks, sources)[0], projection.weight)
+            product = linear(attention._attend(inputs, masks, sources)[0], projection.weight)
         return Stream(product, residual, projection.bias, effective_p(getattr(self, dropout_name)))
 
     def _feed_forward_branch(self, x: Tensor, residual: Tensor, dropout_name: str) -> Stream:
         name, p = activation_name(self.activation), effective_p(self.dropout)
         second = self.linear2
         if name is None:
-            product = F.linear(self.dropout(self.activation(self.linear1(x))), second.weight)
+            product = linear(self.dropout(self.activation(self.linear1(x))), second.weight)
         else:
-            hidden, bias = F.linear(x, self.linear1.weight), self.linear1.bias
+            hidden, bias = linear(x, self.linear1.weight), self.linear1.bias
             if "activation" in self.recompute:
                 seed = dropout.default_seed(x.device) if p else None
 
@@ -179,7 +180,7 @@ class FusedLayer(AtomicStateDict):
 
                 product = _recompute.linear_of(activated, second.weight, (hidden, bias, seed))
             else:
-                product = F.linear(bias_act_dropout(hidden, bias, name, p), second.weight)
+                product = linear(bias_act_dropout(hidden, bias, name, p), second.weight)
         return Stream(product, residual, second.bias, effective_p(getattr(self, dropout_name)))
 
     def _record(self, reason: str) -> None:

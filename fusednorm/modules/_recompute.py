@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._transforms import recorded, transform_active
+from ..autograd.linear import linear
 
 PARTS = ("norms", "activation", "attention")
 
@@ -37,7 +38,7 @@ def linear_of(function: Callable[..., Tensor], weight: Tensor, tensors: tuple[Te
     `function` looks at no other tensor and draws no random number: seeds are among the tensors.
     """
     if not torch.is_grad_enabled() or transform_active() or recorded():
-        return F.linear(function(*tensors), weight)
+        return linear(function(*tensors), weight)
     if torch.compiler.is_compiling():  # which cannot trace a backward that differentiates
         product: Callable[..., Tensor] = lambda w, *given: F.linear(function(*given), w)  # noqa: E731
         return checkpoint(product, weight, *tensors, use_reentrant=False, preserve_rng_state=False)
@@ -54,7 +55,7 @@ class RecomputedLinearFunction(torch.autograd.Function):
         enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         ctx.function = function
-        return F.linear(function(*tensors), weight)
+        return linear(function(*tensors), weight)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import _checks, dropout
 from .._attention_checks import MOST_HEAD_DIM
 from ..attention import scaled_dot_product_attention
+from ..autograd.linear import linear
 from ._arguments import check_count, check_heads, check_operand, check_rate
 from ._attention_weights import append_keys, causal_mask, dense_weights, format_weights
 from ._fusible import AtomicStateDict, record, why_not_fused
@@ -53,16 +53,16 @@ def _project(inputs: tuple[Tensor, ...], parameters: Projections, form: Form) ->
         weights = (parameters.q_proj_weight, parameters.k_proj_weight, parameters.v_proj_weight)
         biases: tuple[Tensor | None, ...] = (None,) * 3 if bias is None else bias.chunk(3)
         sources = {"self": (query,) * 3, "cross": (query, inputs[-1], inputs[-1]), "apart": inputs}[form.sources]
-        products = [F.linear(x, w, b) for x, w, b in zip(sources, weights, biases, strict=True)]  # type: ignore[arg-type]
+        products = [linear(x, w, b) for x, w, b in zip(sources, weights, biases, strict=True)]  # type: ignore[arg-type]
         return tuple(p.unflatten(-1, (heads, p.shape[-1] // heads)) for p in products)
     width = weight.shape[1]
     head = (heads, width // heads)
     if form.sources == "self":
-        return F.linear(query, weight, bias).unflatten(-1, (3, *head)).unbind(-3)
+        return linear(query, weight, bias).unflatten(-1, (3, *head)).unbind(-3)
     parts = [width, 2 * width] if form.sources == "cross" else [width] * 3
     weights = weight.split(parts)
     biases = (None,) * len(parts) if bias is None else bias.split(parts)
-    products = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+    products = [linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
     if form.sources == "apart":
         return tuple(p.unflatten(-1, head) for p in products)
     return (products[0].unflatten(-1, head), *products[1].unflatten(-1, (2, *head)).unbind(-3))
@@ -219,7 +219,7 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
         if reason:
             out = self.out_proj(merged)
         else:
-            out = F.linear(merged, self.out_proj.weight, self.out_proj.bias)
+            out = linear(merged, self.out_proj.weight, self.out_proj.bias)
         if not sizes.batched:
             out = out.squeeze(0 if self.batch_first else 1)
         return out, None if weights is None else format_weights(weights, average_attn_weights, sizes.batched)
