@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from . import _flops as _flops
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         activation_bytes,
         attention_weights,
     )
+    from .tuning import autotune, recording_shapes, tune
 
 __version__ = "0.1.0"
 
@@ -49,27 +51,33 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention_weights",
+    "autotune",
     "available_providers",
     "batch_invariant",
     "bias_act_dropout",
     "dropout_mask",
     "explain",
     "layer_norm",
+    "recording_shapes",
     "restore",
     "rms_norm",
     "scaled_dot_product_attention",
+    "tune",
     "use_provider",
     "varlen_attention",
 ]
 
 
-_ACCELERATION = ("Report", "accelerate", "restore")
+_LATER = {
+    **dict.fromkeys(("Report", "accelerate", "restore"), ".acceleration"),
+    **dict.fromkeys(("autotune", "recording_shapes", "tune"), ".tuning"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The Transformer layers and ``accelerate``, which are imported when they are first asked for."""
-    if name in _ACCELERATION:
-        value = getattr(importlib.import_module(".acceleration", __name__), name)
+    """The Transformer layers, ``accelerate`` and ``tune``, which are imported when they are first asked for."""
+    if name in _LATER:
+        value = getattr(importlib.import_module(_LATER[name], __name__), name)
     elif name in modules.LAYERS:
         value = getattr(modules, name)
     else:
@@ -80,3 +88,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if os.environ.get("FUSEDNORM_AUTOTUNE") == "1":
+    __getattr__("autotune")().__enter__()

@@ -1,4 +1,4 @@
-"""``python -m fusednorm info`` and ``python -m fusednorm explain FUNCTION``: what runs here, and why."""
+"""``fusednorm info``, ``explain``, ``tune`` and ``bench``: what runs here, why, and how fast."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 import fusednorm
 
 from . import _checks, dispatch
-from .dispatch import fastpath
+from .dispatch import fastpath, tuned
 from .dispatch.rules import OPERATIONS
+from .tuning import cli as tuning
 
 ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION, VARLEN)
@@ -35,6 +37,9 @@ _TAKES = {
 _ENVIRONMENT = """environment:
   FUSEDNORM_PROVIDER=NAME   the provider outside of any use_provider block; torch: torch's own operators
   FUSEDNORM_FASTPATH=0      leave out the C++ fast path of small calls
+  FUSEDNORM_TUNED=0         leave out what `fusednorm tune` measured
+  FUSEDNORM_CACHE_DIR=DIR   where `fusednorm tune` keeps it
+  FUSEDNORM_AUTOTUNE=1      measure each class of calls when it is first called
   TRITON_INTERPRET=1        run Triton's kernels on CPU tensors, slowly, to test them
 """
 
@@ -64,7 +69,19 @@ def info() -> str:
             else "ready: norms, activations and attention on the CPU, small norms and attention on a GPU"
         )
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_tuned()])
+
+
+def _tuned() -> list[str]:
+    """What `fusednorm tune` measured, for each device."""
+    lines: list[str] = []
+    for device in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        found = tuned.file(torch.device(device))
+        said = f"not here for {device}; type `fusednorm tune`"
+        if found is not None:
+            said = f"{len(found.points)} classes of calls on {device}, {found.date[:10]}, {found.path}"
+        lines.append(f"{'' if lines else 'tuned':<10} {said}")
+    return lines
 
 
 def _triton_version() -> str:
@@ -139,9 +156,10 @@ def _wrong(options: argparse.Namespace) -> str:
     return ""
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; its exit status."""
     form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _ENVIRONMENT}
-    parser = argparse.ArgumentParser(prog="python -m fusednorm", description=__doc__, **form)
+    parser = argparse.ArgumentParser(prog="fusednorm", description=__doc__, **form)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, providers")
     text = "which provider serves a call, and why"
@@ -163,10 +181,16 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--key-mask", action="store_true", help="for attention: the last key of each sample is hidden")
     command.add_argument("--window", type=int, metavar="N", help="for attention: N keys to the left and to the right")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
+    tuning.add_to(commands, form)
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
-        return
+        return 0
+    if options.command in ("tune", "bench"):
+        try:
+            return tuning.run(options)
+        except ValueError as fault:
+            parser.error(str(fault))
     if options.shape is None:
         options.shape = _SHAPES.get(options.function, _SHAPE)
     wrong = _wrong(options)
@@ -178,7 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(explain(options))
     except (RuntimeError, ValueError, TypeError, AssertionError) as fault:  # torch built without CUDA asserts
         parser.error(str(fault).splitlines()[0])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 # ruff: noqa: F401 - what callers take from here
 
-from benchmarks.measure.conditions import available_memory, best_device, steady_machine
 from benchmarks.measure.correctness import (
     DRAWS,
     PEER_TOLERANCE,
@@ -14,6 +13,8 @@ from benchmarks.measure.correctness import (
     results,
 )
 from benchmarks.measure.roofline import Roofline, measure_roofline
+from fusednorm.tuning.conditions import best_device, steady_machine
+from fusednorm.tuning.load import available_memory
 from fusednorm.tuning.timers import (
     MAX_ROUNDS,
     MIN_ROUNDS,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure.conditions import available_memory
+from fusednorm.tuning.load import available_memory
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
     python3 -m benchmarks.run --grid --provider triton --json T.json    # each provider forced in turn,
     python3 -m benchmarks.run --grid --provider cuda --json C.json      # on the same device
+    fusednorm tune                                                           # or all in one, without a sweep
+    python3 -m benchmarks.publish.crossovers ~/.cache/fusednorm/cpu-NAME.json
     python3 -m benchmarks.publish.crossovers T.json C.json                   # what would change
     python3 -m benchmarks.publish.crossovers T.json C.json --write           # fusednorm/dispatch/measured/*.json
 
@@ -23,24 +25,22 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.cases import OPS
 from benchmarks.report import table as report_table
 from benchmarks.report.files import read_result
-from benchmarks.report.stats import LOSS, Record, measured, no_kernel, ratio
-from fusednorm.dispatch import PROVIDERS
+from benchmarks.report.stats import Record, measured, no_kernel, ratio
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.tuning.calls import parse
+from fusednorm.tuning.fit import Shapes, fit, loss
+from fusednorm.tuning.store import time_of
 
 Key = tuple[str, int, int]  # operation, element size and direction; rows, columns
-Shapes = Mapping[tuple[int, int], Mapping[str, float]]  # eager's time over that of each provider, by rows and columns
-TOLERATED = 0.05  # what a provider may lose for the sake of fewer steps
 STUMBLE = 4.0  # where eager takes over four times as long as at a larger shape, the machine was disturbed
-REFUSED = 100.0  # the loss where a provider was not measured
 DIRECTIONS = ("forward", "both")  # what a call is asked for; no call is a backward alone
 
 
@@ -54,6 +54,24 @@ def device_key(result: Record) -> str:
     if environment["device_type"] != "cuda":
         return environment["device_type"]
     return "sm_" + environment["capability"].replace(".", "")
+
+
+def is_tuned(result: Record) -> bool:
+    """Whether a file is one of `fusednorm tune`."""
+    return "records" in result and "machine" in result
+
+
+def tuned_table(result: Record, source: str) -> dict[str, Any]:
+    """The table of a device from a file of `fusednorm tune`, by the steps that it fitted for itself."""
+    lines: dict[str, dict[tuple[int, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in result["records"]:
+        of = parse(record["name"])
+        if not of.is_attention:  # its rules look at more than a line has
+            known = lines[of.line][of.place]
+            for name in record["providers"]:
+                speed = 1.0 / time_of(record, name)
+                known[name] = min(known.get(name, speed), speed)
+    return finished(lines, result["machine"]["device"], source)
 
 
 def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
@@ -111,57 +129,6 @@ def agreed(value: tuple[float, float, float, float]) -> float:
     return max(middle, fastest) if max(middle, fastest) < 1.0 else 1.0
 
 
-class Line(NamedTuple):
-    cost: tuple[int, int, int]  # losses beyond TOLERATED, in 1/10000; the number of steps; all losses
-    steps: list[choice.Step]
-
-    def then(self, other: Line) -> Line:
-        (a, b, c), (d, e, f) = self.cost, other.cost
-        return Line((a + d, b + e, c + f), [*self.steps, *other.steps])
-
-
-def cost(line: Line) -> tuple[int, int, int]:
-    return line.cost
-
-
-def loss(speed: Mapping[str, float], provider: str) -> float:
-    """0.06 where a provider takes 1.06 times as long as the fastest."""
-    return max(speed.values()) / speed[provider] - 1 if provider in speed else REFUSED
-
-
-def fit(shapes: Shapes) -> list[choice.Step]:
-    """The cheapest line: one for all rows, or one for narrow and wide rows apart."""
-    lines = [fit_width(shapes, 1)]
-    for below, width in pairwise(sorted({columns for _, columns in shapes})):
-        narrow = {shape: speed for shape, speed in shapes.items() if shape[1] < width}
-        wide = {shape: speed for shape, speed in shapes.items() if shape[1] >= width}
-        lines.append(fit_width(narrow, 1).then(fit_width(wide, halfway(below, width))))
-    return min(lines, key=cost).steps
-
-
-def fit_width(shapes: Shapes, columns: int) -> Line:
-    """The cheapest steps. From the smallest size on, it extends the cheapest that end in each provider."""
-    sizes = sorted({rows * columns for rows, columns in shapes})
-    names = [name for name in PROVIDERS if any(name in speed for speed in shapes.values())]
-    ends = {"": Line((0, 0, 0), [])}
-    for below, size in zip([0, *sizes], sizes):
-        before, ends = ends, {}
-        for name in names:
-            losses = [loss(speed, name) for (r, c), speed in shapes.items() if r * c == size]
-            beyond = sum(round(1e4 * max(0.0, value - TOLERATED)) for value in losses)
-            # torch's own operators only where they clearly are faster
-            every = sum(round(1e4 * (value + (1 / LOSS - 1 if name == "torch" else 0.0))) for value in losses)
-            same = Line((beyond, 0, every), [])
-            step = Line((beyond, 1, every), [choice.Step(columns, halfway(below, size), name)])
-            ends[name] = min((line.then(same if name == last else step) for last, line in before.items()), key=cost)
-    return min(ends.values(), key=cost)
-
-
-def halfway(below: int, size: int) -> int:
-    """The geometric mean of two measured sizes; 1 below the smallest."""
-    return max(1, round(math.sqrt(below * size)))
-
-
 def table(results: Sequence[Record], sources: Sequence[str]) -> dict[str, Any]:
     devices = {(device_key(r), r["environment"]["device"]) for r in results}
     if len(devices) != 1:
@@ -169,6 +136,11 @@ def table(results: Sequence[Record], sources: Sequence[str]) -> dict[str, Any]:
     lines: dict[str, dict[tuple[int, int], dict[str, float]]] = defaultdict(dict)
     for (name, rows, columns), speed in speeds(results).items():
         lines[name][rows, columns] = speed
+    return finished(lines, devices.pop()[1], ", ".join(sources))
+
+
+def finished(lines: Mapping[str, Shapes], device: str, source: str) -> dict[str, Any]:
+    """The content of a table, with its largest loss at a measured shape."""
     steps = {name: fit(shapes) for name, shapes in sorted(lines.items())}
     losses = [
         loss(speed, choice.decisive(steps[name], *shape)[0].provider)
@@ -176,7 +148,7 @@ def table(results: Sequence[Record], sources: Sequence[str]) -> dict[str, Any]:
         for shape, speed in shapes.items()
     ]
     worst = math.ceil(1e3 * max(losses, default=0.0)) / 1e3
-    return {"device": devices.pop()[1], "source": ", ".join(sources), "worst_loss": worst, "steps": steps}
+    return {"device": device, "source": source, "worst_loss": worst, "steps": steps}
 
 
 def text(made: Mapping[str, Any]) -> str:
@@ -206,13 +178,21 @@ def main(argv: list[str] | None = None) -> int:
         sources = [
             p.resolve().relative_to(root).as_posix() if root in p.resolve().parents else p.name for p in options.results
         ]
-        made = table(results, sources)
+        kinds = {*map(is_tuned, results)}
+        if kinds == {True}:
+            if len(results) > 1:
+                raise ValueError("expected one file of `fusednorm tune`: it merges what is measured on a device")
+            made, key = tuned_table(results[0], sources[0]), results[0]["key"]
+        elif True in kinds:
+            raise ValueError("a file of `fusednorm tune` beside results of benchmarks.run")
+        else:
+            made, key = table(results, sources), device_key(results[0])
     except (OSError, ValueError, KeyError) as error:
         parser.error(str(error))
     if not made["steps"]:
         print("no provider of ours was measured in these results: nothing to choose between", file=sys.stderr)
         return 1
-    path = choice.FOLDER / f"{device_key(results[0])}.json"
+    path = choice.FOLDER / f"{key}.json"
     print(changes(made, path))
     print(f"Worst loss at a measured shape: {made['worst_loss']:.1%}")
     if options.write:

@@ -135,9 +135,13 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
-  if (!call.by_cuda && !call.rms && !call.has_residual()) return false;  // torch's own, as rules.reluctance has it
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
-  return is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference has it
+  const bool plain_layer_norm = !call.by_cuda && !call.rms && !call.has_residual();
+  const auto fits = [&](const at::Tensor& t) { return !t.defined() || t.scalar_type() == call.x.scalar_type(); };
+  if (plain_layer_norm && !(fits(call.weight) && fits(call.bias))) return false;  // not measured
+  const bool chosen = is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference
+  call.by_torch = plain_layer_norm && !chosen;
+  return chosen || call.by_torch;
 }
 
 // The library that is asked for, and x; false where the call is not for the fast path.
@@ -149,6 +153,10 @@ bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
 
 NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
+  if (call.by_torch) {
+    const at::IntArrayRef sizes = call.x.sizes();
+    return {at::layer_norm(call.x, sizes.slice(sizes.size() - call.normalized_ndim), call.weight, call.bias, call.eps), {}};
+  }
   draw_where_none(call.dropout_p, call.x, call.seed);
   return norm(call);
 }
@@ -249,8 +257,9 @@ Rule ours_is_faster;  // of fusednorm.dispatch.rules_attention
 // Whether the library's kernels were measured to be faster than torch's.
 bool prefers_ours(const AttentionCall& call) {
   const long long itemsize = call.query.element_size(), queries = call.query.size(2), keys = call.key.size(2);
-  return ours_is_faster({itemsize, queries, keys, call.needs_grad}, "LLLO", itemsize, queries, keys,
-                        call.needs_grad ? Py_True : Py_False);
+  const long long head_dim = call.query.size(3), both = 2 * call.causal + call.needs_grad;
+  return ours_is_faster({itemsize, queries, keys, head_dim, both}, "LLLLsO", itemsize, queries, keys, head_dim,
+                        call.causal ? "attention_causal" : "attention", call.needs_grad ? Py_True : Py_False);
 }
 
 Rule cuda_serves;  // of fusednorm.dispatch.rules_attention

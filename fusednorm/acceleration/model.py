@@ -65,8 +65,8 @@ def accelerate(
         feed_forward: fuse the bias of a linear layer, the activation after it and dropout.
         attention: give Hugging Face models the attention of :mod:`fusednorm.integrations.transformers`.
         layers: swap ``nn.MultiheadAttention`` and the Transformer classes of ``torch.nn``.
-        linear: swap each ``nn.Linear`` in float32 whose product one of torch's two CPU libraries was measured to compute
-            faster than torch's choice. So far that is so on AMD's processors with AVX-512.
+        linear: swap each ``nn.Linear`` in float32 whose product another CPU library was measured to compute faster than
+            the one that torch takes. So far that is so on AMD's processors with AVX-512.
         dry_run: change nothing, and report what would change.
         example: a batch: a dict of keywords, a tuple of arguments, or one tensor. Outputs and gradients in eval mode
             are compared before and after, with their distance from float64.

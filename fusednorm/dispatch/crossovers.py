@@ -42,6 +42,7 @@ class Table(NamedTuple):
 class Preference(NamedTuple):
     provider: str
     why: str  # for explain()
+    own: bool = False  # measured on this very machine
 
 
 def device_key(device: torch.device) -> str:
@@ -71,7 +72,7 @@ def table(key: str) -> Table | None:
         device, source, loss = read["device"], read["source"], read["worst_loss"]
         if not (type(device) is type(source) is str and type(loss) is float and 0 <= loss < math.inf):
             raise ValueError(f"expected two texts and a number; got {device}, {source}, {loss}")
-        return Table(device, source, loss, {name: _steps(entries) for name, entries in read["steps"].items()})
+        return Table(device, source, loss, {name: steps(entries) for name, entries in read["steps"].items()})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as fault:
@@ -85,16 +86,21 @@ def table(key: str) -> Table | None:
         return None
 
 
-def _steps(entries: Any) -> list[Step]:
-    steps = [Step(*entry) for entry in entries]
+def steps(entries: Any) -> list[Step]:
+    """The steps of a line as a file has them.
+
+    Raises:
+        ValueError: they are not in order, or not from one element on.
+    """
+    found = [Step(*entry) for entry in entries]
     typed = all(
-        type(s.columns) is type(s.elements) is int and s.elements > 0 and type(s.provider) is str for s in steps
+        type(s.columns) is type(s.elements) is int and s.elements > 0 and type(s.provider) is str for s in found
     )
-    places = [(s.columns, s.elements) for s in steps]
+    places = [(s.columns, s.elements) for s in found]
     starts = {(columns, 1) for columns, _ in places}
-    if not typed or places[0] != (1, 1) or places != sorted(set(places) | starts):
+    if not typed or not places or places[0] != (1, 1) or places != sorted(set(places) | starts):
         raise ValueError(f"expected [columns, elements, provider], ascending, each width from 1 element; got {entries}")
-    return steps
+    return found
 
 
 @functools.lru_cache(4096)

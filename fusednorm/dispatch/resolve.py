@@ -40,7 +40,7 @@ def resolve(request: Request) -> Decision:
     if not torch.compiler.is_compiling():
         settings.load_fastpath()
     decision = _decide(request, settings.current)
-    settings.record(decision)
+    settings.record(decision, request)
     return decision
 
 
@@ -56,19 +56,20 @@ def _decide(request: Request, setting: Settings) -> Decision:
             attention = isinstance(request.inputs, AttentionInputs)
             how = "torch's own operator" if attention else "torch's own operators"
         return Decision(request.function, setting.provider, how)
-    provider, refusals = _first(request, setting)
+    provider, refusals, why = _first(request, setting)
     if isinstance(request.inputs, AttentionInputs):
         return _attention(request, provider, refusals, setting)
-    return Decision(request.function, provider, "torch's own operators" if provider == "torch" else _FUSED, refusals)
+    how = "torch's own operators" if provider == "torch" else _FUSED
+    return Decision(request.function, provider, f"{how}: {why}" if why else how, refusals)
 
 
-def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
+def _first(request: Request, setting: Settings) -> tuple[str, _Refusals, str]:
     """What was measured to be fastest, or else the first provider of the table that can serve the call.
 
-    With it (name, reason) of those passed over; each is logged once.
+    With it (name, reason) of those passed over, each of which is logged once, and what was measured on this machine.
     """
     if traced():  # its sizes are tensors, and it may run without this package
-        return "torch", ()
+        return "torch", (), ""
     call, without = (request.op, request.inputs, request.options), request.without or ("", "")
     preferred = None
     if not torch.compiler.is_compiling() and setting.by_shape:  # a graph would be compiled anew for each number of rows
@@ -77,7 +78,8 @@ def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
             preferred = None
     refusals: _Refusals = ()
     for name in registry.PROVIDERS:
-        reason = registry.refusal(name, *call) or rules.reluctance(name, *call)
+        measured = preferred is not None and preferred.provider == name
+        reason = registry.refusal(name, *call) or rules.reluctance(name, *call, measured)
         if reason is None and name == without[0]:
             reason = without[1]
         if reason is None and preferred is not None and preferred.provider != name:
@@ -86,7 +88,7 @@ def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
             passed_over = name == "torch" and request.inputs[0].is_cpu and "cpu" in dict(refusals)
             if passed_over and registry.unavailable_reason("cpu") and not rules.reluctance("cpu", *call):
                 _tell_missing_library()
-            return name, refusals
+            return name, refusals, preferred.why if preferred is not None and preferred.own else ""
         refusals += ((name, reason),)
         if not torch.compiler.is_compiling() and first_time((name, reason)):
             _log.info("provider %s is not used: %s", name, reason)
@@ -94,8 +96,10 @@ def _first(request: Request, setting: Settings) -> tuple[str, _Refusals]:
 
 
 def _serves(name: str, op: str, inputs: Inputs, options: Options) -> bool:
+    """Whether a provider that was measured to be the fastest can take a call."""
     call = name, op, inputs, options
-    return name in registry.PROVIDERS and registry.refusal(*call) is None and rules.reluctance(*call) is None
+    known = name in registry.PROVIDERS and registry.refusal(*call) is None
+    return known and rules.reluctance(*call, measured=True) is None
 
 
 def _attention(request: Request, provider: str, refusals: _Refusals, setting: Settings) -> Decision:

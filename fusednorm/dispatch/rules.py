@@ -29,7 +29,7 @@ from .._options import (
 )
 from .._transforms import wants_gradients
 from ..providers.cpu import library as cpu
-from . import crossovers, fastpath, registry, settings
+from . import crossovers, fastpath, registry, settings, tuned
 from .crossovers import Preference
 
 OPERATIONS = {name: f"bias_{name}" for name in ACTIVATIONS}
@@ -39,6 +39,9 @@ SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its
 ONEDNN_ROWS, ONEDNN_FEATURES, ONEDNN_PRODUCTS = 8, 256, 1 << 25
 ONEDNN_TERMS = 1024  # of a sum: its error is 1.4 to 1.7 times MKL's up to here, 2.2 times at 3,072
 HOST_BOUND = {False: 32 << 20, True: 64 << 20}  # bytes of x, by whether gradients are wanted
+
+
+PLAIN_LAYER_NORM = "torch's own layer_norm is one pass each way already"
 
 
 class Norm(NamedTuple):
@@ -54,11 +57,16 @@ class Norm(NamedTuple):
     seeded: bool  # with a seed torch's operators compute the mask in Python
 
 
-def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | None:
-    """Why automatic choice passes over a provider that could take this call, or None if it does not."""
+def reluctance(name: str, op: str, inputs: Inputs, options: Options, measured: bool = False) -> str | None:
+    """Why automatic choice passes over a provider that could take this call, or None if it does not.
+
+    `measured`: it was measured to be the fastest.
+    """
     for_tests = getattr(registry.get(name)[0], "for_tests", None)
     if for_tests is not None:
         return str(for_tests)
+    if measured:
+        return None
     if name != "cpu" or isinstance(options, AttentionOptions) or options.dropped:
         return None
     compiling = torch.compiler.is_compiling()
@@ -66,7 +74,7 @@ def reluctance(name: str, op: str, inputs: Inputs, options: Options) -> str | No
         if inputs[1] is not None or options.store_residual:
             return None
         if not options.rms:  # nothing to add
-            return "torch's own layer_norm is one pass each way already"
+            return PLAIN_LAYER_NORM
         return "the compiler fuses torch's own rms_norm with what is around it" if compiling else None
     if inputs[1] is None:
         return "torch's own operators serve an activation with nothing to add"
@@ -87,6 +95,12 @@ def operation(inputs: Inputs, options: Options) -> str:
 
 def preference(inputs: Inputs, options: Options) -> Preference | None:
     """What was measured, or is estimated, to be fastest for a call of a forward op; None: the order of the table."""
+    call = described(inputs, options)
+    return None if call is None else fastest(call)
+
+
+def described(inputs: Inputs, options: Options) -> Norm | None:
+    """What the preference for a call depends on; None where nothing is measured of such calls."""
     if isinstance(inputs, AttentionInputs):
         return None  # its cost is no function of rows and columns: the order of the table decides
     x, normalized_ndim = inputs.x, options.normalized_ndim if isinstance(options, NormOptions) else 1
@@ -107,20 +121,25 @@ def preference(inputs: Inputs, options: Options) -> Preference | None:
     needs_grad = options.dropped or wants_gradients(inputs)
     gpu = (x.device.index or 0) if x.is_cuda else None
     shape = operation(inputs, options), x.dtype, x.numel(), columns
-    return fastest(Norm(*shape, needs_grad, gpu, in_fastpath, inputs.seed is not None))
+    return Norm(*shape, needs_grad, gpu, in_fastpath, inputs.seed is not None)
 
 
 @functools.lru_cache(4096)
 def fastest(norm: Norm) -> Preference | None:
+    device = torch.device("cpu") if norm.gpu is None else torch.device("cuda", norm.gpu)
+    rows = norm.elements // norm.columns
+    own = tuned.find(device, tuned.line(norm.operation, norm.dtype.itemsize, norm.needs_grad), rows, norm.columns)
+    if own is not None and not (own[0] == "torch" and norm.seeded):
+        return Preference(*own, own=True)
     # in float64 the CPU library vectorises neither GELU's error function nor SiLU's derivative (benchmarks/NOTES.md)
     scalar = norm.operation == "bias_gelu" or (norm.operation == "bias_silu" and norm.needs_grad)
     if scalar and norm.gpu is None and norm.dtype is torch.float64:
         return Preference("torch", "torch's operators are faster for this activation in float64")
-    device = torch.device("cpu") if norm.gpu is None else torch.device("cuda", norm.gpu)
-    shape = norm.elements // norm.columns, norm.columns
     found = crossovers.fastest(
-        crossovers.device_key(device), norm.operation, norm.dtype.itemsize, norm.needs_grad, *shape
+        crossovers.device_key(device), norm.operation, norm.dtype.itemsize, norm.needs_grad, rows, norm.columns
     )
+    if found is None and norm.gpu is None and norm.operation == "layer_norm":
+        return Preference("torch", PLAIN_LAYER_NORM)
     if found is not None or norm.gpu is None:
         return found
     n_bytes = norm.elements * norm.dtype.itemsize
@@ -166,8 +185,20 @@ def _onednn_was_measured_faster() -> bool:
     )
 
 
+def layer_norm_is_torchs() -> bool:
+    """Whether nothing that was measured leaves a plain ``layer_norm`` on a CPU to another provider."""
+    if tuned.measure is not None:
+        return False
+    device = torch.device("cpu")
+    shipped = crossovers.table(crossovers.device_key(device))
+    lines = {} if shipped is None else shipped.steps
+    names = {step.provider for name, line in lines.items() if name.startswith("layer_norm/") for step in line}
+    return names | tuned.providers(device, "layer_norm") <= {"torch"}
+
+
 def forget() -> None:
     """After a table was changed."""
     crossovers.forget()
+    tuned.forget()
     fastest.cache_clear()
     settings.forget()

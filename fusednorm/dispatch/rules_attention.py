@@ -28,15 +28,27 @@ from .._transforms import readable, traced
 from ..providers.cpu import library as cpu
 from ..providers.cuda import library as cuda
 from ..providers.torch import attention as torch_attention
-from . import registry
+from . import registry, tuned
 
 _is_compiling = torch.compiler.is_compiling
 
 
-def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, needs_grad: bool) -> bool:
-    """Whether to prefer the CPU library for elements of `itemsize` bytes; False where it is not built."""
+def kind_of(masked: bool, causal: bool) -> str:
+    """What an attention is called among the operations that are measured."""
+    return "attention_masked" if masked else "attention_causal" if causal else "attention"
+
+
+def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, head_dim: int, operation: str, needs_grad: bool) -> bool:
+    """Whether to prefer the CPU library for elements of `itemsize` bytes; False where it is not built.
+
+    `operation` is "attention", "attention_causal" or "attention_masked".
+    """
     if cpu.unavailable_reason() is not None:
         return False
+    line, lengths = tuned.line(operation, itemsize, needs_grad), (n_queries, n_keys)
+    own = tuned.find(torch.device("cpu"), line, n_queries * n_keys, head_dim, lengths)
+    if own is not None:
+        return own[0] == "cpu"
     if cpu.vendor() != "amd" or not torch.backends.mkl.is_available():
         return needs_grad and itemsize == 2
     if itemsize == 2:
@@ -44,9 +56,11 @@ def ours_is_faster(itemsize: int, n_queries: int, n_keys: int, needs_grad: bool)
     return n_queries >= 32 and n_queries * n_keys >= 64 * 128 if needs_grad else n_queries >= 16
 
 
-def torch_is_slower(q: Tensor, k: Tensor, needs_grad: bool) -> bool:
+def torch_is_slower(q: Tensor, k: Tensor, operation: str, needs_grad: bool) -> bool:
     """Whether a call goes to the native kernels though torch's mean the same. A graph is not to depend on lengths."""
-    return not (_is_compiling() or traced()) and ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], needs_grad)
+    if _is_compiling() or traced():
+        return False
+    return ours_is_faster(q.element_size(), q.shape[-2], k.shape[-2], q.shape[-1], operation, needs_grad)
 
 
 def cuda_serves(gpu: int) -> bool:
@@ -141,13 +155,23 @@ def _why_ours(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) 
         return "it holds the gradient of attn_mask, which is never summed, in full"
     if q.is_cpu and needs_grad and asked.dims == 4 and not flash_takes(q, k, v):
         return "of such operands it keeps every probability"
-    if asked.provider == "cpu" and torch_is_slower(q, k, needs_grad):
-        return "it was measured to be slower than ours for these lengths on such a processor"
+    kind = kind_of(attn_mask is not None, causal)
+    if asked.provider == "cpu" and torch_is_slower(q, k, kind, needs_grad):
+        own = measured_here(q, k, kind, needs_grad)
+        return own[1] if own else "it was measured to be slower than ours for these lengths on such a processor"
     if asked.provider == "triton":
         fused = not (needs_grad or causal) or (asked.dims == 4 and fused_takes(q, k, v))
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return why_not_torch_on_a_gpu(Gpu(attn_mask is not None, fused, needs_grad, deterministic, asked.by_shape))
+        reason = why_not_torch_on_a_gpu(Gpu(attn_mask is not None, fused, needs_grad, deterministic, asked.by_shape))
+        own = None if reason or _is_compiling() else measured_here(q, k, kind, needs_grad)
+        return own[1] if own is not None and own[0] == asked.provider else reason
     return ""
+
+
+def measured_here(q: Tensor, k: Tensor, operation: str, needs_grad: bool) -> tuple[str, str] | None:
+    """(the fastest provider, why) if attention of such lengths was measured on this machine."""
+    line = tuned.line(operation, q.element_size(), needs_grad)
+    return tuned.find(q.device, line, q.shape[-2] * k.shape[-2], q.shape[-1], (q.shape[-2], k.shape[-2]))
 
 
 class Gpu(NamedTuple):

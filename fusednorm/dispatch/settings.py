@@ -40,6 +40,7 @@ class Listener(NamedTuple):
     thread: int
     names: Mapping[int, str]  # of modules, by their identity
     decisions: list[Decision]
+    note: Callable[[Any], None] | None = None  # takes each request instead, of any thread
 
 
 class Settings(NamedTuple):
@@ -60,6 +61,9 @@ _without: list[without_fastpath] = []
 _listeners: list[Listener] = []
 _fastpath: Any = None
 _warned_of_missing_library = False
+# Whether automatic choice leaves every plain layer_norm on a CPU to torch; None: no call has asked yet. What was
+# measured is read from files, so that no import pays for it.
+_layer_norm_is_torchs: bool | None = None
 
 
 def _rebuild() -> None:
@@ -73,7 +77,7 @@ def _rebuild() -> None:
         provider,
         by_shape,
         tuple(_listeners),
-        provider in (None, "torch") and not _listeners,
+        (provider == "torch" or (provider is None and _layer_norm_is_torchs is True)) and not _listeners,
         (provider == "torch" or (provider is None and missing)) and not _listeners,
         _fastpath if served else None,
         "cuda" if provider == "cuda" else provider is None and by_shape,
@@ -84,6 +88,8 @@ def _rebuild() -> None:
 def load_fastpath() -> None:
     """Let the C++ module serve from now on. Called where a plan is made, so that no import pays for it."""
     global _fastpath
+    if _layer_norm_is_torchs is None and not torch.compiler.is_compiling():
+        ask_for_layer_norm()
     if _fastpath is not None or current.provider not in (None, "cpu", "cuda") or torch.compiler.is_compiling():
         return
     if registry.unavailable_reason(current.provider or "cpu") is None:
@@ -94,9 +100,23 @@ def load_fastpath() -> None:
                 _rebuild()
 
 
+def ask_for_layer_norm() -> None:
+    """See whether what was measured leaves every plain layer_norm on a CPU to torch."""
+    global _layer_norm_is_torchs
+    from .rules import layer_norm_is_torchs
+
+    found = layer_norm_is_torchs()
+    with blocks.lock:
+        _layer_norm_is_torchs = found
+        _rebuild()
+
+
 def forget() -> None:
     """Drop what was chosen: the plans, and the answers that the C++ module keeps."""
-    current.plans.clear()
+    global _layer_norm_is_torchs
+    with blocks.lock:
+        _layer_norm_is_torchs = None
+        _rebuild()
     if _fastpath is not None:
         _fastpath.forget()
 
@@ -126,10 +146,13 @@ def request_in_words() -> str:
     return f"`use_provider({current.provider!r})`" if _providers else f"FUSEDNORM_PROVIDER={current.provider}"
 
 
-def record(decision: Decision) -> None:
-    """Hand a decision to explain(), if it listens to this thread."""
-    for thread, names, decisions in current.listeners:
-        if torch.compiler.is_compiling():  # which traces neither
+def record(decision: Decision, request: Any = None) -> None:
+    """Hand a decision to explain(), if it listens to this thread, and the request to who notes them."""
+    for thread, names, decisions, note in current.listeners:
+        if note is not None:
+            if request is not None and not torch.compiler.is_compiling():
+                note(request)
+        elif torch.compiler.is_compiling():  # which traces neither
             decisions.append(decision)
         elif thread == threading.get_ident():
             decisions.append(decision._replace(where=_caller(names)))
@@ -154,14 +177,25 @@ def _caller(names: Mapping[int, str]) -> str:
 def recording(names: Mapping[int, str] | None = None) -> Iterator[list[Decision]]:
     """Collect every decision that this thread makes inside, with the name of the module that made it."""
     decisions: list[Decision] = []
+    with _listening(Listener(threading.get_ident(), names or {}, decisions)):
+        yield decisions
+
+
+def noting(note: Callable[[Any], None]) -> contextlib.AbstractContextManager[None]:
+    """Hand every request that is made inside to `note`."""
+    return _listening(Listener(0, {}, [], note))
+
+
+@contextlib.contextmanager
+def _listening(listener: Listener) -> Iterator[None]:
     with blocks.lock:
-        _listeners.append(Listener(threading.get_ident(), names or {}, decisions))
+        _listeners.append(listener)
         _rebuild()
     try:
-        yield decisions
+        yield
     finally:
         with blocks.lock:
-            _listeners[:] = [listener for listener in _listeners if listener.decisions is not decisions]
+            _listeners[:] = [other for other in _listeners if other.decisions is not listener.decisions]
             _rebuild()
 
 

@@ -5,9 +5,12 @@ The load average is no measure of that: it looks back a minute, and so still hol
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
+
+import torch
 
 BUSY = 0.10  # share of the cores' time taken by others above which figures are not to be trusted
 SHORTEST = 0.5  # seconds: the kernel counts hundredths on each core, which over less says nothing
@@ -83,3 +86,14 @@ def warning(share: float | None, figures: str = "these figures") -> str | None:
         f"THE MACHINE WAS BUSY: other processes took {share:.0%} of its cores' time while this was measured "
         f"(more than {BUSY:.0%}): do not trust {figures}."
     )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free bytes on the device, or None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -58,7 +58,9 @@ class Child:
         self.pid, self._reap = pid, reap
 
     @classmethod
-    def of_command(cls, command: Sequence[str], output: BinaryIO, env: Mapping[str, str], cwd: Path | None = None):
+    def of_command(
+        cls, command: Sequence[str], output: BinaryIO, env: Mapping[str, str], cwd: Path | None = None
+    ) -> Child:
         """Standard output and errors go to `output`; `env` is added to the environment.
 
         Raises:
@@ -77,7 +79,7 @@ class Child:
         return cls(process.pid, process.wait)
 
     @classmethod
-    def of_function(cls, function: Callable[[], None]):
+    def of_function(cls, function: Callable[[], None]) -> Child:
         """A fork, which costs no imports. This process must not have used the GPU."""
 
         def lead() -> None:
@@ -273,9 +275,9 @@ def supervised(work: Callable[[set[str], Mapping[Step, str]], Iterator[Message]]
         def start(of: Supervised) -> Child:
             def report() -> None:
                 put = reporter(of.reports)
-                for message in work(set(of.done), of.lost):
-                    put(*message)
-                put("end")
+                for kind, content in work(set(of.done), of.lost):
+                    put(kind, content)
+                put("end", None)
 
             return Child.of_function(report)
 

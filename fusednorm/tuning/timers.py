@@ -16,6 +16,7 @@ import torch
 Calls = Mapping[str, Callable[[], Any]]  # by the variant's name
 Around = Callable[[str], contextlib.AbstractContextManager[Any]]
 MIN_ROUNDS, SLOW_ROUNDS, MAX_ROUNDS = 9, 5, 61
+WARM = 2  # calls after a change of provider: the first makes a plan, the second has memory where it will be
 SAMPLE_SECONDS = 2e-4  # calls are repeated within a sample until it takes as long
 
 
@@ -43,7 +44,7 @@ class CpuTimer:
     kind = "wall clock"
 
     def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
-        """`around` gives the context of a variant's samples. The first call in it is not timed, if it is short."""
+        """`around` gives the context of a variant's samples. Its first calls are not timed."""
         repeats, estimate = {}, 0.0
         for name, call in calls.items():
             with around(name):
@@ -51,13 +52,13 @@ class CpuTimer:
                 repeats[name] = _repeats(_wall(call, 1))
                 once = _wall(call, repeats[name])
             repeats[name] = _repeats(once)
-            estimate += once * (repeats[name] + (around is not alone and repeats[name] > 1))
+            estimate += once * (repeats[name] + WARM * (around is not alone))
         found: dict[str, dict[str, Any]]
         found = {name: {"samples": [], "repeats": repeats[name], "faults": 0} for name in calls}
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
                 with around(name):
-                    if around is not alone and repeats[name] > 1:
+                    for _ in range(WARM * (around is not alone)):
                         calls[name]()
                     faults = _page_faults()
                     found[name]["samples"].append(_wall(calls[name], repeats[name]))
@@ -121,7 +122,7 @@ class CudaTimer:
         return self.cuda.max_memory_allocated(self.device) - before
 
     def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
-        """`around` gives the context of a variant's samples. The first call in it is not timed."""
+        """`around` gives the context of a variant's samples. Its first calls are not timed."""
         found: dict[str, dict[str, Any]] = {}
         hosts, estimate = {}, 0.0
         for name, call in calls.items():
@@ -137,7 +138,7 @@ class CudaTimer:
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
                 with around(name):
-                    if around is not alone:
+                    for _ in range(WARM * (around is not alone)):
                         calls[name]()
                     found[name]["samples"].append(self._device_sample(calls[name], hosts[name]))
                     found[name]["inclusive"].append(self._inclusive_sample(calls[name], found[name]["repeats"]))

@@ -171,3 +171,26 @@ def test_a_cpus_table_is_named_by_its_maker(maker, key, monkeypatch):
     here = choice.device_key(torch.device("cpu"))
     there = crossovers.device_key(result(device_type="cpu", vendor=maker, shortcut=fastpath.load()[0] is not None))
     assert here == there == (key if fastpath.load()[0] is not None else "cpu_without_fastpath")
+
+
+def test_a_file_of_tune_makes_the_same_kind_of_table(tmp_path, monkeypatch, capsys):
+    from fusednorm.dispatch import tuned
+    from fusednorm.tuning import store
+    from tests.helpers.tuning_records import record
+
+    monkeypatch.setenv(tuned.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(crossovers.choice, "FOLDER", tmp_path / "measured")
+    shapes = {"4x64": "torch", "16x64": "torch", "64x64": "cpu", "256x64": "cpu"}
+    records = [record(shape, best, "cpu" if best == "torch" else "torch") for shape, best in shapes.items()]
+    path = store.save(torch.device("cpu"), records)
+    assert crossovers.main([str(path), "--write"]) == 0
+    (written,) = (tmp_path / "measured").iterdir()
+    made = json.loads(written.read_text())
+    assert made["steps"] == {"add_layer_norm/4/forward": [[1, 1, "torch"], [1, 2048, "cpu"]]}
+    assert made["worst_loss"] == 0.0 and made["device"] == tuned.cpu_name()
+    assert crossovers.choice.table.__wrapped__(written.stem).steps == {
+        "add_layer_norm/4/forward": [(1, 1, "torch"), (1, 2048, "cpu")]
+    }
+    with pytest.raises(SystemExit):
+        crossovers.main([str(path), str(path)])
+    assert "expected one file of `fusednorm tune`" in capsys.readouterr().err

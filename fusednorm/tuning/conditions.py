@@ -7,7 +7,6 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,14 +52,3 @@ def _mallopt(settings: Mapping[int, int]) -> bool:
     except (OSError, AttributeError):
         return False
     return [mallopt(name, value) for name, value in settings.items()] == [1] * len(settings)
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes on the device, or None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None

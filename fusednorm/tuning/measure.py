@@ -1,0 +1,155 @@
+"""One class of calls: which providers compute it rightly, and how long each of them takes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import registry, rules, tuned, use_provider
+from ..dispatch.explain import decisions
+from ..dispatch.tuned import Point
+from .calls import Call, CallClass, build
+from .timers import CpuTimer, CudaTimer, median_interval
+
+MOST_ROWS_CHECKED = 64  # which form of a kernel runs depends on the columns
+DRAWS = 3
+SPREAD = 1.015  # ratios nearer to 1, or with 1 in their interval, are no difference
+
+Record = dict[str, Any]
+
+
+def candidates(of: CallClass) -> list[str]:
+    """Providers that may serve a call, torch's own operators among them; best first."""
+    names = [name for name in registry.available_providers() if name != "reference"]
+    names = [name for name in names if getattr(registry.get(name)[0], "for_tests", None) is None]
+    return [name for name in names if name != "torch" or not of.draws_mask]
+
+
+def smaller(of: CallClass) -> CallClass:
+    """The class with few rows, on which results are compared with float64."""
+    if of.is_attention:
+        batch, heads, queries, keys, head_dim = of.shape
+        return of._replace(shape=(min(batch, 2), min(heads, 2), min(queries, 256), min(keys, 256), head_dim))
+    return of._replace(shape=(min(of.shape[0], MOST_ROWS_CHECKED), *of.shape[1:]))
+
+
+def why_wrong(of: CallClass, provider: str, device: torch.device) -> str:
+    """What is wrong with a provider's outputs or gradients, or "".
+
+    An error against float64 may be twice that of torch's own operators, and one rounding. The largest errors of
+    several draws are compared, since one draw may be lucky.
+    """
+    small, base = smaller(of), "reference" if of.draws_mask else "torch"
+    largest: list[list[float]] = []
+    for draw in range(DRAWS):
+        call = build(small, device, draw)
+        exact, theirs, ours = (
+            _results(call.to(torch.float64), "reference"),
+            _results(call, base),
+            _results(call, provider),
+        )
+        rows = []
+        for right, other, found in zip(exact, theirs, ours, strict=True):
+            if found.shape != right.shape or found.dtype != of.torch_dtype:
+                return f"a result is {found.dtype} {tuple(found.shape)}"
+            rounding = torch.finfo(of.torch_dtype).eps / 2 * _largest(right)
+            rows.append([_largest(found.double() - right), 2 * _largest(other.double() - right) + rounding])
+        largest = rows if not largest else [[*map(max, a, b)] for a, b in zip(largest, rows, strict=True)]
+        if all(error <= budget for error, budget in largest):
+            return ""
+    worst = max(largest, key=lambda pair: pair[0] / max(pair[1], 1e-300))
+    return f"its error against float64 is {worst[0]:.3g}, allowed are {worst[1]:.3g}"
+
+
+def _results(call: Call, provider: str) -> tuple[Tensor, ...]:
+    with use_provider(provider):
+        return tuple(t.detach() for t in call())
+
+
+def _largest(t: Tensor) -> float:
+    value = t.abs().max().item() if t.numel() else 0.0
+    return value if math.isfinite(value) else math.inf
+
+
+def prior(of: CallClass, device: torch.device) -> str:
+    """Who serves such a call by automatic choice as it is."""
+    found = decisions(build(of, device).__call__)
+    return found[0].provider if found else "torch"
+
+
+@contextlib.contextmanager
+def served_by(of: CallClass, device: torch.device, provider: str) -> Iterator[None]:
+    """Automatic choice takes a provider for this class alone: other threads' calls go on as they do."""
+    key: Any = (str(device), of.line, *of.place)
+    tuned.process[key] = Point(provider, 1.0, (), "while it is measured")
+    rules.forget()
+    try:
+        yield
+    finally:
+        tuned.process.pop(key, None)
+
+
+def measured(
+    of: CallClass, device: torch.device, timer: CpuTimer | CudaTimer, seconds: float, lost: dict[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """Announces each provider before it runs, as ("trying", name), and ends with ("record", what was found).
+
+    Args:
+        lost: providers that took their process with them in this class, and how.
+    """
+    rejected, right = dict(lost), []
+    for name in candidates(of):
+        if name in rejected:
+            continue
+        yield "trying", name
+        try:
+            wrong = why_wrong(of, name, device)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as fault:
+            wrong = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+        if wrong:
+            rejected[name] = wrong
+        else:
+            right.append(name)
+    yield "trying", ""
+    record: Record = {"name": of.name, "rejected": rejected, "prior": prior(of, device), "providers": {}}
+    if right:
+        calls = dict.fromkeys(right, build(of, device).__call__)
+        samples = timer.measure(calls, seconds, functools.partial(served_by, of, device))
+        times = {name: found.get("inclusive") or found["samples"] for name, found in samples.items()}
+        record |= verdict(times, record["prior"])
+    yield "record", record
+
+
+def verdict(samples: dict[str, list[float]], before: str) -> Record:
+    """The fastest provider beyond the spread, with times in microseconds and ratios of the same round.
+
+    Where it is not faster beyond the spread than the one `before`, automatic choice's, that one stays.
+    """
+    providers = {}
+    for name, times in samples.items():
+        low, high = median_interval(times)
+        providers[name] = {"median": 1e6 * median(times), "low": 1e6 * low, "high": 1e6 * high}
+    best = min(samples, key=lambda name: median(samples[name]))
+    ratios = {name: paired(samples[name], samples[best]) for name in samples if name != best}
+    if before in ratios and not beyond(ratios[before]):
+        best = before
+        ratios = {name: paired(samples[name], samples[best]) for name in samples if name != best}
+    return {"providers": providers, "best": best, "ratios": ratios}
+
+
+def paired(other: list[float], own: list[float]) -> list[float]:
+    """[median, low, high] of the other's time over the own, paired by round."""
+    pairs = [a / b for a, b in zip(other, own, strict=True)]
+    return [median(pairs), *median_interval(pairs)]
+
+
+def beyond(ratio: list[float]) -> bool:
+    """Whether a ratio above 1 is a difference: its whole interval is."""
+    return ratio[0] >= SPREAD and ratio[1] > 1.0
