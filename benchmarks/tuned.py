@@ -67,13 +67,13 @@ def measured(case: Case, device: torch.device, timer: Any, seconds: float) -> di
     with fusednorm.recording_shapes() as shapes:
         fused()
     (of,) = shapes.classes(device) or (None,)  # attention with masks that torch does not have is of no class
-    for name in candidates(of) if of else ():
+    for name in candidates(of, device) if of else ():
         with contextlib.suppress(ValueError, RuntimeError), fusednorm.use_provider(name):
             fused()
             calls[name] = fused
 
     def around(name: str) -> contextlib.AbstractContextManager[None]:
-        return served_by(of, device, name) if of is not None and name in candidates(of) else served(name)
+        return served_by(of, device, name) if of is not None and name in candidates(of, device) else served(name)
 
     found = timer.measure(calls, seconds, around)
     times = {name: variant.get("inclusive") or variant["samples"] for name, variant in found.items()}

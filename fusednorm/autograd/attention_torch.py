@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from .._options import AttentionInputs, AttentionOptions, from_flat
 from .._transforms import readable, traced
@@ -23,10 +24,25 @@ _is_compiling = torch.compiler.is_compiling
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def plan(
-    inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int
-) -> Callable[[AttentionInputs], tuple[Tensor, None]]:
+Plan = Callable[[AttentionInputs], tuple[Tensor, None]]
+
+
+def plan(inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int) -> Plan:
     """What computes out for calls like this one, None being the log-sum-exp."""
+    found = _plan(inputs, options, needs_grad, dims)
+    backend = rules_attention.torch_backend(inputs, options, needs_grad)
+    return found if backend is None else functools.partial(_by_backend, found, backend)
+
+
+def _by_backend(run: Plan, backend: str, inputs: AttentionInputs) -> tuple[Tensor, None]:
+    """One of torch's kernels first; where it does not take the call, the others in their order."""
+    first = torch_attention.BACKENDS[backend]
+    others = [other for other in torch_attention.BACKENDS.values() if other is not first]
+    with sdpa_kernel([first, *others], set_priority=True):
+        return run(inputs)
+
+
+def _plan(inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool, dims: int) -> Plan:
     q, k, v, attn_mask, key_mask, *_ = inputs
     fill = key_mask is not None and not (q.is_cpu and readable(q, k, v))
     flash = (

@@ -112,7 +112,10 @@ def _attention(request: Request, provider: str, refusals: _Refusals, setting: Se
     differs = rules_attention.why_not_torch(inputs, options, asked)
     if not differs:
         refusals += ((provider, "torch's own operator means the same here"),) if provider != "torch" else ()
-        return Decision(request.function, "torch", rules_attention.how_torch_serves(inputs, options), refusals)
+        how = rules_attention.how_torch_serves(inputs, options)
+        backend = rules_attention.torch_backend(inputs, options, asked.needs_grad)
+        how += f", by its {backend} kernel, measured fastest on this machine" if backend is not None else ""
+        return Decision(request.function, "torch", how, refusals)
     refusals = (*[r for r in refusals if r[0] != "torch"], ("torch's own operator", differs))
     return Decision(request.function, "reference" if provider == "torch" else provider, _FUSED, refusals)
 

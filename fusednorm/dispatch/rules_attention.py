@@ -28,7 +28,7 @@ from .._transforms import readable, traced
 from ..providers.cpu import library as cpu
 from ..providers.cuda import library as cuda
 from ..providers.torch import attention as torch_attention
-from . import registry, tuned
+from . import registry, settings, tuned
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -166,6 +166,16 @@ def _why_ours(inputs: AttentionInputs, options: AttentionOptions, asked: Asked) 
         own = None if reason or _is_compiling() else measured_here(q, k, kind, needs_grad)
         return own[1] if own is not None and own[0] == asked.provider else reason
     return ""
+
+
+def torch_backend(inputs: AttentionInputs, options: AttentionOptions, needs_grad: bool) -> str | None:
+    """The kernel of torch's operator that was measured to be fastest on this machine; None: torch's choice."""
+    q, k, *_ = inputs
+    if not q.is_cuda or _is_compiling() or traced() or not settings.current.by_shape:
+        return None
+    own = measured_here(q, k, kind_of(inputs.attn_mask is not None, options.causal), needs_grad)
+    provider, _, backend = own[0].partition("/") if own is not None else ("", "", "")
+    return backend if provider == "torch" and backend in torch_attention.BACKENDS else None
 
 
 def measured_here(q: Tensor, k: Tensor, operation: str, needs_grad: bool) -> tuple[str, str] | None:

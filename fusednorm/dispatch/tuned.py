@@ -4,6 +4,7 @@ A file holds one device's measurements, for one number of threads on a CPU:
 
 - ``machine``: versions and hardware. Where one of them is another now, the whole file is left out, with a warning.
 - ``steps``: lines of steps as in `crossovers.py`, fitted to the measured shapes.
+  A provider is ``torch/cudnn`` where one kernel of torch's attention was the fastest.
 - ``points``: by the same lines, `[rows, columns, provider, ratio]` of shapes that were measured one by one.
 
 This process's measurements come first, then the file's points, then its steps.
@@ -178,8 +179,9 @@ def _checked(path: Path, content: dict[str, Any]) -> Tuned:
                 raise ValueError(f"points: {name}: {[rows, columns, provider, ratio]}")
             points[name, rows, columns] = Point(provider, float(ratio), tuple(map(str, tried)), "")
     names = {step.provider for line in steps.values() for step in line} | {p.provider for p in points.values()}
-    if not names <= {*registry.PROVIDERS}:
-        raise ValueError(f"unknown providers {sorted(names - {*registry.PROVIDERS})}")
+    unknown = sorted(name for name in names if name.partition("/")[0] not in registry.PROVIDERS)
+    if unknown:
+        raise ValueError(f"unknown providers {unknown}")
     return Tuned(path, date, steps, points)  # type: ignore[arg-type]
 
 

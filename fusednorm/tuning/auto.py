@@ -110,7 +110,7 @@ def _measured(of: CallClass, device: torch.device) -> Point:
         before = prior(of, device)  # loads what a first call loads
         end = time.perf_counter() + SECONDS
         kept = Point(before, 1.0, (), "as automatic choice has it, in this process")
-        names = candidates(of)
+        names = candidates(of, device)
         if of.elements * of.torch_dtype.itemsize > MOST_BYTES or len(names) < 2:
             return kept
         call = build(of, device)

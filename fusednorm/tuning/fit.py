@@ -52,7 +52,8 @@ def fit(shapes: Shapes) -> list[Step]:
 def fit_width(shapes: Shapes, columns: int) -> Line:
     """The cheapest steps. From the smallest size on, it extends the cheapest that end in each provider."""
     sizes = sorted({rows * columns for rows, columns in shapes})
-    names = [name for name in PROVIDERS if any(name in speed for speed in shapes.values())]
+    known = dict.fromkeys(name for speed in shapes.values() for name in speed)
+    names = sorted(known, key=lambda name: (*PROVIDERS,).index(name.partition("/")[0]))
     ends = {"": Line((0, 0, 0), [])}
     for below, size in zip([0, *sizes], sizes):
         before, ends = ends, {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dispatch import registry, rules, tuned, use_provider
 from ..dispatch.explain import decisions
 from ..dispatch.tuned import Point
+from ..providers.torch.attention import BACKENDS
 from .calls import Call, CallClass, build
 from .timers import CpuTimer, CudaTimer, median_interval
 
@@ -25,10 +26,15 @@ SPREAD = 1.015  # ratios nearer to 1, or with 1 in their interval, are no differ
 Record = dict[str, Any]
 
 
-def candidates(of: CallClass) -> list[str]:
-    """Providers that may serve a call, torch's own operators among them; best first."""
+def candidates(of: CallClass, device: torch.device) -> list[str]:
+    """Providers that may serve a call, torch's own operators among them; best first.
+
+    On a GPU, each kernel of torch's attention is one more: "torch/flash", "torch/cudnn" and "torch/efficient".
+    """
     names = [name for name in registry.available_providers() if name != "reference"]
     names = [name for name in names if getattr(registry.get(name)[0], "for_tests", None) is None]
+    if of.is_attention and device.type == "cuda":
+        names += [f"torch/{backend}" for backend in BACKENDS if backend != "math"]
     return [name for name in names if name != "torch" or not of.draws_mask]
 
 
@@ -51,9 +57,9 @@ def why_wrong(of: CallClass, provider: str, device: torch.device) -> str:
     for draw in range(DRAWS):
         call = build(small, device, draw)
         exact, theirs, ours = (
-            _results(call.to(torch.float64), "reference"),
-            _results(call, base),
-            _results(call, provider),
+            _results(call.to(torch.float64), use_provider("reference")),
+            _results(call, use_provider(base)),
+            _results(call, served_by(small, device, provider) if "/" in provider else use_provider(provider)),
         )
         rows = []
         for right, other, found in zip(exact, theirs, ours, strict=True):
@@ -68,8 +74,8 @@ def why_wrong(of: CallClass, provider: str, device: torch.device) -> str:
     return f"its error against float64 is {worst[0]:.3g}, allowed are {worst[1]:.3g}"
 
 
-def _results(call: Call, provider: str) -> tuple[Tensor, ...]:
-    with use_provider(provider):
+def _results(call: Call, served: contextlib.AbstractContextManager[Any]) -> tuple[Tensor, ...]:
+    with served:
         return tuple(t.detach() for t in call())
 
 
@@ -105,7 +111,7 @@ def measured(
         lost: providers that took their process with them in this class, and how.
     """
     rejected, right = dict(lost), []
-    for name in candidates(of):
+    for name in candidates(of, device):
         if name in rejected:
             continue
         yield "trying", name

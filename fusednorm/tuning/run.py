@@ -121,7 +121,7 @@ def chosen_device(given: torch.device | str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: {device} is not here: torch sees no GPU")
-        device = torch.device("cuda", torch.cuda.currentchosen_device() if device.index is None else device.index)
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device: {device} is not here: torch sees {torch.cuda.device_count()} GPUs")
     return device

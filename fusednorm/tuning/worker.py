@@ -78,6 +78,8 @@ def main(plan_file: str, reports: str) -> None:
     plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
     put = reporter(Path(reports))
     device = torch.device(plan["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     lost = {(name, provider): why for name, provider, why in plan["lost"]}
     done = set(plan["done"])
     classes = [parse(name) for name in plan["classes"] if name not in done]

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from ... import dropout
 from ..._dtypes import compute_dtype
 from ..._options import AttentionInputs, AttentionOptions
 from ..._transforms import traced
+
+BACKENDS = {  # of torch's operator, by their names in measurements
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def refusal(op: str, inputs: AttentionInputs, options: AttentionOptions) -> str | None:
