@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._transforms import wants_gradients
 from ..dispatch import eager, settings
-from ..dispatch.rules import onednn_is_faster
+from ..dispatch.rules import ONEDNN_PRODUCTS, onednn_is_faster
 
 _is_compiling = torch.compiler.is_compiling
 _PARAMETERS = (Tensor, torch.nn.Parameter)
@@ -22,7 +22,9 @@ _PARAMETERS = (Tensor, torch.nn.Parameter)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)``, faster where that was measured. Arguments, shapes and errors are torch's."""
-    if not _is_compiling() and type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
+    if _is_compiling() or weight.ndim != 2 or x.numel() * weight.shape[0] < ONEDNN_PRODUCTS:
+        return F.linear(x, weight, bias)
+    if type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
         rows = x.numel() // weight.shape[1]
         outputs, inputs = weight.shape
         forward, backward = onednn_is_faster(rows, outputs, inputs), onednn_is_faster(rows, inputs, outputs)
@@ -46,9 +48,7 @@ def _alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         type(weight) in _PARAMETERS
         and x.dtype is weight.dtype is torch.float32
-        and weight.ndim == 2
         and x.shape[-1:] == weight.shape[1:]
-        and x.numel() > 0
         and (weight.is_contiguous() or weight.t().is_contiguous())  # other strides take oneDNN 400 times as long
         and (bias is None or (type(bias) in _PARAMETERS and bias.dtype is x.dtype and bias.shape == weight.shape[:1]))
     )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._transforms import traced
 from . import blocks, fastpath, registry
 
 
@@ -66,7 +67,7 @@ _warned_of_missing_library = False
 _layer_norm_is_torchs: bool | None = None
 
 
-def _rebuild() -> None:
+def _rebuild(plans: Plans | None = None) -> None:
     """Replace the settings, after a block was entered or left. The caller holds the lock."""
     global current
     provider = _providers[-1].name if _providers else _default
@@ -81,14 +82,14 @@ def _rebuild() -> None:
         (provider == "torch" or (provider is None and missing)) and not _listeners,
         _fastpath if served else None,
         "cuda" if provider == "cuda" else provider is None and by_shape,
-        {},
+        {} if plans is None else plans,
     )
 
 
 def load_fastpath() -> None:
     """Let the C++ module serve from now on. Called where a plan is made, so that no import pays for it."""
     global _fastpath
-    if _layer_norm_is_torchs is None and not torch.compiler.is_compiling():
+    if _layer_norm_is_torchs is None and not torch.compiler.is_compiling() and not traced():
         ask_for_layer_norm()
     if _fastpath is not None or current.provider not in (None, "cpu", "cuda") or torch.compiler.is_compiling():
         return
@@ -108,7 +109,7 @@ def ask_for_layer_norm() -> None:
     found = layer_norm_is_torchs()
     with blocks.lock:
         _layer_norm_is_torchs = found
-        _rebuild()
+        _rebuild(current.plans)  # a plan that is being made is kept among them
 
 
 def forget() -> None:

@@ -109,7 +109,10 @@ def test_normed_is_kept_by_our_kernel(on_a_gpu):
 
 def test_explain_says_so(on_a_gpu):
     preference = rules.preference(*norm_call(rows(1)))
-    assert preference == ("torch", "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host")
+    assert preference[:2] == (
+        "torch",
+        "nothing was measured on this GPU, and a call of up to 32 MiB waits for the host",
+    )
 
 
 @pytest.mark.gpu

@@ -81,6 +81,7 @@ def gpu(monkeypatch):
 def in_a_fork(plan, of, folder) -> Child:
     def report() -> None:
         put = reporter(of.reports)
+        torch.set_num_threads(1)  # a pool of threads does not outlive a fork
         todo = [calls.parse(name) for name in plan["classes"] if name not in of.done]
         worker.work(todo, torch.device(plan["device"]), plan["seconds"], put, {}, plan["deadline"])
         put("end", None)
