@@ -136,11 +136,11 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
-  const bool plain_layer_norm = !call.by_cuda && !call.rms && !call.has_residual();
   const auto fits = [&](const at::Tensor& t) { return !t.defined() || t.scalar_type() == call.x.scalar_type(); };
-  if (plain_layer_norm && !(fits(call.weight) && fits(call.bias))) return false;  // not measured
+  const bool one_dtype = fits(call.weight) && fits(call.bias), plain = !call.x_bias.defined() && call.dropout_p == 0;
+  if (!call.by_cuda && !call.rms && !call.has_residual() && !one_dtype) return false;  // not measured
   const bool chosen = is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference
-  call.by_torch = plain_layer_norm && !chosen;
+  call.by_torch = !chosen && !call.by_cuda && one_dtype && plain;
   return chosen || call.by_torch;
 }
 
@@ -153,9 +153,13 @@ bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
 
 NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
-  if (call.by_torch) {
-    const at::IntArrayRef sizes = call.x.sizes();
-    return {at::layer_norm(call.x, sizes.slice(sizes.size() - call.normalized_ndim), call.weight, call.bias, call.eps), {}};
+  if (call.by_torch) {  // as plain_add_layer_norm of fusednorm/providers/torch/norm.py
+    const at::IntArrayRef shape = call.x.sizes().slice(call.x.dim() - call.normalized_ndim);
+    const at::Tensor sum = call.residual.defined() ? at::add(call.residual, call.x) : at::Tensor();
+    const at::Tensor& z = sum.defined() ? sum : call.x;
+    const auto given = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    if (call.rms) return {at::rms_norm(z, shape, given(call.weight), call.eps), sum};
+    return {at::layer_norm(z, shape, given(call.weight), given(call.bias), call.eps), sum};
   }
   draw_where_none(call.dropout_p, call.x, call.seed);
   return norm(call);

@@ -16,7 +16,7 @@ struct NormOptions {
 struct NormCall : NormOptions {
   at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
   bool needs_grad;
-  bool by_torch;  // a plain layer_norm that is torch's to serve
+  bool by_torch;  // a plain or residual norm that is torch's to serve
 
   // Whether z, the residual stream, is another tensor than x.
   bool has_residual() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }

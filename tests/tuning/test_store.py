@@ -225,3 +225,37 @@ def test_a_new_process_reads_it():
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert said.startswith("add_layer_norm: torch")
+
+
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_what_is_torchs_the_fast_path_gives_as_eager_does(
+    function: str, dtype: torch.dtype, grad: bool, with_weight: bool
+):
+    x, residual = (torch.randn(8, 64, dtype=dtype, requires_grad=grad) for _ in range(2))
+    weight = torch.randn(64, dtype=dtype, requires_grad=grad) if with_weight else None
+    norm = torch.nn.functional.rms_norm if "rms" in function else torch.nn.functional.layer_norm
+    adds = function.startswith("add_")
+    tuned.process["cpu", tuned.line(function, dtype.itemsize, grad), 8, 64] = tuned.Point("torch", 1.1, (), "here")
+    rules.forget()
+    ours = getattr(fusednorm, function)
+    tensors = (x, residual) if adds else (x,)
+
+    def both(call) -> list[torch.Tensor]:
+        outputs = call()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [t for t in (*tensors, weight) if t is not None]
+        return [*outputs, *(torch.autograd.grad([o.sum() for o in outputs], leaves) if grad else ())]
+
+    def eager():
+        z = residual + x if adds else x
+        normed = norm(z, (64,), weight)
+        return (normed, z) if adds else normed
+
+    both(lambda: ours(*tensors, 64, weight))  # the fast path serves from the second call on
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
+        found = both(lambda: ours(*tensors, 64, weight))
+    assert not any("fusednorm_cpu" in event.name for event in profiled.events())
+    assert all(torch.equal(a, b) for a, b in zip(found, both(eager), strict=True))
