@@ -15,6 +15,7 @@ from ..dispatch import blocks, rules, settings, tuned
 from ..dispatch.tuned import Point
 from .calls import ATTENTIONS, OPERATION_NAMES, Call, CallClass, build
 from .measure import candidates, prior, served_by, verdict, why_wrong
+from .timers import WARM
 
 SECONDS = 0.05  # for a class, its check against float64 included
 MOST_BYTES = 64 << 20  # of a tensor: more would take memory that the user's step may need
@@ -121,7 +122,7 @@ def _measured(of: CallClass, device: torch.device) -> Point:
         right = []
         for name in names:
             with contextlib.suppress(RuntimeError, ValueError, TypeError):  # it cannot take the class
-                if not why_wrong(of, name, device):
+                if not why_wrong(of, name, device, threads=True):
                     right.append(name)
         samples = _samples(of, device, call, right, end)
     if len(right) < 2 or min(map(len, samples.values())) < 3:
@@ -143,7 +144,8 @@ def _samples(of: CallClass, device: torch.device, call: Call, names: list[str], 
             break
         for name in names:
             with served_by(of, device, name):
-                call()
+                for _ in range(WARM):
+                    call()
                 samples[name].append(_seconds(call, device, repeats[name]))
     fewest = min(map(len, samples.values()), default=0)
     return {name: found[:fewest] for name, found in samples.items()}

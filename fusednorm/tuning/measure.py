@@ -47,20 +47,30 @@ def smaller(of: CallClass) -> CallClass:
     return of._replace(shape=(min(of.shape[0], MOST_ROWS_CHECKED), *of.shape[1:]))
 
 
-def why_wrong(of: CallClass, provider: str, device: torch.device) -> str:
+def why_wrong(of: CallClass, provider: str, device: torch.device, threads: bool = False) -> str:
     """What is wrong with a provider's outputs or gradients, or "".
 
     An error against float64 may be twice that of torch's own operators, and one rounding. The largest errors of
     several draws are compared, since one draw may be lucky.
+
+    Args:
+        threads: other threads may call meanwhile. No provider is requested then, since a request would hold for them
+            too: float64 is automatic choice's, and so is what takes the place of torch's operators beside dropout.
     """
     small, base = smaller(of), "reference" if of.draws_mask else "torch"
+
+    def by(name: str) -> contextlib.AbstractContextManager[Any]:
+        if not threads and "/" not in name:
+            return use_provider(name)
+        return contextlib.nullcontext() if name == "reference" else served_by(small, device, name)
+
     largest: list[list[float]] = []
     for draw in range(DRAWS):
         call = build(small, device, draw)
         exact, theirs, ours = (
-            _results(call.to(torch.float64), use_provider("reference")),
-            _results(call, use_provider(base)),
-            _results(call, served_by(small, device, provider) if "/" in provider else use_provider(provider)),
+            _results(call.to(torch.float64), by("reference")),
+            _results(call, by(base)),
+            _results(call, by(provider)),
         )
         rows = []
         for right, other, found in zip(exact, theirs, ours, strict=True):
@@ -95,12 +105,17 @@ def prior(of: CallClass, device: torch.device) -> str:
 def served_by(of: CallClass, device: torch.device, provider: str) -> Iterator[None]:
     """Automatic choice takes a provider for this class alone: other threads' calls go on as they do."""
     key: Any = (str(device), of.line, *of.place)
+    before = tuned.process.get(key)
     tuned.process[key] = Point(provider, 1.0, (), "while it is measured")
     rules.forget()
     try:
         yield
     finally:
-        tuned.process.pop(key, None)
+        if before is None:
+            tuned.process.pop(key, None)
+        else:
+            tuned.process[key] = before
+        rules.forget()
 
 
 def measured(

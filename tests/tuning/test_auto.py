@@ -199,3 +199,30 @@ def test_as_a_decorator_and_by_the_environment(counted):
 def test_one_that_was_made_and_never_entered_says_so():
     with pytest.warns(UserWarning, match=r"autotune\(True\) was never entered"):
         fusednorm.autotune()
+
+
+def test_measuring_requests_no_provider(monkeypatch):
+    """A request would hold for other threads' calls too, and raise where a provider cannot take them."""
+
+    def refused(self):
+        raise AssertionError("use_provider was entered")
+
+    monkeypatch.setattr(fusednorm.use_provider, "__enter__", refused)
+    with fusednorm.autotune():
+        x = torch.randn(16, 64)
+        fusednorm.layer_norm(x, 64)
+        fusednorm.add_layer_norm(x, x, 64, x_bias=x[0], dropout_p=0.5)
+        fusednorm.bias_act_dropout(x, x[0], "gelu")
+        q = torch.randn(2, 2, 16, 16)
+        fusednorm.scaled_dot_product_attention(q, q, q)
+    assert {key[1] for key in tuned.process} >= {"layer_norm/4/forward", "bias_gelu/4/forward", "attention/4/forward"}
+    assert tuned.process["cpu", "layer_norm/4/forward", 16, 64].tried == ("cpu", "torch")
+
+
+def test_what_was_measured_before_is_kept_while_another_class_is_measured():
+    kept = tuned.Point("torch", 1.3, ("cpu", "torch"), "in this process")
+    tuned.process["cpu", "add_layer_norm/4/forward", 64, 64] = kept
+    with fusednorm.autotune():
+        x = torch.randn(256, 64)
+        fusednorm.add_layer_norm(x, x, 64)
+    assert tuned.process["cpu", "add_layer_norm/4/forward", 64, 64] is kept
