@@ -150,9 +150,9 @@ def test_it_takes_its_time_at_most():
     call(8, 8)
     with fusednorm.autotune():
         call(4, 32)  # loads what a first measurement loads
-        start = time.perf_counter()
+        start = time.thread_time()  # what other tests take does not count
         call(64, 1024, grad=True)
-        assert time.perf_counter() - start < 10 * auto.SECONDS  # other tests run beside it
+        assert time.thread_time() - start < 4 * auto.SECONDS
         begin = len(tuned.process)
         call(1 << 14, 1 << 11)  # 128 MiB
     big = tuned.process["cpu", "layer_norm/4/forward", 1 << 14, 1 << 11]
