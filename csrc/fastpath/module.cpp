@@ -153,16 +153,8 @@ bool parse_first(PyObject* x, PyObject* asked, NormCall& call) {
 
 NormResult run(NormCall& call) {
   pybind11::gil_scoped_release no_gil;
-  if (call.by_torch) {  // as plain_add_layer_norm of fusednorm/providers/torch/norm.py
-    const at::IntArrayRef shape = call.x.sizes().slice(call.x.dim() - call.normalized_ndim);
-    const at::Tensor sum = call.residual.defined() ? at::add(call.residual, call.x) : at::Tensor();
-    const at::Tensor& z = sum.defined() ? sum : call.x;
-    const auto given = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
-    if (call.rms) return {at::rms_norm(z, shape, given(call.weight), call.eps), sum};
-    return {at::layer_norm(z, shape, given(call.weight), given(call.bias), call.eps), sum};
-  }
   draw_where_none(call.dropout_p, call.x, call.seed);
-  return norm(call);
+  return call.by_torch ? norm_by_torch(call) : norm(call);
 }
 
 PyObject* rms_norm(PyObject* const* args) {

@@ -1,5 +1,6 @@
 #include "norm_node.h"
 
+#include <ATen/ATen.h>
 #include <ATen/record_function.h>
 
 #include "cuda_library.h"
@@ -135,6 +136,15 @@ NormResult norm(const NormCall& call) {
                {has_residual ? &result.z : &call.x, &stats, &call.weight, &call.bias, &call.x_bias, &call.seed},
                has_residual ? 0 : -1, call.x, call.residual, call.weight, call.bias, call.x_bias);
   return result;
+}
+
+NormResult norm_by_torch(const NormCall& call) {
+  const at::IntArrayRef shape = call.x.sizes().slice(call.x.dim() - call.normalized_ndim);
+  const at::Tensor sum = call.residual.defined() ? at::add(call.residual, call.x) : at::Tensor();
+  const at::Tensor& z = sum.defined() ? sum : call.x;
+  const auto given = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+  if (call.rms) return {at::rms_norm(z, shape, given(call.weight), call.eps), sum};
+  return {at::layer_norm(z, shape, given(call.weight), given(call.bias), call.eps), sum};
 }
 
 }  // namespace fusednorm_fastpath

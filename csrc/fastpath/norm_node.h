@@ -28,6 +28,9 @@ struct NormResult {
 
 NormResult norm(const NormCall& call);
 
+// By torch's own operators, as plain_add_layer_norm of fusednorm/providers/torch/norm.py.
+NormResult norm_by_torch(const NormCall& call);
+
 // Whether the CUDA library is there, and takes the call.
 bool cuda_takes(const NormCall& call);
 
