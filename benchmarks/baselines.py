@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import DROPOUT_P, EPS, Call, Leaves, Norm, Operation
-from benchmarks.cases.attention import BACKENDS
+from fusednorm.providers.torch.attention import BACKENDS
 
 
 class BaselineError(Exception):

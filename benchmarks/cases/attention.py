@@ -13,13 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fusednorm
 from benchmarks.cases.base import Call, Leaves, Operation
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-
 
 @dataclass(frozen=True)
 class Attention(Operation):

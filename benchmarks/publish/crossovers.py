@@ -35,9 +35,9 @@ from benchmarks.report import table as report_table
 from benchmarks.report.files import read_result
 from benchmarks.report.stats import Record, measured, no_kernel, ratio
 from fusednorm.dispatch import crossovers as choice
+from fusednorm.tuning import store
 from fusednorm.tuning.calls import parse
 from fusednorm.tuning.fit import Shapes, fit, loss
-from fusednorm.tuning.store import time_of
 
 Key = tuple[str, int, int]  # operation, element size and direction; rows, columns
 STUMBLE = 4.0  # where eager takes over four times as long as at a larger shape, the machine was disturbed
@@ -63,15 +63,9 @@ def is_tuned(result: Record) -> bool:
 
 def tuned_table(result: Record, source: str) -> dict[str, Any]:
     """The table of a device from a file of `fusednorm tune`, by the steps that it fitted for itself."""
-    lines: dict[str, dict[tuple[int, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for record in result["records"]:
-        of = parse(record["name"])
-        if not of.is_attention:  # its rules look at more than a line has
-            known = lines[of.line][of.place]
-            for name in record["providers"]:
-                speed = 1.0 / time_of(record, name)
-                known[name] = min(known.get(name, speed), speed)
-    return finished(lines, result["machine"]["device"], source)
+    # the rules of attention look at more than a line has
+    records = [record for record in result["records"] if not parse(record["name"]).is_attention]
+    return finished(store.speeds(records), result["machine"]["device"], source)
 
 
 def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._once import first_time
+from . import crossovers, fastpath, registry
 
 FORMAT = 1
 FOLDER_VARIABLE, SWITCH_VARIABLE = "FUSEDNORM_CACHE_DIR", "FUSEDNORM_TUNED"
@@ -46,7 +47,7 @@ class Tuned(NamedTuple):
 
     path: Path
     date: str
-    steps: dict[str, list[list[Any]]]
+    steps: dict[str, list[crossovers.Step]]
     points: dict[tuple[str, int, int], Point]  # by line, rows and columns
 
 
@@ -100,7 +101,6 @@ def path_of(device: torch.device) -> Path:
 def machine(device: torch.device) -> dict[str, Any]:
     """What a measurement depends on beside the code of a call. All of it must be alike for a file to be used."""
     from .. import __version__
-    from . import fastpath
 
     facts: dict[str, Any] = {
         "fusednorm": __version__,
@@ -166,8 +166,6 @@ def read(path: Path, now: dict[str, Any]) -> Tuned:
 
 
 def _checked(path: Path, content: dict[str, Any]) -> Tuned:
-    from . import crossovers, registry
-
     date = content["date"]
     if type(date) is not str:
         raise ValueError(f"date: {date!r}")
@@ -182,7 +180,7 @@ def _checked(path: Path, content: dict[str, Any]) -> Tuned:
     unknown = sorted(name for name in names if name.partition("/")[0] not in registry.PROVIDERS)
     if unknown:
         raise ValueError(f"unknown providers {unknown}")
-    return Tuned(path, date, steps, points)  # type: ignore[arg-type]
+    return Tuned(path, date, steps, points)
 
 
 _files: dict[tuple[str, int | None, int], Tuned | None] = {}
@@ -229,8 +227,6 @@ def find(
     device: torch.device, name: str, rows: int, columns: int, lengths: tuple[int, int] | None = None
 ) -> tuple[str, str] | None:
     """(the fastest provider, why) at a shape, by what was measured on this machine; None: nothing was."""
-    from . import crossovers
-
     key = str(device), name, rows, columns
     point = process.get(key)
     found = file(device)
@@ -246,7 +242,7 @@ def find(
         return point.provider, f"{point.provider} was measured fastest{beside} at {rows} x {columns} {point.where}"
     if found is None or name not in found.steps:
         return None
-    step = crossovers.decisive(found.steps[name], rows, columns)[0]  # type: ignore[arg-type]
+    step = crossovers.decisive(found.steps[name], rows, columns)[0]
     why = f"{step.provider} was measured fastest near {rows} x {columns} on {found.date[:10]} ({found.path})"
     return step.provider, why
 
@@ -257,7 +253,7 @@ def providers(device: torch.device, operation: str) -> set[str]:
     names = {p.provider for (d, name, *_), p in process.items() if d == str(device) and name.startswith(start)}
     found = file(device)
     if found is not None:
-        names |= {step[2] for name, steps in found.steps.items() if name.startswith(start) for step in steps}
+        names |= {step.provider for name, steps in found.steps.items() if name.startswith(start) for step in steps}
         names |= {point.provider for (name, *_), point in found.points.items() if name.startswith(start)}
     return names
 

@@ -182,7 +182,7 @@ def _attention(of: CallClass, random: Callable[..., Tensor], device: torch.devic
 
 # --- what a run measures ---
 
-_TINY, _NARROW = (4, 64), (65536, 64)
+_TINY = (4, 64)
 _QUICK = (_TINY, (1, 4096), (64, 1024), (256, 768), (1024, 1024), (65536, 64), (4, 262144))
 _QUICK_ACTIVATIONS = (_TINY, (64, 1024), (64, 4096), (1024, 3072))
 _WIDTHS = (16, 64, 256, 1024, 4096, 16384)

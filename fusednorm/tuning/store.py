@@ -103,25 +103,32 @@ def content(device: torch.device, machine: Mapping[str, Any], records: Sequence[
 
 def summary(records: Sequence[Record]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(steps by line, points by line) of records; of two dtypes of one size, the one that gains less decides."""
-    speeds: dict[str, dict[tuple[int, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     points: dict[str, dict[tuple[int, int], list[Any]]] = defaultdict(dict)
     for record in records:
         of = parse(record["name"])
-        known = speeds[of.line][of.place]
-        for name in record["providers"]:
-            speed = 1.0 / time_of(record, name)
-            known[name] = min(known.get(name, speed), speed)
         ratio = min((value[0] for value in record["ratios"].values()), default=1.0)
         point = [*of.place, record["best"], round(max(ratio, 1.0), 3), *record["providers"]]
         before = points[of.line].get(of.place)
         if before is None or point[3] < before[3]:
             points[of.line][of.place] = point
-    lines = {name: shapes for name, shapes in sorted(speeds.items()) if len(shapes) >= FEWEST}
+    lines = {name: shapes for name, shapes in sorted(speeds(records).items()) if len(shapes) >= FEWEST}
     steps = {name: [list(step) for step in fit(shapes)] for name, shapes in lines.items()}
     return steps, {name: list(found.values()) for name, found in sorted(points.items())}
 
 
-def time_of(record: Record, name: str) -> float:
+def speeds(records: Sequence[Record]) -> dict[str, dict[tuple[int, int], dict[str, float]]]:
+    """By line and place, the fastest provider's time over that of each; of two dtypes of one size, the worse."""
+    found: dict[str, dict[tuple[int, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        of = parse(record["name"])
+        known = found[of.line][of.place]
+        for name in record["providers"]:
+            speed = 1.0 / _time(record, name)
+            known[name] = min(known.get(name, speed), speed)
+    return found
+
+
+def _time(record: Record, name: str) -> float:
     """Of a provider, over the fastest one's; a difference within the spread is none."""
     ratio = record["ratios"].get(name)
     return 1.0 if ratio is None or ratio[1] <= 1.0 else float(ratio[0])

@@ -74,9 +74,9 @@ def _answers(device: torch.device) -> bool:
     return True
 
 
-def main(plan_file: str, reports: str) -> None:
-    plan = json.loads(Path(plan_file).read_text(encoding="utf-8"))
-    put = reporter(Path(reports))
+def follow(plan: Mapping[str, Any], reports: Path) -> None:
+    """Do what a plan says, and report it."""
+    put = reporter(reports)
     device = torch.device(plan["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -86,6 +86,10 @@ def main(plan_file: str, reports: str) -> None:
     with steady_machine(plan["threads"]):
         work(classes, device, plan["seconds"], put, lost, plan["deadline"])
     put("end", None)
+
+
+def main(plan_file: str, reports: str) -> None:
+    follow(json.loads(Path(plan_file).read_text(encoding="utf-8")), Path(reports))
 
 
 if __name__ == "__main__":
