@@ -14,6 +14,8 @@ import torch
 
 from fusednorm.dispatch import registry, rules, tuned
 from fusednorm.providers.reference import norm as reference_norm
+from fusednorm.tuning import worker
+from fusednorm.tuning.supervise import Child
 
 CPU = torch.device("cpu")
 
@@ -29,6 +31,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     monkeypatch.undo()
     rules.forget()
+
+
+@pytest.fixture
+def in_a_fork() -> Callable[..., Child]:
+    """Starts the worker with what a test changed in this process. A pool of threads does not outlive a fork."""
+    return lambda plan, of, folder: Child.of_function(lambda: worker.follow({**plan, "threads": 1}, of.reports))
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from fusednorm.autograd import attention_torch
 from fusednorm.dispatch import crossovers, rules, tuned
 from fusednorm.tuning import auto, calls, measure, run, store, worker
 from fusednorm.tuning.calls import CallClass
-from fusednorm.tuning.supervise import Child, reporter
 from tests.helpers.tuning_records import record
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -78,17 +77,6 @@ def gpu(monkeypatch):
     rules.forget()
 
 
-def in_a_fork(plan, of, folder) -> Child:
-    def report() -> None:
-        put = reporter(of.reports)
-        torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-        todo = [calls.parse(name) for name in plan["classes"] if name not in of.done]
-        worker.work(todo, torch.device(plan["device"]), plan["seconds"], put, {}, plan["deadline"])
-        put("end", None)
-
-    return Child.of_function(report)
-
-
 def on_fake_tensors(function, *sizes: int) -> str:
     with FakeTensorMode():
         x = torch.empty(*sizes, device="cuda")
@@ -102,7 +90,7 @@ def test_the_device_that_is_meant(gpu):
         run.chosen_device("cuda:3")
 
 
-def test_the_whole_way_on_a_gpu(gpu):
+def test_the_whole_way_on_a_gpu(gpu, in_a_fork):
     result = run.measure_and_keep(CLASSES, GPU, 0.01, 120.0, True, False, in_a_fork)
     assert [r["name"] for r in result.records] == [of.name for of in CLASSES]
     for found in result.records[:2]:

@@ -13,8 +13,6 @@ from fusednorm.dispatch import registry, tuned
 from fusednorm.tuning import run as running
 from fusednorm.tuning.calls import FAMILIES, OPERATION_NAMES, CallClass, build, grid, parse
 from fusednorm.tuning.measure import candidates, verdict, why_wrong
-from fusednorm.tuning.supervise import Child, reporter
-from fusednorm.tuning.worker import work
 
 CPU = torch.device("cpu")
 CLASSES = [CallClass("add_layer_norm", "float32", False, (rows, 64)) for rows in (4, 16, 64)]
@@ -26,22 +24,14 @@ def idle(monkeypatch):
     monkeypatch.setattr(running.BackgroundLoad, "share", lambda self: 0.0)
 
 
-def in_a_fork(plan, of, folder) -> Child:
-    """As the worker, but with the providers that a test planted in this process."""
+@pytest.fixture
+def measured(in_a_fork):
+    """What a run finds, with the providers that a test planted in this process."""
 
-    def report() -> None:
-        put = reporter(of.reports)
-        lost = {(name, provider): why for name, provider, why in plan["lost"]}
-        todo = [parse(name) for name in plan["classes"] if name not in of.done]
-        torch.set_num_threads(1)
-        work(todo, CPU, plan["seconds"], put, lost, plan["deadline"])
-        put("end", None)
+    def run(classes=CLASSES, limit: float = 60.0, write: bool = True) -> running.Result:
+        return running.measure_and_keep(classes, CPU, 0.01, limit, write, False, in_a_fork)
 
-    return Child.of_function(report)
-
-
-def measured(classes=CLASSES, start=in_a_fork, limit: float = 60.0, **options) -> running.Result:
-    return running.measure_and_keep(classes, CPU, 0.01, limit, options.pop("write", True), False, start)
+    return run
 
 
 @pytest.mark.parametrize("operation", OPERATION_NAMES)
@@ -96,7 +86,7 @@ def test_a_winner_is_faster_beyond_the_spread():
         assert verdict({"cpu": [0.999 * t for t in steady], "torch": steady}, before)["best"] == before
 
 
-def test_a_planted_slow_provider_is_not_chosen(plant):
+def test_a_planted_slow_provider_is_not_chosen(plant, measured):
     plant("snail", "slow")
     result = measured()
     assert all("snail" in r["providers"] and r["best"] != "snail" for r in result.records) and len(result.records) == 3
@@ -104,7 +94,7 @@ def test_a_planted_slow_provider_is_not_chosen(plant):
     assert {point[2] for point in points} <= {"cpu", "torch"}
 
 
-def test_a_planted_wrong_provider_is_refused(plant):
+def test_a_planted_wrong_provider_is_refused(plant, measured):
     plant("liar", "wrong")
     result = measured()
     for record in result.records:
@@ -112,7 +102,7 @@ def test_a_planted_wrong_provider_is_refused(plant):
     assert "liar: its error against float64" in str(result)
 
 
-def test_a_provider_that_ends_its_process_is_left_out_and_named(plant):
+def test_a_provider_that_ends_its_process_is_left_out_and_named(plant, measured):
     plant("bomb", "crash")
     result = measured()
     assert [r["name"] for r in result.records] == [of.name for of in CLASSES]
@@ -121,14 +111,14 @@ def test_a_provider_that_ends_its_process_is_left_out_and_named(plant):
     assert result.path is not None
 
 
-def test_a_provider_that_hangs_is_left_out_and_named(plant, monkeypatch):
+def test_a_provider_that_hangs_is_left_out_and_named(plant, monkeypatch, measured):
     plant("sloth", "hang")
     monkeypatch.setattr(running, "PATIENCE", 1.5)
     result = measured(CLASSES[:1])
     assert "no answer in 1.5 s" in result.records[0]["rejected"]["sloth"] and result.records[0]["best"] != "sloth"
 
 
-def test_a_class_that_no_machine_holds_does_not_stop_the_others():
+def test_a_class_that_no_machine_holds_does_not_stop_the_others(measured):
     huge = CallClass("add_layer_norm", "float32", False, (1 << 22, 1 << 22))
     result = measured([huge, CLASSES[0]])
     assert "best" not in result.records[0] and result.records[0]["rejected"] and "best" in result.records[1]
@@ -137,19 +127,19 @@ def test_a_class_that_no_machine_holds_does_not_stop_the_others():
 # --- a run ---
 
 
-def test_a_busy_machine_is_refused(monkeypatch, cache: Path):
+def test_a_busy_machine_is_refused(monkeypatch, cache: Path, measured):
     monkeypatch.setattr(running.BackgroundLoad, "share", lambda self: 0.4)
     with pytest.raises(fusednorm.tuning.TooNoisy, match="40% of the cores' time"):
         measured()
     assert not cache.exists()
 
 
-def test_time_that_is_up_keeps_what_was_measured():
+def test_time_that_is_up_keeps_what_was_measured(measured):
     result = measured(CLASSES, limit=-1.0)
     assert result.records == [] and result.stopped == "time was up" and result.path is None
 
 
-def test_an_interrupt_keeps_what_was_measured(monkeypatch):
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, measured):
     original = running.with_progress
 
     def interrupted(messages, *args):
@@ -164,7 +154,7 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch):
     assert "The rest was not: interrupted." in str(result)
 
 
-def test_nothing_is_written_if_not_wanted(cache: Path):
+def test_nothing_is_written_if_not_wanted(cache: Path, measured):
     result = measured(write=False)
     assert result.path is None and not cache.exists() and "Nothing was kept." in str(result)
 
