@@ -174,8 +174,8 @@ def page(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         low, high = row["interval"]
         lines.append(
-            f"| {row['model']} | {row['before_ms']:.2f} | {row['after_ms']:.2f} | {row['ratio']:.2f} | "
-            f"{low:.2f} to {high:.2f} | {row['launches'][0]} | {row['launches'][1]} |"
+            f"| {row['model']} | {row['before_ms']:.2f} | {row['after_ms']:.2f} | {row['ratio']:.3f} | "
+            f"{low:.3f} to {high:.3f} | {row['launches'][0]} | {row['launches'][1]} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -82,7 +82,7 @@ class _Waiting(NamedTuple):
 
 
 # By id of the sum, and not as its attribute: a sum that is saved or copied takes nothing along.
-_waiting: dict[int, _Waiting] = {}
+waiting: dict[int, _Waiting] = {}
 
 
 def _state(own: Parameters, eps: float | None, total: Tensor) -> tuple[Any, ...]:
@@ -101,21 +101,21 @@ def hand_over(norm: nn.Module, own: Parameters, eps: float | None, total: Tensor
     key = id(total)
 
     def forget(dead: weakref.ref[Tensor]) -> None:
-        entry = _waiting.get(key)
+        entry = waiting.get(key)
         if entry is not None and entry.sum is dead:
-            _waiting.pop(key, None)
+            waiting.pop(key, None)
 
-    _waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(own, eps, total))
+    waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(own, eps, total))
 
 
 def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     """The tensor that waits at `x` for `norm`, if computing it now would give the same values and gradients."""
-    if _is_compiling() or not _waiting:
+    if _is_compiling() or not waiting:
         return None
-    entry = _waiting.get(id(x))
+    entry = waiting.get(id(x))
     if entry is None or entry.sum() is not x:
         return None
-    _waiting.pop(id(x), None)
+    waiting.pop(id(x), None)
     form: NormForm = type(norm)._fusednorm_norm  # type: ignore[attr-defined]
     if (
         entry.norm is not norm

@@ -243,11 +243,11 @@ def test_what_waits_dies_with_its_sum():
     from fusednorm.acceleration import handover
 
     model, _ = pair()
-    count = len(handover._waiting)
+    count = len(handover.waiting)
     h = model.blocks[0](torch.randn(3, D))
-    assert len(handover._waiting) == count + 1
+    assert len(handover.waiting) == count + 1
     del h
-    assert len(handover._waiting) == count
+    assert len(handover.waiting) == count
 
 
 @pytest.mark.parametrize("protocol", range(6))
