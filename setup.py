@@ -52,7 +52,9 @@ READ_BY_COMPILERS = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_APPEND_FLAGS", "NVCC_P
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-INSTRUCTION_SETS = {"baseline": []} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+INSTRUCTION_SETS = {"baseline": []}
+INSTRUCTION_SETS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16} if X86 else {}
 # No contraction: a * b + c rounds twice on every instruction set, so all of them give the same results.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # A member of an enumeration without a case is an error. Error messages name sources as the repository does.

@@ -11,7 +11,7 @@ using namespace fusednorm;
 // Elements of a row of a workspace: whole vectors may be read and written past a row's end.
 FN_CHECKED int64_t padded(int64_t n) { return plus(n, 95) / 64 * 64; }
 
-constexpr int kRowBlock = 4;  // rows that the backward takes together over the columns
+constexpr int kRowBlock = 4;  // rows that are taken together over the columns
 
 // A tensor as rows of columns. Absent when data is null.
 struct Operand {
@@ -33,6 +33,7 @@ struct Common {
   bool wide;                // C is double
   bool epilogue;            // anything but the addition stands between x and z
   bool rms;
+  bool nontemporal;  // rows are written past the caches: they and their tensors begin at multiples of 64 bytes
   uint64_t seed;
   Dropout element, path;
   const void *weight, *bias, *x_bias, *layer_scale;
@@ -51,7 +52,6 @@ struct Backward : Common {
   const void* stats;
   void *dx, *dresidual;
   Dtype dx_dtype, dresidual_dtype;
-  bool nontemporal;  // they are written past the caches: they begin, and their rows, at multiples of 64 bytes
   // Partial sums over the rows of a chunk: [chunk][sum][column] of C. Which chunk a row belongs to depends on the shape
   // alone, so the sums do not depend on the number of threads.
   int64_t rows_per_chunk, partial_stride;

@@ -21,13 +21,42 @@ struct Block {
   C mean[kRowBlock], rstd[kRowBlock], product[kRowBlock], shift[kRowBlock];  // the last two: row means of g xhat and g
 };
 
-template <class C, class S, class E>
-FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, int r, int64_t j) {
+// Where the gradients of parameters are summed; null for those that nobody wants.
+template <class C>
+struct ParameterSums {
+  C *dweight, *dbias, *dx_bias, *dlayer_scale;
+};
+
+// What is there, as constants where it is common: conditions inside a loop took as much time as the arithmetic.
+template <bool COMMON, bool RMS, bool EPILOGUE>
+struct Present {
+  static constexpr bool kRms = RMS, kEpilogue = EPILOGUE;
+  const bool weight_, dweight_, dbias_, saved_is_normed_, dx_, dresidual_, nontemporal_;
+
+  template <class C>
+  Present(const Backward& a, const ParameterSums<C>& sums)
+      : weight_(a.weight), dweight_(sums.dweight), dbias_(sums.dbias), saved_is_normed_(a.saved_is_normed),
+        dx_(a.dx), dresidual_(a.dresidual), nontemporal_(a.nontemporal) {}
+  FN_INLINE bool holds() const {
+    const bool parameters = weight_ && dweight_ && (RMS ? !dbias_ : dbias_);
+    return parameters && !saved_is_normed_ && dx_ && (EPILOGUE || !dresidual_) && !nontemporal_;
+  }
+  FN_INLINE bool weight() const { return COMMON || weight_; }
+  FN_INLINE bool dweight() const { return COMMON || dweight_; }
+  FN_INLINE bool dbias() const { return COMMON ? !RMS : dbias_; }
+  FN_INLINE bool saved_is_normed() const { return !COMMON && saved_is_normed_; }
+  FN_INLINE bool dx() const { return COMMON || dx_; }
+  FN_INLINE bool dresidual() const { return (!COMMON || EPILOGUE) && dresidual_; }
+  FN_INLINE bool nontemporal() const { return !COMMON && nontemporal_; }
+};
+
+template <class C, class S, class E, class P>
+FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, int r, int64_t j, const P& present) {
   const Vec<C> v = extent.template load<C>(b.saved[r] + j);
-  if (!a.saved_is_normed) return (v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]);
+  if (!present.saved_is_normed()) return (P::kRms ? v : v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]);
   Vec<C> u = v;
   if (a.bias) u = u - extent.template load<C>((const C*)a.bias + j);
-  if (a.weight) u = u / extent.template load<C>((const C*)a.weight + j);
+  if (present.weight()) u = u / extent.template load<C>((const C*)a.weight + j);
   return extent.only(u);  // 0 / 0 past the row's end
 }
 
@@ -35,54 +64,61 @@ FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, i
 // four rows side by side it makes few. Not of rows so wide that a block of them would not stay in its cache meanwhile.
 constexpr int64_t kMostFetched = 256 << 10, kLeastNext = 2 << 10, kMostNext = 64 << 10;
 
-template <class C, class S>
-FN_INLINE void row_means(const Backward& a, Block<C, S>& b, int r) {
+// Sums of g xhat and of g over a row, lane by lane.
+template <class C, class S, class P>
+FN_INLINE void row_sums(const Backward& a, const Block<C, S>& b, int r, const P& present, Vec<C>& product,
+                                        Vec<C>& shift) {
   Sums<C> products, shifts;
+  products.clear(), shifts.clear();
   const bool stays = times(a.n_columns, sizeof(S)) <= kMostFetched;
-  const S *const dresidual_out = stays ? b.dresidual_out[r] : nullptr, *const x = stays ? b.x[r] : nullptr;
+  const S* const dresidual_out = stays ? b.dresidual_out[r] : nullptr;
+  const S* const x = P::kEpilogue && stays ? b.x[r] : nullptr;
   sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
     if (dresidual_out) __builtin_prefetch(dresidual_out + j);
     if (x) __builtin_prefetch(x + j);
     Vec<C> g = extent.template load<C>(b.dnormed[r] + j);
-    if (a.weight) g = g * extent.template load<C>((const C*)a.weight + j);
-    products.part[k] = products.part[k] + g * normalized(a, extent, b, r, j);
-    shifts.part[k] = shifts.part[k] + g;
+    if (present.weight()) g = g * extent.template load<C>((const C*)a.weight + j);
+    products.add(k, g * normalized(a, extent, b, r, j, present));
+    if (!P::kRms) shifts.add(k, g);
   }, [&]() __attribute__((always_inline)) { products.fold(), shifts.fold(); });
-  b.product[r] = products.total() / C(a.n_columns);
-  b.shift[r] = a.rms ? C(0) : shifts.total() / C(a.n_columns);
+  product = products.total(), shift = shifts.total();
 }
 
-// Gradients of a block's rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
+// Gradients of a block's R rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
 // additions are a quarter as long, and so is their error.
-template <class C, class S, bool EPILOGUE>
-FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, C* dweight, C* dbias, C* dx_bias, C* dlayer_scale) {
+template <class C, class S, int R, class P>
+FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, const ParameterSums<C>& sums, const P& present) {
+  const bool has_dresidual_out = b.dresidual_out[0];
+  const bool fetch = sizeof(S) == 2 && b.next_dnormed[0], dx = present.dx(), dresidual = present.dresidual();
   over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
     const auto load = [&](const C* p) __attribute__((always_inline)) { return extent.template load<C>(p + j); };
     const auto add = [&](const Vec<C>& v, C* p) __attribute__((always_inline)) {
       extent.store(Stored<C, C>::of(load(p) + v), p + j);
     };
     Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
-    if (a.weight) w = load((const C*)a.weight);
-    for (int r = 0; r < rows; ++r) {
-      if (b.next_dnormed[r]) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
-      const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j);
-      const Vec<C> g = a.weight ? dy * w : dy;
-      Vec<C> d = (g - xhat * Vec<C>(b.product[r]) - Vec<C>(b.shift[r])) * Vec<C>(b.rstd[r]);
-      if (b.dresidual_out[r]) d = d + extent.template load<C>(b.dresidual_out[r] + j);
-      if (b.dresidual[r]) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, a.nontemporal);
-      if (dweight) sw = sw + dy * xhat;
-      if (dbias) sb = sb + dy;
-      if (EPILOGUE) {
+    if (present.weight()) w = load((const C*)a.weight);
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      if (fetch) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
+      const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j, present);
+      const Vec<C> g = present.weight() ? dy * w : dy;
+      Vec<C> d = g - xhat * Vec<C>(b.product[r]);
+      if (!P::kRms) d = d - Vec<C>(b.shift[r]);
+      d = d * Vec<C>(b.rstd[r]);
+      if (has_dresidual_out) d = d + extent.template load<C>(b.dresidual_out[r] + j);
+      if (dresidual) extent.store(Stored<C, S>::of(d), b.dresidual[r] + j, present.nontemporal());
+      if (present.dweight()) sw = sw + dy * xhat;
+      if (present.dbias()) sb = sb + dy;
+      if (P::kEpilogue) {
         const At<C, decltype(extent)> at{a, extent, b.masks[r], b.path[r], j};
         const auto x = [&]() __attribute__((always_inline)) { return extent.template load<C>(b.x[r] + j); };
-        d = branch_gradient(at, d, x, dx_bias, dlayer_scale, sx, sl);
+        d = branch_gradient(at, d, x, sums.dx_bias, sums.dlayer_scale, sx, sl);
       }
-      if (b.dx[r]) extent.store(Stored<C, S>::of(d), b.dx[r] + j, a.nontemporal);
-    }
-    if (dweight) add(sw, dweight);
-    if (dbias) add(sb, dbias);
-    if (EPILOGUE && dx_bias) add(sx, dx_bias);
-    if (EPILOGUE && dlayer_scale) add(sl, dlayer_scale);
+      if (dx) extent.store(Stored<C, S>::of(d), b.dx[r] + j, present.nontemporal());
+    });
+    if (present.dweight()) add(sw, sums.dweight);
+    if (present.dbias()) add(sb, sums.dbias);
+    if (P::kEpilogue && sums.dx_bias) add(sx, sums.dx_bias);
+    if (P::kEpilogue && sums.dlayer_scale) add(sl, sums.dlayer_scale);
   });
 }
 
@@ -118,36 +154,53 @@ FN_INLINE void describe_row(const Backward& a, Block<C, S>& b, int r, int64_t ro
 
 FN_INLINE int64_t staged_rows(const Backward& a) { return (a.direct ? 0 : kStagedRows) + (a.element.on ? 1 : 0); }
 
-template <class C, class S, bool EPILOGUE>
-void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, int64_t end_chunk) {
+// R rows from `row` on.
+template <class C, class S, int R, class P>
+FN_INLINE void backward_block(const Backward& a, char* workspace, int64_t row, bool ahead, const ParameterSums<C>& sums,
+                              const P& present) {
+  Block<C, S> b;
   const int64_t n = a.n_columns, room = padded(n), per_row = staged_rows(a) * room;
+  Vec<C> products[R], shifts[R];
+  for (int r = 0; r < R; ++r) {
+    b.next_dnormed[r] = ahead ? row_of<S>(a.dnormed, row + kRowBlock + r) : nullptr;
+    b.next_saved[r] = ahead ? row_of<S>(a.saved, row + kRowBlock + r) : nullptr;
+    C* const staged = (C*)workspace + r * per_row;
+    describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
+    row_sums(a, b, r, present, products[r], shifts[r]);
+  }
+  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return products[r]; }, b.product);
+  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return shifts[r]; }, b.shift);
+  for (int r = 0; r < R; ++r) b.product[r] = b.product[r] / C(n), b.shift[r] = P::kRms ? C(0) : b.shift[r] / C(n);
+  gradients<C, S, R>(a, b, sums, present);
+  for (int r = 0; r < R && !a.direct; ++r) {
+    if (a.dx) stage_out((const C*)b.dx[r], n, a.dx_dtype, a.dx, (row + r) * n);
+    if (a.dresidual) stage_out((const C*)b.dresidual[r], n, a.dresidual_dtype, a.dresidual, (row + r) * n);
+  }
+}
+
+template <class C, class S, bool RMS, bool EPILOGUE>
+void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, int64_t end_chunk) {
+  const int64_t bytes = times(a.n_columns, sizeof(S));
   for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
     C* const partials = (C*)a.partials + chunk * a.n_sums * a.partial_stride;
-    for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, n * sizeof(C));
+    for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, a.n_columns * sizeof(C));
     const auto sum_at = [&](int index) { return index < 0 ? nullptr : partials + index * a.partial_stride; };
-    C *const dweight = sum_at(a.sum_dweight), *const dbias = sum_at(a.sum_dbias);
-    C *const dx_bias = sum_at(a.sum_dx_bias), *const dlayer_scale = sum_at(a.sum_dlayer_scale);
+    const ParameterSums<C> sums{sum_at(a.sum_dweight), sum_at(a.sum_dbias), sum_at(a.sum_dx_bias), sum_at(a.sum_dlayer_scale)};
     const int64_t begin = chunk * a.rows_per_chunk;
     const int64_t end = begin + a.rows_per_chunk < a.n_rows ? begin + a.rows_per_chunk : a.n_rows;
-    for (int64_t row = begin; row < end;) {
-      Block<C, S> b;
-      const int rows = end - row >= kRowBlock ? kRowBlock : int(end - row);
-      const int64_t bytes = n * sizeof(S);
+    const Present<true, RMS, EPILOGUE> common(a, sums);
+    const Present<false, RMS, EPILOGUE> any(a, sums);
+    int64_t row = begin;
+    for (; row + kRowBlock <= end; row += kRowBlock) {
       const bool ahead = sizeof(S) == 2 && bytes >= kLeastNext && bytes <= kMostNext && row + 2 * kRowBlock <= end;
-      for (int r = 0; r < rows; ++r) {
-        b.next_dnormed[r] = ahead ? row_of<S>(a.dnormed, row + kRowBlock + r) : nullptr;
-        b.next_saved[r] = ahead ? row_of<S>(a.saved, row + kRowBlock + r) : nullptr;
-        C* const staged = (C*)workspace + r * per_row;
-        describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
-        row_means(a, b, r);
-      }
-      gradients<C, S, EPILOGUE>(a, b, rows, dweight, dbias, dx_bias, dlayer_scale);
-      for (int r = 0; r < rows && !a.direct; ++r) {
-        if (a.dx) stage_out((const C*)b.dx[r], n, a.dx_dtype, a.dx, (row + r) * n);
-        if (a.dresidual) stage_out((const C*)b.dresidual[r], n, a.dresidual_dtype, a.dresidual, (row + r) * n);
-      }
-      row += rows;
+      if constexpr (kSpecialized<C>)
+        if (common.holds()) {
+          backward_block<C, S, kRowBlock>(a, workspace, row, ahead, sums, common);
+          continue;
+        }
+      backward_block<C, S, kRowBlock>(a, workspace, row, ahead, sums, any);
     }
+    for (; row < end; ++row) backward_block<C, S, 1>(a, workspace, row, false, sums, any);
   }
   if (a.nontemporal) fence_nontemporal();
 }
@@ -158,8 +211,11 @@ inline int64_t backward_workspace(const Backward& a) {
 
 inline void backward(const Backward& a, void* workspace, int64_t first_chunk, int64_t end_chunk) {
   with_row_types(a.wide, a.direct, a.row_dtype, [&](auto c, auto s) {
-    const auto run =
-        a.epilogue ? backward_chunks<decltype(c), decltype(s), true> : backward_chunks<decltype(c), decltype(s), false>;
+    typedef decltype(c) C;
+    typedef decltype(s) S;
+    auto run = a.rms ? backward_chunks<C, S, true, true> : backward_chunks<C, S, false, true>;
+    if constexpr (kSpecialized<C>)
+      if (!a.epilogue) run = a.rms ? backward_chunks<C, S, true, false> : backward_chunks<C, S, false, false>;
     run(a, (char*)workspace, first_chunk, end_chunk);
   });
 }

@@ -34,136 +34,235 @@ struct At {
   FN_INLINE void add(Vec<C>& sum, const Vec<C>& v) const { sum = sum + v; }
 };
 
+// Bytes of rows that are taken together: they stay in the first cache from one pass to the next.
+constexpr int64_t kTogether = 12 << 10;
+
+// A sum along a row, in four independent ones.
 template <class C>
 struct Sums {
-  Vec<C> part[4] = {Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0)), Vec<C>(C(0))}, blocks = part[0], whole = part[0];
-  int folds = 0;
+  Vec<C> part[4], blocks, whole;
+  int folds;
+
+  FN_INLINE void clear() {
+    part[0] = part[1] = part[2] = part[3] = blocks = whole = Vec<C>(C(0));
+    folds = 0;
+  }
+  FN_INLINE void add(int k, const Vec<C>& v) { part[k] = part[k] + v; }
+  FN_INLINE Vec<C> parts() const { return (part[0] + part[1]) + (part[2] + part[3]); }
   FN_INLINE void fold() {
-    blocks = blocks + ((part[0] + part[1]) + (part[2] + part[3]));
+    blocks = blocks + parts();
     part[0] = part[1] = part[2] = part[3] = Vec<C>(C(0));
     if (++folds % kSumSteps == 0) whole = whole + blocks, blocks = Vec<C>(C(0));
   }
-  FN_INLINE C total() const {
-    const Vec<C> rest = (part[0] + part[1]) + (part[2] + part[3]);
-    return sum(folds ? whole + (blocks + rest) : rest);
-  }
+  FN_INLINE Vec<C> total() const { return folds ? whole + (blocks + parts()) : parts(); }
 };
 
-// z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S: stored to z_out, kept in z where given.
-// Returns the sum of z * scale, or for RMSNorm that of its squares.
-template <class C, class S, bool EPILOGUE>
-FN_INLINE C combine(const Forward& a, const S* x, const S* residual, const Int<C>* masks, Path path, S* z_out, C* z,
-                    C scale) {
-  Sums<C> sums;
-  const bool rms = a.rms;
+// R rows that are taken together over the columns. All are read and written as S.
+template <class C, class S, int R>
+struct Rows {
+  const S *x[R], *residual[R], *z[R];  // z is where the normalization reads it
+  S *z_out[R], *out[R];
+  const S *next_x[R], *next_residual[R];  // of the next rows, to be fetched; or null
+  const Int<C>* masks[R];
+  Path path[R];
+  C mean[R], rstd[R];
+};
+
+// What stands before the norm: nothing, a residual to add, or more than that.
+enum class Before { kNothing, kResidual, kEpilogue };
+
+// z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S, and stored to z_out where given.
+// Totals are of z, or for RMSNorm of its squares.
+template <class C, class S, Before BEFORE, bool RMS, int R>
+FN_INLINE void combine(const Forward& a, const Rows<C, S, R>& b, C* totals) {
+  Sums<C> sums[R];
+  each<R>([&](auto r) __attribute__((always_inline)) { sums[r].clear(); });
+  const bool residual = BEFORE == Before::kResidual || b.residual[0];
   sum_over_columns<C>(a.n_columns, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
-    Vec<C> v = extent.template load<C>(x + j);
-    if (EPILOGUE) v = branch(At<C, decltype(extent)>{a, extent, masks, path, j}, v);
-    if (residual) v = extent.template load<C>(residual + j) + v;
-    const auto stored = Stored<C, S>::of(v);
-    if (z_out) extent.store(stored, z_out + j);
-    v = stored.value();
-    if (z) v.store(z + j);
-    sums.part[k] = sums.part[k] + (rms ? v * v : v * Vec<C>(scale));
-  }, [&]() __attribute__((always_inline)) { sums.fold(); });
-  return sums.total();
-}
-
-template <class C>
-FN_INLINE C centred_squares(const C* z, int64_t n, C mean) {
-  Sums<C> sums;
-  const Vec<C> centre(mean);
-  sum_over_columns<C>(n, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
-    const Vec<C> c = extent.only(extent.template load<C>(z + j) - centre);
-    sums.part[k] = sums.part[k] + c * c;
-  }, [&]() __attribute__((always_inline)) { sums.fold(); });
-  return sums.total();
-}
-
-// next_x and next_residual are the next row's operands, fetched meanwhile: the processor's own guesses end with a row. In
-// float32 that gained 3 to 8 %; in 16 bits nothing, and there they are null.
-template <class C, class S>
-FN_INLINE void normalize(const Forward& a, const C* z, C mean, C rstd, S* out, const S* next_x, const S* next_residual) {
-  const C *weight = (const C*)a.weight, *bias = (const C*)a.bias;
-  const Vec<C> centre(mean), factor(rstd);
-  const bool rms = a.rms;
-  over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
-    if (next_x) __builtin_prefetch(next_x + j, 0, 2);
-    if (next_residual) __builtin_prefetch(next_residual + j, 0, 2);
-    Vec<C> v = extent.template load<C>(z + j);
-    if (!rms) v = v - centre;
-    v = v * factor;
-    if (weight) v = v * extent.template load<C>(weight + j);
-    if (bias) v = v + extent.template load<C>(bias + j);
-    extent.store(Stored<C, S>::of(v), out + j);
-  });
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      Vec<C> v = extent.template load<C>(b.x[r] + j);
+      if (BEFORE == Before::kEpilogue) v = branch(At<C, decltype(extent)>{a, extent, b.masks[r], b.path[r], j}, v);
+      if (BEFORE != Before::kNothing) {
+        if (residual) v = extent.template load<C>(b.residual[r] + j) + v;
+        const auto z = Stored<C, S>::of(v);
+        extent.store(z, b.z_out[r] + j);
+        v = z.value();
+      }
+      sums[r].add(k, RMS ? v * v : v);
+    });
+  }, [&]() __attribute__((always_inline)) { each<R>([&](auto r) __attribute__((always_inline)) { sums[r].fold(); }); });
+  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return sums[r].total(); }, totals);
 }
 
 // The smallest power of two that is no less than n: sums scaled by its inverse cannot overflow, and lose nothing.
 FN_INLINE double power_of_two(int64_t n) { return n <= 1 ? 1.0 : double(int64_t(1) << (64 - __builtin_clzll(n - 1))); }
 
-template <class C, class S, bool EPILOGUE>
-void forward_rows(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
-  const bool direct = sizeof(S) != sizeof(C) || a.direct;  // rows that are staged are of the compute type
-  const int64_t n = a.n_columns, room = padded(n);
-  C* const z_row = (C*)workspace;
-  C *const x_row = z_row + room, *const residual_row = x_row + room;
-  Int<C>* const masks = a.element.on ? (Int<C>*)(direct ? x_row : residual_row + room) : nullptr;
+// The mean of a row whose sum overflows, or which is not finite.
+template <class C, class S>
+__attribute__((noinline, cold)) double scaled_mean(const S* z, int64_t n) {
   const double power = power_of_two(n);
-  const C scale = C(1 / power);
-  // Of a mean: for float a factor in double is as good as a division, which a narrow row would wait for.
-  const auto mean_of = [&, wide = sizeof(C) == 8, inverse = 1 / double(n)](double total) __attribute__((always_inline)) {
-    return wide ? total / double(n) : total * inverse;
-  };
-  C *const means = a.rms ? nullptr : (C*)a.stats, *const rstds = (C*)a.stats + (a.rms ? 0 : a.n_rows);
-  for (int64_t row = first_row; row < end_row; ++row) {
-    const Path path = EPILOGUE ? path_of(a, row) : Path::kNone;
-    if (EPILOGUE && masks) row_masks(a, row, masks);
-    const C* z = z_row;
-    C total;
-    if (direct) {
-      const S *x = row_of<S>(a.x, row), *residual = row_of<S>(a.residual, row);
-      S* z_out = a.z ? (S*)a.z + row * n : nullptr;
-      C* keep = z_row;
-      if (sizeof(S) == sizeof(C)) {  // then z can be read where it is
-        const void* source = z_out ? (const void*)z_out : EPILOGUE || residual ? nullptr : (const void*)x;
-        if (source) z = (const C*)source, keep = nullptr;
-      }
-      total = combine<C, S, EPILOGUE>(a, x, residual, masks, path, z_out, keep, scale);
-    } else {
-      stage_in(a.x, row, n, x_row);
-      if (a.residual.data) stage_in(a.residual, row, n, residual_row);
-      combine<C, C, EPILOGUE>(a, x_row, a.residual.data ? residual_row : nullptr, masks, path, nullptr, z_row, scale);
-      round_row(z_row, n, a.z_dtype, a.z, row * n);
-      total = combine<C, C, false>(a, z_row, nullptr, nullptr, Path::kNone, nullptr, nullptr, scale);
-    }
-    // once a row, so in double: one rounding each
-    const C mean = a.rms ? C(0) : C(mean_of(total * power));
-    const C squares = a.rms ? total : centred_squares<C>(z, n, mean);
-    const C rstd = C(1 / __builtin_sqrt(mean_of(squares) + a.eps));
-    if (means) means[row] = mean;
-    rstds[row] = rstd;
-    if (direct) {
-      const bool ahead = sizeof(S) == sizeof(C) && row + 1 < end_row;
-      normalize<C, S>(a, z, mean, rstd, (S*)a.normed + row * n, ahead ? row_of<S>(a.x, row + 1) : nullptr,
-                      ahead ? row_of<S>(a.residual, row + 1) : nullptr);
-    } else {
-      normalize<C, C>(a, z, mean, rstd, x_row, nullptr, nullptr);
-      stage_out(x_row, n, a.normed_dtype, a.normed, row * n);
-    }
+  const Vec<C> scale(C(1 / power));
+  Sums<C> sums;
+  sums.clear();
+  sum_over_columns<C>(n, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    sums.add(k, extent.template load<C>(z + j) * scale);
+  }, [&]() __attribute__((always_inline)) { sums.fold(); });
+  return sum(sums.total()) * power / double(n);
+}
+
+template <class C, class S, int R>
+FN_INLINE void centred_squares(const Rows<C, S, R>& b, int64_t n, C* totals) {
+  Sums<C> sums[R];
+  each<R>([&](auto r) __attribute__((always_inline)) { sums[r].clear(); });
+  sum_over_columns<C>(n, [&](auto extent, int64_t j, int k) __attribute__((always_inline)) {
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec<C> c = extent.only(extent.template load<C>(b.z[r] + j) - Vec<C>(b.mean[r]));
+      sums[r].add(k, c * c);
+    });
+  }, [&]() __attribute__((always_inline)) { each<R>([&](auto r) __attribute__((always_inline)) { sums[r].fold(); }); });
+  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return sums[r].total(); }, totals);
+}
+
+// What the next rows read is fetched meanwhile, since the processor's own guesses end with a row. In 16 bits nothing was
+// gained by it.
+template <class C, class S, Before BEFORE, bool RMS, int R, class AFFINE, class PAST>
+FN_INLINE void normalize(const Forward& a, const Rows<C, S, R>& b, AFFINE affine, PAST nontemporal) {
+  const C* const weight = (const C*)a.weight;
+  const C* const bias = RMS ? nullptr : (const C*)a.bias;
+  const bool has_weight = affine || weight, has_bias = !RMS && (affine || bias), fetch = sizeof(S) == sizeof(C) && b.next_x[0];
+  const bool fetch_residual = BEFORE != Before::kNothing && fetch && b.next_residual[0];
+  over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
+    Vec<C> w, shift;
+    if (has_weight) w = extent.template load<C>(weight + j);
+    if (has_bias) shift = extent.template load<C>(bias + j);
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      if (fetch) __builtin_prefetch(b.next_x[r] + j, 0, 2);
+      if (fetch_residual) __builtin_prefetch(b.next_residual[r] + j, 0, 2);
+      Vec<C> v = extent.template load<C>(b.z[r] + j);
+      if (!RMS) v = v - Vec<C>(b.mean[r]);
+      v = v * Vec<C>(b.rstd[r]);
+      if (has_weight) v = v * w;
+      if (has_bias) v = v + shift;
+      extent.store(Stored<C, S>::of(v), b.out[r] + j, nontemporal);
+    });
+  });
+}
+
+// Of n columns, from a total. Once a row, so in double: one rounding each. For float a factor is as good as a division,
+// which a narrow row would wait for.
+template <class C>
+struct Mean {
+  const double n, inverse = 1 / n;
+  FN_INLINE double of(double total) const { return sizeof(C) == 8 ? total / n : total * inverse; }
+};
+
+template <class C, class S, Before BEFORE, bool RMS, int R>
+FN_INLINE void forward_block(const Forward& a, Rows<C, S, R>& b, const Mean<C>& mean, C* means, C* rstds) {
+  C totals[R], squares[R];
+  combine<C, S, BEFORE, RMS, R>(a, b, totals);
+  for (int r = 0; r < R; ++r) b.mean[r] = RMS ? C(0) : C(mean.of(totals[r]));
+  for (int r = 0; r < R && !RMS; ++r)
+    if (__builtin_expect(!__builtin_isfinite(totals[r]), 0)) b.mean[r] = C(scaled_mean<C>(b.z[r], a.n_columns));
+  if (!RMS) centred_squares<C, S, R>(b, a.n_columns, squares);
+  for (int r = 0; r < R; ++r) {
+    b.rstd[r] = rstds[r] = C(1 / __builtin_sqrt(mean.of(RMS ? totals[r] : squares[r]) + a.eps));
+    if (means) means[r] = b.mean[r];
   }
+  // A loop of its own for the common case: conditions inside of it took 60 % more time.
+  if (kSpecialized<C> && a.weight && (RMS || a.bias) && !a.nontemporal)
+    normalize<C, S, BEFORE, RMS, R>(a, b, std::true_type{}, std::false_type{});
+  else
+    normalize<C, S, BEFORE, RMS, R>(a, b, a.weight && (RMS || a.bias), a.nontemporal);
+}
+
+// Rows as they lie.
+template <class C, class S, Before BEFORE, bool RMS, int R>
+FN_INLINE void forward_direct(const Forward& a, char* workspace, int64_t row, bool ahead, const Mean<C>& mean, C* means,
+                              C* rstds) {
+  constexpr bool kEpilogue = BEFORE == Before::kEpilogue;
+  const int64_t n = a.n_columns, room = padded(n);
+  Rows<C, S, R> b;
+  for (int r = 0; r < R; ++r) {
+    Int<C>* const masks = (Int<C>*)workspace + r * room;
+    b.masks[r] = kEpilogue && a.element.on ? masks : nullptr;
+    if (kEpilogue && a.element.on) row_masks(a, row + r, masks);
+    b.path[r] = kEpilogue ? path_of(a, row + r) : Path::kNone;
+    b.x[r] = row_of<S>(a.x, row + r), b.residual[r] = row_of<S>(a.residual, row + r);
+    b.out[r] = (S*)a.normed + (row + r) * n;
+    // z that nobody keeps stands where the result will, which is written after it is read
+    b.z_out[r] = a.z ? (S*)a.z + (row + r) * n : b.out[r];
+    b.z[r] = BEFORE == Before::kNothing ? b.x[r] : b.z_out[r];
+    b.next_x[r] = ahead ? row_of<S>(a.x, row + R + r) : nullptr;
+    b.next_residual[r] = ahead ? row_of<S>(a.residual, row + R + r) : nullptr;
+  }
+  forward_block<C, S, BEFORE, RMS, R>(a, b, mean, means, rstds);
+}
+
+// A row that is read and written in other dtypes, or with strides, by way of rows of C.
+template <class C, bool RMS>
+FN_INLINE void forward_staged(const Forward& a, C* workspace, int64_t row, const Mean<C>& mean, C* means, C* rstds) {
+  const int64_t n = a.n_columns, room = padded(n);
+  C *const x = workspace, *const residual = x + room, *const z = residual + room;
+  Int<C>* const masks = a.element.on ? (Int<C>*)(z + room) : nullptr;
+  if (masks) row_masks(a, row, masks);
+  stage_in(a.x, row, n, x);
+  if (a.residual.data) stage_in(a.residual, row, n, residual);
+  Rows<C, C, 1> b{{x}, {a.residual.data ? residual : nullptr}, {z}, {z}, {x}, {nullptr}, {nullptr}, {masks},
+                  {a.epilogue ? path_of(a, row) : Path::kNone}, {}, {}};
+  C unrounded;
+  combine<C, C, Before::kEpilogue, RMS, 1>(a, b, &unrounded);
+  round_row(z, n, a.z_dtype, a.z, row * n);
+  b.x[0] = z;
+  forward_block<C, C, Before::kNothing, RMS, 1>(a, b, mean, means, rstds);
+  stage_out(x, n, a.normed_dtype, a.normed, row * n);
+}
+
+template <class C, class S, Before BEFORE, bool RMS>
+void direct_rows(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
+  const Mean<C> mean{double(a.n_columns)};
+  C *const means = RMS ? nullptr : (C*)a.stats, *const rstds = (C*)a.stats + (RMS ? 0 : a.n_rows);
+  int64_t row = first_row;
+  const auto block = [&](auto rows) __attribute__((always_inline)) {
+    constexpr int R = rows;
+    for (; row + R <= end_row; row += R)
+      forward_direct<C, S, BEFORE, RMS, R>(a, workspace, row, row + 2 * R <= end_row, mean, means ? means + row : nullptr,
+                                           rstds + row);
+  };
+  if constexpr (kUnrolled)
+    if (kRowBlock * times(a.n_columns, sizeof(S)) <= kTogether) block(std::integral_constant<int, kRowBlock>{});
+  block(std::integral_constant<int, 1>{});
+  if (a.nontemporal) fence_nontemporal();
+}
+
+template <class C, bool RMS>
+void staged_rows(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
+  const Mean<C> mean{double(a.n_columns)};
+  C *const means = RMS ? nullptr : (C*)a.stats, *const rstds = (C*)a.stats + (RMS ? 0 : a.n_rows);
+  for (int64_t row = first_row; row < end_row; ++row)
+    forward_staged<C, RMS>(a, (C*)workspace, row, mean, means ? means + row : nullptr, rstds + row);
 }
 
 inline int64_t forward_workspace(const Forward& a) {
-  const int64_t rows = (a.direct ? 1 : 3) + (a.element.on ? 1 : 0);
-  return times(rows, padded(a.n_columns), a.wide ? 8 : 4);
+  const int64_t masks = a.element.on ? (a.direct ? kRowBlock : 1) : 0;
+  return times((a.direct ? 0 : 3) + masks, padded(a.n_columns), a.wide ? 8 : 4);
+}
+
+template <bool RMS>
+void forward_of(const Forward& a, char* workspace, int64_t first_row, int64_t end_row) {
+  with_row_types(a.wide, a.direct, a.row_dtype, [&](auto c, auto s) {
+    typedef decltype(c) C;
+    typedef decltype(s) S;
+    if (std::is_same_v<C, S> && !a.direct) return staged_rows<C, RMS>(a, workspace, first_row, end_row);
+    auto run = direct_rows<C, S, Before::kEpilogue, RMS>;
+    if (!a.epilogue && !a.residual.data) run = direct_rows<C, S, Before::kNothing, RMS>;
+    if constexpr (kSpecialized<C>)
+      if (!a.epilogue && a.residual.data) run = direct_rows<C, S, Before::kResidual, RMS>;
+    run(a, workspace, first_row, end_row);
+  });
 }
 
 inline void forward(const Forward& a, void* workspace, int64_t first_row, int64_t end_row) {
-  with_row_types(a.wide, a.direct, a.row_dtype, [&](auto c, auto s) {
-    const auto run = a.epilogue ? forward_rows<decltype(c), decltype(s), true> : forward_rows<decltype(c), decltype(s), false>;
-    run(a, (char*)workspace, first_row, end_row);
-  });
+  (a.rms ? forward_of<true> : forward_of<false>)(a, (char*)workspace, first_row, end_row);
 }
 
 }  // namespace FN_ISA

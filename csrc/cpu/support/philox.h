@@ -70,7 +70,7 @@ void mask_columns(uint64_t seed, uint64_t row, uint32_t threshold, int64_t colum
 }
 
 // Whether the branch of a sample is kept.
-FN_INLINE bool path_kept(uint64_t seed, uint64_t sample, uint32_t threshold) {
+__attribute__((noinline)) inline bool path_kept(uint64_t seed, uint64_t sample, uint32_t threshold) {
   Words c[4] = {Words{}, Words{} + uint32_t(sample), Words{} + uint32_t(sample >> 32), Words{} + uint64_t(kPathPhiloxOffset)};
   philox<Word>(c, seed);
   return uint32_t(c[0][0]) >= threshold;
@@ -78,7 +78,7 @@ FN_INLINE bool path_kept(uint64_t seed, uint64_t sample, uint32_t threshold) {
 
 // The masks of a row, which spans several mask rows where several dimensions are normalized together.
 template <class I>
-FN_INLINE void row_masks(const Common& a, int64_t row, I* out) {
+__attribute__((noinline)) void row_masks(const Common& a, int64_t row, I* out) {
   const int64_t width = a.mask_columns, count = a.n_columns / width;
   for (int64_t i = 0; i < count; ++i)
     mask_columns<I>(a.seed, uint64_t(row * count + i), a.element.threshold, 0, width, out + i * width);

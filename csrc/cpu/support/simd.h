@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,6 +24,26 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kNative = 64 / kBytes;
+
+// Where a vector is one register, loops over a few rows are unrolled. Elsewhere there are too few registers for it.
+constexpr bool kUnrolled = kNative == 1;
+
+// Where loops are compiled for the common cases as well, in which conditions are constants.
+template <class C>
+constexpr bool kSpecialized = kNative <= 2 && sizeof(C) == 4;
+
+// step(0), step(1), ... to N - 1. Unrolled, each index is a constant, so arrays that it picks from stay in registers.
+template <class F, int... INDEX>
+FN_INLINE void each_of(F&& step, std::integer_sequence<int, INDEX...>) {
+  (step(std::integral_constant<int, INDEX>{}), ...);
+}
+template <int N, class F>
+FN_INLINE void each(F&& step) {
+  if constexpr (kUnrolled)
+    each_of(step, std::make_integer_sequence<int, N>{});
+  else
+    for (int i = 0; i < N; ++i) step(i);
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -127,6 +148,24 @@ FN_INLINE T sum(const Vec<T>& a) {
   for (int half = kNative / 2; half; half /= 2)
     for (int k = 0; k < half; ++k) s.v[k] = s.v[k] + s.v[k + half];
   return sum_of<T, kBytes>(s.v[0]);
+}
+
+// sum() of R vectors, which `of` gives by their index: of four at once in a third of the instructions.
+template <class T, int R, class F>
+FN_INLINE void sums_of_lanes(F&& of, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (R == 4 && sizeof(T) == 4) {
+    const __m512 a = (__m512)of(0).v[0], b = (__m512)of(1).v[0], c = (__m512)of(2).v[0], d = (__m512)of(3).v[0];
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
+    return;
+  }
+#endif
+  for (int r = 0; r < R; ++r) out[r] = sum(of(r));
 }
 
 template <class T>

@@ -97,7 +97,15 @@ struct Storage<BFloat16> {
   static FN_INLINE Native<float> widen(HalfNative<uint16_t> h) {
     return (Native<float>)(unpack(h) << 16);
   }
-  static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) { return pack(narrow_bfloat16(f)); }
+  static FN_INLINE HalfNative<uint16_t> narrow(Native<float> f) {
+#if defined(__AVX512BF16__)
+    // The instruction takes subnormal numbers for zero, and keeps bits of a NaN.
+    if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)f, 0xa1), 0)) return pack(narrow_bfloat16(f));
+    return (HalfNative<uint16_t>)_mm512_cvtneps_pbh((__m512)f);
+#else
+    return pack(narrow_bfloat16(f));
+#endif
+  }
 };
 
 template <>

@@ -5,6 +5,9 @@
 namespace fusednorm_cpu {
 
 #if defined(__x86_64__)
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -24,8 +27,10 @@ const std::vector<const Kernels*>& usable() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
       found.push_back(&avx512::kernels);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       found.push_back(&avx2::kernels);
 #endif
