@@ -79,7 +79,9 @@ def _tuned() -> list[str]:
         found = tuned.file(torch.device(device))
         said = f"not here for {device}; type `fusednorm tune`"
         if found is not None:
-            said = f"{len(found.points)} classes of calls on {device}, {found.date[:10]}, {found.path}"
+            forms = sum(map(len, found.forms.values()))
+            count = f"{len(found.points)} classes of calls" + (f" and {forms} forms of kernels" if forms else "")
+            said = f"{count} on {device}, {found.date[:10]}, {found.path}"
         lines.append(f"{'' if lines else 'tuned':<10} {said}")
     return lines
 

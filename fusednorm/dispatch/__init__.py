@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..providers.cuda import library as _cuda_library
-from . import eager, fastpath, registry, resolve, rules, settings
+from ..providers.triton import norm_config as _triton_config
+from . import eager, fastpath, registry, resolve, rules, settings, tuned
 from .registry import PROVIDERS, available_providers, function, get, refusal, serving, unavailable_reason
 from .resolve import Request
 from .settings import Decision, batch_invariant, recording, requested, use_provider
@@ -36,3 +37,5 @@ get("torch")
 get("cpu")
 get("cuda")
 _cuda_library.hand_over = fastpath.attach_cuda
+_cuda_library.keep_forms = tuned.keep_in_cuda
+_triton_config.kept = tuned.triton_forms

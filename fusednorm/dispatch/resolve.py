@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from typing import NamedTuple
@@ -10,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from .._once import first_time
-from .._options import AttentionInputs, AttentionOptions, Inputs, Options
+from .._options import AttentionInputs, AttentionOptions, Inputs, NormOptions, Options
 from .._transforms import traced, transform_active, wants_gradients
-from . import registry, rules, rules_attention, settings
+from . import registry, rules, rules_attention, settings, tuned
 from .settings import Decision, Settings
 
 _log = logging.getLogger("fusednorm")
@@ -55,12 +56,22 @@ def _decide(request: Request, setting: Settings) -> Decision:
         if setting.provider == "torch":
             attention = isinstance(request.inputs, AttentionInputs)
             how = "torch's own operator" if attention else "torch's own operators"
-        return Decision(request.function, setting.provider, how)
+        return Decision(request.function, setting.provider, how + _form_note(setting.provider, request))
     provider, refusals, why = _first(request, setting)
     if isinstance(request.inputs, AttentionInputs):
         return _attention(request, provider, refusals, setting)
     how = "torch's own operators" if provider == "torch" else _FUSED
-    return Decision(request.function, provider, f"{how}: {why}" if why else how, refusals)
+    how = f"{how}: {why}" if why else how
+    return Decision(request.function, provider, how + _form_note(provider, request), refusals)
+
+
+def _form_note(provider: str, request: Request) -> str:
+    inputs, options = request.inputs, request.options
+    if not isinstance(options, NormOptions) or torch.compiler.is_compiling() or traced():
+        return ""
+    x = inputs[0]
+    widest = max(x.dtype.itemsize, options.residual_dtype.itemsize, options.normed_dtype.itemsize)
+    return tuned.form_note(provider, x, math.prod(x.shape[x.ndim - options.normalized_ndim :]), widest)
 
 
 def _first(request: Request, setting: Settings) -> tuple[str, _Refusals, str]:

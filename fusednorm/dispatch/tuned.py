@@ -6,6 +6,7 @@ A file holds one device's measurements, for one number of threads on a CPU:
 - ``steps``: lines of steps as in `crossovers.py`, fitted to the measured shapes.
   A provider is ``torch/cudnn`` where one kernel of torch's attention was the fastest.
 - ``points``: by the same lines, `[rows, columns, provider, ratio]` of shapes that were measured one by one.
+- ``forms``: launch configurations of norm kernels that take the place of a provider's own, as in `tuned_forms.py`.
 
 This process's measurements come first, then the file's points, then its steps.
 """
@@ -27,9 +28,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .._once import first_time
-from . import crossovers, fastpath, registry
+from ..providers.cuda import library as cuda
+from ..providers.forms import Place
+from ..providers.triton.config import Form, form_of
+from . import crossovers, fastpath, registry, tuned_forms
 
-FORMAT = 1
+FORMAT = 2
 FOLDER_VARIABLE, SWITCH_VARIABLE = "FUSEDNORM_CACHE_DIR", "FUSEDNORM_TUNED"
 
 
@@ -49,6 +53,7 @@ class Tuned(NamedTuple):
     date: str
     steps: dict[str, list[crossovers.Step]]
     points: dict[tuple[str, int, int], Point]  # by line, rows and columns
+    forms: tuned_forms.Forms  # by provider
 
 
 # (device, line, rows, columns) -> the fastest; what autotune measured
@@ -162,7 +167,7 @@ def read(path: Path, now: dict[str, Any]) -> Tuned:
     try:
         return _checked(path, content)
     except (ValueError, TypeError, LookupError, AttributeError) as fault:
-        raise Unusable(f"it is damaged ({type(fault).__name__}: {fault})") from None
+        raise Unusable(damaged(fault)) from None
 
 
 def _checked(path: Path, content: dict[str, Any]) -> Tuned:
@@ -180,7 +185,7 @@ def _checked(path: Path, content: dict[str, Any]) -> Tuned:
     unknown = sorted(name for name in names if name.partition("/")[0] not in registry.PROVIDERS)
     if unknown:
         raise ValueError(f"unknown providers {unknown}")
-    return Tuned(path, date, steps, points)
+    return Tuned(path, date, steps, points, tuned_forms.read(content["forms"]))
 
 
 _files: dict[tuple[str, int | None, int], Tuned | None] = {}
@@ -205,13 +210,7 @@ def _load(device: torch.device) -> Tuned | None:
     except FileNotFoundError:
         return None
     except Unusable as fault:
-        if first_time(path):
-            warnings.warn(
-                f"{path} is not used: {fault}. What the package ships decides instead. Type `fusednorm tune` to "
-                f"measure anew, or set {SWITCH_VARIABLE}=0 to end this warning.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn(path, fault)
     except Exception as fault:  # no home folder, no permission to look: automatic choice goes on without the file
         if first_time("no tuned file"):
             warnings.warn(
@@ -221,6 +220,20 @@ def _load(device: torch.device) -> Tuned | None:
                 stacklevel=2,
             )
     return None
+
+
+def _warn(path: Path, fault: object) -> None:
+    if first_time(path):
+        warnings.warn(
+            f"{path} is not used: {fault}. What the package ships decides instead. Type `fusednorm tune` to "
+            f"measure anew, or set {SWITCH_VARIABLE}=0 to end this warning.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def damaged(fault: Exception) -> str:
+    return f"it is damaged ({type(fault).__name__}: {fault})"
 
 
 def find(
@@ -258,6 +271,47 @@ def providers(device: torch.device, operation: str) -> set[str]:
     return names
 
 
+# --- launch configurations ---
+
+
+def _forms(provider: str, index: int) -> tuple[Tuned | None, dict[Place, tuple[int, ...]]]:
+    """The file of a GPU, or of the CPU where kernels are emulated (-1), and a provider's forms in it."""
+    found = file(torch.device("cuda", index) if index >= 0 else torch.device("cpu"))
+    return found, {} if found is None else found.forms[provider]
+
+
+def triton_forms(index: int) -> dict[Place, Form]:
+    return {place: form_of(numbers) for place, numbers in _forms("triton", index)[1].items()}
+
+
+def keep_in_cuda(indices: list[int]) -> None:
+    """Give the CUDA library the forms of these GPUs. A file whose forms it refuses is damaged, and left out."""
+    given: list[int] = []
+    cuda.ops.keep(given)
+    for index in indices:
+        found, forms = _forms("cuda", index if cuda.EMULATED is None else -1)
+        if found is not None and forms:
+            try:
+                cuda.ops.keep(wanted := given + tuned_forms.packed(index, forms))
+                given = wanted
+            except RuntimeError as fault:
+                _files.update({key: None for key, value in _files.items() if value is found})
+                _warn(found.path, damaged(fault))
+
+
+def form_note(provider: str, x: torch.Tensor, columns: int, itemsize: int) -> str:
+    """For explain(): whether rows of so many columns are launched in a form of the user's file."""
+    if provider not in ("triton", "cuda"):
+        return ""
+    found, forms = _forms(provider, x.get_device())
+    if found is None or not any(place[1:3] == (columns, itemsize) for place in forms):
+        return ""
+    return f", in a form tuned for {columns} columns ({found.path})"
+
+
 def forget() -> None:
-    """Read the files again when they are next asked for."""
+    """Read the files again when they are next asked for; prepared launches go with them."""
     _files.clear()
+    if "triton" in registry._modules:
+        registry.get("triton")[0].forget_variants()
+    cuda.attach()

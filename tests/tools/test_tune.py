@@ -18,11 +18,12 @@ from backends import EMULATED
 import fusednorm
 from benchmarks import measure
 from benchmarks.cases import Case
+from fusednorm.tuning import forms as tune_forms
 from fusednorm.tuning import supervise
-from tools.tune import forms as tune_forms
+from fusednorm.tuning.forms import Variant
+from tools.tune import cases as tune_cases
 from tools.tune import norms as tune
 from tools.tune import report as tune_report
-from tools.tune.forms import Variant
 
 pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
@@ -53,8 +54,8 @@ PLANTED = [
 @pytest.fixture
 def planted(monkeypatch):
     """A provider with a wrong form, one that raises when it is forced and one when it is called."""
-    monkeypatch.setattr(tune_forms, "variants", lambda case, device, provider: ("its own", PLANTED))
-    monkeypatch.setattr(tune_forms, "absent", lambda device_type: {"reference": None})
+    monkeypatch.setattr(tune_forms, "variants", lambda kernel, device, provider: ("its own", PLANTED))
+    monkeypatch.setattr(tune_cases, "absent", lambda device_type: {"reference": None})
 
 
 @pytest.mark.parametrize("direction", tune.DIRECTIONS)
@@ -234,7 +235,7 @@ def test_tables_name_the_faster_form_and_what_was_wrong():
 
 @pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
 def test_command_measures_the_emulation(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune_forms, "OURS", ("cuda",))
+    monkeypatch.setattr(tune_cases, "OURS", ("cuda",))
     path = tmp_path / "tune.json"
     arguments = ["--device", "cpu", "--seconds", "0.01", "--json", str(path), "--only"]
     assert tune.main([*arguments, "^add_layer_norm/.*/bfloat16/6x1024$"]) == 0
@@ -259,7 +260,7 @@ def test_command_takes_no_case_after_the_limit(planted, tmp_path, capsys):
 
 
 def test_command_says_that_nothing_has_forms_here(monkeypatch, capsys):
-    monkeypatch.setattr(tune_forms, "absent", lambda device_type: {"cuda": "no GPU", "triton": "not installed"})
+    monkeypatch.setattr(tune_cases, "absent", lambda device_type: {"cuda": "no GPU", "triton": "not installed"})
     assert tune.main(["--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert "no provider of ours has forms to try here" in said and "cuda: no GPU" in said

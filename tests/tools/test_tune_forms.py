@@ -11,14 +11,15 @@ from backends import EMULATED, INTERPRETED
 
 import fusednorm
 from benchmarks.cases import Case
-from fusednorm.providers.triton import norm as triton_norm
+from fusednorm.providers.forms import Place
 from fusednorm.providers.triton import norm_config as table
-from fusednorm.providers.triton.config import Config
-from tools.tune import forms as tune_forms
+from fusednorm.providers.triton.config import Config, Pinned
+from fusednorm.tuning import forms as tune_forms
+from fusednorm.tuning import variants as tune_variants
+from fusednorm.tuning.forms import Variant, cuda_form, triton_form
+from fusednorm.tuning.variants import Backward, Forward
 from tools.tune import norms as tune
-from tools.tune import variants as tune_variants
-from tools.tune.forms import Variant, cuda_form, triton_form
-from tools.tune.variants import Backward, Forward, Pinned
+from tools.tune.cases import kernel_of
 
 CPU = torch.device("cpu")
 emulated = pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
@@ -55,7 +56,7 @@ def forms(case: Case) -> tuple[tuple, list, int]:
     """The table's form, those beside it, and the vectors of a row."""
     n_rows, n = case.shape
     vectors = n * case.torch_dtype.itemsize // 16
-    chunks, threads, rows, ranks, tiles = tune_forms.cuda_table(case, CPU)[case.direction][:5]
+    chunks, threads, rows, ranks, tiles = tune_forms.cuda_table(kernel_of(case), CPU)[case.direction][:5]
     if case.direction == "forward":
         base = Forward(chunks, threads, rows, ranks)
         return base, tune_variants.cuda_forward(vectors, base), vectors
@@ -109,7 +110,7 @@ def test_backward_varies_one_thing_at_a_time(hopper):
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_configurations_of_triton_hold_the_row(name):
     case = GPU_CASES[name]
-    base, *others = tune_forms.triton_configs(case)
+    base, *others = tune_forms.triton_configs(kernel_of(case))
     assert 3 <= len(others) <= tune_variants.MOST_TRITON and len({base, *others}) == 1 + len(others)
     n = case.shape[-1]
     for config in (base, *others):
@@ -167,15 +168,26 @@ def test_cuda_takes_the_form_that_is_forced(hopper, generator):
 
 
 def test_the_tables_configuration_of_triton_comes_back_after_a_fault():
-    before = triton_norm._forward, triton_norm._backward, table.forward, table.backward
-    for direction in tune.DIRECTIONS:
-        context = triton_form(direction, Config(1, 2048, 2, 8, 1))
-        with pytest.raises(Fault), context():
-            assert getattr(triton_norm, f"_{direction}") is not before[direction == "backward"]
-            raise Fault
-        with pytest.raises(TypeError), context():
-            getattr(triton_norm, f"_{direction}")("too few arguments")
-    assert (triton_norm._forward, triton_norm._backward, table.forward, table.backward) == before
+    form, place = Config(1, 2048, 2, 8, 1), Place("forward", 4096, 4, 1)
+    layout, own = (0, 8, False), table.forward(4096, False, True, False, False)
+    with pytest.raises(Fault), triton_form(place, form):
+        assert table.chosen(place, -1, layout, own) == form
+        raise Fault
+    assert table.chosen(place, -1, layout, own) == own
+    with (
+        pytest.raises(ValueError, match="does not hold a row of 4097"),
+        triton_form(place._replace(columns=4097), form),
+    ):
+        pass
+    assert table.tried == {}
+
+
+def test_rows_of_other_layouts_keep_the_tables_configuration():
+    place, own = Place("backward", 4096, 2), table.backward(4096, 0, False)
+    with triton_form(place, Config(1, 1024, 4, 8, 1)):
+        assert table.chosen(place, -1, (0, 8, False), own) != own
+        for layout in ((1, 8, False), (0, 8, True)):
+            assert table.chosen(place, -1, layout, own) == own
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not what runs its kernels here")
@@ -186,10 +198,10 @@ def test_what_is_compiled_ahead_is_what_a_call_launches(name):
 
     case = GPU_CASES[name]
     small = Case(case.op, (3, case.shape[1]), case.dtype, case.direction)
-    for config in tune_forms.triton_configs(case)[:3]:
+    for config in tune_forms.triton_configs(kernel_of(case))[:3]:
         expected, launched = launches(case, config), []
-        form = triton_form(case.direction, config)
-        with compile.launches(launched.append), form(), fusednorm.use_provider("triton"):
+        form = triton_form(kernel_of(case).place("triton"), config)
+        with compile.launches(launched.append), form, fusednorm.use_provider("triton"):
             op = case.operation
             leaves = {n: torch.zeros(s, dtype=case.torch_dtype) for n, s in op.inputs(small.shape).items()}
             grad = case.direction == "backward"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
-from fusednorm.providers.triton.config import Config
-from tools.tune.forms import norm_of, triton_configs, triton_form
-from tools.tune.variants import Pinned
+from fusednorm.providers.triton.config import Form
+from fusednorm.tuning.forms import triton_configs, triton_form
+from tools.tune.cases import kernel_of, norm_of
 
 
-def launches(case: Case, config: Config | Pinned) -> list[Any]:
+def launches(case: Case, config: Form) -> list[Any]:
     """Every launch of the case, as `tools.codegen.compile` notes them. No row count is compiled in."""
     from tools.codegen import compile, norm_calls
 
@@ -30,12 +30,12 @@ def launches(case: Case, config: Config | Pinned) -> list[Any]:
     words = {name for name, on in switches.items() if on}
     call = norm_calls.whole(words, backward=backward, dtype=case.torch_dtype, layout="aligned")
     noted: list[compile.Launch] = []
-    with compile.launches(noted.append), triton_form(case.direction, config)():
+    with compile.launches(noted.append), triton_form(kernel_of(case).place("triton"), config):
         norm_calls.norm_call(call, case.shape[-1])
     return [launch for launch in noted if ("fwd" in launch.kernel) != backward]
 
 
-def _compile(case: Case, config: Config | Pinned, arch: int) -> None:
+def _compile(case: Case, config: Form, arch: int) -> None:
     for launch in launches(case, config):
         launch.compiled(arch)
 
@@ -55,7 +55,9 @@ class Compiling:
     def __init__(self, cases: Iterable[Case], arch: int, jobs: int) -> None:
         self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
         self._compiled = [
-            self._pool.submit(_compile, case, config, arch) for case in cases for config in triton_configs(case)
+            self._pool.submit(_compile, case, config, arch)
+            for case in cases
+            for config in triton_configs(kernel_of(case))
         ]
 
     @property

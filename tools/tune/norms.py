@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report.files import make_folder, write_result
 from benchmarks.report.table import table
+from fusednorm.tuning import forms as tune_forms
+from fusednorm.tuning.forms import Variant
 from fusednorm.tuning.supervise import Message, Step, supervised
-from tools.tune import forms as tune_forms
+from tools.tune import cases as tune_cases
 from tools.tune import report as tune_report
 from tools.tune.compile_ahead import Compiling
-from tools.tune.forms import Variant
 
 OPERATIONS = ("add_layer_norm", "bias_dropout_add_layer_norm", "layer_norm", "rms_norm")  # the most important first
 DIRECTIONS = ("backward", "forward")
@@ -100,14 +102,9 @@ def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any
             if not verdict.ok:
                 return None, {"status": "wrong", "detail": verdict.detail}
             call = inputs.runner(case.direction, case.operation.fused)
-
-        def active() -> Any:
-            with variant.active():
-                return call()
-
-        active()
+            call()
         _wait(device)
-        return active, {}
+        return call, {}
     except Exception as error:
         return None, _refused(error, device)
 
@@ -119,6 +116,7 @@ def measure_case(
     record = case.record() | {"status": "failed", "detail": ""}
     record |= {"tables": {}, "tried": {}, "variants": {}, "rejected": {}}
     calls: dict[str, Any] = {}
+    contexts: dict[str, Any] = {}
     start = time.monotonic()
     try:
         whole = (case.name, "")
@@ -127,8 +125,9 @@ def measure_case(
             raise RuntimeError(lost[whole])
         inputs = measure.problem(case, device)
         for provider in providers:
-            record["tables"][provider], variants = tune_forms.variants(case, device, provider)
+            record["tables"][provider], variants = tune_forms.variants(tune_cases.kernel_of(case), device, provider)
             record["tried"][provider] = [variant.name for variant in variants]
+            contexts |= {variant.name: variant.active for variant in variants}
             for variant in variants:
                 step = (case.name, variant.name)
                 yield "trying", step
@@ -145,7 +144,7 @@ def measure_case(
             calls[EAGER] = inputs.runner(case.direction, case.operation.eager)
             source, target = (torch.zeros(case.bytes_moved // 2, dtype=torch.uint8, device=device) for _ in range(2))
             calls[COPY] = lambda: target.copy_(source)
-            record["variants"] = timer.measure(calls, seconds)
+            record["variants"] = timer.measure(calls, seconds, lambda name: contexts.get(name, nullcontext)())
         record["status"] = "measured" if calls else "no form"
     except DeviceLost as error:
         yield "lost", str(error)
@@ -165,7 +164,7 @@ def work(
 ) -> Iterator[Message]:
     """What was measured, message by message; see `supervised`."""
     device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-    absent = tune_forms.absent(device_type)
+    absent = tune_cases.absent(device_type)
     for name in absent:
         losses = sum(variant.startswith(f"{name} ") for _, variant in lost)
         if losses >= MOST_LOST:
@@ -205,7 +204,7 @@ class Result:
             "sampling": f"forms, eager and copy interleaved in random order, {arguments.seconds} s a case; ratios are "
             "paired round by round, [..] is the 95% interval of their median",
             "copy": "a device copy of as many bytes as the byte model says, in the same rounds",
-            "forms": "switched inside every call: a few microseconds of what counts the host",
+            "forms": "switched between samples, each after two calls that are not timed",
             "only": arguments.only.pattern,
             "limit": arguments.limit if math.isfinite(arguments.limit) else None,
         }

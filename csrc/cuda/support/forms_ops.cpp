@@ -1,6 +1,8 @@
-// fusednorm_cuda::forms: which form each kernel takes, for tests that have to reach all of them; and ::force, which makes the
-// norms take another one.
+// fusednorm_cuda::forms: which form each kernel takes, for tests that have to reach all of them; ::force, which makes the
+// norms take another one; and ::keep, which does so for rows of some columns.
 #include <algorithm>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -51,24 +53,62 @@ Form form_of(int64_t chunks, int64_t threads, int64_t rows, int64_t ranks, int64
   return form;
 }
 
+// chunks, threads, rows, ranks
+Form forward_of(const int64_t* numbers) {
+  const int64_t chunks = numbers[0], threads = numbers[1], rows = numbers[2];
+  STD_TORCH_CHECK(chunks == 1 || chunks == 2 || chunks == 4, "chunks: 1, 2 or 4");
+  STD_TORCH_CHECK(rows == 1 || threads <= kWarpLanes, "forward: rows share a block within a warp only");
+  return form_of(chunks, threads, rows, numbers[3], 128 * chunks);
+}
+
+// threads, rows, ranks, programs
+KeptForm backward_of(const int64_t* numbers) {
+  return {form_of(1, numbers[0], numbers[1], numbers[2], 512), int(std::clamp<int64_t>(numbers[3], 0, 65535))};
+}
+
 void force(std::string what, std::vector<int64_t> numbers) {
   Forced& f = forced();
   const size_t count = numbers.size();
   if (what == "forward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "forward: chunks, threads, rows, ranks; or nothing");
-    STD_TORCH_CHECK(!count || numbers[0] == 1 || numbers[0] == 2 || numbers[0] == 4, "chunks: 1, 2 or 4");
-    STD_TORCH_CHECK(!count || numbers[2] == 1 || numbers[1] <= kWarpLanes, "forward: rows share a block within a warp only");
-    f.forward = count ? form_of(numbers[0], numbers[1], numbers[2], numbers[3], 128 * numbers[0]) : Form{};
+    f.forward = count ? forward_of(numbers.data()) : Form{};
   } else if (what == "backward") {
     STD_TORCH_CHECK(count == 0 || count == 4, "backward: threads, rows, ranks, programs; or nothing");
-    f.backward = count ? form_of(1, numbers[0], numbers[1], numbers[2], 512) : Form{};
-    f.programs = count ? int(std::clamp<int64_t>(numbers[3], 0, 65535)) : 0;
+    const KeptForm wanted = count ? backward_of(numbers.data()) : KeptForm{};
+    f.backward = wanted.form, f.programs = wanted.programs;
   } else if (what == "overlap") {
     STD_TORCH_CHECK(count <= 1, "overlap: 0 or 1; or nothing");
     f.overlap = !count || numbers[0];
   } else {
     STD_TORCH_CHECK(false, "force: forward, backward or overlap");
   }
+}
+
+// Eight numbers a form: device, 1 for the backward, columns, bytes of an element, and the form's own four.
+void keep(std::vector<int64_t> numbers) {
+  constexpr size_t kNumbers = 8;
+  STD_TORCH_CHECK(numbers.size() % kNumbers == 0, "keep: eight numbers a form");
+  auto forms = std::make_unique<KeptForms>();
+  for (size_t i = 0; i < numbers.size(); i += kNumbers) {
+    const int64_t *f = &numbers[i], device = f[0], n = f[2], item_size = f[3];
+    STD_TORCH_CHECK(device >= 0 && device < 64 && (f[1] == 0 || f[1] == 1), "keep: a device, and 0 or 1");
+    STD_TORCH_CHECK(item_size == 2 || item_size == 4 || item_size == 8, "keep: elements of 2, 4 or 8 bytes");
+    const int vector = int(16 / item_size);
+    STD_TORCH_CHECK(n > 0 && n < kMostColumns && n % vector == 0, "keep: columns in whole vectors of 16 bytes");
+    const KeptForm kept = f[1] ? backward_of(f + 4) : KeptForm{forward_of(f + 4)};
+    const Form& form = kept.form;
+    STD_TORCH_CHECK((form.rows & (form.rows - 1)) == 0, "keep: rows: a power of two");
+    STD_TORCH_CHECK(form.ranks == 1 || form.ranks <= limits(int(device)).clusters, "keep: ranks: more than this GPU has");
+    const bool holds = int64_t(form.ranks) * form.threads * form.chunks * vector >= n;
+    STD_TORCH_CHECK(!f[1] || holds || form.ranks * form.rows == 1,
+                    "keep: the form does not hold a row, and slabs have neither clusters nor rows side by side");
+    (*forms)[kept_key(int(device), f[1], n, vector)] = kept;
+  }
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<const KeptForms>> all;  // other threads may still look into an earlier one
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept().store(forms->empty() ? nullptr : forms.get(), std::memory_order_release);
+  if (!forms->empty()) all.push_back(std::move(forms));
 }
 
 }  // namespace
@@ -78,13 +118,22 @@ Forced& forced() {
   return all;
 }
 
+std::atomic<const KeptForms*>& kept() {
+  static std::atomic<const KeptForms*> forms{nullptr};
+  return forms;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fusednorm_cuda, m) {
   m.def("force(str what, int[] numbers) -> ()");
+  m.def("keep(int[] forms) -> ()");
   m.def("forms(Tensor x, bool aligned) -> str");  // a line a kernel: its name, chunks, threads, rows, ranks, tiles
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, FN_DISPATCH_KEY, m) { m.impl("forms", &forms_op); }
 
-STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, CompositeExplicitAutograd, m) { m.impl("force", TORCH_BOX(&force)); }
+STABLE_TORCH_LIBRARY_IMPL(fusednorm_cuda, CompositeExplicitAutograd, m) {
+  m.impl("force", TORCH_BOX(&force));
+  m.impl("keep", TORCH_BOX(&keep));
+}
 
 }  // namespace fusednorm_cuda

@@ -35,6 +35,8 @@ _unusable: dict[int, str | None] = {}  # by GPU, of those asked: why no kernel r
 _asking = threading.Lock()
 # What takes (library, emulated, bits of the usable GPUs) when these are known. Dispatch sets it to the fast path's.
 hand_over: Callable[[Path, bool, int], None] | None = None
+# What gives the library the forms that users keep for the GPUs of these indices. Dispatch sets it.
+keep_forms: Callable[[list[int]], None] | None = None
 # Why automatic choice leaves the provider out, or None.
 for_tests = None if EMULATED is None else "kernels run in an emulation of the GPU, which is for tests"
 
@@ -61,10 +63,10 @@ def _load() -> str | None:
             ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
         check_activations(library)
-        for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd", "attention_bwd"):
+        for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd", "attention_bwd", "keep"):
             getattr(ops, name)  # a library of an older version lacks some
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")
-        _attach()
+        attach()
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return load_failure(library, fault, BUILD)
     return None
@@ -74,9 +76,12 @@ def _library() -> Path:
     return LIBRARY if EMULATED is None else Path(EMULATED)
 
 
-def _attach() -> None:
-    """Let the fast path lead to the GPUs that were asked and are usable."""
-    devices = sum(1 << index for index, reason in _unusable.items() if reason is None and index < 64)
+def attach() -> None:
+    """Let the fast path lead to the GPUs that were asked and are usable, with the forms that are kept for them."""
+    usable = [index for index, reason in _unusable.items() if reason is None and index < 64]
+    devices = sum(1 << index for index in usable)
+    if usable and keep_forms is not None:
+        keep_forms(usable)
     if hand_over is not None:
         hand_over(_library(), EMULATED is not None, devices)
 
@@ -95,7 +100,7 @@ def unusable(index: int) -> str | None:
             if _capturing(index):
                 return None
             _unusable[index] = _ask(index)
-            _attach()
+            attach()
         return _unusable[index]
 
 
@@ -105,7 +110,7 @@ unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in d
 def forget_devices() -> None:
     """As if no GPU had been asked, for tests."""
     _unusable.clear()
-    _attach()
+    attach()
 
 
 def _ask(index: int) -> str | None:

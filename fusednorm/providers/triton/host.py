@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import dropout
-from .config import PARTIALS, Config
+from .config import PARTIALS, Form
 
 if TYPE_CHECKING:
     from .attention_config import Tile
@@ -211,7 +211,7 @@ def aligned(*tensors: Tensor | None) -> bool:
     return not address % 16
 
 
-def variant(kernel: Any, constants: tuple[Any, ...], config: Config | Tile, aligned: bool) -> Variant:
+def variant(kernel: Any, constants: tuple[Any, ...], config: Form | Tile, aligned: bool) -> Variant:
     """Sizes other than N are numbers of the launch, so they name no variant."""
     from .launch import Variant
 
@@ -225,7 +225,7 @@ def variant(kernel: Any, constants: tuple[Any, ...], config: Config | Tile, alig
     )
 
 
-def programs(index: int, config: Config, m: int, slabs: int) -> int:
+def programs(index: int, config: Form, m: int, slabs: int) -> int:
     """Persistent ones in a slab of columns: the multiprocessors filled, but no more than there are groups of rows."""
     return max(1, min(ceil(m, config.block_m), processors(index) * config.per_sm // slabs))
 

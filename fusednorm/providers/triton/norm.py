@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
+from ..forms import Place
 from ..strides import contiguous, is_plain, row_major
 from . import host
 from . import norm_config as table
+from .config import Form
 from .host import for_tests as for_tests
 from .host import runs_on as runs_on
 from .host import unavailable_reason as unavailable_reason
@@ -34,6 +36,7 @@ def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
 
 @functools.lru_cache(4096)
 def _forward(
+    index: int,
     n: int,
     layout: tuple[int, int, bool],
     z_dtype: torch.dtype,
@@ -50,7 +53,10 @@ def _forward(
     from .launch import TYPES
 
     small = layout[0] != 0 or acc == torch.float64
-    config = table.forward(n, flags[2], wide_rows, wide_parameters, small)
+    own = table.forward(n, flags[2], wide_rows, wide_parameters, small)
+    load = table.forward_load(flags[2], wide_rows, wide_parameters)
+    place = Place("forward", n, table.itemsize(wide_rows, acc == torch.float64), load)
+    config = table.chosen(place, index, layout, own)
     kernel = kernels._add_layer_norm_fwd_wide_kernel
     constants: tuple[Any, ...] = (TYPES[z_dtype], *flags, *layout, config.block_m, config.block_n)
     if config.chunks:
@@ -61,7 +67,7 @@ def _forward(
 
 
 class _Backward(NamedTuple):
-    config: table.Config
+    config: Form
     slabs: int  # programs beside one another in a row
     sums: Callable[[], Variant] | None  # the row sums, where a row does not fit
     sums_block_m: int
@@ -83,6 +89,7 @@ class _Way(NamedTuple):
 
 @functools.lru_cache(4096)
 def _backward(
+    index: int,
     n: int,
     layout: tuple[int, int, bool],
     acc: torch.dtype,
@@ -101,7 +108,9 @@ def _backward(
 
     aligned = layout[0] == 0
     weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows, narrowed, norm[2])
-    config = table.backward(n, weight_class, not aligned or acc == torch.float64, two_strides=layout[2])
+    own = table.backward(n, weight_class, not aligned or acc == torch.float64, two_strides=layout[2])
+    place = Place("backward", n, table.itemsize(wide_rows, acc == torch.float64), weight_class)
+    config = table.chosen(place, index, layout, own)
     chunks, sums, slabs = max(config.chunks, 1), None, 1
     sums_config = table.SUMS_FLOAT64 if acc == torch.float64 else table.SUMS
     if not config.chunks:
@@ -114,8 +123,20 @@ def _backward(
     return _Backward(config, slabs, sums, sums_config.block_m, main)
 
 
+def try_forms(forms: Mapping[Place, Form]) -> None:
+    """Launch these in place of the table's, and of those that are kept, until other ones are given.
+
+    Raises:
+        ValueError: one does not hold its rows.
+    """
+    for place, form in forms.items():
+        table.check(place, form)
+    table.tried = forms
+    forget_variants()
+
+
 def forget_variants() -> None:
-    """After the table was changed."""
+    """After the table, or what takes its place, was changed."""
     _forward.cache_clear()
     _backward.cache_clear()
     host.forget_prepared()
@@ -140,7 +161,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
     """(normed, residual_out, stats) in one launch."""
     x, residual, *given, _ = inputs
     normalized_ndim, eps, dropout_p, drop_path_p, normed_dtype, residual_dtype, *switches, store_residual = options
-    (m, n), acc = sizes(x, normalized_ndim), compute_dtype(x.dtype, residual_dtype)
+    index, (m, n), acc = x.get_device(), sizes(x, normalized_ndim), compute_dtype(x.dtype, residual_dtype)
     (shape, strides), (stats_shape, stats_strides) = row_major(x.shape), row_major((2 - options.rms, m))
     rows, of_sample = Rows((x, residual), normalized_ndim, n), rows_per_sample(x, normalized_ndim)
     are_read = _are_read(given, acc)
@@ -152,7 +173,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
     @functools.cache
     def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...]]:
         layout, flags = rows.layout(aligned), (*switches, dropout_p > 0.0, drop_path_p > 0.0)
-        variant, block_m = _forward(n, layout.constants, residual_dtype, acc, *wide, flags)
+        variant, block_m = _forward(index, n, layout.constants, residual_dtype, acc, *wide, flags)
         numbers = (
             *(m, layout.n_units, layout.rows_inner, of_sample, *layout.strides, eps),
             *(*host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)),
@@ -205,7 +226,8 @@ def add_layer_norm_bwd(
     @functools.cache
     def way(aligned: bool) -> _Way:
         layout, masks = rows.layout(aligned), (dropout_p > 0.0, drop_path_p > 0.0)
-        plan = _backward(n, layout.constants, acc, wide, narrowed, tuple(norm), masks, has_scale, tuple(wanted[2:]))
+        wanted_sums, kinds = tuple(wanted[2:]), (acc, wide, narrowed, tuple(norm), masks, has_scale)
+        plan = _backward(index, n, layout.constants, *kinds, wanted_sums)
         programs = host.programs(index, plan.config, m, plan.slabs)
         lead, strides = (m, layout.n_units, layout.rows_inner), layout.strides
         scalars = *host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)

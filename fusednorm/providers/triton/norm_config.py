@@ -12,7 +12,10 @@ the registers (rows that are not aligned, float64) it has 4: the "small" tables.
 
 from __future__ import annotations
 
-from .config import MAX_PROGRAMS, REGISTERS
+from collections.abc import Callable, Mapping
+
+from ..forms import Place
+from .config import MAX_PROGRAMS, REGISTERS, Form
 from .config import Config as Config
 
 _Tile = tuple[int, int, int, tuple[int, ...]]
@@ -88,10 +91,42 @@ def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int
     return min(fitting, key=lambda t: t[1] * t[2], default=None)
 
 
+# What takes the place of the tables' configurations: those that are tried (`norm.try_forms`), then those that a GPU's
+# user keeps. Dispatch sets `kept`, which is given the GPU's index, or -1 for a CPU.
+tried: Mapping[Place, Form] = {}
+kept: Callable[[int], Mapping[Place, Form]] | None = None
+
+
+def chosen(place: Place, index: int, layout: tuple[int, int, bool], own: Config) -> Form:
+    """The configuration of a launch; `own` is the table's. Rows that are not aligned, or have two strides, keep it."""
+    if layout[0] != 0 or layout[2]:
+        return own
+    return tried.get(place) or (kept(index).get(place) if kept is not None else None) or own
+
+
+def check(place: Place, form: Form) -> None:
+    """Raise ValueError if a form does not hold the rows that it is to be for."""
+    width = form.chunks * form.block_n
+    if place.direction not in ("forward", "backward") or place.itemsize not in (2, 4, 8) or not 0 <= place.load <= 3:
+        raise ValueError(f"{place}: there is no such kernel")
+    if place.columns < 1 or (form.chunks and not width - form.block_n < place.columns <= width):
+        raise ValueError(f"{form} does not hold a row of {place.columns} columns, or has tiles without any")
+
+
+def itemsize(wide_rows: bool, float64: bool) -> int:
+    """Of a place."""
+    return 8 if float64 else 4 if wide_rows else 2
+
+
+def forward_load(dropout: bool, wide_rows: bool, wide_parameters: bool) -> int:
+    """0 light, 1 heavy, 2 with wide parameters: how many registers a forward takes."""
+    return 1 if dropout or wide_rows else 2 if wide_parameters else 0
+
+
 def forward(n: int, dropout: bool, wide_rows: bool, wide_parameters: bool, small: bool) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
-    weight_class = 1 if dropout or wide_rows else 2 if wide_parameters else 0
+    weight_class = forward_load(dropout, wide_rows, wide_parameters)
     best = _best(n, _FORWARD_SMALL if small else _FORWARD, weight_class) or (block_m, block_n, 0, warps)
     return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
 

@@ -156,3 +156,89 @@ def test_cuda_norm_backward_of_rows_four_gigabytes_apart():
     ours, near = (cuda.add_layer_norm_bwd(dnormed, None, *saved, mask) for dnormed in (far, far.contiguous()))
     assert torch.equal(ours[2], near[2])
     torch.testing.assert_close(ours[0], near[0])
+
+
+# --- forms that are kept for rows of some columns ---
+
+
+@pytest.fixture
+def keep(on_the_emulation):
+    torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
+    yield torch.ops.fusednorm_cuda.keep
+    torch.ops.fusednorm_cuda.keep([])
+    torch.ops.fusednorm_cuda.emulate(128, 512, 1, 2, 1)
+
+
+def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs and gradients of a norm, whose bits tell the order of the sums."""
+    leaves = [x.clone().requires_grad_(), torch.ones(x.shape[-1], dtype=x.dtype, requires_grad=True)]
+    normed = fusednorm.rms_norm(leaves[0], x.shape[-1], leaves[1])
+    return [normed, *torch.autograd.grad(normed, leaves, x.sin())]
+
+
+KEPT = [0, 0, 512, 4, 1, 32, 1, 4]
+KEPT_BACKWARD = [0, 1, 512, 4, 32, 1, 4, 3]
+
+
+@pytest.mark.parametrize("forms", [KEPT, KEPT_BACKWARD, KEPT + KEPT_BACKWARD], ids=["forward", "backward", "both"])
+def test_a_kept_form_is_what_forcing_it_gives(forms, keep, on_the_emulation, generator):
+    x = torch.randn(40, 512, generator=generator)
+    own, others = gradients(x), [torch.randn(40, 1024), x.double(), x[:, :511]]
+    own_of_others = [gradients(other) for other in others]
+    for at in range(0, len(forms), 8):
+        on_the_emulation("backward" if forms[at + 1] else "forward", forms[at + 4 : at + 8])
+    forced = gradients(x)
+    for what in ("forward", "backward"):
+        on_the_emulation(what, [])
+    keep(forms)
+    kept = gradients(x)
+    assert all(map(torch.equal, kept, forced)) and not all(map(torch.equal, kept, own))
+    for other, before in zip(others, own_of_others, strict=True):  # rows of other columns, bytes or alignment
+        assert all(map(torch.equal, gradients(other), before))
+    keep([])
+    assert all(map(torch.equal, gradients(x), own))
+
+
+def test_a_row_in_a_kept_form_does_not_depend_on_the_others(keep, generator):
+    keep([*KEPT, 0, 1, 512, 4, 128, 4, 1, 0])
+    x = torch.randn(40, 512, generator=generator)
+    whole = gradients(x)
+    for rows in (1, 3, 39):
+        assert all(torch.equal(a[:rows], b) for a, b in zip(whole[:2], gradients(x[:rows])[:2], strict=True))
+
+
+def test_a_forced_form_comes_before_a_kept_one(keep, on_the_emulation, generator):
+    x = torch.randn(5, 512, generator=generator)
+    on_the_emulation("forward", [4, 32, 1, 1])
+    forced = gradients(x)[0]
+    keep(KEPT)
+    assert torch.equal(gradients(x)[0], forced)
+    on_the_emulation("forward", [])
+    assert not torch.equal(gradients(x)[0], forced)
+
+
+KEPT_REFUSED = {
+    "eight numbers a form": KEPT[:-1],
+    "a device, and 0 or 1": [64, *KEPT[1:]],
+    "elements of 2, 4 or 8": [0, 0, 512, 3, *KEPT[4:]],
+    "whole vectors": [0, 0, 511, 4, *KEPT[4:]],
+    "chunks: 1, 2 or 4": [*KEPT[:4], 3, 32, 1, 1],
+    "rows: a power of two": [0, 1, 64, 4, 32, 3, 1, 0],
+    "does not hold a row": [0, 1, 512, 4, 32, 1, 2, 0],
+}
+
+
+@pytest.mark.parametrize("said", KEPT_REFUSED)
+def test_a_form_is_refused_when_it_is_to_be_kept(said, keep, generator):
+    keep(KEPT)
+    x = torch.randn(3, 512, generator=generator)
+    before = gradients(x)
+    with pytest.raises(RuntimeError, match=said):
+        keep(KEPT_BACKWARD + KEPT_REFUSED[said])
+    assert all(map(torch.equal, gradients(x), before))  # what was kept stays as it was
+
+
+def test_no_cluster_is_kept_for_a_gpu_without(keep):
+    torch.ops.fusednorm_cuda.emulate(128, 512, 1, 2, 1)
+    with pytest.raises(RuntimeError, match="more than this GPU has"):
+        keep(KEPT)

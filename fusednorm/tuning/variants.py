@@ -14,8 +14,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from fusednorm.providers.triton.config import Config
-from fusednorm.providers.triton.host import ceil
+from ..providers.triton.config import MOST_ELEMENTS, MOST_WARPS, Config, Form, Pinned, elements
+from ..providers.triton.host import ceil
 
 MOST_CUDA, MOST_TRITON = 8, 5  # beside the table's own
 RANKS = (1, 2, 4, 8)
@@ -25,7 +25,7 @@ _FORWARD_BLOCK = 128  # most threads of a forward block, for each vector a threa
 _BACKWARD_BLOCK = 512
 _SLABS = (128, 256, 512)  # threads of a block that sees a slab of the row
 _RESIDENT = (512, 1024, 2048)  # threads on a multiprocessor, in what numbers of programs are tried
-_MOST_ELEMENTS = {"forward": 64, "backward": 40}  # of a Triton program, a thread: registers end there
+_MOST_ELEMENTS_BACKWARD = 40  # of a Triton program, a thread
 _MOST_PER_SM = 16
 _REREAD = (Config(1, 4096, 0, 16, 1), Config(1, 8192, 0, 32, 1))  # the row is read again where it could be held
 
@@ -56,24 +56,6 @@ class Backward(NamedTuple):
     @property
     def text(self) -> str:
         return f"t{self.threads} r{self.rows} k{self.ranks}" + (f" p{self.programs}" if self.programs else "")
-
-
-class Pinned(NamedTuple):
-    """A Triton configuration whose programs are more or fewer on a multiprocessor with the registers of another one.
-
-    Another tuple than any `Config`: variants are kept by it, and a `Config` states registers that follow from `per_sm`.
-    """
-
-    block_m: int
-    block_n: int
-    chunks: int
-    warps: int
-    per_sm: int
-    registers: int
-
-    @property
-    def stages(self) -> int:
-        return 1
 
 
 def distance(a: Sequence[int], b: Sequence[int]) -> float:
@@ -139,14 +121,9 @@ def cuda_backward(
 # --- Triton ---
 
 
-def triton_text(config: Config | Pinned) -> str:
+def triton_text(config: Form) -> str:
     tile = f"[{config.block_m}, {config.block_n}] w{config.warps} p{config.per_sm}"
     return f"{config.chunks or 'wide'} x {tile}"
-
-
-def elements(config: Config | Pinned) -> int:
-    """That a program holds at a time."""
-    return config.block_m * config.block_n * max(config.chunks, 1)
 
 
 def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
@@ -156,7 +133,7 @@ def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
     def step(block_m: int, block_n: int, warps: int) -> list[Config]:
         """The tile, as often as a row takes; nothing where no such program can be."""
         new = Config(block_m, block_n, ceil(n, block_n) if chunks else 0, warps, 1)
-        if min(block_m, block_n, warps) < 1 or warps > 32 or elements(new) > most * 32 * warps:
+        if min(block_m, block_n, warps) < 1 or warps > MOST_WARPS or elements(new) > most * 32 * warps:
             return []
         return [new._replace(per_sm=max(1, base.per_sm * elements(base) // elements(new)))]
 
@@ -174,18 +151,18 @@ def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
         yield from step(m, columns // 2, warps)
 
 
-def _pruned(base: Config, found: Iterable[Config | Pinned]) -> list[Config | Pinned]:
+def _pruned(base: Config, found: Iterable[Form]) -> list[Form]:
     return [config for config in dict.fromkeys(found) if config != base][:MOST_TRITON]
 
 
-def triton_forward(n: int, base: Config) -> list[Config | Pinned]:
+def triton_forward(n: int, base: Config) -> list[Form]:
     reread = [config for config in _REREAD if base.chunks and n > config.block_n]
-    return _pruned(base, [*_shapes(n, base, _MOST_ELEMENTS["forward"]), *reread])
+    return _pruned(base, [*_shapes(n, base, MOST_ELEMENTS), *reread])
 
 
-def triton_backward(n: int, base: Config, slab: Config) -> list[Config | Pinned]:
+def triton_backward(n: int, base: Config, slab: Config) -> list[Form]:
     """`slab` is the configuration of rows that are too wide to be held."""
     others = [p for p in (base.per_sm // 2, 2 * base.per_sm) if 0 < p <= _MOST_PER_SM]
     programs = [Pinned(*base[:4], per_sm, base.registers) for per_sm in others]
     slabs = [slab] if base.chunks and n >= 4 * slab.block_n else []
-    return _pruned(base, [*programs, *slabs, *_shapes(n, base, _MOST_ELEMENTS["backward"])])
+    return _pruned(base, [*programs, *slabs, *_shapes(n, base, _MOST_ELEMENTS_BACKWARD)])
