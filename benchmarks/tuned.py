@@ -43,21 +43,20 @@ def served(name: str) -> Iterator[None]:
     if name == "untuned":
         files = dict.fromkeys(tuned._files) | {("cpu", None, torch.get_num_threads()): None}
         before, tuned._files = tuned._files, files
-        forget()
+        _choose_anew()
         try:
             yield
         finally:
             tuned._files = before
-            forget()
+            _choose_anew()
         return
     yield
 
 
-def forget() -> None:
-    """Choose anew, by the files that were read already."""
-    files = dict(tuned._files)
-    rules.forget()
-    tuned._files.update(files)
+def _choose_anew() -> None:
+    """By the files that are in force now, providers and their launches."""
+    tuned.prepare_anew()
+    rules.choose_anew()
 
 
 def measured(case: Case, device: torch.device, timer: Any, seconds: float) -> dict[str, Any]:

@@ -200,5 +200,10 @@ def forget() -> None:
     """After a table was changed."""
     crossovers.forget()
     tuned.forget()
+    choose_anew()
+
+
+def choose_anew() -> None:
+    """After what this process measured was changed: by the tables and files as they were read."""
     fastest.cache_clear()
     settings.forget()

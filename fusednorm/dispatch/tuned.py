@@ -310,8 +310,13 @@ def form_note(provider: str, x: torch.Tensor, columns: int, itemsize: int) -> st
 
 
 def forget() -> None:
-    """Read the files again when they are next asked for; prepared launches go with them."""
+    """Read the files again when they are next asked for."""
     _files.clear()
+    prepare_anew()
+
+
+def prepare_anew() -> None:
+    """Let providers that are loaded launch by the files as they are now."""
     if "triton" in registry._modules:
         registry.get("triton")[0].forget_variants()
     cuda.attach()

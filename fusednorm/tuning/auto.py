@@ -62,7 +62,7 @@ class autotune(blocks.Block):
 def _apply() -> None:
     wanted = bool(_entered) and _entered[-1].enabled
     tuned.measure = measure if wanted else None
-    rules.forget()
+    rules.choose_anew()
 
 
 def measure(device: torch.device, line: str, rows: int, columns: int, lengths: tuple[int, int] | None) -> Point | None:
@@ -169,4 +169,4 @@ def _without_measuring() -> Iterator[None]:
         yield
     finally:
         tuned.measure = before
-        rules.forget()
+        rules.choose_anew()

@@ -54,8 +54,8 @@ class Kernel(NamedTuple):
 
 def kernel_of(of: CallClass) -> Kernel | None:
     """The kernel whose forms are tried in calls of a class, with gradients the backward's; None: there is none."""
-    if of.operation not in FAMILIES["norms"]:
-        return None
+    if of.operation not in FAMILIES["norms"] or of.shape[1] % (8 if of.torch_dtype.itemsize == 2 else 4):
+        return None  # rows that are not aligned have one form
     direction = "backward" if of.needs_grad else "forward"
     return Kernel(direction, *of.place, of.torch_dtype, "rms" in of.operation, of.operation in EPILOGUES)
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from ..dispatch import registry, rules, tuned, use_provider
 from ..dispatch.explain import decisions
 from ..dispatch.tuned import Point
+from ..dispatch.tuned_forms import name_of
 from ..providers.torch.attention import BACKENDS
 from .calls import Call, CallClass, build
-from .timers import CpuTimer, CudaTimer, median_interval
+from .forms import Variant, kernel_of, variants
+from .timers import Around, CpuTimer, CudaTimer, median_interval
 
 MOST_ROWS_CHECKED = 64  # which form of a kernel runs depends on the columns
 DRAWS = 3
@@ -107,7 +109,7 @@ def served_by(of: CallClass, device: torch.device, provider: str) -> Iterator[No
     key: Any = (str(device), of.line, *of.place)
     before = tuned.process.get(key)
     tuned.process[key] = Point(provider, 1.0, (), "while it is measured")
-    rules.forget()
+    rules.choose_anew()
     try:
         yield
     finally:
@@ -115,7 +117,7 @@ def served_by(of: CallClass, device: torch.device, provider: str) -> Iterator[No
             tuned.process.pop(key, None)
         else:
             tuned.process[key] = before
-        rules.forget()
+        rules.choose_anew()
 
 
 def measured(
@@ -131,10 +133,7 @@ def measured(
         if name in rejected:
             continue
         yield "trying", name
-        try:
-            wrong = why_wrong(of, name, device)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as fault:
-            wrong = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+        wrong = why_not(of, name, device)
         if wrong:
             rejected[name] = wrong
         else:
@@ -142,16 +141,92 @@ def measured(
     yield "trying", ""
     record: Record = {"name": of.name, "rejected": rejected, "prior": prior(of, device), "providers": {}}
     if right:
-        times: dict[str, list[float]] = {name: [] for name in right}
-        for place in range(PLACES):
-            between = [torch.empty(BETWEEN * (k + 1), dtype=torch.uint8) for k in range(place)]
-            calls = dict.fromkeys(right, build(of, device, place).__call__)
-            samples = timer.measure(calls, seconds / PLACES, functools.partial(served_by, of, device))
-            for name, found in samples.items():
-                times[name] += found.get("inclusive") or found["samples"]
-            del calls, between
+        times, replayed = timed(of, device, timer, seconds, right, functools.partial(served_by, of, device))
         record |= verdict(times, record["prior"])
+        if replayed:
+            record["device"] = {name: 1e6 * median(samples) for name, samples in replayed.items()}
     yield "record", record
+
+
+def why_not(of: CallClass, provider: str, device: torch.device) -> str:
+    """What is wrong with a provider, or what it raised, or ""."""
+    try:
+        return why_wrong(of, provider, device)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as fault:
+        return f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+
+
+Times = dict[str, list[float]]
+
+
+def timed(
+    of: CallClass, device: torch.device, timer: CpuTimer | CudaTimer, seconds: float, names: list[str], around: Around
+) -> tuple[Times, Times]:
+    """(samples with the host's time, samples of the device's own) by name; of the latter those that can be had."""
+    times: Times = {name: [] for name in names}
+    replayed: Times = {}
+    for place in range(PLACES):
+        between = [torch.empty(BETWEEN * (k + 1), dtype=torch.uint8) for k in range(place)]
+        calls = dict.fromkeys(names, build(of, device, place).__call__)
+        for name, found in timer.measure(calls, seconds / PLACES, around, replayed=True).items():
+            times[name] += found.get("inclusive") or found["samples"]
+            if "replayed" in found:
+                replayed.setdefault(name, []).extend(found["replayed"])
+        del calls, between
+    return times, replayed
+
+
+def measured_forms(
+    of: CallClass,
+    device: torch.device,
+    provider: str,
+    timer: CpuTimer | CudaTimer,
+    seconds: float,
+    lost: dict[str, str],
+) -> Iterator[tuple[str, Any]]:
+    """As `measured`, of the forms of a provider's kernel, beside the table's own.
+
+    The device's own time decides if a CUDA graph takes every form, else the time with the host.
+    """
+    kernel = kernel_of(of)
+    assert kernel is not None
+    listed = {variant.name: variant for variant in variants(kernel, device, provider)[1]}
+    own = Variant(provider).name
+    rejected = {name: lost[name] for name in listed if name in lost}
+    right = {own: listed[own]}
+    for name, variant in listed.items():
+        if name in rejected or not variant.numbers:
+            continue
+        yield "trying", name
+        wrong = ""
+        try:
+            with variant.forced():
+                wrong = why_not(of, provider, device)
+        except (RuntimeError, ValueError) as fault:  # no such form
+            wrong = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+        if wrong:
+            rejected[name] = wrong
+        else:
+            right[name] = variant
+
+    @contextlib.contextmanager
+    def around(name: str) -> Iterator[None]:
+        with right[name].forced(), served_by(of, device, provider):
+            yield
+
+    found: Record = {"place": name_of(provider, kernel.place(provider)), "rejected": rejected, "tried": {}}
+    if len(right) > 1:
+        yield "trying", f"{provider} forms"
+        times, replayed = timed(of, device, timer, seconds, list(right), around)
+        by_device = all(len(replayed.get(name, ())) == len(times[name]) for name in right)
+        deciding = replayed if by_device else times
+        found["decided by"] = "device" if by_device else "host and device"
+        for name, variant in right.items():
+            found["tried"][name] = {"numbers": list(variant.numbers), "median": 1e6 * median(times[name])}
+            if name in replayed:
+                found["tried"][name]["device"] = 1e6 * median(replayed[name])
+            found["tried"][name]["ratio"] = paired(deciding[own], deciding[name])
+    yield "record", found
 
 
 def verdict(samples: dict[str, list[float]], before: str) -> Record:

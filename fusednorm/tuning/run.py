@@ -58,7 +58,8 @@ def tune(
 
     Every provider that can serve a class of calls is compared with float64, then timed, in turns with the others. Host
     time is included, because a user waits for it. A provider is taken in place of automatic choice's only beyond the
-    spread of the samples. What was found is kept in a file of the user's cache folder, one for each device (and number
+    spread of the samples. On a GPU the launch configurations of the fastest provider's norm kernels come last, as far
+    as there is time. What was found is kept in a file of the user's cache folder, one for each device (and number
     of threads), and is used by every process that starts later.
 
     Args:
@@ -158,7 +159,9 @@ def measure_and_keep(
     messages = _messages(classes, device, seconds, limit, start)
     try:
         for kind, content in with_progress(messages, len(classes), progress, "tune"):
-            if kind == "case":
+            if kind == "case" and "of" in content:
+                next(record for record in records if record["name"] == content["of"])["forms"] = content["forms"]
+            elif kind == "case":
                 records.append(content)
             elif kind == "stopped":
                 stopped = content
@@ -185,6 +188,7 @@ def _messages(
     classes: Sequence[CallClass], device: torch.device, seconds: float, limit: float, start: Start
 ) -> Generator[tuple[str, Any], None, None]:
     deadline = time.time() + limit
+    winners: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fusednorm-tune-") as name:
         folder = Path(name)
 
@@ -193,6 +197,7 @@ def _messages(
             plan = {
                 "classes": [c.name for c in classes],
                 "done": of.done,
+                "winners": winners,
                 "lost": lost,
                 "device": str(device),
                 "seconds": seconds,
@@ -205,7 +210,10 @@ def _messages(
         try:
             while watched.running:
                 time.sleep(POLL)
-                yield from watched.poll()
+                for message in watched.poll():
+                    if message[0] == "case" and "best" in message[1]:
+                        winners[message[1]["name"]] = message[1]["best"]
+                    yield message
         finally:
             watched.stop()
 
@@ -221,5 +229,7 @@ def with_progress(items: Iterable[T], total: int, progress: bool | None, title: 
     with tqdm(total=total, desc=title, unit="class", disable=disable) as bar:
         for item in items:
             yield item
-            if isinstance(item, CallClass) or (isinstance(item, tuple) and item[0] == "case"):
+            if isinstance(item, tuple) and item[0] == "more":
+                bar.total = bar.n + item[1]
+            elif isinstance(item, CallClass) or (isinstance(item, tuple) and item[0] == "case"):
                 bar.update()

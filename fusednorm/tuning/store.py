@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..dispatch import crossovers, rules, tuned
 from .calls import parse
 from .fit import fit
-from .measure import Record
+from .measure import Record, beyond
 
 PATIENCE = 30.0  # seconds to wait for another process that writes
 FEWEST = 3  # measured shapes of a line, from which on others between and beyond them are decided too
@@ -40,8 +41,9 @@ def save(device: torch.device, records: Sequence[Record], path: Path | None = No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
-            merged = {record["name"]: record for record in _kept(path, machine)}
-            merged |= {record["name"]: record for record in records if "best" in record}
+            before = {record["name"]: record for record in _kept(path, machine)}
+            measured = {record["name"]: record for record in records if "best" in record}
+            merged = before | {name: _with_forms(record, before.get(name)) for name, record in measured.items()}
             _replace(path, text(content(device, machine, list(merged.values()))))
     except OSError as fault:
         raise CannotWrite(
@@ -73,6 +75,13 @@ def _kept(path: Path, machine: Mapping[str, Any]) -> list[Record]:
     return records
 
 
+def _with_forms(record: Record, before: Record | None) -> Record:
+    """A record, with the forms that an earlier run tried where this one did not, and the provider is the same."""
+    if before is None or "forms" in record or "forms" not in before or before["best"] != record["best"]:
+        return record
+    return {**record, "forms": before["forms"]}
+
+
 def _replace(path: Path, content: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -97,6 +106,7 @@ def content(device: torch.device, machine: Mapping[str, Any], records: Sequence[
         "key": crossovers.device_key(device),
         "steps": steps,
         "points": points,
+        "forms": {place: list(form.numbers) for place, form in faster_forms(records).items()},
         "records": list(records),
     }
 
@@ -114,6 +124,39 @@ def summary(records: Sequence[Record]) -> tuple[dict[str, Any], dict[str, Any]]:
     lines = {name: shapes for name, shapes in sorted(speeds(records).items()) if len(shapes) >= FEWEST}
     steps = {name: [list(step) for step in fit(shapes)] for name, shapes in lines.items()}
     return steps, {name: list(found.values()) for name, found in sorted(points.items())}
+
+
+class Faster(NamedTuple):
+    """A form that takes the place of the table's."""
+
+    name: str
+    numbers: tuple[int, ...]
+    ratio: float  # the table's time over its own, the geometric mean of the classes that tried it
+
+
+def faster_forms(records: Sequence[Record]) -> dict[str, Faster]:
+    """By place, the form that is faster than the table's beyond the spread in a class, and slower in none.
+
+    Rows of a place are of several classes: other numbers of rows, and other operations.
+    """
+    tried: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.get("forms", {}).get("tried"):
+            tried[record["forms"]["place"]].append(record["forms"])
+    found = {}
+    for place, classes in sorted(tried.items()):
+        common = [name for name, entry in classes[0]["tried"].items() if entry["numbers"]]
+        common = [name for name in common if all(name in of["tried"] for of in classes)]
+        faster = []
+        for name in common:
+            ratios = [of["tried"][name]["ratio"] for of in classes]
+            slower = any(beyond([1 / ratio, 1 / high, 1 / low]) for ratio, low, high in ratios)
+            if not slower and any(map(beyond, ratios)):
+                mean = math.prod(ratio for ratio, *_ in ratios) ** (1 / len(ratios))
+                faster.append(Faster(name, tuple(classes[0]["tried"][name]["numbers"]), mean))
+        if faster:
+            found[place] = max(faster, key=lambda form: form.ratio)
+    return found
 
 
 def speeds(records: Sequence[Record]) -> dict[str, dict[tuple[int, int], dict[str, float]]]:

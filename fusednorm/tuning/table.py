@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .calls import parse
 from .measure import Record, beyond
+from .store import faster_forms
 
 if TYPE_CHECKING:
     from .run import Result
@@ -48,13 +49,24 @@ def summary_text(result: Result) -> str:
         lines += ["", layer_text(measured)]
     else:
         lines += ["", "Automatic choice stays as it is: nothing else was faster beyond the spread."]
-    wrong = [(r["name"], who, why) for r in result.records for who, why in r["rejected"].items() if not _refusal(why)]
+    forms = faster_forms(measured)
+    if forms:
+        lines += ["", "Launch configurations that change:", ""]
+        cells = [["kernel", "now", "times as fast"]]
+        cells += [[place, form.name, f"{form.ratio:.2f}"] for place, form in forms.items()]
+        lines += aligned(cells)
+    wrong = [(r["name"], who, why) for r in result.records for who, why in _rejected(r).items() if not _refusal(why)]
     if wrong:
         lines += ["", "Not timed:", *(f"  {name}: {who or 'the class'}: {why}" for name, who, why in wrong[:MOST_ROWS])]
         if len(wrong) > MOST_ROWS:
             lines.append(f"  ... and {len(wrong) - MOST_ROWS} more")
     lines += ["", f"Kept in {result.path}" if result.path else "Nothing was kept."]
     return "\n".join(lines)
+
+
+def _rejected(record: Record) -> dict[str, str]:
+    """Providers and forms."""
+    return record["rejected"] | record.get("forms", {}).get("rejected", {})
 
 
 def _refusal(why: str) -> bool:

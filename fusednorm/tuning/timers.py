@@ -18,6 +18,8 @@ Around = Callable[[str], contextlib.AbstractContextManager[Any]]
 MIN_ROUNDS, SLOW_ROUNDS, MAX_ROUNDS = 9, 5, 61
 WARM = 2  # calls after a change of provider: the first makes a plan, the second has memory where it will be
 SAMPLE_SECONDS = 2e-4  # calls are repeated within a sample until it takes as long
+GRAPHED = 10  # calls in a CUDA graph, whose own launch is a part of a sample
+SHORT = 1e-3  # seconds; the device's time of a call that takes longer hides the host's
 
 
 def alone(name: str) -> contextlib.AbstractContextManager[None]:
@@ -43,8 +45,10 @@ class CpuTimer:
 
     kind = "wall clock"
 
-    def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
-        """`around` gives the context of a variant's samples. Its first calls are not timed."""
+    def measure(
+        self, calls: Calls, seconds: float, around: Around = alone, replayed: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """`around` gives the context of a variant's samples. Its first calls are not timed; nothing is `replayed`."""
         repeats, estimate = {}, 0.0
         for name, call in calls.items():
             with around(name):
@@ -70,6 +74,8 @@ class CpuTimer:
 
 class CudaTimer:
     """Device time between two events, after the L2 cache was flushed; apart from it time with the host, and memory.
+
+    A short call's device time is also taken as a CUDA graph replays it ("replayed"), where it can be captured.
 
     A sleep in front keeps the device busy until the host has queued everything, so that no host time comes between
     the two events. `cuda` is a parameter so that the logic can be tested without a device.
@@ -121,10 +127,41 @@ class CudaTimer:
         self.cuda.synchronize(self.device)
         return self.cuda.max_memory_allocated(self.device) - before
 
-    def measure(self, calls: Calls, seconds: float, around: Around = alone) -> dict[str, dict[str, Any]]:
+    def _captured(self, call: Callable[[], Any]) -> Any:
+        """`GRAPHED` calls in a CUDA graph; None where they cannot be captured.
+
+        Without `torch.cuda.graph`, which empties the allocator's cache each time.
+        """
+        try:
+            graph, stream = self.cuda.CUDAGraph(), self.cuda.Stream(self.device)
+            stream.wait_stream(self.cuda.current_stream(self.device))
+            with self.cuda.stream(stream):
+                call()  # what this stream has to have before
+                graph.capture_begin()
+                try:
+                    for _ in range(GRAPHED):
+                        call()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            return None
+        return graph
+
+    def _replayed_sample(self, graph: Any) -> float:
+        """Seconds a call on the device, calls back to back."""
+        start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        self.cuda.synchronize(self.device)
+        return start.elapsed_time(end) * 1e-3 / GRAPHED
+
+    def measure(
+        self, calls: Calls, seconds: float, around: Around = alone, replayed: bool = False
+    ) -> dict[str, dict[str, Any]]:
         """`around` gives the context of a variant's samples. Its first calls are not timed."""
         found: dict[str, dict[str, Any]] = {}
-        hosts, estimate = {}, 0.0
+        hosts, estimate, graphs = {}, 0.0, {}
         for name, call in calls.items():
             with around(name):
                 for _ in range(3):  # compilation and autotuning fall into these
@@ -133,8 +170,12 @@ class CudaTimer:
                 once = self._inclusive_sample(call, 3)
                 repeats = _repeats(once)
                 peak = self._peak_memory(call)
+                graphs[name] = self._captured(call) if replayed and once < SHORT else None
             found[name] = {"samples": [], "inclusive": [], "repeats": repeats, "host": hosts[name], "peak": peak}
             estimate += 3 * max(once, hosts[name]) + repeats * once + 1e-4
+            if graphs[name] is not None:
+                found[name]["replayed"] = []
+                estimate += GRAPHED * once
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
                 with around(name):
@@ -142,6 +183,8 @@ class CudaTimer:
                         calls[name]()
                     found[name]["samples"].append(self._device_sample(calls[name], hosts[name]))
                     found[name]["inclusive"].append(self._inclusive_sample(calls[name], found[name]["repeats"]))
+                    if graphs[name] is not None:
+                        found[name]["replayed"].append(self._replayed_sample(graphs[name]))
         return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 
 from .calls import CallClass, parse
 from .conditions import steady_machine
+from .forms import OURS, kernel_of
 from .load import available_memory
-from .measure import measured
+from .measure import Record, measured, measured_forms
 from .supervise import reporter
 from .timers import timer_for
 
+FORMS = "forms of "  # before a class's name: its forms are a case of their own
 TENSORS = 12  # of the input's size, that the inputs, results and gradients of a call come to at most
 
 
@@ -31,14 +33,29 @@ def work(
     put: Callable[[str, Any], None],
     lost: Mapping[tuple[str, str], str],
     deadline: float = float("inf"),
+    done: Collection[str] = (),
+    winners: Mapping[str, str] | None = None,
 ) -> None:
     """Measure classes one by one, and report each; stop at `deadline`, a value of ``time.time()``.
 
+    On a GPU the forms of the winners' kernels come last, those of the largest tensors first.
+
     Args:
-        lost: (class, provider) that took an earlier process with them, and how.
+        lost: (class, provider or form) that took an earlier process with them, and how.
+        done: names of cases that an earlier process reported.
+        winners: the fastest providers that it found, by class.
     """
     timer = timer_for(device)
+    best = dict(winners or {})
+
+    def report(record: Record) -> None:
+        if "best" in record:
+            best[record["name"]] = record["best"]
+        put("case", record)
+
     for of in classes:
+        if of.name in done:
+            continue
         if time.time() > deadline:
             put("stopped", "time was up")
             return
@@ -56,13 +73,51 @@ def work(
                 if kind == "trying":
                     put("trying", [of.name, content])
                 else:
-                    put("case", content)
+                    report(content)
         except (RuntimeError, MemoryError) as fault:  # too large for this machine, or a device that is gone
             said = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
             if device.type == "cuda" and not _answers(device):
                 put("lost", said)
                 return
             put("case", {"name": of.name, "rejected": {"": said}, "providers": {}})
+    if device.type == "cuda":
+        _forms(classes, device, timer, seconds, put, lost, deadline, done, best)
+
+
+def _forms(
+    classes: Sequence[CallClass],
+    device: torch.device,
+    timer: Any,
+    seconds: float,
+    put: Callable[[str, Any], None],
+    lost: Mapping[tuple[str, str], str],
+    deadline: float,
+    done: Collection[str],
+    best: Mapping[str, str],
+) -> None:
+    todo = [of for of in classes if best.get(of.name) in OURS and kernel_of(of) and FORMS + of.name not in done]
+    put("more", len(todo))
+    for of in sorted(todo, key=lambda of: of.elements, reverse=True):
+        if time.time() > deadline:
+            return
+        provider, case = best[of.name], {"name": FORMS + of.name, "of": of.name}
+        gone = {form: why for (name, form), why in lost.items() if name == of.name}
+        whole = f"{provider} forms"  # while they are timed
+        if whole in gone:
+            put("case", {**case, "forms": {"rejected": {whole: gone[whole]}, "tried": {}}})
+            continue
+        try:
+            for kind, content in measured_forms(of, device, provider, timer, seconds, gone):
+                if kind == "trying":
+                    put("trying", [of.name, content])
+                else:
+                    put("case", {**case, "forms": content})
+        except (RuntimeError, MemoryError) as fault:
+            said = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+            if not _answers(device):
+                put("lost", said)
+                return
+            put("case", {**case, "forms": {"rejected": {whole: said}, "tried": {}}})
 
 
 def _answers(device: torch.device) -> bool:
@@ -81,10 +136,9 @@ def follow(plan: Mapping[str, Any], reports: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     lost = {(name, provider): why for name, provider, why in plan["lost"]}
-    done = set(plan["done"])
-    classes = [parse(name) for name in plan["classes"] if name not in done]
+    classes = [parse(name) for name in plan["classes"]]
     with steady_machine(plan["threads"]):
-        work(classes, device, plan["seconds"], put, lost, plan["deadline"])
+        work(classes, device, plan["seconds"], put, lost, plan["deadline"], set(plan["done"]), plan["winners"])
     put("end", None)
 
 

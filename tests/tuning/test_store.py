@@ -141,8 +141,8 @@ CONTENT = [
 def test_a_file_that_does_not_fit_is_left_out_with_one_warning(how: str, quiet):
     path = store.save(CPU, [record("8x64", "torch", "cpu")])
     words = damaged(path, how)
-    rules.forget()
     with pytest.warns(RuntimeWarning, match=re.escape(str(path))) as warned:
+        rules.forget()
         assert chosen(8, 64).startswith("add_layer_norm: cpu")  # as shipped
     message = str(warned[0].message)
     assert words in message and "fusednorm tune" in message and "FUSEDNORM_TUNED=0" in message
@@ -184,8 +184,8 @@ def test_no_home_folder_is_no_error(monkeypatch, quiet):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("platformdirs.user_cache_dir", nowhere)
-    rules.forget()
     with pytest.warns(RuntimeWarning, match="FUSEDNORM_CACHE_DIR"):
+        rules.forget()
         assert chosen(8, 64).startswith("add_layer_norm: cpu")
 
 

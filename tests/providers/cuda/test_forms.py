@@ -166,7 +166,7 @@ def keep(on_the_emulation):
     torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
     yield torch.ops.fusednorm_cuda.keep
     torch.ops.fusednorm_cuda.keep([])
-    torch.ops.fusednorm_cuda.emulate(128, 512, 1, 2, 1)
+    torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
 
 
 def gradients(x: torch.Tensor) -> list[torch.Tensor]:
