@@ -188,7 +188,6 @@ def _messages(
     classes: Sequence[CallClass], device: torch.device, seconds: float, limit: float, start: Start
 ) -> Generator[tuple[str, Any], None, None]:
     deadline = time.time() + limit
-    winners: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="fusednorm-tune-") as name:
         folder = Path(name)
 
@@ -197,7 +196,7 @@ def _messages(
             plan = {
                 "classes": [c.name for c in classes],
                 "done": of.done,
-                "winners": winners,
+                "winners": {case["name"]: case["best"] for case in of.cases if "best" in case},
                 "lost": lost,
                 "device": str(device),
                 "seconds": seconds,
@@ -210,10 +209,7 @@ def _messages(
         try:
             while watched.running:
                 time.sleep(POLL)
-                for message in watched.poll():
-                    if message[0] == "case" and "best" in message[1]:
-                        winners[message[1]["name"]] = message[1]["best"]
-                    yield message
+                yield from watched.poll()
         finally:
             watched.stop()
 

@@ -198,6 +198,7 @@ class Supervised:
     ) -> None:
         self.name, self.reports, self.output = name, folder / f"{name}.jsonl", folder / f"{name}.txt"
         self.done: list[str] = []
+        self.cases: list[Any] = []  # what came of them
         self.lost: dict[Step, str] = {}
         self.running = True
         self._start, self._patience, self._restarts, self._position = start, patience, restarts, 0
@@ -230,6 +231,7 @@ class Supervised:
             if kind == "case":
                 self.step = None
                 self.done.append(content["name"])
+                self.cases.append(content)
         return found
 
     def poll(self) -> list[Message]:

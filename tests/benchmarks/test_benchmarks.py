@@ -6,12 +6,10 @@ import runpy
 import sys
 import time
 import types
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednorm
 from benchmarks import baselines, cases, measure, run
@@ -137,68 +135,6 @@ def test_cpu_timer_interleaves_and_orders_what_differs():
     rounds = order[-2 * len(found["a"]["samples"]) :]
     pairs = {tuple(rounds[i : i + 2]) for i in range(0, len(rounds), 2)}
     assert pairs == {("a", "b"), ("b", "a")}
-
-
-class FakeCuda:
-    """A device whose clock is advanced by the work queued; `torch.cuda` in so far as the timer uses it."""
-
-    def __init__(self):
-        self.device_clock, self.asleep, self.peak = 0.0, [], 0
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=1 << 10, clock_rate=1_000_000)
-
-    def Event(self, enable_timing):
-        event = SimpleNamespace(elapsed_time=lambda end: (end.at - event.at) * 1e3)
-        event.record = lambda: setattr(event, "at", self.device_clock)
-        return event
-
-    def _sleep(self, cycles):
-        self.asleep.append(cycles)
-        self.device_clock += cycles / 1e9
-
-    synchronize = staticmethod(lambda device: None)
-    memory_allocated = staticmethod(lambda device: 1000)
-
-    def reset_peak_memory_stats(self, device):
-        self.peak = 1000
-
-    def max_memory_allocated(self, device):
-        return self.peak
-
-    def kernel(self, seconds, memory):
-        def call():
-            self.device_clock += seconds
-            self.peak = max(self.peak, 1000 + memory)
-
-        return call
-
-
-def test_cuda_timer_counts_device_time_alone():
-    cuda = FakeCuda()
-    timer = measure.CudaTimer(CPU, cuda)
-    calls = {"fused": cuda.kernel(1e-3, 64), "eager": cuda.kernel(2e-3, 256)}
-    found = timer.measure(calls, 0.02)
-    for name, seconds, peak in (("fused", 1e-3, 64), ("eager", 2e-3, 256)):
-        samples = found[name]["samples"]
-        assert samples == pytest.approx([seconds] * len(samples)) and found[name]["peak"] == peak
-        assert len(found[name]["inclusive"]) == len(samples) >= measure.SLOW_ROUNDS
-    assert min(cuda.asleep) >= 5e-5 * 1e9  # the device sleeps while the host queues
-
-
-def test_cuda_timer_flushes_by_reading():
-    """What is written would be written back during the call."""
-    timer, seen = measure.CudaTimer(CPU, FakeCuda()), []
-
-    class Noted(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            seen.append((op, [id(arg) for arg in args]))
-            return op(*args, **(kwargs or {}))
-
-    with Noted():
-        timer._device_sample(lambda: seen.append("call"), 0.0)
-    assert seen == [(torch.ops.aten.sum.default, [id(timer.scratch)]), "call"]
-    assert timer.scratch.nbytes == 4 << 10
 
 
 def test_what_is_left_out_is_named(monkeypatch, tmp_path):

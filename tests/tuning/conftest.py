@@ -8,16 +8,17 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fusednorm.dispatch import registry, rules, tuned
+from fusednorm import dispatch
+from fusednorm.dispatch import crossovers, registry, rules, tuned
 from fusednorm.providers.reference import norm as reference_norm
-from fusednorm.tuning import worker
+from fusednorm.tuning import calls, measure, run, worker
 from fusednorm.tuning.supervise import Child
-
-CPU = torch.device("cpu")
+from tests.helpers.tuning_records import CPU
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +66,55 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
         return name
 
     return add
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`torch.cuda` as far as tuning uses it, and Triton's interpreter as the provider of that device."""
+    pytest.importorskip("triton")
+    if dispatch.unavailable_reason("triton") is not None:
+        pytest.skip(f"provider triton: {dispatch.unavailable_reason('triton')}")
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "Stand-in H200",
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 10, clock_rate=1_000_000),
+        "synchronize": lambda device=None: None,
+        "mem_get_info": lambda device=None: (1 << 34, 1 << 35),
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "Event": Event,
+        "_sleep": lambda cycles: None,
+    }
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(tuned, "_driver", lambda: "580.00")
+    monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
+    built, zeros, served_by = calls.build, torch.zeros, measure.served_by
+    monkeypatch.setattr(measure, "build", lambda of, device, seed=0: built(of, CPU, seed))
+    monkeypatch.setattr(measure, "served_by", lambda of, device, provider: served_by(of, CPU, provider))
+    monkeypatch.setattr(torch, "zeros", lambda *args, device=None, **kwargs: zeros(*args, **kwargs))
+    monkeypatch.setattr(run.BackgroundLoad, "share", lambda self: 0.0)
+    crossovers._architecture.cache_clear()
+    rules.forget()
+    yield
+    monkeypatch.undo()
+    crossovers._architecture.cache_clear()
+    rules.forget()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,66 +13,13 @@ from torch.nn.attention import SDPBackend
 import fusednorm
 from fusednorm import dispatch
 from fusednorm.autograd import attention_torch
-from fusednorm.dispatch import crossovers, rules, tuned
+from fusednorm.dispatch import rules, tuned
 from fusednorm.tuning import auto, calls, measure, run, store, worker
 from fusednorm.tuning.calls import CallClass
-from tests.helpers.tuning_records import record
+from tests.helpers.tuning_records import CPU, GPU, record
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 CLASSES = [CallClass("add_layer_norm", "float32", grad, (4, 64)) for grad in (False, True)]
 CLASSES += [CallClass("attention_causal", "float32", False, (1, 1, 16, 16, 16))]
-
-
-class Event:
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """`torch.cuda` as far as tuning uses it, and Triton's interpreter as the provider of that device."""
-    pytest.importorskip("triton")
-    if dispatch.unavailable_reason("triton") is not None:
-        pytest.skip(f"provider triton: {dispatch.unavailable_reason('triton')}")
-    fakes = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "get_device_name": lambda device=None: "Stand-in H200",
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 10, clock_rate=1_000_000),
-        "synchronize": lambda device=None: None,
-        "mem_get_info": lambda device=None: (1 << 34, 1 << 35),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "Event": Event,
-        "_sleep": lambda cycles: None,
-    }
-    for name, value in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, value, raising=False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
-    monkeypatch.setattr(tuned, "_driver", lambda: "580.00")
-    monkeypatch.setattr(dispatch.get("triton")[0], "for_tests", None)
-    built, zeros, served_by = calls.build, torch.zeros, measure.served_by
-    monkeypatch.setattr(measure, "build", lambda of, device, seed=0: built(of, CPU, seed))
-    monkeypatch.setattr(measure, "served_by", lambda of, device, provider: served_by(of, CPU, provider))
-    monkeypatch.setattr(torch, "zeros", lambda *args, device=None, **kwargs: zeros(*args, **kwargs))
-    monkeypatch.setattr(run.BackgroundLoad, "share", lambda self: 0.0)
-    crossovers._architecture.cache_clear()
-    rules.forget()
-    yield
-    monkeypatch.undo()
-    crossovers._architecture.cache_clear()
-    rules.forget()
 
 
 def on_fake_tensors(function, *sizes: int) -> str:
