@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.cases import DROPOUT_P, EPS, Call, Leaves, Norm, Operation
+from fusednorm.dispatch import rules, tuned
 from fusednorm.providers.torch.attention import BACKENDS
 
 
@@ -85,6 +87,7 @@ def _forced(name: str) -> Callable[[Any, Leaves], Call]:
     return lambda op, t: op.eager(t, BACKENDS[name])
 
 
+UNTUNED = "untuned"  # our own, without the file of `fusednorm tune`
 ATTENTION = {f"sdpa-{name}": name for name in BACKENDS}  # torch's function with one of its backends and no other
 
 
@@ -99,7 +102,30 @@ BASELINES: dict[str, tuple[str | None, Callable[[Any, Leaves], Call]]] = {
     "quack": ("quack", _quack),
     "fla": ("fla", _fla),
     "flash_attn": ("flash_attn", _flash_attn),
+    UNTUNED: (None, lambda op, t: op.fused(t)),  # inside `served`
 }
+
+
+@contextlib.contextmanager
+def served(name: str) -> Iterator[None]:
+    """Calls inside are served as a variant's name says."""
+    if name == UNTUNED:
+        files = dict.fromkeys(tuned._files) | {("cpu", None, torch.get_num_threads()): None}
+        before, tuned._files = tuned._files, files
+        _choose_anew()
+        try:
+            yield
+        finally:
+            tuned._files = before
+            _choose_anew()
+        return
+    yield
+
+
+def _choose_anew() -> None:
+    """By the files that are in force now, providers and their launches."""
+    tuned.prepare_anew()
+    rules.choose_anew()
 
 
 def applies(name: str, op: Operation) -> bool:

@@ -28,7 +28,7 @@ import torch
 
 import fusednorm
 from benchmarks import cases, measure
-from benchmarks.baselines import ATTENTION, BASELINES, BaselineError, applies
+from benchmarks.baselines import ATTENTION, BASELINES, UNTUNED, BaselineError, applies, served
 from benchmarks.cases import Case
 from benchmarks.cases import targets as cases_targets
 from benchmarks.measure.machine import clocks, environment
@@ -36,7 +36,9 @@ from benchmarks.report import pages as report
 from benchmarks.report.files import make_folder, read_result, write_result
 from benchmarks.report.stats import AUTOMATIC
 from benchmarks.report.table import table
+from fusednorm.dispatch import tuned
 from fusednorm.tuning import load as measure_load
+from fusednorm.tuning.timers import alone
 
 PEERS = (*ATTENTION, *(name for name, (module, _) in BASELINES.items() if module is not None))
 SECONDS = {"quick": 0.1, "grid": 0.1, "default": 0.2, "full": 0.5, "targets": 0.05}
@@ -64,7 +66,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--baselines",
         metavar="NAMES",
         help=f"comma-separated, besides eager: {', '.join(n for n in BASELINES if n != 'eager')}; "
-        "peers (default): the sdpa-* and, on a GPU, other libraries that are importable; all; none; of --targets, "
+        "peers (default): the sdpa-* and, on a GPU, other libraries that are importable; "
+        "untuned: ours without the file of `fusednorm tune`; all; none; of --targets, "
         "peers,compile is the default, and a case is compared with what its target names",
     )
     parser.add_argument(
@@ -132,6 +135,8 @@ def present(wanted: Iterable[str], device: torch.device) -> tuple[list[str], dic
         module = BASELINES[name][0]
         if name not in wanted:
             absent[name] = "not asked for"
+        elif name == UNTUNED and tuned.file(device) is None:
+            absent[name] = "no file of `fusednorm tune` is in force"
         elif module is not None and util.find_spec(module) is None:
             absent[name] = f"{module} is not installed"
         elif module is not None and device.type != "cuda":
@@ -167,8 +172,9 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
         calls = {"fused": bind(build)}
         for name in (name for name in baselines if applies(name, op)):
             try:
-                calls[name] = bind(BASELINES[name][1](op, leaves))
-                validate_baseline(name, case, device, calls[name], record["notes"])
+                with served(name):
+                    calls[name] = bind(BASELINES[name][1](op, leaves))
+                    validate_baseline(name, case, device, calls[name], record["notes"])
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # what a baseline cannot do is no fault of ours
@@ -182,7 +188,7 @@ def run_case(case: Case, device: torch.device, timer: Any, roofline: Any, baseli
                 "fused": op.kept_bytes(leaves, build),
                 "eager": op.kept_bytes(leaves, op.eager(leaves)),
             }
-        record["variants"] = timer.measure(calls, seconds)
+        record["variants"] = timer.measure(calls, seconds, served if UNTUNED in calls else alone)
         record["status"] = "measured"
     except torch.OutOfMemoryError as error:
         record |= {"status": "out of memory", "detail": str(error).splitlines()[0], "variants": {}}

@@ -17,7 +17,6 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks import measure
+from benchmarks.baselines import served
 from benchmarks.cases import Case, sweep
 from benchmarks.measure.machine import environment
 from benchmarks.report.table import table
@@ -35,28 +35,6 @@ from fusednorm.tuning.load import BackgroundLoad, warning
 from fusednorm.tuning.measure import candidates, paired, served_by
 
 MOST_LOST = 0.03
-
-
-@contextlib.contextmanager
-def served(name: str) -> Iterator[None]:
-    """Calls inside are served as a variant's name says."""
-    if name == "untuned":
-        files = dict.fromkeys(tuned._files) | {("cpu", None, torch.get_num_threads()): None}
-        before, tuned._files = tuned._files, files
-        _choose_anew()
-        try:
-            yield
-        finally:
-            tuned._files = before
-            _choose_anew()
-        return
-    yield
-
-
-def _choose_anew() -> None:
-    """By the files that are in force now, providers and their launches."""
-    tuned.prepare_anew()
-    rules.choose_anew()
 
 
 def measured(case: Case, device: torch.device, timer: Any, seconds: float) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import fusednorm
 from benchmarks import baselines, cases, measure, run
 from benchmarks.cases import OPS, Case
 from benchmarks.report import pages as report
+from fusednorm.dispatch import rules, tuned
 from fusednorm.providers.reference import norm as reference
-from tests.helpers import dispatching
+from fusednorm.tuning import store
+from tests.helpers import dispatching, tuning_records
 
 pytestmark = pytest.mark.usefixtures("ordinary_memory")
 CPU = torch.device("cpu")
@@ -40,6 +42,30 @@ def test_run_writes_samples_environment_and_page(tmp_path):
     assert result["environment"].keys() >= {"device", "triton", "python", "commit", "date", "load"}
     assert result["method"]["threads"] == 1
     assert set(result["baselines"]["absent"]) == set(baselines.BASELINES) - {"eager"}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no_file", "a_file"])
+def test_untuned_is_ours_without_the_users_file(there, tmp_path, monkeypatch):
+    monkeypatch.setenv(tuned.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(tuned.SWITCH_VARIABLE)
+    served, raw = [], tmp_path / "raw.json"
+    if there:
+        store.save(CPU, [tuning_records.record("4x64", "torch", "cpu")])
+        ours = fusednorm.add_layer_norm
+        noted = mock.Mock(side_effect=lambda *a, **k: served.append(tuned.file(CPU)) or ours(*a, **k))
+        monkeypatch.setattr(fusednorm, "add_layer_norm", noted)
+    rules.forget()
+    arguments = [*FAST, "--only", "^add_layer_norm/forward/float32/4x64", "--baselines", "untuned", "--json", str(raw)]
+    assert run.main(arguments) == 0
+    result = json.loads(raw.read_text())
+    (of,) = result["cases"]
+    assert ("untuned" in of["variants"]) == there
+    if there:
+        assert of["provider"] == "torch" and None in served and any(served)
+    else:
+        assert "no file of `fusednorm tune`" in result["baselines"]["absent"]["untuned"]
+    monkeypatch.undo()
+    rules.forget()
 
 
 def test_a_case_without_memory_costs_the_others_nothing(monkeypatch, tmp_path, capsys):
