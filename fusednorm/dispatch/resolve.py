@@ -13,6 +13,7 @@ import torch
 from .._once import first_time
 from .._options import AttentionInputs, AttentionOptions, Inputs, NormOptions, Options
 from .._transforms import traced, transform_active, wants_gradients
+from ..providers.forms import Place
 from . import registry, rules, rules_attention, settings, tuned
 from .settings import Decision, Settings
 
@@ -70,8 +71,11 @@ def _form_note(provider: str, request: Request) -> str:
     if not isinstance(options, NormOptions) or torch.compiler.is_compiling() or traced():
         return ""
     x = inputs[0]
-    widest = max(x.dtype.itemsize, options.residual_dtype.itemsize, options.normed_dtype.itemsize)
-    return tuned.form_note(provider, x, math.prod(x.shape[x.ndim - options.normalized_ndim :]), widest)
+    dtypes = (x.dtype,) if provider == "cuda" else (x.dtype, options.residual_dtype, options.normed_dtype)
+    widest = max(dtype.itemsize for dtype in dtypes)
+    columns = math.prod(x.shape[x.ndim - options.normalized_ndim :])
+    directions = ("forward", "backward") if wants_gradients(inputs) else ("forward",)
+    return tuned.form_note(provider, x, [Place(direction, columns, widest) for direction in directions])
 
 
 def _first(request: Request, setting: Settings) -> tuple[str, _Refusals, str]:

@@ -21,7 +21,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,14 +299,14 @@ def keep_in_cuda(indices: list[int]) -> None:
                 _warn(found.path, damaged(fault))
 
 
-def form_note(provider: str, x: torch.Tensor, columns: int, itemsize: int) -> str:
-    """For explain(): whether rows of so many columns are launched in a form of the user's file."""
+def form_note(provider: str, x: torch.Tensor, places: Sequence[Place]) -> str:
+    """For explain(): whether such rows, under whatever load, are launched in a form of the user's file."""
     if provider not in ("triton", "cuda"):
         return ""
     found, forms = _forms(provider, x.get_device())
-    if found is None or not any(place[1:3] == (columns, itemsize) for place in forms):
+    if found is None or not any(form._replace(load=0) in places for form in forms):
         return ""
-    return f", in a form tuned for {columns} columns ({found.path})"
+    return f", in a form tuned for {places[0].columns} columns ({found.path})"
 
 
 def forget() -> None:

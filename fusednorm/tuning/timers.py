@@ -175,7 +175,7 @@ class CudaTimer:
             estimate += 3 * max(once, hosts[name]) + repeats * once + 1e-4
             if graphs[name] is not None:
                 found[name]["replayed"] = []
-                estimate += GRAPHED * once
+                estimate += GRAPHED * self._replayed_sample(graphs[name]) + 5e-5
         with _no_garbage_collection():
             for name in _interleaved(calls, _rounds(seconds, estimate)):
                 with around(name):

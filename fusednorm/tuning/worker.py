@@ -98,8 +98,6 @@ def _forms(
     todo = [of for of in classes if best.get(of.name) in OURS and kernel_of(of) and FORMS + of.name not in done]
     put("more", len(todo))
     for of in sorted(todo, key=lambda of: of.elements, reverse=True):
-        if time.time() > deadline:
-            return
         provider, case = best[of.name], {"name": FORMS + of.name, "of": of.name}
         gone = {form: why for (name, form), why in lost.items() if name == of.name}
         whole = f"{provider} forms"  # while they are timed
@@ -108,10 +106,12 @@ def _forms(
             continue
         try:
             for kind, content in measured_forms(of, device, provider, timer, seconds, gone):
-                if kind == "trying":
-                    put("trying", [of.name, content])
-                else:
+                if kind == "record":
                     put("case", {**case, "forms": content})
+                elif time.time() > deadline:
+                    return
+                else:
+                    put("trying", [of.name, content])
         except (RuntimeError, MemoryError) as fault:
             said = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
             if not _answers(device):
