@@ -319,4 +319,4 @@ def prepare_anew() -> None:
     """Let providers that are loaded launch by the files as they are now."""
     if "triton" in registry._modules:
         registry.get("triton")[0].forget_variants()
-    cuda.attach()
+    cuda.take_forms()

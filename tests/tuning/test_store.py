@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
 import fusednorm
 from fusednorm._once import _said
@@ -216,6 +217,17 @@ def test_two_processes_at_once_lose_nothing():
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     kept = json.loads(tuned.path_of(CPU).read_text())["records"]
     assert len(kept) == 16
+
+
+def test_a_process_without_kernels_for_gpus_keeps_and_reads_it():
+    program = f"""
+import torch, fusednorm
+from fusednorm.tuning import store
+store.save(torch.device("cpu"), [{record("8x64", "torch", "cpu")}])
+x = torch.randn(8, 64)
+print(fusednorm.explain(fusednorm.add_layer_norm, x, x, 64))
+"""
+    assert python("-c", program).startswith("add_layer_norm: torch")
 
 
 def test_a_new_process_reads_it():

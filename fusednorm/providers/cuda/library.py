@@ -66,7 +66,7 @@ def _load() -> str | None:
         for name in ("add_layer_norm_bwd", "bias_act_dropout_bwd", "attention_bwd", "keep"):
             getattr(ops, name)  # a library of an older version lacks some
         ctypes.c_char.in_dll(ctypes.CDLL(str(library)), "fusednorm_cuda_first_launch")
-        attach()
+        _attach()
     except Exception as fault:  # a file for another machine or torch, or half of one: whatever it is, not usable
         return load_failure(library, fault, BUILD)
     return None
@@ -76,14 +76,23 @@ def _library() -> Path:
     return LIBRARY if EMULATED is None else Path(EMULATED)
 
 
-def attach() -> None:
-    """Let the fast path lead to the GPUs that were asked and are usable, with the forms that are kept for them."""
-    usable = [index for index, reason in _unusable.items() if reason is None and index < 64]
-    devices = sum(1 << index for index in usable)
+def _usable() -> list[int]:
+    """The GPUs that were asked, and on which kernels run."""
+    return [index for index, reason in _unusable.items() if reason is None and index < 64]
+
+
+def take_forms() -> None:
+    """Launch on these GPUs in the forms that are kept for them."""
+    usable = _usable()
     if usable and keep_forms is not None:
         keep_forms(usable)
+
+
+def _attach() -> None:
+    """Let the fast path lead to these GPUs."""
+    take_forms()
     if hand_over is not None:
-        hand_over(_library(), EMULATED is not None, devices)
+        hand_over(_library(), EMULATED is not None, sum(1 << index for index in _usable()))
 
 
 def unusable(index: int) -> str | None:
@@ -100,7 +109,7 @@ def unusable(index: int) -> str | None:
             if _capturing(index):
                 return None
             _unusable[index] = _ask(index)
-            attach()
+            _attach()
         return _unusable[index]
 
 
@@ -110,7 +119,7 @@ unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in d
 def forget_devices() -> None:
     """As if no GPU had been asked, for tests."""
     _unusable.clear()
-    attach()
+    _attach()
 
 
 def _ask(index: int) -> str | None:
