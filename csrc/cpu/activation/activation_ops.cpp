@@ -48,15 +48,17 @@ int64_t grain(int64_t elements_of_a_tile) { return std::max<int64_t>(kGrain / st
 Handle run_activation_forward(const BiasActCall& call) {
   ActivationCall a;
   const Sizes s = describe_call(a, call, Handle());
-  Parameters parameters(a, s, s.ndim - 1, 1);
-  a.bias = parameters.get("bias", call.bias);
+  Parameters<ActivationCall> parameters(a, s, s.ndim - 1);
+  parameters.read("bias", call.bias, &ActivationCall::bias);
   Handle y = empty(s.ndim, s.sizes, a.x.dtype);
   if (!a.n_rows || !a.n_columns) return y;
   a.out = fresh_data(y);
   ask_for_huge_pages(a.out, times(a.n_rows, a.n_columns, kItemSize[a.x.dtype]));
   const ActivationKernels& k = *kernels().activation;
-  parallel(times(a.n_rows, a.row_tiles), grain(std::min(a.n_columns, kTile)), k.workspace(a),
-           [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
+  parallel(times(a.n_rows, a.row_tiles), grain(std::min(a.n_columns, kTile)),
+           plus(k.workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
+             parameters.converted(memory, [&](const ActivationCall& own, void* rest) { k.forward(own, rest, begin, end); });
+           });
   return y;
 }
 
@@ -64,8 +66,8 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& ca
   const Handle& bias = call.bias;
   ActivationCall a;
   const Sizes s = describe_call(a, call, dy);
-  Parameters parameters(a, s, s.ndim - 1, 1);
-  a.bias = parameters.get("bias", bias);
+  Parameters<ActivationCall> parameters(a, s, s.ndim - 1);
+  parameters.read("bias", bias, &ActivationCall::bias);
   const bool wants_dx = call.options.wants_dx, wants_dbias = bias && call.options.wants_dbias;
   Handle dx = wants_dx ? empty(s.ndim, s.sizes, a.x.dtype) : undefined();
   Handle dbias = wants_dbias ? empty(1, &a.n_columns, dtype_of("bias", bias)) : undefined();
@@ -81,8 +83,10 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& ca
   if (wants_dbias) partials = allocate("partial sums", times(chunks, a.partial_stride, a.wide ? 8 : 4));
   a.partials = partials.get();
   const ActivationKernels& k = *kernels().activation;
-  parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)), k.workspace(a),
-           [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
+  parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)),
+           plus(k.workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
+             parameters.converted(memory, [&](const ActivationCall& own, void* rest) { k.backward(own, rest, begin, end); });
+           });
   if (wants_dbias)
     add_partials({a.partials, chunks, a.partial_stride, a.wide}, a.n_columns, kGrain, dtype_of("bias", bias),
                  fresh_data(dbias));

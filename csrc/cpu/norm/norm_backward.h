@@ -97,9 +97,14 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, const Paramete
     };
     Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
     if (present.weight()) w = load((const C*)a.weight);
+    // All rows are read before one is written: a row that ends 4 KB after the one before would wait for its stores.
+    Vec<C> dys[R], xhats[R];
     each<R>([&](auto r) __attribute__((always_inline)) {
       if (fetch) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
-      const Vec<C> dy = extent.template load<C>(b.dnormed[r] + j), xhat = normalized(a, extent, b, r, j, present);
+      dys[r] = extent.template load<C>(b.dnormed[r] + j), xhats[r] = normalized(a, extent, b, r, j, present);
+    });
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const Vec<C> dy = dys[r], xhat = xhats[r];
       const Vec<C> g = present.weight() ? dy * w : dy;
       Vec<C> d = g - xhat * Vec<C>(b.product[r]);
       if (!P::kRms) d = d - Vec<C>(b.shift[r]);

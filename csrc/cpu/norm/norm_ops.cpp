@@ -72,11 +72,11 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const int64_t lead = describe_call(a, s, t, x_dtype == kFloat64 || o.residual_dtype == kFloat64);
   describe("x", t.x, s, lead, a.x);
   describe("residual", t.residual, s.sizes, s.ndim, lead, a.residual);
-  Parameters parameters(a, s, lead, 4);
-  a.weight = parameters.get("weight", t.weight, o.zero_centered ? 1.0 : 0.0);
-  a.bias = parameters.get("bias", t.bias);
-  a.x_bias = parameters.get("x_bias", t.x_bias);
-  a.layer_scale = parameters.get("layer_scale", t.layer_scale);
+  Parameters<Forward> parameters(a, s, lead);
+  parameters.read("weight", t.weight, &Forward::weight, o.zero_centered ? 1.0 : 0.0);
+  parameters.read("bias", t.bias, &Forward::bias);
+  parameters.read("x_bias", t.x_bias, &Forward::x_bias);
+  parameters.read("layer_scale", t.layer_scale, &Forward::layer_scale);
   a.epilogue = a.x_bias || a.layer_scale || a.element.on || a.path.on;
   a.eps = t.eps;
   a.normed_dtype = o.dtype, a.z_dtype = o.residual_dtype, a.row_dtype = x_dtype;
@@ -103,8 +103,10 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   ask_for_huge_pages(a.normed, times(elements, kItemSize[o.dtype]));
   if (a.z) ask_for_huge_pages(a.z, times(elements, kItemSize[o.residual_dtype]));
   const Kernels& k = kernels();
-  parallel(a.n_rows, std::max<int64_t>(kGrain / plus(a.n_columns, kRowCost), 1), k.forward_workspace(a),
-           [&](void* memory, int64_t begin, int64_t end) { k.forward(a, memory, begin, end); });
+  parallel(a.n_rows, std::max<int64_t>(kGrain / plus(a.n_columns, kRowCost), 1),
+           plus(k.forward_workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
+             parameters.converted(memory, [&](const Forward& own, void* rest) { k.forward(own, rest, begin, end); });
+           });
   return out;
 }
 
@@ -129,12 +131,13 @@ Gradients run_backward(const BackwardCall& call) {
   if (wants_layer_scale) describe("x", x, s.sizes, s.ndim, lead, a.x);
   for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
     if (*parameter) check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
-  Parameters parameters(a, s, lead, 4);
+  Parameters<Backward> parameters(a, s, lead);
   a.saved_is_normed = o.saved_is_normed;
-  a.weight = parameters.get("weight", weight, o.zero_centered ? 1.0 : 0.0);
-  a.bias = o.saved_is_normed ? parameters.get("bias", bias) : nullptr;
-  a.x_bias = wants_layer_scale ? parameters.get("x_bias", x_bias) : nullptr;
-  a.layer_scale = parameters.get("layer_scale", layer_scale);
+  a.bias = a.x_bias = nullptr;
+  parameters.read("weight", weight, &Backward::weight, o.zero_centered ? 1.0 : 0.0);
+  if (o.saved_is_normed) parameters.read("bias", bias, &Backward::bias);
+  if (wants_layer_scale) parameters.read("x_bias", x_bias, &Backward::x_bias);
+  parameters.read("layer_scale", layer_scale, &Backward::layer_scale);
   a.row_dtype = a.saved.dtype;
   a.dx_dtype = o.dtype, a.dresidual_dtype = o.residual_dtype;
 
@@ -173,8 +176,10 @@ Gradients run_backward(const BackwardCall& call) {
   a.partials = partials.get();
   const Kernels& k = kernels();
   const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
-  parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), k.backward_workspace(a),
-           [&](void* memory, int64_t begin, int64_t end) { k.backward(a, memory, begin, end); });
+  parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), plus(k.backward_workspace(a), parameters.bytes()),
+           [&](void* memory, int64_t begin, int64_t end) {
+             parameters.converted(memory, [&](const Backward& own, void* rest) { k.backward(own, rest, begin, end); });
+           });
   for (int i = 0; i < 4; ++i)
     if (*indices[i] >= 0) {
       const char* const sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);

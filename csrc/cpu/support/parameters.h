@@ -8,40 +8,58 @@
 
 namespace fusednorm_cpu {
 
-// Up to `most` parameters as arrays of the compute type: where they lie, or converted into one buffer. Their shape is
-// that of columns, the dimensions of `s` behind `lead`.
+// Parameters of a call as arrays of the compute type: where they lie, or converted. Their shape is that of columns, the
+// dimensions of `s` behind `lead`.
+//
+// Each thread converts them for itself. Converted once by the caller, 1 MB for two threads, they cost the other one four
+// times the time of all its rows in some processes: it read them from the caller's cache.
+template <class Call>
 class Parameters {
  public:
-  template <class Call>
-  Parameters(const Call& a, const Sizes& s, int64_t lead, int most)
-      : n_rows_(a.n_rows),
-        n_columns_(a.n_columns),
-        wide_(a.wide),
-        shape_(s.sizes + lead),
-        ndim_(s.ndim - lead),
-        most_(most) {}
+  Parameters(Call& a, const Sizes& s, int64_t lead) : a_(a), shape_(s.sizes + lead), ndim_(s.ndim - lead) {}
 
-  const void* get(const char* name, const Handle& tensor, double shift = 0.0) {
-    if (!tensor) return nullptr;
-    Operand operand;
-    describe(name, tensor, shape_, ndim_, 0, operand);
-    if (!n_rows_ || !n_columns_) return nullptr;  // of an expanded one a copy may be more than there is memory
-    if (operand.unit && operand.dtype == (wide_ ? kFloat64 : kFloat32) && shift == 0.0) return operand.data;
-    const int64_t bytes = times(padded(n_columns_), wide_ ? 8 : 4), all = times(most_, bytes);
-    if (!used_ && all > int64_t(sizeof few_)) many_ = allocate("the parameters", all);
-    char* const out = (many_ ? (char*)many_.get() : (char*)few_) + used_++ * bytes;
-    kernels().parameter(operand, n_columns_, wide_, shift, out);
-    return out;
+  // Sets a member of the call: to null where there is no tensor.
+  void read(const char* name, const Handle& tensor, const void* Call::*member, double shift = 0.0) {
+    a_.*member = nullptr;
+    if (!tensor) return;
+    Conversion& c = conversions_[n_];
+    describe(name, tensor, shape_, ndim_, 0, c.from);
+    if (!a_.n_rows || !a_.n_columns) return;  // of an expanded one a copy may be more than there is memory
+    a_.*member = c.from.data;
+    if (c.from.unit && c.from.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return;
+    c.member = member, c.shift = shift, ++n_;
+  }
+
+  int64_t bytes() const { return times(n_, bytes_of_one()); }
+
+  // work(call, workspace) with what had to be converted in the workspace's first bytes().
+  template <class F>
+  void converted(void* memory, const F& work) const {
+    if (!n_) return work(a_, memory);
+    Call own = a_;
+    char* next = (char*)memory;
+    for (int i = 0; i < n_; ++i, next += bytes_of_one()) {
+      const Conversion& c = conversions_[i];
+      kernels().parameter(c.from, own.n_columns, own.wide, c.shift, next);
+      own.*c.member = next;
+    }
+    work(own, next);
   }
 
  private:
-  const int64_t n_rows_, n_columns_;
-  const bool wide_;
+  struct Conversion {
+    Operand from;
+    const void* Call::*member;
+    double shift;
+  };
+
+  int64_t bytes_of_one() const { return times(padded(a_.n_columns), a_.wide ? 8 : 4); }
+
+  Call& a_;
   const int64_t* const shape_;
-  const int64_t ndim_, most_;
-  double few_[256];  // an aligned allocation costs as much as a row of 64
-  Buffer many_;
-  int used_ = 0;
+  const int64_t ndim_;
+  Conversion conversions_[4];
+  int n_ = 0;
 };
 
 // Partial sums added up, on as many threads as are worth it where `grain` elements are worth one.
