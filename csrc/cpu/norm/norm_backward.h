@@ -205,6 +205,8 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
         }
       backward_block<C, S, kRowBlock>(a, workspace, row, ahead, sums, any);
     }
+    if constexpr (kSpecialized<C>)  // few wide rows are cut into chunks of two
+      if (row + 2 <= end && common.holds()) backward_block<C, S, 2>(a, workspace, row, false, sums, common), row += 2;
     for (; row < end; ++row) backward_block<C, S, 1>(a, workspace, row, false, sums, any);
   }
   if (a.nontemporal) fence_nontemporal();

@@ -24,9 +24,9 @@ constexpr int64_t kStreamed = 16 << 20;
 // few wide rows would be one thread's (4 rows of 262144 ran at 0.87 of eager's speed, as pairs at 1.24). By sizes alone:
 // the same for any number of threads.
 int64_t chunk_rows(int64_t rows, int64_t columns) {
-  constexpr int64_t kMostChunks = 64, kMostRows = 256, kFew = 8;
-  const int64_t pays = std::clamp<int64_t>(kGrain / std::max<int64_t>(columns, 1), 2, kFew);
-  const int64_t least = std::clamp<int64_t>(rows / kFew, pays, kFew);
+  constexpr int64_t kMostChunks = 64, kMostRows = 256, kFewChunks = 4, kLeast = 8;
+  const int64_t pays = std::clamp<int64_t>(kGrain / std::max<int64_t>(columns, 1), 2, kLeast);
+  const int64_t least = std::clamp<int64_t>(rows / kFewChunks, pays, kLeast);
   return std::clamp<int64_t>(pieces(rows, kMostChunks), least, kMostRows);
 }
 
