@@ -169,12 +169,21 @@ GPU = (
     Target("the same, against torch.compile", ">= 1.1x", 1.1, speed(is_step, "compile", "compile-max-autotune")),
     Target("what it keeps for its backward, of eager's", "<= 60%", 1 / 0.6, kept, lambda v: f"{1 / v:.0%}"),
 )
-CPU_ADD = both("add_layer_norm")
+
+
+def in_sweep(op: str, dtype: str, wanted: float) -> Target:
+    """The median over the sweep's forwards, and forwards + backwards, of one dtype."""
+    chosen, name = both(op, dtype=dtype), {"layer_norm": "LayerNorm", "add_layer_norm": "add + LayerNorm"}[op]
+    text = f"{name}, {dtype}, median of the sweep, against eager"
+    return Target(text, f">= {wanted}x", wanted, speed(chosen, "eager"), of_all=median)
+
+
 CPU = (
-    Target(
-        "add + LayerNorm, median of the sweep, against eager", ">= 1.3x", 1.3, speed(CPU_ADD, "eager"), of_all=median
-    ),
-    Target("add + LayerNorm, worst of the sweep, against eager", ">= 1x", 1.0, speed(CPU_ADD, "eager")),
+    in_sweep("layer_norm", "float32", 1.4),
+    in_sweep("layer_norm", "bfloat16", 1.8),
+    in_sweep("add_layer_norm", "float32", 1.7),
+    in_sweep("add_layer_norm", "bfloat16", 2.2),
+    Target("add + LayerNorm, worst of the sweep, against eager", ">= 1x", 1.0, speed(both("add_layer_norm"), "eager")),
     Target("LayerNorm and RMSNorm, every shape and dtype", ">= 1x", 1.0, speed(both(*NORMS), "eager")),
     Target("their forward under 1 MiB, time less eager's", "<= 2 us", -2.0, host_excess, lambda v: f"{-v:+.1f} us"),
     Target("their forward + backward under 1 MiB", ">= 1x", 1.0, speed(TINY_BOTH, "eager")),

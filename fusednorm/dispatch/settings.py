@@ -72,14 +72,14 @@ def _rebuild(plans: Plans | None = None) -> None:
     global current
     provider = _providers[-1].name if _providers else _default
     by_shape = not (_invariant and _invariant[-1].enabled)
-    missing = _warned_of_missing_library and bool(registry._reasons.get("cpu"))
+    missing = bool(registry._reasons.get("cpu"))  # asked before, and there is a reason
     served = provider in (None, "cpu", "cuda") and not (_listeners or _without)
     current = Settings(
         provider,
         by_shape,
         tuple(_listeners),
-        (provider == "torch" or (provider is None and _layer_norm_is_torchs is True)) and not _listeners,
-        (provider == "torch" or (provider is None and missing)) and not _listeners,
+        (provider == "torch" or (provider is None and (missing or _layer_norm_is_torchs is True))) and not _listeners,
+        (provider == "torch" or (provider is None and missing and _warned_of_missing_library)) and not _listeners,
         _fastpath if served else None,
         "cuda" if provider == "cuda" else provider is None and by_shape,
         {} if plans is None else plans,

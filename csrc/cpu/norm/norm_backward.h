@@ -53,7 +53,8 @@ struct Present {
 template <class C, class S, class E, class P>
 FN_INLINE Vec<C> normalized(const Backward& a, E extent, const Block<C, S>& b, int r, int64_t j, const P& present) {
   const Vec<C> v = extent.template load<C>(b.saved[r] + j);
-  if (!present.saved_is_normed()) return (P::kRms ? v : v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]);
+  if (!present.saved_is_normed())  // past the row's end the product may overflow
+    return extent.only((P::kRms ? v : v - Vec<C>(b.mean[r])) * Vec<C>(b.rstd[r]));
   Vec<C> u = v;
   if (a.bias) u = u - extent.template load<C>((const C*)a.bias + j);
   if (present.weight()) u = u / extent.template load<C>((const C*)a.weight + j);
@@ -124,7 +125,7 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, const Paramete
     if (present.dbias()) add(sb, sums.dbias);
     if (P::kEpilogue && sums.dx_bias) add(sx, sums.dx_bias);
     if (P::kEpilogue && sums.dlayer_scale) add(sl, sums.dlayer_scale);
-  });
+  }, stores_run_ahead(dx ? b.dx[0] : b.dresidual[0], b.saved[0], b.dnormed[0]));
 }
 
 constexpr int kStagedRows = 6;  // dnormed, saved, dresidual_out, x, dx, dresidual
@@ -186,6 +187,7 @@ FN_INLINE void backward_block(const Backward& a, char* workspace, int64_t row, b
 template <class C, class S, bool RMS, bool EPILOGUE>
 void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, int64_t end_chunk) {
   const int64_t bytes = times(a.n_columns, sizeof(S));
+  const bool fetches = sizeof(S) == 2 && bytes >= kLeastNext && bytes <= kMostNext;
   for (int64_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
     C* const partials = (C*)a.partials + chunk * a.n_sums * a.partial_stride;
     for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, a.n_columns * sizeof(C));
@@ -196,18 +198,21 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
     const Present<true, RMS, EPILOGUE> common(a, sums);
     const Present<false, RMS, EPILOGUE> any(a, sums);
     int64_t row = begin;
-    for (; row + kRowBlock <= end; row += kRowBlock) {
-      const bool ahead = sizeof(S) == 2 && bytes >= kLeastNext && bytes <= kMostNext && row + 2 * kRowBlock <= end;
-      if constexpr (kSpecialized<C>)
-        if (common.holds()) {
-          backward_block<C, S, kRowBlock>(a, workspace, row, ahead, sums, common);
-          continue;
-        }
-      backward_block<C, S, kRowBlock>(a, workspace, row, ahead, sums, any);
-    }
-    if constexpr (kSpecialized<C>)  // few wide rows are cut into chunks of two
-      if (row + 2 <= end && common.holds()) backward_block<C, S, 2>(a, workspace, row, false, sums, common), row += 2;
-    for (; row < end; ++row) backward_block<C, S, 1>(a, workspace, row, false, sums, any);
+    const auto blocks = [&](auto rows) __attribute__((always_inline)) {
+      constexpr int R = rows;
+      for (; row + R <= end; row += R) {
+        const bool ahead = R == kRowBlock && fetches && row + 2 * R <= end;
+        if constexpr (kSpecialized<C> && R > 1)
+          if (common.holds()) {
+            backward_block<C, S, R>(a, workspace, row, ahead, sums, common);
+            continue;
+          }
+        backward_block<C, S, R>(a, workspace, row, ahead, sums, any);
+      }
+    };
+    blocks(std::integral_constant<int, kRowBlock>{});
+    blocks(std::integral_constant<int, 2>{});
+    blocks(std::integral_constant<int, 1>{});
   }
   if (a.nontemporal) fence_nontemporal();
 }

@@ -68,7 +68,7 @@ struct Rows {
   C mean[R], rstd[R];
 };
 
-// What stands before the norm: nothing, a residual to add, or more than that.
+// What stands before the norm: nothing, the addition of a residual, or the whole epilogue.
 enum class Before { kNothing, kResidual, kEpilogue };
 
 // z = residual + drop_path(layer_scale * dropout(x + x_bias)), rounded to S, and stored to z_out where given.
@@ -145,7 +145,7 @@ FN_INLINE void normalize(const Forward& a, const Rows<C, S, R>& b, AFFINE affine
       if (has_bias) v = v + shift;
       extent.store(Stored<C, S>::of(v), b.out[r] + j, nontemporal);
     });
-  });
+  }, stores_run_ahead(b.out[0], b.z[0]));
 }
 
 // Of n columns, from a total. Once a row, so in double: one rounding each. For float a factor is as good as a division,
@@ -156,16 +156,27 @@ struct Mean {
   FN_INLINE double of(double total) const { return sizeof(C) == 8 ? total / n : total * inverse; }
 };
 
+// The means of rows, and their sums of centred squares.
+template <class C, class S, Before BEFORE, int R>
+FN_INLINE void moments(const Forward& a, Rows<C, S, R>& b, const Mean<C>& mean, C* squares) {
+  C totals[R];
+  combine<C, S, BEFORE, false, R>(a, b, totals);
+  for (int r = 0; r < R; ++r) {
+    b.mean[r] = C(mean.of(totals[r]));
+    if (__builtin_expect(!__builtin_isfinite(totals[r]), 0)) b.mean[r] = C(scaled_mean<C>(b.z[r], a.n_columns));
+  }
+  centred_squares<C, S, R>(b, a.n_columns, squares);
+}
+
 template <class C, class S, Before BEFORE, bool RMS, int R>
 FN_INLINE void forward_block(const Forward& a, Rows<C, S, R>& b, const Mean<C>& mean, C* means, C* rstds) {
-  C totals[R], squares[R];
-  combine<C, S, BEFORE, RMS, R>(a, b, totals);
-  for (int r = 0; r < R; ++r) b.mean[r] = RMS ? C(0) : C(mean.of(totals[r]));
-  for (int r = 0; r < R && !RMS; ++r)
-    if (__builtin_expect(!__builtin_isfinite(totals[r]), 0)) b.mean[r] = C(scaled_mean<C>(b.z[r], a.n_columns));
-  if (!RMS) centred_squares<C, S, R>(b, a.n_columns, squares);
+  C squares[R];
+  if constexpr (RMS)
+    combine<C, S, BEFORE, true, R>(a, b, squares);
+  else
+    moments<C, S, BEFORE, R>(a, b, mean, squares);
   for (int r = 0; r < R; ++r) {
-    b.rstd[r] = rstds[r] = C(1 / __builtin_sqrt(mean.of(RMS ? totals[r] : squares[r]) + a.eps));
+    b.rstd[r] = rstds[r] = C(1 / __builtin_sqrt(mean.of(squares[r]) + a.eps));
     if (means) means[r] = b.mean[r];
   }
   // A loop of its own for the common case: conditions inside of it took 60 % more time.
@@ -254,7 +265,7 @@ void forward_of(const Forward& a, char* workspace, int64_t first_row, int64_t en
     typedef decltype(s) S;
     if (std::is_same_v<C, S> && !a.direct) return staged_rows<C, RMS>(a, workspace, first_row, end_row);
     auto run = direct_rows<C, S, Before::kEpilogue, RMS>;
-    if (!a.epilogue && !a.residual.data) run = direct_rows<C, S, Before::kNothing, RMS>;
+    if (!a.epilogue && !a.residual.data && !a.z) run = direct_rows<C, S, Before::kNothing, RMS>;
     if constexpr (kSpecialized<C>)
       if (!a.epilogue && a.residual.data) run = direct_rows<C, S, Before::kResidual, RMS>;
     run(a, workspace, first_row, end_row);

@@ -16,8 +16,8 @@ namespace {
 // Elements that are worth another thread: at 16384, 1024 rows of 16 ran at 0.6 of the speed, at 2048 nothing gained. A
 // row costs as much as some elements by itself: 256 rows of 16 on one thread ran at 0.9 of eager's speed.
 constexpr int64_t kGrain = 8192, kRowCost = 48;
-// Bytes of a result that no cache would keep: written past the caches a gradient takes 5 to 20 % less time in float32 and
-// 3 in 16 bits, a normed tensor 27 to 33 and 14 to 30.
+// Bytes of a result that no cache would keep. Written past the caches, a gradient takes 5 to 20 % less time in float32, and
+// 3 % less in 16 bits. A normed tensor takes 27 to 33 % less, and 14 to 30 % less.
 constexpr int64_t kStreamed = 16 << 20;
 
 // Rows of one partial sum of the parameters' gradients. Eight and more, so that the sums are little beside the rows; but

@@ -11,8 +11,8 @@ namespace fusednorm_cpu {
 // Parameters of a call as arrays of the compute type: where they lie, or converted. Their shape is that of columns, the
 // dimensions of `s` behind `lead`.
 //
-// Each thread converts them for itself. Converted once by the caller, 1 MB for two threads, they cost the other one four
-// times the time of all its rows in some processes: it read them from the caller's cache.
+// Each thread converts them for itself. It was once the caller's work, and the other threads read the caller's cache: with
+// 2 MB of parameters that took four times as long as all rows.
 template <class Call>
 class Parameters {
  public:

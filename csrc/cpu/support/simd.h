@@ -28,7 +28,7 @@ constexpr int kNative = 64 / kBytes;
 // Where a vector is one register, loops over a few rows are unrolled. Elsewhere there are too few registers for it.
 constexpr bool kUnrolled = kNative == 1;
 
-// Where loops are compiled for the common cases as well, in which conditions are constants.
+// Whether a loop is compiled once more for common calls, with its conditions as constants.
 template <class C>
 constexpr bool kSpecialized = kNative <= 2 && sizeof(C) == 4;
 

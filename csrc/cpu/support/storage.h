@@ -132,7 +132,7 @@ struct Storage<Float16> {
 
 // A vector as it is stored in S; `value` is what reading it back gives.
 //
-// `store_nontemporal` writes past the caches, without reading the line first; p is a multiple of 64 bytes from address 0.
+// `store_nontemporal` writes past the caches, without reading the line first; p is aligned to what it stores.
 template <class C, class S>
 struct Stored {
   HalfNative<uint16_t> bits[kNative];
@@ -227,13 +227,25 @@ struct Part {
   }
 };
 
-// step(extent, column) for every vector of a row's columns.
+// step(extent, column) for every vector of a row's columns, from the first or the last one on.
 template <class C, class F>
-FN_INLINE void over_columns(int64_t n, F&& step) {
+FN_INLINE void over_columns(int64_t n, F&& step, bool descending = false) {
   constexpr int L = Vec<C>::kLanes;
-  int64_t j = 0;
-  for (; j + L <= n; j += L) step(Whole{}, j);
-  if (j < n) step(Part{int(n - j)}, j);
+  const int64_t whole = n - n % L, first = descending ? whole - L : 0, by = descending ? -L : L;
+  for (int64_t i = 0, j = first; i < whole; i += L, j += by) step(Whole{}, j);
+  if (whole < n) step(Part{int(n - whole)}, whole);
+}
+
+// Whether to go through columns from the last one on: where stores run ahead of loads within a page, loads wait for the
+// stores to the same place of another page. `written` and `read` are what a step stores to and loads from.
+inline bool stores_run_ahead(const void* written, const void* read, const void* also_read = nullptr) {
+  constexpr uintptr_t kPage = 4096, kNear = 1024;
+  int votes = 0;
+  for (const void* p : {read, also_read}) {
+    const uintptr_t ahead = p ? ((uintptr_t)written - (uintptr_t)p) % kPage : 0;
+    votes += ahead > 0 && ahead <= kNear ? 1 : ahead >= kPage - kNear ? -1 : 0;
+  }
+  return votes > 0;
 }
 
 constexpr int64_t kSumSteps = 8;

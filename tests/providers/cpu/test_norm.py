@@ -19,7 +19,7 @@ REASON = dispatch.unavailable_reason("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}")
 DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 # (rows, columns): past the grain of two threads with an odd width; partial sums of several chunks; wide rows
-SHAPES = [(130, 385), (2100, 24), (9, 4099)]
+SHAPES = [(130, 385), (2100, 24), (9, 4099), (7, 70), (23, 64)]  # the last two leave two or three rows of a chunk over
 SEED = 0x1234_5678_9ABC_DEF0
 
 
@@ -91,12 +91,54 @@ def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype
     assert_same_bits(*on_instruction_sets(lambda: everything(*shape, dtype, stream_dtype)))
 
 
+@DTYPE
+@pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+@pytest.mark.parametrize("shape", [(6, 64), (7, 70), (15, 16), (23, 200)], ids=str)
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(shape, function, dtype, on_instruction_sets):
+    """The common gradients have loops of their own: their bits are those of the other loops."""
+    x, residual, dy = (torch.randn(shape).to(dtype) for _ in range(3))
+    parameters = [torch.randn(shape[1]).to(dtype) for _ in range(1 if "rms" in function else 2)]
+    given = [x, residual, *parameters] if "add" in function else [x, *parameters]
+
+    def gradients(*wanted: int) -> list:
+        leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(given)]
+        split = len(given) - len(parameters)
+        with fusednorm.use_provider("cpu"):
+            found = getattr(fusednorm, function)(*leaves[:split], shape[1], *leaves[split:])
+        normed = found[0] if isinstance(found, tuple) else found
+        return list(torch.autograd.grad(normed, [leaves[i] for i in wanted], dy))
+
+    def all_at_once_and_one_by_one() -> list:
+        every = range(len(given))
+        return [gradients(*every), [gradient for i in every for gradient in gradients(i)]]
+
+    found = [each for of_a_set in on_instruction_sets(all_at_once_and_one_by_one) for each in of_a_set]
+    assert_same_bits(*found)
+
+
+def test_z_is_stored_where_nothing_is_added_to_x():
+    x = torch.randn(5, 70)
+    last = (1, 1e-5, 0.0, 0.0, torch.float32, torch.float32, False, False, True, "cpu")
+    z = torch.ops.fusednorm.add_layer_norm_fwd(x, *[None] * 6, *last)[1]
+    assert torch.equal(z, x)
+
+
+@pytest.mark.parametrize("columns", [16, 17, 70])
+def test_lanes_past_the_end_of_a_row_add_nothing_to_its_gradient(columns):
+    """There (0 - mean) * rstd overflows, and 0 times that is no number."""
+    x = torch.full((3, columns), 2.0**127, requires_grad=True)
+    with fusednorm.use_provider("cpu"):
+        y = fusednorm.layer_norm(x, columns, torch.ones(columns), torch.zeros(columns))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.isfinite().all()
+
+
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(RuntimeError, match=r"'abacus'.*usable are"):
         torch.ops.fusednorm_cpu.use_instruction_set("abacus")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="three instruction sets are built for x86-64 alone")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="four instruction sets are built for x86-64 alone")
 def test_the_best_instruction_set_is_in_use(instruction_sets):
     assert instruction_sets[-1] == "baseline"
     if "avx2" in Path("/proc/cpuinfo").read_text():
