@@ -42,6 +42,7 @@ struct Common {
 struct Forward : Common {
   Operand x, residual;
   void *normed, *z, *stats;
+  bool parameters_as_rows;  // weight and bias are not arrays of C but of the rows' dtype
   Dtype normed_dtype, z_dtype;
   double eps;
 };

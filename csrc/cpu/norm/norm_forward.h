@@ -125,10 +125,11 @@ FN_INLINE void centred_squares(const Rows<C, S, R>& b, int64_t n, C* totals) {
 
 // What the next rows read is fetched meanwhile, since the processor's own guesses end with a row. In 16 bits nothing was
 // gained by it.
-template <class C, class S, Before BEFORE, bool RMS, int R, class AFFINE, class PAST>
+// Weight and bias are arrays of W.
+template <class W, class C, class S, Before BEFORE, bool RMS, int R, class AFFINE, class PAST>
 FN_INLINE void normalize(const Forward& a, const Rows<C, S, R>& b, AFFINE affine, PAST nontemporal) {
-  const C* const weight = (const C*)a.weight;
-  const C* const bias = RMS ? nullptr : (const C*)a.bias;
+  const W* const weight = (const W*)a.weight;
+  const W* const bias = RMS ? nullptr : (const W*)a.bias;
   const bool has_weight = affine || weight, has_bias = !RMS && (affine || bias), fetch = sizeof(S) == sizeof(C) && b.next_x[0];
   const bool fetch_residual = BEFORE != Before::kNothing && fetch && b.next_residual[0];
   over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
@@ -179,11 +180,14 @@ FN_INLINE void forward_block(const Forward& a, Rows<C, S, R>& b, const Mean<C>& 
     b.rstd[r] = rstds[r] = C(1 / __builtin_sqrt(mean.of(squares[r]) + a.eps));
     if (means) means[r] = b.mean[r];
   }
+  const bool affine = a.weight && (RMS || a.bias);
+  if constexpr (sizeof(S) == 2 && R == 1)
+    if (a.parameters_as_rows) return normalize<S, C, S, BEFORE, RMS, R>(a, b, affine, a.nontemporal);
   // A loop of its own for the common case: conditions inside of it took 60 % more time.
-  if (kSpecialized<C> && a.weight && (RMS || a.bias) && !a.nontemporal)
-    normalize<C, S, BEFORE, RMS, R>(a, b, std::true_type{}, std::false_type{});
+  if (kSpecialized<C> && affine && !a.nontemporal)
+    normalize<C, C, S, BEFORE, RMS, R>(a, b, std::true_type{}, std::false_type{});
   else
-    normalize<C, S, BEFORE, RMS, R>(a, b, a.weight && (RMS || a.bias), a.nontemporal);
+    normalize<C, C, S, BEFORE, RMS, R>(a, b, affine, a.nontemporal);
 }
 
 // Rows as they lie.
@@ -239,8 +243,9 @@ void direct_rows(const Forward& a, char* workspace, int64_t first_row, int64_t e
       forward_direct<C, S, BEFORE, RMS, R>(a, workspace, row, row + 2 * R <= end_row, mean, means ? means + row : nullptr,
                                            rstds + row);
   };
+  const bool together = !a.parameters_as_rows && kRowBlock * times(a.n_columns, sizeof(S)) <= kTogether;
   if constexpr (kUnrolled)
-    if (kRowBlock * times(a.n_columns, sizeof(S)) <= kTogether) block(std::integral_constant<int, kRowBlock>{});
+    if (together) block(std::integral_constant<int, kRowBlock>{});
   block(std::integral_constant<int, 1>{});
   if (a.nontemporal) fence_nontemporal();
 }

@@ -25,9 +25,20 @@ class Parameters {
     Conversion& c = conversions_[n_];
     describe(name, tensor, shape_, ndim_, 0, c.from);
     if (!a_.n_rows || !a_.n_columns) return;  // of an expanded one a copy may be more than there is memory
-    a_.*member = c.from.data;
+    a_.*member = c.from.data, ++given_;
     if (c.from.unit && c.from.dtype == (a_.wide ? kFloat64 : kFloat32) && shift == 0.0) return;
     c.member = member, c.shift = shift, ++n_;
+  }
+
+  // Whether all are left as they lie, contiguous and of this dtype.
+  bool left_as(Dtype dtype) {
+    bool left = n_ > 0 && n_ == given_;
+    for (int i = 0; i < n_; ++i) {
+      const Conversion& c = conversions_[i];
+      left &= c.from.unit && c.from.dtype == dtype && c.shift == 0.0;
+    }
+    if (left) n_ = 0;
+    return left;
   }
 
   int64_t bytes() const { return times(n_, bytes_of_one()); }
@@ -59,7 +70,7 @@ class Parameters {
   const int64_t* const shape_;
   const int64_t ndim_;
   Conversion conversions_[4];
-  int n_ = 0;
+  int given_ = 0, n_ = 0;
 };
 
 // Partial sums added up, on as many threads as are worth it where `grain` elements are worth one.
