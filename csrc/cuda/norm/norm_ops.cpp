@@ -90,7 +90,8 @@ Outputs run_forward(const ForwardCall& call, bool) {
 
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
-  const Form form = chosen_forward(forward_form(a.n_columns, vector, fits, limits(device)), device, a.n_columns, vector);
+  const Form table = forward_form(a.n_columns, vector, fits, limits(device));
+  const Form form = chosen_form(table, false, device, a.n_columns, vector);
   const int64_t tile = int64_t(form.ranks) * form.threads * vector * form.chunks;
   a.tiles = form.tiles;
   while (1 << a.ranks_log2 < form.ranks) ++a.ranks_log2;
@@ -156,15 +157,12 @@ Gradients run_backward(const BackwardCall& call) {
   const bool staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
                       in_32_bits(a.n_rows, a.n_columns * kItemSize[z_dtype], a.dnormed, a.dresidual_out, a.saved);
   const BackwardKind kind{staged, epilogue, z_dtype != o.dtype};
-  Form table = backward_form(a.n_columns, vector, fits, kind, limit);
-  const KeptForm* kept = kept_form(table, true, device, a.n_columns, vector);
-  if (kept) table = forced_form(kept->form, table, a.n_columns, vector);
-  const Form form = forced_backward(for_few_rows(table, a.n_rows, limit), a.n_columns, vector);
+  const Form table = backward_form(a.n_columns, vector, fits, kind, limit);
+  const Form form = for_few_rows(chosen_form(table, true, device, a.n_columns, vector), a.n_rows, limit);
   int64_t programs = programs_for(a.n_rows, form, kind.registers(), kernels.shared_bytes(form), limit);
   if (form.ranks > 1)
     programs = std::min<int64_t>(a.n_rows, kernels.resident_clusters(form, epilogue, device, limit.processors));
-  const int wanted_programs = kept ? kept->programs : forced().programs;
-  if (wanted_programs) programs = std::min<int64_t>(ceil_div(a.n_rows, form.rows), wanted_programs);
+  if (forced().programs) programs = std::min<int64_t>(ceil_div(a.n_rows, form.rows), forced().programs);
   programs = std::max<int64_t>(programs, 1);
   a.rounds = int(ceil_div(a.n_rows, programs * form.rows));
   a.share = 1.0f / float(a.n_columns);

@@ -1,7 +1,8 @@
-// Forms that take the place of the table's: those that were measured to be faster on this machine (fusednorm_cuda::keep),
-// and before them one that somebody wants to try (fusednorm_cuda::force).
+// Forms that take the place of the table's. `fusednorm_cuda::keep` gives those that were measured to be faster here.
+// `fusednorm_cuda::force` gives one that somebody wants to try. It comes before those that are kept.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <unordered_map>
@@ -10,7 +11,7 @@
 
 namespace fusednorm_cuda {
 
-// Of the whole process; a form without threads leaves the choice to the table.
+// Of the whole process; a form without threads leaves the choice to what is kept, and to the table.
 struct Forced {
   Form forward{}, backward{};
   int programs = 0;     // of the backward; 0 leaves it to the table
@@ -19,11 +20,7 @@ struct Forced {
 
 Forced& forced();
 
-struct KeptForm {
-  Form form{};
-  int programs = 0;
-};
-using KeptForms = std::unordered_map<uint64_t, KeptForm>;
+using KeptForms = std::unordered_map<uint64_t, Form>;
 
 // Null where there are none. A map never changes once it is here.
 std::atomic<const KeptForms*>& kept();
@@ -33,29 +30,22 @@ inline uint64_t kept_key(int device, bool backward, int64_t n, int vector) {
   return uint64_t(n) << 16 | uint64_t(std::max(device, 0)) << 8 | uint64_t(vector) << 1 | uint64_t(backward);
 }
 
-// The form that is kept for aligned rows; null: the table's, or the forced one.
-inline const KeptForm* kept_form(const Form& table, bool backward, int device, int64_t n, int vector) {
+// The forced form, or else the one that is kept for such rows; without threads where there is neither.
+inline Form given_form(bool backward, int device, int64_t n, int vector) {
+  const Form& tried = backward ? forced().backward : forced().forward;
   const KeptForms* all = kept().load(std::memory_order_acquire);
-  if (!all || !table.aligned || (backward ? forced().backward : forced().forward).threads) return nullptr;
+  if (tried.threads || !all) return tried;
   const auto found = all->find(kept_key(device, backward, n, vector));
-  return found == all->end() ? nullptr : &found->second;
+  return found == all->end() ? Form{} : found->second;
 }
 
-inline Form forced_form(const Form& wanted, const Form& table, int64_t n, int vector) {
-  if (!wanted.threads || !table.aligned) return table;
-  Form form = wanted;
+// What takes the place of the table's form. Rows that are not aligned keep it.
+inline Form chosen_form(const Form& table, bool backward, int device, int64_t n, int vector) {
+  Form form = table.aligned ? given_form(backward, device, n, vector) : Form{};
+  if (!form.threads) return table;
   form.aligned = true, form.staged = table.staged;
   form.tiles = int(ceil_div(n, int64_t(form.ranks) * form.threads * form.chunks * vector));
-  return form;
-}
-inline Form chosen_forward(const Form& table, int device, int64_t n, int vector) {
-  const KeptForm* kept = kept_form(table, false, device, n, vector);
-  return forced_form(kept ? kept->form : forced().forward, table, n, vector);
-}
-// A row is one tile, or slabs that are blocks of their own.
-inline Form forced_backward(const Form& table, int64_t n, int vector) {
-  const Form form = forced_form(forced().backward, table, n, vector);
-  if (form.tiles > 1 && (form.ranks > 1 || form.rows > 1))
+  if (backward && form.tiles > 1 && (form.ranks > 1 || form.rows > 1))
     throw std::runtime_error("the forced form does not hold a row, and slabs have neither clusters nor rows side by side");
   return form;
 }

@@ -1,5 +1,5 @@
-// fusednorm_cuda::forms: which form each kernel takes, for tests that have to reach all of them; ::force, which makes the
-// norms take another one; and ::keep, which does so for rows of some columns.
+// fusednorm_cuda::forms says which form each kernel takes, for tests that have to reach all of them.
+// ::force makes the norms take another form. ::keep does so for rows of some columns.
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -61,10 +61,8 @@ Form forward_of(const int64_t* numbers) {
   return form_of(chunks, threads, rows, numbers[3], 128 * chunks);
 }
 
-// threads, rows, ranks, programs
-KeptForm backward_of(const int64_t* numbers) {
-  return {form_of(1, numbers[0], numbers[1], numbers[2], 512), int(std::clamp<int64_t>(numbers[3], 0, 65535))};
-}
+// threads, rows, ranks
+Form backward_of(const int64_t* numbers) { return form_of(1, numbers[0], numbers[1], numbers[2], 512); }
 
 void force(std::string what, std::vector<int64_t> numbers) {
   Forced& f = forced();
@@ -73,9 +71,9 @@ void force(std::string what, std::vector<int64_t> numbers) {
     STD_TORCH_CHECK(count == 0 || count == 4, "forward: chunks, threads, rows, ranks; or nothing");
     f.forward = count ? forward_of(numbers.data()) : Form{};
   } else if (what == "backward") {
-    STD_TORCH_CHECK(count == 0 || count == 4, "backward: threads, rows, ranks, programs; or nothing");
-    const KeptForm wanted = count ? backward_of(numbers.data()) : KeptForm{};
-    f.backward = wanted.form, f.programs = wanted.programs;
+    STD_TORCH_CHECK(count == 0 || count == 3 || count == 4, "backward: threads, rows, ranks, then programs if any; or nothing");
+    f.backward = count ? backward_of(numbers.data()) : Form{};
+    f.programs = count == 4 ? int(std::clamp<int64_t>(numbers[3], 0, 65535)) : 0;
   } else if (what == "overlap") {
     STD_TORCH_CHECK(count <= 1, "overlap: 0 or 1; or nothing");
     f.overlap = !count || numbers[0];
@@ -84,7 +82,8 @@ void force(std::string what, std::vector<int64_t> numbers) {
   }
 }
 
-// Eight numbers a form: device, 1 for the backward, columns, bytes of an element, and the form's own four.
+// Eight numbers a form: device, 1 for the backward, columns, bytes of an element, and the form's own four. The last of a
+// backward's is 0: how many programs are best depends on the number of rows.
 void keep(std::vector<int64_t> numbers) {
   constexpr size_t kNumbers = 8;
   STD_TORCH_CHECK(numbers.size() % kNumbers == 0, "keep: eight numbers a form");
@@ -95,14 +94,14 @@ void keep(std::vector<int64_t> numbers) {
     STD_TORCH_CHECK(item_size == 2 || item_size == 4 || item_size == 8, "keep: elements of 2, 4 or 8 bytes");
     const int vector = int(16 / item_size);
     STD_TORCH_CHECK(n > 0 && n < kMostColumns && n % vector == 0, "keep: columns in whole vectors of 16 bytes");
-    const KeptForm kept = f[1] ? backward_of(f + 4) : KeptForm{forward_of(f + 4)};
-    const Form& form = kept.form;
+    STD_TORCH_CHECK(!f[1] || f[7] == 0, "keep: programs: 0");
+    const Form form = f[1] ? backward_of(f + 4) : forward_of(f + 4);
     STD_TORCH_CHECK((form.rows & (form.rows - 1)) == 0, "keep: rows: a power of two");
     STD_TORCH_CHECK(form.ranks == 1 || form.ranks <= limits(int(device)).clusters, "keep: ranks: more than this GPU has");
     const bool holds = int64_t(form.ranks) * form.threads * form.chunks * vector >= n;
     STD_TORCH_CHECK(!f[1] || holds || form.ranks * form.rows == 1,
                     "keep: the form does not hold a row, and slabs have neither clusters nor rows side by side");
-    (*forms)[kept_key(int(device), f[1], n, vector)] = kept;
+    (*forms)[kept_key(int(device), f[1], n, vector)] = form;
   }
   static std::mutex mutex;
   static std::vector<std::unique_ptr<const KeptForms>> all;  // other threads may still look into an earlier one

@@ -177,11 +177,18 @@ def gradients(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 KEPT = [0, 0, 512, 4, 1, 32, 1, 4]
-KEPT_BACKWARD = [0, 1, 512, 4, 32, 1, 4, 3]
+KEPT_BACKWARD = [0, 1, 512, 4, 32, 1, 4, 0]
+KEPT_ROWS = [0, 1, 512, 4, 128, 4, 1, 0]  # rows that share a block, as long as there are enough of them
 
 
-@pytest.mark.parametrize("forms", [KEPT, KEPT_BACKWARD, KEPT + KEPT_BACKWARD], ids=["forward", "backward", "both"])
-def test_a_kept_form_is_what_forcing_it_gives(forms, keep, on_the_emulation, generator):
+@pytest.mark.parametrize(
+    "forms",
+    [KEPT, KEPT_BACKWARD, KEPT + KEPT_BACKWARD, KEPT_ROWS],
+    ids=["forward", "backward", "both", "rows_side_by_side"],
+)
+@pytest.mark.parametrize("processors", [2, 32])
+def test_a_kept_form_is_what_forcing_it_gives(forms, processors, keep, on_the_emulation, generator):
+    torch.ops.fusednorm_cuda.emulate(128, 512, 8, processors, 1)
     x = torch.randn(40, 512, generator=generator)
     own, others = gradients(x), [torch.randn(40, 1024), x.double(), x[:, :511]]
     own_of_others = [gradients(other) for other in others]
@@ -192,7 +199,8 @@ def test_a_kept_form_is_what_forcing_it_gives(forms, keep, on_the_emulation, gen
         on_the_emulation(what, [])
     keep(forms)
     kept = gradients(x)
-    assert all(map(torch.equal, kept, forced)) and not all(map(torch.equal, kept, own))
+    assert all(map(torch.equal, kept, forced))
+    assert forms is KEPT_ROWS or not all(map(torch.equal, kept, own))  # the table has as many threads a row
     for other, before in zip(others, own_of_others, strict=True):  # rows of other columns, bytes or alignment
         assert all(map(torch.equal, gradients(other), before))
     keep([])
@@ -200,7 +208,7 @@ def test_a_kept_form_is_what_forcing_it_gives(forms, keep, on_the_emulation, gen
 
 
 def test_a_row_in_a_kept_form_does_not_depend_on_the_others(keep, generator):
-    keep([*KEPT, 0, 1, 512, 4, 128, 4, 1, 0])
+    keep(KEPT + KEPT_ROWS)
     x = torch.randn(40, 512, generator=generator)
     whole = gradients(x)
     for rows in (1, 3, 39):
@@ -223,6 +231,7 @@ KEPT_REFUSED = {
     "elements of 2, 4 or 8": [0, 0, 512, 3, *KEPT[4:]],
     "whole vectors": [0, 0, 511, 4, *KEPT[4:]],
     "chunks: 1, 2 or 4": [*KEPT[:4], 3, 32, 1, 1],
+    "programs: 0": [*KEPT_BACKWARD[:-1], 3],
     "rows: a power of two": [0, 1, 64, 4, 32, 3, 1, 0],
     "does not hold a row": [0, 1, 512, 4, 32, 1, 2, 0],
 }
