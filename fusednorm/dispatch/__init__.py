@@ -37,5 +37,5 @@ get("torch")
 get("cpu")
 get("cuda")
 _cuda_library.hand_over = fastpath.attach_cuda
-_cuda_library.keep_forms = tuned.keep_in_cuda
+_cuda_library.keep_forms = rules.keep_in_cuda
 _triton_config.kept = tuned.triton_forms

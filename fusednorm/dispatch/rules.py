@@ -203,6 +203,13 @@ def forget() -> None:
     choose_anew()
 
 
+def keep_in_cuda(indices: list[int]) -> None:
+    """Give the CUDA library the forms of these GPUs. Nothing goes by a file any more that it refuses."""
+    if tuned.keep_in_cuda(indices):
+        tuned.forget_planned()
+        choose_anew()
+
+
 def choose_anew() -> None:
     """After what this process measured was changed: by the tables and files as they were read."""
     fastest.cache_clear()

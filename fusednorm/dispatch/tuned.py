@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import torch
 
 from .._once import first_time
 from ..providers.cuda import library as cuda
-from ..providers.forms import Place
+from ..providers.forms import WITH_FORMS, Place
 from ..providers.triton.config import Form, form_of
 from . import crossovers, fastpath, registry, tuned_forms
 
@@ -189,14 +190,17 @@ def _checked(path: Path, content: dict[str, Any]) -> Tuned:
 
 
 _files: dict[tuple[str, int | None, int], Tuned | None] = {}
+_refused: set[Path] = set()  # files with forms that the CUDA library does not take
 
 
 def file(device: torch.device) -> Tuned | None:
     """The user's file of a device, read once; None where there is none that can be used."""
-    key = device.type, device.index, torch.get_num_threads()
-    if key not in _files:
-        _files[key] = _load(device)
-    return _files[key]
+    key = device.type, device.index, 0 if device.type == "cuda" else torch.get_num_threads()
+    try:
+        found = _files[key]
+    except KeyError:
+        found = _files[key] = _load(device)
+    return None if found is None or found.path in _refused else found
 
 
 def _load(device: torch.device) -> Tuned | None:
@@ -284,39 +288,56 @@ def triton_forms(index: int) -> dict[Place, Form]:
     return {place: form_of(numbers) for place, numbers in _forms("triton", index)[1].items()}
 
 
-def keep_in_cuda(indices: list[int]) -> None:
-    """Give the CUDA library the forms of these GPUs. A file whose forms it refuses is damaged, and left out."""
-    given: list[int] = []
-    cuda.ops.keep(given)
+def keep_in_cuda(indices: list[int]) -> bool:
+    """Give the CUDA library the forms of these GPUs; whether it refused a file, which is damaged then, and left out."""
+    by_file: dict[Path, list[int]] = {}
     for index in indices:
         found, forms = _forms("cuda", index if cuda.EMULATED is None else -1)
-        if found is not None and forms:
-            try:
-                cuda.ops.keep(wanted := given + tuned_forms.packed(index, forms))
-                given = wanted
-            except RuntimeError as fault:
-                _files.update({key: None for key, value in _files.items() if value is found})
-                _warn(found.path, damaged(fault))
+        if found is not None:
+            by_file.setdefault(found.path, []).extend(tuned_forms.packed(index, forms))
+    if _kept(by_file) is None:
+        return False
+    faults = {path: fault for path, packed in by_file.items() if (fault := _kept({path: packed})) is not None}
+    _kept({path: packed for path, packed in by_file.items() if path not in faults})
+    for path, why in faults.items():
+        _refused.add(path)
+        _warn(path, damaged(why))
+    return bool(faults)
+
+
+def _kept(by_file: Mapping[Path, Sequence[int]]) -> RuntimeError | None:
+    """Why the CUDA library refuses all of these forms, or None: it has them, and no others."""
+    try:
+        cuda.ops.keep([*itertools.chain(*by_file.values())])
+    except RuntimeError as fault:
+        return fault
+    return None
 
 
 def form_note(provider: str, x: torch.Tensor, places: Sequence[Place]) -> str:
-    """For explain(): whether such rows, under whatever load, are launched in a form of the user's file."""
-    if provider not in ("triton", "cuda"):
+    """For explain(): whether the user's file has forms for such rows, under whatever load."""
+    if provider not in WITH_FORMS:
         return ""
     found, forms = _forms(provider, x.get_device())
     if found is None or not any(form._replace(load=0) in places for form in forms):
         return ""
-    return f", in a form tuned for {places[0].columns} columns ({found.path})"
+    return f"; forms are kept for {places[0].columns} columns ({found.path})"
 
 
 def forget() -> None:
     """Read the files again when they are next asked for."""
+    _refused.clear()
     _files.clear()
     prepare_anew()
 
 
 def prepare_anew() -> None:
     """Let providers that are loaded launch by the files as they are now."""
+    forget_planned()
+    cuda.take_forms()
+
+
+def forget_planned() -> None:
+    """Let Triton plan its launches by the files as they are now."""
     if "triton" in registry._modules:
         registry.get("triton")[0].forget_variants()
-    cuda.take_forms()

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..providers.forms import Place
+from ..providers.forms import DIRECTIONS, WITH_FORMS, Place
 from ..providers.triton import norm_config
 from ..providers.triton.config import form_of
 
 Numbers = tuple[int, ...]
 Forms = dict[str, dict[Place, Numbers]]  # by provider
-DIRECTIONS = ("forward", "backward")
+CUDA_NUMBERS = {"forward": 4, "backward": 3}  # of a form; the library's own lists have four in both
 
 
 def name_of(provider: str, place: Place) -> str:
@@ -27,7 +27,7 @@ def read(content: Mapping[str, Any]) -> Forms:
     Raises:
         ValueError: there is no such kernel, or a form cannot be launched.
     """
-    found: Forms = {"triton": {}, "cuda": {}}
+    found: Forms = {provider: {} for provider in WITH_FORMS}
     for name, numbers in content.items():
         provider, direction, *sizes = name.split("/")
         if provider not in found or direction not in DIRECTIONS or len(sizes) != 3:
@@ -35,7 +35,7 @@ def read(content: Mapping[str, Any]) -> Forms:
         place = Place(direction, *map(int, sizes))
         if provider == "triton":
             norm_config.check(place, form_of(numbers))
-        elif len(numbers) != 4 or not all(type(number) is int and 0 <= number < 1 << 16 for number in numbers):
+        elif len(numbers) != CUDA_NUMBERS[direction] or not all(type(n) is int and 0 <= n < 1 << 16 for n in numbers):
             raise ValueError(f"forms: {name}: {numbers}")  # the library looks at the rest when it takes them
         found[provider][place] = tuple(numbers)
     return found
@@ -45,5 +45,6 @@ def packed(index: int, forms: Mapping[Place, Numbers]) -> list[int]:
     """The forms of a GPU as ``fusednorm_cuda::keep`` takes them."""
     found: list[int] = []
     for place, numbers in forms.items():
-        found += [index, DIRECTIONS.index(place.direction), place.columns, place.itemsize, *numbers]
+        found += [index, DIRECTIONS.index(place.direction), place.columns, place.itemsize]
+        found += [*numbers, *[0] * (4 - len(numbers))]
     return found

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+WITH_FORMS = ("cuda", "triton")  # the providers whose norm kernels have forms
+DIRECTIONS = ("forward", "backward")
+
 
 class Place(NamedTuple):
     """The rows that a form is for.
@@ -11,7 +14,7 @@ class Place(NamedTuple):
     Their number is left out, so that a row's result does not depend on the batch around it.
     """
 
-    direction: str  # "forward" or "backward"
+    direction: str  # of DIRECTIONS
     columns: int
     itemsize: int  # of the widest rows; 8 where float64 is computed in
     load: int = 0  # how many registers the call takes besides, by the provider's own classes

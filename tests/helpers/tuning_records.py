@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -22,3 +25,10 @@ def with_forms(found: dict, place: str, tried: dict[str, tuple[list[int], float]
         for name, (numbers, ratio) in {"table": ([], 1.0), **tried}.items()
     }
     return {**found, "forms": {"place": place, "rejected": {}, "tried": entries}}
+
+
+def with_section(path: Path, forms: object) -> None:
+    """Change the forms of a file that is there."""
+    content = json.loads(path.read_text())
+    content["forms"] = forms
+    path.write_text(json.dumps(content))

@@ -32,7 +32,7 @@ _MIN_CAPABILITY = (8, 0)
 _MOST_COLUMNS = 2**30
 ops: Any = torch.ops.fusednorm_cuda  # empty until the library is loaded
 _unusable: dict[int, str | None] = {}  # by GPU, of those asked: why no kernel runs there
-_asking = threading.Lock()
+_asking = threading.RLock()  # also around what takes the GPUs that are known
 # What takes (library, emulated, bits of the usable GPUs) when these are known. Dispatch sets it to the fast path's.
 hand_over: Callable[[Path, bool, int], None] | None = None
 # What gives the library the forms that users keep for the GPUs of these indices. Dispatch sets it.
@@ -78,21 +78,23 @@ def _library() -> Path:
 
 def _usable() -> list[int]:
     """The GPUs that were asked, and on which kernels run."""
-    return [index for index, reason in _unusable.items() if reason is None and index < 64]
+    return [index for index, reason in list(_unusable.items()) if reason is None and index < 64]
 
 
 def take_forms() -> None:
     """Launch on these GPUs in the forms that are kept for them."""
-    usable = _usable()
-    if usable and keep_forms is not None:
-        keep_forms(usable)
+    with _asking:  # of two threads, the one that knows fewer GPUs must not come last
+        usable = _usable()
+        if usable and keep_forms is not None:
+            keep_forms(usable)
 
 
 def _attach() -> None:
     """Let the fast path lead to these GPUs."""
-    take_forms()
-    if hand_over is not None:
-        hand_over(_library(), EMULATED is not None, sum(1 << index for index in _usable()))
+    with _asking:
+        take_forms()
+        if hand_over is not None:
+            hand_over(_library(), EMULATED is not None, sum(1 << index for index in _usable()))
 
 
 def unusable(index: int) -> str | None:
@@ -118,8 +120,9 @@ unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in d
 
 def forget_devices() -> None:
     """As if no GPU had been asked, for tests."""
-    _unusable.clear()
-    _attach()
+    with _asking:
+        _unusable.clear()
+        _attach()
 
 
 def _ask(index: int) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..forms import Place
+from ..forms import DIRECTIONS, Place
 from .config import MAX_PROGRAMS, REGISTERS, Form
 from .config import Config as Config
 
@@ -107,7 +107,7 @@ def chosen(place: Place, index: int, layout: tuple[int, int, bool], own: Config)
 def check(place: Place, form: Form) -> None:
     """Raise ValueError if a form does not hold the rows that it is to be for."""
     width = form.chunks * form.block_n
-    if place.direction not in ("forward", "backward") or place.itemsize not in (2, 4, 8) or not 0 <= place.load <= 3:
+    if place.direction not in DIRECTIONS or place.itemsize not in (2, 4, 8) or not 0 <= place.load <= 3:
         raise ValueError(f"{place}: there is no such kernel")
     if place.columns < 1 or (form.chunks and not width - form.block_n < place.columns <= width):
         raise ValueError(f"{form} does not hold a row of {place.columns} columns, or has tiles without any")
