@@ -39,7 +39,7 @@ class Result(NamedTuple):
     records: list[Record]
     seconds: float
     load: float | None  # the share of the cores' time that other processes took
-    stopped: str = ""  # why not every class was measured
+    stopped: str = ""  # why not every class was measured, or not every form tried
 
     def __str__(self) -> str:
         return summary_text(self)

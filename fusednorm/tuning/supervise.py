@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 Message = tuple[str, Any]
-Step = Any  # of a child's work: a test's name, or a case with one of its variants
+Step = Any  # of a child's work: a test's name, or a case with one of its forms
 POLL = 0.05
 TAIL_LINES, TAIL_BYTES = 12, 1 << 16
 

@@ -37,7 +37,7 @@ def summary_text(result: Result) -> str:
     rows = changed(measured)
     lines = [f"{len(measured)} classes of calls were measured on {result.device} in {result.seconds:.0f} s."]
     if result.stopped:
-        lines[0] += f" The rest was not: {result.stopped}."
+        lines[0] += f" The run stopped early: {result.stopped}."
     if rows:
         lines += ["", f"Automatic choice changes for {len(rows)} of them:", ""]
         cells = [["class", "before", "now", "times as fast", "saved a call"]]

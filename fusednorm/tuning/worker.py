@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from ..providers.forms import WITH_FORMS
 from .calls import CallClass, parse
 from .conditions import steady_machine
-from .forms import OURS, kernel_of
+from .forms import kernel_of
 from .load import available_memory
 from .measure import Record, measured, measured_forms
 from .supervise import reporter
@@ -95,7 +96,7 @@ def _forms(
     done: Collection[str],
     best: Mapping[str, str],
 ) -> None:
-    todo = [of for of in classes if best.get(of.name) in OURS and kernel_of(of) and FORMS + of.name not in done]
+    todo = [of for of in classes if best.get(of.name) in WITH_FORMS and kernel_of(of) and FORMS + of.name not in done]
     put("more", len(todo))
     for of in sorted(todo, key=lambda of: of.elements, reverse=True):
         provider, case = best[of.name], {"name": FORMS + of.name, "of": of.name}
@@ -109,6 +110,7 @@ def _forms(
                 if kind == "record":
                     put("case", {**case, "forms": content})
                 elif time.time() > deadline:
+                    put("stopped", "time was up before all forms were tried")
                     return
                 else:
                     put("trying", [of.name, content])

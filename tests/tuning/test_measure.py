@@ -151,7 +151,7 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch, measured):
     monkeypatch.setattr(running, "with_progress", interrupted)
     result = measured()
     assert result.stopped == "interrupted" and len(result.records) == 1 and result.path.exists()
-    assert "The rest was not: interrupted." in str(result)
+    assert "The run stopped early: interrupted." in str(result)
 
 
 def test_nothing_is_written_if_not_wanted(cache: Path, measured):
