@@ -71,7 +71,7 @@ void force(std::string what, std::vector<int64_t> numbers) {
     STD_TORCH_CHECK(count == 0 || count == 4, "forward: chunks, threads, rows, ranks; or nothing");
     f.forward = count ? forward_of(numbers.data()) : Form{};
   } else if (what == "backward") {
-    STD_TORCH_CHECK(count == 0 || count == 3 || count == 4, "backward: threads, rows, ranks, then programs if any; or nothing");
+    STD_TORCH_CHECK(count == 0 || count == 3 || count == 4, "backward: threads, rows, ranks, programs if any; or nothing");
     f.backward = count ? backward_of(numbers.data()) : Form{};
     f.programs = count == 4 ? int(std::clamp<int64_t>(numbers[3], 0, 65535)) : 0;
   } else if (what == "overlap") {
