@@ -14,26 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..dispatch import use_provider
 from ..providers.forms import Place
-from ..providers.triton import host as triton_host
-from ..providers.triton import norm_config as table
+from ..providers.triton import host, norm_config
 from ..providers.triton.config import Form
-from . import variants as listed
+from . import near_forms
 from .calls import EPILOGUES, FAMILIES, CallClass
-from .variants import Backward, Forward
+from .near_forms import CudaBackwardForm, CudaForwardForm
 
 TABLE = "table"
-NO_OVERLAP = "no overlap"  # the kernel that sums the partials is launched when the backward has ended
-OURS = ("cuda", "triton")  # the providers whose kernels have forms
 Forced = Callable[[], AbstractContextManager[Any]]
 
 
 class Kernel(NamedTuple):
-    """A norm's kernel, as far as its forms depend on the call."""
+    """A norm's kernel, as far as its forms depend on the call. They do not depend on the number of rows."""
 
     direction: str  # "forward" or "backward"
-    rows: int
     columns: int
     dtype: torch.dtype
     rms: bool
@@ -44,8 +39,8 @@ class Kernel(NamedTuple):
         """Triton's class of registers. Those of the CUDA kernels are fixed when these are built."""
         wide_rows = self.dtype.itemsize > 2
         if self.direction == "forward":
-            return table.forward_load(self.epilogue, wide_rows, False)
-        return table.load(2 - self.rms + self.epilogue, self.epilogue, False, wide_rows, False, False)
+            return norm_config.forward_load(self.epilogue, wide_rows, False)
+        return norm_config.load(2 - self.rms + self.epilogue, self.epilogue, False, wide_rows, False, False)
 
     def place(self, provider: str) -> Place:
         load = self.load if provider == "triton" else 0
@@ -57,26 +52,21 @@ def kernel_of(of: CallClass) -> Kernel | None:
     if of.operation not in FAMILIES["norms"] or of.shape[1] % (8 if of.torch_dtype.itemsize == 2 else 4):
         return None  # rows that are not aligned have one form
     direction = "backward" if of.needs_grad else "forward"
-    return Kernel(direction, *of.place, of.torch_dtype, "rms" in of.operation, of.operation in EPILOGUES)
+    return Kernel(direction, of.shape[1], of.torch_dtype, "rms" in of.operation, of.operation in EPILOGUES)
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A provider in one of its forms."""
+class TriedForm:
+    """A provider's kernel in one of its forms: the table's own, if no other is given."""
 
     provider: str
-    form: str = TABLE
+    text: str = TABLE
     forced: Forced = nullcontext
-    numbers: tuple[int, ...] = ()  # as the user's file keeps them; none of what it cannot keep
+    numbers: tuple[int, ...] = ()  # the form, as the user's file keeps it
 
     @property
     def name(self) -> str:
-        return f"{self.provider} {self.form}"
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        with self.forced(), use_provider(self.provider):
-            yield
+        return f"{self.provider} {self.text}"
 
 
 @contextlib.contextmanager
@@ -105,20 +95,14 @@ def triton_form(place: Place, form: Form) -> Iterator[None]:
 # --- what a kernel is tried with ---
 
 
-def triton_configs(kernel: Kernel) -> list[Form]:
-    """The table's, then the others."""
+def triton_forms(kernel: Kernel) -> tuple[Form, list[Form]]:
+    """The table's, and those beside it."""
     n, wide_rows, small = kernel.columns, kernel.dtype.itemsize > 2, kernel.dtype == torch.float64
     if kernel.direction == "forward":
-        base = table.forward(n, kernel.epilogue, wide_rows, False, small)
-        return [base, *listed.triton_forward(n, base)]
-    base, slab = (table.backward(columns, kernel.load, small) for columns in (n, 1 << 24))
-    return [base, *listed.triton_backward(n, base, slab)]
-
-
-def _triton(kernel: Kernel) -> tuple[str, list[Variant]]:
-    base, *others = triton_configs(kernel)
-    text, forced = listed.triton_text, functools.partial(functools.partial, triton_form, kernel.place("triton"))
-    return text(base), [Variant("triton"), *(Variant("triton", text(c), forced(c), tuple(c)) for c in others)]
+        base = norm_config.forward(n, kernel.epilogue, wide_rows, False, small)
+        return base, near_forms.triton_forward(n, base)
+    base, slab = (norm_config.backward(columns, kernel.load, small) for columns in (n, 1 << 24))
+    return base, near_forms.triton_backward(n, base, slab)
 
 
 def cuda_table(kernel: Kernel, device: torch.device) -> dict[str, list[int]]:
@@ -128,28 +112,27 @@ def cuda_table(kernel: Kernel, device: torch.device) -> dict[str, list[int]]:
     return {name: [int(number) for number in numbers] for name, *numbers in lines}
 
 
-def _cuda(kernel: Kernel, device: torch.device) -> tuple[str, list[Variant]]:
+CudaForm = CudaForwardForm | CudaBackwardForm
+
+
+def cuda_forms(kernel: Kernel, device: torch.device) -> tuple[CudaForm, Sequence[CudaForm]]:
+    """The table's, and those beside it."""
     chunks, threads, rows, ranks, tiles = cuda_table(kernel, device)[kernel.direction][:5]
-    vectors = triton_host.ceil(kernel.columns * kernel.dtype.itemsize, 16)
-    most_ranks, processors = 8, 2
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        most_ranks, processors = 8 if properties.major >= 9 else 1, properties.multi_processor_count
-    base: Forward | Backward
-    others: Sequence[Forward | Backward]
+    vectors = host.ceil(kernel.columns * kernel.dtype.itemsize, 16)
+    clusters = device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 9
+    most_ranks = 8 if clusters else 1
     if kernel.direction == "forward":
-        base = Forward(chunks, threads, rows, ranks)
-        others = listed.cuda_forward(vectors, base, most_ranks)
-    else:
-        base = Backward(threads, rows, ranks)
-        others = listed.cuda_backward(vectors, base, kernel.rows, processors, tiles > 1, most_ranks)
-    forced = functools.partial(functools.partial, cuda_form, kernel.direction)
-    found = [Variant("cuda"), *(Variant("cuda", form.text, forced(form), tuple(form)) for form in others)]
-    if kernel.direction == "backward":
-        found.append(Variant("cuda", NO_OVERLAP, functools.partial(cuda_form, "overlap", [0])))
-    return base.text, found
+        forward = CudaForwardForm(chunks, threads, rows, ranks)
+        return forward, near_forms.cuda_forward(vectors, forward, most_ranks)
+    backward = CudaBackwardForm(threads, rows, ranks)
+    return backward, near_forms.cuda_backward(vectors, backward, tiles > 1, most_ranks)
 
 
-def variants(kernel: Kernel, device: torch.device, provider: str) -> tuple[str, list[Variant]]:
-    """The form that a provider's table has for the kernel, and its variants, the table's first."""
-    return _cuda(kernel, device) if provider == "cuda" else _triton(kernel)
+def forms_to_try(kernel: Kernel, device: torch.device, provider: str) -> list[TriedForm]:
+    """A provider's forms of the kernel, beside the table's own."""
+    if provider == "cuda":
+        cuda = functools.partial(functools.partial, cuda_form, kernel.direction)
+        return [TriedForm(provider, form.text, cuda(form), tuple(form)) for form in cuda_forms(kernel, device)[1]]
+    triton = functools.partial(functools.partial, triton_form, kernel.place(provider))
+    others, text = triton_forms(kernel)[1], near_forms.triton_text
+    return [TriedForm(provider, text(form), triton(form), tuple(form)) for form in others]

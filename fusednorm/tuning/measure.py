@@ -18,7 +18,7 @@ from ..dispatch.tuned import Point
 from ..dispatch.tuned_forms import name_of
 from ..providers.torch.attention import BACKENDS
 from .calls import Call, CallClass, build
-from .forms import Variant, kernel_of, variants
+from .forms import TriedForm, forms_to_try, kernel_of
 from .timers import Around, CpuTimer, CudaTimer, median_interval
 
 MOST_ROWS_CHECKED = 64  # which form of a kernel runs depends on the columns
@@ -190,24 +190,24 @@ def measured_forms(
     """
     kernel = kernel_of(of)
     assert kernel is not None
-    listed = {variant.name: variant for variant in variants(kernel, device, provider)[1]}
-    own = Variant(provider).name
+    table = TriedForm(provider)
+    listed = {form.name: form for form in forms_to_try(kernel, device, provider)}
     rejected = {name: lost[name] for name in listed if name in lost}
-    right = {own: listed[own]}
-    for name, variant in listed.items():
-        if name in rejected or not variant.numbers:
+    right = {table.name: table}
+    for name, form in listed.items():
+        if name in rejected:
             continue
         yield "trying", name
         wrong = ""
         try:
-            with variant.forced():
+            with form.forced():
                 wrong = why_not(of, provider, device)
         except (RuntimeError, ValueError) as fault:  # no such form
             wrong = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
         if wrong:
             rejected[name] = wrong
         else:
-            right[name] = variant
+            right[name] = form
 
     @contextlib.contextmanager
     def around(name: str) -> Iterator[None]:
@@ -221,11 +221,11 @@ def measured_forms(
         by_device = all(len(replayed.get(name, ())) == len(times[name]) for name in right)
         deciding = replayed if by_device else times
         found["decided by"] = "device" if by_device else "host and device"
-        for name, variant in right.items():
-            found["tried"][name] = {"numbers": list(variant.numbers), "median": 1e6 * median(times[name])}
+        for name, form in right.items():
+            found["tried"][name] = {"numbers": list(form.numbers), "median": 1e6 * median(times[name])}
             if name in replayed:
                 found["tried"][name]["device"] = 1e6 * median(replayed[name])
-            found["tried"][name]["ratio"] = paired(deciding[own], deciding[name])
+            found["tried"][name]["ratio"] = paired(deciding[table.name], deciding[name])
     yield "record", found
 
 

@@ -18,10 +18,11 @@ from backends import EMULATED
 import fusednorm
 from benchmarks import measure
 from benchmarks.cases import Case
-from fusednorm.tuning import forms as tune_forms
+from fusednorm.providers.forms import DIRECTIONS
 from fusednorm.tuning import supervise
-from fusednorm.tuning.forms import Variant
+from fusednorm.tuning.forms import TriedForm
 from tools.tune import cases as tune_cases
+from tools.tune import forms
 from tools.tune import norms as tune
 from tools.tune import report as tune_report
 
@@ -43,22 +44,22 @@ impossible = mock.MagicMock()
 impossible.__enter__.side_effect = RuntimeError("a form\nthat cannot be")
 never = mock.Mock(side_effect=torch.OutOfMemoryError("it does not fit"))
 PLANTED = [
-    Variant("reference"),
-    Variant("reference", "wrong", lambda: mock.patch.object(fusednorm, "add_layer_norm", wrong)),
-    Variant("reference", "impossible", lambda: impossible),
-    Variant("reference", "too large", lambda: mock.patch.object(fusednorm, "add_layer_norm", never)),
-    Variant("reference", "another"),
+    TriedForm("reference"),
+    TriedForm("reference", "wrong", lambda: mock.patch.object(fusednorm, "add_layer_norm", wrong)),
+    TriedForm("reference", "impossible", lambda: impossible),
+    TriedForm("reference", "too large", lambda: mock.patch.object(fusednorm, "add_layer_norm", never)),
+    TriedForm("reference", "another"),
 ]
 
 
 @pytest.fixture
 def planted(monkeypatch):
     """A provider with a wrong form, one that raises when it is forced and one when it is called."""
-    monkeypatch.setattr(tune_forms, "variants", lambda kernel, device, provider: ("its own", PLANTED))
+    monkeypatch.setattr(forms, "forms_tried", lambda case, device, provider: ("its own", PLANTED))
     monkeypatch.setattr(tune_cases, "absent", lambda device_type: {"reference": None})
 
 
-@pytest.mark.parametrize("direction", tune.DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_wrong_form_gets_no_time_and_one_that_raises_stops_no_other(planted, direction):
     case = Case("add_layer_norm", (4, 64), "float32", direction)
     *steps, (kind, record) = tune.measure_case(case, CPU, measure.CpuTimer(), ["reference"], 0.01, {})
@@ -235,7 +236,7 @@ def test_tables_name_the_faster_form_and_what_was_wrong():
 
 @pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
 def test_command_measures_the_emulation(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune_cases, "OURS", ("cuda",))
+    monkeypatch.setattr(tune_cases, "WITH_FORMS", ("cuda",))
     path = tmp_path / "tune.json"
     arguments = ["--device", "cpu", "--seconds", "0.01", "--json", str(path), "--only"]
     assert tune.main([*arguments, "^add_layer_norm/.*/bfloat16/6x1024$"]) == 0

@@ -11,13 +11,14 @@ from backends import EMULATED, INTERPRETED
 
 import fusednorm
 from benchmarks.cases import Case
-from fusednorm.providers.forms import Place
+from fusednorm.providers.forms import DIRECTIONS, Place
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton.config import Config, Pinned
-from fusednorm.tuning import forms as tune_forms
-from fusednorm.tuning import variants as tune_variants
-from fusednorm.tuning.forms import Variant, cuda_form, triton_form
-from fusednorm.tuning.variants import Backward, Forward
+from fusednorm.tuning import forms, near_forms
+from fusednorm.tuning.calls import CallClass
+from fusednorm.tuning.forms import TriedForm, cuda_form, triton_form
+from fusednorm.tuning.near_forms import CudaBackwardForm, CudaForwardForm
+from tools.tune import forms as tool_forms
 from tools.tune import norms as tune
 from tools.tune.cases import kernel_of
 
@@ -48,36 +49,30 @@ def test_cases_are_the_most_important_first():
         ("bfloat16", "bias_dropout_add_layer_norm", "backward"),
     ]
     assert [dtype for dtype, _, _ in groups] == ["bfloat16"] * 8 + ["float32"] * 8
-    widths = {d: {c.shape[1] for c in GPU_CASES.values() if c.direction == d} for d in tune.DIRECTIONS}
+    widths = {d: {c.shape[1] for c in GPU_CASES.values() if c.direction == d} for d in DIRECTIONS}
     assert widths["forward"] - widths["backward"] == {131072, 262144}
 
 
-def forms(case: Case) -> tuple[tuple, list, int]:
-    """The table's form, those beside it, and the vectors of a row."""
-    n_rows, n = case.shape
-    vectors = n * case.torch_dtype.itemsize // 16
-    chunks, threads, rows, ranks, tiles = tune_forms.cuda_table(kernel_of(case), CPU)[case.direction][:5]
-    if case.direction == "forward":
-        base = Forward(chunks, threads, rows, ranks)
-        return base, tune_variants.cuda_forward(vectors, base), vectors
-    base = Backward(threads, rows, ranks)
-    return base, tune_variants.cuda_backward(vectors, base, n_rows, 132, tiles > 1), vectors
+def cuda_forms(name: str) -> tuple:
+    """The table's form, and those beside it."""
+    return forms.cuda_forms(kernel_of(GPU_CASES[name]), CPU)
 
 
 @emulated
 @pytest.mark.parametrize("name", [name for name in GPU_CASES if re.match("add_layer_norm", name)])
 def test_forms_of_cuda_hold_the_row(name, hopper):
-    base, others, vectors = forms(GPU_CASES[name])
-    assert 3 <= len(others) <= tune_variants.MOST_CUDA and base not in others and len(set(others)) == len(others)
+    base, others = cuda_forms(name)
+    vectors = GPU_CASES[name].shape[1] * GPU_CASES[name].torch_dtype.itemsize // 16
+    assert 2 <= len(others) <= near_forms.MOST_CUDA and base not in others and len(set(others)) == len(others)
     for form in others:
-        chunks, most = (form.chunks, 128 * form.chunks) if isinstance(form, Forward) else (1, 512)
+        chunks, most = (form.chunks, 128 * form.chunks) if isinstance(form, CudaForwardForm) else (1, 512)
         assert 64 <= form.threads * form.rows <= most and form.ranks in (1, 2, 4, 8)
         assert form.threads % 32 == 0 or (form.threads < 32 and math.log2(form.threads).is_integer())
         assert form.rows == 1 or form.ranks == 1
-        assert form.rows == 1 or form.threads <= 32 or (isinstance(form, Backward) and form.rows <= 8)
+        assert form.rows == 1 or form.threads <= 32 or (isinstance(form, CudaBackwardForm) and form.rows <= 8)
         held = chunks * form.threads * form.ranks
         if held < vectors:  # read again, by the widest blocks there are; or slabs
-            assert (chunks, form.threads) == (4, 512) if isinstance(form, Forward) else form.ranks == 1
+            assert (chunks, form.threads) == (4, 512) if isinstance(form, CudaForwardForm) else form.ranks == 1
         else:  # and no form has a warp, or half the threads of one, that holds nothing
             assert held < 2 * vectors and (held - vectors) / (chunks * form.ranks) < 32
         with cuda_form(GPU_CASES[name].direction, form):  # the numbers are those of a form
@@ -86,32 +81,46 @@ def test_forms_of_cuda_hold_the_row(name, hopper):
 
 @emulated
 def test_forms_nearest_to_the_tables_are_kept(hopper):
-    base, others, _ = forms(GPU_CASES["add_layer_norm/forward/bfloat16/8192x4096"])
-    assert base == Forward(4, 128, 1, 1)
-    assert others[:2] == [Forward(2, 256, 1, 1), Forward(2, 128, 1, 2)]
-    distances = [tune_variants.distance(base, form) for form in others]
+    base, others = cuda_forms("add_layer_norm/forward/bfloat16/8192x4096")
+    assert base == CudaForwardForm(4, 128, 1, 1)
+    assert others[:2] == [CudaForwardForm(2, 256, 1, 1), CudaForwardForm(2, 128, 1, 2)]
+    distances = [near_forms.distance(base, form) for form in others]
     assert distances == sorted(distances) and distances[0] == 2
-    assert tune_variants.cuda_forward(512, base, most_ranks=1) == [Forward(2, 256, 1, 1)]
-    narrow = tune_variants.cuda_backward(128, Backward(128, 4, 1), 32768, 132, False)
-    assert narrow[:3] == [Backward(128, 2, 1), Backward(128, 1, 1), Backward(64, 1, 2)]  # rows of several warps too
+    assert near_forms.cuda_forward(512, base, most_ranks=1) == [CudaForwardForm(2, 256, 1, 1)]
+    narrow = near_forms.cuda_backward(128, CudaBackwardForm(128, 4, 1), False)
+    assert narrow[:3] == [CudaBackwardForm(*form) for form in ((128, 2, 1), (128, 1, 1), (64, 1, 2))]
 
 
 @emulated
-def test_backward_varies_one_thing_at_a_time(hopper):
-    base, others, _ = forms(GPU_CASES["add_layer_norm/backward/bfloat16/4096x8192"])
-    assert base == Backward(512, 1, 2)
-    assert {form[:3] == base[:3] for form in others if form.programs} == {True}
-    assert [form.programs for form in others if form.programs] == [66, 132, 264]
-    assert [form[:3] for form in others if not form.programs][:2] == [(256, 1, 4), (128, 1, 8)]
-    few_rows = tune_variants.cuda_backward(1024, base, 7, 132, False)
-    assert {form.programs for form in few_rows} == {0, 7}
+def test_tune_keeps_no_number_of_programs_of_cuda(hopper):
+    """Which one is best depends on the number of rows, and a form serves every number."""
+    kernels = [forms.kernel_of(CallClass("add_layer_norm", "bfloat16", True, (rows, 8192))) for rows in (7, 4096)]
+    assert kernels[0] == kernels[1] == kernel_of(GPU_CASES["add_layer_norm/backward/bfloat16/4096x8192"])
+    tried = forms.forms_to_try(kernels[0], CPU, "cuda")
+    assert [form.numbers for form in tried][:2] == [(256, 1, 4), (128, 1, 8)]
+    assert {len(form.numbers) for form in tried} == {3}  # threads, rows and ranks
+
+
+@emulated
+def test_the_tool_tries_numbers_of_programs_too(hopper):
+    case = GPU_CASES["add_layer_norm/backward/bfloat16/4096x8192"]
+    table, tried = tool_forms.forms_tried(case, CPU, "cuda")
+    assert table == "t512 r1 k2" and tried[0] == TriedForm("cuda") and tried[-1].text == "no overlap"
+    programs = [form.text for form in tried if form.text.startswith(f"{table} p")]
+    assert programs == [f"{table} p{number}" for number in (1, 2, 4)]
+    for form in tried:
+        with form.forced():  # the numbers are those of a form
+            pass
+    base = CudaBackwardForm(512, 1, 2)
+    assert tool_forms.numbers_of_programs(base, 1024, False, 4096, 132) == [66, 132, 264]
+    assert tool_forms.numbers_of_programs(base, 1024, False, 7, 132) == [7]
 
 
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_configurations_of_triton_hold_the_row(name):
+def test_forms_of_triton_hold_the_row(name):
     case = GPU_CASES[name]
-    base, *others = tune_forms.triton_configs(kernel_of(case))
-    assert 3 <= len(others) <= tune_variants.MOST_TRITON and len({base, *others}) == 1 + len(others)
+    base, others = forms.triton_forms(kernel_of(case))
+    assert 3 <= len(others) <= near_forms.MOST_TRITON and len({base, *others}) == 1 + len(others)
     n = case.shape[-1]
     for config in (base, *others):
         assert config.chunks == 0 or n <= config.block_n * config.chunks < n + config.block_n
@@ -150,10 +159,9 @@ def test_the_tables_form_of_cuda_comes_back_after_a_fault(monkeypatch):
 @emulated
 def test_cuda_takes_the_form_that_is_forced(hopper, generator):
     x = torch.randn(5, 1024, generator=generator)
-    run = Variant("cuda").active
 
     def statistics():
-        with run():
+        with fusednorm.use_provider("cuda"):
             return fusednorm.layer_norm(x, 1024)
 
     own = statistics()
@@ -167,7 +175,7 @@ def test_cuda_takes_the_form_that_is_forced(hopper, generator):
     assert torch.equal(own, statistics())
 
 
-def test_the_tables_configuration_of_triton_comes_back_after_a_fault():
+def test_the_tables_form_of_triton_comes_back_after_a_fault():
     form, place = Config(1, 2048, 2, 8, 1), Place("forward", 4096, 4, 1)
     layout, own = (0, 8, False), table.forward(4096, False, True, False, False)
     with pytest.raises(Fault), triton_form(place, form):
@@ -182,7 +190,7 @@ def test_the_tables_configuration_of_triton_comes_back_after_a_fault():
     assert table.tried == {}
 
 
-def test_rows_of_other_layouts_keep_the_tables_configuration():
+def test_rows_of_other_layouts_keep_the_tables_form():
     place, own = Place("backward", 4096, 2), table.backward(4096, 0, False)
     with triton_form(place, Config(1, 1024, 4, 8, 1)):
         assert table.chosen(place, -1, (0, 8, False), own) != own
@@ -198,7 +206,8 @@ def test_what_is_compiled_ahead_is_what_a_call_launches(name):
 
     case = GPU_CASES[name]
     small = Case(case.op, (3, case.shape[1]), case.dtype, case.direction)
-    for config in tune_forms.triton_configs(kernel_of(case))[:3]:
+    base, others = forms.triton_forms(kernel_of(case))
+    for config in (base, *others[:2]):
         expected, launched = launches(case, config), []
         form = triton_form(kernel_of(case).place("triton"), config)
         with compile.launches(launched.append), form, fusednorm.use_provider("triton"):

@@ -6,11 +6,10 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from backends import EMULATED, INTERPRETED
+from backends import INTERPRETED
 
 import fusednorm
 from fusednorm import dispatch
@@ -21,20 +20,19 @@ from fusednorm.providers.forms import Place
 from fusednorm.providers.triton.config import Config
 from fusednorm.tuning import measure, run, store
 from fusednorm.tuning.calls import CallClass
-from fusednorm.tuning.forms import Variant, kernel_of, triton_form
-from tests.helpers.tuning_records import CPU, GPU, record, with_forms
+from fusednorm.tuning.forms import TriedForm, kernel_of, triton_form
+from tests.helpers.tuning_records import CPU, GPU, record, with_forms, with_section
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not what runs its kernels here")
-emulated = pytest.mark.skipif(not EMULATED, reason="there is no g++ to build the emulation with")
 CLASS = CallClass("add_layer_norm", "float32", False, (128, 64))
 PLACE = Place("forward", 64, 4, 1)
 NAME = "triton/forward/64/4/1"
 FAST = Config(64, 64, 1, 16, 1)  # a quarter of the programs, which the interpreter runs one after another
 
 
-def variant(form: str, forced: Callable[[], contextlib.AbstractContextManager]) -> Variant:
-    return Variant("triton", form, forced, tuple(FAST))
+def planted_form(text: str, forced: Callable[[], contextlib.AbstractContextManager]) -> TriedForm:
+    return TriedForm("triton", text, forced, tuple(FAST))
 
 
 @contextlib.contextmanager
@@ -57,11 +55,10 @@ def in_the_form(outputs: Callable[[tuple], None]):
 def tuning(gpu, monkeypatch, in_a_fork):
     """What a run finds of the forms that are planted, where Triton's provider is the only one."""
 
-    def tune(*planted: Variant, classes=(CLASS,), limit: float = 120.0, **given) -> run.Result:
+    def tune(*planted: TriedForm, classes=(CLASS,), limit: float = 120.0, **given) -> run.Result:
         monkeypatch.setattr(measure, "candidates", lambda of, device: ["triton"])
         if planted:
-            listed = [Variant("triton"), *planted]
-            monkeypatch.setattr(measure, "variants", lambda kernel, device, provider: ("", listed))
+            monkeypatch.setattr(measure, "forms_to_try", lambda kernel, device, provider: list(planted))
         with dispatch.settings.without_fastpath():  # which serves on CPU tensors
             return run.measure_and_keep(classes, GPU, 0.05, limit, True, False, in_a_fork)
 
@@ -93,10 +90,10 @@ def launched(monkeypatch):
     return call
 
 
-fast = variant("fast", lambda: triton_form(PLACE, FAST))
-wrong = variant("wrong", lambda: in_the_form(lambda pointers: pointers[7].mul_(1.1)))
-crash = variant("crash", lambda: in_the_form(lambda pointers: os._exit(7)))
-impossible = variant("impossible", lambda: triton_form(PLACE, FAST._replace(block_n=32)))
+fast = planted_form("fast", lambda: triton_form(PLACE, FAST))
+wrong = planted_form("wrong", lambda: in_the_form(lambda pointers: pointers[7].mul_(1.1)))
+crash = planted_form("crash", lambda: in_the_form(lambda pointers: os._exit(7)))
+impossible = planted_form("impossible", lambda: triton_form(PLACE, FAST._replace(block_n=32)))
 
 
 @interpreted
@@ -125,7 +122,7 @@ def test_a_faster_form_is_kept_and_launched_by_who_reads_the_file(tuning, launch
     [(wrong, "its error against float64"), (crash, "exit code 7"), (impossible, "does not hold a row of 64")],
     ids=["wrong", "crash", "impossible"],
 )
-def test_a_form_that_does_not_serve_costs_only_itself(planted: Variant, why: str, tuning):
+def test_a_form_that_does_not_serve_costs_only_itself(planted: TriedForm, why: str, tuning):
     result = tuning(planted, fast)
     (found,) = result.records
     assert why in found["forms"]["rejected"][planted.name] and planted.name not in found["forms"]["tried"]
@@ -149,8 +146,10 @@ def test_the_forms_that_are_listed_are_right_and_forced(grad: bool, tuning):
 def test_time_that_is_up_leaves_the_forms_untried(tuning, monkeypatch):
     clock = iter([0.0] * 2 + [1e9] * 100)  # the deadline is set, and the one class is measured
     monkeypatch.setattr(run.time, "time", lambda: next(clock))
-    (found,) = tuning(fast).records
+    result = tuning(fast)
+    (found,) = result.records
     assert found["best"] == "triton" and "forms" not in found
+    assert "The run stopped early: time was up before all forms were tried." in str(result)
 
 
 @interpreted
@@ -213,12 +212,6 @@ def test_forms_stay_where_a_later_run_tried_none():
     assert json.loads(path.read_text())["forms"] == {}
 
 
-def changed(path: Path, forms: object) -> None:
-    content = json.loads(path.read_text())
-    content["forms"] = forms
-    path.write_text(json.dumps(content))
-
-
 DAMAGED = {
     "no section": None,
     "a list": [[1]],
@@ -234,6 +227,7 @@ DAMAGED = {
     "more than a program holds": {NAME: [4096, 64, 1, 4, 1]},
     "registers that are none": {NAME: [64, 64, 1, 16, 1, 512]},
     "numbers of cuda": {"cuda/forward/64/4/0": [1, 32, 1]},
+    "a number of programs": {"cuda/backward/64/4/0": [32, 1, 1, 3]},
     "a number below zero": {"cuda/forward/64/4/0": [1, 32, -1, 1]},
 }
 
@@ -244,7 +238,7 @@ def test_a_damaged_section_refuses_the_file(how: str, monkeypatch):
     path = store.save(CPU, [record("8x64", "torch", "cpu")])
     x = torch.randn(8, 64)
     assert fusednorm.explain(fusednorm.add_layer_norm, x, x, 64).startswith("add_layer_norm: torch")
-    changed(path, DAMAGED[how])
+    with_section(path, DAMAGED[how])
     with pytest.raises(tuned.Unusable, match="it is damaged"):
         tuned.read(path, tuned.machine(CPU))
     with pytest.warns(RuntimeWarning, match="it is damaged"):
@@ -253,76 +247,13 @@ def test_a_damaged_section_refuses_the_file(how: str, monkeypatch):
 
 
 @interpreted
-def test_explain_and_info_say_that_a_form_is_in_use(capsys):
+def test_explain_and_info_say_that_forms_are_kept(capsys):
     path = store.save(CPU, [with_forms(record("8x64", "triton"), NAME, {"fast": (list(FAST), 1.2)})])
     x = torch.randn(8, 64)
     with fusednorm.use_provider("triton"):
         said = fusednorm.explain(fusednorm.add_layer_norm, x, x, 64)
         other = fusednorm.explain(fusednorm.add_layer_norm, x[:, :32], x[:, :32], 32)
-    assert said == f"add_layer_norm: triton, one fused op each way, in a form tuned for 64 columns ({path})"
-    assert "in a form" not in other
+    assert said == f"add_layer_norm: triton, one fused op each way; forms are kept for 64 columns ({path})"
+    assert "forms" not in other
     main(["info"])
     assert "1 classes of calls and 1 forms of kernels on cpu" in capsys.readouterr().out
-
-
-# --- the CUDA library ---
-
-
-def normed(x: torch.Tensor) -> torch.Tensor:
-    with fusednorm.use_provider("cuda"):
-        return fusednorm.rms_norm(x, x.shape[-1])
-
-
-@pytest.fixture
-def on_the_emulation():
-    assert dispatch.unavailable_reason("cuda") is None
-    torch.ops.fusednorm_cuda.emulate(128, 512, 8, 2, 1)
-    yield torch.ops.fusednorm_cuda.force
-    torch.ops.fusednorm_cuda.force("forward", [])
-    torch.ops.fusednorm_cuda.keep([])
-
-
-CUDA = "cuda/forward/512/4/0"
-
-
-@emulated
-def test_the_cuda_library_takes_the_forms_of_the_file(on_the_emulation, generator, monkeypatch):
-    x = torch.randn(5, 512, generator=generator)
-    own = normed(x)
-    on_the_emulation("forward", [1, 64, 1, 2])
-    forced = normed(x)
-    on_the_emulation("forward", [])
-    assert torch.equal(normed(x), own) and not torch.equal(forced, own)
-    path = store.save(CPU, [with_forms(record("8x512", "cuda"), CUDA, {"fast": ([1, 64, 1, 2], 1.2)})])
-    assert torch.equal(normed(x), forced)
-    with fusednorm.use_provider("cuda"):
-        assert f"in a form tuned for 512 columns ({path})" in fusednorm.explain(fusednorm.rms_norm, x, 512)
-    monkeypatch.setenv(tuned.SWITCH_VARIABLE, "0")
-    rules.forget()
-    assert torch.equal(normed(x), own)
-
-
-@emulated
-def test_the_cuda_library_takes_the_forms_when_a_gpu_is_first_asked(on_the_emulation, generator, monkeypatch):
-    from fusednorm.providers.cuda import library
-
-    x = torch.randn(5, 512, generator=generator)
-    own = normed(x)
-    store.save(CPU, [with_forms(record("8x512", "cuda"), CUDA, {"fast": ([1, 64, 1, 2], 1.2)})])
-    torch.ops.fusednorm_cuda.keep([])  # as in a new process
-    assert torch.equal(normed(x), own)
-    library.forget_devices()
-    dispatch.settings.forget()
-    assert not torch.equal(normed(x), own)
-
-
-@emulated
-def test_a_file_whose_forms_the_cuda_library_refuses_is_damaged(on_the_emulation, generator, monkeypatch):
-    monkeypatch.setattr("fusednorm._once._said", type(_said)())
-    x = torch.randn(5, 512, generator=generator)
-    own = normed(x)
-    path = store.save(CPU, [record("8x64", "torch", "cpu")])
-    changed(path, {CUDA: [3, 64, 1, 1]})
-    with pytest.warns(RuntimeWarning, match=r"it is damaged \(RuntimeError: .*chunks: 1, 2 or 4"):
-        rules.forget()
-    assert tuned.file(CPU) is None and torch.equal(normed(x), own)

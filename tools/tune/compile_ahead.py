@@ -1,4 +1,4 @@
-"""Compiles Triton's variants of many cases into Triton's cache, on all cores, while others are measured.
+"""Compiles Triton's forms of many cases into Triton's cache, on all cores, while others are measured.
 
 One takes a second or two, and there are hundreds: compiled where they are first called, they would take most of the
 time that a GPU is there.
@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.cases import Case
 from fusednorm.providers.triton.config import Form
-from fusednorm.tuning.forms import triton_configs, triton_form
+from fusednorm.tuning.forms import triton_form, triton_forms
 from tools.tune.cases import kernel_of, norm_of
 
 
-def launches(case: Case, config: Form) -> list[Any]:
+def launches(case: Case, form: Form) -> list[Any]:
     """Every launch of the case, as `tools.codegen.compile` notes them. No row count is compiled in."""
     from tools.codegen import compile, norm_calls
 
@@ -30,13 +30,13 @@ def launches(case: Case, config: Form) -> list[Any]:
     words = {name for name, on in switches.items() if on}
     call = norm_calls.whole(words, backward=backward, dtype=case.torch_dtype, layout="aligned")
     noted: list[compile.Launch] = []
-    with compile.launches(noted.append), triton_form(kernel_of(case).place("triton"), config):
+    with compile.launches(noted.append), triton_form(kernel_of(case).place("triton"), form):
         norm_calls.norm_call(call, case.shape[-1])
     return [launch for launch in noted if ("fwd" in launch.kernel) != backward]
 
 
-def _compile(case: Case, config: Form, arch: int) -> None:
-    for launch in launches(case, config):
+def _compile(case: Case, form: Form, arch: int) -> None:
+    for launch in launches(case, form):
         launch.compiled(arch)
 
 
@@ -55,9 +55,10 @@ class Compiling:
     def __init__(self, cases: Iterable[Case], arch: int, jobs: int) -> None:
         self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
         self._compiled = [
-            self._pool.submit(_compile, case, config, arch)
+            self._pool.submit(_compile, case, form, arch)
             for case in cases
-            for config in triton_configs(kernel_of(case))
+            for base, others in [triton_forms(kernel_of(case))]
+            for form in (base, *others)
         ]
 
     @property

@@ -33,15 +33,13 @@ from benchmarks.cases import Case
 from benchmarks.measure.machine import clocks, environment
 from benchmarks.report.files import make_folder, write_result
 from benchmarks.report.table import table
-from fusednorm.tuning import forms as tune_forms
-from fusednorm.tuning.forms import Variant
+from fusednorm.providers.forms import DIRECTIONS
+from fusednorm.tuning.forms import TriedForm
 from fusednorm.tuning.supervise import Message, Step, supervised
-from tools.tune import cases as tune_cases
-from tools.tune import report as tune_report
+from tools.tune import cases, forms, report
 from tools.tune.compile_ahead import Compiling
 
 OPERATIONS = ("add_layer_norm", "bias_dropout_add_layer_norm", "layer_norm", "rms_norm")  # the most important first
-DIRECTIONS = ("backward", "forward")
 DTYPES = ("bfloat16", "float32")
 WIDTHS = (256, 1024, 2048, 4096, 5120, 8192, 16384, 32768, 65536, 131072, 262144)
 MOST_BACKWARD = 65536
@@ -61,7 +59,7 @@ def chosen(device_type: str) -> list[Case]:
         found += [
             Case(op, shape, dtype, direction)
             for op in OPERATIONS
-            for direction in DIRECTIONS
+            for direction in reversed(DIRECTIONS)  # the backward is the more important
             for shape in shapes
             if direction == "forward" or shape[1] <= MOST_BACKWARD
         ]
@@ -85,7 +83,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _refused(error: Exception, device: torch.device) -> dict[str, str]:
-    """The entry of a variant that raised, if the others can go on."""
+    """The entry of a form that raised, if the others can go on."""
     try:
         _wait(device)
     except Exception as fault:
@@ -93,11 +91,11 @@ def _refused(error: Exception, device: torch.device) -> dict[str, str]:
     return {"status": "failed", "detail": _message(error)}
 
 
-def try_variant(case: Case, variant: Variant, device: torch.device) -> tuple[Any, dict[str, str]]:
+def try_form(case: Case, form: TriedForm, device: torch.device) -> tuple[Any, dict[str, str]]:
     """The call to be timed if it gives what float64 does, or why there is none."""
     try:
         inputs = measure.problem(case, device)
-        with variant.active():
+        with forms.active(form):
             verdict = measure.check(case, device)
             if not verdict.ok:
                 return None, {"status": "wrong", "detail": verdict.detail}
@@ -125,20 +123,20 @@ def measure_case(
             raise RuntimeError(lost[whole])
         inputs = measure.problem(case, device)
         for provider in providers:
-            record["tables"][provider], variants = tune_forms.variants(tune_cases.kernel_of(case), device, provider)
-            record["tried"][provider] = [variant.name for variant in variants]
-            contexts |= {variant.name: variant.active for variant in variants}
-            for variant in variants:
-                step = (case.name, variant.name)
+            record["tables"][provider], tried = forms.forms_tried(case, device, provider)
+            record["tried"][provider] = [form.name for form in tried]
+            contexts |= {form.name: functools.partial(forms.active, form) for form in tried}
+            for form in tried:
+                step = (case.name, form.name)
                 yield "trying", step
                 rejected = {"status": "failed", "detail": lost[step]} if step in lost else {}
                 call = None
                 if not rejected:
-                    call, rejected = try_variant(case, variant, device)
+                    call, rejected = try_form(case, form, device)
                 if rejected:
-                    record["rejected"][variant.name] = rejected
+                    record["rejected"][form.name] = rejected
                 else:
-                    calls[variant.name] = call
+                    calls[form.name] = call
         yield "trying", whole
         if calls:
             calls[EAGER] = inputs.runner(case.direction, case.operation.eager)
@@ -164,9 +162,9 @@ def work(
 ) -> Iterator[Message]:
     """What was measured, message by message; see `supervised`."""
     device = torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
-    absent = tune_cases.absent(device_type)
+    absent = cases.absent(device_type)
     for name in absent:
-        losses = sum(variant.startswith(f"{name} ") for _, variant in lost)
+        losses = sum(form.startswith(f"{name} ") for _, form in lost)
         if losses >= MOST_LOST:
             absent[name] = f"{losses} of its forms took their process with them"
     with measure.steady_machine(None) as machine:
@@ -301,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.compile:
         compiling = Compiling(plan, arguments.compile, max(arguments.jobs, 1))
         failures = compiling.wait()
-        print(*failures, f"{len(failures)} of {compiling.count} configurations failed to compile", sep="\n")
+        print(*failures, f"{len(failures)} of {compiling.count} forms failed to compile", sep="\n")
         return 1 if failures else 0
     if arguments.device == "cuda" and not has_gpu():
         print("--device cuda: torch sees no GPU", file=sys.stderr)
@@ -317,8 +315,8 @@ def main(argv: list[str] | None = None) -> int:
         for provider, reason in known["absent"].items():
             print(f"  {provider}: {reason or 'usable'}", file=sys.stderr)
         return 1
-    print(tune_report.text(known))
-    return 0 if tune_report.all_right(known) else 1
+    print(report.text(known))
+    return 0 if report.all_right(known) else 1
 
 
 if __name__ == "__main__":

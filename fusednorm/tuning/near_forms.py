@@ -1,11 +1,11 @@
-"""The forms that are tried beside the table's own: numbers for the CUDA kernels, configurations for Triton's.
+"""The forms that are tried beside the table's own, for the CUDA kernels and for Triton's.
 
-CUDA: every form that holds a row is listed, and the nearest to the table's are kept: those that the fewest halvings and
-doublings of its numbers lead to. In the backward one thing is varied at a time: how threads share a row, or how many
-blocks visit the rows. What the kernels cannot take after all fails when it is called.
+CUDA: of every form that holds a row, the nearest to the table's: those that the fewest halvings and doublings of its
+numbers lead to. What the kernels cannot take after all fails when it is called. None names a number of programs: which
+one is best depends on the number of rows, and a form serves every number.
 
-Triton: a few steps from the table's configuration, each of which holds the row too. A step keeps the registers that
-one element has, so programs of more elements are assumed to be fewer on a multiprocessor.
+Triton: a few steps from the table's form, each of which holds the row too. A step keeps the registers that one element
+has, so programs of more elements are assumed to be fewer on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ _LEAST_BLOCK = 64  # threads; less leaves a multiprocessor's places for warps em
 _FORWARD_BLOCK = 128  # most threads of a forward block, for each vector a thread holds
 _BACKWARD_BLOCK = 512
 _SLABS = (128, 256, 512)  # threads of a block that sees a slab of the row
-_RESIDENT = (512, 1024, 2048)  # threads on a multiprocessor, in what numbers of programs are tried
 _MOST_ELEMENTS_BACKWARD = 40  # of a Triton program, a thread
 _MOST_PER_SM = 16
 _REREAD = (Config(1, 4096, 0, 16, 1), Config(1, 8192, 0, 32, 1))  # the row is read again where it could be held
@@ -32,7 +31,7 @@ _REREAD = (Config(1, 4096, 0, 16, 1), Config(1, 8192, 0, 32, 1))  # the row is r
 T = TypeVar("T")
 
 
-class Forward(NamedTuple):
+class CudaForwardForm(NamedTuple):
     """How threads share a row in the CUDA forward."""
 
     chunks: int  # vectors of 16 bytes a thread
@@ -45,17 +44,16 @@ class Forward(NamedTuple):
         return f"c{self.chunks} t{self.threads} r{self.rows} k{self.ranks}"
 
 
-class Backward(NamedTuple):
+class CudaBackwardForm(NamedTuple):
     """The same of the backward, where a thread has one vector."""
 
     threads: int
     rows: int
     ranks: int
-    programs: int = 0  # blocks, or clusters, that visit the rows in turns; 0 leaves their number to the table
 
     @property
     def text(self) -> str:
-        return f"t{self.threads} r{self.rows} k{self.ranks}" + (f" p{self.programs}" if self.programs else "")
+        return f"t{self.threads} r{self.rows} k{self.ranks}"
 
 
 def distance(a: Sequence[int], b: Sequence[int]) -> float:
@@ -85,7 +83,7 @@ def _rows(threads: int, ranks: int, most: int, several_warps: bool = False) -> I
         block *= 2
 
 
-def cuda_forward(vectors: int, table: Forward, most_ranks: int = 8) -> list[Forward]:
+def cuda_forward(vectors: int, table: CudaForwardForm, most_ranks: int = 8) -> list[CudaForwardForm]:
     """For rows of so many vectors. In one tile; four vectors a thread also in several, which read the row again."""
     found = []
     for chunks in (1, 2, 4):
@@ -94,36 +92,27 @@ def cuda_forward(vectors: int, table: Forward, most_ranks: int = 8) -> list[Forw
             threads = _threads(ceil(vectors, chunks * ranks))
             if chunks == 4:
                 threads = min(threads, most)
-            found += [Forward(chunks, threads, rows, ranks) for rows in _rows(threads, ranks, most)]
+            found += [CudaForwardForm(chunks, threads, rows, ranks) for rows in _rows(threads, ranks, most)]
     return nearest(table, found)[:MOST_CUDA]
 
 
-def cuda_backward(
-    vectors: int, table: Backward, n_rows: int, processors: int, slabs: bool, most_ranks: int = 8
-) -> list[Backward]:
+def cuda_backward(vectors: int, table: CudaBackwardForm, slabs: bool, most_ranks: int = 8) -> list[CudaBackwardForm]:
     """`slabs`: the table has blocks that see a part of the row each, and know nothing of one another."""
-    shape, held, cut = table[:3], [], []
+    held, cut = [], []
     for ranks in (r for r in RANKS if r <= most_ranks):
         threads = _threads(ceil(vectors, ranks))
-        held += [(threads, rows, ranks) for rows in _rows(threads, ranks, _BACKWARD_BLOCK, True)]
+        held += [CudaBackwardForm(threads, rows, ranks) for rows in _rows(threads, ranks, _BACKWARD_BLOCK, True)]
     if slabs or table.ranks > 1:
-        cut = [(threads, 1, 1) for threads in _SLABS if threads < vectors]
-    shapes = [Backward(*s) for s in [*nearest(shape, held), *nearest(shape, cut)]]
-    blocks = ceil(vectors, table.threads) if slabs else table.ranks  # of a row
-    groups = ceil(n_rows, table.rows)
-    programs = []
-    for resident in _RESIDENT:
-        fitting = max(resident // (table.threads * table.rows), 1)
-        programs.append(Backward(*shape, programs=min(max(processors * fitting // blocks, 1), groups)))
-    return list(dict.fromkeys([*shapes[:3], *programs, *shapes[3:]]))[:MOST_CUDA]
+        cut = [CudaBackwardForm(threads, 1, 1) for threads in _SLABS if threads < vectors]
+    return list(dict.fromkeys([*nearest(table, held), *nearest(table, cut)]))[:MOST_CUDA]
 
 
 # --- Triton ---
 
 
-def triton_text(config: Form) -> str:
-    tile = f"[{config.block_m}, {config.block_n}] w{config.warps} p{config.per_sm}"
-    return f"{config.chunks or 'wide'} x {tile}"
+def triton_text(form: Form) -> str:
+    tile = f"[{form.block_m}, {form.block_n}] w{form.warps} p{form.per_sm}"
+    return f"{form.chunks or 'wide'} x {tile}"
 
 
 def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
@@ -152,16 +141,20 @@ def _shapes(n: int, base: Config, most: int) -> Iterator[Config]:
 
 
 def _pruned(base: Config, found: Iterable[Form]) -> list[Form]:
-    return [config for config in dict.fromkeys(found) if config != base][:MOST_TRITON]
+    return [form for form in dict.fromkeys(found) if form != base][:MOST_TRITON]
 
 
 def triton_forward(n: int, base: Config) -> list[Form]:
-    reread = [config for config in _REREAD if base.chunks and n > config.block_n]
+    reread = [form for form in _REREAD if base.chunks and n > form.block_n]
     return _pruned(base, [*_shapes(n, base, MOST_ELEMENTS), *reread])
 
 
 def triton_backward(n: int, base: Config, slab: Config) -> list[Form]:
-    """`slab` is the configuration of rows that are too wide to be held."""
+    """`slab` is the form of rows that are too wide to be held.
+
+    Programs are counted by multiprocessor, and a launch has no more of them than its rows fill. So half or twice the
+    table's number may be kept for every number of rows.
+    """
     others = [p for p in (base.per_sm // 2, 2 * base.per_sm) if 0 < p <= _MOST_PER_SM]
     programs = [Pinned(*base[:4], per_sm, base.registers) for per_sm in others]
     slabs = [slab] if base.chunks and n >= 4 * slab.block_n else []
