@@ -141,6 +141,24 @@ def train_twins(
     return curves, {variant: speed_of(times, counts) for variant, times in seconds.items()}
 
 
+def time_steps(
+    twins: dict[str, Twin], batches: Sequence[Batch], settings: Settings, device: torch.device, steps: int
+) -> dict[str, dict[str, float]]:
+    """The speed of a few training steps of every variant, which alternate step by step."""
+    trainers = {variant: Trainer(model, settings) for variant, model in twins.items()}
+    seconds: dict[str, list[float]] = {variant: [] for variant in twins}
+    taken = [batches[step % len(batches)].to(device) for step in range(steps)]
+    for step, batch in enumerate(progress_bar(taken, steps, "with dropout")):
+        for variant in list(twins) if step % 2 else list(reversed(twins)):
+            synchronize(device)
+            start = time.perf_counter()
+            trainers[variant].step(batch, settings.learning_rate, step)
+            synchronize(device)
+            seconds[variant].append(time.perf_counter() - start)
+    tokens = [batch.tokens() for batch in taken]
+    return {variant: speed_of(times, tokens) for variant, times in seconds.items()}
+
+
 def speed_of(seconds: Sequence[float], tokens: Sequence[int]) -> dict[str, float]:
     """Tokens a second, and the quartiles of a step, after the steps that warm up; of all, if there are no more."""
     first = WARM_UP if len(seconds) > WARM_UP else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.autograd.profiler import profile
 
 from benchmarks.cases.base import saved_bytes
-from examples.training.loop import Settings, Trainer
+from examples.training.loop import Settings, Trainer, time_steps
 from examples.training.machine import autocast, synchronize
 from examples.training.model import Batch, ModelConfig, Twin, loss_of, make_twins
 from fusednorm.dispatch.explain import decisions
@@ -89,10 +90,28 @@ def measure_memory(
             trainer.step(batch, settings.learning_rate, step)
 
     peak = allocated_peak(train, device)
-    model = build().train()
+    return {"peak_bytes": peak, "saved_bytes": kept_by_a_forward(build(), settings, batch)}
+
+
+def kept_by_a_forward(model: Twin, settings: Settings, batch: Batch) -> int:
+    """Bytes that one forward in training mode keeps for its backward."""
+    model.train()
 
     def forward() -> torch.Tensor:
-        with autocast(device, settings.dtype):
+        with autocast(batch.wanted.device, settings.dtype):
             return loss_of(model, batch)
 
-    return {"peak_bytes": peak, "saved_bytes": saved_bytes(model.parameters(), forward)}
+    return saved_bytes(model.parameters(), forward)
+
+
+DROPOUT, STEPS = 0.1, 40  # as people train
+
+
+def measure_dropout(
+    kind: type[Twin], config: ModelConfig, settings: Settings, batches: Sequence[Batch], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Step time, and what a forward keeps, of both variants with dropout. Each draws masks of its own."""
+    twins = make_twins(kind, replace(config, dropout=DROPOUT), settings.seed, device)
+    speed = time_steps(twins, batches, settings, device, STEPS)
+    batch = batches[(len(batches) - 1) // 2].to(device)
+    return {v: speed[v] | {"saved_bytes": kept_by_a_forward(model, settings, batch)} for v, model in twins.items()}

@@ -142,14 +142,24 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (what, eager, fused, fused / eager) for the terminal and the Markdown file."""
     found = {}
     for variant in ("eager", "fused"):
-        entries = report["speed"][variant] | report["memory"][variant]
         losses = {side: report["curves"][variant][side][-1] for side in ("train", "test")}
-        mebibytes = {f"{name}_mib": entries[f"{name}_bytes"] / 2**20 for name in ("peak", "saved")}
-        found[variant] = entries | losses | mebibytes
+        found[variant] = report["speed"][variant] | report["memory"][variant] | losses
+    rows = _rows(found)
+    dropped = report["with_dropout"]
+    return rows if dropped is None else [*rows, *((f"with dropout: {row[0]}", *row[1:]) for row in _rows(dropped))]
+
+
+def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Of those results that were measured."""
+    for entries in found.values():
+        entries |= {
+            f"{name}_mib": entries[f"{name}_bytes"] / 2**20 for name in ("peak", "saved") if f"{name}_bytes" in entries
+        }
     eager, fused = found["eager"], found["fused"]
     return [
         (what, said.format(**eager), said.format(**fused), ratio.format(fused[key] / eager[key]) if eager[key] else "–")
         for what, key, said, ratio in RESULTS
+        if key in eager
     ]
 
 

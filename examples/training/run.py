@@ -31,7 +31,7 @@ from examples.training import text
 from examples.training.job import Job, Report
 from examples.training.loop import evaluate, train_twins
 from examples.training.machine import DTYPES, choose_device, deterministic, provider_context, threads
-from examples.training.measure import measure_memory, routes
+from examples.training.measure import measure_dropout, measure_memory, routes
 from examples.training.model import VARIANTS, load_checkpoint, make_twins, save_checkpoint
 from examples.training.pictures import plot_curves
 from fusednorm.tuning import load as measure_load
@@ -125,6 +125,8 @@ def train_and_report(job: Job) -> int:
         "curves": curves,
         "speed": speed,
         "memory": {v: measure_memory(job.model, v, config, settings, middle) for v in VARIANTS},
+        # equal curves are proved without dropout; what it costs is measured beside
+        "with_dropout": None if config.dropout else measure_dropout(job.model, config, settings, batches, device),
         "checks": {
             **reports.verdict(curves, job.bounds[settings.dtype], config.dropout),
             "reloaded_test_loss": reloaded_loss,

@@ -30,7 +30,7 @@ struct ParameterSums {
 // What is there, as constants where it is common: conditions inside a loop took as much time as the arithmetic.
 template <bool COMMON, bool RMS, bool EPILOGUE>
 struct Present {
-  static constexpr bool kRms = RMS, kEpilogue = EPILOGUE;
+  static constexpr bool kCommon = COMMON, kRms = RMS, kEpilogue = EPILOGUE;
   const bool weight_, dweight_, dbias_, saved_is_normed_, dx_, dresidual_, nontemporal_;
 
   template <class C>
@@ -40,6 +40,14 @@ struct Present {
   FN_INLINE bool holds() const {
     const bool parameters = weight_ && dweight_ && (RMS ? !dbias_ : dbias_);
     return parameters && !saved_is_normed_ && dx_ && (EPILOGUE || !dresidual_) && !nontemporal_;
+  }
+  // step(row) for every row of a block, which are kRowBlock in the common case.
+  template <class F>
+  static FN_INLINE void over(int rows, F&& step) {
+    if constexpr (COMMON)
+      each<kRowBlock>(step);
+    else
+      for (int r = 0; r < rows; ++r) step(r);
   }
   FN_INLINE bool weight() const { return COMMON || weight_; }
   FN_INLINE bool dweight() const { return COMMON || dweight_; }
@@ -85,10 +93,10 @@ FN_INLINE void row_sums(const Backward& a, const Block<C, S>& b, int r, const P&
   product = products.total(), shift = shifts.total();
 }
 
-// Gradients of a block's R rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
+// Gradients of a block's rows, and what they add to the sums over rows. A block is summed by itself first: the chains of
 // additions are a quarter as long, and so is their error.
-template <class C, class S, int R, class P>
-FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, const ParameterSums<C>& sums, const P& present) {
+template <class C, class S, class P>
+FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, int rows, const ParameterSums<C>& sums, const P& present) {
   const bool has_dresidual_out = b.dresidual_out[0];
   const bool fetch = sizeof(S) == 2 && b.next_dnormed[0], dx = present.dx(), dresidual = present.dresidual();
   over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
@@ -99,12 +107,12 @@ FN_INLINE void gradients(const Backward& a, const Block<C, S>& b, const Paramete
     Vec<C> w, sw(C(0)), sb = sw, sx = sw, sl = sw;
     if (present.weight()) w = load((const C*)a.weight);
     // All rows are read before one is written: a row that ends 4 KB after the one before would wait for its stores.
-    Vec<C> dys[R], xhats[R];
-    each<R>([&](auto r) __attribute__((always_inline)) {
+    Vec<C> dys[kRowBlock], xhats[kRowBlock];
+    P::over(rows, [&](auto r) __attribute__((always_inline)) {
       if (fetch) __builtin_prefetch(b.next_dnormed[r] + j, 0, 2), __builtin_prefetch(b.next_saved[r] + j, 0, 2);
       dys[r] = extent.template load<C>(b.dnormed[r] + j), xhats[r] = normalized(a, extent, b, r, j, present);
     });
-    each<R>([&](auto r) __attribute__((always_inline)) {
+    P::over(rows, [&](auto r) __attribute__((always_inline)) {
       const Vec<C> dy = dys[r], xhat = xhats[r];
       const Vec<C> g = present.weight() ? dy * w : dy;
       Vec<C> d = g - xhat * Vec<C>(b.product[r]);
@@ -160,25 +168,29 @@ FN_INLINE void describe_row(const Backward& a, Block<C, S>& b, int r, int64_t ro
 
 FN_INLINE int64_t staged_rows(const Backward& a) { return (a.direct ? 0 : kStagedRows) + (a.element.on ? 1 : 0); }
 
-// R rows from `row` on.
-template <class C, class S, int R, class P>
-FN_INLINE void backward_block(const Backward& a, char* workspace, int64_t row, bool ahead, const ParameterSums<C>& sums,
-                              const P& present) {
+// Rows from `row` on, kRowBlock at most.
+template <class C, class S, class P>
+FN_INLINE void backward_block(const Backward& a, char* workspace, int64_t row, int rows, bool ahead,
+                              const ParameterSums<C>& sums, const P& present) {
   Block<C, S> b;
   const int64_t n = a.n_columns, room = padded(n), per_row = staged_rows(a) * room;
-  Vec<C> products[R], shifts[R];
-  for (int r = 0; r < R; ++r) {
+  Vec<C> products[kRowBlock], shifts[kRowBlock];
+  for (int r = 0; r < rows; ++r) {
     b.next_dnormed[r] = ahead ? row_of<S>(a.dnormed, row + kRowBlock + r) : nullptr;
     b.next_saved[r] = ahead ? row_of<S>(a.saved, row + kRowBlock + r) : nullptr;
     C* const staged = (C*)workspace + r * per_row;
     describe_row(a, b, r, row + r, staged, a.element.on ? (Int<C>*)(staged + per_row - room) : nullptr);
     row_sums(a, b, r, present, products[r], shifts[r]);
   }
-  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return products[r]; }, b.product);
-  sums_of_lanes<C, R>([&](int r) __attribute__((always_inline)) { return shifts[r]; }, b.shift);
-  for (int r = 0; r < R; ++r) b.product[r] = b.product[r] / C(n), b.shift[r] = P::kRms ? C(0) : b.shift[r] / C(n);
-  gradients<C, S, R>(a, b, sums, present);
-  for (int r = 0; r < R && !a.direct; ++r) {
+  if constexpr (P::kCommon) {
+    sums_of_lanes<C, kRowBlock>([&](int r) __attribute__((always_inline)) { return products[r]; }, b.product);
+    sums_of_lanes<C, kRowBlock>([&](int r) __attribute__((always_inline)) { return shifts[r]; }, b.shift);
+  } else {
+    for (int r = 0; r < rows; ++r) b.product[r] = sum(products[r]), b.shift[r] = sum(shifts[r]);
+  }
+  for (int r = 0; r < rows; ++r) b.product[r] = b.product[r] / C(n), b.shift[r] = P::kRms ? C(0) : b.shift[r] / C(n);
+  gradients(a, b, rows, sums, present);
+  for (int r = 0; r < rows && !a.direct; ++r) {
     if (a.dx) stage_out((const C*)b.dx[r], n, a.dx_dtype, a.dx, (row + r) * n);
     if (a.dresidual) stage_out((const C*)b.dresidual[r], n, a.dresidual_dtype, a.dresidual, (row + r) * n);
   }
@@ -197,22 +209,16 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
     const int64_t end = begin + a.rows_per_chunk < a.n_rows ? begin + a.rows_per_chunk : a.n_rows;
     const Present<true, RMS, EPILOGUE> common(a, sums);
     const Present<false, RMS, EPILOGUE> any(a, sums);
-    int64_t row = begin;
-    const auto blocks = [&](auto rows) __attribute__((always_inline)) {
-      constexpr int R = rows;
-      for (; row + R <= end; row += R) {
-        const bool ahead = R == kRowBlock && fetches && row + 2 * R <= end;
-        if constexpr (kSpecialized<C> && R > 1)
-          if (common.holds()) {
-            backward_block<C, S, R>(a, workspace, row, ahead, sums, common);
-            continue;
-          }
-        backward_block<C, S, R>(a, workspace, row, ahead, sums, any);
-      }
-    };
-    blocks(std::integral_constant<int, kRowBlock>{});
-    blocks(std::integral_constant<int, 2>{});
-    blocks(std::integral_constant<int, 1>{});
+    for (int64_t row = begin; row < end; row += kRowBlock) {
+      const int rows = row + kRowBlock <= end ? kRowBlock : int(end - row);
+      const bool ahead = fetches && row + 2 * kRowBlock <= end;
+      if constexpr (kSpecialized<C>)
+        if (rows == kRowBlock && common.holds()) {
+          backward_block<C, S>(a, workspace, row, rows, ahead, sums, common);
+          continue;
+        }
+      backward_block<C, S>(a, workspace, row, rows, ahead, sums, any);
+    }
   }
   if (a.nontemporal) fence_nontemporal();
 }

@@ -244,7 +244,7 @@ void direct_rows(const Forward& a, char* workspace, int64_t first_row, int64_t e
                                            rstds + row);
   };
   const bool together = !a.parameters_as_rows && kRowBlock * times(a.n_columns, sizeof(S)) <= kTogether;
-  if constexpr (kUnrolled)
+  if constexpr (kUnrolled && kSpecialized<C>)
     if (together) block(std::integral_constant<int, kRowBlock>{});
   block(std::integral_constant<int, 1>{});
   if (a.nontemporal) fence_nontemporal();
