@@ -116,10 +116,14 @@ def test_run_from_data_to_report(finished):
     losses = written["curves"]["fused"]["test"]
     assert losses[1] < losses[0]
     assert all(written["speed"][v]["tokens_per_s"] > 0 and written["memory"][v]["peak_bytes"] > 0 for v in VARIANTS)
+    dropped = written["with_dropout"]
+    assert dropped["fused"]["saved_bytes"] < dropped["eager"]["saved_bytes"]  # masks are not kept
+    assert all(entries["steps"] > 30 and entries["step_ms_median"] > 0 for entries in dropped.values())
     assert written["environment"]["threads"] == 1
     assert (folder / f"{files}_checkpoint.pt").stat().st_size > 0
     markdown = (folder / f"{files}.md").read_text(encoding="utf-8")
     for said in (markdown, finished.printed):
+        assert "with dropout: kept by one forward" in said
         assert "Curves agree" in said and "bitwise equal" in said
     if "matplotlib" in sys.modules:
         pictures = {path.name: path for path in folder.glob("*.png")}
