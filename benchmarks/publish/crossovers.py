@@ -63,9 +63,12 @@ def is_tuned(result: Record) -> bool:
 
 def tuned_table(result: Record, source: str) -> dict[str, Any]:
     """The table of a device from a file of `fusednorm tune`, by the steps that it fitted for itself."""
-    # the rules of attention look at more than a line has
-    records = [record for record in result["records"] if not parse(record["name"]).is_attention]
-    return finished(store.speeds(records), result["machine"]["device"], source)
+    return finished(store.speeds(records_of(result)), result["machine"]["device"], source)
+
+
+def records_of(result: Record) -> list[Record]:
+    """Of a file of `fusednorm tune`, all but attention, whose rules look at more than a line has."""
+    return [record for record in result["records"] if not parse(record["name"]).is_attention]
 
 
 def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:

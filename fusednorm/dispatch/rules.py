@@ -185,6 +185,14 @@ def _onednn_was_measured_faster() -> bool:
     )
 
 
+def torch_serves_layer_norm(dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether torch serves a plain ``layer_norm`` with gradients on a CPU, of rows of this dtype."""
+    current = settings.current
+    if current.provider is not None or not current.by_shape:
+        return current.provider in (None, "torch")
+    return not fastpath_serves("layer_norm", dtype, rows * columns, columns, True, -1)
+
+
 def layer_norm_is_torchs() -> bool:
     """Whether nothing that was measured leaves a plain ``layer_norm`` on a CPU to another provider."""
     if tuned.measure is not None:

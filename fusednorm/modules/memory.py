@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
 from .._dtypes import compute_dtype
 from ..autograd import norm as autograd_norm
+from ..dispatch import rules
 from ._layer import FusedLayer, activation_name, effective_p
 from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .transformer import TransformerDecoder, TransformerEncoder
@@ -134,13 +134,15 @@ def _layer(layer: Any, run: _Run, previous: Any, followed: bool) -> dict[str, in
 
 def _norm(norm: nn.LayerNorm, run: _Run, layer: Any, p: float, adds: bool, feeds: bool) -> int:
     weight = norm.weight
-    # with nothing to add torch's own serves it on a CPU, whose statistics have the parameters' dtype
-    torchs = not adds and not p and dispatch.requested() in (None, "torch") and (weight is None or weight.is_cpu)
+    rows, columns = run.batch * run.length, math.prod(norm.normalized_shape)
+    plain_on_cpu = not adds and not p and (weight is None or weight.is_cpu)
+    # torch's own statistics have the parameters' dtype
+    torchs = plain_on_cpu and rules.torch_serves_layer_norm(run.dtype, rows, columns)
     statistic = (run.dtype if weight is None else weight.dtype).itemsize if torchs else run.statistic
-    statistics = 2 * run.batch * run.length * statistic
+    statistics = 2 * rows * statistic
     efficient = adds and "norms" in layer.recompute and _invertible(weight, norm.bias, run.dtype)
     tensors = (adds and not efficient) + (feeds or efficient)
-    return tensors * run.tensor(math.prod(norm.normalized_shape)) + statistics + (_SEED if p else 0)
+    return tensors * run.tensor(columns) + statistics + (_SEED if p else 0)
 
 
 def _invertible(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> bool:
