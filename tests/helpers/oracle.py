@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from eager_norm import NormKeepingItsOutput, torch_norm
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -181,7 +181,7 @@ class Call:
         # a bias of another dtype without a weight fails in torch's backward only
         if not self.fused and (weight is not None or bias is None or bias.dtype == z.dtype):
             try:  # what torch takes is the twin, its mixtures of dtypes too
-                return (_torch_norm(z, self._normalized_shape(z), weight, bias, self.eps(x.dtype), self.rms),)
+                return (torch_norm(z, self._normalized_shape(z), weight, bias, self.eps(x.dtype), self.rms),)
             except RuntimeError:
                 pass
         normed = self._eager_norm(z, weight, bias, x.dtype)
@@ -199,49 +199,8 @@ class Call:
         z, weight, bias = (None if t is None else t.to(wide) for t in (z, weight, bias))
         eps = self.eps(dtype)
         if self.options.get("memory_efficient", False) and self.rebuilds:
-            return _NormKeepingItsOutput.apply(z, weight, bias, eps, self.rms, shape, dtype)
-        return _torch_norm(z, shape, weight, bias, eps, self.rms).to(dtype)
-
-
-def _torch_norm(
-    z: Tensor, shape: torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
-) -> Tensor:
-    return F.rms_norm(z, shape, weight, eps) if rms else F.layer_norm(z, shape, weight, bias, eps)
-
-
-class _NormKeepingItsOutput(torch.autograd.Function):
-    """The eager twin of ``memory_efficient``: its backward sees the rounded output instead of z.
-
-    The normalized value it rebuilds, (normed - bias) / weight, is off by rounding(normed) / weight. That is
-    inherent in keeping the output, so the budget measures this method's error and not that of keeping z.
-    """
-
-    @staticmethod
-    def forward(ctx, z, weight, bias, eps, rms, shape, dtype):
-        ctx.dims, ctx.rms, ctx.z_dtype = tuple(range(z.ndim - len(shape), z.ndim)), rms, z.dtype
-        normed = _torch_norm(z, shape, weight, bias, eps, rms).to(dtype)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        centred = z if rms else z - z.mean(ctx.dims, keepdim=True)
-        rstd = torch.rsqrt(centred.square().mean(ctx.dims, keepdim=True) + eps)
-        ctx.save_for_backward(normed, rstd, weight, bias)
-        return normed
-
-    @staticmethod
-    def backward(ctx, dnormed):
-        normed, rstd, weight, bias = ctx.saved_tensors
-        dy, xhat = dnormed.to(rstd.dtype), normed.to(rstd.dtype)
-        xhat = xhat if bias is None else xhat - bias.to(rstd.dtype)
-        xhat = xhat if weight is None else xhat / weight.to(rstd.dtype)
-        g = dy if weight is None else dy * weight.to(rstd.dtype)
-        dz = g - xhat * (g * xhat).mean(ctx.dims, keepdim=True)
-        dz = dz if ctx.rms else dz - g.mean(ctx.dims, keepdim=True)
-        lead = tuple(range(ctx.dims[0]))
-        dweight, dbias = dy * xhat, dy
-        if lead:  # a sum over no dimensions is one over all
-            dweight, dbias = dweight.sum(lead), dbias.sum(lead)
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return (dz * rstd).to(ctx.z_dtype), dweight, dbias, None, None, None, None
+            return NormKeepingItsOutput.apply(z, weight, bias, eps, self.rms, shape, dtype)
+        return torch_norm(z, shape, weight, bias, eps, self.rms).to(dtype)
 
 
 def evaluate(
