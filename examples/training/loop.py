@@ -92,6 +92,20 @@ class Trainer:
         return float(loss.detach())
 
 
+def step_all(
+    trainers: dict[str, Trainer], batch: Batch, rate: float, seed: int, step: int, seconds: dict[str, list[float]]
+) -> dict[str, float]:
+    """One step of every variant on one batch: their losses. Who goes first alternates; times are added to `seconds`."""
+    device, losses = batch.wanted.device, {}
+    for variant in list(trainers) if step % 2 else list(reversed(trainers)):
+        synchronize(device)
+        start = time.perf_counter()
+        losses[variant] = trainers[variant].step(batch, rate, seed)
+        synchronize(device)
+        seconds[variant].append(time.perf_counter() - start)
+    return losses
+
+
 def train_twins(
     twins: dict[str, Twin],
     train: Side,
@@ -120,12 +134,8 @@ def train_twins(
             counts.append(batch.tokens())
             rate = rate_at(step, settings.epochs * len(batches), settings.learning_rate)
             there = batch.to(device)
-            for variant in list(twins) if step % 2 else list(reversed(twins)):
-                synchronize(device)
-                start = time.perf_counter()
-                loss = trainers[variant].step(there, rate, settings.seed * 1_000_003 + step)
-                synchronize(device)
-                seconds[variant].append(time.perf_counter() - start)
+            losses = step_all(trainers, there, rate, settings.seed * 1_000_003 + step, step, seconds)
+            for variant, loss in losses.items():
                 curves[variant]["steps"].append(loss)
                 sums[variant] += loss * counts[-1]
             if hasattr(bar, "set_postfix"):
@@ -149,12 +159,7 @@ def time_steps(
     seconds: dict[str, list[float]] = {variant: [] for variant in twins}
     taken = [batches[step % len(batches)].to(device) for step in range(steps)]
     for step, batch in enumerate(progress_bar(taken, steps, "with dropout")):
-        for variant in list(twins) if step % 2 else list(reversed(twins)):
-            synchronize(device)
-            start = time.perf_counter()
-            trainers[variant].step(batch, settings.learning_rate, step)
-            synchronize(device)
-            seconds[variant].append(time.perf_counter() - start)
+        step_all(trainers, batch, settings.learning_rate, step, step, seconds)
     tokens = [batch.tokens() for batch in taken]
     return {variant: speed_of(times, tokens) for variant, times in seconds.items()}
 

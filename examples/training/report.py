@@ -151,11 +151,13 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """Of those results that were measured."""
-    for entries in found.values():
-        entries |= {
-            f"{name}_mib": entries[f"{name}_bytes"] / 2**20 for name in ("peak", "saved") if f"{name}_bytes" in entries
+
+    def with_mebibytes(entries: dict[str, Any]) -> dict[str, Any]:
+        return entries | {
+            f"{n}_mib": entries[f"{n}_bytes"] / 2**20 for n in ("peak", "saved") if f"{n}_bytes" in entries
         }
-    eager, fused = found["eager"], found["fused"]
+
+    eager, fused = (with_mebibytes(found[variant]) for variant in ("eager", "fused"))
     return [
         (what, said.format(**eager), said.format(**fused), ratio.format(fused[key] / eager[key]) if eager[key] else "–")
         for what, key, said, ratio in RESULTS
