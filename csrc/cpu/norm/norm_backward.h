@@ -76,7 +76,7 @@ constexpr int64_t kMostFetched = 256 << 10, kLeastNext = 2 << 10, kMostNext = 64
 // Sums of g xhat and of g over a row, lane by lane.
 template <class C, class S, class P>
 FN_INLINE void row_sums(const Backward& a, const Block<C, S>& b, int r, const P& present, Vec<C>& product,
-                                        Vec<C>& shift) {
+                        Vec<C>& shift) {
   Sums<C> products, shifts;
   products.clear(), shifts.clear();
   const bool stays = times(a.n_columns, sizeof(S)) <= kMostFetched;
