@@ -7,12 +7,38 @@ from typing import Any
 from torch import Tensor
 
 from ._activations import ACTIVATIONS
-from ._options import ActivationInputs, ActivationOptions, AttentionInputs, AttentionOptions, inputs_and_options
+from ._options import (
+    ActivationInputs,
+    ActivationOptions,
+    AttentionInputs,
+    AttentionOptions,
+    NormInputs,
+    NormSaved,
+    inputs_and_options,
+)
+from .providers.samples import is_per_sample
 
 
 def _check_rows(name: str, rows: Tensor, normalized_ndim: int) -> None:
     if not 0 < normalized_ndim <= rows.ndim:
         raise ValueError(f"normalized_ndim: {name} expects 1 to {rows.ndim}, x's dimensions, got {normalized_ndim}")
+
+
+def _check_samples(name: str, inputs: NormInputs | NormSaved, normalized_ndim: int) -> None:
+    """Parameters that are one vector for each sample. Those that are not, each provider checks by itself."""
+    rows = inputs[0]
+    lead = rows.ndim - normalized_ndim
+    for parameter in ("weight", "bias", "layer_scale"):
+        given = getattr(inputs, parameter)
+        if not is_per_sample(given, normalized_ndim):
+            continue
+        samples, *ones = given.shape[: given.ndim - normalized_ndim]
+        fits = lead > 0 and given.ndim <= rows.ndim and samples == rows.shape[0] and all(size == 1 for size in ones)
+        if not fits or given.shape[given.ndim - normalized_ndim :] != rows.shape[lead:]:
+            raise ValueError(
+                f"{parameter}: {name} expects {tuple(rows.shape[lead:])}, or a vector for each sample, "
+                f"{(*rows.shape[: min(lead, 1)], *rows.shape[lead:])}; got {tuple(given.shape)}"
+            )
 
 
 def _check_activation(name: str, inputs: ActivationInputs, options: ActivationOptions) -> None:
@@ -41,5 +67,6 @@ def check(name: str, args: tuple[Any, ...]) -> None:
         _check_attention(name, inputs, options)
     else:
         _check_rows(name, inputs[0], options.normalized_ndim)
+        _check_samples(name, inputs, options.normalized_ndim)
     if options.dropped and inputs.seed is None:
         raise ValueError(f"seed: {name} needs one where something is dropped, a one-element int64 tensor; got None")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 
 class NormInputs(NamedTuple):
+    """weight, bias and layer_scale have the normalized shape, or a vector for each sample (`providers/samples.py`)."""
+
     x: Tensor
     residual: Tensor | None = None
     weight: Tensor | None = None

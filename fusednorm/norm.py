@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _autocast, _checks, dropout
-from ._options import NormInputs, NormOptions
-from .autograd import norm as autograd_norm
+from . import _checks, _norm_calls
 from .dispatch import eager, settings
 
 _TORCH_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)  # what torch's operators raise
@@ -70,7 +68,7 @@ def layer_norm(
         outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *no_epilogue, rms, mode)
         if outputs is not None:
             return outputs[0]
-    return _plain_norm("input", input, normalized_shape, weight, bias, eps, rms=False)
+    return _norm_calls.plain("input", input, normalized_shape, weight, bias, eps, rms=False)
 
 
 def rms_norm(
@@ -120,7 +118,7 @@ def rms_norm(
     except _TORCH_ERRORS as fault:  # as for layer_norm
         if _OF_TRACER in str(fault):
             raise
-    return _plain_norm("input", input, normalized_shape, weight, None, eps, rms=True)
+    return _norm_calls.plain("input", input, normalized_shape, weight, None, eps, rms=True)
 
 
 def add_layer_norm(
@@ -133,6 +131,9 @@ def add_layer_norm(
     *,
     x_bias: Tensor | None = None,
     layer_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -143,8 +144,9 @@ def add_layer_norm(
     r"""The residual step of a Transformer and the LayerNorm after it, in one pass each way.
 
     .. math::
-        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot
-        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad \mathrm{normed} = \mathrm{layer\_norm}(z)
+        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot \mathrm{gate} \odot
+        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad
+        \mathrm{normed} = \mathrm{layer\_norm}(z) \odot (1 + \mathrm{scale}) + \mathrm{shift}
 
     z is rounded to the dtype it is stored in before its statistics are taken, as in ``layer_norm(x + residual)``.
 
@@ -156,6 +158,8 @@ def add_layer_norm(
         eps: added to the variance.
         x_bias: of shape normalized_shape: the bias of the linear layer that made x.
         layer_scale: of shape normalized_shape: a factor for each channel of the branch.
+        gate, scale, shift: one vector for each sample (index along dimension 0), of shape (B, \*normalized_shape) or
+            (B, 1, \*normalized_shape), as in diffusers' AdaLN-Zero blocks. They may have a finer dtype than x.
         dropout_p: probability that an element of the branch is dropped, in [0, 1]; applied whenever it is > 0.
         drop_path_p: probability that a sample (index along dimension 0) loses its whole branch, in [0, 1].
         seed: int or one-element int64 tensor that fixes both masks; drawn from torch's generator if not given. One
@@ -187,17 +191,17 @@ def add_layer_norm(
         and zero_centered_weight is memory_efficient is False
         and type(drop_path_p) is float
         and drop_path_p == 0.0
-        and layer_scale is residual_dtype is None
+        and layer_scale is gate is scale is shift is residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
         args = x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed
         outputs = current.fastpath.add_norm(*args, False, current.fastpath_mode)  # False: not RMS
         if outputs is not None:
             return outputs
-    if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, seed):
+    if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, gate, scale, shift, seed):
         return handle_torch_function(
             add_layer_norm,
-            (x, residual, weight, bias, x_bias, layer_scale, seed),
+            (x, residual, weight, bias, x_bias, layer_scale, gate, scale, shift, seed),
             x,
             residual,
             normalized_shape,
@@ -206,6 +210,9 @@ def add_layer_norm(
             eps=eps,
             x_bias=x_bias,
             layer_scale=layer_scale,
+            gate=gate,
+            scale=scale,
+            shift=shift,
             dropout_p=dropout_p,
             drop_path_p=drop_path_p,
             seed=seed,
@@ -214,9 +221,9 @@ def add_layer_norm(
             memory_efficient=memory_efficient,
         )
     # fmt: off
-    return _add_norm(
-        x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed,
-        residual_dtype, zero_centered_weight, memory_efficient, False,  # not RMS
+    return _norm_calls.residual_step(
+        x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, (gate, scale, shift),
+        dropout_p, drop_path_p, seed, residual_dtype, zero_centered_weight, memory_efficient, False,  # not RMS
     )
     # fmt: on
 
@@ -230,6 +237,9 @@ def add_rms_norm(
     *,
     x_bias: Tensor | None = None,
     layer_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -240,8 +250,9 @@ def add_rms_norm(
     r"""The residual step of a Transformer and the RMSNorm after it, in one pass each way.
 
     .. math::
-        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot
-        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad \mathrm{normed} = \mathrm{rms\_norm}(z)
+        z = \mathrm{residual} + \mathrm{drop\_path}(\mathrm{layer\_scale} \odot \mathrm{gate} \odot
+        \mathrm{dropout}(x + x_\mathrm{bias})), \qquad
+        \mathrm{normed} = \mathrm{rms\_norm}(z) \odot (1 + \mathrm{scale}) + \mathrm{shift}
 
     Arguments, results and errors are those of :func:`add_layer_norm`, without `bias`; `eps` None takes the machine
     epsilon of the dtype computed in.
@@ -257,17 +268,17 @@ def add_rms_norm(
         and zero_centered_weight is memory_efficient is False
         and type(drop_path_p) is float
         and drop_path_p == 0.0
-        and layer_scale is residual_dtype is None
+        and layer_scale is gate is scale is shift is residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
         args = x, residual, normalized_shape, weight, None, eps, x_bias, dropout_p, seed
         outputs = current.fastpath.add_norm(*args, True, current.fastpath_mode)  # True: RMS
         if outputs is not None:
             return outputs
-    if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, seed):
+    if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, gate, scale, shift, seed):
         return handle_torch_function(
             add_rms_norm,
-            (x, residual, weight, x_bias, layer_scale, seed),
+            (x, residual, weight, x_bias, layer_scale, gate, scale, shift, seed),
             x,
             residual,
             normalized_shape,
@@ -275,6 +286,9 @@ def add_rms_norm(
             eps=eps,
             x_bias=x_bias,
             layer_scale=layer_scale,
+            gate=gate,
+            scale=scale,
+            shift=shift,
             dropout_p=dropout_p,
             drop_path_p=drop_path_p,
             seed=seed,
@@ -283,94 +297,8 @@ def add_rms_norm(
             memory_efficient=memory_efficient,
         )
     # fmt: off
-    return _add_norm(
-        x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, dropout_p, drop_path_p, seed,
-        residual_dtype, zero_centered_weight, memory_efficient, True,  # RMS
+    return _norm_calls.residual_step(
+        x, residual, normalized_shape, weight, None, eps, x_bias, layer_scale, (gate, scale, shift),
+        dropout_p, drop_path_p, seed, residual_dtype, zero_centered_weight, memory_efficient, True,  # RMS
     )
     # fmt: on
-
-
-def _plain_norm(
-    name: str,
-    x: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    rms: bool,
-) -> Tensor:
-    call, inputs = "rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias)
-    signature, sizes = None, eager.sizes(normalized_shape)
-    if sizes is not None and (type(eps) is float or (rms and eps is None)):
-        plan, signature = eager.find(inputs, call, sizes, eps)
-        if plan is not None:
-            return plan(inputs)[0]
-    _checks.check_tensor(name, x)
-    shape = _checks.check_normalized_shape(name, x, normalized_shape)
-    _checks.check_parameter("weight", weight, shape, name, x)
-    _checks.check_parameter("bias", bias, shape, name, x)
-    eps = _checks.check_eps(eps, rms, x.dtype)
-    options = NormOptions(len(shape), eps, 0.0, 0.0, _autocast.norm_dtype(x, rms), x.dtype, rms, False, False)
-    plan = autograd_norm.plan(call, inputs, options)
-    eager.keep(signature, plan)
-    return plan(inputs)[0]
-
-
-def _add_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float | None,
-    x_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    dropout_p: float,
-    drop_path_p: float,
-    seed: int | Tensor | None,
-    residual_dtype: torch.dtype | None,
-    zero_centered_weight: bool,
-    memory_efficient: bool,
-    rms: bool,
-) -> tuple[Tensor, Tensor]:
-    call = "add_rms_norm" if rms else "add_layer_norm"
-    signature = None
-    if type(dropout_p) is type(drop_path_p) is float and (type(eps) is float or (rms and eps is None)):
-        sizes = eager.sizes(normalized_shape)
-        # a look at the weights decides whether a call is memory-efficient, and a seed may have to be converted
-        plannable = sizes is not None and memory_efficient is False and seed is None
-        plannable = plannable and (residual_dtype is None or type(residual_dtype) is torch.dtype)
-        if plannable and type(zero_centered_weight) is bool:
-            inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale)
-            key_options = sizes, eps, dropout_p, drop_path_p, residual_dtype, zero_centered_weight
-            plan, signature = eager.find(inputs, call, *key_options)
-            if plan is not None:
-                return plan(inputs)
-    zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)
-    memory_efficient = _checks.check_flag("memory_efficient", memory_efficient)
-    _checks.check_tensor("x", x)
-    _checks.check_residual(residual, x)
-    shape = _checks.check_normalized_shape("x", x, normalized_shape)
-    for name, parameter in (("weight", weight), ("bias", bias), ("x_bias", x_bias), ("layer_scale", layer_scale)):
-        _checks.check_parameter(name, parameter, shape, "x", x)
-    dropout_p, drop_path_p = _checks.check_epilogue(dropout_p, drop_path_p, residual_dtype)
-    if seed is not None:
-        _checks.check_seed(seed)
-    if dropout_p == 1.0 or drop_path_p == 1.0:
-        x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
-        dropout_p, drop_path_p, signature = 0.0, 0.0, None
-    masked = bool(dropout_p or drop_path_p)
-    seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None
-    if residual_dtype is None:
-        residual_dtype = x.dtype if residual is None else residual.dtype
-    unchanged = residual is None and x_bias is None and layer_scale is None and not masked
-    store_residual = not unchanged or residual_dtype != x.dtype
-    eps = _checks.check_eps(eps, rms, x.dtype, residual_dtype)
-    inputs = NormInputs(x, residual, weight, bias, x_bias, layer_scale, seed)
-    options = NormOptions(
-        *(len(shape), eps, dropout_p, drop_path_p, _autocast.residual_norm_dtype(x), residual_dtype, rms),
-        *(zero_centered_weight, store_residual),
-    )
-    plan = autograd_norm.plan(call, inputs, options, memory_efficient)
-    eager.keep(signature, plan)
-    return plan(inputs)

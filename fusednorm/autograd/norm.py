@@ -17,6 +17,7 @@ from .._transforms import capturing, traced, transform_active
 from ..dispatch import eager, settings
 from ..dispatch.resolve import Request, resolve
 from ..providers.reference import norm as reference
+from ..providers.samples import is_per_sample
 from ..providers.torch import norm as torch_norm
 from . import plans
 
@@ -182,6 +183,9 @@ def invertible(inputs: NormInputs, options: NormOptions) -> bool:
     finer = [t for t in inputs[:6] if t is not None and torch.finfo(t.dtype).eps < torch.finfo(normed_dtype).eps]
     if any(t.requires_grad for t in finer if t is not bias):
         _warn_once("a gradient is kept in a finer dtype than normed")
+        return False
+    if is_per_sample(weight, options.normalized_ndim) or is_per_sample(bias, options.normalized_ndim):
+        _warn_once("a scale or a shift is another one in every step, and would be looked at in each")
         return False
     if weight is None:
         return bias is None

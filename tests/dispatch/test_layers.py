@@ -13,7 +13,7 @@ from fusednorm import dispatch
 PACKAGE = Path(fusednorm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 PROVIDERS = tuple(dispatch.PROVIDERS)
-SHARED = ("forms", "native", "strides")  # by several providers
+SHARED = ("forms", "native", "samples", "strides")  # by several providers
 # Above the providers. `dropout` is a provider's own arithmetic too: the mask that all of them reproduce.
 ABOVE_PROVIDERS = ("autograd", "dispatch", "modules", "norm", "activation", "attention", "_ops")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
+from ..samples import has_samples
 from . import library
 
 for_tests, runs_on, unavailable_reason = library.for_tests, library.runs_on, library.unavailable_reason
@@ -21,6 +22,8 @@ def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     x, residual, normalized_ndim = inputs.x, inputs.residual, options.normalized_ndim
     normed_dtype, residual_dtype = options.normed_dtype, options.residual_dtype
     reason = library.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
+    if reason is None and has_samples(inputs, normalized_ndim):
+        reason = "its kernels take no parameter that is one vector for each sample yet"
     if reason is not None or x.is_meta:
         return reason
     if options.dropout_p and normalized_ndim > 1:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import dropout
 from ..._dtypes import compute_dtype
 from ..._options import Inputs, NormGradOptions, NormInputs, NormOptions, NormSaved, Options
+from ..samples import across_rows, is_per_sample, samples_and_rows
 
 
 def unavailable_reason() -> str | None:
@@ -28,6 +29,15 @@ def _rows_and_columns(x: Tensor, normalized_ndim: int) -> tuple[int, int]:
     """(M, N). Not Size.numel(), which would make symbolic sizes constant."""
     lead = x.ndim - normalized_ndim
     return math.prod(x.shape[:lead]), math.prod(x.shape[lead:])
+
+
+def _by_row(parameter: Tensor, x: Tensor, normalized_ndim: int) -> Tensor:
+    """A parameter that multiplies rows (M, N): (N,), or a vector for each sample as (M, N)."""
+    if not is_per_sample(parameter, normalized_ndim):
+        return parameter.reshape(-1)
+    n = math.prod(parameter.shape[parameter.ndim - normalized_ndim :])
+    samples, rows = samples_and_rows(x, normalized_ndim)
+    return parameter.reshape(samples, 1, n).expand(samples, rows, n).reshape(samples * rows, n)
 
 
 def _element_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -50,7 +60,7 @@ def _residual_out(inputs: NormInputs, options: NormOptions) -> Tensor:
     acc = compute_dtype(x.dtype, options.residual_dtype)
     z = _dropped(x, x_bias, seed, options.dropout_p, acc)
     if layer_scale is not None:
-        z = z.to(acc) * layer_scale.to(acc)
+        z = z.to(acc) * across_rows(layer_scale, x, options.normalized_ndim).to(acc)
     if options.drop_path_p:
         assert seed is not None
         factor = dropout.path_factor(x, options.normalized_ndim, options.drop_path_p, seed, acc)
@@ -106,9 +116,9 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     normed = _normalized_rows(rows, stats)
     weight = _effective_weight(inputs.weight, options.zero_centered_weight, acc)
     if weight is not None:
-        normed = normed * weight.reshape(-1)
+        normed = normed * _by_row(weight, x, options.normalized_ndim)
     if inputs.bias is not None:
-        normed = normed + inputs.bias.to(acc).reshape(-1)
+        normed = normed + _by_row(inputs.bias.to(acc), x, options.normalized_ndim)
     normed = normed.to(options.normed_dtype).reshape(x.shape)
     residual_out = _fresh_copy(z) if options.store_residual else x.new_empty(0, dtype=options.residual_dtype)
     return _fresh_copy(normed), residual_out, stats
@@ -120,9 +130,10 @@ def saved_xhat(saved: NormSaved, options: NormGradOptions) -> Tensor:
     rows = saved.rows.reshape(_rows_and_columns(saved.rows, options.normalized_ndim)).to(acc)
     if not options.saved_is_normed:
         return _normalized_rows(rows, saved.stats)
-    rows = rows if saved.bias is None else rows - saved.bias.to(acc).reshape(-1)
+    if saved.bias is not None:
+        rows = rows - _by_row(saved.bias.to(acc), saved.rows, options.normalized_ndim)
     weight = _effective_weight(saved.weight, options.zero_centered_weight, acc)
-    return rows if weight is None else rows / weight.reshape(-1)
+    return rows if weight is None else rows / _by_row(weight, saved.rows, options.normalized_ndim)
 
 
 def _row_mean(values: Tensor) -> Tensor:
@@ -142,7 +153,7 @@ def add_layer_norm_bwd(
     xhat = saved_xhat(saved, options)
     dy = dnormed.reshape(xhat.shape).to(acc)
     effective = _effective_weight(saved.weight, options.zero_centered_weight, acc)
-    g = dy if effective is None else dy * effective.reshape(-1)
+    g = dy if effective is None else dy * _by_row(effective, rows, options.normalized_ndim)
     dz = g - xhat * _row_mean(g * xhat)
     if not options.rms:
         dz = dz - _row_mean(g)
@@ -150,15 +161,20 @@ def add_layer_norm_bwd(
     if dresidual_out is not None:
         dz = dz + dresidual_out.to(acc)
     dx, dresidual, dx_bias, dlayer_scale = residual_out_bwd(dz, saved, options, output_mask)
-    dweight = _over_rows(dy * xhat, dy.shape[0], saved.weight) if output_mask[2] else dz
-    dbias = _over_rows(dy, dy.shape[0], saved.bias) if output_mask[3] else dz
+    dweight = _over_rows(dy * xhat, rows, saved.weight, options) if output_mask[2] else dz
+    dbias = _over_rows(dy, rows, saved.bias, options) if output_mask[3] else dz
     gradients = zip((dx, dresidual, dweight, dbias, dx_bias, dlayer_scale), output_mask, strict=True)
     return tuple(g if wanted else rows.new_empty(0) for g, wanted in gradients)  # type: ignore[return-value]
 
 
-def _over_rows(values: Tensor, n_rows: int, like: Tensor | None) -> Tensor:
-    assert like is not None
-    return values.reshape(n_rows, math.prod(like.shape)).sum(0).reshape(like.shape).to(like.dtype)
+def _over_rows(values: Tensor, x: Tensor, parameter: Tensor | None, options: NormGradOptions) -> Tensor:
+    """A parameter's gradient: values of x's size added up over all rows, or over those of each sample."""
+    assert parameter is not None
+    rows, n = _rows_and_columns(x, options.normalized_ndim)
+    sizes: tuple[int, ...] = (rows, n)
+    if is_per_sample(parameter, options.normalized_ndim):
+        sizes = (*samples_and_rows(x, options.normalized_ndim), n)
+    return values.reshape(sizes).sum(-2).reshape(parameter.shape).to(parameter.dtype)
 
 
 def residual_out_bwd(
@@ -167,24 +183,24 @@ def residual_out_bwd(
     """Gradients of (x, residual, x_bias, layer_scale) from z's, which is in the compute dtype; dz where not wanted."""
     x_bias, layer_scale, seed, dropout_p = saved.x_bias, saved.layer_scale, saved.seed, options.dropout_p
     acc = dz.dtype
-    n_rows = _rows_and_columns(dz, options.normalized_ndim)[0]
     dbranch = dz
     if options.drop_path_p:
         assert seed is not None
         factor = dropout.path_factor(dz, options.normalized_ndim, options.drop_path_p, seed, acc)
         dbranch = torch.where(factor > 0, dbranch * factor, 0.0)
-    dx = dbranch if layer_scale is None else dbranch * layer_scale.to(acc)
+    dx = dbranch if layer_scale is None else dbranch * across_rows(layer_scale, dz, options.normalized_ndim).to(acc)
     if dropout_p:
         assert seed is not None
         dx = torch.where(_element_mask(dz, dropout_p, seed), dx * dropout.keep_scale(dropout_p), 0.0)
     dlayer_scale = dz
     if output_mask[5]:
         assert saved.x is not None
-        dlayer_scale = _over_rows(dbranch * _dropped(saved.x, x_bias, seed, dropout_p, acc), n_rows, layer_scale)
+        dropped = _dropped(saved.x, x_bias, seed, dropout_p, acc)
+        dlayer_scale = _over_rows(dbranch * dropped, dz, layer_scale, options)
     return (
         _fresh_copy(dx.to(options.x_dtype)) if output_mask[0] else dz,
         _fresh_copy(dz.to(options.residual_dtype)) if output_mask[1] else dz,
-        _over_rows(dx, n_rows, x_bias) if output_mask[4] else dz,
+        _over_rows(dx, dz, x_bias, options) if output_mask[4] else dz,
         dlayer_scale,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import dropout
 from ..._dtypes import compute_dtype
 from ..._options import Inputs, NormInputs, NormOptions, Options
+from ..samples import across_rows, has_samples
 
 
 def unavailable_reason() -> str | None:
@@ -37,6 +38,8 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
         acc = compute_dtype(x.dtype, residual_dtype)
         z = (residual.to(acc) + branch.to(acc)).to(residual_dtype)
     shape, source = x.shape[x.ndim - options.normalized_ndim :], z
+    if has_samples(inputs, options.normalized_ndim):
+        return cast_where_needed(_adaptive(z, shape, inputs, options), normed_dtype), z
     dtypes = {t.dtype for t in (z, weight, bias) if t is not None} | {normed_dtype}
     if zero_centered_weight or len(dtypes) > 1:
         acc = compute_dtype(*dtypes)
@@ -46,9 +49,22 @@ def add_layer_norm(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Te
         bias = None if bias is None else bias.to(acc)
     if options.rms:
         normed = torch.rms_norm(source, shape, weight, options.eps)
+        normed = normed if bias is None else normed + bias
     else:
         normed = torch.layer_norm(source, shape, weight, bias, options.eps)
     return cast_where_needed(normed, normed_dtype), z
+
+
+def _adaptive(z: Tensor, shape: torch.Size, inputs: NormInputs, options: NormOptions) -> Tensor:
+    """normed where weight or bias is one vector for each sample: the norm, then one operator for both."""
+    normed = torch.rms_norm(z, shape, None, options.eps) if options.rms else torch.layer_norm(z, shape, eps=options.eps)
+    weight, bias = [
+        p if p is None else across_rows(p, z, options.normalized_ndim) for p in (inputs.weight, inputs.bias)
+    ]
+    if weight is None:
+        return normed if bias is None else normed + bias
+    factor = weight + 1.0 if options.zero_centered_weight else weight
+    return normed * factor if bias is None else torch.addcmul(bias, normed, factor)
 
 
 def cast_where_needed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,7 +84,8 @@ def is_plain(inputs: NormInputs, options: NormOptions) -> bool:
     """Whether `plain_add_layer_norm` computes a call."""
     dtypes = {t.dtype for t in inputs if t is not None} | {options.normed_dtype, options.residual_dtype}
     bare = inputs.x_bias is inputs.layer_scale is inputs.seed is None and not options.dropped
-    return len(dtypes) == 1 and bare and not options.zero_centered_weight
+    bare = bare and not options.zero_centered_weight and not has_samples(inputs, options.normalized_ndim)
+    return len(dtypes) == 1 and bare
 
 
 def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:
@@ -87,7 +104,7 @@ def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:
             kept = dropout.element_mask(x.shape, dropout_p, seed)
             z = torch.where(kept, z.to(acc) * dropout.keep_scale(dropout_p), 0.0)
     if layer_scale is not None:
-        z = z.to(acc) * layer_scale.to(acc)
+        z = z.to(acc) * across_rows(layer_scale, x, options.normalized_ndim).to(acc)
     if options.drop_path_p:
         factor = dropout.path_factor(x, options.normalized_ndim, options.drop_path_p, seed, acc)
         z = torch.where(factor > 0, z.to(acc) * factor, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..forms import Place
+from ..samples import has_samples
 from ..strides import contiguous, is_plain, row_major
 from . import host
 from . import norm_config as table
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     x, normalized_ndim = inputs.x, options.normalized_ndim
     reason = host.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
+    if reason is None and has_samples(inputs, normalized_ndim):
+        reason = "its kernels take no parameter that is one vector for each sample yet"
     if reason is None and options.dropout_p and normalized_ndim > 1 and not x.is_meta:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
     return reason
