@@ -14,7 +14,7 @@ from .autograd import recorded as recorded
 from .dispatch import available_providers, batch_invariant, use_provider
 from .dispatch.explain import explain
 from .dropout import dropout_mask
-from .modules import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .modules import AdaptiveLayerNorm, AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .varlen import varlen_attention
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveLayerNorm",
     "AddLayerNorm",
     "AddRMSNorm",
     "LayerNorm",

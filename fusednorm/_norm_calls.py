@@ -11,6 +11,7 @@ from . import _autocast, _checks, _modulation, dropout
 from ._options import NormInputs, NormOptions
 from .autograd import norm as autograd_norm
 from .dispatch import eager
+from .providers.samples import across_rows
 
 
 def plain(
@@ -95,7 +96,8 @@ def residual_step(
     if seed is not None:
         _checks.check_seed(seed)
     if dropout_p == 1.0 or drop_path_p == 1.0:
-        x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, layer_scale), None, None
+        factor = None if layer_scale is None else across_rows(layer_scale, x, len(shape))
+        x, x_bias, layer_scale = dropout.all_dropped(x, x_bias, factor), None, None
         dropout_p, drop_path_p, signature = 0.0, 0.0, None
     masked = bool(dropout_p or drop_path_p)
     seed = dropout.seed_tensor(seed, x.device) if masked and seed is not None else None

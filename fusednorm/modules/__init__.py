@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .adaptive import AdaptiveLayerNorm
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AdaptiveLayerNorm",
     "AddLayerNorm",
     "AddRMSNorm",
     "LayerNorm",

@@ -271,20 +271,29 @@ class AddLayerNorm(_Epilogue, nn.LayerNorm):
             self._reset_epilogue()
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, *, seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        seed: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add, then normalize the last dimensions, which are `normalized_shape`.
 
         Args:
             x: (*, normalized_shape), the branch.
             residual: x's shape, the stream; None in the first layer.
+            gate, scale, shift: (B, normalized_shape) or (B, 1, normalized_shape), a vector for each sample: the branch
+                times the gate, the normed times 1 + scale, plus shift.
             seed: fixes the dropout masks of this call. One seed in several layers gives each the same mask: give each
                 layer its own, or none, for masks drawn from torch's generator.
 
         Returns:
             (normed, residual_out), both of x's shape.
         """
-        keywords = self._keywords(seed)
+        keywords = self._keywords(seed) | {"gate": gate, "scale": scale, "shift": shift}
         return norm.add_layer_norm(x, residual, self.normalized_shape, self.weight, self.bias, self.eps, **keywords)
 
 
@@ -338,18 +347,27 @@ class AddRMSNorm(_Epilogue, nn.RMSNorm):
             self._reset_epilogue()
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None, *, seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        seed: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add, then normalize the last dimensions, which are `normalized_shape`.
 
         Args:
             x: (*, normalized_shape), the branch.
             residual: x's shape, the stream; None in the first layer.
+            gate, scale, shift: (B, normalized_shape) or (B, 1, normalized_shape), a vector for each sample: the branch
+                times the gate, the normed times 1 + scale, plus shift.
             seed: fixes the dropout masks of this call. One seed in several layers gives each the same mask: give each
                 layer its own, or none, for masks drawn from torch's generator.
 
         Returns:
             (normed, residual_out), both of x's shape.
         """
-        keywords = self._keywords(seed)
+        keywords = self._keywords(seed) | {"gate": gate, "scale": scale, "shift": shift}
         return norm.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps, **keywords)

@@ -44,6 +44,7 @@ OPTIONS |= {"zero_centered_weight": True, "memory_efficient": True}
 ADDED = {
     "AddLayerNorm": lambda **options: fusednorm.AddLayerNorm(E, **OPTIONS | options),
     "AddRMSNorm": lambda **options: fusednorm.AddRMSNorm(E, **OPTIONS | options),
+    "AdaptiveLayerNorm": lambda **options: fusednorm.AdaptiveLayerNorm(E, **OPTIONS | options),
 }
 
 
@@ -63,7 +64,7 @@ def twins(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    count = {"MultiheadAttention": 3, "Transformer": 2, "AddLayerNorm": 2, "AddRMSNorm": 2}.get(name, 1)
+    count = {"MultiheadAttention": 3, "Transformer": 2, **dict.fromkeys(ADDED, 2)}.get(name, 1)
     count = 2 if "Decoder" in name else count
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.randn(2, 3, E, generator=generator).to(dtype) for _ in range(count))

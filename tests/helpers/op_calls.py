@@ -116,6 +116,7 @@ CALLS = {
 
 RESIDUAL = torch.randn(3, 4, 8)
 EPILOGUE = {"residual": RESIDUAL, "x": RESIDUAL, "x_bias": row(), "layer_scale": row(), "seed": seed(), "p": 0.3}
+SAMPLES = {"layer_scale": torch.randn(3, 16)[:, :8]}
 MATRICES = {"weight": torch.randn(4, 8), "bias": torch.randn(4, 8)}
 NORMS = {  # what a norm is asked for beside the calls above
     "layer_norm": {"weight": row(), "bias": row(), "store": False},
@@ -123,6 +124,7 @@ NORMS = {  # what a norm is asked for beside the calls above
     "everything": {"weight": row(), "bias": row(), **EPILOGUE},
     "rms_everything": {"weight": row(), "rms": True, **EPILOGUE},
     "normalized_2d": {"residual": RESIDUAL, **MATRICES, "ndim": 2},
+    "a_vector_for_each_sample": {"weight": torch.randn(3, 8), "bias": torch.randn(3, 1, 8), **EPILOGUE, **SAMPLES},
     "bfloat16_on_float32_stream": {"residual": RESIDUAL, "weight": row(), "bias": row(), "dtype": torch.bfloat16},
 }
 

@@ -18,6 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The oracle itself computes in float64, so against float64 results its own error counts: a chain of about
 # eight float64 operations of half an ulp each. Against every other dtype it is negligible.
 ORACLE_ROUNDINGS = 8
+MODULATION = ("gate", "scale", "shift")  # a vector for each sample
 DRAWS = 8
 FEW_COLUMNS, TYPICAL_DRAWS, TYPICAL_FACTOR = 16, 64, 16
 
@@ -59,8 +60,9 @@ def keep_scale(p: float) -> float:
 class Call:
     """One call of a public norm: `ours` by the package, `eager` as torch users write it, `exact` float64.
 
-    Each takes leaves by name: x, residual, weight, bias, x_bias, layer_scale; `view` turns the leaves x and
-    residual into the tensors passed. Each returns (normed,) or (normed, residual_out).
+    Each takes leaves by name: x, residual, weight, bias, x_bias, layer_scale, and gate, scale, shift of (samples,
+    *normalized_shape). `view` turns the leaves x and residual into the tensors passed, `modulation` those of samples.
+    Each returns (normed,) or (normed, residual_out).
     """
 
     function: str
@@ -69,6 +71,7 @@ class Call:
     residual_view: Callable[[Tensor], Tensor] | None = None  # where it is not x's
     shared: bool = False  # the same tensor is passed as x and as residual
     options: Mapping[str, Any] = field(default_factory=dict)
+    modulation: Callable[[Tensor], Tensor] = lambda leaf: leaf
     rebuilds: bool = True  # False: ``memory_efficient`` is expected to keep z after all, and held to that
 
     @property
@@ -95,6 +98,7 @@ class Call:
         if not self.fused:
             return (function(x, normalized_shape, **affine, **self.options),)
         epilogue = {n: leaves[n] for n in ("x_bias", "layer_scale") if n in leaves}
+        epilogue |= {n: self.modulation(leaves[n]) for n in MODULATION if n in leaves}
         outputs = function(x, residual, normalized_shape, **affine, **epilogue, **self.options)
         assert isinstance(outputs, tuple) and len(outputs) == 2
         return outputs
@@ -143,7 +147,7 @@ class Call:
         if "x_bias" in leaves:
             z = z + leaves["x_bias"]
         element, path = self.masks(x)
-        for factor in (element, leaves.get("layer_scale"), path):
+        for factor in (element, leaves.get("layer_scale"), self._modulation("gate", leaves, x), path):
             z = z if factor is None else z * factor
         z = z if residual is None else residual + z
         dims = tuple(range(z.ndim - self.normalized_ndim, z.ndim))
@@ -155,7 +159,20 @@ class Call:
             normed = normed * (leaves["weight"] + float(self.options.get("zero_centered_weight", False)))
         if "bias" in leaves:
             normed = normed + leaves["bias"]
+        normed = self._modulated(normed, leaves)
         return (normed, z) if self.fused else (normed,)
+
+    def _modulation(self, name: str, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+        """The leaf as it broadcasts to x."""
+        if name not in leaves:
+            return None
+        shape = self._normalized_shape(x)
+        return leaves[name].reshape(x.shape[0], *[1] * (x.ndim - len(shape) - 1), *shape)
+
+    def _modulated(self, normed: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+        scale, shift = (self._modulation(name, leaves, normed) for name in ("scale", "shift"))
+        normed = normed if scale is None else normed * (1 + scale)
+        return normed if shift is None else normed + shift
 
     def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """At the tensors' dtypes, each operation rounding its result as torch does."""
@@ -170,6 +187,8 @@ class Call:
             z = (z * (element > 0)) * keep_scale(self.options["dropout_p"])
         if "layer_scale" in leaves:
             z = z * leaves["layer_scale"]
+        if "gate" in leaves:
+            z = z * self._modulation("gate", leaves, x)
         if path is not None:
             z = (z * (path > 0)) * keep_scale(self.options["drop_path_p"])
         stored = self._stored(leaves)
@@ -184,10 +203,14 @@ class Call:
                 return (torch_norm(z, self._normalized_shape(z), weight, bias, self.eps(x.dtype), self.rms),)
             except RuntimeError:
                 pass
-        normed = self._eager_norm(z, weight, bias, x.dtype)
+        rebuilds = self.rebuilds and "scale" not in leaves and "shift" not in leaves
+        normed = self._eager_norm(z, weight, bias, x.dtype, rebuilds)
+        normed = self._modulated(normed, leaves).to(x.dtype)
         return (normed, z) if self.fused else (normed,)
 
-    def _eager_norm(self, z: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _eager_norm(
+        self, z: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, rebuilds: bool
+    ) -> Tensor:
         shape = self._normalized_shape(z)
         wide = torch.promote_types(z.dtype, dtype)
         for parameter in (weight, bias):
@@ -198,7 +221,7 @@ class Call:
             weight = None if weight is None else 1 + weight.to(wide)
         z, weight, bias = (None if t is None else t.to(wide) for t in (z, weight, bias))
         eps = self.eps(dtype)
-        if self.options.get("memory_efficient", False) and self.rebuilds:
+        if self.options.get("memory_efficient", False) and rebuilds:
             return NormKeepingItsOutput.apply(z, weight, bias, eps, self.rms, shape, dtype)
         return torch_norm(z, shape, weight, bias, eps, self.rms).to(dtype)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from oracle import MODULATION
 from torch import Tensor
 
 PLAIN = ("layer_norm", "rms_norm")
@@ -46,6 +47,9 @@ class Shape:
     def normalized_shape(self) -> torch.Size:
         shape = self.shape()
         return shape[len(shape) - self.normalized_ndim :]
+
+    def samples(self) -> int:
+        return self.shape()[0]
 
 
 def _offset(leaf: Tensor) -> Tensor:
@@ -121,11 +125,14 @@ def random_leaves(
     leaves = {}
     for name in names:
         size = shape.base if name in ("x", "residual") else shape.normalized_shape()
+        size = (shape.samples(), *size) if name in MODULATION else size
         values = torch.randn(size, generator=generator, dtype=torch.float64)
         if name in ("x", "residual"):
             values = values * 1.5 + 0.25
         elif name in ("weight", "layer_scale"):
             values = 1 + values.clamp(-3.4, 3.4) * 0.2
+        elif name in MODULATION:
+            values = values * 0.5
         elif name == "bias":
             values = values.clamp(-2.9, 2.9) * 0.2
         leaves[name] = values.to(device, (dtypes or {}).get(name, dtype))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, note
 from hypothesis import strategies as st
-from oracle import Call, check
+from oracle import MODULATION, Call, check
 from shapes import FUSED, PLAIN, Shape, random_leaves
 from torch import Tensor
 
@@ -28,6 +28,15 @@ COTANGENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one for a column": lambda c: c[:1].expand_as(c) if c.ndim > 1 else c,
     "every second column": lambda c: c.repeat_interleave(2, -1)[..., ::2],
     "past an aligned address": lambda c: shifted(c, 1),
+}
+
+
+# How a leaf of (samples, columns) is passed.
+MODULATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "vectors": lambda leaf: leaf,
+    "rows": lambda leaf: leaf[:, None],
+    "chunks": lambda leaf: torch.stack((leaf, torch.full_like(leaf, torch.nan)), 1).flatten(1)[:, : leaf.shape[-1]],
+    "every second column": lambda leaf: leaf.repeat_interleave(2, -1)[..., ::2],
 }
 
 
@@ -89,6 +98,7 @@ class Drawn:
     used: tuple[bool, bool]
     cotangent: str
     generator_seed: int
+    modulation: str = "vectors"
 
 
 @st.composite
@@ -121,6 +131,8 @@ def calls(
     rms, fused = "rms" in function, function in FUSED
     optional = ["weight"] + ([] if rms else ["bias"]) + (["residual", "x_bias", "layer_scale"] if fused else [])
     names = ["x", *(name for name in optional if draw(st.booleans()))]
+    if fused and len(shape) > 1 and draw(st.integers(0, 2)) == 0:
+        names += [name for name in MODULATION if draw(st.booleans())]
     one = draw(st.sampled_from(DTYPES))
     mixed = draw(st.booleans())
     dtypes = {name: draw(st.sampled_from(DTYPES)) if mixed else one for name in names}
@@ -135,7 +147,9 @@ def calls(
             "zero_centered_weight": draw(st.booleans()),
             "memory_efficient": draw(st.booleans()),
         }
-    several = len(shape) > 1 and (dropout_over_several or not options.get("dropout_p"))
+    several = len(shape) > 1 + any(name in MODULATION for name in names) and (
+        dropout_over_several or not options.get("dropout_p")
+    )
     return Drawn(
         function,
         shape,
@@ -148,6 +162,7 @@ def calls(
         used=draw(st.sampled_from([(True, True), (True, False), (False, True)])) if fused else (True, True),
         cotangent=draw(st.sampled_from(["contiguous", *COTANGENTS])),
         generator_seed=draw(st.integers(0, 2**31)),
+        modulation=draw(st.sampled_from([*MODULATIONS])),
     )
 
 
@@ -175,6 +190,10 @@ def hold_to_budget(drawn: Drawn, provider: str, device: str = "cpu") -> None:
         return leaves | {name: shifted(leaves[name], by) for name, by in drawn.shifts.items()}
 
     views = {name: lambda leaf, m=memory: m.view(leaf, drawn.shape) for name, memory in drawn.memory.items()}
-    call = Call(drawn.function, drawn.normalized_ndim, views["x"], views.get("residual"), options=options)
+    passed = MODULATIONS[drawn.modulation if drawn.normalized_ndim == 1 else "vectors"]
+    if drawn.modulation == "rows" and len(drawn.shape) < 3:  # there is no dimension for the one
+        passed = MODULATIONS["vectors"]
+    residual = views.get("residual")
+    call = Call(drawn.function, drawn.normalized_ndim, views["x"], residual, options=options, modulation=passed)
     with fusednorm.use_provider(provider):
         check(call, draw(), generator, drawn.used, draw, COTANGENTS[drawn.cotangent])

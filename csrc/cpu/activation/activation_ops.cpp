@@ -57,7 +57,9 @@ Handle run_activation_forward(const BiasActCall& call) {
   const ActivationKernels& k = *kernels().activation;
   parallel(times(a.n_rows, a.row_tiles), grain(std::min(a.n_columns, kTile)),
            plus(k.workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
-             parameters.converted(memory, [&](const ActivationCall& own, void* rest) { k.forward(own, rest, begin, end); });
+             parameters.over(memory, begin, end, 1, [&](const ActivationCall& own, void* rest, int64_t from, int64_t to) {
+               k.forward(own, rest, from, to);
+             });
            });
   return y;
 }
@@ -85,10 +87,12 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& ca
   const ActivationKernels& k = *kernels().activation;
   parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)),
            plus(k.workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
-             parameters.converted(memory, [&](const ActivationCall& own, void* rest) { k.backward(own, rest, begin, end); });
+             parameters.over(memory, begin, end, 1, [&](const ActivationCall& own, void* rest, int64_t from, int64_t to) {
+               k.backward(own, rest, from, to);
+             });
            });
   if (wants_dbias)
-    add_partials({a.partials, chunks, a.partial_stride, a.wide}, a.n_columns, kGrain, dtype_of("bias", bias),
+    add_partials({a.partials, chunks, a.partial_stride, a.wide}, 1, a.n_columns, kGrain, dtype_of("bias", bias),
                  fresh_data(dbias));
   return {std::move(dx), std::move(dbias)};
 }

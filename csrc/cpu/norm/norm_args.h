@@ -56,6 +56,7 @@ struct Backward : Common {
   // Partial sums over the rows of a chunk: [chunk][sum][column] of C. Which chunk a row belongs to depends on the shape
   // alone, so the sums do not depend on the number of threads.
   int64_t rows_per_chunk, partial_stride;
+  int64_t group_rows, group_chunks;  // chunks end where groups do, which are samples, or one group of all rows
   void* partials;
   int n_sums;
   int sum_dweight, sum_dbias, sum_dx_bias, sum_dlayer_scale;  // index of the sum, or -1
@@ -79,7 +80,7 @@ struct Kernels {
   int64_t (*backward_workspace)(const Backward&);
   void (*backward)(const Backward&, void* workspace, int64_t first_chunk, int64_t end_chunk);
   void (*reduce)(const Partials&, Dtype dtype, void* out, int64_t begin, int64_t end);
-  void (*parameter)(const Operand&, int64_t n, bool wide, double shift, void* out);
+  void (*parameter)(const Operand&, int64_t sample, int64_t n, bool wide, double shift, void* out);
   const ActivationKernels* activation;
   const AttentionKernels* attention;
 };

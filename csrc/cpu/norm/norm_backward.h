@@ -205,8 +205,9 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
     for (int s = 0; s < a.n_sums; ++s) __builtin_memset(partials + s * a.partial_stride, 0, a.n_columns * sizeof(C));
     const auto sum_at = [&](int index) { return index < 0 ? nullptr : partials + index * a.partial_stride; };
     const ParameterSums<C> sums{sum_at(a.sum_dweight), sum_at(a.sum_dbias), sum_at(a.sum_dx_bias), sum_at(a.sum_dlayer_scale)};
-    const int64_t begin = chunk * a.rows_per_chunk;
-    const int64_t end = begin + a.rows_per_chunk < a.n_rows ? begin + a.rows_per_chunk : a.n_rows;
+    const int64_t group = chunk / a.group_chunks, group_end = (group + 1) * a.group_rows;
+    const int64_t begin = group * a.group_rows + (chunk - group * a.group_chunks) * a.rows_per_chunk;
+    const int64_t end = begin + a.rows_per_chunk < group_end ? begin + a.rows_per_chunk : group_end;
     const Present<true, RMS, EPILOGUE> common(a, sums);
     const Present<false, RMS, EPILOGUE> any(a, sums);
     for (int64_t row = begin; row < end; row += kRowBlock) {
@@ -238,10 +239,10 @@ inline void backward(const Backward& a, void* workspace, int64_t first_chunk, in
   });
 }
 
-// A parameter as an array of the compute type, plus `shift`.
-inline void parameter(const Operand& o, int64_t n, bool wide, double shift, void* out) {
+// A parameter, or a sample's, as an array of the compute type, plus `shift`.
+inline void parameter(const Operand& o, int64_t sample, int64_t n, bool wide, double shift, void* out) {
   const auto run = [&](auto* p) {
-    stage_in(o, 0, n, p);
+    stage_in(o, sample, n, p);
     for (int64_t j = 0; j < n && shift != 0; ++j) p[j] += decltype(*p + 0)(shift);
   };
   if (wide)

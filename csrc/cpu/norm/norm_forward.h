@@ -129,8 +129,8 @@ FN_INLINE void centred_squares(const Rows<C, S, R>& b, int64_t n, C* totals) {
 template <class W, class C, class S, Before BEFORE, bool RMS, int R, class AFFINE, class PAST>
 FN_INLINE void normalize(const Forward& a, const Rows<C, S, R>& b, AFFINE affine, PAST nontemporal) {
   const W* const weight = (const W*)a.weight;
-  const W* const bias = RMS ? nullptr : (const W*)a.bias;
-  const bool has_weight = affine || weight, has_bias = !RMS && (affine || bias), fetch = sizeof(S) == sizeof(C) && b.next_x[0];
+  const W* const bias = (const W*)a.bias;
+  const bool has_weight = affine || weight, has_bias = affine ? !RMS : bool(bias), fetch = sizeof(S) == sizeof(C) && b.next_x[0];
   const bool fetch_residual = BEFORE != Before::kNothing && fetch && b.next_residual[0];
   over_columns<C>(a.n_columns, [&](auto extent, int64_t j) __attribute__((always_inline)) {
     Vec<C> w, shift;
@@ -180,7 +180,7 @@ FN_INLINE void forward_block(const Forward& a, Rows<C, S, R>& b, const Mean<C>& 
     b.rstd[r] = rstds[r] = C(1 / __builtin_sqrt(mean.of(squares[r]) + a.eps));
     if (means) means[r] = b.mean[r];
   }
-  const bool affine = a.weight && (RMS || a.bias);
+  const bool affine = a.weight && RMS == !a.bias;
   if constexpr (sizeof(S) == 2 && R == 1)
     if (a.parameters_as_rows) return normalize<S, C, S, BEFORE, RMS, R>(a, b, affine, a.nontemporal);
   // A loop of its own for the common case: conditions inside of it took 60 % more time.

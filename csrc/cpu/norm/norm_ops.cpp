@@ -21,15 +21,17 @@ constexpr int64_t kGrain = 8192, kRowCost = 48;
 constexpr int64_t kStreamed = 16 << 20;
 // Rows for which converting the parameters costs more than widening them as they are read.
 constexpr int64_t kFewRows = 4;
+constexpr bool kSamples = true;  // a parameter may be one vector for each sample
 
-// Rows of one partial sum of the parameters' gradients. Eight and more, so that the sums are little beside the rows; but
+// Rows of one partial sum of the parameters' gradients, of `groups` whose sums are apart. Eight and more, so that the sums are little beside the rows; but
 // few wide rows would be one thread's (4 rows of 262144 ran at 0.87 of eager's speed, as pairs at 1.24). By sizes alone:
 // the same for any number of threads.
-int64_t chunk_rows(int64_t rows, int64_t columns) {
-  constexpr int64_t kMostChunks = 64, kMostRows = 256, kFewChunks = 4, kLeast = 8;
+int64_t chunk_rows(int64_t rows, int64_t columns, int64_t groups) {
+  constexpr int64_t kAllChunks = 64, kMostRows = 256, kFew = 4, kLeast = 8;
+  const int64_t most_chunks = std::max<int64_t>(kAllChunks / groups, 1), few = std::max<int64_t>(kFew / groups, 1);
   const int64_t pays = std::clamp<int64_t>(kGrain / std::max<int64_t>(columns, 1), 2, kLeast);
-  const int64_t least = std::clamp<int64_t>(rows / kFewChunks, pays, kLeast);
-  return std::clamp<int64_t>(pieces(rows, kMostChunks), least, kMostRows);
+  const int64_t least = std::clamp<int64_t>(rows / few, pays, kLeast);
+  return std::clamp<int64_t>(pieces(rows, most_chunks), least, kMostRows);
 }
 
 // Sizes, compute type and masks, from the tensor that has the call's shape. Returns the dimensions of rows.
@@ -75,15 +77,16 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   describe("x", t.x, s, lead, a.x);
   describe("residual", t.residual, s.sizes, s.ndim, lead, a.residual);
   Parameters<Forward> parameters(a, s, lead);
-  parameters.read("weight", t.weight, &Forward::weight, o.zero_centered ? 1.0 : 0.0);
-  parameters.read("bias", t.bias, &Forward::bias);
+  parameters.read("weight", t.weight, &Forward::weight, o.zero_centered ? 1.0 : 0.0, kSamples);
+  parameters.read("bias", t.bias, &Forward::bias, 0.0, kSamples);
   parameters.read("x_bias", t.x_bias, &Forward::x_bias);
-  parameters.read("layer_scale", t.layer_scale, &Forward::layer_scale);
+  parameters.read("layer_scale", t.layer_scale, &Forward::layer_scale, 0.0, kSamples);
   a.epilogue = a.x_bias || a.layer_scale || a.element.on || a.path.on;
   a.eps = t.eps;
   a.normed_dtype = o.dtype, a.z_dtype = o.residual_dtype, a.row_dtype = x_dtype;
   a.direct = o.dtype == x_dtype && o.residual_dtype == x_dtype && direct(a, x_dtype, a.x, a.residual);
-  a.parameters_as_rows = a.n_rows <= kFewRows && a.direct && !a.epilogue && parameters.left_as(x_dtype);
+  const int64_t rows_alike = parameters.of_samples() ? a.rows_per_sample : a.n_rows;
+  a.parameters_as_rows = rows_alike <= kFewRows && a.direct && !a.epilogue && parameters.left_as(x_dtype);
 
   const int64_t none[1] = {0}, stats_sizes[2] = {o.rms ? 1 : 2, a.n_rows};
   const Dtype wide = a.wide ? kFloat64 : kFloat32;
@@ -108,7 +111,8 @@ Outputs run_forward(const ForwardCall& t, bool keep_statistics) {
   const Kernels& k = kernels();
   parallel(a.n_rows, std::max<int64_t>(kGrain / plus(a.n_columns, kRowCost), 1),
            plus(k.forward_workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {
-             parameters.converted(memory, [&](const Forward& own, void* rest) { k.forward(own, rest, begin, end); });
+             parameters.over(memory, begin, end, a.rows_per_sample,
+                             [&](const Forward& own, void* rest, int64_t from, int64_t to) { k.forward(own, rest, from, to); });
            });
   return out;
 }
@@ -132,15 +136,16 @@ Gradients run_backward(const BackwardCall& call) {
   describe("dresidual_out", dresidual_out, s.sizes, s.ndim, lead, a.dresidual_out);
   a.x.data = nullptr;
   if (wants_layer_scale) describe("x", x, s.sizes, s.ndim, lead, a.x);
-  for (const auto& [name, parameter] : {std::pair{"bias", &bias}, std::pair{"x_bias", &x_bias}})
-    if (*parameter) check_shape(name, *parameter, s.sizes + lead, s.ndim - lead);  // their gradients have it, read or not
+  // their gradients have the same, read or not
+  if (bias) check_samples("bias", bias, s, lead);
+  if (x_bias) check_shape("x_bias", x_bias, s.sizes + lead, s.ndim - lead);
   Parameters<Backward> parameters(a, s, lead);
   a.saved_is_normed = o.saved_is_normed;
   a.bias = a.x_bias = nullptr;
-  parameters.read("weight", weight, &Backward::weight, o.zero_centered ? 1.0 : 0.0);
-  if (o.saved_is_normed) parameters.read("bias", bias, &Backward::bias);
+  parameters.read("weight", weight, &Backward::weight, o.zero_centered ? 1.0 : 0.0, kSamples);
+  if (o.saved_is_normed) parameters.read("bias", bias, &Backward::bias, 0.0, kSamples);
   if (wants_layer_scale) parameters.read("x_bias", x_bias, &Backward::x_bias);
-  parameters.read("layer_scale", layer_scale, &Backward::layer_scale);
+  parameters.read("layer_scale", layer_scale, &Backward::layer_scale, 0.0, kSamples);
   a.row_dtype = a.saved.dtype;
   a.dx_dtype = o.dtype, a.dresidual_dtype = o.residual_dtype;
 
@@ -150,16 +155,20 @@ Gradients run_backward(const BackwardCall& call) {
   Dtype dtypes[6];
   void* written[6];
   const int64_t elements = times(a.n_rows, a.n_columns);
-  bool any_wanted = false;
+  bool any_wanted = false, grouped = parameters.of_samples();
+  bool of_samples[6] = {};
   for (int i = 0; i < 6; ++i) {
     const bool wanted = (o.output_mask >> i & 1) && *like[i];
     any_wanted |= wanted;
     dtypes[i] = !wanted ? a.saved.dtype : i == 0 ? o.dtype : i == 1 ? o.residual_dtype : dtype_of(names[i], *like[i]);
-    const int64_t first = i < 2 ? 0 : lead;  // a parameter has the shape of the columns
-    outputs.of[i] = wanted ? empty(s.ndim - first, s.sizes + first, dtypes[i]) : undefined();
+    const Sizes shape = i < 2 || !wanted ? s : sizes_of(names[i], *like[i]);
+    of_samples[i] = i >= 2 && wanted && shape.ndim > o.normalized_ndim;
+    grouped |= of_samples[i];
+    outputs.of[i] = wanted ? empty(shape.ndim, shape.sizes, dtypes[i]) : undefined();
     written[i] = wanted ? fresh_data(outputs.of[i]) : nullptr;
     if (i < 2 && wanted) ask_for_huge_pages(written[i], times(elements, kItemSize[dtypes[i]]));
-    if (i >= 2 && written[i] && !a.n_rows) std::memset(written[i], 0, times(a.n_columns, kItemSize[dtypes[i]]));
+    if (i >= 2 && written[i] && !a.n_rows)
+      std::memset(written[i], 0, times(product(shape.sizes, shape.ndim), kItemSize[dtypes[i]]));
   }
   if (!elements || !any_wanted) return outputs;
   a.dx = written[0], a.dresidual = written[1];
@@ -171,8 +180,11 @@ Gradients run_backward(const BackwardCall& call) {
   int* const indices[4] = {&a.sum_dweight, &a.sum_dbias, &a.sum_dx_bias, &a.sum_dlayer_scale};
   for (int i = 0; i < 4; ++i) *indices[i] = (o.output_mask >> (i + 2) & 1) && *like[i + 2] ? a.n_sums++ : -1;
   a.epilogue = a.layer_scale || a.element.on || a.path.on || a.sum_dx_bias >= 0;
-  a.rows_per_chunk = chunk_rows(a.n_rows, a.n_columns);
-  const int64_t chunks = pieces(a.n_rows, a.rows_per_chunk);
+  a.group_rows = grouped ? a.rows_per_sample : a.n_rows;
+  const int64_t groups = a.n_rows / a.group_rows;
+  a.rows_per_chunk = std::min(chunk_rows(a.group_rows, a.n_columns, groups), a.group_rows);
+  a.group_chunks = pieces(a.group_rows, a.rows_per_chunk);
+  const int64_t chunks = groups * a.group_chunks;
   a.partial_stride = padded(a.n_columns);
   Buffer partials;
   if (a.n_sums) partials = allocate("partial sums", times(chunks, a.n_sums, a.partial_stride, a.wide ? 8 : 4));
@@ -181,13 +193,15 @@ Gradients run_backward(const BackwardCall& call) {
   const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
   parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), plus(k.backward_workspace(a), parameters.bytes()),
            [&](void* memory, int64_t begin, int64_t end) {
-             parameters.converted(memory, [&](const Backward& own, void* rest) { k.backward(own, rest, begin, end); });
+             parameters.over(memory, begin, end, a.group_chunks,
+                             [&](const Backward& own, void* rest, int64_t from, int64_t to) { k.backward(own, rest, from, to); });
            });
   for (int i = 0; i < 4; ++i)
     if (*indices[i] >= 0) {
       const char* const sums = (const char*)a.partials + *indices[i] * a.partial_stride * (a.wide ? 8 : 4);
-      const Partials of_one{sums, chunks, a.n_sums * a.partial_stride, a.wide};
-      add_partials(of_one, a.n_columns, kGrain, dtypes[i + 2], written[i + 2]);
+      const bool apart = of_samples[i + 2];
+      const Partials of_one{sums, apart ? a.group_chunks : chunks, a.n_sums * a.partial_stride, a.wide};
+      add_partials(of_one, apart ? groups : 1, a.n_columns, kGrain, dtypes[i + 2], written[i + 2]);
     }
   return outputs;
 }

@@ -20,6 +20,15 @@ Sizes check_shape(const char* name, const Handle& tensor, const int64_t* sizes, 
   return s;
 }
 
+Sizes check_samples(const char* name, const Handle& tensor, const Sizes& s, int64_t lead) {
+  const Sizes own = sizes_of(name, tensor);
+  const int64_t columns = s.ndim - lead, ahead = own.ndim - columns;
+  bool fits = ahead >= 0 && ahead <= lead && std::equal(s.sizes + lead, s.sizes + s.ndim, own.sizes + ahead);
+  for (int64_t d = 0; fits && d < ahead; ++d) fits = own.sizes[d] == (d ? 1 : s.sizes[0]);
+  STD_TORCH_CHECK(fits, name, ": its shape does not fit");
+  return own;
+}
+
 void describe(const char* name, const Handle& tensor, const Sizes& s, int64_t lead, Operand& operand) {
   operand.dtype = dtype_of(name, tensor);
   operand.data = data_of(name, tensor, s, kItemSize[operand.dtype]);

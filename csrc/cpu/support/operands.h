@@ -18,4 +18,8 @@ void describe(const char* name, const Handle& tensor, const int64_t* sizes, int6
 // Its sizes, which must be those.
 Sizes check_shape(const char* name, const Handle& tensor, const int64_t* sizes, int64_t ndim);
 
+// The sizes of a parameter beside a tensor of sizes `s`: those behind `lead`, or the same for each index of dimension 0, with
+// any number of ones between.
+Sizes check_samples(const char* name, const Handle& tensor, const Sizes& s, int64_t lead);
+
 }  // namespace fusednorm_cpu

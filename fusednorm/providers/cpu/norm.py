@@ -10,17 +10,10 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
-from ..samples import has_samples
 from . import library
 
-build = library.build
+build, refusal = library.build, library.refusal
 runs_on, unavailable_reason = library.runs_on, library.unavailable_reason
-
-
-def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
-    if has_samples(inputs, options.normalized_ndim):
-        return "its kernels take no parameter that is one vector for each sample yet"
-    return library.refusal(op, inputs, options)
 
 
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
