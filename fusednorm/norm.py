@@ -64,7 +64,7 @@ def layer_norm(
             raise
     fast, mode = current.fastpath, current.fastpath_mode
     if not _is_compiling() and fast is not None:
-        no_epilogue, rms = (None, 0.0, None), False
+        no_epilogue, rms = (None, None, None, None, None, 0.0, None), False
         outputs = fast.add_norm(input, None, normalized_shape, weight, bias, eps, *no_epilogue, rms, mode)
         if outputs is not None:
             return outputs[0]
@@ -191,11 +191,12 @@ def add_layer_norm(
         and zero_centered_weight is memory_efficient is False
         and type(drop_path_p) is float
         and drop_path_p == 0.0
-        and layer_scale is gate is scale is shift is residual_dtype is None
+        and residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
-        args = x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed
-        outputs = current.fastpath.add_norm(*args, False, current.fastpath_mode)  # False: not RMS
+        norm = x, residual, normalized_shape, weight, bias, eps
+        branch = x_bias, layer_scale, gate, scale, shift, dropout_p, seed
+        outputs = current.fastpath.add_norm(*norm, *branch, False, current.fastpath_mode)  # False: not RMS
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, bias, x_bias, layer_scale, gate, scale, shift, seed):
@@ -268,11 +269,12 @@ def add_rms_norm(
         and zero_centered_weight is memory_efficient is False
         and type(drop_path_p) is float
         and drop_path_p == 0.0
-        and layer_scale is gate is scale is shift is residual_dtype is None
+        and residual_dtype is None
         and (current := settings.current).fastpath is not None
     ):
-        args = x, residual, normalized_shape, weight, None, eps, x_bias, dropout_p, seed
-        outputs = current.fastpath.add_norm(*args, True, current.fastpath_mode)  # True: RMS
+        norm = x, residual, normalized_shape, weight, None, eps
+        branch = x_bias, layer_scale, gate, scale, shift, dropout_p, seed
+        outputs = current.fastpath.add_norm(*norm, *branch, True, current.fastpath_mode)  # True: RMS
         if outputs is not None:
             return outputs
     if has_torch_function_variadic(x, residual, weight, x_bias, layer_scale, gate, scale, shift, seed):

@@ -4,64 +4,25 @@
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/randint.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <cmath>
-#include <limits>
 
 #include "../cpu/support/abi.h"
 #include "activation_node.h"
 #include "attention_node.h"
 #include "cuda_library.h"
 #include "norm_node.h"
+#include "parse.h"
 #include "plain.h"
 #include "rules.h"
 
 namespace fusednorm_fastpath {
 
 namespace {
-
-bool floating(at::ScalarType type) {
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
-}
-
-// A tensor of torch's own class on the device, or undefined for None; false for anything else.
-bool parse_tensor(PyObject* object, at::Tensor& tensor, c10::DispatchKey device = c10::DispatchKey::CPU) {
-  if (object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  tensor = THPVariable_Unpack(object);
-  return plain(tensor, device) && floating(tensor.scalar_type()) && tensor.dim() <= fusednorm::kMaxDims;
-}
-
-// Whether normalized_shape, an int or a sequence of them, is how x's sizes end; then their number.
-bool parse_shape(PyObject* object, at::IntArrayRef sizes, int64_t& count) {
-  const auto is_size = [](PyObject* number, int64_t size) {
-    int overflow = 0;
-    return PyLong_CheckExact(number) && PyLong_AsLongLongAndOverflow(number, &overflow) == size && !overflow;
-  };
-  const bool sequence = PyTuple_Check(object) || PyList_CheckExact(object);
-  count = sequence ? PySequence_Fast_GET_SIZE(object) : 1;
-  if (count < 1 || count > int64_t(sizes.size())) return false;
-  if (!sequence) return is_size(object, sizes.back());
-  for (int64_t i = 0; i < count; ++i)
-    if (!is_size(PySequence_Fast_GET_ITEM(object, i), sizes[sizes.size() - count + i])) return false;
-  return true;
-}
-
-bool parse_eps(PyObject* object, bool rms, bool wide, double& eps) {
-  if (object == Py_None && rms)
-    eps = wide ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
-  else if (PyFloat_CheckExact(object))
-    eps = PyFloat_AS_DOUBLE(object);
-  else
-    return false;
-  return true;
-}
 
 Rule fastpath_serves;  // of fusednorm.dispatch.rules
 
@@ -80,41 +41,29 @@ bool is_chosen(const char* operation, const at::Tensor& x, int64_t columns, bool
                          needs_grad ? Py_True : Py_False, gpu);
 }
 
-// Dropout's probability, and its seed on x's device; undefined for None: to be drawn.
-bool parse_dropout(PyObject* probability, PyObject* given_seed, const at::Tensor& x, double& p, at::Tensor& seed) {
-  if (!PyFloat_CheckExact(probability) && !PyLong_CheckExact(probability)) return false;
-  p = PyFloat_AsDouble(probability);
-  PyErr_Clear();  // of an int past what a double holds; it is -1 then
-  if (!(p >= 0.0 && p < 1.0)) return false;
-  if (given_seed == Py_None) return true;
-  if (PyLong_CheckExact(given_seed)) {
-    if (!(p > 0.0)) return true;
-    const auto value = int64_t(PyLong_AsUnsignedLongLongMask(given_seed));
-    seed = at::empty({1}, x.options().dtype(at::kLong));
-    if (x.is_cpu())
-      *seed.mutable_data_ptr<int64_t>() = value;
-    else
-      seed.fill_(value);
-    return true;
-  }
-  if (!THPVariable_CheckExact(given_seed)) return false;
-  const at::Tensor& given = THPVariable_Unpack(given_seed);
-  const bool here = plain(given, x.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
-  if (!here || given.scalar_type() != at::kLong || given.numel() != 1) return false;
-  if (p > 0.0) seed = given.detach().reshape({1});
+// Whether a modulation is one vector for each sample, as fusednorm/providers/samples.py has it.
+bool of_samples(const at::Tensor& modulation, at::IntArrayRef sizes, int64_t normalized_ndim) {
+  const int64_t lead = int64_t(sizes.size()) - normalized_ndim, ahead = modulation.dim() - normalized_ndim;
+  if (ahead < 1 || ahead > lead || modulation.sizes().slice(ahead) != sizes.slice(lead)) return false;
+  for (int64_t d = 0; d < ahead; ++d)
+    if (modulation.size(d) != (d ? 1 : sizes[0])) return false;
   return true;
 }
 
-// As fusednorm.dropout.default_seed.
-void draw_where_none(double p, const at::Tensor& x, at::Tensor& seed) {
-  if (p > 0.0 && !seed.defined())
-    seed = at::randint(std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), {1},
-                       x.options().dtype(at::kLong));
+// The call's parameters from gate, scale and shift, where these are all that would be folded into one.
+bool parse_modulation(PyObject* gate, PyObject* scale, PyObject* shift, NormCall& call) {
+  const auto take = [&](PyObject* object, at::Tensor& parameter) {
+    if (object == Py_None) return true;
+    if (parameter.defined() || !parse_tensor(object, parameter, device_key(call.by_cuda))) return false;
+    return of_samples(parameter, call.x.sizes(), call.normalized_ndim);
+  };
+  call.zero_centered = scale != Py_None;
+  return take(gate, call.layer_scale) && take(scale, call.weight) && take(shift, call.bias);
 }
 
 // False where the call is not for the fast path. x, and what is not of a bare norm, is in `call` already.
 bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject* bias, PyObject* eps, const char* operation,
-               PyObject* asked, NormCall& call) {
+               PyObject* asked, NormCall& call, PyObject* const* modulation = nullptr) {
   if (at::impl::torch_function_mode_enabled()) return false;
   const c10::DispatchKey device = device_key(call.by_cuda);
   if (!parse_tensor(residual, call.residual, device) || !parse_tensor(weight, call.weight, device) ||
@@ -127,18 +76,20 @@ bool parse_call(PyObject* residual, PyObject* shape, PyObject* weight, PyObject*
   if (!parse_eps(eps, call.rms, wide, call.eps)) return false;
   if (call.residual.defined() && (call.residual.scalar_type() != call.x.scalar_type() || call.residual.sizes() != sizes))
     return false;
-  for (const at::Tensor* parameter : {&call.weight, &call.bias, &call.x_bias})
+  for (const at::Tensor* parameter : {&call.weight, &call.bias, &call.x_bias, &call.layer_scale})
     if (parameter->defined() && parameter->sizes() != normalized) return false;
+  if (modulation && !parse_modulation(modulation[0], modulation[1], modulation[2], call)) return false;
   call.needs_grad = false;
   if (at::GradMode::is_enabled())
-    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias})
+    for (const at::Tensor* tensor : {&call.x, &call.residual, &call.weight, &call.bias, &call.x_bias, &call.layer_scale})
       call.needs_grad |= tensor->defined() && tensor->requires_grad();
   if (call.by_cuda && !cuda_takes(call)) return false;
   if (asked != Py_True) return true;
   const int64_t columns = fusednorm::product(normalized.data(), int64_t(normalized.size()));
   const auto fits = [&](const at::Tensor& t) { return !t.defined() || t.scalar_type() == call.x.scalar_type(); };
-  const bool one_dtype = fits(call.weight) && fits(call.bias), plain = !call.x_bias.defined() && call.dropout_p == 0;
-  if (!call.by_cuda && !call.rms && !call.has_residual() && !one_dtype) return false;  // not measured
+  const bool one_dtype = fits(call.weight) && fits(call.bias);
+  const bool plain = !call.has_epilogue() && !modulation;
+  if (!call.by_cuda && !call.rms && !call.has_residual() && !modulation && !one_dtype) return false;  // not measured
   const bool chosen = is_chosen(operation, call.x, columns, call.needs_grad || call.dropout_p > 0);  // as rules.preference
   call.by_torch = !chosen && !call.by_cuda && one_dtype && plain;
   return chosen || call.by_torch;
@@ -167,15 +118,19 @@ PyObject* rms_norm(PyObject* const* args) {
 
 PyObject* add_norm(PyObject* const* args) {
   NormCall call{};
-  call.rms = args[9] == Py_True;
-  if (!parse_first(args[0], args[10], call)) Py_RETURN_NONE;
-  if (!parse_tensor(args[6], call.x_bias, device_key(call.by_cuda))) Py_RETURN_NONE;
-  if (!parse_dropout(args[7], args[8], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
+  call.rms = args[13] == Py_True;
+  if (!parse_first(args[0], args[14], call)) Py_RETURN_NONE;
+  const c10::DispatchKey device = device_key(call.by_cuda);
+  if (!parse_tensor(args[6], call.x_bias, device) || !parse_tensor(args[7], call.layer_scale, device)) Py_RETURN_NONE;
+  if (!parse_dropout(args[11], args[12], call.x, call.dropout_p, call.seed)) Py_RETURN_NONE;
   const char* const operations[] = {"layer_norm",     "rms_norm",     "add_layer_norm", "add_rms_norm",
-                                    "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm"};
-  const bool epilogue = call.x_bias.defined() || call.dropout_p > 0;
-  const char* operation = operations[2 * (epilogue ? 2 : args[1] != Py_None) + call.rms];
-  if (!parse_call(args[1], args[2], args[3], args[4], args[5], operation, args[10], call)) Py_RETURN_NONE;
+                                    "bias_dropout_add_layer_norm", "bias_dropout_add_rms_norm",
+                                    "adaptive_layer_norm", "adaptive_rms_norm"};
+  const bool adaptive = args[8] != Py_None || args[9] != Py_None || args[10] != Py_None;
+  const int kind = adaptive ? 3 : call.has_epilogue() ? 2 : args[1] != Py_None;
+  const char* const operation = operations[2 * kind + call.rms];
+  if (!parse_call(args[1], args[2], args[3], args[4], args[5], operation, args[14], call, adaptive ? args + 8 : nullptr))
+    Py_RETURN_NONE;
   NormResult result = run(call);
   THPObjectPtr normed(THPVariable_Wrap(result.normed)), pair(PyTuple_New(2));
   if (!normed || !pair) throw python_error();
@@ -364,9 +319,9 @@ PyObject* forget(PyObject* const*) {
 PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void*)counted<5, rms_norm>, METH_FASTCALL,
      "rms_norm(input, normalized_shape, weight, eps, asked) -> Tensor, or None: not a call for the fast path"},
-    {"add_norm", (PyCFunction)(void*)counted<11, add_norm>, METH_FASTCALL,
-     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, dropout_p, seed, rms, asked) -> "
-     "(normed, residual_out), or None"},
+    {"add_norm", (PyCFunction)(void*)counted<15, add_norm>, METH_FASTCALL,
+     "add_norm(x, residual, normalized_shape, weight, bias, eps, x_bias, layer_scale, gate, scale, shift, dropout_p, seed, "
+     "rms, asked) -> (normed, residual_out), or None"},
     {"bias_act_dropout", (PyCFunction)(void*)counted<6, bias_act_dropout>, METH_FASTCALL,
      "bias_act_dropout(x, bias, activation, dropout_p, seed, by_shape) -> Tensor, or None"},
     {"attention", (PyCFunction)(void*)counted<9, attention>, METH_FASTCALL,

@@ -38,30 +38,31 @@ bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like
 fusednorm::Options library_options(const NormOptions& options, at::ScalarType dtype, bool store_residual,
                                    unsigned gradients) {
   const fusednorm::Dtype both = dtype_of(dtype);
-  return {options.normalized_ndim, both, both, options.rms, false, store_residual, false, gradients};
+  return {options.normalized_ndim, both, both, options.rms, options.zero_centered, store_residual, false, gradients};
 }
 
 struct Norm {
   static constexpr char kName[] = "FusedNormBackward", kModule[] = "fusednorm.autograd.norm";
-  static constexpr size_t kInputs = 5;  // x, residual, weight, bias, x_bias
-  static constexpr size_t kSaved = 6;   // z, stats, weight, bias, x_bias, seed
+  static constexpr size_t kInputs = 6;  // x, residual, weight, bias, x_bias, layer_scale
+  static constexpr size_t kSaved = 8;   // z, stats, weight, bias, x, x_bias, layer_scale, seed
   using Options = NormOptions;
 
   template <class O, class F>
   static void each(O& o, const F& f) {
-    f(o.normalized_ndim), f(o.eps), f(o.dropout_p), f(o.rms), f(o.by_cuda);
+    f(o.normalized_ndim), f(o.eps), f(o.dropout_p), f(o.rms), f(o.zero_centered), f(o.by_cuda);
   }
 
   static pybind11::tuple python_options(const Options& o, const Wanted<Norm>& wanted) {
-    return pybind11::make_tuple(o.normalized_ndim, o.eps, o.dropout_p, o.rms, wanted, o.by_cuda ? "cuda" : "cpu");
+    return pybind11::make_tuple(o.normalized_ndim, o.eps, o.dropout_p, o.rms, o.zero_centered, wanted,
+                                 o.by_cuda ? "cuda" : "cpu");
   }
 
   static variable_list gradients(const Options& options, const Wanted<Norm>& wanted, const variable_list& cotangents,
                                  const Saved<Norm>& saved) {
     const at::Tensor dnormed = cotangents[0], dz = cotangents.size() > 1 ? cotangents[1] : at::Tensor();
-    const at::Tensor& x_bias = saved[4];
-    const bool shared = !(options.dropout_p > 0);  // x and residual have the same gradient: it is computed once
-    const Wanted<Norm> asked{wanted[0] || (shared && wanted[1]), wanted[1] && !shared, wanted[2], wanted[3], wanted[4]};
+    const at::Tensor &x_bias = saved[5], &layer_scale = saved[6];
+    const bool shared = !(options.dropout_p > 0) && !layer_scale.defined();  // x and residual have the same gradient: it is computed once
+    const Wanted<Norm> asked{wanted[0] || (shared && wanted[1]), wanted[1] && !shared, wanted[2], wanted[3], wanted[4], wanted[5]};
     variable_list found(kInputs);
     if (dnormed.defined() && library_takes(options, cotangents, saved))
       found = gradients_natively(options, asked, dnormed, dz, saved);
@@ -77,24 +78,24 @@ struct Norm {
   static bool library_takes(const Options& options, const variable_list& cotangents, const Saved<Norm>& saved) {
     if (!plain_backward<Norm>(cotangents, saved, device_key(options.by_cuda))) return false;
     if (!options.by_cuda) return true;
-    const auto& [z, stats, weight, bias, x_bias, seed] = saved;
+    const auto& [z, stats, weight, bias, x, x_bias, layer_scale, seed] = saved;
     for (const at::Tensor& rows : cotangents)
       if (!as_cuda_reads(rows, z)) return false;
     return as_cuda_reads(z, z) && as_cuda_reads_parameter(weight, z) && as_cuda_reads_parameter(bias, z) &&
-           as_cuda_reads_parameter(x_bias, z);
+           as_cuda_reads(x, z) && as_cuda_reads_parameter(x_bias, z) && as_cuda_reads_parameter(layer_scale, z);
   }
 
   static variable_list gradients_natively(const Options& options, const Wanted<Norm>& wanted, const at::Tensor& dnormed,
                                           const at::Tensor& dz, const Saved<Norm>& saved) {
-    const auto& [z, stats, weight, bias, x_bias, seed] = saved;
+    const auto& [z, stats, weight, bias, x, x_bias, layer_scale, seed] = saved;
     RECORD_FUNCTION(options.by_cuda ? "fusednorm_cuda::add_layer_norm_bwd" : "fusednorm_cpu::add_layer_norm_bwd",
                     c10::ArrayRef<const c10::IValue>{});
     unsigned bits = 0;
     for (size_t i = 0; i < kInputs; ++i) bits |= unsigned(wanted[i]) << i;
     fusednorm::Gradients found = library(options.by_cuda).backward(
         // hooks on saved tensors may bring the statistics back with other strides
-        {handle(dnormed), handle(dz), handle(z), handle(stats.contiguous()), handle(weight), handle(bias), {},
-         handle(x_bias), {}, handle(seed), library_options(options, z.scalar_type(), false, bits), options.dropout_p,
+        {handle(dnormed), handle(dz), handle(z), handle(stats.contiguous()), handle(weight), handle(bias), handle(x),
+         handle(x_bias), handle(layer_scale), handle(seed), library_options(options, z.scalar_type(), false, bits), options.dropout_p,
          0.0});
     variable_list gradients(kInputs);
     for (size_t i = 0; i < kInputs; ++i) gradients[i] = take(found.of[i]);
@@ -112,7 +113,7 @@ bool cuda_takes(const NormCall& call) {
   if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;
   if (call.seed.defined() && call.seed.device() != call.x.device()) return false;
   return as_cuda_reads_parameter(call.weight, call.x) && as_cuda_reads_parameter(call.bias, call.x) &&
-         as_cuda_reads_parameter(call.x_bias, call.x);
+         as_cuda_reads_parameter(call.x_bias, call.x) && as_cuda_reads_parameter(call.layer_scale, call.x);
 }
 
 NormResult norm(const NormCall& call) {
@@ -123,18 +124,20 @@ NormResult norm(const NormCall& call) {
     RECORD_FUNCTION(call.by_cuda ? "fusednorm_cuda::add_layer_norm_fwd" : "fusednorm_cpu::add_layer_norm_fwd",
                     c10::ArrayRef<const c10::IValue>{});
     out = library(call.by_cuda).forward(
-        {handle(call.x), handle(call.residual), handle(call.weight), handle(call.bias), handle(call.x_bias), {},
-         handle(call.seed), library_options(call, call.x.scalar_type(), has_residual, 0), call.eps, call.dropout_p,
+        {handle(call.x), handle(call.residual), handle(call.weight), handle(call.bias), handle(call.x_bias),
+         handle(call.layer_scale), handle(call.seed), library_options(call, call.x.scalar_type(), has_residual, 0), call.eps, call.dropout_p,
          0.0},
         call.needs_grad);
   }
   result.normed = take(out.normed);
   if (has_residual) result.z = take(out.z);
   if (!call.needs_grad) return result;
-  const at::Tensor stats = take(out.stats);
+  const at::Tensor stats = take(out.stats), none;
+  const at::Tensor& x = call.layer_scale.defined() && call.layer_scale.requires_grad() ? call.x : none;
   record<Norm>(call, {&result.normed, &result.z},
-               {has_residual ? &result.z : &call.x, &stats, &call.weight, &call.bias, &call.x_bias, &call.seed},
-               has_residual ? 0 : -1, call.x, call.residual, call.weight, call.bias, call.x_bias);
+               {has_residual ? &result.z : &call.x, &stats, &call.weight, &call.bias, &x, &call.x_bias, &call.layer_scale,
+                &call.seed},
+               has_residual ? 0 : -1, call.x, call.residual, call.weight, call.bias, call.x_bias, call.layer_scale);
   return result;
 }
 

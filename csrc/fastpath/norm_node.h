@@ -10,16 +10,18 @@ namespace fusednorm_fastpath {
 struct NormOptions {
   int64_t normalized_ndim;
   double eps, dropout_p;
-  bool rms, by_cuda;
+  bool rms, zero_centered, by_cuda;
 };
 
 struct NormCall : NormOptions {
-  at::Tensor x, residual, weight, bias, x_bias, seed;  // undefined where not given
+  at::Tensor x, residual, weight, bias, x_bias, layer_scale, seed;  // undefined where not given
   bool needs_grad;
   bool by_torch;  // a plain or residual norm that is torch's to serve
 
+  // Whether anything but the addition stands between x and z.
+  bool has_epilogue() const { return x_bias.defined() || layer_scale.defined() || dropout_p > 0; }
   // Whether z, the residual stream, is another tensor than x.
-  bool has_residual() const { return residual.defined() || x_bias.defined() || dropout_p > 0; }
+  bool has_residual() const { return residual.defined() || has_epilogue(); }
 };
 
 struct NormResult {

@@ -147,23 +147,26 @@ def fastpath_backward(
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    x: Tensor | None,
     x_bias: Tensor | None,
+    layer_scale: Tensor | None,
     seed: Tensor | None,
     normalized_ndim: int,
     eps: float,
     dropout_p: float,
     rms: bool,
+    zero_centered_weight: bool,
     wanted: list[bool],
     provider: str,
 ) -> tuple[Tensor | None, ...]:
     """What the fast path's node leaves to Python: derivatives of its gradients, tensors that are not plain, and no
     gradient of `normed`.
 
-    `wanted`: of x, residual, weight, bias, x_bias.
+    `wanted`: of x, residual, weight, bias, x_bias, layer_scale.
     """
-    saved = NormSaved(rows, stats, weight, bias, None, x_bias, None, seed)
-    options = NormGradOptions(normalized_ndim, dropout_p, 0.0, rows.dtype, rows.dtype, rms, False, False)
-    return norm_backward(saved, options, (dnormed, dresidual_out), [*wanted, False], eps, rows.dtype, provider)
+    saved = NormSaved(rows, stats, weight, bias, x, x_bias, layer_scale, seed)
+    options = NormGradOptions(normalized_ndim, dropout_p, 0.0, rows.dtype, rows.dtype, rms, zero_centered_weight, False)
+    return norm_backward(saved, options, (dnormed, dresidual_out), wanted, eps, rows.dtype, provider)
 
 
 # CUDA weight -> {options that the verdict depends on: (identity of the values, verdict)}

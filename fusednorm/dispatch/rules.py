@@ -29,6 +29,7 @@ from .._options import (
 )
 from .._transforms import wants_gradients
 from ..providers.cpu import library as cpu
+from ..providers.samples import has_samples
 from . import crossovers, fastpath, registry, settings, tuned
 from .crossovers import Preference
 
@@ -70,8 +71,9 @@ def reluctance(name: str, op: str, inputs: Inputs, options: Options, measured: b
     if name != "cpu" or isinstance(options, AttentionOptions) or options.dropped:
         return None
     compiling = torch.compiler.is_compiling()
-    if isinstance(options, NormOptions):
-        if inputs[1] is not None or options.store_residual:
+    if isinstance(inputs, NormInputs):
+        assert isinstance(options, NormOptions)
+        if inputs[1] is not None or options.store_residual or has_samples(inputs, options.normalized_ndim):
             return None
         if not options.rms:  # nothing to add
             return PLAIN_LAYER_NORM
@@ -88,6 +90,8 @@ def operation(inputs: Inputs, options: Options) -> str:
     if isinstance(options, ActivationOptions):  # with dropout, the cost does not depend on the activation
         return "bias_gelu_dropout" if options.dropout_p else OPERATIONS[options.activation]
     assert isinstance(inputs, NormInputs) and isinstance(options, NormOptions)
+    if has_samples(inputs, options.normalized_ndim):
+        return "adaptive_rms_norm" if options.rms else "adaptive_layer_norm"
     epilogue = inputs.x_bias is not None or inputs.layer_scale is not None or options.dropped
     kind = "bias_dropout_add_" if epilogue else "add_" if inputs.residual is not None else ""
     return kind + ("rms_norm" if options.rms else "layer_norm")
@@ -116,7 +120,8 @@ def described(inputs: Inputs, options: Options) -> Norm | None:
         given = x if inputs.residual is None else inputs.residual
         if not x.dtype is options.normed_dtype is options.residual_dtype is given.dtype:
             return None  # mixtures of dtypes are not measured
-        in_fastpath = inputs.layer_scale is None and not options.drop_path_p and not options.zero_centered_weight
+        adaptive = has_samples(inputs, options.normalized_ndim)
+        in_fastpath = not options.drop_path_p and (adaptive or not options.zero_centered_weight)
     # who serves draws the mask: reentrant checkpointing makes a call without gradients, and again with them
     needs_grad = options.dropped or wants_gradients(inputs)
     gpu = (x.device.index or 0) if x.is_cuda else None

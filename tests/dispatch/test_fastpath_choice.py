@@ -44,13 +44,16 @@ def test_the_fast_path_stands_aside_for_other_requests_and_while_decisions_are_r
     assert dispatch.settings.current.fastpath_mode
 
 
+NO_BRANCH = (None,) * 5  # x_bias, layer_scale, gate, scale, shift
+
+
 def test_the_fast_path_goes_by_what_was_measured(torch_is_fastest):
     x, weight = torch.randn(6, 4, 8), torch.randn(8, requires_grad=True)
     fast = dispatch.settings.current.fastpath
-    normed, z = fast.add_norm(x, x, 8, weight, None, 1e-5, None, 0.0, None, True, True)
+    normed, z = fast.add_norm(x, x, 8, weight, None, 1e-5, *NO_BRANCH, 0.0, None, True, True)
     assert torch.equal(z, x + x) and torch.equal(normed, torch.rms_norm(z, (8,), weight, 1e-5))  # torch's, from C++
     assert normed.grad_fn.name() == torch.rms_norm(z, (8,), weight, 1e-5).grad_fn.name()
-    assert fast.add_norm(x, None, 8, None, weight, 1e-5, None, 0.5, None, False, True) is None
+    assert fast.add_norm(x, None, 8, None, weight, 1e-5, *NO_BRANCH, 0.5, None, False, True) is None
     with torch.no_grad():
         assert torch.equal(fast.rms_norm(x.bfloat16(), 8, None, None, True), torch.rms_norm(x.bfloat16(), (8,)))
     assert torch_is_fastest == [

@@ -55,7 +55,7 @@ def by_cuda():
 def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=None, ndim=1):
     shape = x.shape[x.ndim - ndim :]
     return dispatch.settings.current.fastpath.add_norm(
-        x, residual, shape, weight, bias, 1e-5, x_bias, p, seed, False, "cuda"
+        x, residual, shape, weight, bias, 1e-5, x_bias, None, None, None, None, p, seed, False, "cuda"
     )
 
 

@@ -19,9 +19,22 @@ QUERY, KEY = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
 
 
 def norm(
-    x=X, residual=None, weight=None, bias=None, shape=8, eps=1e-5, rms=False, x_bias=None, dropout_p=0.0, seed=None
+    x=X,
+    residual=None,
+    weight=None,
+    bias=None,
+    shape=8,
+    eps=1e-5,
+    rms=False,
+    x_bias=None,
+    layer_scale=None,
+    gate=None,
+    scale=None,
+    shift=None,
+    dropout_p=0.0,
+    seed=None,
 ):
-    epilogue = (x_bias, dropout_p, seed)
+    epilogue = (x_bias, layer_scale, gate, scale, shift, dropout_p, seed)
     return dispatch.settings.current.fastpath.add_norm(x, residual, shape, weight, bias, eps, *epilogue, rms, False)
 
 
@@ -58,6 +71,9 @@ def test_what_is_plain_is_taken():
     assert norm(eps=None, rms=True) is not None
     assert norm(dropout_p=0) is not None and norm(dropout_p=0.0, seed=3) is not None
     assert norm(dropout_p=0.5) is not None
+    assert norm(layer_scale=torch.ones(8)) is not None
+    assert norm(gate=torch.ones(4, 8), scale=torch.ones(4, 24)[:, :8], shift=torch.ones(4, 8)) is not None
+    assert norm(torch.ones(2, 3, 4, 8), scale=torch.ones(2, 1, 1, 8), shift=torch.ones(2, 8)) is not None
     assert norm(dropout_p=0.5, seed=torch.tensor([[3]]), x_bias=torch.ones(8)) is not None
     assert attention(scale=0.1, is_causal=True, window=(0, None), key_mask=KEY_MASK) is not None
     for operator in OPERATORS:
@@ -97,6 +113,11 @@ REFUSED = {
         *({"shape": shape} for shape in ((4,), (), (1, 4, 8), (8.0,), True, 2**70, "8", {8})),
         *({"eps": eps} for eps in (1, None, "small")),
         *({"dropout_p": 0.5, "x_bias": bias} for bias in (torch.randn(4), torch.ones(8, dtype=torch.int64))),
+        *({"gate": gate} for gate in (torch.randn(8), torch.randn(1, 8), torch.randn(4, 7), torch.randn(4, 1, 8), 1.0)),
+        {"gate": torch.randn(4, 8), "layer_scale": torch.randn(8)},  # whose product is taken in Python
+        {"scale": torch.randn(4, 8), "weight": torch.randn(8)},
+        {"shift": torch.randn(4, 8), "bias": torch.randn(8)},
+        {"x": X[0], "gate": torch.randn(1, 8)},
         *DROPOUT,
     ],
     activation: [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backends import EMULATED
+from oracle import MODULATION
 from oracle_activation import ACTIVATIONS
 from torch import Tensor
 
@@ -55,7 +56,9 @@ class Form:
             return heads(dtype, device=self.device)
         leaves = {}
         for name in self.names:
-            values = torch.randn(tuple(shape) if name in ROWS else tuple(shape[-ndim:]))
+            columns = tuple(shape[-ndim:])
+            size = tuple(shape) if name in ROWS else (shape[0], *columns) if name in MODULATION else columns
+            values = torch.randn(size)
             leaves[name] = values.to(self.device, dtypes.get(name, dtype)).requires_grad_()
         return leaves
 
@@ -105,6 +108,12 @@ EPILOGUES = {
     "both": Form("add_layer_norm", (*LAYER, "x_bias"), {"dropout_p": 0.5, "seed": 2**63 + 5}),
     "both without residual": Form("add_layer_norm", ("x", "weight", "bias", "x_bias"), {"dropout_p": 0.5, "seed": 1}),
     "both of an RMSNorm": Form("add_rms_norm", (*RMS, "x_bias"), {"dropout_p": 0.1, "seed": 1}),
+    "layer scale": Form("add_layer_norm", (*LAYER, "layer_scale")),
+    "layer scale and both": Form("add_rms_norm", (*RMS, "x_bias", "layer_scale"), {"dropout_p": 0.3, "seed": 7}),
+    "gate": Form("add_layer_norm", (*LAYER, "gate")),
+    "scale and shift": Form("add_layer_norm", ("x", *MODULATION[1:])),
+    "gate, scale and shift": Form("add_layer_norm", (*ROWS, *MODULATION)),
+    "gate, scale and shift of an RMSNorm": Form("add_rms_norm", (*ROWS, *MODULATION), {"dropout_p": 0.3, "seed": 7}),
     "nothing": Form("add_layer_norm", LAYER, {"dropout_p": 0.0, "seed": 3}),
 }
 DROPPED = {
