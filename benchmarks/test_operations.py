@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.cases import TINY, TINY_ATTENTION, TINY_LAYER, Case, Sweep
+from benchmarks.cases import TINY, TINY_ADAPTIVE, TINY_ATTENTION, TINY_LAYER, Case, Sweep
 
 DEVICE = measure.best_device()
 MEDIUM = (4096, 4096) if DEVICE.type == "cuda" else (64, 1024)
 ATTENTION = (4, 16, 2048, 64) if DEVICE.type == "cuda" else (1, 8, 256, 64)
+ADAPTIVE = (8, 1024, 1536) if DEVICE.type == "cuda" else (2, 64, 384)
 LAYER = (4, 2048, 1024) if DEVICE.type == "cuda" else (2, 64, 128)
 CASES = Sweep(
     (TINY, MEDIUM),
@@ -27,6 +28,7 @@ CASES = Sweep(
     ffn_shapes=(TINY, MEDIUM),
     attention_shapes=(TINY_ATTENTION, ATTENTION),
     layer_shapes=(TINY_LAYER, LAYER),
+    adaptive_shapes=(TINY_ADAPTIVE, ADAPTIVE),
 ).cases()
 
 

@@ -11,6 +11,7 @@ from benchmarks.cases.operations import (
     OPS,
     SWEEPS,
     TINY,
+    TINY_ADAPTIVE,
     TINY_ATTENTION,
     TINY_LAYER,
     Case,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fusednorm
 from benchmarks.cases.activation import Activation
+from benchmarks.cases.adaptive import AdaptiveNorm
 from benchmarks.cases.attention import Attention
 from benchmarks.cases.base import Call, Operation
 from benchmarks.cases.layers import Layer
@@ -29,6 +30,7 @@ DIRECTION_TITLES = {"forward": "forward", "backward": "backward", "both": "forwa
 TINY = (4, 64)  # too small for any device: what is measured is the time of the host
 TINY_ATTENTION = (1, 4, 16, 16)
 TINY_LAYER = (2, 8, 64)
+TINY_ADAPTIVE = (2, 4, 64)
 
 
 # measured for the table of automatic choice alone
@@ -42,6 +44,9 @@ OPS: dict[str, Operation] = {
         Norm("add_rms_norm", rms=True, add=True),
         Norm("bias_dropout_add_layer_norm", add=True, epilogue=True),
         Norm("bias_dropout_add_rms_norm", rms=True, add=True, epilogue=True),
+        AdaptiveNorm("adaptive_layer_norm", add=False),
+        AdaptiveNorm("add_adaptive_layer_norm"),
+        AdaptiveNorm("add_adaptive_rms_norm", rms=True),
         Activation("bias_relu", "relu"),
         *(Activation(f"bias_{name}", name) for name in _GRID_ACTIVATIONS),
         Activation("bias_gelu_dropout", "gelu", DROPOUT_P),
@@ -117,6 +122,7 @@ class Sweep:
     attention_shapes: tuple[tuple[int, int, int, int], ...] = ()  # batch, heads, length, head dim
     layer_shapes: tuple[tuple[int, int, int], ...] = ()  # batch, length, width
     layer_dtypes: tuple[str, ...] = ("float32",)
+    adaptive_shapes: tuple[tuple[int, int, int], ...] = ()  # samples, tokens, width
     every_activation: bool = False
 
     def operations(self) -> dict[str, Operation]:
@@ -134,7 +140,7 @@ class Sweep:
 
     def shapes_of(self, op: Operation) -> tuple[tuple[int, ...], ...]:
         families = {"norm": self.shapes, "feed_forward": self.ffn_shapes, "attention": self.attention_shapes}
-        return (families | {"layer": self.layer_shapes})[op.family]
+        return (families | {"layer": self.layer_shapes, "adaptive": self.adaptive_shapes})[op.family]
 
     def _every(self) -> list[Case]:
         every = dict.fromkeys(shape for op in self.operations().values() for shape in self.shapes_of(op))
@@ -162,6 +168,7 @@ FULL = tuple((rows, width) for rows in (1, 64, 1024, 4096, 65536) for width in _
 _FFN = (TINY, (64, 4096), (4096, 3072), (8192, 4096), (8192, 14336), (65536, 4096))
 _ATTENTION = (TINY_ATTENTION, (8, 16, 512, 64), (4, 16, 2048, 64), (4, 16, 2048, 128), (1, 16, 8192, 128))
 _ATTENTION += ((1, 32, 2048, 128), (4, 16, 4096, 128), (1, 16, 8192, 64))  # batches lie 2**23 elements apart
+_ADAPTIVE = (TINY_ADAPTIVE, (2, 4096, 3072), (8, 1024, 1536), (32, 256, 1152))  # of Flux, SD3 and DiT
 _LAYERS = (TINY_LAYER, (4, 2048, 1024), (32, 256, 512))
 SWEEPS = {
     ("cpu", "quick"): Sweep(
@@ -171,6 +178,7 @@ SWEEPS = {
         ffn_shapes=(TINY, (64, 4096)),
         attention_shapes=(TINY_ATTENTION,),
         layer_shapes=(TINY_LAYER,),
+        adaptive_shapes=(TINY_ADAPTIVE,),
     ),
     ("cpu", "default"): Sweep(
         (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
@@ -179,6 +187,7 @@ SWEEPS = {
         ffn_shapes=(TINY, (64, 4096), (1024, 3072)),
         attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64)),
         layer_shapes=(TINY_LAYER, (8, 256, 512)),
+        adaptive_shapes=(TINY_ADAPTIVE, (2, 256, 1152), (8, 256, 1152)),
     ),
     ("cpu", "full"): Sweep(
         (TINY, *(s for s in FULL if s[0] * s[1] <= 1 << 26)),
@@ -188,6 +197,7 @@ SWEEPS = {
         attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64), (2, 8, 512, 128), (2, 4, 512, 256), (1, 8, 2048, 64)),
         layer_shapes=(TINY_LAYER, (4, 64, 256), (8, 256, 512)),
         layer_dtypes=("float32", "bfloat16"),
+        adaptive_shapes=(TINY_ADAPTIVE, (1, 256, 1152), (2, 256, 1152), (8, 256, 1152), (2, 1024, 1536)),
     ),
     # what the table of automatic choice is made from
     ("cpu", "grid"): Sweep(
@@ -210,6 +220,7 @@ SWEEPS = {
         attention_shapes=(TINY_ATTENTION, (4, 16, 2048, 64), (4, 16, 2048, 128)),
         layer_shapes=(TINY_LAYER, (4, 2048, 1024)),
         layer_dtypes=("bfloat16",),
+        adaptive_shapes=_ADAPTIVE[:2],
     ),
     ("cuda", "default"): Sweep(
         (
@@ -222,6 +233,7 @@ SWEEPS = {
         attention_shapes=_ATTENTION,
         layer_shapes=_LAYERS,
         layer_dtypes=("bfloat16",),
+        adaptive_shapes=_ADAPTIVE,
     ),
     ("cuda", "full"): Sweep(
         (TINY, *(s for s in FULL if s[0] * s[1] <= 1 << 30)),
@@ -231,6 +243,7 @@ SWEEPS = {
         attention_shapes=(*_ATTENTION, (8, 16, 1024, 40), (2, 16, 1024, 256), (1, 8, 16384, 128)),
         layer_shapes=(*_LAYERS, (1, 8192, 1024), (8, 512, 4096)),
         layer_dtypes=("bfloat16", "float16", "float32"),
+        adaptive_shapes=_ADAPTIVE,
     ),
 }
 

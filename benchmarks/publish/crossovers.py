@@ -76,7 +76,7 @@ def speeds(results: Sequence[Record]) -> dict[Key, dict[str, float]]:
     found: dict[Key, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         for record in without_stumbles(measured(result)):
-            if OPS[record["op"]].family in ("attention", "layer"):  # chosen by what a call means
+            if OPS[record["op"]].family in ("attention", "layer", "adaptive"):  # chosen by what a call means
                 continue
             rows, columns = record["shape"]
             itemsize, direction = getattr(torch, record["dtype"]).itemsize, record["direction"]

@@ -48,6 +48,7 @@ CHANGE = 1.10  # addresses and clocks differ between two processes: smaller chan
 
 PAGE_BAR = "\\|"  # in a page that is rendered, a bar would end the cell
 SIZES = {"attention": "batch x heads x length x head dim", "layer": "batch x length x width"}
+SIZES |= {"adaptive": "samples x tokens x width"}
 
 
 def _families(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:

@@ -87,7 +87,8 @@ def test_wrong_dropout_mask_is_noticed(monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_check_accepts_the_hand_written_reference(op):
     with fusednorm.use_provider("reference"):
-        shape = {"attention": cases.TINY_ATTENTION, "layer": cases.TINY_LAYER}.get(OPS[op].family, cases.TINY)
+        families = {"attention": cases.TINY_ATTENTION, "layer": cases.TINY_LAYER, "adaptive": cases.TINY_ADAPTIVE}
+        shape = families.get(OPS[op].family, cases.TINY)
         verdict = measure.check(Case(op, shape, "bfloat16", "both"), CPU)
     assert verdict.ok, verdict.detail
 
