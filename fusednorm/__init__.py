@@ -20,7 +20,9 @@ from .varlen import varlen_attention
 
 if TYPE_CHECKING:
     from .acceleration import Report, accelerate, restore
+    from .generation import generate
     from .modules import (
+        KVCache,
         MultiheadAttention,
         Transformer,
         TransformerDecoder,
@@ -38,6 +40,7 @@ __all__ = [
     "AdaptiveLayerNorm",
     "AddLayerNorm",
     "AddRMSNorm",
+    "KVCache",
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
@@ -58,6 +61,7 @@ __all__ = [
     "bias_act_dropout",
     "dropout_mask",
     "explain",
+    "generate",
     "layer_norm",
     "recording_shapes",
     "restore",
@@ -71,6 +75,7 @@ __all__ = [
 
 _LATER = {
     **dict.fromkeys(("Report", "accelerate", "restore"), ".acceleration"),
+    "generate": ".generation",
     **dict.fromkeys(("autotune", "recording_shapes", "tune"), ".tuning"),
 }
 

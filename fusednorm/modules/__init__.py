@@ -10,6 +10,7 @@ from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 
 if TYPE_CHECKING:
     from .attention import MultiheadAttention, attention_weights
+    from .cache import KVCache
     from .layers import TransformerDecoderLayer, TransformerEncoderLayer
     from .memory import activation_bytes
     from .transformer import Transformer, TransformerDecoder, TransformerEncoder
@@ -19,6 +20,7 @@ LAYERS = {
     **dict.fromkeys(("MultiheadAttention", "attention_weights"), "attention"),
     **dict.fromkeys(("TransformerDecoderLayer", "TransformerEncoderLayer"), "layers"),
     **dict.fromkeys(("Transformer", "TransformerDecoder", "TransformerEncoder"), "transformer"),
+    "KVCache": "cache",
     "activation_bytes": "memory",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "AdaptiveLayerNorm",
     "AddLayerNorm",
     "AddRMSNorm",
+    "KVCache",
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",

@@ -23,8 +23,9 @@ def append_keys(tensor: Tensor, bias: Tensor | None, zeros: bool, batch_first: b
     return torch.cat(parts, positions) if len(parts) > 1 else tensor
 
 
-def _causal(q: Tensor, k: Tensor, extra: int) -> Tensor:
-    keep = torch.ones(q.shape[-2], k.shape[-2] - extra, dtype=torch.bool, device=q.device).tril()
+def _causal(q: Tensor, k: Tensor, extra: int, lower_right: bool = False) -> Tensor:
+    queries, keys = q.shape[-2], k.shape[-2] - extra
+    keep = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries if lower_right else 0)
     return F.pad(keep, (0, extra), value=True)
 
 
@@ -37,11 +38,11 @@ def causal_mask(q: Tensor, k: Tensor, attn_mask: Tensor | None, extra: int) -> T
 
 def dense_weights(q: Tensor, k: Tensor, masks: Masks, dropout_p: float, seed: Tensor | None, extra: int = 0) -> Tensor:
     """dropout(softmax(q k^T / sqrt(D) + mask)), as torch's need_weights has it; zero for a query that sees no key."""
-    attn_mask, key_mask, is_causal = masks
+    attn_mask, key_mask, is_causal, lower_right = masks
     logits = (q * (q.shape[-1] ** -0.5 if q.shape[-1] else 1.0)) @ k.transpose(-2, -1)
     keep = None if key_mask is None else key_mask[:, None, None]
     if is_causal:
-        causal = _causal(q, k, extra)
+        causal = _causal(q, k, extra, lower_right)
         keep = causal if keep is None else keep & causal
     if attn_mask is not None:
         seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf

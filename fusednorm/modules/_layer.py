@@ -18,6 +18,7 @@ from ._arguments import check_activation, check_count, check_eps, check_heads, c
 from ._fusible import AtomicStateDict, first_not_fused, record, why_not_fused
 from ._masks import Masks
 from .attention import LINEARS, MultiheadAttention, Projections, attend
+from .cache import KVCache
 from .norm import LayerNorm
 
 NORMS = (nn.LayerNorm, LayerNorm)
@@ -147,11 +148,17 @@ class FusedLayer(AtomicStateDict):
         return reason
 
     def _attention_branch(
-        self, name: str, inputs: tuple[Tensor, ...], masks: Masks, residual: Tensor, dropout_name: str
+        self,
+        name: str,
+        inputs: tuple[Tensor, ...],
+        masks: Masks,
+        residual: Tensor,
+        dropout_name: str,
+        cache: KVCache | None = None,
     ) -> Stream:
         attention = getattr(self, name)
         projection, sources = attention.out_proj, "self" if len(inputs) == 1 else "cross"
-        if "attention" in self.recompute and not attention._kept_weights:
+        if "attention" in self.recompute and not attention._kept_weights and cache is None:
             form = attention._form(sources)
             tensors = (*inputs, *attention._projections(), masks.attn_mask, masks.key_mask, attention._seed(inputs[0]))
             n = len(inputs)
@@ -162,7 +169,7 @@ class FusedLayer(AtomicStateDict):
 
             product = _recompute.linear_of(attended, projection.weight, tensors)
         else:
-            product = linear(attention._attend(inputs, masks, sources)[0], projection.weight)
+            product = linear(attention._attend(inputs, masks, sources, cache=cache)[0], projection.weight)
         return Stream(product, residual, projection.bias, effective_p(getattr(self, dropout_name)))
 
     def _feed_forward_branch(self, x: Tensor, residual: Tensor, dropout_name: str) -> Stream:

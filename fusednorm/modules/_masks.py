@@ -20,6 +20,7 @@ class Masks(NamedTuple):
     attn_mask: Tensor | None = None  # broadcasts to (batch, heads, queries, keys); bool, or added to the logits
     key_mask: Tensor | None = None  # (batch, keys), bool
     is_causal: bool = False
+    lower_right: bool = False  # the last query sees all keys, as where the keys have a past
 
 
 class Names(NamedTuple):
@@ -145,9 +146,9 @@ def prepare(
 
 def pad_for_extra_keys(masks: Masks, extra: int) -> Masks:
     """For keys appended at the end, which every query sees."""
-    attn_mask, key_mask, is_causal = masks
+    attn_mask, key_mask, is_causal, lower_right = masks
     if attn_mask is not None:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, extra), value=attn_mask.dtype == torch.bool)
     if key_mask is not None:
         key_mask = torch.nn.functional.pad(key_mask, (0, extra), value=True)
-    return Masks(attn_mask, key_mask, is_causal)
+    return Masks(attn_mask, key_mask, is_causal, lower_right)

@@ -18,6 +18,7 @@ from ._arguments import check_count, check_heads, check_operand, check_rate
 from ._attention_weights import append_keys, causal_mask, dense_weights, format_weights
 from ._fusible import AtomicStateDict, record, why_not_fused
 from ._masks import Masks, Sizes, pad_for_extra_keys, prepare
+from .cache import KVCache, Memory, Past, check_no_graph
 
 LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
@@ -68,6 +69,14 @@ def _project(inputs: tuple[Tensor, ...], parameters: Projections, form: Form) ->
     return (products[0].unflatten(-1, head), *products[1].unflatten(-1, (2, *head)).unbind(-3))
 
 
+def _project_query(query: Tensor, parameters: Projections, form: Form) -> Tensor:
+    """q alone, for keys and values that are held."""
+    weight, bias = parameters.in_proj_weight, parameters.in_proj_bias
+    width = query.shape[-1]
+    weight = parameters.q_proj_weight if weight is None else weight[:width]
+    return linear(query, weight, None if bias is None else bias[:width]).unflatten(-1, (form.heads, -1))  # type: ignore[arg-type]
+
+
 def _heads_first(tensor: Tensor, batch_first: bool) -> Tensor:
     """(batch, heads, positions, head_dim), a view."""
     return tensor.transpose(1, 2) if batch_first else tensor.permute(1, 2, 0, 3)
@@ -80,12 +89,18 @@ def attend(
     seed: Tensor | None,
     form: Form,
     need_weights: bool = False,
+    past: Past | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(what the output projection takes, in the inputs' layout; the weights (batch, heads, queries, keys) or None).
+
+    With a `past`, the keys and values of the inputs are appended to it, and all of it is attended to.
 
     One seed gives one dropout mask whether the weights are asked for or not. Without one, a mask that both take is of a
     seed drawn here; else whoever serves the attention draws its own.
     """
+    if isinstance(past, Memory) and past.keys is not None and past.values is not None:
+        q = _heads_first(_project_query(inputs[0], parameters, form), form.batch_first)
+        return _attend_heads(q, past.keys, past.values, masks, seed, form, need_weights)
     q, k, v = _project(inputs, parameters, form)
     extra = (parameters.bias_k is not None) + form.add_zero_attn
     if extra:
@@ -93,6 +108,25 @@ def attend(
         v = append_keys(v, parameters.bias_v, form.add_zero_attn, form.batch_first)
         masks = pad_for_extra_keys(masks, extra)
     q, k, v = (_heads_first(t, form.batch_first) for t in (q, k, v))
+    if past is not None:
+        if extra:
+            raise ValueError("cache: add_bias_kv and add_zero_attn append keys, which no cache holds; leave them out")
+        check_no_graph(k, v)
+        k, v = past.append(k, v)
+    return _attend_heads(q, k, v, masks, seed, form, need_weights, extra)
+
+
+def _attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Masks,
+    seed: Tensor | None,
+    form: Form,
+    need_weights: bool,
+    extra: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attend`, from (batch, heads, positions, head_dim); the last `extra` keys were appended."""
     fused = q.shape[-1] <= MOST_HEAD_DIM and form.dropout_p < 1.0
     weights = None
     if need_weights or not fused:
@@ -105,7 +139,10 @@ def attend(
         if is_causal and extra:  # what is appended is no future
             attn_mask, is_causal = causal_mask(q, k, attn_mask, extra), False
         out = scaled_dot_product_attention(
-            *(q, k, v, attn_mask, form.dropout_p, is_causal), key_mask=masks.key_mask, seed=seed
+            *(q, k, v, attn_mask, form.dropout_p, is_causal),
+            key_mask=masks.key_mask,
+            causal_align="lower_right" if masks.lower_right else "upper_left",
+            seed=seed,
         )
     else:
         size = q.shape[-1]
@@ -225,12 +262,23 @@ class MultiheadAttention(AtomicStateDict, nn.MultiheadAttention):
         return out, None if weights is None else format_weights(weights, average_attn_weights, sizes.batched)
 
     def _attend(
-        self, inputs: tuple[Tensor, ...], masks: Masks, sources: str, need_weights: bool = False
+        self,
+        inputs: tuple[Tensor, ...],
+        masks: Masks,
+        sources: str,
+        need_weights: bool = False,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Batched inputs in, what the output projection takes out, and the weights of every head."""
         kept = self._kept_weights
         form = self._form(sources)
-        merged, weights = attend(inputs, self._projections(), masks, None, form, need_weights or bool(kept))
+        past: Past | None = None
+        if cache is not None and sources == "self":
+            past = cache.own(self)
+        elif cache is not None:
+            past = cache.across(self, inputs[1]) or cache.remember(self, inputs[1], masks)
+            masks = past.masks
+        merged, weights = attend(inputs, self._projections(), masks, None, form, need_weights or bool(kept), past)
         if weights is not None:
             for collected in kept:
                 collected.append(weights.detach())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._continued import MEMORY, SRC, TGT, continued
 from ._fusible import overridden
 from ._layer import FusedLayer, Stream, add_norm, add_pending
-from ._masks import Masks, Names, Sizes, prepare
+from ._masks import Masks, Sizes, prepare
 from .attention import MultiheadAttention
-
-SRC = Names("src_mask", "src_key_padding_mask", "is_causal", "src")
-TGT = Names("tgt_mask", "tgt_key_padding_mask", "tgt_is_causal", "tgt")
-MEMORY = Names("memory_mask", "memory_key_padding_mask", "memory_is_causal", "tgt")
+from .cache import KVCache
 
 
 class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
@@ -54,6 +52,8 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Attention and the feed-forward block, each with its residual step.
 
@@ -62,10 +62,13 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
             src_mask: (S, S) or (N * nhead, S, S); True hides, a float is added to the logits.
             src_key_padding_mask: (N, S), or (S,) without a batch; True hides, a float is added.
             is_causal: a hint that `src_mask`, which must be given, is causal.
+            cache: the positions before src; self-attention is causal then, without a `src_mask`.
 
         Returns:
             src's shape.
         """
+        if cache is not None:
+            return continued([self], src, add_pending, cache, src_key_padding_mask, SRC, (src_mask,))
         if getattr(src, "is_nested", False):
             return self._padded(src, src_mask, src_key_padding_mask)
         reason = self._obstacle()
@@ -84,15 +87,16 @@ class TransformerEncoderLayer(FusedLayer, nn.TransformerEncoderLayer):
     def _obstacle(self) -> str:
         return overridden(self, nn.TransformerEncoderLayer, ("_sa_block", "_ff_block")) or super()._obstacle()
 
-    def _fused(self, stream: Stream, masks: Masks) -> Stream:
+    def _fused(self, stream: Stream, masks: Masks, cache: KVCache | None = None) -> Stream:
         efficient = "norms" in self.recompute
         if self.norm_first:
             x, residual = add_norm(self.norm1, stream, efficient)
-            stream = self._attention_branch("self_attn", (x,), masks, residual, "dropout1")
+            stream = self._attention_branch("self_attn", (x,), masks, residual, "dropout1", cache)
             x, residual = add_norm(self.norm2, stream, efficient)
             return self._feed_forward_branch(x, residual, "dropout2")
         x = stream.branch
-        x, _ = add_norm(self.norm1, self._attention_branch("self_attn", (x,), masks, x, "dropout1"), efficient)
+        branch = self._attention_branch("self_attn", (x,), masks, x, "dropout1", cache)
+        x, _ = add_norm(self.norm1, branch, efficient)
         x, _ = add_norm(self.norm2, self._feed_forward_branch(x, x, "dropout2"), efficient)
         return Stream(x)
 
@@ -148,6 +152,8 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Attention to tgt, attention to memory and the feed-forward block, each with its residual step.
 
@@ -158,10 +164,15 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
             memory_mask: (T, S) or (N * nhead, T, S).
             tgt_key_padding_mask, memory_key_padding_mask: (N, T) and (N, S), or (T,) and (S,) without a batch.
             tgt_is_causal, memory_is_causal: a hint that the mask, which must be given, is causal.
+            cache: the positions before tgt, and the memory's keys and values: `memory` and its padding count in the
+                first call alone. Self-attention is causal then, without a `tgt_mask`.
 
         Returns:
             tgt's shape.
         """
+        if cache is not None:
+            given, of_memory = (tgt_mask, memory_mask), (memory, memory_key_padding_mask)
+            return continued([self], tgt, add_pending, cache, tgt_key_padding_mask, TGT, given, of_memory)
         reason = self._obstacle()
         self._record(reason)
         if reason:
@@ -186,18 +197,19 @@ class TransformerDecoderLayer(FusedLayer, nn.TransformerDecoderLayer):
         blocks = ("_sa_block", "_mha_block", "_ff_block")
         return overridden(self, nn.TransformerDecoderLayer, blocks) or super()._obstacle()
 
-    def _fused(self, stream: Stream, memory: Tensor, own: Masks, cross: Masks) -> Stream:
+    def _fused(self, stream: Stream, memory: Tensor, own: Masks, cross: Masks, cache: KVCache | None = None) -> Stream:
         efficient = "norms" in self.recompute
         if self.norm_first:
             x, residual = add_norm(self.norm1, stream, efficient)
-            stream = self._attention_branch("self_attn", (x,), own, residual, "dropout1")
+            stream = self._attention_branch("self_attn", (x,), own, residual, "dropout1", cache)
             x, residual = add_norm(self.norm2, stream, efficient)
-            stream = self._attention_branch("multihead_attn", (x, memory), cross, residual, "dropout2")
+            stream = self._attention_branch("multihead_attn", (x, memory), cross, residual, "dropout2", cache)
             x, residual = add_norm(self.norm3, stream, efficient)
             return self._feed_forward_branch(x, residual, "dropout3")
         x = stream.branch
-        x, _ = add_norm(self.norm1, self._attention_branch("self_attn", (x,), own, x, "dropout1"), efficient)
-        branch = self._attention_branch("multihead_attn", (x, memory), cross, x, "dropout2")
+        branch = self._attention_branch("self_attn", (x,), own, x, "dropout1", cache)
+        x, _ = add_norm(self.norm1, branch, efficient)
+        branch = self._attention_branch("multihead_attn", (x, memory), cross, x, "dropout2", cache)
         x, _ = add_norm(self.norm2, branch, efficient)
         x, _ = add_norm(self.norm3, self._feed_forward_branch(x, x, "dropout3"), efficient)
         return Stream(x)

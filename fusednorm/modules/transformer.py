@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from .._transforms import readable
 from ._arguments import check_count, check_layer
+from ._continued import MEMORY, TGT, continued
 from ._fusible import EVERYWHERE, AtomicStateDict, record, warn_of_torchs, why_not_fused
 from ._layer import NORMS, FusedLayer, Stream, add_norm, add_pending
 from ._masks import Names, prepare
-from .layers import MEMORY, TGT, TransformerDecoderLayer, TransformerEncoderLayer
+from .cache import KVCache
+from .layers import TransformerDecoderLayer, TransformerEncoderLayer
 from .norm import LayerNorm
 
 SRC = Names("mask", "src_key_padding_mask", "is_causal", "src")
@@ -117,6 +119,8 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The layers in turn, then the norm.
 
@@ -125,10 +129,13 @@ class TransformerEncoder(_Stack, nn.TransformerEncoder):
             mask: (S, S) or (N * nhead, S, S); True hides, a float is added to the logits.
             src_key_padding_mask: (N, S), or (S,) without a batch; True hides, a float is added.
             is_causal: whether `mask` is causal; None: look.
+            cache: the positions before src; self-attention is causal then, without a `mask`.
 
         Returns:
             src's shape.
         """
+        if cache is not None:
+            return continued(self.layers, src, self._finish, cache, src_key_padding_mask, SRC, (mask,))
         reason = (
             "src is a nested tensor" if getattr(src, "is_nested", False) else self._obstacle(TransformerEncoderLayer)
         )
@@ -182,6 +189,8 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The layers in turn, then the norm.
 
@@ -192,10 +201,15 @@ class TransformerDecoder(_Stack, nn.TransformerDecoder):
             memory_mask: (T, S) or (N * nhead, T, S).
             tgt_key_padding_mask, memory_key_padding_mask: (N, T) and (N, S), or (T,) and (S,) without a batch.
             tgt_is_causal, memory_is_causal: whether the mask is causal; None: look.
+            cache: the positions before tgt, and the memory's keys and values: `memory` and its padding count in the
+                first call alone. Self-attention is causal then, without a `tgt_mask`.
 
         Returns:
             tgt's shape.
         """
+        if cache is not None:
+            given, of_memory = (tgt_mask, memory_mask), (memory, memory_key_padding_mask)
+            return continued(self.layers, tgt, self._finish, cache, tgt_key_padding_mask, TGT, given, of_memory)
         reason = self._obstacle(TransformerDecoderLayer)
         self._record(reason)
         causal, verified = _causal(tgt_mask, tgt_is_causal)
