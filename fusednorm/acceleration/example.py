@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import fused
 from .report import Saving
+from .steps import Steps
 
 # In ulps of the largest value, beside twice the original's own error: what another order of sums may change.
 _ULPS = 64.0
@@ -51,7 +52,7 @@ class Example:
         """
         savings: list[Saving] = []
 
-        def listener(norm: nn.Module, total: Tensor, steps: fused.Steps) -> None:
+        def listener(norm: nn.Module, total: Tensor, steps: Steps) -> None:
             if id(norm) in norms:
                 savings.append(_saving(norms[id(norm)], total, steps))
 
@@ -156,11 +157,12 @@ def _tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}[{i}]")
 
 
-def _saving(path: str, total: Tensor, steps: fused.Steps) -> Saving:
+def _saving(path: str, total: Tensor, steps: Steps) -> Saving:
     """Torch's operators, each with the tensors it reads and writes, less one that reads two and writes two."""
     before = 2 + 3  # tensors that the norm and the sum move
     launches = 2
-    for used in (steps.dropout_p, steps.layer_scale is not None, steps.drop_path_p):
+    vectors = (steps.layer_scale, steps.gate, steps.scale, steps.shift)
+    for used in (steps.dropout_p, *(vector is not None for vector in vectors), steps.drop_path_p):
         before += 2 * bool(used)
         launches += bool(used)
     return Saving(path, launches - 1, (before - 4) * total.numel() * total.element_size())

@@ -3,146 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._activations import FUNCTIONS, gelu_tanh
+from .._activations import gelu_tanh
 from ..activation import bias_act_dropout
 from ..autograd.linear import linear as linear_product
 from ..modules._fusible import any_global_hooks
-from .handover import NormForm, any_autocast, can_hand_over, following, hand_over, inner, without_hooks
-
-BASE = "_fusednorm_base"  # on generated classes: the class that restore() gives back
+from .adaptive import PARAMETERS, Gate, Gated, Normed, vectors
+from .handover import (
+    PLAIN,
+    NormForm,
+    Parameters,
+    any_autocast,
+    can_hand_over,
+    following,
+    hand_over,
+    inner,
+    take,
+    waits_plain,
+    without_hooks,
+)
+from .products import reading
+from .steps import LINEAR, NO_STEPS, Dropout, Steps, activation_name, as_arguments, step_kind, torchs_kind
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._get_tracing_state
 # what rewritten methods use
-__all__ = ["Dropout", "activate", "add", "following", "gelu_tanh", "inner"]
-
-
-class Dropout(NamedTuple):
-    """``F.dropout(x, p, training)`` as a step between a branch and the sum."""
-
-    p: float = 0.5
-    training: bool = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p, self.training)
-
-
-# What the classes of torch compute as steps of a branch.
-STEP_KINDS: dict[type, str] = {
-    nn.Linear: "linear",
-    nn.Dropout: "dropout",
-    Dropout: "dropout",
-    nn.Identity: "identity",
-}
-LINEAR = ("linear", "conv1d")
-_ACTIVATIONS: dict[Any, str] = {
-    **{function: name for name, function in FUNCTIONS.items()},
-    F.relu: "relu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-}
-
-
-class Verdict(NamedTuple):
-    """What an instance of another library's class was seen to compute, and the attributes that may decide it."""
-
-    computes: str  # a kind of step, or the name of an activation
-    attributes: dict[str, Any]
-
-
-_VERDICT = "_fusednorm_verdict"
-_NOT_DECISIVE = {"training", "drop_prob", "p"}  # read at every call
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if name[0] != "_"
-        and name not in _NOT_DECISIVE
-        and (value is None or callable(value) or isinstance(value, (bool, int, float, str)))
-    }
-
-
-def mark(module: nn.Module, computes: str) -> None:
-    module.__dict__[_VERDICT] = Verdict(computes, _attributes(module))
-
-
-def unmark(module: nn.Module) -> None:
-    module.__dict__.pop(_VERDICT, None)
-
-
-def _seen_to_compute(module: nn.Module) -> str | None:
-    verdict = module.__dict__.get(_VERDICT)
-    return verdict.computes if verdict is not None and verdict.attributes == _attributes(module) else None
-
-
-def _torchs_kind(module: Any) -> str | None:
-    """The kind of a step of torch's own classes, a swapped linear layer among them."""
-    return STEP_KINDS.get(type(module).__dict__.get(BASE, type(module)))
-
-
-def step_kind(module: Any) -> str | None:
-    """The kind of a step, or None if the operator cannot do it."""
-    kind = _torchs_kind(module)
-    if kind is None:
-        return _seen_to_compute(module) if isinstance(module, nn.Module) else None
-    return None if getattr(module, "inplace", False) else kind  # what it changes may be read later
-
-
-def activation_name(activation: Any) -> str | None:
-    """What ``bias_act_dropout`` calls an activation, as far as torch's classes and `mark` say."""
-    if not isinstance(activation, nn.Module):
-        return _ACTIVATIONS.get(activation) if isinstance(activation, Hashable) else None
-    if type(activation) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
-    return _ACTIVATIONS.get(type(activation)) or _seen_to_compute(activation)
-
-
-class Steps(NamedTuple):
-    """What the fused operator computes between the branch and the sum."""
-
-    linear: Any = None
-    dropout_p: float = 0.0
-    layer_scale: Tensor | None = None
-    drop_path_p: float = 0.0
-
-
-_NO_STEPS = Steps()
-
-
-def _steps(modules: tuple[Any, ...]) -> Steps | None:
-    """The steps as arguments of the operator; None if one of them has hooks or they come in another order."""
-    steps = _NO_STEPS
-    for module in modules:
-        kind = step_kind(module)
-        if kind is None or (type(module) is not Dropout and not without_hooks(module)):
-            return None
-        if kind == "dropout":
-            if module.training and module.p:
-                if steps[1:] != _NO_STEPS[1:] or not 0.0 < module.p < 1.0:
-                    return None
-                steps = steps._replace(dropout_p=float(module.p))
-        elif kind in LINEAR:
-            if steps != _NO_STEPS:
-                return None
-            steps = Steps(module)
-        elif kind == "layer_scale":
-            if steps.layer_scale is not None or steps.drop_path_p:
-                return None
-            steps = steps._replace(layer_scale=next(iter(module._parameters.values())))
-        elif kind == "drop_path" and module.training and module.drop_prob:
-            if steps.drop_path_p or not 0.0 < module.drop_prob < 1.0:
-                return None
-            steps = steps._replace(drop_path_p=float(module.drop_prob))
-    return steps
+__all__ = [
+    "Dropout",
+    "Gate",
+    "activate",
+    "add",
+    "following",
+    "gated",
+    "gelu_tanh",
+    "inner",
+    "later",
+    "modulate",
+    "modulate_by",
+    "settled",
+]
 
 
 def _weight(linear: Any) -> Tensor:
@@ -152,9 +56,9 @@ def _weight(linear: Any) -> Tensor:
 
 
 # Layer scale and drop path have no C++ fast path. Forward and backward, torch's operators were 1.3 times as fast on
-# 2^13 elements, as fast on 2^16, and 1.3 to 1.5 times as slow on 2^18 (one thread, AMD EPYC).
+# 2^13 elements, as fast on 2^16, and 1.3 to 1.5 times as slow on 2^18 (one thread, AMD EPYC). Gates and modulations,
+# which have none either, follow the same rule.
 _LEAST_WITHOUT_FASTPATH = 1 << 17
-_PARAMETERS = (nn.Parameter, Tensor)  # not a sharded one
 _listener: Callable[[nn.Module, Tensor, Steps], None] | None = None
 
 
@@ -175,7 +79,13 @@ def listening(listener: Callable[[nn.Module, Tensor, Steps], None]) -> Iterator[
 
 
 def add(
-    *, residual: Tensor, branch: Tensor, norm: Any, steps: tuple[Any, ...] = (), branch_first: bool = False
+    *,
+    residual: Tensor,
+    branch: Any,
+    norm: Any,
+    steps: tuple[Any, ...] = (),
+    branch_first: bool = False,
+    modulation: Callable[[], tuple[Any, ...]] | None = None,
 ) -> Tensor:
     """``residual + steps(branch)``, and the norm of that sum handed over to `norm`.
 
@@ -184,15 +94,18 @@ def add(
         branch: what the first step takes, or the other side of the sum.
         norm: the module that reads the sum next; None where that is not known.
         steps: the modules between `branch` and the sum, in the order in which they run: a linear layer, dropout, layer
-            scale, drop path.
+            scale or gate, drop path.
         branch_first: whether the branch is the left side.
+        modulation: scale, shift and `unsqueezed` as :func:`modulate` will be given them, where that is known.
 
     Returns:
         The sum.
     """
+    if type(branch) is Gated:
+        branch, steps = branch.branch, (branch.gate, *steps)
     form = type(norm).__dict__.get("_fusednorm_norm")  # of this very class: a parametrised norm computes by itself
     if form is not None and not _is_compiling() and _is_tracing() is None:
-        total = _fused_add(form, residual, branch, norm, steps)
+        total = _fused_add(form, residual, branch, norm, steps, modulation)
         if total is not None:
             return total
     for step in steps:
@@ -200,46 +113,160 @@ def add(
     return branch + residual if branch_first else residual + branch
 
 
-def _fused_add(form: NormForm, residual: Tensor, x: Tensor, norm: Any, modules: tuple[Any, ...]) -> Tensor | None:
-    if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
-        return None
-    if modules and _too_small(residual) and not all(map(_torchs_kind, modules)):
-        return None
-    steps = _steps(modules) if modules else _NO_STEPS
-    if steps is None or any_global_hooks() or any_autocast() or not can_hand_over():
-        return None
-    dtype, bias = residual.dtype, None
-    own = weight, norm_bias = form.parameters(norm)
-    eps = form.epsilon(norm)
-    if x.dtype is not dtype or not residual.is_contiguous() or (eps is not None and type(eps) is not float):
+def _own(form: NormForm, norm: Any, like: Tensor) -> tuple[Parameters, Any] | None:
+    """(parameters, eps) of a norm, or None where it computes something else of a tensor of that width and dtype."""
+    own = weight, bias = form.parameters(norm)
+    eps, dtype = form.epsilon(norm), like.dtype
+    if eps is not None and type(eps) is not float:
         return None
     if weight is None:
-        width = residual.shape[-1:]
-        if norm_bias is not None or tuple(getattr(norm, "normalized_shape", width)) != width:
+        width = like.shape[-1:]
+        if bias is not None or tuple(getattr(norm, "normalized_shape", width)) != width:
             return None
-    elif type(weight) not in _PARAMETERS or weight.dtype is not dtype:
+    elif type(weight) not in PARAMETERS or weight.dtype is not dtype:
         return None
-    if (norm_bias is not None and norm_bias.dtype is not dtype) or (form.float32_only and dtype is not torch.float32):
+    if (bias is not None and bias.dtype is not dtype) or (form.float32_only and dtype is not torch.float32):
         return None
-    if steps is not _NO_STEPS:
-        scale = steps.layer_scale
+    return own, eps
+
+
+def _fused_add(
+    form: NormForm,
+    residual: Tensor,
+    x: Tensor,
+    norm: Any,
+    modules: tuple[Any, ...],
+    modulation: Callable[[], tuple[Any, ...]] | None,
+) -> Tensor | None:
+    if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
+        return None
+    small = (bool(modules) or modulation is not None) and _too_small(residual)
+    if small and not all(torchs_kind(module) not in (None, "gate") for module in modules):
+        return None
+    steps = as_arguments(modules) if modules else NO_STEPS
+    if steps is None or any_global_hooks() or any_autocast() or not can_hand_over():
+        return None
+    dtype, bias, found = residual.dtype, None, _own(form, norm, residual)
+    if x.dtype is not dtype or not residual.is_contiguous() or found is None:
+        return None
+    own, eps = found
+    if steps is not NO_STEPS:
+        scale, gate = steps.layer_scale, steps.gate
         if scale is not None and (scale.dtype is not dtype or scale.shape != residual.shape[-1:]):
             return None
+        if gate is not None:
+            steps = steps._replace(gate=vectors(gate.gate, residual, gate.unsqueezed))
+            if steps.gate is None:
+                return None
         if steps.linear is not None:
             matrix, bias = _weight(steps.linear), steps.linear.bias
-            if type(matrix) not in _PARAMETERS or matrix.dtype is not dtype or matrix.shape[:1] != residual.shape[-1:]:
+            if type(matrix) not in PARAMETERS or matrix.dtype is not dtype or matrix.shape[:1] != residual.shape[-1:]:
                 return None
             x = linear_product(x, matrix)
     if not x.is_contiguous():
         return None
+    modulated = PLAIN
+    if modulation is not None and not small:
+        try:
+            *pair, unsqueezed = modulation()
+        except NameError:  # of a variable that is not assigned yet
+            pair = []
+        folded = _folded(steps, pair, residual, unsqueezed) if pair else None
+        if folded is not None:
+            steps, modulated = folded, (pair[0], pair[1])
     try:
         normed, total = form.add(own, eps, residual, x, bias, steps)
     except (TypeError, ValueError):  # a sum that broadcasts, or what is wrong: said as torch says it
         return None
-    hand_over(norm, own, eps, total, normed)
+    hand_over(norm, own, eps, total, normed, modulated)
     if _listener is not None:
         _listener(norm, total, steps)
     return total
+
+
+def _folded(steps: Steps, pair: Sequence[Any], like: Tensor, unsqueezed: bool) -> Steps | None:
+    """The steps with a scale and a shift, or None where they are no vectors for the samples of `like`."""
+    scale, shift = (None if given is None else vectors(given, like, unsqueezed) for given in pair)
+    if scale is None or (shift is None) is not (pair[1] is None):
+        return None
+    return steps._replace(scale=scale, shift=shift)
+
+
+def gated(branch: Any, gate: Gate) -> Any:
+    """``gate(branch)`` for the sum that comes next, and that alone reads it."""
+    return gate(branch) if _is_compiling() or _is_tracing() is not None else Gated(branch, gate)
+
+
+def later(norm: Any, x: Any) -> Any:
+    """``norm(x)``, or what stands for it where :func:`modulate` comes next and alone reads it."""
+    if (
+        _is_compiling()
+        or _is_tracing() is not None
+        or "_fusednorm_norm" not in type(norm).__dict__
+        or type(x) is not Tensor
+        or _too_small(x)
+        or not without_hooks(norm)
+        or any_global_hooks()
+        or any_autocast()
+    ):
+        return norm(x)
+    return Normed(norm, x)
+
+
+def settled(normed: Any) -> Any:
+    """A normed tensor itself, where :func:`modulate` did not come."""
+    return normed.norm(normed.x) if type(normed) is Normed else normed
+
+
+def modulate(
+    normed: Any, otherwise: Callable[[Any], Any], *, scale: Any, shift: Any = None, unsqueezed: bool = False
+) -> Any:
+    """``normed * (1 + scale) + shift``, in one operator with the norm.
+
+    Args:
+        normed: what :func:`later` gave, or a tensor.
+        otherwise: the method's own statement.
+        scale, shift: what the method adds 1 to and what it adds, without a dimension that it adds for that; shift None
+            adds nothing.
+        unsqueezed: whether the method adds a dimension after the first to both.
+    """
+    if type(normed) is Normed:
+        y = _modulated(normed.norm, normed.x, scale, shift, unsqueezed)
+        if y is not None:
+            return y
+    return otherwise(settled(normed))
+
+
+def modulate_by(function: Callable[..., Any], *given: Any) -> Any:
+    """``function(*given)`` of a function that modulates one of its arguments, which may come from :func:`later`."""
+    parts = None if _is_compiling() else reading(function)
+    if parts is None:
+        return function(*map(settled, given))
+
+    def otherwise(normed: Any) -> Any:
+        return function(*(normed if i == parts.normed else value for i, value in enumerate(given)))
+
+    shift = None if parts.shift is None else given[parts.shift]
+    return modulate(given[parts.normed], otherwise, scale=given[parts.scale], shift=shift, unsqueezed=parts.unsqueezed)
+
+
+def _modulated(norm: Any, x: Tensor, scale: Any, shift: Any, unsqueezed: bool) -> Tensor | None:
+    if waits_plain(x):
+        return None
+    steps, form = _folded(NO_STEPS, (scale, shift), x, unsqueezed), type(norm)._fusednorm_norm
+    if steps is None:
+        return None
+    y = take(norm, x, (scale, shift)) if can_hand_over() else None
+    if y is not None:
+        return y
+    found = _own(form, norm, x)
+    if found is None or not x.is_contiguous():
+        return None
+    try:
+        y = form.add(*found, None, x, None, steps)[0]
+    except (TypeError, ValueError):  # said as torch says it
+        return None
+    return y
 
 
 def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any = None) -> Tensor:
@@ -264,10 +291,10 @@ def _fused_activate(x: Tensor, linear: Any, activation: Any, name: str, dropout:
     if type(x) is not Tensor or step_kind(linear) not in LINEAR or not without_hooks(linear):
         return None
     known = activation_name(activation) == name and (not isinstance(activation, nn.Module) or without_hooks(activation))
-    steps = _NO_STEPS if dropout is None else _steps((dropout,))
+    steps = NO_STEPS if dropout is None else as_arguments((dropout,))
     if not known or steps is None or not x.ndim or any_global_hooks():
         return None
     weight = _weight(linear)
-    if type(weight) not in _PARAMETERS:
+    if type(weight) not in PARAMETERS:
         return None
     return bias_act_dropout(linear_product(x, weight), linear.bias, name, steps.dropout_p)

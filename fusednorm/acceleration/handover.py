@@ -57,14 +57,17 @@ class NormForm(NamedTuple):
             weight = 1.0 + weight.float()
         return norm_functions.rms_norm(x, size, weight, eps)
 
-    def add(self, own: Parameters, eps: Any, residual: Tensor, x: Tensor, bias: Tensor | None, steps: Any) -> Any:
+    def add(
+        self, own: Parameters, eps: Any, residual: Tensor | None, x: Tensor, bias: Tensor | None, steps: Any
+    ) -> Any:
         """(normed, sum) in one operator, with the parameters and eps of a module of this form."""
         weight, norm_bias = own
         size = x.shape[-1:] if weight is None else weight.shape
-        _, dropout_p, layer_scale, drop_path_p = steps
+        _, dropout_p, layer_scale, drop_path_p, gate, scale, shift = steps
         keywords: dict[str, Any] = {}
-        if layer_scale is not None or drop_path_p:
+        if not (layer_scale is gate is scale is shift is None) or drop_path_p:
             keywords = {"layer_scale": layer_scale, "drop_path_p": drop_path_p}
+            keywords |= {"gate": gate, "scale": scale, "shift": shift}
         if not self.rms:
             return norm_functions.add_layer_norm(
                 x, residual, size, weight, norm_bias, eps, x_bias=bias, dropout_p=dropout_p, **keywords
@@ -74,21 +77,29 @@ class NormForm(NamedTuple):
         return norm_functions.add_rms_norm(x, residual, size, weight, eps, x_bias=bias, dropout_p=dropout_p, **keywords)
 
 
+Modulation = tuple[Tensor | None, Tensor | None]  # scale and shift, as a method names them
+PLAIN: Modulation = None, None
+
+
 class _Waiting(NamedTuple):
     sum: weakref.ref[Tensor]
     norm: nn.Module
     normed: Tensor
     state: tuple[Any, ...]
+    modulation: Modulation
 
 
 # By id of the sum, and not as its attribute: a sum that is saved or copied takes nothing along.
 waiting: dict[int, _Waiting] = {}
 
 
-def _state(own: Parameters, eps: float | None, total: Tensor) -> tuple[Any, ...]:
+def _state(own: Parameters, eps: float | None, total: Tensor, modulation: Modulation) -> tuple[Any, ...]:
     """Whatever decides the values and gradients of the norm of `total`."""
     weight, bias = own
     state = total._version, total.requires_grad, total.grad_fn, torch.is_grad_enabled(), eps
+    for vectors in modulation:
+        if vectors is not None:
+            state += vectors._version, vectors.requires_grad  # type: ignore[assignment]
     if weight is not None:
         state += id(weight), weight._version, weight.requires_grad  # type: ignore[assignment]
     if bias is not None:
@@ -96,8 +107,10 @@ def _state(own: Parameters, eps: float | None, total: Tensor) -> tuple[Any, ...]
     return state
 
 
-def hand_over(norm: nn.Module, own: Parameters, eps: float | None, total: Tensor, normed: Tensor) -> None:
-    """Let `normed` wait for a call of `norm` with `total`, as long as `total` lives."""
+def hand_over(
+    norm: nn.Module, own: Parameters, eps: float | None, total: Tensor, normed: Tensor, modulation: Modulation = PLAIN
+) -> None:
+    """Let `normed` wait for a call of `norm` with `total`, and for its modulation, as long as `total` lives."""
     key = id(total)
 
     def forget(dead: weakref.ref[Tensor]) -> None:
@@ -105,10 +118,16 @@ def hand_over(norm: nn.Module, own: Parameters, eps: float | None, total: Tensor
         if entry is not None and entry.sum is dead:
             waiting.pop(key, None)
 
-    waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(own, eps, total))
+    waiting[key] = _Waiting(weakref.ref(total, forget), norm, normed, _state(own, eps, total, modulation), modulation)
 
 
-def take(norm: nn.Module, x: Tensor) -> Tensor | None:
+def waits_plain(x: Tensor) -> bool:
+    """Whether a normed tensor without modulation waits at `x`."""
+    entry = waiting.get(id(x))
+    return entry is not None and entry.sum() is x and entry.modulation is PLAIN
+
+
+def take(norm: nn.Module, x: Tensor, modulation: Modulation = PLAIN) -> Tensor | None:
     """The tensor that waits at `x` for `norm`, if computing it now would give the same values and gradients."""
     if _is_compiling() or not waiting:
         return None
@@ -119,7 +138,8 @@ def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     form: NormForm = type(norm)._fusednorm_norm  # type: ignore[attr-defined]
     if (
         entry.norm is not norm
-        or entry.state != _state(form.parameters(norm), form.epsilon(norm), x)
+        or any(was is not now for was, now in zip(entry.modulation, modulation, strict=True))
+        or entry.state != _state(form.parameters(norm), form.epsilon(norm), x, modulation)
         or x._backward_hooks  # a hook on the sum has to see its whole gradient
         or x.retains_grad
         or any_autocast()

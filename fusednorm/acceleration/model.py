@@ -16,7 +16,7 @@ from torch import nn
 from .._checks import check_flag
 from ..autograd.linear import gains_by_onednn
 from ..modules._fusible import class_path
-from . import fused, handover, layers, recognise, source, swap
+from . import handover, layers, recognise, source, steps, swap
 from .example import Example, Mismatch, check_batch
 from .links import Links
 from .patterns import Finder, Found
@@ -211,14 +211,14 @@ class _Analysis:
         if self.options["layers"]:
             self._layers()
         self._norms()
-        if self.options["residual"] or self.options["feed_forward"]:
+        if self.options["norms"] or self.options["residual"] or self.options["feed_forward"]:
             self._methods()
         self.changes = [*self.norm_changes.values(), *self.changes]
         if self.options["attention"]:
             self._attention()
         if self.options["linear"]:
             self._linears()
-        if any(entry.kind in ("norm", "residual", "feed_forward") for entry in self.report.fused):
+        if any(entry.kind in ("norm", "modulation", "residual", "feed_forward") for entry in self.report.fused):
             self.report.notes.append(COMPILED)
         if any(entry.kind == "attention" for entry in self.report.fused):
             self.report.notes.append(WEIGHTS)
@@ -287,7 +287,7 @@ class _Analysis:
 
     def _activation(self, activation: Any) -> str | None:
         if not isinstance(activation, nn.Module) or id(activation) not in self.paths:  # nothing global is marked
-            return fused.activation_name(activation)
+            return steps.activation_name(activation)
         if id(activation) not in self.names:
             self.names[id(activation)] = recognise.activation_name(activation)
             self._mark(activation, self.names[id(activation)])
@@ -295,7 +295,7 @@ class _Analysis:
 
     def _mark(self, module: nn.Module, computes: str | None) -> None:
         if computes is not None and not type(module).__module__.startswith("torch."):
-            self.changes.append(Change(self.paths[id(module)], functools.partial(fused.mark, module, computes)))
+            self.changes.append(Change(self.paths[id(module)], functools.partial(steps.mark, module, computes)))
 
     def _trees(self, module: nn.Module) -> list[Tree]:
         """The methods of a module that may hold something to fuse: forward, and those it calls on self."""
@@ -327,14 +327,15 @@ class _Analysis:
                 main = tree.name == "forward"
                 finder = Finder(
                     tree, self._is_norm, links.consumer, self._kind, self._activation, main and norm is not None,
-                    self.options["residual"], self.options["feed_forward"],
+                    self.options["norms"], self.options["residual"], self.options["feed_forward"],
                 )  # fmt: skip
                 sites = finder.run()
                 returns |= main and sites.returns_sum
                 for site in sites.sites:
                     self._add(path, site.kind, site.what, site.into, site.reason)
-                    if site.norm is not None:
-                        self._swap(site.norm)
+                    if not site.reason:
+                        for module_norm in site.norms:
+                            self._swap(module_norm)
                 if sites.replaced:
                     found[tree.name] = (tree.method, sites)
             if found:

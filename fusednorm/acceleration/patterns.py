@@ -12,27 +12,41 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modules._fusible import class_path
-from .fused import LINEAR
 from .handover import without_hooks
+from .modulations import Modulation, Modulations, values_before, vectors_of
+from .products import Gating, gate_step, gating, helper, is_pure
 from .reader import RETURNED, Consumer, Reader, short
-from .source import HELPER, Method
-from .tree import COMPREHENSIONS, SIMPLE, UNKNOWN, Place, Tree, assigned, first_assigned, is_sum, reads, without_calls
+from .source import Method
+from .steps import LINEAR
+from .tree import (
+    COMPREHENSIONS,
+    SIMPLE,
+    UNKNOWN,
+    Place,
+    Tree,
+    assigned,
+    first_assigned,
+    is_sum,
+    reads,
+    without_calls,
+)
 
 
 class Site(NamedTuple):
     """One thing seen in a method."""
 
-    kind: str  # "residual" or "feed_forward"
+    kind: str  # "modulation", "residual" or "feed_forward"
     what: str  # the source
     into: str
     reason: str = ""  # why it is left as it is, or nothing
-    norm: Any = None  # the module that reads the sum
+    norms: tuple[Any, ...] = ()  # the modules that the change needs
 
 
 class Found(NamedTuple):
     sites: list[Site]
     replaced: dict[int, ast.expr]  # by id of the old node
     removed: set[int]
+    inserted: dict[int, ast.stmt]  # by id of the old statement before
     returns_sum: bool
 
 
@@ -56,6 +70,7 @@ class Finder:
         kind: Callable[[Any], str | None],
         activation: Callable[[Any], str | None],
         linked: bool,
+        norms: bool = True,
         residual: bool = True,
         feed_forward: bool = True,
     ) -> None:
@@ -66,15 +81,21 @@ class Finder:
         self.has_linear = any(kind(child) in LINEAR for child in children)
         self.is_block = self.has_linear or any(map(is_norm, children))
         self.sites: list[Site] = []
-        self.replaced: dict[int, ast.expr] = {}
-        self.removed: set[int] = set()
+        self.modulations = Modulations(tree, is_norm if norms else lambda module: False)
+        self.replaced: dict[int, ast.expr] = dict(self.modulations.replaced)
+        self.removed: set[int] = set(self.modulations.removed)
         self.used: set[int] = set()  # steps that a sum has taken
         self.returns_sum = False
 
     def run(self) -> Found:
+        for found in self.modulations.found:
+            into = "" if found.reason else self.modulations.into(found)
+            self.sites.append(Site("modulation", ast.unparse(found.node), into, found.reason, found.norms))
         if self.residual:
             for place in self.tree.places:
                 for node in _expressions(place.statement):
+                    if id(node) in self.modulations.parts:
+                        continue
                     if isinstance(node, ast.BinOp) and is_sum(node):
                         self._sum(node, place)
                     else:
@@ -86,7 +107,7 @@ class Finder:
                 for node in _expressions(place.statement):
                     if isinstance(node, ast.Call) and id(node) not in self.replaced:
                         self._activation(node, place)
-        return Found(self.sites, self.replaced, self.removed, self.returns_sum)
+        return Found(self.sites, self.replaced, self.removed, self.modulations.inserted, self.returns_sum)
 
     # --- sums
 
@@ -109,18 +130,20 @@ class Finder:
         if reason == RETURNED:
             self.returns_sum = True
             if self.linked:
-                following = ast.Call(_helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
+                following = ast.Call(helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
                 into = self._fuse(node, place, following)
                 self.sites.append(Site("residual", text, f"{into}, with the norm of the next block"))
                 return
             reason = "the method returns it, and the norm that reads it then could not be seen"
         if norm is not None and module is not None and not without_hooks(module):
             reason = f"{ast.unparse(norm)} has hooks"
-        if norm is None or reason:
+        if norm is None or module is None or reason:
             self._left(node, reason)
             return
-        into = self._fuse(node, place, norm)
-        self.sites.append(Site("residual", text, f"{into}, with {ast.unparse(norm)}", norm=module))
+        modulation = self.modulations.of(module, place)
+        into = self._fuse(node, place, norm, modulation)
+        into += f", with {ast.unparse(norm)}" + (" and its modulation" if modulation is not None else "")
+        self.sites.append(Site("residual", text, into, norms=(module,)))
 
     def _sum_in_other_words(self, node: ast.AST, place: Place) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_"):
@@ -147,14 +170,19 @@ class Finder:
         calls = (n for n in ast.walk(node) if isinstance(n, ast.Call))
         return any(isinstance(self.tree.resolve(call.func), nn.Module) for call in calls)
 
-    def _fuse(self, node: ast.BinOp, place: Place, norm: ast.expr) -> str:
+    def _fuse(self, node: ast.BinOp, place: Place, norm: ast.expr, modulation: Modulation | None = None) -> str:
         movable = self.tree.alone(node, place) and self.tree.comes_first(node, place)
         base, steps, consumed = self._steps(node.right, place, movable and isinstance(node.left, ast.Name))
         residual, branch_first = node.left, False
+        gates = self._gates(base, place) if movable and not steps else []
         left = self._steps(node.left, place, movable)
-        if not steps and left[1] and without_calls(node.right):
+        left_gates = self._gates(left[0], place) if movable and not left[1] else []
+        if not steps and not gates and (left[1] or left_gates) and without_calls(node.right):
             base, steps, consumed = left
+            gates = left_gates
             residual, branch_first = node.right, True
+        for value, parts in gates:
+            self.replaced[id(value)] = ast.Call(helper("gated"), [parts.branch, gate_step(value, parts)], [])
         self.removed |= {id(p.statement) for p in consumed}
         self.used |= {id(step) for step in steps}
         operands = [ast.keyword("residual", residual), ast.keyword("branch", base)]
@@ -163,8 +191,10 @@ class Finder:
             keywords.append(ast.keyword("steps", ast.Tuple(steps, ast.Load())))
         if branch_first:
             keywords.append(ast.keyword("branch_first", ast.Constant(True)))
-        self.replaced[id(node)] = ast.Call(_helper("add"), [], keywords)
-        kinds = [self._kind(step) for step in steps]
+        if modulation is not None:
+            keywords.append(ast.keyword("modulation", vectors_of(modulation)))
+        self.replaced[id(node)] = ast.Call(helper("add"), [], keywords)
+        kinds = ["gate"] * bool(gates) + [self._kind(step) for step in steps]
         names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
         return " + ".join([names.get(k, k) for k in kinds if k != "identity"] + ["sum"])
 
@@ -183,10 +213,21 @@ class Finder:
             if step is None:
                 break
             steps.insert(0, step)
-            node = node.args[0]  # type: ignore[attr-defined]
+            parts = self._gating(node)
+            node = node.args[0] if parts is None else parts.branch  # type: ignore[attr-defined]
             if self._kind(step) in LINEAR:
                 break
         return node, steps, consumed
+
+    def _gating(self, node: ast.AST) -> Gating | None:
+        if id(node) in self.modulations.parts:
+            return None
+        return gating(node, lambda part: is_pure(self.tree, part), self._of_module)
+
+    def _gates(self, branch: ast.expr, place: Place) -> list[tuple[ast.expr, Gating]]:
+        """The products with gates by which the ``if`` before a sum may end, where the sum alone reads them."""
+        found = ((value, self._gating(value)) for value in values_before(self.tree, branch, place))
+        return [(value, parts) for value, parts in found if parts is not None]
 
     def _moved(self, name: str, place: Place) -> tuple[ast.expr, Place] | None:
         """The definition of a variable, where it may be evaluated later: it assigns no other variable."""
@@ -194,7 +235,10 @@ class Finder:
         return None if found is None or any(isinstance(n, ast.NamedExpr) for n in ast.walk(found[0])) else found
 
     def _step(self, node: ast.expr) -> ast.expr | None:
-        """The module or ``fused.Dropout(...)`` of a call that the operator can do, else None."""
+        """The module, ``fused.Dropout(...)`` or ``fused.Gate(...)`` of what the operator can do, else None."""
+        parts = self._gating(node)
+        if parts is not None:
+            return gate_step(node, parts)
         module = self.tree.called(node)
         if isinstance(module, nn.Module):
             return node.func if self.kind(module) is not None else None  # type: ignore[attr-defined]
@@ -208,10 +252,12 @@ class Finder:
         if len(values) != len(node.args) - 1 + len(node.keywords) or not set(values) <= set(names):
             return None
         keywords = [ast.keyword("training" if name == "train" else name, value) for name, value in values.items()]
-        return ast.Call(_helper("Dropout"), [], keywords)
+        return ast.Call(helper("Dropout"), [], keywords)
 
     def _kind(self, step: ast.expr) -> str:
-        return "dropout" if isinstance(step, ast.Call) else self.kind(self.tree.resolve(step)) or ""
+        if isinstance(step, ast.Call):
+            return "gate" if step.func.attr == "Gate" else "dropout"  # type: ignore[attr-defined]
+        return self.kind(self.tree.resolve(step)) or ""
 
     # --- activations
 
@@ -244,7 +290,7 @@ class Finder:
         ]
         if dropout is not None:
             keywords.append(ast.keyword("dropout", dropout))
-        self.replaced[id(outer)] = ast.Call(_helper("activate"), [], keywords)
+        self.replaced[id(outer)] = ast.Call(helper("activate"), [], keywords)
         self.removed |= {id(p.statement) for p in (*consumed, *dropped)}
         into = f"bias + {name}" + (" + dropout" if dropout else "")
         self.sites.append(Site("feed_forward", text, into))
@@ -279,7 +325,7 @@ class Finder:
         if function is F.gelu and len(node.keywords) == 1 and node.keywords[0].arg == "approximate":
             value = node.keywords[0].value
             if isinstance(value, ast.Constant) and value.value == "tanh":
-                return "gelu_tanh", _helper("gelu_tanh"), node.args[0]
+                return "gelu_tanh", helper("gelu_tanh"), node.args[0]
             return None, node.func, None
         if node.keywords or function is None:
             return None, node.func, None
@@ -308,10 +354,6 @@ class Finder:
         return None if step is None or id(step) in self.used or self._kind(step) != "dropout" else step
 
 
-def _helper(name: str) -> ast.Attribute:
-    return ast.Attribute(ast.Name(HELPER, ast.Load()), name, ast.Load())
-
-
 def _expressions(statement: ast.stmt) -> list[ast.AST]:
     """The nodes of a statement itself, outermost first, without those of the statements inside it."""
     found: list[ast.AST] = []
@@ -326,13 +368,14 @@ def _expressions(statement: ast.stmt) -> list[ast.AST]:
 
 
 class _Apply(ast.NodeTransformer):
-    def __init__(self, replaced: dict[int, ast.expr], removed: set[int]) -> None:
-        self.replaced, self.removed = replaced, removed
+    def __init__(self, replaced: dict[int, ast.expr], removed: set[int], inserted: dict[int, ast.stmt]) -> None:
+        self.replaced, self.removed, self.inserted = replaced, removed, inserted
 
     def visit(self, node: ast.AST) -> Any:
         if id(node) in self.removed:
             return None
-        return self.generic_visit(self.replaced.get(id(node), node))
+        visited = self.generic_visit(self.replaced.get(id(node), node))
+        return [visited, self.inserted[id(node)]] if id(node) in self.inserted else visited
 
 
 def apply(method: Method, found: Found) -> ast.FunctionDef:
@@ -341,4 +384,5 @@ def apply(method: Method, found: Found) -> ast.FunctionDef:
     tree = copy.deepcopy(method.tree, memo)
     replaced = {id(memo[old]): copy.deepcopy(new, memo) for old, new in found.replaced.items()}
     removed = {id(memo[old]) for old in found.removed}
-    return ast.fix_missing_locations(_Apply(replaced, removed).visit(tree))
+    inserted = {id(memo[old]): new for old, new in found.inserted.items()}
+    return ast.fix_missing_locations(_Apply(replaced, removed, inserted).visit(tree))

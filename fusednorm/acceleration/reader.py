@@ -134,7 +134,8 @@ class Reader:
         if isinstance(around, (ast.Assign, ast.AnnAssign)):
             return held or assigned(around) is None  # an attribute, an element or several variables
         if isinstance(around, ast.Call):
-            if isinstance(self.tree.resolve(around.func), nn.Module):
+            called = self.tree.resolve(around.func)
+            if called is None or isinstance(called, nn.Module):  # None: a branch for other instances
                 return False
             function = self.tree.method.global_value(around.func)
             home = getattr(function, "__module__", None) or ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._activations import FUNCTIONS
 from ..modules._fusible import class_path
-from . import fused
+from . import steps
 from .handover import NormForm, without_hooks
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
@@ -148,7 +148,7 @@ _GRID_STEPS = 401
 
 def activation_name(activation: Any) -> str | None:
     """What ``bias_act_dropout`` calls an activation, or None."""
-    known = fused.activation_name(activation)
+    known = steps.activation_name(activation)
     if known is not None or not isinstance(activation, nn.Module) or type(activation).__module__.startswith("torch."):
         return known
     if not _leaf(activation) or _parameters(activation) or not without_hooks(activation):
@@ -165,8 +165,8 @@ def activation_name(activation: Any) -> str | None:
 
 def step_kind(module: nn.Module) -> str | None:
     """Whether a module is a linear layer, dropout, layer scale or drop path, and which; or None."""
-    if type(module) in fused.STEP_KINDS:
-        return fused.step_kind(module)
+    if type(module) in steps.STEP_KINDS:
+        return steps.step_kind(module)
     if type(module).__module__.startswith("torch."):
         return None
     if not _leaf(module) or "forward" in module.__dict__ or getattr(module, "inplace", False):

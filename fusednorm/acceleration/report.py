@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 TITLES = {
     "norm": "norms",
+    "modulation": "scales and shifts of norms",
     "residual": "sums with the norm after them",
     "feed_forward": "activations of linear layers",
     "attention": "attention",
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 
     Attributes:
         path: of the module, as ``model.get_submodule`` takes it; "" is the model.
-        kind: "norm", "residual", "feed_forward", "attention" or "layer".
+        kind: "norm", "modulation", "residual", "feed_forward", "attention" or "layer".
         what: the class, or the source.
         into: what it became; "" where it was left.
         reason: why it was left; "" where it was not.

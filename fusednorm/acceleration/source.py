@@ -13,7 +13,7 @@ import textwrap
 import types
 from typing import Any, NamedTuple
 
-from . import fused, recipes
+from . import recipes
 
 HELPER = "fused"  # the name by which a rewritten method sees the module of the same name
 
@@ -65,6 +65,18 @@ def read(cls: type, name: str) -> Method:
     """
     owner = next((base for base in cls.__mro__ if name in base.__dict__), cls)
     return _read(inspect.getattr_static(cls, name, None), name, owner)
+
+
+def read_function(function: types.FunctionType) -> ast.FunctionDef:
+    """The tree of a function without decorators.
+
+    Raises:
+        Unreadable: as for :func:`read`.
+    """
+    method = _read(function, function.__name__, object)
+    if method.wrappers or method.tree.decorator_list:
+        raise Unreadable(f"{function.__name__} has a decorator")
+    return method.tree
 
 
 @functools.lru_cache(maxsize=4096)
@@ -177,6 +189,8 @@ def rebuild(method: Method, tree: ast.FunctionDef) -> tuple[types.FunctionType, 
     text = ast.unparse(_bare(tree))
     code = _compile(function, text, f"<fusednorm: {function.__module__}.{function.__qualname__} {_digest(text)}>")
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    from . import fused  # which reads the source of functions
+
     cells[HELPER] = types.CellType(fused)
     closure = tuple(cells[name] for name in code.co_freevars)
     new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)

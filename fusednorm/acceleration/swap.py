@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..autograd.linear import linear
 from ..dispatch import settings
 from ..modules import LayerNorm, RMSNorm
-from . import fused, handover, patterns, source
-from .fused import BASE
+from . import handover, patterns, source, steps
 from .handover import NormForm
+from .steps import BASE
 
 WAS = "_fusednorm_was"  # on instances of layers of torch.nn that became ours
 
@@ -191,7 +191,7 @@ def is_changed_since(module: nn.Module) -> bool:
 def restore(module: nn.Module) -> None:
     """Give one instance its class back."""
     module.__dict__.pop(handover.NEXT, None)
-    fused.unmark(module)
+    steps.unmark(module)
     was = module.__dict__.pop(WAS, None)
     if was is not None:
         module.__class__ = was

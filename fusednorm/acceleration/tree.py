@@ -113,11 +113,11 @@ class Tree:
         reassigned = assigned(reader.statement) == name
         if times - reassigned != 1:
             return None
-        if not reassigned and not self._dead_after(name, reader):
+        if not reassigned and not self.dead_after(name, reader):
             return None
         return place.statement.value, place  # type: ignore[attr-defined]
 
-    def _dead_after(self, name: str, place: Place) -> bool:
+    def dead_after(self, name: str, place: Place) -> bool:
         """Whether nothing reads a variable after a statement, before it is assigned again."""
         inner = (n for n in ast.walk(self.function) if isinstance(n, (*SCOPES, *COMPREHENSIONS)))
         if any(mentions(scope, {name}) for scope in inner if scope is not self.function):
@@ -128,11 +128,9 @@ class Tree:
             return False
         after = place.following()
         while after is not None:
-            statement = after.statement
-            if assigned(statement) == name and not mentions(statement.value, {name}):  # type: ignore[attr-defined]
-                return True
-            if mentions(statement, {name}):
-                return False
+            dead = _ends(after.statement, name)
+            if dead is not None:
+                return dead
             after = after.following()
         return True
 
@@ -191,13 +189,16 @@ class Tree:
         if isinstance(node, ast.Attribute):
             value = self.resolve(node)
             return value if isinstance(value, bool) and node.attr != "training" else None
-        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq):
-            return self._dtype_test(node.left, node.comparators[0])
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _EQUALITIES:
+            equal = self._equal(node.left, node.comparators[0], isinstance(node.ops[0], (ast.In, ast.NotIn)))
+            return equal if equal is None else equal is isinstance(node.ops[0], (ast.Eq, ast.In))
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and _constant(node.comparators[0], False) is None:
             is_none = None
             if isinstance(node.left, ast.Name) and not self.stores.get(node.left.id):
                 parameter = inspect.signature(self.method.function).parameters.get(node.left.id)
                 is_none = True if parameter is not None and parameter.default is None else None
+            elif isinstance(node.left, ast.Name):
+                is_none = True if self._is_optional(node.left.id) else None
             elif isinstance(node.left, ast.Attribute):
                 value = self.resolve(node.left)
                 is_none = None if value is UNKNOWN else value is None
@@ -205,8 +206,34 @@ class Tree:
                 return is_none is isinstance(node.ops[0], ast.Is)
         return None
 
+    def _is_optional(self, name: str) -> bool:
+        """Whether a variable is ``options.pop(key, None)`` or ``options.get(key)``: None unless it is given."""
+        values = [p.statement.value for p in self.places if assigned(p.statement) == name]  # type: ignore[attr-defined]
+        if len(values) != 1 or self.stores.get(name) != 1 or not isinstance(values[0], ast.Call):
+            return False
+        function, given = values[0].func, values[0].args
+        if not isinstance(function, ast.Attribute) or function.attr not in ("pop", "get"):
+            return False
+        return (len(given) == 2 and _constant(given[1]) is None) or (len(given) == 1 and function.attr == "get")
+
+    def _equal(self, left: ast.expr, right: ast.expr, among: bool) -> bool | None:
+        """``x.dtype == torch.float16``, ``x.ndim == 4``, ``self.kind == "plain"`` or ``self.kind in ("plain", ...)``.
+
+        x has three dimensions: samples, tokens and features.
+        """
+        if isinstance(left, ast.Attribute) and left.attr == "ndim" and not among and isinstance(left.value, ast.Name):
+            rank = _constant(right)
+            return rank == 3 if type(rank) is int else None
+        own = self.resolve(left) if isinstance(left, ast.Attribute) else UNKNOWN
+        if type(own) in (str, int):
+            if among and not isinstance(right, (ast.Tuple, ast.List, ast.Set)):
+                return None
+            values = [_constant(value) for value in (right.elts if among else [right])]  # type: ignore[attr-defined]
+            return None if UNKNOWN in values else own in values
+        return None if among else self._dtype_test(left, right)
+
     def _dtype_test(self, left: ast.expr, right: ast.expr) -> bool | None:
-        """``x.dtype == torch.float16``: x has the dtype of the parameters, or of autocast."""
+        """x has the dtype of the parameters, or of autocast."""
         dtype = self.method.global_value(right)
         if not isinstance(left, ast.Attribute) or left.attr != "dtype" or not isinstance(dtype, torch.dtype):
             return None
@@ -218,6 +245,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
+_EQUALITIES = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
 
 
 def _places(body: list[ast.stmt], parent: Place | None) -> Iterator[Place]:
@@ -232,6 +260,25 @@ def _places(body: list[ast.stmt], parent: Place | None) -> Iterator[Place]:
                 yield from _places(inner, place)
         for handler in getattr(statement, "handlers", []):
             yield from _places(handler.body, place)
+
+
+def _ends(statement: ast.stmt, name: str) -> bool | None:
+    """Whether a variable's value is lost by a statement, or read (False); None where it is neither."""
+    if isinstance(statement, ast.If):
+        if mentions(statement.test, {name}):
+            return False
+        ways = [
+            next((end for end in (_ends(inner, name) for inner in body) if end is not None), None)
+            for body in (statement.body, statement.orelse)
+        ]
+        return False if False in ways else True if all(ways) else None
+    found = [n for n in ast.walk(statement) if isinstance(n, ast.Name) and n.id == name]
+    if isinstance(statement, (ast.Return, ast.Raise)):
+        return not found
+    if not found:
+        return None
+    stored = isinstance(statement, ast.Assign) or assigned(statement) == name
+    return stored and all(isinstance(n.ctx, ast.Store) for n in found)
 
 
 def _has(module: nn.Module, name: str) -> bool:

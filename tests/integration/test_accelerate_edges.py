@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusednorm
-from fusednorm.acceleration import fused
+from fusednorm.acceleration import fused, steps
 from tests.helpers.small_blocks import D, Stack, sums
 
 
@@ -272,7 +272,7 @@ def test_a_layer_scale_of_another_size_or_dtype_is_applied_by_itself(monkeypatch
     fusednorm.accelerate(norm)
     for size, dtype, kind in [(1, torch.float32, torch.float32), (D, torch.float32, torch.bfloat16)]:
         scale = Scale(size, dtype)
-        fused.mark(scale, "layer_scale")
+        steps.mark(scale, "layer_scale")
         x, r = torch.randn(2, 3, D).to(kind), torch.randn(2, 3, D).to(kind)
         total = fused.add(residual=r, branch=x, norm=norm, steps=(scale,))
         torch.testing.assert_close(total, r + scale(x))
