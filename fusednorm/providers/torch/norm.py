@@ -85,7 +85,7 @@ def is_plain(inputs: NormInputs, options: NormOptions) -> bool:
     dtypes = {t.dtype for t in inputs if t is not None} | {options.normed_dtype, options.residual_dtype}
     bare = inputs.x_bias is inputs.layer_scale is inputs.seed is None and not options.dropped
     bare = bare and not options.zero_centered_weight and not has_samples(inputs, options.normalized_ndim)
-    return len(dtypes) == 1 and bare
+    return len(dtypes) == 1 and bare and not (options.rms and inputs.bias is not None)  # torch's has no bias
 
 
 def _branch(inputs: NormInputs, options: NormOptions) -> Tensor:
