@@ -171,7 +171,7 @@ def _fused_add(
             *pair, unsqueezed = modulation()
         except NameError:  # of a variable that is not assigned yet
             pair = []
-        folded = _folded(steps, pair, residual, unsqueezed) if pair else None
+        folded = _folded(form, steps, pair, residual, unsqueezed) if pair else None
         if folded is not None:
             steps, modulated = folded, (pair[0], pair[1])
     try:
@@ -184,10 +184,12 @@ def _fused_add(
     return total
 
 
-def _folded(steps: Steps, pair: Sequence[Any], like: Tensor, unsqueezed: bool) -> Steps | None:
+def _folded(form: NormForm, steps: Steps, pair: Sequence[Any], like: Tensor, unsqueezed: bool) -> Steps | None:
     """The steps with a scale and a shift, or None where they are no vectors for the samples of `like`."""
     scale, shift = (None if given is None else vectors(given, like, unsqueezed) for given in pair)
     if scale is None or (shift is None) is not (pair[1] is None):
+        return None
+    if form.rms and shift is not None and shift.shape[0] != like.shape[0]:  # not every kernel adds it for all samples
         return None
     return steps._replace(scale=scale, shift=shift)
 
@@ -251,12 +253,14 @@ def modulate_by(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def _modulated(norm: Any, x: Tensor, scale: Any, shift: Any, unsqueezed: bool) -> Tensor | None:
-    if waits_plain(x):
+    handed = can_hand_over()
+    if handed and waits_plain(x):
         return None
-    steps, form = _folded(NO_STEPS, (scale, shift), x, unsqueezed), type(norm)._fusednorm_norm
+    form = type(norm)._fusednorm_norm
+    steps = _folded(form, NO_STEPS, (scale, shift), x, unsqueezed)
     if steps is None:
         return None
-    y = take(norm, x, (scale, shift)) if can_hand_over() else None
+    y = take(norm, x, (scale, shift)) if handed else None
     if y is not None:
         return y
     found = _own(form, norm, x)

@@ -180,7 +180,9 @@ class Block:
         return text.replace(".float()", ".double()") if exact else text
 
 
-class _Writer:
+class Writer:
+    functions = ""  # before the class
+
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.init: list[str] = []
@@ -315,8 +317,8 @@ class _Writer:
         return [*start, *opening, *(f"    {line}" if line else line for line in lines), *ending]
 
 
-def draw(seed: int) -> Block:
-    writer = _Writer(seed)
+def draw(seed: int, kind_of_writer: type[Writer] | None = None) -> Block:
+    writer = (kind_of_writer or Writer)(seed)
     rng = writer.rng
     kind = writer.pick(KINDS, "kind")
     lines = ['"""A block."""'] if rng.random() < 0.2 else []
@@ -336,11 +338,11 @@ def draw(seed: int) -> Block:
     needed = {"keep": "keep = []", "f()": "f = lambda: 0.0"}
     lines[at:at] = [text for name, text in needed.items() if any(name in line for line in lines)]
     after = [what for what in ("flag", "scale", "helper", "norm", "linear", "forward") if writer.odd(0.3)]
-    text = _class(writer, kind, lines)
+    text = writer.functions + _class(writer, kind, lines)
     return Block(seed, text + _model(writer, text), writer.drawn, after)
 
 
-def _class(writer: _Writer, kind: str, lines: list[str]) -> str:
+def _class(writer: Writer, kind: str, lines: list[str]) -> str:
     init = ["super().__init__()", "self.flag, self.p = False, 0.3", "self.gamma = nn.Parameter(torch.ones(D))"]
     init += writer.init
     signature, name = "self, x, mask=None", "Base" if kind in ("inherited", "super") else "Block"
@@ -373,7 +375,7 @@ def _function(name: str, signature: str, lines: list[str]) -> str:
     return f"    def {name}({signature}):\n" + "".join(f"        {line}\n" if line else "\n" for line in lines)
 
 
-def _model(writer: _Writer, text: str) -> str:
+def _model(writer: Writer, text: str) -> str:
     """The blocks in a list, so that one block's sum is normed by the next; the input's stem, and what comes last."""
     rng = writer.rng
     init, body = ["super().__init__()"], []

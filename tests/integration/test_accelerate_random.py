@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adaptive import Adaptive
 from random_blocks import B, Block, D, S, draw
 from torch import nn
 
@@ -117,6 +118,7 @@ class Twin:
             self.module.SCALE = 0.25
         elif what == "helper":
             self.module.helper = lambda t: t + 0.5
+            self.module.modulate = getattr(self.module, "other", None)
         elif what == "norm":
             names = [n for n, m in modules.items() if "norm" in n.rpartition(".")[2]]
             if names:
@@ -214,7 +216,9 @@ def check(block: Block, load: Any) -> None:
         for twin in twins:
             twin.hook(seed + 1)
     unit = torch.finfo(torch.bfloat16 if "branch: low" in block.drawn else torch.float32).eps / 2
-    roundings = unit * block.text.count("\n")
+    modulations = sum(line.startswith("modulation") for line in block.drawn)
+    operations = block.text.count("\n") + 2 * modulations  # three to a modulation
+    roundings = unit * operations * (2 if modulations else 1)  # both blocks of the model run them
     for training in (False, True):
         for twin in twins:
             twin.model.train(training)
@@ -271,11 +275,11 @@ def check_errors(block: Block, load: Any) -> None:
         assert raised[0] is raised[1], f"{raised[0]} was raised instead of {raised[1]}"
 
 
-def each(checked: Any, group: int, load: Any) -> None:
+def each(checked: Any, group: int, load: Any, writer: type | None = None) -> None:
     """All seeds of a group; what failed is shown with its source."""
     failures = []
     for seed in range(group * GROUP, (group + 1) * GROUP):
-        block = draw(seed)
+        block = draw(seed, writer)
         try:
             checked(block, load)
         except Exception:
@@ -295,6 +299,21 @@ def test_every_block_is_right_or_left_alone(group, load):
 @GROUPS
 def test_every_block_raises_what_it_did(group, load):
     each(check_errors, group, load)
+
+
+@GROUPS
+def test_every_adaptive_block_is_right_or_left_alone(group, load):
+    each(check, group, load, Adaptive)
+
+
+def test_a_fair_share_of_gates_and_modulations_is_fused(load):
+    counts = dict.fromkeys(("gate", "modulation", "both"), 0)
+    for seed in range(SEEDS):
+        fused = fusednorm.accelerate(made(draw(seed, Adaptive), load)[1].model).fused
+        counts["gate"] += any("gate" in entry.into for entry in fused)
+        counts["modulation"] += any(entry.kind == "modulation" for entry in fused)
+        counts["both"] += any("gate" in entry.into and "modulation" in entry.into for entry in fused)
+    assert min(counts.values()) >= 0.15 * SEEDS, counts
 
 
 def test_a_fair_share_is_fused(load):
