@@ -22,6 +22,7 @@ from tests.helpers.model_zoo import models
 
 KINDS = {
     "norm": "norms",
+    "modulation": "modulations",
     "residual": "sums",
     "feed_forward": "activations",
     "attention": "attention",
@@ -38,7 +39,8 @@ untouched model's.
 ## What is fused
 
 A cell is the number fused, and after it the number seen where some are left. Sums are those of residuals, each fused
-with the norm after it. Layers are those of `torch.nn`, swapped whole.
+with the norm after it. Modulations are scales and shifts of norms, a vector for each sample. Layers are those of
+`torch.nn`, swapped whole.
 
 """
 LEFT = """

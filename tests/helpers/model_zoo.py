@@ -1,6 +1,7 @@
 """Tiny models of other packages, with random weights, to prove fusednorm.accelerate on. Nothing is downloaded.
 
-`MODELS` has them by name. Here are the models of text; model_zoo_media.py has those of images, sound and torch itself.
+`MODELS` has them by name. Here are the models of text; model_zoo_media.py has those of images, sound and torch
+itself, model_zoo_diffusers.py those of diffusers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Model:
     batch: Callable[[int], Batch]  # of a seed; float32, with padding where the model takes it
     run: Callable[[nn.Module, Batch], tuple[Tensor, ...]]  # the loss, then the other outputs
     prompt: Callable[[int], Batch] | None = None  # of a seed: what it generates from
+    drops: bool = True  # whether it has dropout
 
     def build(self, dropout: float = 0.0, attention: str | None = None) -> nn.Module:
         """The same weights every time, in training mode. `attention` names an implementation of Hugging Face's."""

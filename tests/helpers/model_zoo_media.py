@@ -1,4 +1,4 @@
-"""The models of model_zoo.py for images and sound, timm's, diffusers' and torch's own."""
+"""The models of model_zoo.py for images and sound, timm's and torch's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ from tests.helpers.model_zoo import (
     run,
     tokens,
 )
+from tests.helpers.model_zoo_diffusers import CLASSES, DIFFUSERS, classes
 
-CLASSES, SIDE = 5, 16
+SIDE = 16
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {"image_size": SIDE, "patch_size": 4}
-
-
-def classes(seed: int) -> Tensor:
-    return torch.randint(CLASSES, (BATCH,), generator=torch.Generator().manual_seed(seed))
 
 
 def images(seed: int) -> Batch:
@@ -143,84 +140,6 @@ def make_timm_convnext(dropout: float, attention: str | None) -> nn.Module:
     )
 
 
-def run_dit_block(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    inputs = {name: value for name, value in batch.items() if name != "target"}
-    made = model(**inputs)
-    return F.mse_loss(made, batch["target"]), made
-
-
-def dit_block(seed: int) -> Batch:
-    return {
-        "hidden_states": normal(seed, BATCH, 8, 32),
-        "timestep": torch.tensor([3, 40]),
-        "class_labels": classes(seed + 1),
-        "target": normal(seed + 2, BATCH, 8, 32),
-    }
-
-
-def make_dit_block(dropout: float, attention: str | None) -> nn.Module:
-    from diffusers.models.attention import BasicTransformerBlock
-
-    made = BasicTransformerBlock(
-        32, 4, 8, dropout=dropout, num_embeds_ada_norm=CLASSES, attention_bias=True, norm_type="ada_norm_zero"
-    )
-    return label_dropout(made, dropout)
-
-
-def label_dropout(model: nn.Module, dropout: float) -> nn.Module:
-    """It is a constant of the package, 0.1."""
-    for module in model.modules():
-        if type(module).__name__ == "LabelEmbedding":
-            module.dropout_prob = dropout
-    return model
-
-
-def cross_block(seed: int) -> Batch:
-    return {
-        "hidden_states": normal(seed, BATCH, 8, 32),
-        "encoder_hidden_states": normal(seed + 1, BATCH, LENGTH, 24),
-        "encoder_attention_mask": mask()[:, None].bool(),
-        "target": normal(seed + 2, BATCH, 8, 32),
-    }
-
-
-def make_cross_block(dropout: float, attention: str | None) -> nn.Module:
-    from diffusers.models.attention import BasicTransformerBlock
-
-    return BasicTransformerBlock(32, 4, 8, dropout=dropout, cross_attention_dim=24, activation_fn="gelu-approximate")
-
-
-def latents(seed: int) -> Batch:
-    return {
-        "hidden_states": normal(seed, BATCH, 4, 8, 8),
-        "timestep": torch.tensor([3, 40]),
-        "class_labels": classes(seed + 1),
-        "target": normal(seed + 2, BATCH, 4, 8, 8),
-    }
-
-
-def make_dit(dropout: float, attention: str | None) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    made = DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=2,
-        dropout=dropout,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=CLASSES,
-    )
-    return label_dropout(made, dropout)
-
-
-def run_dit(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    inputs = {name: value for name, value in batch.items() if name != "target"}
-    made = model(**inputs).sample
-    return F.mse_loss(made, batch["target"]), made
-
-
 def sequences(seed: int) -> Batch:
     hidden = mask() == 0
     return {
@@ -299,9 +218,7 @@ MEDIA = {
     "HuBERT": speech("HubertForCTC", "HubertConfig"),
     "timm ViT": Model("timm", make_timm_vit, images, run_timm),
     "timm ConvNeXt": Model("timm", make_timm_convnext, larger_images, run_timm),
-    "diffusers block, adaptive": Model("diffusers", make_dit_block, dit_block, run_dit_block),
-    "diffusers block, cross": Model("diffusers", make_cross_block, cross_block, run_dit_block),
-    "diffusers DiT": Model("diffusers", make_dit, latents, run_dit),
+    **DIFFUSERS,
     "nn.Transformer, post-norm": Model("torch", make_transformer(False), sequences, run_sequences),
     "nn.Transformer, pre-norm": Model("torch", make_transformer(True), sequences, run_sequences),
 }
