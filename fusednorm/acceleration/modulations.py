@@ -129,6 +129,11 @@ class Modulations:
             )
 
     def _decide(self, seen: Seen) -> None:
+        every = {id(n) for part in (seen.node, *seen.removed) for n in ast.walk(part)}
+        every -= {id(n) for n in ast.walk(seen.normed)}
+        if self.tree.is_left_out(seen.reader):
+            self.parts |= every
+            return
         calls, settle = self._calls(seen)
         norms, reasons = [], []
         for call in calls:
@@ -139,8 +144,7 @@ class Modulations:
             if not isinstance(seen.normed, ast.Name) or not self._is_normed(seen.normed.id):
                 return
             reasons.append(f"{seen.normed.id} is no norm's output alone, or is read elsewhere too")
-        every = {id(n) for part in (seen.node, *seen.removed) for n in ast.walk(part)}
-        self.parts |= every - {id(n) for n in ast.walk(seen.normed)}
+        self.parts |= every
         reason = next(filter(None, reasons), "")
         self.found.append(Modulation(seen.node, tuple(norms), seen.vectors, reason))
         if reason:

@@ -206,6 +206,18 @@ class Tree:
                 return is_none is isinstance(node.ops[0], ast.Is)
         return None
 
+    def is_left_out(self, place: Place) -> bool:
+        """Whether a statement is in a branch that this instance does not take, as its attributes say."""
+        outer = place.parent
+        while outer is not None:
+            if isinstance(outer.statement, ast.If):
+                test, known = outer.statement.test, self.test(outer.statement.test)
+                own = not any(isinstance(n, ast.Name) and n.id != self.self_name for n in ast.walk(test))
+                if own and known is not None and (place.body is outer.statement.body) is not known:
+                    return True
+            place, outer = outer, outer.parent
+        return False
+
     def _is_optional(self, name: str) -> bool:
         """Whether a variable is ``options.pop(key, None)`` or ``options.get(key)``: None unless it is given."""
         values = [p.statement.value for p in self.places if assigned(p.statement) == name]  # type: ignore[attr-defined]
