@@ -138,10 +138,12 @@ def _fused_add(
     modules: tuple[Any, ...],
     modulation: Callable[[], tuple[Any, ...]] | None,
 ) -> Tensor | None:
-    if type(residual) is not Tensor or type(x) is not Tensor or not without_hooks(norm):
+    if type(residual) is not Tensor or type(x) is not Tensor:
         return None
     small = (bool(modules) or modulation is not None) and _too_small(residual)
-    if small and not all(torchs_kind(module) not in (None, "gate") for module in modules):
+    if small and any(torchs_kind(module) in (None, "gate") for module in modules):
+        return None
+    if not without_hooks(norm):
         return None
     steps = as_arguments(modules) if modules else NO_STEPS
     if steps is None or any_global_hooks() or any_autocast() or not can_hand_over():
@@ -204,9 +206,9 @@ def later(norm: Any, x: Any) -> Any:
     if (
         _is_compiling()
         or _is_tracing() is not None
-        or "_fusednorm_norm" not in type(norm).__dict__
         or type(x) is not Tensor
         or _too_small(x)
+        or "_fusednorm_norm" not in type(norm).__dict__
         or not without_hooks(norm)
         or any_global_hooks()
         or any_autocast()

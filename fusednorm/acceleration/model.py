@@ -61,7 +61,7 @@ def accelerate(
     Args:
         model: any module, on any device and of any dtype, before it is compiled or wrapped for several devices.
         norms: swap ``nn.LayerNorm``, ``nn.RMSNorm``, and what computes the same; fuse scales and shifts after them.
-        residual: fuse a sum with the norm that reads it next; with bias, dropout, layer scale, gate and drop path before.
+        residual: fuse a sum with the norm that reads it next, and with bias, dropout, layer scale, gate and drop path.
         feed_forward: fuse the bias of a linear layer, the activation after it and dropout.
         attention: give Hugging Face models the attention of :mod:`fusednorm.integrations.transformers`.
         layers: swap ``nn.MultiheadAttention`` and the Transformer classes of ``torch.nn``.
