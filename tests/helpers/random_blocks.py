@@ -142,12 +142,8 @@ AFTER_NORM = (  # the normed is in `n`, the sum in `x`
 WRAPPERS = (
     *("if self.training:", "if mask is not None:", "if self.flag:", "if x.sum() > -1e9:", "if not self.flag:"),
     *("for _ in range(2):", "while count < 2:\n    count += 1", "try:", "with torch.enable_grad():"),
-    *(
-        "with torch.no_grad():",
-        "with contextlib.nullcontext():",
-        "for i, scale in enumerate((1, 2)):",
-        "if mask is None or self.flag:",
-    ),
+    *("with torch.no_grad():", "with contextlib.nullcontext():", "for i, scale in enumerate((1, 2)):"),
+    "if mask is None or self.flag:",
 )
 LOOPS = (  # how a model calls its blocks
     *("x = block(x, mask=mask)",) * 4,
