@@ -109,19 +109,20 @@ def test_without_a_residual_the_rows_themselves_are_the_stream(function, using, 
     assert z is leaves["x"]
 
 
+@pytest.mark.parametrize("names", [("gate",), ("scale",), ("shift",), MODULATION], ids="_".join)
 @FUNCTION
-def test_one_vector_for_all_samples_is_a_parameter(function, using, device):
+def test_one_vector_for_all_samples_is_a_parameter(function, names, using, device):
     """(1, 1, N) broadcasts as it does in eager code; its gradient is the sum over all samples."""
     x, residual = torch.randn(2, 3, 5, 8, device=device)
-    given = {name: torch.randn(1, 1, 8, device=device, requires_grad=True) for name in MODULATION}
+    given = {name: torch.randn(1, 1, 8, device=device, requires_grad=True) for name in names}
     of_each = {name: t.detach().expand(3, 1, 8).clone().requires_grad_() for name, t in given.items()}
     with using:
-        outputs = [getattr(fusednorm, function)(x, residual, 8, **names) for names in (given, of_each)]
+        outputs = [getattr(fusednorm, function)(x, residual, 8, **passed) for passed in (given, of_each)]
         for normed, z in outputs:
             (normed * torch.arange(8.0, device=device) + z).square().sum().backward()
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
-    for name in MODULATION:
+    for name in names:
         torch.testing.assert_close(given[name].grad, of_each[name].grad.sum(0, keepdim=True))
 
 
