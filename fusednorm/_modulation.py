@@ -47,6 +47,8 @@ def folded(
         _checked(name, modulation, x, shape)
         for name, modulation in (("gate", gate), ("scale", scale), ("shift", shift))
     )
+    if scale is not None and shift is not None and scale.shape != shift.shape:  # one (B, N), one (B, 1, N)
+        scale, shift = (m if m.ndim == len(shape) else m.reshape(x.shape[0], *shape) for m in (scale, shift))
     if gate is not None:
         layer_scale = gate if layer_scale is None else _product(gate, layer_scale)
     if bias is not None and scale is not None:

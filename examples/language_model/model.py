@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 
+import fusednorm
 from examples.training.model import ModelConfig, Twin, library
 
 
@@ -45,16 +46,25 @@ class LanguageModel(Twin):
         length = tokens.shape[1]
         return self.logits(self.layers(self.embed(tokens), mask=self.future[:length, :length], is_causal=True))
 
+    def step(self, tokens: torch.Tensor, cache: fusednorm.KVCache) -> torch.Tensor:
+        """Logits of tokens that come after those that the cache holds; of the fused variant alone."""
+        return self.logits(self.layers(self.embed(tokens, cache), cache=cache))
 
-@torch.no_grad()
+
 def continue_text(model: LanguageModel, tokens: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Sample up to `count` tokens at temperature 0.7 after the (1, n) prompt; the draw depends on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
+    """Sample up to `count` tokens at temperature 0.7 after the (1, n) prompt; the draw depends on the seed alone.
+
+    Where the positions of the model end, the last half of them is the prompt of what follows.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
     model.eval()
-    for _ in range(count):
-        logits = model(tokens[:, -model.config.context :])[:, -1].float().cpu()
-        if not logits.isfinite().all():
-            break  # training diverged; the verdict on the curves says so
-        drawn = torch.multinomial(torch.softmax(logits / 0.7, dim=-1), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+    wanted = tokens.shape[1] + count
+    while tokens.shape[1] < wanted:
+        prompt = tokens if tokens.shape[1] < model.config.context else tokens[:, -(model.config.context // 2) :]
+        room = min(wanted - tokens.shape[1], model.config.context - prompt.shape[1])
+        try:
+            new, _ = fusednorm.generate(model.step, prompt, room, sample=True, temperature=0.7, generator=generator)
+        except ValueError:  # training diverged; the verdict on the curves says so
+            break
+        tokens = torch.cat([tokens, new], dim=1)
     return tokens

@@ -57,9 +57,10 @@ class Twin(nn.Module):
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.context, config.width)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, cache: fusednorm.KVCache | None = None) -> torch.Tensor:
+        """With a cache, of tokens that come after those that it holds."""
         x = self.token(tokens) if self.scale is None else self.token(tokens) * self.scale
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if cache is None else cache.positions(tokens)
         return F.dropout(x + self.position(positions), self.config.dropout, self.training)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

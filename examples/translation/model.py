@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import nn
 
+import fusednorm
 from examples.training.model import ModelConfig, Twin, library
 from examples.translation.data import BEGIN_ID, END_ID, PAD_ID
 
@@ -43,8 +44,20 @@ class Translator(Twin):
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PAD_ID)
 
-    def decode(self, target: torch.Tensor, memory: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        """What the decoder makes of each position of the target, (batch, target length, width)."""
+    def decode(
+        self,
+        target: torch.Tensor,
+        memory: torch.Tensor,
+        source: torch.Tensor,
+        cache: fusednorm.KVCache | None = None,
+    ) -> torch.Tensor:
+        """What the decoder makes of each position of the target, (batch, target length, width).
+
+        With a cache the target continues what that holds; of the fused variant alone.
+        """
+        if cache is not None:
+            x = self.embed(target, cache)
+            return self.transformer.decoder(x, memory, memory_key_padding_mask=source == PAD_ID, cache=cache)
         length = target.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         return self.transformer.decoder(
@@ -61,10 +74,33 @@ class Translator(Twin):
 
 
 @torch.no_grad()
-def translate(model: Translator, source: torch.Tensor) -> list[list[int]]:
-    """Take the likeliest next token until END or the last position; return token ids without BEGIN and END."""
+def translate(model: Translator, source: torch.Tensor, beams: int = 1) -> list[list[int]]:
+    """Token ids of the translations, without BEGIN and END, which end at END or at the last position.
+
+    The fused variant decodes with a cache of keys and values, with `beams` over 1 by beam search. The eager variant
+    computes all positions again for each token.
+    """
     was_training = model.training
     model.eval()
+    if model.variant == "fused":
+        memory = model.encode(source)
+        tokens, _ = fusednorm.generate(
+            lambda target, cache: model.logits(model.decode(target, memory, source, cache)),
+            source.new_full((len(source), 1), BEGIN_ID),
+            model.config.context,
+            end=END_ID,
+            forbidden=(PAD_ID, BEGIN_ID),  # neither stands inside a translation
+            beams=beams,
+        )
+        rows = [row[: row.index(END_ID)] if END_ID in row else row for row in tokens.tolist()]
+    else:
+        rows = recompute(model, source)
+    model.train(was_training)
+    return rows
+
+
+def recompute(model: Translator, source: torch.Tensor) -> list[list[int]]:
+    """Take the likeliest next token, without a cache."""
     rows: list[list[int]] = [[] for _ in source]
     going = list(range(len(source)))  # the rows without END so far: only these are decoded further
     memory = model.encode(source)
@@ -81,5 +117,4 @@ def translate(model: Translator, source: torch.Tensor) -> list[list[int]]:
             rows[row].append(token)
         if not going:
             break
-    model.train(was_training)
     return rows

@@ -175,6 +175,7 @@ class Planned(nn.Module):
     def __init__(self, plan: list[list[int]], positions: int) -> None:
         super().__init__()
         self.plan, self.config, self.longest = plan, SimpleNamespace(context=positions), 0
+        self.variant = "eager"
 
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return source
@@ -213,6 +214,15 @@ def by_hand(model: Translator, source: list[int]) -> list[int]:
     return target[1:]
 
 
+@torch.no_grad()
+def mean_log_probability(model: Translator, source: list[int], row: list[int]) -> float:
+    """Of a translation's tokens and its END."""
+    target = torch.tensor([[BEGIN_ID, *row, END_ID]])[:, : model.config.context + 1]
+    logits = model.eval()(torch.tensor([source]), target[:, :-1])[0]
+    logits[:, [PAD_ID, BEGIN_ID]] = -torch.inf
+    return logits.log_softmax(-1).gather(1, target[0, 1:, None]).mean().item()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_of_a_batch_are_translated_as_by_hand(translation, drawn, variant):
     model, settings = translation.twins()[variant], replace(translation.settings, epochs=4)
@@ -223,6 +233,11 @@ def test_rows_of_a_batch_are_translated_as_by_hand(translation, drawn, variant):
     together = translate(model, padded(sources))
     assert together == [by_hand(model, source) for source in sources]
     assert len({len(row) for row in together}) > 1
+    if variant == "fused":
+        by_beams = translate(model, padded(sources), beams=64)
+        assert by_beams != together
+        means = [[mean_log_probability(model, *pair) for pair in zip(sources, rows)] for rows in (together, by_beams)]
+        assert sum(means[1]) > sum(means[0])
 
 
 # scores

@@ -72,6 +72,17 @@ def test_float32_modulation_of_16_bit_rows(function, dtype, names, using, device
         check(Call(function), leaves, generator)
 
 
+def test_vectors_and_rows_beside_one_another(using, device):
+    """One modulation is (B, N), another (B, 1, N)."""
+    x, bias = torch.randn(3, 5, 8, device=device), torch.randn(8, device=device)
+    scale, shift, gate = torch.randn(3, 3, 8, device=device)
+    with using:
+        for how in ({"scale": scale[:, None], "shift": shift}, {"scale": scale, "shift": shift[:, None]}):
+            normed, _ = fusednorm.add_layer_norm(x, None, 8, None, bias, gate=gate[:, None], **how)
+            expected, _ = fusednorm.add_layer_norm(x, None, 8, None, bias, gate=gate, scale=scale, shift=shift)
+            torch.testing.assert_close(normed, expected)
+
+
 SHAPES = [
     Shape("one_row_a_sample", (7, 24)),
     Shape("one_sample", (1, 9, 24)),
