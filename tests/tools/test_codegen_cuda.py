@@ -30,7 +30,7 @@ def hopper(tmp_path_factory) -> list[Kernel]:
 
 
 def test_cuda_gate_on_hopper(hopper):
-    assert len(hopper) == 26 + 13 + 16 + 2
+    assert len(hopper) == 2 * 21 + 21 + 16 + 4
 
 
 @pytest.mark.slow

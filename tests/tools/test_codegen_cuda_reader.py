@@ -135,6 +135,11 @@ CONCLUDED = {
         kernel("add_layer_norm_bwd", SAME, (2, 1), registers=100),
         ("everything, rows not aligned", 50, 512, 512 * 48),
     ),
+    "samples": (kernel("add_layer_norm_fwd", SAME, (1, 2, 1)), ("samples", 50, 1024, 1024 * 32)),
+    "samples_by_elements": (
+        kernel("add_layer_norm_bwd_sums", SAME, (1, 0)),
+        ("samples, rows not aligned", 50, 1024, 1024 * 32),
+    ),
     "partials": (kernel("sum_partials", ("float",), (), hot=40, hot_loads=8), ("", 5, 1024, 1024 * 32)),
 }
 

@@ -74,7 +74,7 @@ def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     while found := re.match(r"NS_\d+(B?Float16)E|([fd])|(S\d?_)", arguments):
         types.append(found[1] or {"f": "float", "d": "double"}.get(found[2]) or types[0])
         arguments = arguments[found.end() :]
-    return name, tuple(types), tuple(int(n) for n in re.findall(r"L(?:[ib]|NS_\d+AccessE)(\d+)", arguments + "E"))
+    return name, tuple(types), tuple(int(n) for n in re.findall(r"L(?:[ib]|NS_\d+(?:Access|Epilogue)E)(\d+)", arguments + "E"))
 
 
 def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
@@ -194,7 +194,8 @@ HEAD = """# What the CUDA C++ kernels compile to
 it.
 
 A kernel takes `plain` calls, which have nothing but a residual; those with an `epilogue` (in the forward also layer
-scale, drop path and a second row stride); or `everything`. Vectors are those of 16 bytes of a row that a thread has
+scale, drop path and a second row stride); or `everything`. Those of `samples` take everything, with a weight, bias or
+layer scale that is one vector for each sample. Vectors are those of 16 bytes of a row that a thread has
 at a time. Threads are the most of a block, resident those of a multiprocessor in blocks of so many: {registers}
 registers, which a thread takes in units of 8 (a warp 256), and at most {threads} threads. Shared memory does not
 bind: the staged backward, which takes the most, has its two blocks of 512 threads in less than half of it.
@@ -203,8 +204,8 @@ bind: the staged backward, which takes the most, has its two blocks of 512 threa
 asks for: every operand once on each of its paths, every result once, each copy for the first rows and in the loop.
 Rows that are not aligned are read an element at a time. Spilled: bytes of local memory.
 
-Instructions an element are those of the loop over rows (of `sums` over columns, of `sum_partials` over rows of
-partial sums), divided by the elements that a thread has in it. They are static, NOPs left out: branches that a call
+Instructions an element are those of the loop over rows (of `sums` over columns, of `sum_partials` and
+`sum_sample_partials` over rows of partial sums), divided by the elements that a thread has in it. They are static, NOPs left out: branches that a call
 does not take are counted (clusters, parameters in float32, every activation, the waits that are kept behind the
 kernel's end), and so this is an upper bound; set-up, the end, and subroutines (the division of unusual numbers) are
 not. A thread of the forward has one row and so no such loop: there it is the whole program, with all of these, and

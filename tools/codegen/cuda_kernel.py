@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from tools.codegen.cuda_forms import resident_blocks
 
 STAGED, VECTORS, ELEMENTS = range(3)  # how the backward reads its rows
+NO_EPILOGUE, EPILOGUE, SAMPLE_EPILOGUE = range(3)  # the last: with parameters that are one vector for each sample
 SHARED_BYTES = 48 << 10
 SIZES = {"BFloat16": 2, "Float16": 2, "float": 4, "double": 8}
 NAMES = (
     *("add_layer_norm_fwd", "add_layer_norm_bwd", "add_layer_norm_bwd_sums"),
-    *("bias_act_dropout_fwd", "bias_act_dropout_bwd", "sum_partials"),
+    *("bias_act_dropout_fwd", "bias_act_dropout_bwd", "sum_partials", "sum_sample_partials"),
 )
-TAKES = ("", "plain", "epilogue", "everything")
+OF_PARTIALS = ("sum_partials", "sum_sample_partials")
+TAKES = ("", "plain", "epilogue", "everything", "samples")
 # of each source, what its kernels are made for: rows of a dtype, and of the stream beside it
 PAIRS: dict[str, list[tuple[str, ...]]] = {
     "norm_bfloat16": [("BFloat16", "BFloat16"), ("BFloat16", "float")],
@@ -49,7 +51,7 @@ class Kernel:
     def aligned(self) -> bool:
         if self.name == "add_layer_norm_bwd":
             return self.constants[0] != ELEMENTS
-        return self.name != "sum_partials" and bool(self.constants[-1])
+        return self.name not in OF_PARTIALS and bool(self.constants[-1])
 
     @property
     def plain(self) -> bool:
@@ -71,15 +73,24 @@ class Kernel:
             return (128 * chunks, blocks[chunks]) if aligned else (512, 1)
         if self.name.startswith("bias_act_dropout"):
             return 256, 2 if self.types[0] == "double" else 4
-        if self.name == "sum_partials":
+        if self.name in OF_PARTIALS:
             return 1024, 1
         return (256, 2) if self.name == "add_layer_norm_bwd_sums" else (512, 2 if self.plain else 1)
 
     @property
+    def of_samples(self) -> bool:
+        """Whether weight, bias and layer scale may be one vector for each sample."""
+        if self.name == "add_layer_norm_bwd_sums":
+            return bool(self.constants[0])
+        return self.name in NAMES[:2] and self.constants[1] == SAMPLE_EPILOGUE
+
+    @property
     def takes(self) -> str:
         """What of a call."""
-        if self.name == "sum_partials":
+        if self.name in OF_PARTIALS:
             return ""
+        if self.of_samples:
+            return "samples" if self.aligned else "samples, rows not aligned"
         if not self.aligned:
             return "everything, rows not aligned"
         if self.name == "add_layer_norm_fwd" or (self.name == "add_layer_norm_bwd" and self.constants[0] == STAGED):
@@ -140,7 +151,7 @@ class Kernel:
     @property
     def per_element(self) -> float:
         """Instructions of the loop over rows, for each element that a thread has in it."""
-        loaded = self.hot_loads if self.name == "sum_partials" else self.chunks * 16 // SIZES[self.types[0]]
+        loaded = self.hot_loads if self.name in OF_PARTIALS else self.chunks * 16 // SIZES[self.types[0]]
         return self.hot / max(loaded, 1)
 
     @property
@@ -159,7 +170,7 @@ class Kernel:
             "add_layer_norm_bwd_sums": row + stream,
             "bias_act_dropout_fwd": row,
             "bias_act_dropout_bwd": 2 * row,
-            "sum_partials": self.hot_loads * SIZES[self.types[0]],
+            **dict.fromkeys(OF_PARTIALS, self.hot_loads * SIZES[self.types[0]]),
         }
         return self.resident * a_thread[self.name]
 
@@ -167,12 +178,18 @@ class Kernel:
 def expected(source: str) -> set[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Every instantiation there should be, and no other."""
     forms: dict[str, tuple[tuple[int, ...], ...]] = {
-        "add_layer_norm_fwd": (*((chunks, epilogue, 1) for chunks in (1, 2, 4) for epilogue in (0, 1)), (2, 1, 0)),
-        "add_layer_norm_bwd": ((STAGED, 0), (STAGED, 1), (VECTORS, 1), (ELEMENTS, 1)),
-        "add_layer_norm_bwd_sums": ((1,), (0,)),
+        "add_layer_norm_fwd": (
+            *((chunks, epilogue, 1) for chunks in (1, 2, 4) for epilogue in (NO_EPILOGUE, EPILOGUE, SAMPLE_EPILOGUE)),
+            *((2, epilogue, 0) for epilogue in (EPILOGUE, SAMPLE_EPILOGUE)),
+        ),
+        "add_layer_norm_bwd": (
+            *((STAGED, epilogue) for epilogue in (NO_EPILOGUE, EPILOGUE)),
+            *((access, epilogue) for access in (VECTORS, ELEMENTS) for epilogue in (EPILOGUE, SAMPLE_EPILOGUE)),
+        ),
+        "add_layer_norm_bwd_sums": ((0, 1), (0, 0), (1, 1), (1, 0)),
     }
     if source == "activation":
         forms = {"bias_act_dropout_fwd": ((1,), (0,)), "bias_act_dropout_bwd": ((1,), (0,))}
     elif source == "partials":
-        forms = {"sum_partials": ((),)}
+        forms = dict.fromkeys(OF_PARTIALS, ((),))
     return {(name, pair, c) for pair in PAIRS[source] for name in forms for c in forms[name]}

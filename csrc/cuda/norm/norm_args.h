@@ -5,6 +5,10 @@
 
 namespace fusednorm_cuda {
 
+// What a kernel takes beside a residual: nothing; everything; everything, with a weight, bias or layer scale that is one
+// vector for each sample.
+enum Epilogue { kNoEpilogue, kEpilogue, kSampleEpilogue };
+
 struct Common {
   int64_t n_rows;
   int64_t rows_per_sample;  // rows under one index of dimension 0
@@ -24,6 +28,7 @@ struct Forward : Common {
   float tile_scale;  // a power of two: sums of a tile's columns scaled by it do not overflow
   int tiles;
   int ranks_log2;  // of the form
+  int blocks_per_sample;  // along x; 0 where no parameter is one vector for each sample
 };
 
 struct Backward : Common {
@@ -36,6 +41,7 @@ struct Backward : Common {
   int rounds;  // rows that a thread visits, or would if there were as many
   float share;  // 1 / n_columns
   int dweight, dbias, dx_bias, dlayer_scale;  // which of the sums, or -1
+  int blocks_per_sample;  // as in the forward
 };
 
 }  // namespace fusednorm_cuda

@@ -23,8 +23,8 @@ constexpr int kSumsThreads = 256;
 enum Access { kStaged, kVectors, kElements };
 
 // Least blocks of kBackwardThreads on a multiprocessor: what registers are held to.
-template <class T, class S, Access ACCESS, bool EPILOGUE>
-constexpr int kBackwardBlocks = ACCESS == kStaged && !EPILOGUE && sizeof(S) == sizeof(T) ? 2 : 1;
+template <class T, class S, Access ACCESS, Epilogue EPILOGUE>
+constexpr int kBackwardBlocks = ACCESS == kStaged && EPILOGUE == kNoEpilogue && sizeof(S) == sizeof(T) ? 2 : 1;
 
 template <class C>
 struct RowStatistics {
@@ -41,20 +41,20 @@ FN_DEVICE RowStatistics<C> row_statistics(const Backward& a, Index row) {
 // `saved` gives what was saved.
 template <class T, int V, bool ALIGNED, bool EVERYTHING = true, class Saved>
 FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Saved& saved,
-                          const RowStatistics<Compute<T>>& stats, int column, int width, Numbers<Compute<T>, V>& xhat,
-                          Numbers<Compute<T>, V>& g) {
+                          const RowStatistics<Compute<T>>& stats, int column, int width, int64_t sample,
+                          Numbers<Compute<T>, V>& xhat, Numbers<Compute<T>, V>& g) {
   using C = Compute<T>;
   using N = Numbers<C, V>;
   N weight(1);
   if (a.weight.data) {
-    weight = load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns);
+    weight = load_parameter<T, V, ALIGNED>(a.weight, column, a.n_columns, sample);
     if (a.zero_centered) weight = weight + N(1);
   }
   g = dnormed.numbers() * weight;
   const bool from_normed = EVERYTHING && a.saved_is_normed;
   xhat = saved().numbers(from_normed);
   if (from_normed) {
-    if (a.bias.data) xhat = xhat - load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns);
+    if (a.bias.data) xhat = xhat - load_parameter<T, V, ALIGNED>(a.bias, column, a.n_columns, sample);
     if (a.weight.data) xhat = xhat / weight;
   } else {
     xhat = (xhat - N(stats.mean)) * N(stats.rstd);
@@ -70,13 +70,13 @@ FN_DEVICE void xhat_and_g(const Backward& a, const Raw<T, V>& dnormed, const Sav
 }
 
 // The row means of g xhat and g, for rows too wide to hold. Grid (rows), block (threads).
-template <class T, class S, bool ALIGNED>
+template <class T, class S, bool OF_SAMPLES, bool ALIGNED>
 FN_KERNEL(kSumsThreads, 2)
 add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
   using C = Compute<T>;
   constexpr int V = 16 / sizeof(T);
   const int n = a.n_columns;
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x, sample = OF_SAMPLES ? row / a.rows_per_sample : 0;
   const RowStatistics<C> stats = row_statistics<C>(a, row);
   const char *const dnormed_row = row_at(a.dnormed, row), *const saved_row = row_at(a.saved, row);
   RowGroup<C> group(int(blockDim.x));
@@ -87,7 +87,7 @@ add_layer_norm_bwd_sums_kernel(FN_ARGUMENT Backward a) {
     Either<T, S, V> saved;
     saved.template load<ALIGNED>(a.saved_is_normed, saved_row, column, n);
     Numbers<C, V> xhat, g;
-    xhat_and_g<T, V, ALIGNED>(a, dnormed, [&]() -> const auto& { return saved; }, stats, column, n, xhat, g);
+    xhat_and_g<T, V, ALIGNED>(a, dnormed, [&]() -> const auto& { return saved; }, stats, column, n, sample, xhat, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) sums[0] += g[i] * xhat[i], sums[1] += g[i];
   }
@@ -201,22 +201,26 @@ class Stages {
   const int column_;
 };
 
-// Grid (slabs, or ranks of a cluster; programs), block (threads of a row, rows).
-template <class T, class S, Access ACCESS, bool EPILOGUE>
+// Grid (slabs, or ranks of a cluster, of one sample after another where these have parameters; programs), block (threads
+// of a row, rows).
+template <class T, class S, Access ACCESS, Epilogue EPILOGUE>
 FN_KERNEL(kBackwardThreads, (kBackwardBlocks<T, S, ACCESS, EPILOGUE>))
 add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   using C = Compute<T>;
   constexpr int V = 16 / sizeof(T);
   constexpr bool ALIGNED = ACCESS != kElements, EVERYTHING = ACCESS != kStaged;
+  constexpr bool HAS_EPILOGUE = EPILOGUE != kNoEpilogue, OF_SAMPLES = EPILOGUE == kSampleEpilogue;
   using N = Numbers<C, V>;
-  const int n = a.n_columns, column = int(blockIdx.x * blockDim.x + threadIdx.x) * V;
+  const Part part = part_of<EPILOGUE>(a);
+  const int n = a.n_columns, column = int(part.block * blockDim.x + threadIdx.x) * V;
   RowGroup<C> group(int(blockDim.x));
   N dweight(0), dbias(0);
   [[maybe_unused]] N dx_bias(0), dlayer_scale(0);
 
   using Index = std::conditional_t<EVERYTHING, int64_t, uint32_t>;
-  const Index step = Index(gridDim.y) * blockDim.y, n_rows = Index(a.n_rows);
-  Index row = Index(blockIdx.y) * blockDim.y + threadIdx.y;
+  const Index step = Index(gridDim.y) * blockDim.y, first = OF_SAMPLES ? Index(part.sample * a.rows_per_sample) : 0;
+  const Index n_rows = OF_SAMPLES ? first + Index(a.rows_per_sample) : Index(a.n_rows);  // with those before the sample's
+  Index row = first + Index(blockIdx.y) * blockDim.y + threadIdx.y;
   std::conditional_t<EVERYTHING, Direct<T, S, V, ALIGNED>, Stages<T, S, V>> at_row(a, column, row,
                                                                                   RowGroup<C>::kSharedBytes);
   const auto statistics = [&](Index of) { return of < n_rows ? row_statistics<C>(a, of) : RowStatistics<C>{0, 0}; };
@@ -228,14 +232,15 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     const RowStatistics<C> stats = next;
     next = statistics(row + step);
     // read for each row, because the round keys made of it would otherwise lie in registers all along
-    [[maybe_unused]] const uint64_t seed = EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
+    [[maybe_unused]] const uint64_t seed = HAS_EPILOGUE && a.seed ? uint64_t(*a.seed) : 0;
     // here, because its division takes registers that are free only here
-    [[maybe_unused]] const Path path = EPILOGUE && EVERYTHING ? path_of(a, seed, row) : Path::kNone;
+    [[maybe_unused]] const Path path = HAS_EPILOGUE && EVERYTHING ? path_of(a, seed, row) : Path::kNone;
     at_row.next(row, width);
     const Raw<T, V> dnormed = at_row.dnormed();
     N xhat, g;
     C means[2] = {0, 0};
-    xhat_and_g<T, V, ALIGNED, EVERYTHING>(a, dnormed, [&] { return at_row.saved(); }, stats, column, width, xhat, g);
+    xhat_and_g<T, V, ALIGNED, EVERYTHING>(a, dnormed, [&] { return at_row.saved(); }, stats, column, width, part.sample, xhat,
+                                          g);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       dweight[i] += C(dnormed.get(i)) * xhat[i];
@@ -258,11 +263,11 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     at_row.done();
     if (a.dresidual)
       Either<T, S, V>::template store<ALIGNED>(d, a.residual_is_narrow, a.dresidual, int64_t(row) * n, column, width);
-    if constexpr (EPILOGUE) {
+    if constexpr (HAS_EPILOGUE) {
       const auto x = [&] {
         return Raw<T, V>::template load<ALIGNED>(width ? row_at(a.x, row) : nullptr, column, width).numbers();
       };
-      const At<T, V, ALIGNED, EVERYTHING> at{a, seed, path, row, column, width};
+      const At<T, V, ALIGNED, EVERYTHING> at{a, seed, path, row, column, width, part.sample};
       d = branch_gradient(at, d, x, true, EVERYTHING && a.dlayer_scale >= 0, dx_bias, dlayer_scale);
     }
     if (a.dx) Raw<T, V>::of(d).template store<ALIGNED>(static_cast<T*>(a.dx) + int64_t(row) * n, column, width);
@@ -270,11 +275,12 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
   trigger_dependents();
   at_row.end();
   const auto write = [&](int plane, N& sums) {
-    write_partials<ALIGNED>(a.partials, plane, column, n, RowGroup<C>::kSharedBytes, sums);
+    const int64_t samples = OF_SAMPLES ? gridDim.x / unsigned(a.blocks_per_sample) : 1;
+    write_partials<ALIGNED>(a.partials, plane, column, n, RowGroup<C>::kSharedBytes, sums, part.sample, samples);
   };
   write(a.dweight, dweight);
   write(a.dbias, dbias);
-  if constexpr (EPILOGUE) {
+  if constexpr (HAS_EPILOGUE) {
     write(a.dx_bias, dx_bias);
     if constexpr (EVERYTHING) write(a.dlayer_scale, dlayer_scale);
   }

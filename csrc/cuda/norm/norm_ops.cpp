@@ -44,11 +44,19 @@ int64_t describe_call(Common& a, const Handle& like, const Sizes& s, const Call&
   a.element = dropout("dropout_p", call.dropout_p), a.path = dropout("drop_path_p", call.drop_path_p);
   check_device("seed", call.seed, like);
   a.seed = a.element.on || a.path.on ? seed_of(call.seed) : nullptr;
-  a.weight = parameter_of("weight", call.weight, like, columns, o.dtype);
-  a.bias = parameter_of("bias", call.bias, like, columns, o.dtype);
+  const int64_t samples = a.n_rows / a.rows_per_sample;
+  a.weight = sample_parameter_of("weight", call.weight, like, columns, o.dtype, samples);
+  a.bias = sample_parameter_of("bias", call.bias, like, columns, o.dtype, samples);
   a.x_bias = parameter_of("x_bias", call.x_bias, like, columns, o.dtype);
-  a.layer_scale = parameter_of("layer_scale", call.layer_scale, like, columns, o.dtype);
+  a.layer_scale = sample_parameter_of("layer_scale", call.layer_scale, like, columns, o.dtype, samples);
   return lead;
+}
+
+// Whether a parameter is one vector for each of several samples.
+template <class Call>
+bool is_of_samples(const Common& a, const Call& call) {
+  return has_samples(call.weight, a.n_columns) || has_samples(call.bias, a.n_columns) ||
+         has_samples(call.layer_scale, a.n_columns);
 }
 
 // Whether 32 bits address rows that lie one stride apart, and their columns.
@@ -60,8 +68,8 @@ bool in_32_bits(int64_t n_rows, int64_t row_bytes, const R&... rows) {
 
 template <class... Operands>
 bool all_aligned(const Common& a, int vector, const Operands&... operands) {
-  return a.n_columns % vector == 0 && (aligned(operands) && ...) && aligned(a.weight) && aligned(a.bias) &&
-         aligned(a.x_bias) && aligned(a.layer_scale);
+  return a.n_columns % vector == 0 && (aligned(operands) && ...) && aligned(a.weight, vector) &&
+         aligned(a.bias, vector) && aligned(a.x_bias, vector) && aligned(a.layer_scale, vector);
 }
 
 // The kernel writes the statistics in any case.
@@ -91,13 +99,18 @@ Outputs run_forward(const ForwardCall& call, bool) {
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
   const Form table = forward_form(a.n_columns, vector, fits, limits(device));
-  const Form form = chosen_form(table, false, device, a.n_columns, vector);
+  Form form = chosen_form(table, false, device, a.n_columns, vector);
+  const bool of_samples = is_of_samples(a, call);
+  if (of_samples) {
+    form = for_short_samples(form, a.rows_per_sample);
+    a.blocks_per_sample = int(ceil_div(a.rows_per_sample, form.rows) * form.ranks);
+  }
   const int64_t tile = int64_t(form.ranks) * form.threads * vector * form.chunks;
   a.tiles = form.tiles;
   while (1 << a.ranks_log2 < form.ranks) ++a.ranks_log2;
   a.tile_scale = 1.0f / float(power_of_two(std::min<int64_t>(tile, a.n_columns)));
   const bool epilogue = x_bias || layer_scale || a.element.on || a.path.on || a.x.inner || a.residual.inner;
-  kernels.forward(a, form, epilogue, current_cuda_stream(device));
+  kernels.forward(a, form, of_samples ? kSampleEpilogue : epilogue ? kEpilogue : kNoEpilogue, current_cuda_stream(device));
   return out;
 }
 
@@ -135,7 +148,7 @@ Gradients run_backward(const BackwardCall& call) {
   const int device = device_of(saved);
   const OnDevice guard(device);
   Gradients gradients;
-  int planes[6] = {-1, -1, -1, -1, -1, -1}, n_sums = 0;
+  int planes[6] = {-1, -1, -1, -1, -1, -1}, n_sums = 0, each = 0;
   Finalize finalize{};
   for (int k = 0; k < 6; ++k) {
     if (!wanted(k)) continue;
@@ -144,6 +157,7 @@ Gradients run_backward(const BackwardCall& call) {
     gradients.of[k] = empty(saved, shape.ndim, shape.sizes, dtype);
     if (k < 2) continue;
     finalize.gradient[n_sums] = fresh_data(gradients.of[k]), finalize.dtype[n_sums] = dtype;
+    each |= int(has_samples(*parameters[k - 2], a.n_columns)) << n_sums;
     planes[k] = n_sums++;
   }
   a.dx = wanted(0) ? fresh_data(gradients.of[0]) : nullptr;
@@ -153,20 +167,26 @@ Gradients run_backward(const BackwardCall& call) {
   const Limits limit = limits(device);
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
-  const bool epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
-  const bool staged = fits && !o.saved_is_normed && !layer_scale && !a.path.on &&
+  const bool of_samples = is_of_samples(a, call), has_epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
+  const Epilogue epilogue = of_samples ? kSampleEpilogue : has_epilogue ? kEpilogue : kNoEpilogue;
+  const bool staged = fits && !of_samples && !o.saved_is_normed && !layer_scale && !a.path.on &&
                       in_32_bits(a.n_rows, a.n_columns * kItemSize[z_dtype], a.dnormed, a.dresidual_out, a.saved);
-  const BackwardKind kind{staged, epilogue, z_dtype != o.dtype};
+  const BackwardKind kind{staged, has_epilogue, z_dtype != o.dtype};
   const Form table = backward_form(a.n_columns, vector, fits, kind, limit);
-  const Form form = for_few_rows(chosen_form(table, true, device, a.n_columns, vector), a.n_rows, limit);
-  int64_t programs = programs_for(a.n_rows, form, kind.registers(), kernels.shared_bytes(form), limit);
-  if (form.ranks > 1)
-    programs = std::min<int64_t>(a.n_rows, kernels.resident_clusters(form, epilogue, device, limit.processors));
-  if (forced().programs) programs = std::min<int64_t>(ceil_div(a.n_rows, form.rows), forced().programs);
+  Form form = for_few_rows(chosen_form(table, true, device, a.n_columns, vector), a.n_rows, limit);
+  // What the programs divide: all rows, or those of each sample.
+  const int64_t n_rows = of_samples ? a.rows_per_sample : a.n_rows, samples = a.n_rows / n_rows;
+  if (of_samples) form = for_short_samples(form, n_rows), a.blocks_per_sample = form.ranks * form.tiles;
+  const int64_t groups = ceil_div(n_rows, form.rows);
+  const int64_t resident = form.ranks > 1 ? kernels.resident_clusters(form, epilogue, device, limit.processors)
+                                          : resident_programs(form, kind.registers(), kernels.shared_bytes(form), limit);
+  int64_t programs = of_samples ? programs_of_each(samples, groups, std::max<int64_t>(resident, 1))
+                                : std::min<int64_t>({groups, resident, 65535});
+  if (forced().programs) programs = std::min<int64_t>(groups, forced().programs);
   programs = std::max<int64_t>(programs, 1);
-  a.rounds = int(ceil_div(a.n_rows, programs * form.rows));
+  a.rounds = int(ceil_div(n_rows, programs * form.rows));
   a.share = 1.0f / float(a.n_columns);
-  const int64_t partial_sizes[3] = {n_sums, programs, a.n_columns}, sums_sizes[2] = {2, a.n_rows};
+  const int64_t partial_sizes[3] = {n_sums, samples * programs, a.n_columns}, sums_sizes[2] = {2, a.n_rows};
   const Handle partials = n_sums ? empty(saved, 3, partial_sizes, compute) : Handle();
   const Handle sums = form.tiles > 1 ? empty(saved, 2, sums_sizes, compute) : Handle();
   a.partials = partials ? fresh_data(partials) : nullptr;
@@ -174,8 +194,13 @@ Gradients run_backward(const BackwardCall& call) {
   void* const cuda_stream = current_cuda_stream(device);
   kernels.backward(a, form, epilogue, int(programs), cuda_stream);
   if (n_sums) {
-    finalize.partials = a.partials, finalize.programs = int(programs), finalize.n_columns = a.n_columns;
-    sum_partials(finalize, n_sums, compute == kFloat64, limit.early && forced().overlap, cuda_stream);
+    const bool wide = compute == kFloat64, early = limit.early && forced().overlap;
+    finalize.partials = a.partials, finalize.programs = int(each ? programs : samples * programs);
+    finalize.n_columns = a.n_columns;
+    if (each)
+      sum_sample_partials({finalize, int(samples), each, 0}, n_sums, wide, early, cuda_stream);
+    else
+      sum_partials(finalize, n_sums, wide, early, cuda_stream);
   }
   return gradients;
 }

@@ -54,4 +54,24 @@ inline Form for_few_rows(Form form, int64_t n_rows, const Limits& limits) {
   return form;
 }
 
+// Fewer rows a block where a sample has fewer, and a block has rows of one sample; a warp stays whole.
+inline Form for_short_samples(Form form, int64_t rows_per_sample) {
+  while (form.rows / 2 >= std::max(kWarpLanes / form.threads, 1) && form.rows / 2 >= rows_per_sample) form.rows /= 2;
+  return form;
+}
+
+// Programs for each of `samples`, of which `resident` run at a time. They run in waves, and each takes as long as it has
+// groups of rows to visit, and its start and its partial sums take as long as some of these: the fewest programs that
+// are done first.
+inline int64_t programs_of_each(int64_t samples, int64_t groups, int64_t resident) {
+  constexpr int64_t kStart = 2, kMore = 8;
+  const int64_t fewest = std::max<int64_t>(1, resident / samples), most = std::min<int64_t>({groups, fewest + kMore, 65535});
+  int64_t best = std::min(fewest, most), least = 0;
+  for (int64_t programs = best; programs <= most; ++programs) {
+    const int64_t time = ceil_div(samples * programs, resident) * (ceil_div(groups, programs) + kStart);
+    if (programs == best || time < least) best = programs, least = time;
+  }
+  return best;
+}
+
 }  // namespace fusednorm_cuda

@@ -18,6 +18,7 @@ struct Rows {
 struct Parameter {
   const void* data;
   bool wide;
+  int stride;  // in elements, from a sample's vector to the next one's; 0 where all samples share one
 };
 
 // How threads share a row. A tile is `ranks * threads * chunks` vectors, of 16 bytes of the row dtype.
@@ -37,6 +38,14 @@ struct Finalize {
   int programs, n_columns;
   void* gradient[4];  // of each of the sums
   Dtype dtype[4];
+};
+
+// Sums of which some are one vector for each sample. Partial sums are (sums, samples, programs, columns), so `programs`
+// are those of a sample.
+struct SampleFinalize : Finalize {
+  int samples;
+  int each;  // a bit for each of the sums: whether it has a vector for each sample
+  int lanes;  // threads that add a sample's partial sums together, a power of two
 };
 
 }  // namespace fusednorm_cuda

@@ -50,13 +50,17 @@ inline Form spread(int64_t n, int vector, int chunks, int most_threads, int most
   return form;
 }
 
-// Blocks that visit the rows in turns: the multiprocessors filled, but no more than there are groups of rows.
-inline int programs_for(int64_t n_rows, const Form& form, int registers, int shared_bytes, const Limits& limits) {
+// Groups of blocks that fill the multiprocessors at a time.
+inline int64_t resident_programs(const Form& form, int registers, int shared_bytes, const Limits& limits) {
   constexpr int kReserved = 1024;  // of shared memory, for each block
   const int fitting = std::min(65536 / (registers * form.threads * form.rows), limits.shared_bytes / (shared_bytes + kReserved));
   const int64_t blocks = int64_t(limits.processors) * std::max(1, std::min(fitting, kProgramsPerProcessor));
-  const int64_t programs = blocks / (int64_t(form.ranks) * form.tiles);
-  return int(std::max<int64_t>(1, std::min<int64_t>({programs, ceil_div(n_rows, form.rows), 65535})));
+  return std::max<int64_t>(1, blocks / (int64_t(form.ranks) * form.tiles));
+}
+
+// Blocks that visit the rows in turns: the multiprocessors filled, but no more than there are groups of rows.
+inline int programs_for(int64_t n_rows, const Form& form, int registers, int shared_bytes, const Limits& limits) {
+  return int(std::min<int64_t>({resident_programs(form, registers, shared_bytes, limits), ceil_div(n_rows, form.rows), 65535}));
 }
 
 }  // namespace fusednorm_cuda

@@ -21,9 +21,19 @@ Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const S
 // On the device of `like`: a contiguous tensor of the row dtype or the compute type.
 Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype);
 
-// Whether 16-byte accesses reach every row.
+// The same, or one vector for each of `samples` along dimension 0. The columns of a vector lie one after another, the
+// vectors at any stride that an int holds.
+Parameter sample_parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype,
+                              int64_t samples);
+
+// Whether a parameter that is there has a vector for each of several samples.
+bool has_samples(const Handle& tensor, int64_t n_columns);
+
+// Whether 16-byte accesses, of `vector` elements of a row, reach every row.
 bool aligned(const Rows& rows);
 bool aligned(const void* data);
-inline bool aligned(const Parameter& parameter) { return aligned(parameter.data); }
+inline bool aligned(const Parameter& parameter, int vector = 1) {
+  return aligned(parameter.data) && parameter.stride % vector == 0;
+}
 
 }  // namespace fusednorm_cuda

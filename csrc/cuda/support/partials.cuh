@@ -7,6 +7,7 @@
 namespace fusednorm_cuda {
 
 constexpr int kFinalizeColumns = 32, kFinalizeRows = 32;
+constexpr int kFinalizeTogether = 8;  // loads of a thread on their way at once
 
 // What write_partials takes of shared memory, in numbers.
 inline int partial_columns(const Form& f, int vector) {
@@ -14,14 +15,15 @@ inline int partial_columns(const Form& f, int vector) {
   return f.rows > 1 ? parts * f.threads * vector : 0;
 }
 
-// One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`. Rows that share a warp
-// are added by shuffles, then warps, or rows of several, through shared memory: `partial_columns` of it, `shared_offset`
-// bytes in.
+// One block's sums over its rows of one parameter gradient, to row blockIdx.y of plane `plane`, which has gridDim.y rows
+// for each of `samples`. Rows that share a warp are added by shuffles, then warps, or rows of several, through shared
+// memory: `partial_columns` of it, `shared_offset` bytes in.
 template <bool ALIGNED, class C, int V>
-FN_DEVICE void write_partials(void* partials, int plane, int column, int n, int shared_offset, Numbers<C, V>& sums) {
+FN_DEVICE void write_partials(void* partials, int plane, int column, int n, int shared_offset, Numbers<C, V>& sums,
+                              int64_t sample = 0, int64_t samples = 1) {
   if (plane < 0) return;
   const int threads = int(blockDim.x);
-  C* const out = static_cast<C*>(partials) + (int64_t(plane) * gridDim.y + blockIdx.y) * n;
+  C* const out = static_cast<C*>(partials) + ((plane * samples + sample) * gridDim.y + blockIdx.y) * n;
   if (blockDim.y == 1) return Raw<C, V>::of(sums).template store<ALIGNED>(out, column, n);
   for (int offset = threads; offset < kWarp; offset *= 2) {
 #pragma unroll
@@ -44,8 +46,8 @@ FN_DEVICE void write_partials(void* partials, int plane, int column, int n, int 
   }
 }
 
-template <class C>
-FN_DEVICE void store_as(Dtype dtype, void* out, int column, C value) {
+template <class C, class Index>
+FN_DEVICE void store_as(Dtype dtype, void* out, Index column, C value) {
   switch (dtype) {
     case kFloat64: static_cast<double*>(out)[column] = double(value); break;
     case kFloat32: static_cast<float*>(out)[column] = float(value); break;
@@ -54,37 +56,65 @@ FN_DEVICE void store_as(Dtype dtype, void* out, int column, C value) {
   }
 }
 
-// Adds the programs' partial sums of each column, always in the same order. Grid (columns, sums), block (columns, rows).
-// Few blocks with much to read: their loads are what takes the time, so many are on their way at once.
+// Adds `count` rows of partial sums at a column, always in the same order: by threads of `row` 0 to `rows` - 1, which stand
+// one after another in the block, for the first of them. Few blocks with much to read: their loads are what takes the
+// time, so many are on their way at once.
 template <class C>
-FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
-sum_partials_kernel(FN_ARGUMENT Finalize a) {
-  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y), rows = int(blockDim.y);
-  const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
+FN_DEVICE C sum_of_rows(const C* partials, int count, int n, int column, bool inside, int row, int rows) {
   C total = 0;
-  wait_for_dependency();
-  if (column < a.n_columns) {
-    constexpr int kTogether = 8;
+  if (inside) {
 #pragma unroll 1
-    for (int first = int(threadIdx.y); first < a.programs; first += kTogether * rows) {
-      C parts[kTogether];
+    for (int first = row; first < count; first += kFinalizeTogether * rows) {
+      C parts[kFinalizeTogether];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kFinalizeTogether; ++i) {
         const int p = first + i * rows;
-        parts[i] = p < a.programs ? partials[int64_t(p) * a.n_columns + column] : C(0);
+        parts[i] = p < count ? partials[int64_t(p) * n + column] : C(0);
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) total += parts[i];
+      for (int i = 0; i < kFinalizeTogether; ++i) total += parts[i];
     }
   }
   const Shared<C> shared(0);
   shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);
   sync_threads();
-  if (threadIdx.y == 0 && column < a.n_columns) {
+  if (row == 0 && inside) {
     total = 0;
-    for (int r = 0; r < rows; ++r) total += shared.get(r * kFinalizeColumns + int(threadIdx.x));
-    store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
+    for (int r = 0; r < rows; ++r)
+      total += shared.get((int(threadIdx.y) - row + r) * kFinalizeColumns + int(threadIdx.x));
   }
+  return total;
+}
+
+// Adds the programs' partial sums of each column. Grid (columns, sums), block (columns, rows).
+template <class C>
+FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
+sum_partials_kernel(FN_ARGUMENT Finalize a) {
+  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
+  const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
+  const int row = int(threadIdx.y);
+  wait_for_dependency();
+  const bool inside = column < a.n_columns;
+  const C total = sum_of_rows(partials, a.programs, a.n_columns, column, inside, row, int(blockDim.y));
+  if (row == 0 && inside) store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
+}
+
+// The same where some sums are one vector for each sample. Grid (columns x groups of samples, sums), block (columns, rows).
+template <class C>
+FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
+sum_sample_partials_kernel(FN_ARGUMENT SampleFinalize a) {
+  const int across = (a.n_columns + kFinalizeColumns - 1) / kFinalizeColumns, group = int(blockIdx.x) / across;
+  const int column = (int(blockIdx.x) - group * across) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
+  const bool each = a.each >> plane & 1;
+  const int rows = each ? a.lanes : int(blockDim.y);
+  const int row = int(threadIdx.y) & (rows - 1), sample = group * (int(blockDim.y) / rows) + int(threadIdx.y) / rows;
+  const int count = each ? a.programs : a.programs * a.samples;
+  const C* const partials =
+      static_cast<const C*>(a.partials) + (int64_t(plane) * a.samples + sample) * a.programs * a.n_columns;
+  wait_for_dependency();
+  const bool inside = column < a.n_columns && sample < (each ? a.samples : 1);
+  const C total = sum_of_rows(partials, count, a.n_columns, column, inside, row, rows);
+  if (row == 0 && inside) store_as<C>(a.dtype[plane], a.gradient[plane], sample * int64_t(a.n_columns) + column, total);
 }
 
 }  // namespace fusednorm_cuda

@@ -196,10 +196,12 @@ struct Raw {
 
 // A parameter's columns, zero past the row's end; the parameter is there.
 template <class T, int V, bool ALIGNED>
-FN_DEVICE Numbers<Compute<T>, V> load_parameter(const Parameter& parameter, int column, int n) {
+FN_DEVICE Numbers<Compute<T>, V> load_parameter(const Parameter& parameter, int column, int n, int64_t sample = 0) {
   using C = Compute<T>;
-  if (sizeof(T) == sizeof(C) || parameter.wide) return Raw<C, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
-  return Raw<T, V>::template load<ALIGNED>(parameter.data, column, n).numbers();
+  const int64_t at = sample * parameter.stride;
+  if (sizeof(T) == sizeof(C) || parameter.wide)
+    return Raw<C, V>::template load<ALIGNED>(static_cast<const C*>(parameter.data) + at, column, n).numbers();
+  return Raw<T, V>::template load<ALIGNED>(static_cast<const T*>(parameter.data) + at, column, n).numbers();
 }
 
 // A vector of S, or where `narrow` of T: of what may have the dtype of x beside a wider residual.

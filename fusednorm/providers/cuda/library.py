@@ -200,3 +200,12 @@ def parameter(given: Tensor | None, dtype: torch.dtype, computed_in: torch.dtype
     if given is not None and given.dtype is not dtype and given.dtype is not computed_in:
         given = given.to(computed_in)
     return contiguous(given)
+
+
+def sample_parameter(given: Tensor, dtype: torch.dtype, computed_in: torch.dtype) -> Tensor | None:
+    """A parameter that is one vector for each sample: the vectors may lie at any stride that fits in 32 bits."""
+    columns = folded(given.shape[1:], given.stride()[1:])
+    one_after_another = not columns or (len(columns) == 1 and columns[0][1] == 1)
+    if one_after_another and given.dtype in (dtype, computed_in) and not given.is_neg() and given.stride(0) < 2**31:
+        return given
+    return parameter(given, dtype, computed_in)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..native import packed_norm, packed_norm_grad
-from ..samples import has_samples
+from ..samples import is_per_sample
 from . import library
 
 for_tests, runs_on, unavailable_reason = library.for_tests, library.runs_on, library.unavailable_reason
@@ -22,8 +22,6 @@ def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     x, residual, normalized_ndim = inputs.x, inputs.residual, options.normalized_ndim
     normed_dtype, residual_dtype = options.normed_dtype, options.residual_dtype
     reason = library.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
-    if reason is None and has_samples(inputs, normalized_ndim):
-        reason = "its kernels take no parameter that is one vector for each sample yet"
     if reason is not None or x.is_meta:
         return reason
     if options.dropout_p and normalized_ndim > 1:
@@ -46,6 +44,14 @@ def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     return None
 
 
+def _parameter(
+    given: Tensor | None, dtype: torch.dtype, computed_in: torch.dtype, normalized_ndim: int
+) -> Tensor | None:
+    if given is not None and is_per_sample(given, normalized_ndim):
+        return library.sample_parameter(given, dtype, computed_in)
+    return library.parameter(given, dtype, computed_in)
+
+
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor, Tensor, Tensor]:
     """(normed, residual_out, stats) in one launch."""
     x, residual, *parameters, seed = inputs
@@ -59,7 +65,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> tuple[Tensor
     return library.ops.add_layer_norm_fwd.default(
         library.rows(x, x.dtype, normalized_ndim),
         library.rows(residual, residual.dtype if residual is not None else residual_dtype, normalized_ndim),
-        *[library.parameter(p, x.dtype, computed_in) for p in parameters],
+        *[_parameter(p, x.dtype, computed_in, normalized_ndim) for p in parameters],
         seed,
         packed_norm(options),
         *(options.eps, options.dropout_p, options.drop_path_p),
@@ -87,9 +93,9 @@ def add_layer_norm_bwd(
         library.rows(dresidual_out, residual_out_dtype, normalized_ndim),
         library.rows(kept, kept.dtype, normalized_ndim),
         stats.contiguous(),
-        *[library.parameter(p, x_dtype, computed_in) for p in parameters[:2]],
+        *[_parameter(p, x_dtype, computed_in, normalized_ndim) for p in parameters[:2]],
         library.rows(x if output_mask[5] else None, x_dtype, normalized_ndim),
-        *[library.parameter(p, x_dtype, computed_in) for p in parameters[2:]],
+        *[_parameter(p, x_dtype, computed_in, normalized_ndim) for p in parameters[2:]],
         seed,
         packed_norm_grad(options, tuple(output_mask)),
         *(options.dropout_p, options.drop_path_p),
