@@ -74,7 +74,11 @@ def _identity(mangled: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     while found := re.match(r"NS_\d+(B?Float16)E|([fd])|(S\d?_)", arguments):
         types.append(found[1] or {"f": "float", "d": "double"}.get(found[2]) or types[0])
         arguments = arguments[found.end() :]
-    return name, tuple(types), tuple(int(n) for n in re.findall(r"L(?:[ib]|NS_\d+(?:Access|Epilogue)E)(\d+)", arguments + "E"))
+    return (
+        name,
+        tuple(types),
+        tuple(int(n) for n in re.findall(r"L(?:[ib]|NS_\d+(?:Access|Epilogue)E)(\d+)", arguments + "E")),
+    )
 
 
 def compile_kernels(source: str, arch: str, folder: Path) -> list[Kernel]:
@@ -205,11 +209,11 @@ asks for: every operand once on each of its paths, every result once, each copy 
 Rows that are not aligned are read an element at a time. Spilled: bytes of local memory.
 
 Instructions an element are those of the loop over rows (of `sums` over columns, of `sum_partials` and
-`sum_sample_partials` over rows of partial sums), divided by the elements that a thread has in it. They are static, NOPs left out: branches that a call
-does not take are counted (clusters, parameters in float32, every activation, the waits that are kept behind the
-kernel's end), and so this is an upper bound; set-up, the end, and subroutines (the division of unusual numbers) are
-not. A thread of the forward has one row and so no such loop: there it is the whole program, with all of these, and
-its loops over tiles once.
+`sum_sample_partials` over rows of partial sums), divided by the elements that a thread has in it. They are static,
+NOPs left out: branches that a call does not take are counted (clusters, parameters in float32, every activation, the
+waits that are kept behind the kernel's end), and so this is an upper bound; set-up, the end, and subroutines (the
+division of unusual numbers) are not. A thread of the forward has one row and so no such loop: there it is the whole
+program, with all of these, and its loops over tiles once.
 
 Reads in flight are the rows that the resident threads have asked for before they wait: 16 bytes of each operand of
 the rows' dtype, as many elements of the stream. Of the rows that come through shared memory, one or two are on their

@@ -57,19 +57,21 @@ FN_DEVICE void store_as(Dtype dtype, void* out, Index column, C value) {
 }
 
 // Adds `count` rows of partial sums at a column, always in the same order: by threads of `row` 0 to `rows` - 1, which stand
-// one after another in the block, for the first of them. Few blocks with much to read: their loads are what takes the
-// time, so many are on their way at once.
-template <class C>
-FN_DEVICE C sum_of_rows(const C* partials, int count, int n, int column, bool inside, int row, int rows) {
+// one after another in the block. The first of them stores the sum. Few blocks with much to read: their loads are what
+// takes the time, so many are on their way at once.
+template <class C, class Store>
+FN_DEVICE void add_rows(const Finalize& a, const C* partials, const int& count, int column, bool wanted, int row, int rows,
+                        const Store& store) {
   C total = 0;
-  if (inside) {
+  wait_for_dependency();
+  if (wanted && column < a.n_columns) {
 #pragma unroll 1
     for (int first = row; first < count; first += kFinalizeTogether * rows) {
       C parts[kFinalizeTogether];
 #pragma unroll
       for (int i = 0; i < kFinalizeTogether; ++i) {
         const int p = first + i * rows;
-        parts[i] = p < count ? partials[int64_t(p) * n + column] : C(0);
+        parts[i] = p < count ? partials[int64_t(p) * a.n_columns + column] : C(0);
       }
 #pragma unroll
       for (int i = 0; i < kFinalizeTogether; ++i) total += parts[i];
@@ -78,25 +80,22 @@ FN_DEVICE C sum_of_rows(const C* partials, int count, int n, int column, bool in
   const Shared<C> shared(0);
   shared.set(int(threadIdx.y) * kFinalizeColumns + int(threadIdx.x), total);
   sync_threads();
-  if (row == 0 && inside) {
+  if (row == 0 && wanted && column < a.n_columns) {
     total = 0;
     for (int r = 0; r < rows; ++r)
       total += shared.get((int(threadIdx.y) - row + r) * kFinalizeColumns + int(threadIdx.x));
+    store(total);
   }
-  return total;
 }
 
 // Adds the programs' partial sums of each column. Grid (columns, sums), block (columns, rows).
 template <class C>
 FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
 sum_partials_kernel(FN_ARGUMENT Finalize a) {
-  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y);
+  const int column = int(blockIdx.x) * kFinalizeColumns + int(threadIdx.x), plane = int(blockIdx.y), rows = int(blockDim.y);
   const C* const partials = static_cast<const C*>(a.partials) + int64_t(plane) * a.programs * a.n_columns;
-  const int row = int(threadIdx.y);
-  wait_for_dependency();
-  const bool inside = column < a.n_columns;
-  const C total = sum_of_rows(partials, a.programs, a.n_columns, column, inside, row, int(blockDim.y));
-  if (row == 0 && inside) store_as<C>(a.dtype[plane], a.gradient[plane], column, total);
+  add_rows(a, partials, a.programs, column, true, int(threadIdx.y), rows,
+           [&](C total) { store_as<C>(a.dtype[plane], a.gradient[plane], column, total); });
 }
 
 // The same where some sums are one vector for each sample. Grid (columns x groups of samples, sums), block (columns, rows).
@@ -109,12 +108,11 @@ sum_sample_partials_kernel(FN_ARGUMENT SampleFinalize a) {
   const int rows = each ? a.lanes : int(blockDim.y);
   const int row = int(threadIdx.y) & (rows - 1), sample = group * (int(blockDim.y) / rows) + int(threadIdx.y) / rows;
   const int count = each ? a.programs : a.programs * a.samples;
-  const C* const partials =
-      static_cast<const C*>(a.partials) + (int64_t(plane) * a.samples + sample) * a.programs * a.n_columns;
-  wait_for_dependency();
-  const bool inside = column < a.n_columns && sample < (each ? a.samples : 1);
-  const C total = sum_of_rows(partials, count, a.n_columns, column, inside, row, rows);
-  if (row == 0 && inside) store_as<C>(a.dtype[plane], a.gradient[plane], sample * int64_t(a.n_columns) + column, total);
+  const int64_t first = (int64_t(plane) * a.samples + sample) * a.programs;
+  add_rows(a, static_cast<const C*>(a.partials) + first * a.n_columns, count, column, sample < (each ? a.samples : 1), row, rows,
+           [&](C total) {
+             store_as<C>(a.dtype[plane], a.gradient[plane], sample * int64_t(a.n_columns) + column, total);
+           });
 }
 
 }  // namespace fusednorm_cuda

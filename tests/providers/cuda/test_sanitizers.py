@@ -88,11 +88,15 @@ QUICK = (
     " or (activation_at_every_layout and bfloat16)"
     " or attention_with_masks_of_several_tiles or (attention_of_every_head_dim and 40 and not at_257)"
     " or (attention_of_values_of_another_size and bfloat16 and 133)"
+    " or (sample_norm_in_every_form and bfloat16 and clusters_of and (tail or both or one_column))"
+    " or (sample_norm_beside_a_float32_stream and clusters_of and float32_residual and 16_bit_modulation)"
+    " or (sample_norm_at_every_layout and float16 and (slices or off_the_boundary))"
+    " or sample_norm_of_rows_wider or sample_norm_from_saved or sample_norm_adds"
 )
 
 
 ATTENTION = [HERE / "test_attention.py", HERE.parent / "test_attention.py"]
-EVERY = [HERE / "test_norm.py", HERE / "test_activation.py", *ATTENTION]
+EVERY = [HERE / "test_norm.py", HERE / "test_norm_samples.py", HERE / "test_activation.py", *ATTENTION]
 
 
 def all_pass(library: Path, files: Sequence[Path], chosen: str, least: int, sanitized: bool) -> None:
