@@ -28,10 +28,16 @@ Launchers launchers(Dtype dtype, Dtype z_dtype) {
   STD_TORCH_CHECK(false, "dtype");
 }
 
-// Sizes, masks and parameters. `like`, of sizes `s`, is the tensor that has the call's shape. Returns the dimensions of
-// rows.
+struct Described {
+  int64_t lead;  // dimensions of rows
+  bool each[4];  // whether weight, bias, x_bias, layer_scale are one vector for each of several samples
+
+  bool of_samples() const { return each[0] || each[1] || each[3]; }
+};
+
+// Sizes, masks and parameters. `like`, of sizes `s`, is the tensor that has the call's shape.
 template <class Call>
-int64_t describe_call(Common& a, const Handle& like, const Sizes& s, const Call& call) {
+Described describe_call(Common& a, const Handle& like, const Sizes& s, const Call& call) {
   const Options& o = call.options;
   const int64_t lead = leading_dims(s, o), columns = product(s.sizes + lead, o.normalized_ndim);
   STD_TORCH_CHECK(columns > 0 && columns < kMostColumns, "a row has no columns, or 2**30 and more");
@@ -45,18 +51,13 @@ int64_t describe_call(Common& a, const Handle& like, const Sizes& s, const Call&
   check_device("seed", call.seed, like);
   a.seed = a.element.on || a.path.on ? seed_of(call.seed) : nullptr;
   const int64_t samples = a.n_rows / a.rows_per_sample;
-  a.weight = sample_parameter_of("weight", call.weight, like, columns, o.dtype, samples);
-  a.bias = sample_parameter_of("bias", call.bias, like, columns, o.dtype, samples);
+  Described described{lead, {}};
+  auto& each = described.each;
+  a.weight = parameter_of("weight", call.weight, like, columns, o.dtype, samples, each[0]);
+  a.bias = parameter_of("bias", call.bias, like, columns, o.dtype, samples, each[1]);
   a.x_bias = parameter_of("x_bias", call.x_bias, like, columns, o.dtype);
-  a.layer_scale = sample_parameter_of("layer_scale", call.layer_scale, like, columns, o.dtype, samples);
-  return lead;
-}
-
-// Whether a parameter is one vector for each of several samples.
-template <class Call>
-bool is_of_samples(const Common& a, const Call& call) {
-  return has_samples(call.weight, a.n_columns) || has_samples(call.bias, a.n_columns) ||
-         has_samples(call.layer_scale, a.n_columns);
+  a.layer_scale = parameter_of("layer_scale", call.layer_scale, like, columns, o.dtype, samples, each[3]);
+  return described;
 }
 
 // Whether 32 bits address rows that lie one stride apart, and their columns.
@@ -78,7 +79,8 @@ Outputs run_forward(const ForwardCall& call, bool) {
   const Launchers kernels = launchers(o.dtype, o.residual_dtype);
   const Sizes s = sizes_of("x", x);
   Forward a{};
-  const int64_t lead = describe_call(a, x, s, call);
+  const Described described = describe_call(a, x, s, call);
+  const int64_t lead = described.lead;
   a.x = rows_of("x", x, x, s, lead, o.dtype);
   a.residual_is_narrow = residual && o.residual_dtype != o.dtype && dtype_of("residual", residual) == o.dtype;
   a.residual = rows_of("residual", residual, x, s, lead, a.residual_is_narrow ? o.dtype : o.residual_dtype);
@@ -100,7 +102,7 @@ Outputs run_forward(const ForwardCall& call, bool) {
   const bool fits = all_aligned(a, vector, a.x, a.residual, a.normed, a.z);
   const Form table = forward_form(a.n_columns, vector, fits, limits(device));
   Form form = chosen_form(table, false, device, a.n_columns, vector);
-  const bool of_samples = is_of_samples(a, call);
+  const bool of_samples = described.of_samples();
   if (of_samples) {
     form = for_short_samples(form, a.rows_per_sample);
     a.blocks_per_sample = int(ceil_div(a.rows_per_sample, form.rows) * form.ranks);
@@ -123,7 +125,8 @@ Gradients run_backward(const BackwardCall& call) {
   const Launchers kernels = launchers(o.dtype, z_dtype);
   const Sizes s = sizes_of("saved", saved);
   Backward a{};
-  const int64_t lead = describe_call(a, saved, s, call);
+  const Described described = describe_call(a, saved, s, call);
+  const int64_t lead = described.lead;
   const Dtype compute = o.dtype == kFloat64 ? kFloat64 : kFloat32;
   a.saved_is_normed = o.saved_is_normed;
   a.dnormed = rows_of("dnormed", dnormed, saved, s, lead, o.dtype);
@@ -157,7 +160,7 @@ Gradients run_backward(const BackwardCall& call) {
     gradients.of[k] = empty(saved, shape.ndim, shape.sizes, dtype);
     if (k < 2) continue;
     finalize.gradient[n_sums] = fresh_data(gradients.of[k]), finalize.dtype[n_sums] = dtype;
-    each |= int(has_samples(*parameters[k - 2], a.n_columns)) << n_sums;
+    each |= int(described.each[k - 2]) << n_sums;
     planes[k] = n_sums++;
   }
   a.dx = wanted(0) ? fresh_data(gradients.of[0]) : nullptr;
@@ -167,7 +170,7 @@ Gradients run_backward(const BackwardCall& call) {
   const Limits limit = limits(device);
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
-  const bool of_samples = is_of_samples(a, call), has_epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
+  const bool of_samples = described.of_samples(), has_epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
   const Epilogue epilogue = of_samples ? kSampleEpilogue : has_epilogue ? kEpilogue : kNoEpilogue;
   const bool staged = fits && !of_samples && !o.saved_is_normed && !layer_scale && !a.path.on &&
                       in_32_bits(a.n_rows, a.n_columns * kItemSize[z_dtype], a.dnormed, a.dresidual_out, a.saved);

@@ -26,17 +26,6 @@ void check_device(const char* name, const Handle& tensor, const Handle& like) {
                   ": is on another device than the rows; move it there");
 }
 
-namespace {
-
-Dtype parameter_dtype(const char* name, const Handle& tensor, const Handle& like, Dtype row_dtype) {
-  check_device(name, tensor, like);
-  const Dtype dtype = dtype_of(name, tensor), compute = row_dtype == kFloat64 ? kFloat64 : kFloat32;
-  STD_TORCH_CHECK(dtype == row_dtype || dtype == compute, name, ": its dtype is neither the rows' nor the compute type");
-  return dtype;
-}
-
-}  // namespace
-
 Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const Sizes& shape, int64_t lead,
              Dtype dtype) {
   Rows rows{};
@@ -60,36 +49,33 @@ Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const S
 }
 
 Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype) {
+  bool each = false;
+  return parameter_of(name, tensor, like, n_columns, row_dtype, 0, each);
+}
+
+Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype,
+                       int64_t samples, bool& each) {
   if (!tensor) return {nullptr, false, 0};
-  const Dtype dtype = parameter_dtype(name, tensor, like, row_dtype);
+  check_device(name, tensor, like);
+  const Dtype dtype = dtype_of(name, tensor), compute = row_dtype == kFloat64 ? kFloat64 : kFloat32;
+  STD_TORCH_CHECK(dtype == row_dtype || dtype == compute, name, ": its dtype is neither the rows' nor the compute type");
   const Sizes s = sizes_of(name, tensor);
-  STD_TORCH_CHECK(product(s.sizes, s.ndim) == n_columns, name, ": its shape does not fit");
+  const bool shared = product(s.sizes, s.ndim) == n_columns;
+  each = samples && !shared && s.ndim > 1 && s.sizes[0] == samples && product(s.sizes + 1, s.ndim - 1) == n_columns;
+  STD_TORCH_CHECK(shared || each, name, ": its shape does not fit");
+  const Parameter parameter{data_of(name, tensor, s, kItemSize[dtype]), dtype != row_dtype, 0};
+  if (each) {
+    Dim dims[kMaxDims];
+    const int columns = fold(s.sizes + 1, s.strides + 1, s.ndim - 1, dims);
+    STD_TORCH_CHECK(columns == 0 || (columns == 1 && dims[0].stride == 1), name,
+                    ": the columns of a vector must lie one after another");
+    STD_TORCH_CHECK(s.strides[0] <= INT_MAX, name, ": its vectors lie 2**31 elements apart, or more");
+    return {parameter.data, parameter.wide, int(s.strides[0])};
+  }
   bool contiguous;
   TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor.get(), &contiguous));
   STD_TORCH_CHECK(contiguous, name, ": must be contiguous");
-  return {data_of(name, tensor, s, kItemSize[dtype]), dtype != row_dtype, 0};
-}
-
-Parameter sample_parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype,
-                              int64_t samples) {
-  if (!has_samples(tensor, n_columns)) return parameter_of(name, tensor, like, n_columns, row_dtype);
-  const Dtype dtype = parameter_dtype(name, tensor, like, row_dtype);
-  const Sizes s = sizes_of(name, tensor);
-  STD_TORCH_CHECK(s.ndim > 1 && s.sizes[0] == samples && product(s.sizes + 1, s.ndim - 1) == n_columns, name,
-                  ": its shape does not fit");
-  char* const data = data_of(name, tensor, s, kItemSize[dtype]);
-  Dim dims[kMaxDims];
-  const int columns = fold(s.sizes + 1, s.strides + 1, s.ndim - 1, dims);
-  STD_TORCH_CHECK(columns == 0 || (columns == 1 && dims[0].stride == 1), name,
-                  ": the columns of a vector must lie one after another");
-  STD_TORCH_CHECK(s.strides[0] <= INT_MAX, name, ": its vectors lie 2**31 elements apart, or more");
-  return {data, dtype != row_dtype, int(s.strides[0])};
-}
-
-bool has_samples(const Handle& tensor, int64_t n_columns) {
-  if (!tensor) return false;
-  const Sizes s = sizes_of("parameter", tensor);
-  return product(s.sizes, s.ndim) != n_columns;
+  return parameter;
 }
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

@@ -21,13 +21,10 @@ Rows rows_of(const char* name, const Handle& tensor, const Handle& like, const S
 // On the device of `like`: a contiguous tensor of the row dtype or the compute type.
 Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype);
 
-// The same, or one vector for each of `samples` along dimension 0. The columns of a vector lie one after another, the
-// vectors at any stride that an int holds.
-Parameter sample_parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype,
-                              int64_t samples);
-
-// Whether a parameter that is there has a vector for each of several samples.
-bool has_samples(const Handle& tensor, int64_t n_columns);
+// The same, or one vector for each of several `samples` along dimension 0: then `each` is set. The columns of a vector lie
+// one after another, the vectors at any stride that an int holds.
+Parameter parameter_of(const char* name, const Handle& tensor, const Handle& like, int64_t n_columns, Dtype row_dtype,
+                       int64_t samples, bool& each);
 
 // Whether 16-byte accesses, of `vector` elements of a row, reach every row.
 bool aligned(const Rows& rows);
