@@ -103,6 +103,17 @@ def refused(device: int) -> tuple[str | None, int, int]:
     return said, runtime.cudaGetLastError(), mode.value
 
 
+def modulated(function: str, dtype: torch.dtype, width: int = WIDTH, **options: Any) -> Any:
+    """A bias and a layer scale that are slices of a tensor with a row for each sample, beside a shared weight."""
+    rows = {name: leaf((3, ROWS, width), dtype) for name in ("x", "residual")}
+    slices = leaf((3, 6 * width), dtype).detach()
+    bias, layer_scale = (slices[:, k * width : (k + 1) * width].requires_grad_() for k in (1, 4))
+    given = rows | {"weight": leaf((width,), dtype), "bias": bias, "layer_scale": layer_scale}
+    modulation = {"gate": layer_scale, "shift": bias}
+    normed, z = getattr(fn, function)(*rows.values(), width, given["weight"], eps=EPS, **modulation, **options)
+    return given, {"normed": normed, "residual_out": z}, {"M": 3 * ROWS, "eps": EPS}
+
+
 def strided(dtype: torch.dtype, width: int = WIDTH, **options: Any) -> Any:
     """Rows of x at two strides, of the residual at one."""
     x = leaf((ROWS, 4, 2 * width), dtype).detach()[:, 1:, :width].transpose(0, 1)

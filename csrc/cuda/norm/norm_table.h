@@ -60,9 +60,9 @@ inline Form for_short_samples(Form form, int64_t rows_per_sample) {
   return form;
 }
 
-// Programs for each of `samples`, of which `resident` run at a time. They run in waves, and each takes as long as it has
-// groups of rows to visit, and its start and its partial sums take as long as some of these: the fewest programs that
-// are done first.
+// Programs for each of `samples`, of which `resident` run at a time. They run in waves. A wave takes as long as the groups
+// of rows that a program visits, and its start and its partial sums as long as `kStart` more, which is assumed. Of the
+// numbers from those that fill one wave on, the first that is done earliest; then as few as visit no more groups each.
 inline int64_t programs_of_each(int64_t samples, int64_t groups, int64_t resident) {
   constexpr int64_t kStart = 2, kMore = 8;
   const int64_t fewest = std::max<int64_t>(1, resident / samples), most = std::min<int64_t>({groups, fewest + kMore, 65535});
@@ -71,7 +71,7 @@ inline int64_t programs_of_each(int64_t samples, int64_t groups, int64_t residen
     const int64_t time = ceil_div(samples * programs, resident) * (ceil_div(groups, programs) + kStart);
     if (programs == best || time < least) best = programs, least = time;
   }
-  return best;
+  return ceil_div(groups, ceil_div(groups, best));
 }
 
 }  // namespace fusednorm_cuda

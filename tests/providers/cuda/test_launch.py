@@ -13,7 +13,7 @@ import pytest
 import standin
 import torch
 from launched import EPS, Known, Step, activation, norm
-from launched_cuda import Launch, strided
+from launched_cuda import Launch, modulated, strided
 
 from tools.codegen.cuda import NVCC
 
@@ -40,15 +40,20 @@ CALLS = {
     "cluster": (norm, {"function": "add_layer_norm", "vectors": BIASED, "dtype": F32, "width": WIDE}),
     "slabs": (norm, {"function": "add_rms_norm", "vectors": SCALED, "dtype": F32, "width": WIDEST, "dropout_p": 0.5}),
     "strided": (strided, {"dtype": F32}),
+    "modulated": (modulated, {"dtype": F32, "function": "add_layer_norm", "drop_path_p": 0.5}),
+    "modulated_cluster": (modulated, {"dtype": F32, "function": "add_layer_norm", "width": WIDE}),
+    "modulated_slabs": (modulated, {"dtype": F32, "function": "add_layer_norm", "width": WIDEST}),
     "bias_act_dropout": (activation, {"p": 0.75}),
     "bias_act": (activation, {"dtype": F64}),
     "act": (activation, {"vectors": "", "dtype": F16}),
 }
 # What the library makes for itself, and how it divides rows.
 OWN = {"seed", "stats", "sums", "partials", "programs", "tiles", "tile_scale", "ranks_log2", "rounds"}
+OWN |= {"blocks_per_sample", "lanes"}
 DTYPES = (F64, F32, torch.bfloat16, F16)  # as csrc/common/data.h numbers them
 MANGLED = {F16: "NS_7Float16E", F32: "f", F64: "d", torch.bfloat16: "NS_8BFloat16E"}
 PARAMETERS = ("weight", "bias", "x_bias", "layer_scale")
+FINALIZE = ("sum_partials_kernel", "sum_sample_partials_kernel")
 GROUPED = 128  # multiprocessors of cuda:0 that clusters find, by the stand-in
 
 
@@ -96,6 +101,9 @@ def expected(step: Step, launch: Launch, options: dict[str, Any]) -> dict[str, A
         known |= rows(name, tensor)
     for name in PARAMETERS:
         known |= {f"{name}.data": known.get(name), f"d{name}": wanted.index(name) if name in wanted else -1}
+    each = {name: tensors[name].strides[0] for name in wanted if len(tensors[name].shape) > 1}
+    known |= {f"{name}.stride": stride for name, stride in each.items()}
+    known |= {"samples": x.shape[0], "each": sum(1 << wanted.index(name) for name in each)}
     if known.get("dresidual") == known["dx"]:  # without an epilogue one gradient is both
         known["dresidual"] = None
     known["gradient"] = [*(tensors[f"d{name}"].address for name in wanted), None, None, None, None][:4]
@@ -111,9 +119,18 @@ def check_division(launch: Launch, step: Step) -> None:
     """Threads and turns cover the rows and columns, and none is idle as a whole."""
     given, (grid_x, grid_y, _), (threads, block_y, _) = launch.given, launch.note.grid, launch.note.block
     n, m, cluster, vector = given["n_columns"], step.numbers["M"], launch.note.cluster, 16 // step.tensors["x"].itemsize
-    assert launch.note.early == (launch.kernel == "sum_partials_kernel")
-    if launch.kernel == "sum_partials_kernel":
+    assert launch.note.early == (launch.kernel in FINALIZE)
+    if given.get("blocks_per_sample") and "sums" not in launch.kernel:  # each sample has these to itself
+        samples = step.tensors["x"].shape[0]
+        assert grid_x == samples * given["blocks_per_sample"]
+        m, grid_x = m // samples, given["blocks_per_sample"]
+    if launch.kernel in FINALIZE:
         backward = step.launches[-2]
+        if "lanes" in given:
+            assert 1 <= given["lanes"] <= block_y and block_y % given["lanes"] == 0
+            side_by_side, across = block_y // given["lanes"], -(-n // threads)
+            assert grid_x == across * -(-given["samples"] // side_by_side)
+            grid_x = across
         assert (grid_x - 1) * threads < n <= grid_x * threads
         assert grid_y == sum(gradient is not None for gradient in given["gradient"])
         assert (given["programs"], given["partials"]) == (backward.note.grid[1], backward.given["partials"])
@@ -130,7 +147,8 @@ def check_division(launch: Launch, step: Step) -> None:
     else:
         assert (grid_x - cluster) * threads * vector < n <= grid_x * threads * vector
         assert (grid_y - 1) * block_y < m
-        assert cluster == 1 or (grid_x == cluster and grid_y == min(m, GROUPED // cluster))
+        most = min(m, GROUPED // cluster)
+        assert cluster == 1 or (grid_x == cluster and (grid_y <= most if given["blocks_per_sample"] else grid_y == most))
         rounds = given.get("rounds")
         assert rounds is None or (rounds - 1) * grid_y * block_y < m <= rounds * grid_y * block_y
 
@@ -142,14 +160,15 @@ def check(step: Step, options: dict[str, Any], device: int = 0) -> None:
         not step.tensors.keys().isdisjoint(PARAMETERS),
     )
     names = [f"{op}_fwd", *(["add_layer_norm_bwd_sums"] if options.get("width") == WIDEST else []), f"{op}_bwd"]
-    names += ["sum_partials"] if has_sums else []
+    sampled = any(len(step.tensors[name].shape) > 1 for name in PARAMETERS if name in step.tensors)
+    names += ["sum_sample_partials" if sampled else "sum_partials"] if has_sums else []
     assert [launch.kernel for launch in step.launches] == [f"{name}_kernel" for name in names]
     for launch in step.launches:
         given = launch.given
         assert (launch.note.device, launch.note.stream) == (device, standin.STREAMS[device])
         assert given == given | expected(step, launch, options)
         check_division(launch, step)
-        if launch.kernel == "sum_partials_kernel":
+        if launch.kernel in FINALIZE:
             assert launch.template == ("d" if dtype is F64 else "f")
             continue
         assert launch.template.startswith(MANGLED[dtype])
