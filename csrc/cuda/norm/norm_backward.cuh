@@ -239,8 +239,8 @@ add_layer_norm_bwd_kernel(FN_ARGUMENT Backward a) {
     const Raw<T, V> dnormed = at_row.dnormed();
     N xhat, g;
     C means[2] = {0, 0};
-    xhat_and_g<T, V, ALIGNED, EVERYTHING>(a, dnormed, [&] { return at_row.saved(); }, stats, column, width, part.sample, xhat,
-                                          g);
+    xhat_and_g<T, V, ALIGNED, EVERYTHING>(a, dnormed, [&] { return at_row.saved(); }, stats, column, width, part.sample,
+                                          xhat, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       dweight[i] += C(dnormed.get(i)) * xhat[i];

@@ -170,7 +170,8 @@ Gradients run_backward(const BackwardCall& call) {
   const Limits limit = limits(device);
   const int vector = int(16 / kItemSize[o.dtype]);
   const bool fits = all_aligned(a, vector, a.dnormed, a.dresidual_out, a.saved, a.x, a.dx, a.dresidual);
-  const bool of_samples = described.of_samples(), has_epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
+  const bool of_samples = described.of_samples();
+  const bool has_epilogue = a.dx_bias >= 0 || layer_scale || a.element.on || a.path.on;
   const Epilogue epilogue = of_samples ? kSampleEpilogue : has_epilogue ? kEpilogue : kNoEpilogue;
   const bool staged = fits && !of_samples && !o.saved_is_normed && !layer_scale && !a.path.on &&
                       in_32_bits(a.n_rows, a.n_columns * kItemSize[z_dtype], a.dnormed, a.dresidual_out, a.saved);

@@ -65,7 +65,8 @@ inline Form for_short_samples(Form form, int64_t rows_per_sample) {
 // numbers from those that fill one wave on, the first that is done earliest; then as few as visit no more groups each.
 inline int64_t programs_of_each(int64_t samples, int64_t groups, int64_t resident) {
   constexpr int64_t kStart = 2, kMore = 8;
-  const int64_t fewest = std::max<int64_t>(1, resident / samples), most = std::min<int64_t>({groups, fewest + kMore, 65535});
+  const int64_t fewest = std::max<int64_t>(1, resident / samples);
+  const int64_t most = std::min<int64_t>({groups, fewest + kMore, 65535});
   int64_t best = std::min(fewest, most), least = 0;
   for (int64_t programs = best; programs <= most; ++programs) {
     const int64_t time = ceil_div(samples * programs, resident) * (ceil_div(groups, programs) + kStart);

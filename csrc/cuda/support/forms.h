@@ -60,7 +60,8 @@ inline int64_t resident_programs(const Form& form, int registers, int shared_byt
 
 // Blocks that visit the rows in turns: the multiprocessors filled, but no more than there are groups of rows.
 inline int programs_for(int64_t n_rows, const Form& form, int registers, int shared_bytes, const Limits& limits) {
-  return int(std::min<int64_t>({resident_programs(form, registers, shared_bytes, limits), ceil_div(n_rows, form.rows), 65535}));
+  const int64_t resident = resident_programs(form, registers, shared_bytes, limits);
+  return int(std::min<int64_t>({resident, ceil_div(n_rows, form.rows), 65535}));
 }
 
 }  // namespace fusednorm_cuda

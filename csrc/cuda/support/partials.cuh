@@ -56,9 +56,9 @@ FN_DEVICE void store_as(Dtype dtype, void* out, Index column, C value) {
   }
 }
 
-// Adds `count` rows of partial sums at a column, always in the same order: by threads of `row` 0 to `rows` - 1, which stand
-// one after another in the block. The first of them stores the sum. Few blocks with much to read: their loads are what
-// takes the time, so many are on their way at once.
+// Adds `count` rows of partial sums at a column, always in the same order: by threads of `row` 0 to `rows` - 1, which
+// stand one after another in the block. The first of them stores the sum. Few blocks with much to read: their loads are
+// what takes the time, so many are on their way at once.
 template <class C, class Store>
 FN_DEVICE void add_rows(const Finalize& a, const C* partials, const int& count, int column, bool wanted, int row, int rows,
                         const Store& store) {
@@ -98,7 +98,8 @@ sum_partials_kernel(FN_ARGUMENT Finalize a) {
            [&](C total) { store_as<C>(a.dtype[plane], a.gradient[plane], column, total); });
 }
 
-// The same where some sums are one vector for each sample. Grid (columns x groups of samples, sums), block (columns, rows).
+// The same where some sums are one vector for each sample. Grid (columns x groups of samples, sums), block (columns,
+// rows).
 template <class C>
 FN_KERNEL(kFinalizeColumns* kFinalizeRows, 1)
 sum_sample_partials_kernel(FN_ARGUMENT SampleFinalize a) {
@@ -109,10 +110,10 @@ sum_sample_partials_kernel(FN_ARGUMENT SampleFinalize a) {
   const int row = int(threadIdx.y) & (rows - 1), sample = group * (int(blockDim.y) / rows) + int(threadIdx.y) / rows;
   const int count = each ? a.programs : a.programs * a.samples;
   const int64_t first = (int64_t(plane) * a.samples + sample) * a.programs;
-  add_rows(a, static_cast<const C*>(a.partials) + first * a.n_columns, count, column, sample < (each ? a.samples : 1), row, rows,
-           [&](C total) {
-             store_as<C>(a.dtype[plane], a.gradient[plane], sample * int64_t(a.n_columns) + column, total);
-           });
+  const C* const partials = static_cast<const C*>(a.partials) + first * a.n_columns;
+  add_rows(a, partials, count, column, sample < (each ? a.samples : 1), row, rows, [&](C total) {
+    store_as<C>(a.dtype[plane], a.gradient[plane], sample * int64_t(a.n_columns) + column, total);
+  });
 }
 
 }  // namespace fusednorm_cuda

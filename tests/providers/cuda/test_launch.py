@@ -147,8 +147,9 @@ def check_division(launch: Launch, step: Step) -> None:
     else:
         assert (grid_x - cluster) * threads * vector < n <= grid_x * threads * vector
         assert (grid_y - 1) * block_y < m
-        most = min(m, GROUPED // cluster)
-        assert cluster == 1 or (grid_x == cluster and (grid_y <= most if given["blocks_per_sample"] else grid_y == most))
+        if cluster > 1:
+            most = min(m, GROUPED // cluster)
+            assert grid_x == cluster and (grid_y <= most if given["blocks_per_sample"] else grid_y == most)
         rounds = given.get("rounds")
         assert rounds is None or (rounds - 1) * grid_y * block_y < m <= rounds * grid_y * block_y
 
