@@ -27,10 +27,16 @@ const fusednorm::Norms& library(bool by_cuda) { return by_cuda ? *cuda.norms : c
 bool as_cuda_reads(const at::Tensor& rows, const at::Tensor& like) {
   return !rows.defined() || (rows.is_contiguous() && rows.scalar_type() == like.scalar_type() && rows.device() == like.device());
 }
-bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like) {
+bool as_cuda_reads_parameter(const at::Tensor& parameter, const at::Tensor& like, int64_t normalized_ndim) {
   if (!parameter.defined()) return true;
+  constexpr int64_t kMostStride = int64_t(1) << 31;  // from one sample's vector to the next one's
+  const bool of_samples = parameter.dim() > normalized_ndim;
+  int64_t step = 1;
+  for (int64_t d = parameter.dim() - 1; d >= parameter.dim() - normalized_ndim; step *= parameter.size(d--))
+    if (parameter.size(d) != 1 && parameter.stride(d) != step) return false;
+  if (of_samples && parameter.stride(0) >= kMostStride) return false;
   const at::ScalarType compute = like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return parameter.is_contiguous() && parameter.device() == like.device() &&
+  return parameter.device() == like.device() &&
          (parameter.scalar_type() == like.scalar_type() || parameter.scalar_type() == compute);
 }
 
@@ -81,8 +87,8 @@ struct Norm {
     const auto& [z, stats, weight, bias, x, x_bias, layer_scale, seed] = saved;
     for (const at::Tensor& rows : cotangents)
       if (!as_cuda_reads(rows, z)) return false;
-    return as_cuda_reads(z, z) && as_cuda_reads_parameter(weight, z) && as_cuda_reads_parameter(bias, z) &&
-           as_cuda_reads(x, z) && as_cuda_reads_parameter(x_bias, z) && as_cuda_reads_parameter(layer_scale, z);
+    const auto reads = [&, n = options.normalized_ndim](const at::Tensor& p) { return as_cuda_reads_parameter(p, z, n); };
+    return as_cuda_reads(z, z) && as_cuda_reads(x, z) && reads(weight) && reads(bias) && reads(x_bias) && reads(layer_scale);
   }
 
   static variable_list gradients_natively(const Options& options, const Wanted<Norm>& wanted, const at::Tensor& dnormed,
@@ -112,8 +118,8 @@ bool cuda_takes(const NormCall& call) {
   if (call.dropout_p > 0 && call.normalized_ndim > 1) return false;
   if (!as_cuda_reads(call.x, call.x) || !as_cuda_reads(call.residual, call.x)) return false;
   if (call.seed.defined() && call.seed.device() != call.x.device()) return false;
-  return as_cuda_reads_parameter(call.weight, call.x) && as_cuda_reads_parameter(call.bias, call.x) &&
-         as_cuda_reads_parameter(call.x_bias, call.x) && as_cuda_reads_parameter(call.layer_scale, call.x);
+  const auto reads = [&, n = call.normalized_ndim](const at::Tensor& p) { return as_cuda_reads_parameter(p, call.x, n); };
+  return reads(call.weight) && reads(call.bias) && reads(call.x_bias) && reads(call.layer_scale);
 }
 
 NormResult norm(const NormCall& call) {

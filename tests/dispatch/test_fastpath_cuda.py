@@ -13,6 +13,7 @@ import torch
 from backends import EMULATED
 from fastpath_calls import (
     DTYPES,
+    EPILOGUES,
     NEEDS_FASTPATH,
     NORMS,
     Form,
@@ -25,6 +26,7 @@ from fastpath_calls import (
     on_cuda,
     same,
 )
+from oracle import MODULATION
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusednorm
@@ -37,7 +39,8 @@ from fusednorm.providers.cuda import library as cuda_library
 pytestmark = [NEEDS_FASTPATH, *([] if EMULATED else [pytest.mark.gpu])]
 NODE = "FusedNormBackward"
 PLAIN = {"layer_norm": Form("layer_norm", ("x", "weight", "bias"))}
-FORMS = {name: on_cuda(form) for name, form in {**NORMS, **PLAIN}.items()}
+OF_SAMPLES = {name: EPILOGUES[name] for name in ("layer scale", "gate, scale and shift", "scale and shift")}
+FORMS = {name: on_cuda(form) for name, form in {**NORMS, **PLAIN, **OF_SAMPLES}.items()}
 LAYER = FORMS["add_layer_norm"]
 DEVICE = LAYER.device
 
@@ -52,14 +55,27 @@ def by_cuda():
         yield
 
 
-def taken(x, residual=None, weight=None, bias=None, *, x_bias=None, p=0.0, seed=None, ndim=1):
+def taken(
+    x,
+    residual=None,
+    weight=None,
+    bias=None,
+    *,
+    x_bias=None,
+    gate=None,
+    scale=None,
+    shift=None,
+    p=0.0,
+    seed=None,
+    ndim=1,
+):
     shape = x.shape[x.ndim - ndim :]
     return dispatch.settings.current.fastpath.add_norm(
-        x, residual, shape, weight, bias, 1e-5, x_bias, None, None, None, None, p, seed, False, "cuda"
+        x, residual, shape, weight, bias, 1e-5, x_bias, None, gate, scale, shift, p, seed, False, "cuda"
     )
 
 
-SHAPES = [(5, 33), (7,), (1, 1), (64, 304)]  # odd, one row, one element, aligned
+SHAPES = [(7,), (5, 33), (1, 1), (64, 304)]  # one row, odd, one element, aligned
 WIDE = (2, 20000)  # which the emulation takes a second for: of the two dtypes whose kernels differ in their tiles
 
 
@@ -68,7 +84,8 @@ WIDE = (2, 20000)  # which the emulation takes a second for: of the two dtypes w
 def test_fastpath_to_cuda_gives_the_bits_of_the_python_path(name, dtype, by_cuda):
     form = FORMS[name]
     wide = not EMULATED or dtype in (torch.float32, torch.bfloat16)
-    for shape in [*SHAPES, *([WIDE] if wide else [])]:
+    of_samples = not set(MODULATION).isdisjoint(form.names)
+    for shape in [*SHAPES[of_samples:], *([WIDE] if wide else []), *([(3, 4, 40)] if of_samples else [])]:
         hold_to_python_path(form, form.leaves(shape, dtype), what=shape)
     hold_to_python_path(form, form.leaves((3, 2, 4, 6), dtype, 2), ndim=2)
 
@@ -81,6 +98,14 @@ def test_fastpath_to_cuda_draws_the_seed_and_drops_what_dropout_mask_says(by_cud
     _, z = taken(x, p=0.25)
     assert torch.equal(z != 0, fusednorm.dropout_mask((8, 64), 0.25, seed))
     assert torch.equal(taken(x, p=0.25, seed=seed)[1], z)
+
+
+def test_fastpath_to_cuda_reads_chunks_of_one_projection(by_cuda):
+    x, (gate, scale, shift) = randn(3, 4, 40), randn(3, 120).chunk(3, dim=1)
+    normed, z = taken(x, x, gate=gate, scale=scale, shift=shift)
+    own = [t.contiguous() for t in (gate, scale, shift)]
+    same((normed, z), taken(x, x, gate=own[0], scale=own[1], shift=own[2]))
+    assert taken(x, x, gate=torch.stack((gate, gate), -1)[..., 0]) is None
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
