@@ -92,7 +92,7 @@ def bias_act_dropout_bwd(
         variant, config, slabs = _plan(True, n, layout.constants, dtype, activation, dropout_p > 0.0)
         programs = host.programs(index, config, m, slabs)
         numbers = (m, layout.n_units, layout.rows_inner, *layout.strides, *host.dropout_scalars(dropout_p))
-        return variant(), (slabs, programs), numbers, host.sum_partials(1, programs, n)
+        return variant(), (slabs, programs), numbers, host.sum_partials((False,), 1, programs, n)
 
     def run(
         dy: Tensor, inputs: ActivationInputs, options: ActivationOptions, output_mask: list[bool]

@@ -82,7 +82,7 @@ def _bias_act_dropout_fwd_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     lanes = tl.arange(0, BLOCK_M)
     if bias_ptr is not None:
-        bias = load_vector(bias_ptr, lanes, cols, (cols < N)[None, :], ACC)
+        bias = load_vector(bias_ptr, tl.zeros_like(lanes), cols, (cols < N)[None, :], ACC)
     for group in tl.range(tl.program_id(1), (M + BLOCK_M - 1) // BLOCK_M, tl.num_programs(1), num_stages=1):
         rows = group * BLOCK_M + lanes.to(tl.int64)
         mask = (rows < M)[:, None] if EVEN_N else (rows < M)[:, None] & (cols < N)[None, :]
@@ -112,7 +112,7 @@ def _bias_act_dropout_bwd_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     lanes = tl.arange(0, BLOCK_M)
     if bias_ptr is not None:
-        bias = load_vector(bias_ptr, lanes, cols, (cols < N)[None, :], ACC)
+        bias = load_vector(bias_ptr, tl.zeros_like(lanes), cols, (cols < N)[None, :], ACC)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for group in tl.range(tl.program_id(1), (M + BLOCK_M - 1) // BLOCK_M, tl.num_programs(1), num_stages=1):
         rows = group * BLOCK_M + lanes.to(tl.int64)
@@ -134,4 +134,4 @@ def _bias_act_dropout_bwd_kernel(
         if partials_ptr is not None:
             dbias += du
     if partials_ptr is not None:
-        flush(partials_ptr, (dbias,), 0, tl.program_id(1), first_col, N, BLOCK_N, 1, tl.num_programs(1))
+        flush(partials_ptr, None, (dbias,), 0, tl.program_id(1), tl.num_programs(1), first_col, N, BLOCK_N, 1)

@@ -346,6 +346,6 @@ def _mask_gradient(
         ),
     )
     flat = dmask if dmask.is_contiguous() else torch.empty_like(dmask, memory_format=torch.contiguous_format)
-    host.sum_partials(*partials.shape)(partials, (flat, None, None, None))
+    host.sum_partials((False,), 1, *partials.shape[1:])(partials, (flat, None, None, None))
     if flat is not dmask:
         dmask.copy_(flat)

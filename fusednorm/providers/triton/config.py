@@ -75,3 +75,4 @@ def elements(form: Form) -> int:
 
 
 PARTIALS = Config(128, 32, 0, 8, 3)  # of the kernel that sums them; block_m: as many at a step
+SAMPLE_PARTIALS = Config(32, 128, 0, 8, 3)  # where some are of one sample: a sample has few

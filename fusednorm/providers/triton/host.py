@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import dropout
-from .config import PARTIALS, Form
+from .config import PARTIALS, SAMPLE_PARTIALS, Form
 
 if TYPE_CHECKING:
     from .attention_config import Tile
@@ -225,17 +225,37 @@ def variant(kernel: Any, constants: tuple[Any, ...], config: Form | Tile, aligne
     )
 
 
-def programs(index: int, config: Form, m: int, slabs: int) -> int:
-    """Persistent ones in a slab of columns: the multiprocessors filled, but no more than there are groups of rows."""
-    return max(1, min(ceil(m, config.block_m), processors(index) * config.per_sm // slabs))
+_MOST_ROUNDS = 8  # of programs that run at once
+_GROUPS_TO_FLUSH = 4  # groups of rows whose traffic is about that of a program's partial sums
 
 
-def sum_partials(planes: int, programs: int, n: int) -> Callable[[Tensor, tuple[Tensor | None, ...]], None]:
-    """What adds the rows of each plane of partials, (planes, programs, n), into as many gradients of four."""
+def programs(index: int, config: Form, rows: int, slabs: int, samples: int = 1) -> int:
+    """Persistent ones in a slab of columns of the rows of a sample, no more than there are groups of rows.
+
+    Of one sample: the multiprocessors filled. Of several: so many that the last ones to begin are not long alone.
+    """
+    groups, at_once = ceil(rows, config.block_m), processors(index) * config.per_sm // slabs
+    if samples == 1:
+        return max(1, min(groups, at_once))
+    at_once = max(1, at_once)
+    counts = range(1, max(1, min(groups, _MOST_ROUNDS * at_once // samples)) + 1)
+    return min(counts, key=lambda count: ceil(samples * count, at_once) * (ceil(groups, count) + _GROUPS_TO_FLUSH))
+
+
+def sum_partials(
+    own: Sequence[bool], samples: int, programs: int, n: int
+) -> Callable[[Tensor, Sequence[Tensor | None]], None]:
+    """What adds the rows of each plane of partials, (planes, samples * programs, n), into as many gradients of four.
+
+    `own`: whether a plane's gradient is one for each sample, not one for all rows.
+    """
     from .partials import _sum_partials_kernel
 
-    vec = 4 if n % 4 == 0 else 1
-    constants = (vec, PARTIALS.block_m, PARTIALS.block_n)
-    launched = variant(_sum_partials_kernel, constants, PARTIALS, vec > 1)
-    grid, numbers = (ceil(n, PARTIALS.block_n), planes), (programs, n // vec)
+    planes, per_sample = len(own), sum([each << plane for plane, each in enumerate(own)])
+    if not per_sample:
+        samples, programs = 1, samples * programs
+    vec, config = 4 if n % 4 == 0 else 1, SAMPLE_PARTIALS if per_sample else PARTIALS
+    constants = (per_sample, vec, config.block_m, config.block_n)
+    launched = variant(_sum_partials_kernel, constants, config, vec > 1)
+    grid, numbers = (ceil(n, config.block_n) * samples, planes), (programs, n // vec)
     return lambda partials, gradients: launched.launch(grid, (partials, *gradients), numbers)

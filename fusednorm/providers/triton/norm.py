@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,15 +13,14 @@ from torch import Tensor
 from ..._dtypes import compute_dtype
 from ..._options import NormGradOptions, NormInputs, NormOptions, NormSaved
 from ..forms import Place
-from ..samples import has_samples
-from ..strides import contiguous, is_plain, row_major
+from ..strides import row_major
 from . import host
 from . import norm_config as table
 from .config import Form
 from .host import for_tests as for_tests
 from .host import runs_on as runs_on
 from .host import unavailable_reason as unavailable_reason
-from .strides import Rows, rows_per_sample, sizes
+from .strides import Parameters, Rows, rows_per_sample, several_samples, sizes
 
 if TYPE_CHECKING:
     from .launch import Variant
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 def refusal(op: str, inputs: NormInputs, options: NormOptions) -> str | None:
     x, normalized_ndim = inputs.x, options.normalized_ndim
     reason = host.refusal(x, math.prod(x.shape[x.ndim - normalized_ndim :]))
-    if reason is None and has_samples(inputs, normalized_ndim):
-        reason = "its kernels take no parameter that is one vector for each sample yet"
     if reason is None and options.dropout_p and normalized_ndim > 1 and not x.is_meta:
         return "dropout_p > 0 with a normalized_shape of several dimensions; flatten them first"
     return reason
@@ -50,6 +47,7 @@ def _forward(
 ) -> tuple[Callable[[], Variant], int]:
     """The forward of rows of n columns, and how many rows a program takes.
 
+    `flags`: rms, zero_centered_weight, dropout, drop path, whether a parameter has a vector for each sample.
     `wide_rows`: some row operand or result has more than 16 bits an element. `wide_parameters`: three of them have.
     """
     from . import norm_fwd as kernels
@@ -86,7 +84,8 @@ class _Way(NamedTuple):
     main: Variant
     grid: tuple[int, int]
     numbers: tuple[int | float, ...]
-    partials: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, dtype
+    whole: tuple[bool, ...] | None  # which of the gradients of weight, bias, x_bias, layer_scale main writes whole
+    partials: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None  # sizes, strides, dtype
     finish: Callable[..., None] | None
 
 
@@ -102,6 +101,7 @@ def _backward(
     masks: tuple[bool, bool],
     scaled: bool,
     wanted: tuple[bool, ...],
+    per_sample: bool,
 ) -> _Backward:
     """`narrowed`: normed has fewer bits than x; `wanted`: gradients of the parameters.
 
@@ -118,10 +118,10 @@ def _backward(
     sums_config = table.SUMS_FLOAT64 if acc == torch.float64 else table.SUMS
     if not config.chunks:
         slabs = host.ceil(n, config.block_n)
-        constants = (*norm, *layout, sums_config.block_m, sums_config.block_n)
+        constants = (*norm, per_sample, *layout, sums_config.block_m, sums_config.block_n)
         sums = functools.partial(host.variant, kernels._add_layer_norm_bwd_sums_kernel, constants, sums_config, aligned)
     even = n % (config.block_n * chunks) == 0
-    constants = (*norm, *masks, *wanted, *layout, config.block_m, config.block_n, chunks, even)
+    constants = (*norm, *masks, *wanted, per_sample, *layout, config.block_m, config.block_n, chunks, even)
     main = functools.partial(host.variant, kernels._add_layer_norm_bwd_kernel, constants, config, aligned)
     return _Backward(config, slabs, sums, sums_config.block_m, main)
 
@@ -145,20 +145,6 @@ def forget_variants() -> None:
     host.forget_prepared()
 
 
-def _parameter(parameter: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """The parameter, contiguous. One finer than `acc` is rounded here: a tile of it would take twice the registers."""
-    parameter = contiguous(parameter)
-    if parameter is not None and parameter.dtype is torch.float64 and acc is not torch.float64:
-        return parameter.to(acc)
-    return parameter
-
-
-def _are_read(parameters: Iterable[Tensor | None], acc: torch.dtype) -> bool:
-    """Whether `_parameter` changes none."""
-    given = [p for p in parameters if p is not None]
-    return all(is_plain(p) and (p.dtype is not torch.float64 or acc is torch.float64) for p in given)
-
-
 @host.prepared
 def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """(normed, residual_out, stats) in one launch."""
@@ -167,7 +153,7 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
     index, (m, n), acc = x.get_device(), sizes(x, normalized_ndim), compute_dtype(x.dtype, residual_dtype)
     (shape, strides), (stats_shape, stats_strides) = row_major(x.shape), row_major((2 - options.rms, m))
     rows, of_sample = Rows((x, residual), normalized_ndim, n), rows_per_sample(x, normalized_ndim)
-    are_read = _are_read(given, acc)
+    parameters = Parameters(given, normalized_ndim, n, acc)
     wide = (
         max(x.dtype.itemsize, residual_dtype.itemsize, normed_dtype.itemsize) > 2,
         sum([p is not None and p.dtype.itemsize > 2 for p in given]) > 2,
@@ -175,10 +161,11 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
 
     @functools.cache
     def way(aligned: bool) -> tuple[Variant, tuple[int, int], tuple[int | float, ...]]:
-        layout, flags = rows.layout(aligned), (*switches, dropout_p > 0.0, drop_path_p > 0.0)
+        layout = rows.layout(aligned, parameters)
+        flags = (*switches, dropout_p > 0.0, drop_path_p > 0.0, parameters.per_sample)
         variant, block_m = _forward(index, n, layout.constants, residual_dtype, acc, *wide, flags)
         numbers = (
-            *(m, layout.n_units, layout.rows_inner, of_sample, *layout.strides, eps),
+            *(m, layout.n_units, layout.rows_inner, of_sample, *layout.strides, *parameters.in_units(layout), eps),
             *(*host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)),
         )
         return variant(), (host.ceil(m, block_m), 1), numbers
@@ -192,8 +179,8 @@ def add_layer_norm_fwd(inputs: NormInputs, options: NormOptions) -> Callable[...
             return normed, residual_out, stats.fill_(math.nan)
         if rows.copied:
             x, residual = rows.read((x, residual))
-        if not are_read:
-            weight, bias, x_bias, layer_scale = [_parameter(p, acc) for p in (weight, bias, x_bias, layer_scale)]
+        if parameters.copied:
+            weight, bias, x_bias, layer_scale = parameters.read((weight, bias, x_bias, layer_scale))
         written = residual_out if store_residual else None
         variant, grid, numbers = way(host.aligned(x, residual, weight, bias, x_bias, layer_scale, normed, written))
         pointers = (x, residual, weight, bias, x_bias, layer_scale, seed, normed, written, stats)
@@ -218,31 +205,39 @@ def add_layer_norm_bwd(
         for t, dtype, want in zip(like, (x_dtype, residual_dtype, *[None] * 4), wanted, strict=True)
     ]
     stats_like = row_major(stats.shape)
-    scaled, accumulators = wanted[5], sum(wanted[2:])  # d(layer_scale) alone looks at x and x_bias again
+    scaled = wanted[5]  # d(layer_scale) alone looks at x and x_bias again
     rows = Rows((dnormed, dresidual_out, kept, x if scaled else None), normalized_ndim, n)
     of_sample = rows_per_sample(kept, normalized_ndim)
     from_bias = options.saved_is_normed
-    are_read = _are_read((weight, bias if from_bias else None, x_bias if scaled else None, layer_scale), acc)
+    given = weight, bias if from_bias else None, x_bias if scaled else None, layer_scale
+    parameters = Parameters(given, normalized_ndim, n, acc)
+    own = [want and several_samples(p, normalized_ndim) for p, want in zip(like[2:], wanted[2:])]
+    per_sample = parameters.per_sample or any(own)
     wide = max(kept.dtype.itemsize, dnormed.dtype.itemsize, x_dtype.itemsize, residual_dtype.itemsize) > 2
     narrowed, has_scale = dnormed.dtype.itemsize < x_dtype.itemsize, layer_scale is not None
 
     @functools.cache
     def way(aligned: bool) -> _Way:
-        layout, masks = rows.layout(aligned), (dropout_p > 0.0, drop_path_p > 0.0)
+        layout, masks = rows.layout(aligned, parameters), (dropout_p > 0.0, drop_path_p > 0.0)
         wanted_sums, kinds = tuple(wanted[2:]), (acc, wide, narrowed, tuple(norm), masks, has_scale)
-        plan = _backward(index, n, layout.constants, *kinds, wanted_sums)
-        programs = host.programs(index, plan.config, m, plan.slabs)
-        lead, strides = (m, layout.n_units, layout.rows_inner), layout.strides
+        plan = _backward(index, n, layout.constants, *kinds, wanted_sums, per_sample)
+        samples = m // of_sample if per_sample else 1
+        programs = host.programs(index, plan.config, m // samples, plan.slabs, samples)
+        whole = tuple([each and programs == 1 for each in own])
+        summed = [each for each, want, done in zip(own, wanted_sums, whole) if want and not done]
+        strides, units = layout.strides, parameters.in_units(layout)
+        lead = m, layout.n_units, layout.rows_inner, of_sample
         scalars = *host.dropout_scalars(dropout_p), *host.dropout_scalars(drop_path_p)
         return _Way(
             None if plan.sums is None else plan.sums(),
             (host.ceil(m, plan.sums_block_m), 1),
-            (*lead, *strides[:3], *strides[6:9]),
+            (*lead, *strides[:3], *strides[6:9], *units[:2]),
             plan.main(),
-            (plan.slabs, programs),
-            (*lead, of_sample, *strides, *scalars),
-            (*row_major((accumulators, programs, n)), acc),
-            host.sum_partials(accumulators, programs, n) if accumulators else None,
+            (plan.slabs * samples, programs),
+            (*lead, *strides, *units, *scalars),
+            whole if any(whole) else None,
+            (*row_major((len(summed), samples * programs, n)), acc) if summed else None,
+            host.sum_partials(summed, samples, programs, n) if summed else None,
         )
 
     def run(
@@ -254,8 +249,8 @@ def add_layer_norm_bwd(
         if m == 0 or n == 0:
             return tuple([g if g is None else g.zero_() for g in gradients])
         bias, x, x_bias = bias if from_bias else None, x if scaled else None, x_bias if scaled else None
-        if not are_read:
-            weight, bias, x_bias, layer_scale = [_parameter(p, acc) for p in (weight, bias, x_bias, layer_scale)]
+        if parameters.copied:
+            weight, bias, x_bias, layer_scale = parameters.read((weight, bias, x_bias, layer_scale))
         if rows.copied:
             dnormed, dresidual_out, kept, x = rows.read((dnormed, dresidual_out, kept, x))
         dx, dresidual, *others = gradients
@@ -266,10 +261,15 @@ def add_layer_norm_bwd(
             sums = empty(*stats_like, acc)
             pointers = (dnormed, kept, stats, weight, bias, sums)
             taken.sums.launch(taken.sums_grid, pointers, taken.sums_numbers)
-        partials = empty(*taken.partials) if accumulators else None
+        partials = None if taken.partials is None else empty(*taken.partials)
+        dweight = dbias = dlayer_scale = None
+        if taken.whole is not None:
+            whole = [g if w else None for g, w in zip(others, taken.whole)]
+            dweight, dbias, dlayer_scale = whole[0], whole[1], whole[3]
+            others = [None if w else g for g, w in zip(others, taken.whole)]
         every = (
             *(dnormed, dresidual_out, kept, stats, sums, weight, bias, x, x_bias, layer_scale, seed),
-            *(dx, dresidual, partials),
+            *(dx, dresidual, partials, dweight, dbias, dlayer_scale),
         )
         taken.main.launch(taken.grid, every, taken.numbers)
         if taken.finish is not None:

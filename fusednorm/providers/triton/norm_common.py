@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import PHILOX_ROUNDS, keep_mask, load_vector
+from .tile import PHILOX_ROUNDS, keep_mask, load_vector, row_offsets
 
 
 @triton.jit
@@ -31,8 +31,21 @@ def inverse_sqrt(a):
 
 
 @triton.jit
-def load_weight(weight_ptr, rows, cols, mask, ZERO_CENTERED: tl.constexpr, ACC: tl.constexpr):
-    weight = load_vector(weight_ptr, rows, cols, mask, ACC)
+def vector_offsets(
+    rows, rows_per_sample, stride, PER_SAMPLE: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr,
+):
+    """Where each row's vector of a parameter begins: its sample's, or the one that all rows have.
+
+    `stride`: from a sample's vector to the next, in the units of LAYOUT; 0 where a parameter is shared beside others.
+    """
+    if PER_SAMPLE:
+        return row_offsets(rows // rows_per_sample, 0, stride, 1, False, LAYOUT, VEC)
+    return tl.zeros_like(rows)
+
+
+@triton.jit
+def load_weight(weight_ptr, offsets, cols, mask, ZERO_CENTERED: tl.constexpr, ACC: tl.constexpr):
+    weight = load_vector(weight_ptr, offsets, cols, mask, ACC)
     if ZERO_CENTERED:
         weight += 1.0
     return weight
@@ -56,7 +69,7 @@ def load_dropped(
     """dropout(x + x_bias) of a tile, in the precision of every intermediate value."""
     value = tl.load(x_tile, mask=mask, other=0.0).to(ACC)
     if x_bias_ptr is not None:
-        value += load_vector(x_bias_ptr, rows, cols, mask, ACC)
+        value += load_vector(x_bias_ptr, tl.zeros_like(rows), cols, mask, ACC)
     if DROPOUT:
         keep = keep_mask(seed, rows, first_col, threshold, BLOCK_M, BLOCK_N)
         value = tl.where(keep, value * scale, 0.0)

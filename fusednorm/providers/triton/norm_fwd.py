@@ -11,15 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .norm_common import divide, draw_path_factor, inverse_sqrt, load_dropped, load_weight
+from .norm_common import divide, draw_path_factor, inverse_sqrt, load_dropped, load_weight, vector_offsets
 from .tile import load_vector, row_offsets, tile_pointers
 
 
 @triton.jit
 def _stream(
     x_ptr, residual_ptr, x_bias_ptr, layer_scale_ptr, residual_out_ptr, seed, path_factor,
-    rows, first_col, cols, mask, x_offset, residual_offset, out_offset, stride_x_col, stride_residual_col,
-    threshold, scale,
+    rows, first_col, cols, mask, x_offset, residual_offset, out_offset, layer_scale_offset,
+    stride_x_col, stride_residual_col, threshold, scale,
     ACC: tl.constexpr, Z_DTYPE: tl.constexpr, DROPOUT: tl.constexpr, DROP_PATH: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -29,7 +29,7 @@ def _stream(
         x_tile, x_bias_ptr, seed, rows, cols, first_col, mask, threshold, scale, ACC, DROPOUT, BLOCK_M, BLOCK_N
     )
     if layer_scale_ptr is not None:
-        z *= load_vector(layer_scale_ptr, rows, cols, mask, ACC)
+        z *= load_vector(layer_scale_ptr, layer_scale_offset, cols, mask, ACC)
     if DROP_PATH:
         z = tl.where(path_factor[:, None] > 0, z * path_factor[:, None], 0.0)
     if residual_ptr is not None:
@@ -43,14 +43,14 @@ def _stream(
 
 @triton.jit
 def _store_normed(
-    normed_ptr, weight_ptr, bias_ptr, z, mean, rstd, rows, cols, mask, out_offset,
+    normed_ptr, weight_ptr, bias_ptr, z, mean, rstd, cols, mask, out_offset, weight_offset, bias_offset,
     RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, ACC: tl.constexpr,
 ):
     normed = z * rstd[:, None] if RMS else (z - mean[:, None]) * rstd[:, None]
     if weight_ptr is not None:
-        normed *= load_weight(weight_ptr, rows, cols, mask, ZERO_CENTERED, ACC)
+        normed *= load_weight(weight_ptr, weight_offset, cols, mask, ZERO_CENTERED, ACC)
     if bias_ptr is not None:
-        normed += load_vector(bias_ptr, rows, cols, mask, ACC)
+        normed += load_vector(bias_ptr, bias_offset, cols, mask, ACC)
     tl.store(normed_ptr + out_offset[:, None] + cols[None, :], normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
@@ -60,9 +60,9 @@ def _add_layer_norm_fwd_kernel(
     normed_ptr, residual_out_ptr, stats_ptr,
     M, n_units, rows_inner, rows_per_sample,
     stride_x_outer, stride_x_row, stride_x_col, stride_residual_outer, stride_residual_row, stride_residual_col,
-    eps, threshold, scale, path_threshold, path_scale,
+    stride_weight, stride_bias, stride_layer_scale, eps, threshold, scale, path_threshold, path_scale,
     Z_DTYPE: tl.constexpr, RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, DROPOUT: tl.constexpr,
-    DROP_PATH: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
+    DROP_PATH: tl.constexpr, PER_SAMPLE: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_POWER_OF_TWO: tl.constexpr,
     EVEN_N: tl.constexpr,
 ):
@@ -78,6 +78,9 @@ def _add_layer_norm_fwd_kernel(
     x_offset = row_offsets(rows, stride_x_outer, stride_x_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     residual_offset = row_offsets(rows, stride_residual_outer, stride_residual_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
+    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
+    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
+    layer_scale_offset = vector_offsets(rows, rows_per_sample, stride_layer_scale, PER_SAMPLE, LAYOUT, VEC)
     # finite rows near the largest float do not overflow, and a power of two rounds nothing
     SCALE: tl.constexpr = 1.0 / (BLOCK_N * CHUNKS_POWER_OF_TWO)
     count = N.to(ACC)
@@ -89,8 +92,9 @@ def _add_layer_norm_fwd_kernel(
         mask = row_mask[:, None] if EVEN_N else row_mask[:, None] & (cols < N)[None, :]
         z = _stream(
             x_ptr, residual_ptr, x_bias_ptr, layer_scale_ptr, residual_out_ptr, seed, path_factor,
-            rows, c * BLOCK_N, cols, mask, x_offset, residual_offset, out_offset, stride_x_col, stride_residual_col,
-            threshold, scale, ACC, Z_DTYPE, DROPOUT, DROP_PATH, LAYOUT, BLOCK_M, BLOCK_N,
+            rows, c * BLOCK_N, cols, mask, x_offset, residual_offset, out_offset, layer_scale_offset,
+            stride_x_col, stride_residual_col, threshold, scale,
+            ACC, Z_DTYPE, DROPOUT, DROP_PATH, LAYOUT, BLOCK_M, BLOCK_N,
         )
         if not EVEN_N:
             z = tl.where(mask, z, 0.0)
@@ -121,7 +125,7 @@ def _add_layer_norm_fwd_kernel(
         cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = row_mask[:, None] if EVEN_N else row_mask[:, None] & (cols < N)[None, :]
         _store_normed(
-            normed_ptr, weight_ptr, bias_ptr, tiles[c], mean, rstd, rows, cols, mask, out_offset,
+            normed_ptr, weight_ptr, bias_ptr, tiles[c], mean, rstd, cols, mask, out_offset, weight_offset, bias_offset,
             RMS, ZERO_CENTERED, ACC,
         )
 
@@ -132,9 +136,9 @@ def _add_layer_norm_fwd_wide_kernel(
     normed_ptr, residual_out_ptr, stats_ptr,
     M, n_units, rows_inner, rows_per_sample,
     stride_x_outer, stride_x_row, stride_x_col, stride_residual_outer, stride_residual_row, stride_residual_col,
-    eps, threshold, scale, path_threshold, path_scale,
+    stride_weight, stride_bias, stride_layer_scale, eps, threshold, scale, path_threshold, path_scale,
     Z_DTYPE: tl.constexpr, RMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, DROPOUT: tl.constexpr,
-    DROP_PATH: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
+    DROP_PATH: tl.constexpr, PER_SAMPLE: tl.constexpr, LAYOUT: tl.constexpr, VEC: tl.constexpr, ROWS_2D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A row wider than registers: tiles of z are merged (Chan's formula), then read again, from L2, and normalized.
@@ -152,6 +156,9 @@ def _add_layer_norm_fwd_wide_kernel(
     x_offset = row_offsets(rows, stride_x_outer, stride_x_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     residual_offset = row_offsets(rows, stride_residual_outer, stride_residual_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
+    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
+    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
+    layer_scale_offset = vector_offsets(rows, rows_per_sample, stride_layer_scale, PER_SAMPLE, LAYOUT, VEC)
 
     mean = tl.zeros([BLOCK_M], ACC)
     squares = tl.zeros([BLOCK_M], ACC)
@@ -160,8 +167,9 @@ def _add_layer_norm_fwd_wide_kernel(
         mask = row_mask[:, None] & (cols < N)[None, :]
         z = _stream(
             x_ptr, residual_ptr, x_bias_ptr, layer_scale_ptr, residual_out_ptr, seed, path_factor,
-            rows, start, cols, mask, x_offset, residual_offset, out_offset, stride_x_col, stride_residual_col,
-            threshold, scale, ACC, Z_DTYPE, DROPOUT, DROP_PATH, LAYOUT, BLOCK_M, BLOCK_N,
+            rows, start, cols, mask, x_offset, residual_offset, out_offset, layer_scale_offset,
+            stride_x_col, stride_residual_col, threshold, scale,
+            ACC, Z_DTYPE, DROPOUT, DROP_PATH, LAYOUT, BLOCK_M, BLOCK_N,
         )
         z = tl.where(mask, z, 0.0)
         if RMS:
@@ -192,5 +200,6 @@ def _add_layer_norm_fwd_wide_kernel(
             z_tile = tile_pointers(x_ptr, x_offset, cols, stride_x_col, LAYOUT)
         z = tl.load(z_tile, mask=mask, other=0.0).to(ACC)
         _store_normed(
-            normed_ptr, weight_ptr, bias_ptr, z, mean, rstd, rows, cols, mask, out_offset, RMS, ZERO_CENTERED, ACC
+            normed_ptr, weight_ptr, bias_ptr, z, mean, rstd, cols, mask, out_offset, weight_offset, bias_offset,
+            RMS, ZERO_CENTERED, ACC,
         )

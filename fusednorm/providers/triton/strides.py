@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..samples import is_per_sample
 from ..strides import folded
 
 
@@ -41,6 +43,11 @@ def rows_per_sample(x: Tensor, normalized_ndim: int) -> int:
     """Rows under one index of dimension 0."""
     lead = x.ndim - normalized_ndim
     return max(x.shape[1:lead].numel(), 1) if lead else 1
+
+
+def several_samples(parameter: Tensor | None, normalized_ndim: int) -> bool:
+    """Whether a parameter has a vector for each of several samples. That of one is a vector for all rows."""
+    return parameter is not None and is_per_sample(parameter, normalized_ndim) and parameter.shape[0] != 1
 
 
 def _operand(tensor: Tensor, normalized_ndim: int, n: int) -> _Operand:
@@ -95,13 +102,59 @@ class Rows:
             for t, copied in zip(tensors, self.copied, strict=True)
         ]
 
-    def layout(self, aligned: bool) -> Layout:
+    def layout(self, aligned: bool, parameters: Parameters | None = None) -> Layout:
         """`aligned`: all of them, the parameters and the results start at multiples of 16 bytes."""
         vec, present = self.vec, [s for s in self.strides if s is not None]
         unit = all(column == 1 for *_, column in present)
         aligned = aligned and unit and self.n % vec == 0 and all((s[0] | s[1]) % vec == 0 for s in present)
+        aligned = aligned and (parameters is None or all(stride % vec == 0 for stride in parameters.strides))
         of = vec if aligned else 1
         triples = [(0, 0, 0) if s is None else (s[0] // of, s[1] // of, s[2]) for s in self.strides]
         flat = tuple([number for triple in triples for number in triple])
         kind = 0 if aligned else 1 if unit else 2
         return Layout(flat, kind, vec, self.rows_inner > 0, self.rows_inner or 1, self.n // of)
+
+
+class Parameters:
+    """How weight, bias, x_bias and layer_scale are addressed: each a vector for all rows, or one for each sample."""
+
+    def __init__(self, given: Sequence[Tensor | None], normalized_ndim: int, n: int, acc: torch.dtype) -> None:
+        self._acc = acc
+        of_samples = [several_samples(p, normalized_ndim) for p in given]
+        copied = [p is not None and not self._is_read(p, normalized_ndim) for p in given]
+        self.per_sample, self.copied = any(of_samples), copied if any(copied) else None
+        weight, bias, _, layer_scale = [
+            0 if p is None or not own else n if copy else p.stride(0)
+            for p, own, copy in zip(given, of_samples, copied, strict=True)
+        ]
+        self.strides = weight, bias, layer_scale  # from a sample's vector to the next; 0 where there is one
+
+    def _is_finer(self, parameter: Tensor) -> bool:
+        return parameter.dtype is torch.float64 and self._acc is not torch.float64
+
+    def _is_read(self, parameter: Tensor, normalized_ndim: int) -> bool:
+        """Whether kernels read it where it lies."""
+        first = parameter.ndim - normalized_ndim
+        columns = folded(parameter.shape[first:], parameter.stride()[first:])
+        one_after_another = not columns or (len(columns) == 1 and columns[0][1] == 1)
+        return one_after_another and not parameter.is_neg() and not self._is_finer(parameter)
+
+    def read(self, parameters: Iterable[Tensor | None]) -> list[Any]:
+        """The parameters, copied where kernels cannot address them.
+
+        One finer than the compute dtype is rounded here: a tile of it would take twice the registers.
+        """
+        assert self.copied is not None
+        found = []
+        for parameter, copied in zip(parameters, self.copied, strict=True):
+            if parameter is not None and copied:
+                parameter = parameter.resolve_neg().contiguous()
+                parameter = parameter.to(self._acc) if self._is_finer(parameter) else parameter
+            found.append(parameter)
+        return found
+
+    def in_units(self, layout: Layout) -> tuple[int, int, int]:
+        """The strides of weight, bias and layer_scale."""
+        weight, bias, layer_scale = self.strides
+        of = layout.vec if layout.kind == 0 else 1
+        return weight // of, bias // of, layer_scale // of

@@ -42,9 +42,12 @@ def tile_pointers(ptr, row_offset, cols, stride_col, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_vector(ptr, rows, cols, mask, ACC: tl.constexpr):
-    """A parameter's columns, loaded at the tile's shape: a [1, N] load would be converted through shared memory."""
-    return tl.load(ptr + cols[None, :] + tl.zeros_like(rows)[:, None], mask=mask, other=0.0).to(ACC)
+def load_vector(ptr, offsets, cols, mask, ACC: tl.constexpr):
+    """A parameter's columns, loaded at the tile's shape: a [1, N] load would be converted through shared memory.
+
+    `offsets`: where each row's vector begins; zeros where all rows have one.
+    """
+    return tl.load(ptr + cols[None, :] + offsets[:, None], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
