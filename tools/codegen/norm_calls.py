@@ -45,10 +45,11 @@ from fusednorm.autograd import activation as autograd_activation
 from fusednorm.autograd import norm as autograd_norm
 from fusednorm.providers.triton import activation as triton_activation
 from fusednorm.providers.triton import activation_config as triton_activation_table
+from fusednorm.providers.triton import host as triton_host
 from fusednorm.providers.triton import launch as triton_launch
 from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
-from fusednorm.providers.triton.config import PARTIALS, Config
+from fusednorm.providers.triton.config import PARTIALS, SAMPLE_PARTIALS, Config
 from tools.codegen.compile import DEVICES, RESERVED, Launch, Variant, faults, figures, in_processes, launches
 
 DTYPES = tuple(triton_launch.TYPES)
@@ -56,6 +57,7 @@ NO_YES = (False, True)
 # contiguous, from an odd address on, and every second element, each also with two strides for the rows
 LAYOUTS = ("aligned", "aligned_outer", "shifted", "shifted_outer", "strided", "strided_outer")
 _LEAVES = ("x", "residual", "weight", "bias", "x_bias", "layer_scale")
+_OF_SAMPLES = ("weight", "bias", "layer_scale")
 Axes = Mapping[str, Sequence[Any]]
 Call = dict[str, Any]
 
@@ -68,6 +70,8 @@ NORM: Axes = {
     "bias": NO_YES,
     "x_bias": NO_YES,
     "layer_scale": NO_YES,
+    **{f"own_{name}": NO_YES for name in _OF_SAMPLES},  # a vector for each sample
+    "one_program": NO_YES,  # has all rows of a sample in the backward, and writes its gradients whole
     "dropout": NO_YES,
     "drop_path": NO_YES,
     "memory_efficient": NO_YES,
@@ -100,7 +104,9 @@ def whole(words: Collection[str], **given: Any) -> Call:
     """A call with weight, bias and every gradient, these switches on or this activation; its other values as given."""
     activation = next((name for name in ACTIVATIONS if name in words), None)
     axes = ACTIVATION if activation else NORM
-    on = {*words, "weight", "bias", "stream_used", *(name for name in axes if name.startswith("d_"))}
+    on = {*words, "weight", "stream_used", *(name for name in axes if name.startswith("d_"))}
+    if "rms" not in words or "own_bias" in words:
+        on.add("bias")
     return {name: name in on for name in axes} | ({"activation": activation} if activation else {}) | given
 
 
@@ -125,9 +131,11 @@ def norm_call(call: Call, n: int) -> None:
     parameter = call["parameter_dtype"] or dtype
     leaves: dict[str, torch.Tensor | None] = {"x": rows(n, dtype, layout)}
     leaves["residual"] = rows(n, residual_dtype, layout) if call["residual"] else None
+    samples = 2 if "outer" in layout else 4
     for name in _LEAVES[2:]:
-        there = call[name] and not (name == "bias" and call["rms"])
-        leaves[name] = (torch.zeros if name == "bias" else torch.ones)(n, dtype=parameter) if there else None
+        memory = (torch.zeros if name == "bias" else torch.ones)(samples, 6 * n, dtype=parameter)
+        vectors = memory[:, :n] if call.get(f"own_{name}") else memory[0, :n]
+        leaves[name] = vectors.detach() if call[name] else None
     for name, leaf in leaves.items():
         if leaf is not None:
             leaf.requires_grad_(call["backward"] and call[f"d_{name}"])
@@ -196,14 +204,17 @@ def note(call: Call, n: int, asked: list[Any] | None = None) -> list[Variant]:
     def take(launch: Launch) -> None:
         if ("fwd" in launch.kernel) == call["backward"]:
             return
-        config = PARTIALS if launch.kernel == "sum_partials" else tables[-1][2]
+        config = tables[-1][2]
+        if launch.kernel == "sum_partials":
+            config = SAMPLE_PARTIALS if launch.constants[0] else PARTIALS
         if launch.kernel == "add_layer_norm_bwd_sums":
             config = table.SUMS_FLOAT64 if launch.pointer_dtypes[2] == torch.float64 else table.SUMS
         noted.append(Variant(launch, *of, config))
         if asked is not None and launch.kernel not in ("sum_partials", "add_layer_norm_bwd_sums"):
             asked.append(tables[-1])
 
-    with _recorded() as tables, launches(take):
+    programs = mock.patch.object(triton_host, "programs", lambda *_: 2 - call.get("one_program", False))
+    with _recorded() as tables, launches(take), programs:
         (activation_call if "activation" in call else norm_call)(call, n)
     return noted
 
@@ -239,11 +250,13 @@ def heaviest() -> Iterator[list[Variant]]:
     Longer rows on the same tile take more registers where the limit is the same, and rows that do not fill their last
     tile take more than those that do.
     """
-    everything = {name: name != "rms" for name, values in NORM.items() if values is NO_YES}
+    everything = {name: name != "rms" for name, values in NORM.items() if values is NO_YES} | {"one_program": False}
+    shared = dict.fromkeys([f"own_{name}" for name in _OF_SAMPLES], False)
     lighter = ("layer_scale", "dropout", "memory_efficient", "d_x_bias")
     forward, backward = ((), ("dropout",)), ((), ("layer_scale",), ("layer_scale", "memory_efficient"), lighter)
     switches: list[Call] = [{"backward": False} | dict.fromkeys(off, False) for off in forward]
     switches += [dict.fromkeys(off, False) for off in backward]
+    switches += [switch | shared for switch in switches]
     mixes = [dict(zip(_DTYPE_AXES, mix, strict=True)) for mix in _MIXES]
     for switch, mix, layout in itertools.product(switches, mixes, _HEAVY_LAYOUTS):
         call = everything | switch | mix | {"layout": layout}

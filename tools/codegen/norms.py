@@ -24,6 +24,7 @@ from tools.codegen.compile import DEVICES, Figures, Variant, faults, figures, in
 
 LAYOUTS = {"aligned": "aligned", "odd": "aligned", "strided": "strided_outer"}  # of norm_calls; odd: a column fewer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_ADAPTIVE = frozenset({"residual", "layer_scale", "own_weight", "own_bias", "own_layer_scale"})
 # switches of `norm_calls.NORM`, or of its activations; wide_stream: a float32 residual
 MODES = {
     "plain": frozenset[str](),
@@ -34,6 +35,11 @@ MODES = {
     "bias_dropout": frozenset({"residual", "dropout", "x_bias"}),
     "wide_stream": frozenset({"residual", "wide_stream"}),
     "all": frozenset({"residual", "dropout", "x_bias", "layer_scale", "drop_path"}),
+    # adaptive: a gate, a scale and a shift for each sample
+    "adaptive": _ADAPTIVE,
+    "adaptive_rms": _ADAPTIVE | {"rms"},
+    "adaptive_whole": _ADAPTIVE | {"one_program"},
+    "adaptive_all": _ADAPTIVE | {"dropout", "x_bias", "drop_path"},
     **activations.MODES,
 }
 _MAX_WIDTH = 40960  # past the widest row that any configuration holds in registers
@@ -59,8 +65,13 @@ def note(n: int, mode: str, dtype: str, layout: str, backward: bool) -> list[Var
     return [v._replace(loads=loads, stores=stores) for v, (loads, stores) in zip(found, modelled)]
 
 
+def _affine(words: Collection[str]) -> int:
+    """Weight, and bias where there is one."""
+    return 1 + ("rms" not in words or "own_bias" in words)
+
+
 def _accumulators(words: Collection[str]) -> int:
-    return 2 - ("rms" in words) + ("x_bias" in words) + ("layer_scale" in words)
+    return _affine(words) + ("x_bias" in words) + ("layer_scale" in words)
 
 
 def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsize: int) -> tuple[int, int]:
@@ -69,12 +80,14 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
     Forward reads x, the residual and the parameters it has, writes normed and, with a residual, z; the wide form reads
     z (or x) again. Backward reads dnormed, what was saved, the weight, the residual's cotangent, the bias if normed was
     saved, and for layer_scale also x, x_bias and the scale; it writes dx, dresidual where that is another tensor, and
-    once in its life its float32 partials (16 bytes at a time where a row takes all lanes; else what a warp has summed).
+    once in its life its float32 partials, or gradients of a sample whose rows it has (16 bytes at a time where a row
+    takes all lanes; else what a warp has summed).
     """
     elements = config.block_m * config.block_n * max(config.chunks, 1) // (32 * config.warps)
     vectors, sums = max(elements * itemsize // 16, 1), elements * max(itemsize, 4) // 16
-    named = ("layer_scale", "residual", "memory_efficient", "dropout")
-    scaled, add, normed, separate = (word in words for word in named)
+    named = ("layer_scale", "residual", "memory_efficient", "x_bias")
+    scaled, add, normed, shifted = (word in words for word in named)
+    separate = scaled or "dropout" in words
     stream = vectors  # of the residual stream's dtype
     if "wide_stream" in words:
         stream, separate = elements * 4 // 16, True
@@ -85,13 +98,16 @@ def _accesses(kernel: str, words: Collection[str], config: table.Config, itemsiz
     if kernel.endswith("sums"):
         return vectors * (2 + normed) + stream, 0
     if "fwd" in kernel:
-        parameters = 2 - ("rms" in words) + ("x_bias" in words) + scaled
+        parameters = _affine(words) + shifted + scaled
         again = (stream if add else vectors) * kernel.endswith("wide")
         return vectors * (1 + parameters) + stream * add + again, vectors + stream * add
     # a row over all lanes: each lane then has the sums of its own columns, to be written 16 bytes at a time
     whole = config.block_n * itemsize // 16 >= 32 * config.warps
-    partials = sums // config.block_m * _accumulators(words) if whole else 0
-    return vectors * (2 + normed + 3 * scaled) + stream * (1 + add), vectors + stream * separate + partials
+    written = sums * _accumulators(words)
+    if "one_program" in words:
+        written = sums * shifted + vectors * (_affine(words) + scaled)
+    partials = written // config.block_m if whole else 0
+    return vectors * (2 + normed + scaled * (2 + shifted)) + stream * (1 + add), vectors + stream * separate + partials
 
 
 def _widths(mode: str, dtype: str, layout: str, backward: bool) -> Iterator[int]:

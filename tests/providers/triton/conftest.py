@@ -1,4 +1,4 @@
-"""What the Triton provider would launch."""
+"""What the Triton provider would launch, and rows that do not fit."""
 
 from __future__ import annotations
 
@@ -36,3 +36,20 @@ def launches(monkeypatch) -> list[Launch]:
     noted: list[Launch] = []
     monkeypatch.setattr(triton_launch.Variant, "launch", lambda *launch: noted.append(Launch(*launch)))
     return noted
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Tables without register-resident tiles: the wide forward and the column slabs, on rows of a few hundred."""
+    from fusednorm.providers.triton import norm as triton_norm
+    from fusednorm.providers.triton import norm_config as table
+
+    for small in ("", "_SMALL"):
+        monkeypatch.setattr(table, f"_FORWARD{small}", ())
+        monkeypatch.setattr(table, f"_FORWARD_WIDE{small}", (1, 64, 4))
+        monkeypatch.setattr(table, f"_BACKWARD{small}", ())
+        monkeypatch.setattr(table, f"_SLAB{small}", (2, 32, 4) if small else (1, 64, 4))
+    monkeypatch.setattr(table, "SUMS", table.Config(2, 64, 0, 4, 4))
+    triton_norm.forget_variants()
+    yield
+    triton_norm.forget_variants()

@@ -13,7 +13,6 @@ from oracle import Call, check
 from shapes import FUSED, PLAIN, Shape, inputs, named, random_leaves
 
 import fusednorm
-from fusednorm.providers.triton import norm as triton_norm
 from fusednorm.providers.triton import norm_config as table
 from fusednorm.providers.triton import strides as triton_layout
 
@@ -38,20 +37,6 @@ EPILOGUES = {
     "memory_efficient": ((), {"memory_efficient": True}),
     "float32_stream": ((), {"residual_dtype": torch.float32}),
 }
-
-
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Tables without register-resident tiles: the wide forward and the column slabs, on rows of a few hundred."""
-    for small in ("", "_SMALL"):
-        monkeypatch.setattr(table, f"_FORWARD{small}", ())
-        monkeypatch.setattr(table, f"_FORWARD_WIDE{small}", (1, 64, 4))
-        monkeypatch.setattr(table, f"_BACKWARD{small}", ())
-        monkeypatch.setattr(table, f"_SLAB{small}", (2, 32, 4) if small else (1, 64, 4))
-    monkeypatch.setattr(table, "SUMS", table.Config(2, 64, 0, 4, 4))
-    triton_norm.forget_variants()
-    yield
-    triton_norm.forget_variants()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
