@@ -54,7 +54,7 @@ def _forward(
     from .launch import TYPES
 
     small = layout[0] != 0 or acc == torch.float64
-    own = table.forward(n, flags[2], wide_rows, wide_parameters, small)
+    own = table.forward(n, flags[2], wide_rows, wide_parameters, small, per_sample=flags[4])
     load = table.forward_load(flags[2], wide_rows, wide_parameters)
     place = Place("forward", n, table.itemsize(wide_rows, acc == torch.float64), load)
     config = table.chosen(place, index, layout, own)

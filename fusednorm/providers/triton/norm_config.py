@@ -123,12 +123,16 @@ def forward_load(dropout: bool, wide_rows: bool, wide_parameters: bool) -> int:
     return 1 if dropout or wide_rows else 2 if wide_parameters else 0
 
 
-def forward(n: int, dropout: bool, wide_rows: bool, wide_parameters: bool, small: bool) -> Config:
+def forward(
+    n: int, dropout: bool, wide_rows: bool, wide_parameters: bool, small: bool, per_sample: bool = False
+) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
     weight_class = forward_load(dropout, wide_rows, wide_parameters)
     best = _best(n, _FORWARD_SMALL if small else _FORWARD, weight_class) or (block_m, block_n, 0, warps)
-    return Config(*best, per_sm=max(1, _FORWARD_WARPS // best[3]))
+    # float64 of strided rows with dropout and vectors of samples: 128 registers would spill two
+    warps = _FORWARD_WARPS // 2 if small and dropout and per_sample else _FORWARD_WARPS
+    return Config(*best, per_sm=max(1, warps // best[3]))
 
 
 def load(

@@ -78,8 +78,6 @@ def _add_layer_norm_fwd_kernel(
     x_offset = row_offsets(rows, stride_x_outer, stride_x_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     residual_offset = row_offsets(rows, stride_residual_outer, stride_residual_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
-    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
-    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
     layer_scale_offset = vector_offsets(rows, rows_per_sample, stride_layer_scale, PER_SAMPLE, LAYOUT, VEC)
     # finite rows near the largest float do not overflow, and a power of two rounds nothing
     SCALE: tl.constexpr = 1.0 / (BLOCK_N * CHUNKS_POWER_OF_TWO)
@@ -121,6 +119,8 @@ def _add_layer_norm_fwd_kernel(
         tl.store(stats_ptr + rows, mean, mask=row_mask)
         tl.store(stats_ptr + M + rows, rstd, mask=row_mask)
 
+    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
+    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
     for c in tl.static_range(CHUNKS):
         cols = c * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = row_mask[:, None] if EVEN_N else row_mask[:, None] & (cols < N)[None, :]
@@ -156,8 +156,6 @@ def _add_layer_norm_fwd_wide_kernel(
     x_offset = row_offsets(rows, stride_x_outer, stride_x_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     residual_offset = row_offsets(rows, stride_residual_outer, stride_residual_row, rows_inner, ROWS_2D, LAYOUT, VEC)
     out_offset = row_offsets(rows, 0, n_units, 1, False, LAYOUT, VEC)
-    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
-    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
     layer_scale_offset = vector_offsets(rows, rows_per_sample, stride_layer_scale, PER_SAMPLE, LAYOUT, VEC)
 
     mean = tl.zeros([BLOCK_M], ACC)
@@ -191,6 +189,8 @@ def _add_layer_norm_fwd_wide_kernel(
         tl.store(stats_ptr + M + rows, rstd, mask=row_mask)
 
     tl.debug_barrier()  # z may be read by another thread than the one that stored it
+    weight_offset = vector_offsets(rows, rows_per_sample, stride_weight, PER_SAMPLE, LAYOUT, VEC)
+    bias_offset = vector_offsets(rows, rows_per_sample, stride_bias, PER_SAMPLE, LAYOUT, VEC)
     for start in range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = row_mask[:, None] & (cols < N)[None, :]

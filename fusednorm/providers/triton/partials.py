@@ -47,7 +47,7 @@ def _sum_partials_kernel(
         blocks = tl.cdiv(N, BLOCK_N)
         samples, sample, block = tl.num_programs(0) // blocks, block // blocks, block % blocks
         own = (PER_SAMPLE >> plane) & 1
-        first = (sample * own).to(tl.int64) * N
+        first = sample.to(tl.int64) * N
         base = base * samples + first * P
         P = tl.where(own == 1, P, tl.where(sample == 0, P * samples, 0))
     cols = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
