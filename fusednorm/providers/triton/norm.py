@@ -111,7 +111,8 @@ def _backward(
 
     aligned = layout[0] == 0
     weight_class = table.load(sum(wanted), masks[0], scaled, wide_rows, narrowed, norm[2])
-    own = table.backward(n, weight_class, not aligned or acc == torch.float64, two_strides=layout[2])
+    small, crowded = not aligned or acc == torch.float64, layout[2] or (per_sample and masks[0])
+    own = table.backward(n, weight_class, small, two_strides=crowded, per_sample=per_sample)
     place = Place("backward", n, table.itemsize(wide_rows, acc == torch.float64), weight_class)
     config = table.chosen(place, index, layout, own)
     chunks, sums, slabs = max(config.chunks, 1), None, 1

@@ -65,7 +65,8 @@ _BACKWARD_SMALL = (
     (1, 512, 4, (2, 2, 2, 1)),
     (1, 1024, 8, (2, 2, 1, 1)),
 )
-# Rows with two strides: the offsets of each operand take registers of their own, and a division.
+# Rows with two strides: the offsets of each operand take registers of their own, and a division. And vectors of samples
+# beside dropout.
 _BACKWARD_TWO_STRIDES: tuple[_Tile, ...] = (*_BACKWARD[:-1], (1, 4096, 16, (2, 0, 0, 0)))
 _BACKWARD_SMALL_TWO_STRIDES: tuple[_Tile, ...] = (
     (4, 64, 4, (1, 1, 1, 1)),
@@ -82,7 +83,7 @@ SUMS_FLOAT64 = Config(1, 1024, 0, 8, 2)
 # Registers a thread in the backward: (for each chunk, besides), for each load: as compiled, rounded up.
 _BACKWARD_REGISTERS = ((47, 20), (60, 28), (60, 44), (84, 48))
 _BACKWARD_REGISTERS_SMALL = ((80, 40), (96, 40), (84, 88), (128, 56))
-_TWO_STRIDES_REGISTERS = (24, 40)  # besides them, aligned / small
+_OFFSETS_REGISTERS = (24, 40)  # besides them, aligned / small: of rows with two strides, and of vectors of samples
 
 
 def _best(n: int, tiles: tuple[_Tile, ...], weight_class: int) -> tuple[int, int, int, int] | None:
@@ -128,7 +129,7 @@ def forward(
 ) -> Config:
     """Forward configuration for rows of n columns; `small` for rows that are not aligned, and for float64."""
     block_m, block_n, warps = _FORWARD_WIDE_SMALL if small else _FORWARD_WIDE
-    weight_class = forward_load(dropout, wide_rows, wide_parameters)
+    weight_class = forward_load(dropout, wide_rows, wide_parameters) or int(per_sample)
     best = _best(n, _FORWARD_SMALL if small else _FORWARD, weight_class) or (block_m, block_n, 0, warps)
     # float64 of strided rows with dropout and vectors of samples: 128 registers would spill two
     warps = _FORWARD_WARPS // 2 if small and dropout and per_sample else _FORWARD_WARPS
@@ -150,7 +151,7 @@ def load(
     return 1 if dropout or accumulators > 2 or wide_rows or from_normed else 0
 
 
-def backward(n: int, weight_class: int, small: bool, two_strides: bool = False) -> Config:
+def backward(n: int, weight_class: int, small: bool, two_strides: bool = False, per_sample: bool = False) -> Config:
     """Backward configuration; `chunks` 0 means column slabs after a kernel that sums the rows."""
     tiles: tuple[_Tile, ...]
     if small:
@@ -161,6 +162,6 @@ def backward(n: int, weight_class: int, small: bool, two_strides: bool = False) 
         (block_m, block_n, warps), registers = _SLAB, _BACKWARD_REGISTERS[weight_class]
     best = _best(n, tiles, weight_class) or (block_m, block_n, 0, warps)
     each_chunk, besides = registers
-    besides += _TWO_STRIDES_REGISTERS[small] * two_strides
+    besides += _OFFSETS_REGISTERS[small] * (two_strides + per_sample)
     fitting = REGISTERS // (32 * best[3] * (each_chunk * max(best[2], 1) + besides))
     return Config(*best, per_sm=max(1, min(fitting, _WARPS // best[3], MAX_PROGRAMS)))
