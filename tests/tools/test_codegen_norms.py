@@ -83,6 +83,15 @@ CHOSEN = {  # arguments of norm_calls, and how many variants they choose
         ],
         6,
     ),
+    # vectors of samples: float64 rows with any strides and dropout, and few gradients of many programs
+    "what spilled once with a vector for each sample": (
+        [
+            *("--which", "heaviest", "--arch", "90", "--sample", "6", "--only"),
+            r"(^add_layer_norm_fwd .*own_weight.*dropout.*strided_outer dtype=float64$"
+            r"|^add_layer_norm_bwd .*x_bias\+own_weight.*\+aligned dtype=bfloat16$)",
+        ],
+        6,
+    ),
     # a row of 8 columns ends within a tile of 64, and GELU in float32 keeps more than the other activations
     "what spilled once in the forward": (
         [
