@@ -198,11 +198,17 @@ struct Memory {
 // c += what is seen of a tile, a[row * a_row + k * a_k], times rows of b.
 template <class C>
 FN_INLINE void add_product(int64_t rows, int64_t columns, int64_t n_k, const C* a, int64_t a_row, int64_t a_k,
-                           const C* hidden, const Int<C>* keep, const C* b, int64_t ld, C* c) {
-  if ((hidden || keep) && !all_finite(b, n_k, columns, ld))
-    product_of_seen(rows, columns, n_k, a, a_row, a_k, hidden, keep, b, ld, c, ld);
+                           const C* hidden, const Int<C>* keep, const C* b, int64_t ld_b, C* c, int64_t ld_c) {
+  if ((hidden || keep) && !all_finite(b, n_k, columns, ld_b))
+    product_of_seen(rows, columns, n_k, a, a_row, a_k, hidden, keep, b, ld_b, c, ld_c);
   else
-    product<C, true>(rows, columns, n_k, a, a_row, a_k, b, ld, c, ld);
+    product<C, true>(rows, columns, n_k, a, a_row, a_k, b, ld_b, c, ld_c);
+}
+
+template <class C>
+FN_INLINE void add_product(int64_t rows, int64_t columns, int64_t n_k, const C* a, int64_t a_row, int64_t a_k,
+                           const C* hidden, const Int<C>* keep, const C* b, int64_t ld, C* c) {
+  add_product(rows, columns, n_k, a, a_row, a_k, hidden, keep, b, ld, c, ld);
 }
 
 }  // namespace FN_ISA

@@ -95,6 +95,47 @@ __attribute__((noinline)) bool softmax_step(const AttentionCall& a, const Memory
   return rescales;
 }
 
+// The same where rows are queries and lanes keys, with the same bits: a row's weights are added one after another.
+template <class C>
+__attribute__((noinline)) bool softmax_step_of_few(const AttentionCall& a, const Memory<C>& m, int64_t n_queries,
+                                                   int64_t n_keys, const C* hidden, const Int<C>* keep) {
+  constexpr int W = kNativeLanes<C>;
+  const Logits<C> logits(a);
+  const Native<C> none = splat(-C(__builtin_inf())), zero = Native<C>{}, kept_scale = splat(C(a.element.scale));
+  bool rescales = false;
+  for (int64_t r = 0; r < n_queries; ++r) {
+    C* const row = m.logits + r * kStride;
+    Native<C> slope, most_of_lanes = none;
+    for (int64_t l = 0; l < n_keys; l += W) {
+      const Native<C> added = hidden ? native_load(hidden + r * kStride + l) : zero;
+      Native<C> x = logits.of(native_load(row + l), added, slope);
+      if (hidden) x = seen_lanes<C>(added) ? x : none;
+      for (int64_t i = n_keys - l; i < W; ++i) x[i] = -C(__builtin_inf());
+      native_store(x, row + l);
+      most_of_lanes = x > most_of_lanes ? x : most_of_lanes;
+    }
+    C largest = m.lse[r];
+    for (int i = 0; i < W; ++i) largest = most_of_lanes[i] > largest ? most_of_lanes[i] : largest;
+    const C finite = largest == -C(__builtin_inf()) ? C(0) : largest;  // -inf - -inf would be NaN
+    const C factor = exponential(splat(m.lse[r] - finite))[0];
+    C total = 0;
+    for (int64_t l = 0; l < n_keys; l += W) {
+      Native<C> weight = exponential(native_load(row + l) - splat(finite));
+      for (int64_t i = 0; i < W && l + i < n_keys; ++i) total += weight[i];
+      if (keep) {
+        Native<Int<C>> kept;
+        __builtin_memcpy(&kept, keep + r * kStride + l, kBytes);
+        weight = only<C>(weight * kept_scale, kept);
+      }
+      native_store(weight, row + l);
+    }
+    m.lse[r] = largest, m.factors[r] = factor;
+    m.delta[r] = m.delta[r] * factor + total;
+    rescales |= factor != C(1);
+  }
+  return rescales;
+}
+
 // W. Kahan's sum, "Further remarks on reducing truncation errors", CACM 8(1), 1965: of equal terms, as the probabilities
 // of few keys often are, a plain one errs the same way at each.
 template <class C>
