@@ -147,7 +147,7 @@ class Call:
         if "x_bias" in leaves:
             z = z + leaves["x_bias"]
         element, path = self.masks(x)
-        for factor in (element, leaves.get("layer_scale"), self._modulation("gate", leaves, x), path):
+        for factor in (element, leaves.get("layer_scale"), self._across_x("gate", leaves, x), path):
             z = z if factor is None else z * factor
         z = z if residual is None else residual + z
         dims = tuple(range(z.ndim - self.normalized_ndim, z.ndim))
@@ -162,7 +162,7 @@ class Call:
         normed = self._modulated(normed, leaves)
         return (normed, z) if self.fused else (normed,)
 
-    def _modulation(self, name: str, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+    def _across_x(self, name: str, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
         """The leaf as it broadcasts to x."""
         if name not in leaves:
             return None
@@ -170,7 +170,7 @@ class Call:
         return leaves[name].reshape(x.shape[0], *[1] * (x.ndim - len(shape) - 1), *shape)
 
     def _modulated(self, normed: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
-        scale, shift = (self._modulation(name, leaves, normed) for name in ("scale", "shift"))
+        scale, shift = (self._across_x(name, leaves, normed) for name in ("scale", "shift"))
         normed = normed if scale is None else normed * (1 + scale)
         return normed if shift is None else normed + shift
 
@@ -188,7 +188,7 @@ class Call:
         if "layer_scale" in leaves:
             z = z * leaves["layer_scale"]
         if "gate" in leaves:
-            z = z * self._modulation("gate", leaves, x)
+            z = z * self._across_x("gate", leaves, x)
         if path is not None:
             z = (z * (path > 0)) * keep_scale(self.options["drop_path_p"])
         stored = self._stored(leaves)

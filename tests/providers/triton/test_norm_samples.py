@@ -74,7 +74,9 @@ class Adaptive(Call):
             rest["layer_scale"] = gate * rest["layer_scale"] if "layer_scale" in rest else gate
         return rest, broadcast
 
-    def _modulated(self, outputs: tuple[Tensor, ...], by: Mapping[str, Tensor], dtype: Any) -> tuple[Tensor, ...]:
+    def _scaled_and_shifted(
+        self, outputs: tuple[Tensor, ...], by: Mapping[str, Tensor], dtype: Any
+    ) -> tuple[Tensor, ...]:
         normed, z = outputs
         normed = normed * (1 + by["scale"]) if "scale" in by else normed
         normed = normed + by["shift"] if "shift" in by else normed
@@ -82,11 +84,11 @@ class Adaptive(Call):
 
     def exact(self, leaves: Mapping[str, Tensor], dtype: torch.dtype, constant: bool = False) -> tuple[Tensor, ...]:
         rest, by = self._shared(leaves)
-        return self._modulated(super().exact(rest, dtype, constant), by, torch.float64)
+        return self._scaled_and_shifted(super().exact(rest, dtype, constant), by, torch.float64)
 
     def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         rest, by = self._shared(leaves)
-        return self._modulated(super().eager(rest), by, leaves["x"].dtype)
+        return self._scaled_and_shifted(super().eager(rest), by, leaves["x"].dtype)
 
 
 def leaves_of(
