@@ -181,7 +181,7 @@ SWEEPS = {
         adaptive_shapes=(TINY_ADAPTIVE,),
     ),
     ("cpu", "default"): Sweep(
-        (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144)),
+        (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144), (2048, 4096)),
         ("float32", "bfloat16"),
         limits=_CPU_LIMITS,
         ffn_shapes=(TINY, (64, 4096), (1024, 3072)),

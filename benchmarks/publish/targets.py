@@ -178,6 +178,16 @@ def in_sweep(op: str, dtype: str, wanted: float) -> Target:
     return Target(text, f">= {wanted}x", wanted, speed(chosen, "eager"), of_all=median)
 
 
+def of_copy(dtype: str, direction: str, least: float) -> Target:
+    """The share of a copy's bandwidth that large norms reach at least."""
+    what = {"forward": "forward", "both": "forward + backward"}[direction]
+    text = f"LayerNorm and add + LayerNorm, {dtype}, {what} from 16 MiB, of a copy's bandwidth"
+    chosen = cases("layer_norm", "add_layer_norm", direction=direction, dtype=dtype, at_least=16 * MIB)
+    return Target(text, f">= {least:.0%}", least, roofline(chosen), share)
+
+
+ADAPTIVE = ("adaptive_layer_norm", "add_adaptive_layer_norm", "add_adaptive_rms_norm")
+DTYPES = ("float32", "bfloat16")
 CPU = (
     in_sweep("layer_norm", "float32", 1.4),
     in_sweep("layer_norm", "bfloat16", 1.8),
@@ -187,6 +197,11 @@ CPU = (
     Target("LayerNorm and RMSNorm, every shape and dtype", ">= 1x", 1.0, speed(both(*NORMS), "eager")),
     Target("their forward under 1 MiB, time less eager's", "<= 2 us", -2.0, host_excess, lambda v: f"{-v:+.1f} us"),
     Target("their forward + backward under 1 MiB", ">= 1x", 1.0, speed(TINY_BOTH, "eager")),
+    *(of_copy(dtype, direction, least) for dtype in DTYPES for direction, least in (("forward", 0.7), ("both", 0.55))),
+    Target(
+        "norms with a gate, a scale and a shift for each sample, worst of the sweep, against eager",
+        *(">= 1x", 1.0, speed(both(*ADAPTIVE), "eager")),
+    ),
 )
 
 
