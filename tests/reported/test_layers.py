@@ -198,3 +198,21 @@ def test_the_dropout_of_attention_is_that_of_its_seed(using, monkeypatch):
     with using:
         _, weights = attention(x, x, x, average_attn_weights=False)
     assert torch.equal(weights != 0, fusednorm.dropout_mask((B, H, S, S), 0.5, 42))
+
+
+# #107573, #49791: the decoder layer had no cache of keys and values, so each new token cost the whole sequence again
+def test_the_decoder_layer_continues_from_a_cache(monkeypatch):
+    """It projects the new position alone: the rows that each linear layer takes are counted."""
+    layer = fusednorm.TransformerDecoderLayer(E, H, 24, batch_first=True, norm_first=True).eval()
+    x, memory, cache, taken = torch.randn(B, S, E), torch.randn(B, 20, E), fusednorm.KVCache(), []
+    future = torch.ones(S, S, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        whole = layer(x, memory, tgt_mask=future, tgt_is_causal=True)
+        layer(x[:, :-1], memory, cache=cache)
+        product = torch.nn.functional.linear
+        monkeypatch.setattr(
+            torch.nn.functional, "linear", lambda a, *rest: taken.append(a[..., 0].numel()) or product(a, *rest)
+        )
+        last = layer(x[:, -1:], memory, cache=cache)
+    torch.testing.assert_close(last, whole[:, -1:])
+    assert set(taken) == {B}  # of 20 positions of memory none, and one of each sequence
