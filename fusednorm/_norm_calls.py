@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from ._options import NormInputs, NormOptions
 from .autograd import norm as autograd_norm
 from .dispatch import eager
 from .providers.samples import across_rows
+
+
+def _sharded(call: str, tensors: dict[str, Tensor | None], normalized_shape: Any, **options: Any) -> Any:
+    from .integrations import dtensor
+
+    return dtensor.norm(call, tensors, normalized_shape, **options)
 
 
 def plain(
@@ -24,6 +31,9 @@ def plain(
     rms: bool,
 ) -> Tensor:
     call, inputs = "rms_norm" if rms else "layer_norm", NormInputs(x, None, weight, bias)
+    if type(x) not in eager.TENSORS and eager.is_sharded(x):
+        tensors = {name: x, "weight": weight} | ({} if rms else {"bias": bias})
+        return _sharded(call, tensors, normalized_shape, eps=eps)
     signature, sizes = None, eager.sizes(normalized_shape)
     if sizes is not None and (type(eps) is float or (rms and eps is None)):
         plan, signature = eager.find(inputs, call, sizes, eps)
@@ -62,6 +72,19 @@ def residual_step(
     call = "add_rms_norm" if rms else "add_layer_norm"
     signature = None
     gate, scale, shift = modulation
+    if type(x) not in eager.TENSORS and eager.is_sharded(x):
+        tensors = {"x": x, "residual": residual, "weight": weight, "x_bias": x_bias, "layer_scale": layer_scale}
+        tensors |= {"gate": gate, "scale": scale, "shift": shift} | ({} if rms else {"bias": bias})
+        return _sharded(
+            *(call, tensors, normalized_shape),
+            eps=eps,
+            dropout_p=dropout_p,
+            drop_path_p=drop_path_p,
+            seed=seed,
+            residual_dtype=residual_dtype,
+            zero_centered_weight=zero_centered_weight,
+            memory_efficient=memory_efficient,
+        )
     is_adaptive = not (gate is scale is shift is None)
     if is_adaptive:
         zero_centered_weight = _checks.check_flag("zero_centered_weight", zero_centered_weight)

@@ -75,6 +75,10 @@ def bias_act_dropout(
         return handle_torch_function(
             bias_act_dropout, (x, bias, seed), x, bias, activation=activation, dropout_p=dropout_p, seed=seed
         )
+    if type(x) not in eager.TENSORS and eager.is_sharded(x):
+        from .integrations import dtensor
+
+        return dtensor.bias_act_dropout(x, bias, activation, dropout_p, seed)
     signature = None
     if not compiling and type(dropout_p) is float and type(activation) is str and seed is None:
         inputs = _tuple(ActivationInputs, (x, bias, None))  # 0.08 microseconds less

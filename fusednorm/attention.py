@@ -181,6 +181,22 @@ def scaled_dot_product_attention(
             seed=seed,
             return_lse=return_lse,
         )
+    if type(query) not in eager.TENSORS and eager.is_sharded(query):
+        from .integrations import dtensor
+
+        return dtensor.attention(
+            "scaled_dot_product_attention",
+            {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_mask": key_mask},
+            dropout_p,
+            seed,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            softcap=softcap,
+            causal_align=causal_align,
+            return_lse=return_lse,
+        )
     signature = None
     if (
         not compiling

@@ -5,6 +5,7 @@ All plain eager calls of one signature are served alike. So their plan is looked
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -41,6 +42,12 @@ _autocast_active = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 
 
+def is_sharded(x: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part. Nobody has one who has not imported it."""
+    module = None if type(x) in TENSORS else sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def plain_on_cpu(x: Tensor) -> bool:
     """Whether torch's own operator may serve a call on the CPU at once; it handles modes and tracing itself.
 
@@ -52,6 +59,7 @@ def plain_on_cpu(x: Tensor) -> bool:
         and not _functorch_active()
         and forward_ad._current_level < 0
         and not _is_compiling()
+        and (type(x) in TENSORS or not is_sharded(x))
     )
 
 
