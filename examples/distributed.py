@@ -161,7 +161,7 @@ def train(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh)
     model = parallelize(LanguageModel(dropout=arguments.dropout).to(device), arguments.strategy, mesh)
     # Masks differ between processes with data of their own. Those that share their data draw alike.
     torch.manual_seed(1 + (rank if shards_data else 0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     folder = None if arguments.checkpoint is None else Path(arguments.checkpoint)
     start = 0 if folder is None else resume(folder, model, optimizer)
     loss = torch.tensor(float("nan"))

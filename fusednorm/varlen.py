@@ -13,6 +13,7 @@ from . import _autocast
 from ._checks import check_flag
 from ._options import AttentionInputs, AttentionOptions
 from .attention import delegate, run
+from .dispatch import eager
 
 
 @overload
@@ -137,6 +138,9 @@ def varlen_attention(
             seed=seed,
             return_lse=return_lse,
         )
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if type(operand) not in eager.TENSORS and eager.is_sharded(operand):
+            raise TypeError(f"{name}: varlen_attention takes no DTensor; pass the to_local() of each, and wrap the result")
     query, key, value, _ = _autocast.cast_for_autocast(query, key, value, None)
     checks.check_operands(query, key, value, True)
     dropout_p, scale, softcap = checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)

@@ -50,7 +50,7 @@ def norm(call: str, tensors: Mapping[str, Any], normalized_shape: int | Sequence
             given[name] = _local_along(tensor, placements, lambda d, along=samples: 0 if along and d == 0 else None)
     if "dropout_p" in options:
         options["seed"] = _seed_of_norm(call, placements, mesh, x.device, **options)
-    outputs = _public(call)(**given, normalized_shape=shape, **options)
+    outputs = _public(call)(**{**tensors, **given}, normalized_shape=shape, **options)
     if isinstance(outputs, Tensor):
         return whole(outputs, mesh, placements, x.shape)
     return tuple([whole(output, mesh, placements, x.shape) for output in outputs])
@@ -157,7 +157,19 @@ def local(tensor: Any, placements: Placements, gradient: Placements) -> Tensor:
     parameter's gradient would stay unreduced, and each operator of an optimizer would reduce it anew.
     """
     part = tensor.redistribute(placements=placements).to_local(grad_placements=gradient)
-    return part.wait() if isinstance(part, AsyncCollectiveTensor) else part
+    return _Waited.apply(part) if isinstance(part, AsyncCollectiveTensor) else part
+
+
+class _Waited(torch.autograd.Function):
+    """The plain tensor that a collective gives. The tensor's own ``wait`` leaves autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, part: AsyncCollectiveTensor) -> Tensor:
+        return part.wait().detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
 
 
 def whole(part: Tensor, mesh: DeviceMesh, placements: Placements, sizes: Sequence[int]) -> DTensor:
