@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from .. import _checks, dropout
+from . import dtensor_rules as dtensor_rules  # registers them
 
 Placements = tuple[Placement, ...]
 
