@@ -140,7 +140,9 @@ def varlen_attention(
         )
     for name, operand in (("query", query), ("key", key), ("value", value)):
         if type(operand) not in eager.TENSORS and eager.is_sharded(operand):
-            raise TypeError(f"{name}: varlen_attention takes no DTensor; pass the to_local() of each, and wrap the result")
+            raise TypeError(
+                f"{name}: varlen_attention takes no DTensor; pass the to_local() of each, and wrap the result"
+            )
     query, key, value, _ = _autocast.cast_for_autocast(query, key, value, None)
     checks.check_operands(query, key, value, True)
     dropout_p, scale, softcap = checks.check_options(dropout_p, scale, window, softcap, causal_align, seed)

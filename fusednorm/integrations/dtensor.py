@@ -48,7 +48,7 @@ def norm(call: str, tensors: Mapping[str, Any], normalized_shape: int | Sequence
             given[name] = local(tensor, placements, placements)
         else:
             samples = tensor.ndim > len(shape) and tensor.shape[0] == x.shape[0]
-            given[name] = _local_along(tensor, placements, lambda d, along=samples: 0 if along and d == 0 else None)
+            given[name] = _local_along(tensor, placements, (lambda d: 0 if d == 0 else None) if samples else _nowhere)
     if "dropout_p" in options:
         options["seed"] = _seed_of_norm(call, placements, mesh, x.device, **options)
     outputs = _public(call)(**{**tensors, **given}, normalized_shape=shape, **options)
@@ -57,9 +57,7 @@ def norm(call: str, tensors: Mapping[str, Any], normalized_shape: int | Sequence
     return tuple([whole(output, mesh, placements, x.shape) for output in outputs])
 
 
-def bias_act_dropout(
-    x: Any, bias: Any, activation: str, dropout_p: float, seed: int | Tensor | None
-) -> Tensor:
+def bias_act_dropout(x: Any, bias: Any, activation: str, dropout_p: float, seed: int | Tensor | None) -> Tensor:
     mesh = _mesh("bias_act_dropout", {"x": x, "bias": bias})
     _checks.check_last_dimension("bias", bias, "x", x)
     placements = tuple(_kept(mesh_dim, [x], range(x.ndim)) for mesh_dim in range(mesh.ndim))
@@ -71,7 +69,9 @@ def bias_act_dropout(
     return whole(out, mesh, placements, x.shape)
 
 
-def attention(call: str, tensors: Mapping[str, Any], dropout_p: float, seed: int | Tensor | None, **options: Any) -> Any:
+def attention(
+    call: str, tensors: Mapping[str, Any], dropout_p: float, seed: int | Tensor | None, **options: Any
+) -> Any:
     """``scaled_dot_product_attention``. `tensors` are its tensor arguments by name, query first."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     mesh, query = _mesh(call, given), given["query"]
@@ -133,6 +133,10 @@ def _kept(mesh_dim: int, tensors: Iterable[Any], dims: range) -> Placement:
     return Replicate()
 
 
+def _nowhere(dim: int) -> None:
+    return None
+
+
 def _sharded(placements: Placements) -> list[int]:
     return [mesh_dim for mesh_dim, placement in enumerate(placements) if isinstance(placement, Shard)]
 
@@ -169,7 +173,7 @@ class _Waited(torch.autograd.Function):
         return part.wait().detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -216,8 +220,8 @@ def _check_agreement(seed: Tensor, mesh: DeviceMesh, mesh_dims: Sequence[int]) -
         dist.all_gather(seeds, seed, group)
         if any(other != seeds[0] for other in seeds):
             raise RuntimeError(
-                f"seed: processes that hold the same elements drew different ones along dimension {dim} of {mesh}; call "
-                "torch.manual_seed with one number in all of them, or pass `seed`"
+                f"seed: processes that hold the same elements drew different ones along dimension {dim} of {mesh}; "
+                "call torch.manual_seed with one number in all of them, or pass `seed`"
             )
         _agreed.add(group.group_name)
 
@@ -239,8 +243,8 @@ def _seed_of_norm(
         of_samples = [dim for dim in mesh_dims if placements[dim] == Shard(0)]
         if dropout_p and of_samples != mesh_dims:
             raise ValueError(
-                f"drop_path_p: {call} takes none beside dropout_p where x is sharded within a sample, {placements}: one "
-                "seed gives both masks; pass one of them as 0.0, or shard x along dimension 0"
+                f"drop_path_p: {call} takes none beside dropout_p where x is sharded within a sample, {placements}: "
+                "one seed gives both masks; pass one of them as 0.0, or shard x along dimension 0"
             )
         mesh_dims = of_samples
     return seed_of_shard(seed, mesh, mesh_dims, device) if dropout_p or drop_path_p else seed
@@ -251,8 +255,8 @@ def _refuse_sequence(call: str, name: str, operand: DTensor) -> None:
         if isinstance(placement, Shard) and placement.dim >= operand.ndim - 2:
             which = ("sequence", "head dimension")[placement.dim - operand.ndim + 2]
             raise ValueError(
-                f"{name}: {call} takes no operand that is sharded along its {which}, {operand.placements}; redistribute "
-                "it to the batch or the heads, or use torch's context_parallel with its own attention"
+                f"{name}: {call} takes no operand that is sharded along its {which}, {operand.placements}; "
+                "redistribute it to the batch or the heads, or use torch's context_parallel with its own attention"
             )
 
 
@@ -272,8 +276,8 @@ def _along_query(
         divide = grouped and query_dim == query.ndim - 3 and not any(size % parts for size in sizes)
         if sizes[0] != sizes[1] and not divide:
             raise ValueError(
-                f"{name}: {call} cannot share out {sizes[1]} beside query's {sizes[0]} along dimension {query_dim} over "
-                f"{parts} processes; both have to be divisible by that, or query replicated"
+                f"{name}: {call} cannot share out {sizes[1]} beside query's {sizes[0]} along dimension {query_dim} "
+                f"over {parts} processes; both have to be divisible by that, or query replicated"
             )
         return dim
 

@@ -34,7 +34,7 @@ def _norm_parameters(parameters: Any, normalized_ndim: int, dim: int) -> dict[st
 def add_layer_norm_fwd(*args: Any) -> Iterable[Choice]:
     inputs, options = from_flat("add_layer_norm_fwd", args[:-1])
     for dim in range(0 if options.dropped else inputs.x.ndim - options.normalized_ndim):
-        rows = Shard(dim)
+        rows: Placement = Shard(dim)
         outputs = [rows, rows if options.store_residual else Replicate(), Shard(1)]
         yield outputs, {"x": rows, "residual": rows} | _norm_parameters(inputs, options.normalized_ndim, dim)
 
@@ -59,11 +59,14 @@ def add_layer_norm_bwd(*args: Any) -> Iterable[Choice]:
         placed if wanted and there else Replicate()
         for placed, wanted, there in zip(gradients, output_mask, given, strict=True)
     ]
-    yield outputs, {
-        **dict.fromkeys(("dnormed", "dresidual_out", "saved", "x"), rows),
-        "stats": Shard(1),
-        **parameters,
-    }
+    yield (
+        outputs,
+        {
+            **dict.fromkeys(("dnormed", "dresidual_out", "saved", "x"), rows),
+            "stats": Shard(1),
+            **parameters,
+        },
+    )
 
 
 def bias_act_dropout_fwd(*args: Any) -> Iterable[Choice]:

@@ -31,7 +31,9 @@ class ResidualSequenceParallel(SequenceParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = distribute_module(module, device_mesh, self._replicate)
 
-        def shard(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def shard(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             named = {
                 name: self._placed(value, device_mesh, replicated=name in _MODULATION) for name, value in kwargs.items()
             }

@@ -99,10 +99,8 @@ def test_a_key_that_a_checkpoint_lacks_is_named(two, tmp_path):
 
 def one_of_two(rank: int, port: str, folder: Path) -> subprocess.Popen[str]:
     """What torchrun starts, without torchrun, which itself would end the others."""
-    variables = environment(
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-    )
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    variables = environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     options = ["--strategy", "fsdp", "--steps", "100000", "--save-every", "2", "--checkpoint", str(folder)]
     command = [sys.executable, *EXAMPLE, *options, "--timeout", "30"]
     return subprocess.Popen(command, env=variables, cwd=ROOT, stderr=subprocess.PIPE, text=True)

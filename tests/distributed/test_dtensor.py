@@ -151,6 +151,51 @@ def test_activations_of_rows_and_of_columns_move_no_activation(two):
     two(activations)
 
 
+def compiled() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+
+    def step(x, weight):
+        normed, total = fusednorm.add_layer_norm(x, x, N, weight)
+        return fusednorm.bias_act_dropout(normed, weight, "gelu", 0.5, seed=3) + total
+
+    x, weight = torch.randn(B, S, N), torch.randn(N)
+    found = []
+    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        tensors = placed(x.requires_grad_(), mesh, Shard(1)), placed(weight.requires_grad_(), mesh, R)
+        out = function(*tensors)
+        out.square().sum().backward()
+        found.append([out.to_local(), *(t.grad.to_local() for t in tensors)])
+    for eager, graph in zip(*found, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_computes_the_same(two):
+    two(compiled)
+
+
+def of_a_collective() -> None:
+    """A plain tensor that a collective has not finished yet, as torch's parallel styles hand on."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor
+
+    group = init_device_mesh("cpu", (2,)).get_group()
+    x, weight = torch.randn(B, N), torch.ones(N, requires_grad=True)
+    for step in (
+        lambda t: fusednorm.layer_norm(t, N, weight),
+        lambda t: fusednorm.add_rms_norm(t, t, N, weight)[0],
+        lambda t: fusednorm.bias_act_dropout(t, weight, "gelu"),
+    ):
+        with torch.no_grad():
+            gathered = all_gather_tensor(x, 0, group)
+        assert isinstance(gathered, AsyncCollectiveTensor)
+        out = step(gathered)
+        torch.testing.assert_close(torch.add(out, 0.0), step(torch.cat([x, x])))
+        out.sum().backward()
+
+
+def test_a_pending_collective_is_waited_for(two):
+    two(of_a_collective)
+
+
 def attentions() -> None:
     mesh = init_device_mesh("cpu", (2,))
 
@@ -159,7 +204,7 @@ def attentions() -> None:
 
     for dim in (0, 1):
         tensors = {"query": leaf(B, 4, S, 8), "key": leaf(B, 2, S, 8), "value": leaf(B, 2, S, 8)}
-        places = dict.fromkeys(tensors, [Shard(dim)])
+        places = {name: [Shard(dim)] for name in tensors}
         assert compare(attend, tensors, places, mesh) == ({}, {})
         tensors |= {"attn_mask": leaf(4, S, S), "key_mask": torch.rand(B, S) > 0.3}
         places |= {"attn_mask": [R if dim == 0 else Shard(0)], "key_mask": [Shard(0) if dim == 0 else R]}

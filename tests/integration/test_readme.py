@@ -115,6 +115,8 @@ def test_shell_command(page, line, command, tmp_path):
         return
     if words[0] in ("python", "python3"):
         words[0] = sys.executable
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
     if "--report" in words:  # not into the checkout
         words[words.index("--report") + 1] = str(tmp_path / "report")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
