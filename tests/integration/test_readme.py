@@ -116,7 +116,7 @@ def test_shell_command(page, line, command, tmp_path):
     if words[0] in ("python", "python3"):
         words[0] = sys.executable
     if words[0] == "torchrun":
-        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     if "--report" in words:  # not into the checkout
         words[words.index("--report") + 1] = str(tmp_path / "report")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
