@@ -118,7 +118,8 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_loads(tmp_path
             process.kill()
             process.wait()
     processes[1].stderr.close()
-    assert processes[0].returncode > 0 and re.search(r"Connection (closed by peer|reset by peer)", fault), fault[-2000:]
+    assert processes[0].returncode > 0
+    assert re.search(r"Connection (closed|reset) by peer|Broken pipe", fault), fault[-2000:]
     # it goes on from the newest checkpoint that is complete, under another strategy
     last = max(int(path.parent.name.removeprefix("step-")) for path in tmp_path.glob("step-*/.metadata"))
     options = ["--strategy", "tp", "--steps", str(last + 2), "--checkpoint", str(tmp_path)]
