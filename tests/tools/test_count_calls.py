@@ -23,7 +23,7 @@ def test_calls_files_and_returns_are_counted():
 
 
 # calls, files, returns: at most half of what the package needed before it chose once for each signature
-LIMITS = {"add_layer_norm": (38, 4, 7), "causal attention": (15, 4, 3), "encoder layer": (125, 13, 35)}
+LIMITS = {"add_layer_norm": (38, 5, 7), "causal attention": (15, 4, 3), "encoder layer": (125, 13, 35)}
 
 
 def test_a_call_stays_short(capsys):
