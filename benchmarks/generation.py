@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, help="folder for generation.json and generation.md")
     parser.add_argument("--rounds", type=int, default=21, help="pairs of each case")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--keys", type=int, nargs="+", default=[64, 256, 1024, 4096])
     args = parser.parse_args(argv)
     cases = [generation(batch, n, max(3, args.rounds * 64 // n)) for n in args.tokens for batch in (1, 4)]

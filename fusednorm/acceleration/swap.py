@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..autograd.linear import linear
 from ..dispatch import settings
 from ..modules import LayerNorm, RMSNorm
+from ..norm import layer_norm
 from . import handover, patterns, source, steps
 from .handover import NormForm
 from .steps import BASE
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
 
 
 _torch_layer_norm = nn.LayerNorm.forward
+_is_compiling = torch.compiler.is_compiling
 _classes: weakref.WeakValueDictionary[tuple[type, Plan], type] = weakref.WeakValueDictionary()
 
 
@@ -67,8 +69,14 @@ def generated(base: type, plan: Plan, functions: dict[str, Any] | None = None) -
 
 
 def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
-    if settings.current.use_torch_layer_norm and not handover.waiting and getattr(input, "is_cpu", False):
-        return _torch_layer_norm(self, input)  # nothing is to be saved: each step on the way counts
+    if not handover.waiting and getattr(input, "is_cpu", False) and not _is_compiling():
+        # nothing was computed before: each step on the way counts
+        if settings.current.use_torch_layer_norm:
+            return _torch_layer_norm(self, input)
+        try:
+            return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        except (TypeError, ValueError):  # what is wrong here is said as torch says it
+            return _torch_layer_norm(self, input)
     return _own_forward(self, input, LayerNorm, nn.LayerNorm)
 
 
