@@ -16,11 +16,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from examples.digits.job import DigitsJob, SegmentJob
 from examples.language_model.job import LanguageModelJob
+from examples.speech.job import SpeechJob
 from examples.training import run
 from examples.translation.job import TranslationJob
 
-TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob)}
+TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob, DigitsJob, SegmentJob, SpeechJob)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

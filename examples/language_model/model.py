@@ -11,23 +11,17 @@ import torch
 from torch import nn
 
 import fusednorm
-from examples.training.model import ModelConfig, Twin, library
+from examples.training.model import ModelConfig, TokenTwin, encoder_of
 
 
-class LanguageModel(Twin):
+class LanguageModel(TokenTwin):
     """Tokens (batch, length) int64 to logits (batch, length, vocab)."""
 
     future: torch.Tensor
 
     def __init__(self, variant: str, config: ModelConfig) -> None:
         super().__init__(variant, config)
-        layer = library(variant).TransformerEncoderLayer(
-            *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
-        )
-        # A padding mask, of which torch would make nested tensors, is never given.
-        self.layers = library(variant).TransformerEncoder(
-            layer, config.layers, nn.LayerNorm(config.width), enable_nested_tensor=False
-        )
+        self.layers = encoder_of(variant, config)
         self.register_buffer("future", torch.ones(config.context, config.context).triu(1).bool(), persistent=False)
         self.reset_parameters()
 

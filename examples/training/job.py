@@ -41,11 +41,12 @@ class Job(ABC):
     description: ClassVar[str]
     title: ClassVar[str]
     packages: ClassVar[Mapping[str, str]]  # what it cannot do without: modules, and what pip calls their packages
-    special: ClassVar[tuple[str, ...]]  # tokens that no text is cut into
+    special: ClassVar[tuple[str, ...] | None] = None  # tokens that no text is cut into; None: there is no text
+    unit: ClassVar[str] = "token"  # what the losses are means over
     betas: ClassVar[tuple[float, float]]  # of AdamW
     head_width: ClassVar[int]
     sizes: ClassVar[Mapping[str, Size]]
-    # Largest allowed difference of the two variants' losses, nats a token, at any epoch, without dropout. The variants
+    # Largest allowed difference of the two variants' losses, nats a unit, at any epoch, without dropout. The variants
     # compute one function and differ in where and in which order they round. Training amplifies that as it would any
     # change of the last bit, so a bound is measured, not derived.
     bounds: ClassVar[Mapping[str, float]]
@@ -53,6 +54,7 @@ class Job(ABC):
 
     source: str  # of the data; load() sets it
     context: int  # positions of the model; known after encode() at the latest, a guess before it
+    more_sizes: ClassVar[Mapping[str, int]] = {}  # of the model, that no option sets
     train: Side  # encode() sets these
     test: Side
 
@@ -65,11 +67,11 @@ class Job(ABC):
 
     @abstractmethod
     def load(self) -> Sequence[str]:
-        """Read and split the data; return the texts that the tokenizer is trained on."""
+        """Read and split the data; return the texts that a tokenizer is trained on, if any."""
 
     @abstractmethod
     def encode(self, tokenizer: Any) -> str:
-        """Cut the texts into tokens; say how much there is to train on."""
+        """Make the sides, with texts cut into tokens; say how much there is to train on."""
 
     @abstractmethod
     def data_facts(self) -> Report:
@@ -92,10 +94,19 @@ class Job(ABC):
         """Pictures beside the curves, each with its caption."""
         return {}
 
-    def config(self, vocab: int) -> ModelConfig:
+    def is_held(self) -> bool:
+        """Whether the run is long enough for its model to be held to what it should have learned."""
+        return bool(self.arguments.epochs >= (self.sizes["epochs"].small or 0))
+
+    @staticmethod
+    def not_learned(report: Report) -> list[str]:
+        """What the models should have learned and have not, in words."""
+        return []
+
+    def config(self, vocab: int | None) -> ModelConfig:
         sizes = {name: getattr(self.arguments, name) for name in ("layers", "width", "dropout")}
         heads = max(1, self.arguments.width // self.head_width)
-        return ModelConfig(vocab=vocab, heads=heads, context=self.context, **sizes)
+        return ModelConfig(vocab=vocab, heads=heads, context=self.context, **sizes, **self.more_sizes)
 
     def settings(self) -> Settings:
         given = {name: getattr(self.arguments, name) for name in ("epochs", "batch", "decay", "seed", "dtype")}

@@ -55,8 +55,8 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, side: Side, settings: Settings, device: torch.device) -> float:
-    """Mean loss (nats a token) over all batches, dropout off."""
+def evaluate(model: Twin, side: Side, settings: Settings, device: torch.device) -> float:
+    """Mean loss over all batches, dropout off."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -71,7 +71,7 @@ def evaluate(model: nn.Module, side: Side, settings: Settings, device: torch.dev
 class Trainer:
     """One variant with its AdamW state."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: Twin, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.optimizer = torch.optim.AdamW(
             *(model.parameters(), settings.learning_rate, settings.betas), weight_decay=settings.decay, fused=True
@@ -116,7 +116,7 @@ def train_twins(
 ) -> tuple[Curves, dict[str, dict[str, float]]]:
     """Train every variant on the same batches in the same order; return their losses and the speed of their steps.
 
-    Losses are nats a token: `train` per epoch, `test` before training and after each epoch, `steps` per step. The
+    Losses are nats for each token or class: `train` per epoch, `test` before training and after each epoch, `steps` per step. The
     variants alternate step by step, and who goes first alternates too, so that a drift of the machine hits both.
     """
     trainers = {variant: Trainer(model, settings) for variant, model in twins.items()}

@@ -1,4 +1,4 @@
-"""What all models here share: two variants from one initial state, embeddings, batches, the loss, checkpoints."""
+"""What all models here share: two variants from one initial state, batches, the loss, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ def library(variant: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    vocab: int
     context: int  # positions that a model has
     layers: int
     width: int
     heads: int
     dropout: float = 0.0
+    vocab: int | None = None  # of tokens
+    features: int | None = None  # numbers at each position, where no tokens are given
+    classes: int | None = None  # that are told apart, where these are no tokens
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "dropout" and value < 1:
+            if name != "dropout" and value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
@@ -46,14 +48,35 @@ class ModelConfig:
 class Twin(nn.Module):
     """A model in one of two variants, whose parameters have the same names: one `state_dict` loads into either.
 
-    One table embeds the tokens, times `scale`, and gives the logits.
+    The layers of an encoder come from `encoder_of`. `forward` returns logits (batch, ..., classes).
     """
-
-    scale: float | None = None
 
     def __init__(self, variant: str, config: ModelConfig) -> None:
         super().__init__()
         self.variant, self.config = variant, config
+
+    def loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy (nats) over all that is wanted."""
+        return F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), ignore_index=IGNORED)
+
+
+def encoder_of(variant: str, config: ModelConfig) -> Any:
+    """A pre-norm encoder of this variant, with GELU and a norm at its end."""
+    layer = library(variant).TransformerEncoderLayer(
+        *(config.width, config.heads, 4 * config.width, config.dropout, "gelu"), batch_first=True, norm_first=True
+    )
+    # Nested tensors, which torch would make of a padding mask, do not go with norm_first.
+    norm = nn.LayerNorm(config.width)
+    return library(variant).TransformerEncoder(layer, config.layers, norm, enable_nested_tensor=False)
+
+
+class TokenTwin(Twin):
+    """One table embeds the tokens, times `scale`, and gives the logits."""
+
+    scale: float | None = None
+
+    def __init__(self, variant: str, config: ModelConfig) -> None:
+        super().__init__(variant, config)
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.context, config.width)
 
@@ -84,7 +107,7 @@ def make_twins(
 
 
 class Batch(NamedTuple):
-    """What a model is called with, and which token it should give at each position, or IGNORED."""
+    """What a model is called with, and which token or class it should give at each position, or IGNORED."""
 
     inputs: tuple[torch.Tensor, ...]
     wanted: torch.Tensor
@@ -93,23 +116,23 @@ class Batch(NamedTuple):
         return Batch(tuple(tensor.to(device) for tensor in self.inputs), self.wanted.to(device))
 
     def tokens(self) -> int:
-        """How many tokens the batch asks for."""
+        """How many tokens or classes the batch asks for."""
         return int((self.wanted != IGNORED).sum())
 
 
-def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy (nats a token) of each position's next token, in float32 at least."""
+def loss_of(model: Twin, batch: Batch) -> torch.Tensor:
+    """The model's loss of a batch, a mean over all that is wanted, in float32 at least."""
     logits = model(*batch.inputs)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), batch.wanted.flatten(), ignore_index=IGNORED)
+    return model.loss(logits, batch.wanted)
 
 
 def save_checkpoint(path: Path, model: Twin, tokenizer: Any) -> None:
-    """Write what a later process needs: parameters, model sizes, tokenizer; plain types and tensors only."""
+    """Write what a later process needs: parameters, model sizes, tokenizer if any; plain types and tensors only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"variant": model.variant, "config": asdict(model.config), "state": model.state_dict()}
-    torch.save(content | {"tokenizer": tokenizer.to_str()}, path)
+    torch.save(content | {"tokenizer": tokenizer and tokenizer.to_str()}, path)
 
 
 def load_checkpoint(path: Path, kind: type[Model], device: torch.device) -> tuple[Model, Any]:
@@ -117,4 +140,4 @@ def load_checkpoint(path: Path, kind: type[Model], device: torch.device) -> tupl
     saved = torch.load(path, map_location=device, weights_only=True)
     model = kind(saved["variant"], ModelConfig(**saved["config"])).to(device)
     model.load_state_dict(saved["state"], strict=True)
-    return model, load_tokenizer(saved["tokenizer"])
+    return model, saved["tokenizer"] and load_tokenizer(saved["tokenizer"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,27 @@ def save(figure: Any, title: str, below: Iterable[str | None], path: Path) -> No
     figure.savefig(path, dpi=130)
 
 
+COLOURS = {"eager, trained": "tab:blue", "fused, trained": "tab:orange"}
+GREYS = ("0.8", "0.65", "0.5", "0.35")  # what has no colour of its own
+
+
+def draw_bars(
+    axes: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]], colours: Mapping[str, str], form: str
+) -> None:
+    """A bar of each series, by its label, in every group, with its value."""
+    width, greys = 0.8 / len(series), iter(GREYS)
+    for place, (label, heights) in enumerate(series.items()):
+        left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        colour = colours[label] if label in colours else next(greys)
+        bars = axes.bar(left, heights, width * 0.95, label=label, color=colour)
+        axes.bar_label(bars, fmt=form, padding=2, fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.2)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=2)
+
+
 def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
     """Losses over epochs, both variants and both sides."""
     epochs = len(curves["eager"]["train"])
@@ -38,10 +59,10 @@ def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
         axes.plot(range(epochs + 1), curve["test"], color="tab:orange", label=f"{variant}, test", **styles[variant])
 
 
-def draw_differences(axes: Any, curves: dict[str, Any], bound: float) -> None:
+def draw_differences(axes: Any, curves: dict[str, Any], bound: float, unit: str = "token") -> None:
     """Difference of the two variants at every training step, and the bound."""
     steps = [abs(a - b) for a, b in zip(curves["fused"]["steps"], curves["eager"]["steps"])]
-    axes.set(xlabel="training step", ylabel="|fused − eager| (nats per token)", title="Difference of the losses")
+    axes.set(xlabel="training step", ylabel=f"|fused − eager| (nats per {unit})", title="Difference of the losses")
     drawn = [(step, value) for step, value in enumerate(steps, 1) if value > 0]
     axes.axhline(bound, color="tab:red", linestyle="--", label=f"bound on epochs: {bound:g}")
     if drawn:
@@ -65,9 +86,9 @@ def plot_curves(report: dict[str, Any], path: Path) -> bool:
     draw_losses(left, report["curves"])
     if "unigram_loss" in report:
         left.axhline(report["unigram_loss"], color="0.4", linestyle=":", label="unigram baseline, test")
-    left.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel=f"loss (nats per {report['unit']})", title="Loss", ylim=(0, None))
     left.legend()
-    draw_differences(right, report["curves"], report["checks"]["bound"])
+    draw_differences(right, report["curves"], report["checks"]["bound"], report["unit"])
     right.margins(y=0.3)  # room for the legend
     for axes in (left, right):
         axes.grid(alpha=0.3)

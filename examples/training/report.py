@@ -35,7 +35,7 @@ def check_curves(fused: dict[str, list[float]], eager: dict[str, list[float]], b
             elif abs(a - b) > bound:
                 faults.append(
                     f"{side} loss after epoch {epoch}: fused {a:.5f}, eager {b:.5f}, "
-                    f"difference {abs(a - b):.2g} exceeds {bound:g} nats/token"
+                    f"difference {abs(a - b):.2g} exceeds {bound:g} nats"
                 )
     return faults
 
@@ -54,7 +54,7 @@ def verdict(curves: dict[str, dict[str, list[float]]], bound: float, dropout: fl
     if not abs(fused_start - eager_start) <= bound:  # true of NaN too
         faults.append(
             f"test loss before training: fused {fused_start:.5f}, eager {eager_start:.5f}, difference exceeds "
-            f"{bound:g} nats/token"
+            f"{bound:g} nats"
         )
     if not abs(fused_end - eager_end) <= DRAWN * eager_end or not math.isfinite(eager_end):
         faults.append(
@@ -71,16 +71,16 @@ def verdict(curves: dict[str, dict[str, list[float]]], bound: float, dropout: fl
 
 
 def agreement(report: dict[str, Any]) -> str:
-    checks = report["checks"]
+    checks, unit = report["checks"], report["unit"]
     said = "yes" if not checks["faults"] else "NO: " + "; ".join(checks["faults"])
     if "drawn_bound" not in checks:
         largest = f"{checks['largest_difference']:.2g}"
         return (
-            f"- Curves agree within {checks['bound']:g} nats/token: {said}; largest difference of an epoch {largest}."
+            f"- Curves agree within {checks['bound']:g} nats/{unit}: {said}; largest difference of an epoch {largest}."
         )
     return (
         f"- Runs agree: {said}. Before training the test losses differ by {checks['largest_difference']:.2g} "
-        f"nats/token (bound {checks['bound']:g}), after it by {checks['end_difference']:.2%} (bound "
+        f"nats/{unit} (bound {checks['bound']:g}), after it by {checks['end_difference']:.2%} (bound "
         f"{checks['drawn_bound']:.0%}): each variant draws its own dropout masks."
     )
 
@@ -124,9 +124,9 @@ def subtitles(report: dict[str, Any]) -> list[str | None]:
 
 # What is measured, its entry, how a variant's value is said, and the ratio of the two.
 RESULTS = (
-    ("train loss, last epoch (nats/token)", "train", "{train:.5f}", "{:.5f}"),
-    ("test loss, last epoch (nats/token)", "test", "{test:.5f}", "{:.5f}"),
-    ("training speed (tokens/s)", "tokens_per_s", "{tokens_per_s:,.0f}", "{:.2f}"),
+    ("train loss, last epoch (nats/{unit})", "train", "{train:.5f}", "{:.5f}"),
+    ("test loss, last epoch (nats/{unit})", "test", "{test:.5f}", "{:.5f}"),
+    ("training speed ({unit}s/s)", "tokens_per_s", "{tokens_per_s:,.0f}", "{:.2f}"),
     (
         "step, median [quartiles] (ms)",
         "step_ms_median",
@@ -144,12 +144,14 @@ def result_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     for variant in ("eager", "fused"):
         losses = {side: report["curves"][variant][side][-1] for side in ("train", "test")}
         found[variant] = report["speed"][variant] | report["memory"][variant] | losses
-    rows = _rows(found)
+    rows = _rows(found, report["unit"])
     dropped = report["with_dropout"]
-    return rows if dropped is None else [*rows, *((f"with dropout: {row[0]}", *row[1:]) for row in _rows(dropped))]
+    if dropped is None:
+        return rows
+    return [*rows, *((f"with dropout: {row[0]}", *row[1:]) for row in _rows(dropped, report["unit"]))]
 
 
-def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+def _rows(found: dict[str, dict[str, Any]], unit: str) -> list[tuple[str, ...]]:
     """Of those results that were measured."""
 
     def with_mebibytes(entries: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +161,12 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
     eager, fused = (with_mebibytes(found[variant]) for variant in ("eager", "fused"))
     return [
-        (what, said.format(**eager), said.format(**fused), ratio.format(fused[key] / eager[key]) if eager[key] else "–")
+        (
+            what.format(unit=unit),
+            said.format(**eager),
+            said.format(**fused),
+            ratio.format(fused[key] / eager[key]) if eager[key] else "–",
+        )
         for what, key, said, ratio in RESULTS
         if key in eager
     ]
@@ -209,8 +216,9 @@ def summary(job: Job | type[Job], report: dict[str, Any]) -> str:
         agreement(report),
         f"- Checkpoint reloaded with `weights_only=True`: test loss {checks['reloaded_test_loss']!r}, {reload}.",
         *(f"- {line}" for line in said.quality),
-        f"- Speed: tokens of the loss over the time of all training steps but the first {WARM_UP}, the two variants "
-        "alternating in one process.",
+        *(f"- NOT LEARNED: {fault}." for fault in checks["not_learned"]),
+        f"- Speed: {report['unit']}s of the loss over the time of all training steps but the first {WARM_UP}, the two "
+        "variants alternating in one process.",
         "",
     ]
     return "\n".join([*map(wrapped, lines), *said.examples, ""])

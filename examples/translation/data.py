@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from examples.training.batches import buckets
 from examples.training.model import IGNORED, Batch
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
@@ -191,17 +192,9 @@ def batch_of(encoded: Encoded, chosen: Sequence[int]) -> Batch:
     return make_batch(padded([encoded[i][0] for i in chosen]), padded([encoded[i][1] for i in chosen]))
 
 
-def buckets(encoded: Encoded, size: int, seed: int | None = None) -> list[list[int]]:
-    """Indices in batches of about equal length; the seed draws who stands with whom, and the order of the batches."""
-    order = list(range(len(encoded)))
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    if generator is not None:
-        order = torch.randperm(len(encoded), generator=generator).tolist()
-    order.sort(key=lambda i: (len(encoded[i][1]), len(encoded[i][0])))  # stable: equal lengths stay as drawn
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    if generator is not None:
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return batches
+def buckets_of(encoded: Encoded, size: int, seed: int | None = None) -> list[list[int]]:
+    """Indices in batches whose targets, then sources, are of about equal length."""
+    return buckets([(len(target), len(source)) for source, target in encoded], size, seed)
 
 
 @dataclass(frozen=True)
@@ -211,4 +204,4 @@ class Sentences:
     encoded: Encoded
 
     def batches(self, size: int, seed: int | None = None) -> list[Batch]:
-        return [batch_of(self.encoded, chosen) for chosen in buckets(self.encoded, size, seed)]
+        return [batch_of(self.encoded, chosen) for chosen in buckets_of(self.encoded, size, seed)]

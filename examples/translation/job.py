@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.report.table import table
 from examples.training.job import Job, Report, Said, Size
 from examples.training.loop import Curves
-from examples.training.pictures import new_figure, save
+from examples.training.pictures import COLOURS, draw_bars, new_figure, save
 from examples.training.report import subtitles
 from examples.translation import score
 from examples.translation.data import PACKAGES, SPECIAL, Pair, Sentences, Split, encode, load_pairs, split_pairs
@@ -30,7 +30,6 @@ NAMES = {
     "eager": "eager, trained",
     "fused": "fused, trained",
 }
-COLOURS = {"untrained": "0.7", "nearest": "tab:gray", "eager": "tab:blue", "fused": "tab:orange"}
 EXAMPLES = 15
 TRANSLATED_AT_ONCE = 128  # pairs
 
@@ -141,18 +140,9 @@ class TranslationJob(Job):
         groups = [f"all ({report['data']['test_pairs']} pairs)"]
         groups += [f"{origin} ({entry['pairs']} pairs)" for origin, entry in origins.items()]
         axes = figure.subplots()
-        width = 0.8 / len(NAMES)
-        for place, (name, label) in enumerate(NAMES.items()):
-            left = [group + (place - (len(NAMES) - 1) / 2) * width for group in range(len(groups))]
-            heights = chrf_of(scores[name], origins)
-            bars = axes.bar(left, heights, width * 0.95, label=label, color=COLOURS[name])
-            axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        axes.set_xticks(range(len(groups)), groups)
+        series = {label: chrf_of(scores[name], origins) for name, label in NAMES.items()}
+        draw_bars(axes, groups, series, COLOURS, "%.1f")
         axes.set(xlabel="where the held-out pairs come from", ylabel="chrF (0 to 100, higher is better)")
-        axes.margins(y=0.15)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.legend(ncols=2)
         title = "English to Chinese: chrF of greedy translations of held-out sentences"
         path = folder / "translate_chrf.png"
         save(figure, title, subtitles(report)[:2], path)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusednorm
-from examples.training.model import ModelConfig, Twin, library
+from examples.training.model import ModelConfig, TokenTwin, library
 from examples.translation.data import BEGIN_ID, END_ID, PAD_ID
 
 
@@ -27,7 +27,7 @@ def make_transformer(variant: str, config: ModelConfig) -> nn.Transformer:
         )
 
 
-class Translator(Twin):
+class Translator(TokenTwin):
     """Source and target tokens (batch, length) int64 to logits (batch, target length, vocab).
 
     Positions filled with PAD are attended to by no other, so they change no output but their own. Both languages have

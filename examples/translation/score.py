@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from examples.training.machine import progress_bar
-from examples.translation.data import Encoded, Pair, buckets, padded
+from examples.translation.data import Encoded, Pair, buckets_of, padded
 from examples.translation.model import Translator, translate
 
 
@@ -40,7 +40,7 @@ def translate_all(
 ) -> list[str]:
     """The model's greedy translation of every source, in the order given."""
     texts = [""] * len(encoded)
-    batches = buckets(encoded, batch)
+    batches = buckets_of(encoded, batch)
     for chosen in progress_bar(batches, len(batches), f"translating, {label}"):
         rows = translate(model, padded([encoded[i][0] for i in chosen]).to(device))
         for i, text in zip(chosen, tokenizer.decode_batch(rows)):
