@@ -19,7 +19,7 @@ class Recogniser(Twin):
         super().__init__(variant, config)
         self.blank = config.classes
         self.features = nn.Linear(config.features, config.width)
-        self.position = nn.Parameter(torch.randn(config.context, config.width) * 0.02)
+        self.position = nn.Parameter(torch.randn(config.context, config.width) * 0.3)
         self.layers = encoder_of(variant, config)
         self.head = nn.Linear(config.width, config.classes + 1)
 

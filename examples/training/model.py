@@ -80,6 +80,12 @@ class TokenTwin(Twin):
         self.token = nn.Embedding(config.vocab, config.width)
         self.position = nn.Embedding(config.context, config.width)
 
+    def scale_tokens(self) -> None:
+        """Start with small tokens, which also give the logits, and make them as large as positions by the scale."""
+        self.scale = self.config.width**0.5
+        nn.init.normal_(self.token.weight, std=self.config.width**-0.5)
+        nn.init.normal_(self.position.weight, std=0.1)
+
     def embed(self, tokens: torch.Tensor, cache: fusednorm.KVCache | None = None) -> torch.Tensor:
         """With a cache, of tokens that come after those that it holds."""
         x = self.token(tokens) if self.scale is None else self.token(tokens) * self.scale

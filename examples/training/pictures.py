@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ def save(figure: Any, title: str, below: Iterable[str | None], path: Path) -> No
 
 COLOURS = {"eager, trained": "tab:blue", "fused, trained": "tab:orange"}
 GREYS = ("0.8", "0.65", "0.5", "0.35")  # what has no colour of its own
+STEEP = 5  # where the first epoch divides the loss by more, a linear axis shows nothing of the others
+CROWD = 12  # bars beside which values stand upright, so as not to overlap
+
+
+def draw_scores(axes: Any, scores: Mapping[str, float]) -> None:
+    """A lying bar of each score, from the top, with its label and value."""
+    greys = iter(GREYS)
+    colours = [COLOURS[label] if label in COLOURS else next(greys) for label in scores]
+    # a label of many words takes two lines
+    labels = [textwrap.fill(label, 24) for label in scores]
+    bars = axes.barh(range(len(scores)), list(scores.values()), 0.7, color=colours)
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.set_yticks(range(len(scores)), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def draw_bars(
@@ -37,7 +55,8 @@ def draw_bars(
         left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
         colour = colours[label] if label in colours else next(greys)
         bars = axes.bar(left, heights, width * 0.95, label=label, color=colour)
-        axes.bar_label(bars, fmt=form, padding=2, fontsize=8)
+        crowded = {"rotation": 90} if len(series) * len(groups) > CROWD else {}
+        axes.bar_label(bars, fmt=form, padding=2, fontsize=8, **crowded)
     axes.set_xticks(range(len(groups)), groups)
     axes.margins(y=0.2)
     axes.grid(axis="y", alpha=0.3)
@@ -86,7 +105,9 @@ def plot_curves(report: dict[str, Any], path: Path) -> bool:
     draw_losses(left, report["curves"])
     if "unigram_loss" in report:
         left.axhline(report["unigram_loss"], color="0.4", linestyle=":", label="unigram baseline, test")
-    left.set(xlabel="epoch", ylabel=f"loss (nats per {report['unit']})", title="Loss", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel=f"loss (nats per {report['unit']})", title="Loss")
+    starts, first = report["curves"]["eager"]["test"][:2]
+    left.set_yscale("log") if starts > STEEP * first else left.set_ylim(0, None)
     left.legend()
     draw_differences(right, report["curves"], report["checks"]["bound"], report["unit"])
     right.margins(y=0.3)  # room for the legend

@@ -13,7 +13,7 @@ from benchmarks.report.table import table
 from examples.training.job import Job, Report
 from examples.training.loop import Side
 from examples.training.model import IGNORED, Twin
-from examples.training.pictures import COLOURS, draw_bars, new_figure, save
+from examples.training.pictures import draw_scores, new_figure, save
 from examples.training.report import subtitles
 
 TRAINED = {"eager": "eager, trained", "fused": "fused, trained"}
@@ -97,8 +97,8 @@ class ScoredJob(Job):
         figure = new_figure()
         left, right = figure.subplots(1, 2)
         better = "lower" if cls.lower_is_better else "higher"
-        draw_bars(left, [""], {label: [value] for label, value in report["scores"].items()}, COLOURS, "%.3f")
-        left.set(ylabel=f"{cls.measure} ({better} is better)", title="All that was held out")
+        draw_scores(left, report["scores"])
+        left.set(xlabel=f"{cls.measure} ({better} is better)", title="All that was held out")
         cls.draw_details(right, report)
         path = folder / f"{cls.files}_scores.png"
         save(figure, f"{cls.title}: {cls.measure}", subtitles(report)[:2], path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -37,9 +36,7 @@ class Translator(TokenTwin):
     def __init__(self, variant: str, config: ModelConfig) -> None:
         super().__init__(variant, config)
         self.transformer = make_transformer(variant, config)
-        self.scale = math.sqrt(config.width)
-        nn.init.normal_(self.token.weight, std=config.width**-0.5)
-        nn.init.normal_(self.position.weight, std=0.1)
+        self.scale_tokens()
 
     def encode(self, source: torch.Tensor) -> torch.Tensor:
         return self.transformer.encoder(self.embed(source), src_key_padding_mask=source == PAD_ID)
