@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 from examples.digits.job import DigitsJob, SegmentJob
 from examples.docstrings.job import ClassifyJob
+from examples.docstrings.pretraining import MaskedJob
 from examples.language_model.job import LanguageModelJob
 from examples.speech.job import SpeechJob
 from examples.training import run
 from examples.translation.job import TranslationJob
 
-TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob, ClassifyJob, DigitsJob, SegmentJob, SpeechJob)}
+TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob, ClassifyJob, MaskedJob, DigitsJob, SegmentJob, SpeechJob)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from examples.training.batches import buckets
 from examples.training.machine import progress_bar
-from examples.training.model import IGNORED, Batch
+from examples.training.model import Batch
 
 PAD, MASK, BLOT = "<|pad|>", "<|mask|>", "<|name|>"
 SPECIAL = (PAD, MASK, BLOT)  # ids 0, 1, 2
@@ -167,4 +167,5 @@ class Masked:
         others = torch.randint(len(SPECIAL), self.vocab, tokens.shape, generator=generator)
         given = torch.where(asked & (fate < 0.8), MASK_ID, tokens)
         given = torch.where(asked & (fate >= 0.9), others, given)
-        return Batch((given,), torch.where(asked, tokens, IGNORED))
+        places = asked.flatten().nonzero()[:, 0]
+        return Batch((given, places), tokens.flatten()[places])

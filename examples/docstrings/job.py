@@ -72,7 +72,7 @@ class ClassifyJob(DocstringJob):
     title = "Text classification with fused and eager encoders"
     unit = "text"
     sizes = {
-        "epochs": Size(10, 4),
+        "epochs": Size(10, 3),
         "layers": Size(4, 2),
         "width": Size(256, 96),
         "texts": Size(10000, 1400, "of each package at most; "),

@@ -35,7 +35,10 @@ class TextClassifier(TextEncoder):
 
 
 class MaskedModel(TextEncoder):
-    """Tokens, some of them hidden, to logits of what stands at each place, (batch, length, vocab)."""
+    """Tokens, some of them hidden, to logits of what stood at some places, (places, vocab).
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.logits(self.encode(tokens))
+    A place counts on through all rows. Only these logits are computed: all would cost more than the encoder.
+    """
+
+    def forward(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.encode(tokens).flatten(0, 1)[places])

@@ -36,7 +36,7 @@ def draw_scores(axes: Any, scores: Mapping[str, float]) -> None:
     greys = iter(GREYS)
     colours = [COLOURS[label] if label in COLOURS else next(greys) for label in scores]
     # a label of many words takes two lines
-    labels = [textwrap.fill(label, 24) for label in scores]
+    labels = [textwrap.fill(label, 24, break_on_hyphens=False) for label in scores]
     bars = axes.barh(range(len(scores)), list(scores.values()), 0.7, color=colours)
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set_yticks(range(len(scores)), labels)
@@ -64,8 +64,13 @@ def draw_bars(
     axes.legend(ncols=2)
 
 
-def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
-    """Losses over epochs, both variants and both sides."""
+SIDES = {"train": "tab:blue", "test": "tab:orange"}
+
+
+def draw_losses(
+    axes: Any, curves: Mapping[str, Any], colours: Mapping[str, str] = SIDES, suffix: str | None = None
+) -> None:
+    """Losses over epochs of both variants, on each side that has a colour."""
     epochs = len(curves["eager"]["train"])
     # Eager is drawn wide and pale under fused: where the two agree, both stay visible.
     styles = {
@@ -73,9 +78,10 @@ def draw_losses(axes: Any, curves: dict[str, Any]) -> None:
         "fused": {"linewidth": 1.6, "marker": "o", "markersize": 4},
     }
     for variant in ("eager", "fused"):
-        curve = curves[variant]
-        axes.plot(range(1, epochs + 1), curve["train"], color="tab:blue", label=f"{variant}, train", **styles[variant])
-        axes.plot(range(epochs + 1), curve["test"], color="tab:orange", label=f"{variant}, test", **styles[variant])
+        for side, colour in colours.items():
+            first = 1 if side == "train" else 0  # the test curve starts before the first epoch
+            label = f"{variant}, {suffix or side}"
+            axes.plot(range(first, epochs + 1), curves[variant][side], color=colour, label=label, **styles[variant])
 
 
 def draw_differences(axes: Any, curves: dict[str, Any], bound: float, unit: str = "token") -> None:
