@@ -98,9 +98,11 @@ bench: $(STAMP) ## the benchmark and the training job on the best device here, i
 	$(BIN)/python -m benchmarks.huge_pages --report $(REPORT)
 	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
 
-train: $(STAMP) ## a language model and a translator, fused beside torch's, into bench-report/
-	PYTHONPATH=. $(BIN)/python examples/train.py --small --report $(REPORT)
-	PYTHONPATH=. $(BIN)/python examples/train.py --task translate --small --report $(REPORT)
+TASKS := lm translate classify mlm digits segment speech
+
+train: $(STAMP) ## every example of training, fused beside torch's, into bench-report/
+	set -e; for task in $(TASKS); do \
+	  PYTHONPATH=. $(BIN)/python examples/train.py --task $$task --small --report $(REPORT); done
 
 gpu-check: ## everything that needs a GPU, in seven minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.

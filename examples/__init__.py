@@ -1,1 +1,1 @@
-"""What a user copies: small examples, and two training jobs (`train.py`)."""
+"""What a user copies: small examples, and training jobs (`train.py`)."""

@@ -4,9 +4,19 @@
     PYTHONPATH=. python3 examples/train.py                      # a GPU: 4 layers, width 512
     PYTHONPATH=. python3 examples/train.py --text book.txt
     PYTHONPATH=. python3 examples/train.py --task translate --small
+    PYTHONPATH=. python3 examples/train.py --task digits --small
     PYTHONPATH=. python3 examples/train.py --task translate --help    # the options of a task
 
-Tasks: `lm`, a language model (language_model/; the default), and `translate`, from English to Chinese (translation/).
+| Task | What is trained | Where it is |
+|---|---|---|
+| `lm`, the default | a language model | language_model/ |
+| `translate` | a translator from English to Chinese | translation/ |
+| `classify` | an encoder that tells which package a docstring comes from | docstrings/ |
+| `mlm` | the same encoder, pre-trained by hidden words, then fine-tuned | docstrings/ |
+| `digits` | a Vision Transformer that reads handwritten digits | digits/ |
+| `segment` | one that tells the digit of each pixel of a scene | digits/ |
+| `speech` | a recogniser of spoken digits, by CTC | speech/ |
+
 What they share is in training/.
 """
 
@@ -24,7 +34,10 @@ from examples.speech.job import SpeechJob
 from examples.training import run
 from examples.translation.job import TranslationJob
 
-TASKS = {job.task: job for job in (LanguageModelJob, TranslationJob, ClassifyJob, MaskedJob, DigitsJob, SegmentJob, SpeechJob)}
+TASKS = {
+    job.task: job
+    for job in (LanguageModelJob, TranslationJob, ClassifyJob, MaskedJob, DigitsJob, SegmentJob, SpeechJob)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,7 +39,8 @@ PACKAGES = {
 }
 CLASSES = ("Python's library", *PACKAGES.values())
 NAMES = re.compile(
-    r"\b(python|pytorch|torch|sympy|networkx|numpy|scipy|matplotlib|sklearn|scikit|django|np|nx|plt|mpl)\b", re.IGNORECASE
+    r"\b(python|pytorch|torch|sympy|networkx|numpy|scipy|matplotlib|sklearn|scikit|django|np|nx|plt|mpl)\b",
+    re.IGNORECASE,
 )
 TESTS = re.compile(r"tests?|testing|_?test_.*|.*_tests?(\.py)?|conftest\.py|site-packages|idlelib")
 TEST_SHARE = 0.1
@@ -94,7 +95,7 @@ def docstrings_of(path: Path) -> Iterator[str]:
 
 
 def load_split(most: int) -> Split:
-    """Read files of each package in an order by chance until it has given `most` texts; a tenth of files are held out."""
+    """Read files of each package, ordered as by chance, until it has given `most` texts. A tenth of files is held out."""
     if most < 1:
         raise ValueError(f"texts is {most}; it must be at least 1")
     train: list[Text] = []
@@ -152,20 +153,27 @@ class Masked:
 
     encoded: Encoded
     vocab: int
-    share: float = 0.15
+    share: float = 0.15  # of a text's tokens, and one at least
 
     def batches(self, size: int, seed: int | None = None) -> list[Batch]:
-        generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        chosen = buckets([len(row) for row in self.encoded], size, seed)
-        return [self.hidden(padded([self.encoded[i] for i in part]), generator) for part in chosen]
+        lengths = [len(row) for row in self.encoded]
+        given, asked = self.hidden(padded(self.encoded), torch.tensor(lengths), 0 if seed is None else seed)
+        return [self.batch_of(given, asked, chosen) for chosen in buckets(lengths, size, seed)]
 
-    def hidden(self, tokens: torch.Tensor, generator: torch.Generator) -> Batch:
+    def hidden(self, tokens: torch.Tensor, lengths: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the tokens asked for, 8 in 10 are replaced by MASK and 1 by any token; 1 stays."""
+        generator = torch.Generator().manual_seed(seed)
         drawn, fate = torch.rand(2, *tokens.shape, generator=generator)
-        asked = (drawn < self.share) & (tokens != PAD_ID)
-        asked[0, 0] = True  # a batch that asks for nothing has no loss
         others = torch.randint(len(SPECIAL), self.vocab, tokens.shape, generator=generator)
+        place = torch.arange(tokens.shape[1])
+        rank = drawn.masked_fill(place >= lengths[:, None], 2.0).argsort(1).argsort(1)
+        asked = rank < (self.share * lengths).round().clamp(min=1)[:, None]
         given = torch.where(asked & (fate < 0.8), MASK_ID, tokens)
-        given = torch.where(asked & (fate >= 0.9), others, given)
-        places = asked.flatten().nonzero()[:, 0]
-        return Batch((given, places), tokens.flatten()[places])
+        return torch.where(asked & (fate >= 0.9), others, given), asked
+
+    def batch_of(self, given: torch.Tensor, asked: torch.Tensor, chosen: Sequence[int]) -> Batch:
+        rows = [self.encoded[i] for i in chosen]
+        tokens = padded(rows)
+        width = tokens.shape[1]
+        places = asked[chosen, :width].flatten().nonzero()[:, 0]
+        return Batch((given[chosen, :width], places), tokens.flatten()[places])

@@ -1,7 +1,7 @@
 """The task `classify`: an encoder that tells which package a docstring comes from.
 
-    PYTHONPATH=. python3 examples/train.py --task classify --small    # a CPU: about a minute
-    PYTHONPATH=. python3 examples/train.py --task classify            # a GPU: 4 layers, width 256
+PYTHONPATH=. python3 examples/train.py --task classify --small    # a CPU: about a minute
+PYTHONPATH=. python3 examples/train.py --task classify            # a GPU: 4 layers, width 256
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class ClassifyJob(DocstringJob):
         "decay": Size(0.1, 0.1),
         "threads": Size(None, 1),
     }
-    bounds = {"float32": 5e-3, "bfloat16": 1e-1}
+    # With --small on a CPU, native kernels against eager: float32 at most 4.6e-8 (4 epochs), bfloat16 9.2e-5 (2 epochs).
+    bounds = {"float32": 1e-4, "bfloat16": 1e-1}
     model = TextClassifier
     train: Labelled
     test: Labelled

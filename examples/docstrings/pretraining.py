@@ -32,7 +32,9 @@ TUNING_BATCH, TUNING_RATE = 32, 5e-4
 
 class MaskedJob(DocstringJob):
     task, files = "mlm", "mlm"
-    description = "Pre-train a masked language model of docstrings twice, of fusednorm and of torch.nn, and fine-tune it."
+    description = (
+        "Pre-train a masked language model of docstrings twice, of fusednorm and of torch.nn, and fine-tune it."
+    )
     title = "Masked language models with fused and eager encoders"
     floor = SCRATCH["fused"]
     sizes = {
@@ -49,7 +51,7 @@ class MaskedJob(DocstringJob):
         "decay": Size(0.1, 0.1),
         "threads": Size(None, 1),
     }
-    bounds = {"float32": 5e-3, "bfloat16": 1e-1}
+    bounds = {"float32": 1e-4, "bfloat16": 1e-1}
     more_sizes = {}
     model = MaskedModel
     train: Masked

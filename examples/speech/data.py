@@ -22,10 +22,24 @@ PACKAGES = {"espeakng_loader": "espeakng-loader"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ACCENTS = tuple(
     f"gmw/{name}"
-    for name in ("en", "en-029", "en-GB-scotland", "en-GB-x-gbclan", "en-GB-x-gbcwmd", "en-GB-x-rp", "en-US", "en-US-nyc")
+    for name in (
+        "en",
+        "en-029",
+        "en-GB-scotland",
+        "en-GB-x-gbclan",
+        "en-GB-x-gbcwmd",
+        "en-GB-x-rp",
+        "en-US",
+        "en-US-nyc",
+    )
 )
-TRAIN_SPEAKERS = tuple("m1 m2 m3 m4 m6 m7 f1 f2 f4 Andy Alex Annie Gene Lee Mike adam benjamin iven linda paul".split())
-TEST_SPEAKERS = tuple("m5 m8 f3 f5 Michael belinda david steph".split())
+# fmt: off
+TRAIN_SPEAKERS = (
+    "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Andy", "Alex", "Annie", "Gene", "Lee", "Mike", "adam",
+    "benjamin", "iven", "linda", "paul",
+)
+# fmt: on
+TEST_SPEAKERS = ("m5", "m8", "f3", "f5", "Michael", "belinda", "david", "steph")
 SPEEDS, PITCHES = (140, 221), (30, 71)  # words a minute; of 0 to 100
 LONGEST = 4  # digits
 

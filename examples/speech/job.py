@@ -1,7 +1,7 @@
 """The task `speech`: an encoder that recognises spoken digits, trained by CTC.
 
-    PYTHONPATH=. python3 examples/train.py --task speech --small    # a CPU: about a minute
-    PYTHONPATH=. python3 examples/train.py --task speech            # a GPU: 4 layers, width 256
+PYTHONPATH=. python3 examples/train.py --task speech --small    # a CPU: about a minute
+PYTHONPATH=. python3 examples/train.py --task speech            # a GPU: 4 layers, width 256
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SpeechJob(ScoredJob):
         "decay": Size(0.1, 0.05),
         "threads": Size(None, 1),
     }
-    bounds = {"float32": 5e-3, "bfloat16": 1e-1}
+    bounds = {"float32": 2e-3, "bfloat16": 1e-1}
     model = Recogniser
     train: Speech
     test: Speech

@@ -116,8 +116,9 @@ def train_twins(
 ) -> tuple[Curves, dict[str, dict[str, float]]]:
     """Train every variant on the same batches in the same order; return their losses and the speed of their steps.
 
-    Losses are nats for each token or class: `train` per epoch, `test` before training and after each epoch, `steps` per step. The
-    variants alternate step by step, and who goes first alternates too, so that a drift of the machine hits both.
+    Losses are nats for each token or class: `train` per epoch, `test` before training and after each epoch, `steps` per
+    step. The variants alternate step by step, and who goes first alternates too, so that a drift of the machine hits
+    both.
     """
     trainers = {variant: Trainer(model, settings) for variant, model in twins.items()}
     curves: Curves = {variant: {"train": [], "test": [], "steps": []} for variant in twins}

@@ -51,13 +51,13 @@ def draw_bars(
 ) -> None:
     """A bar of each series, by its label, in every group, with its value."""
     width, greys = 0.8 / len(series), iter(GREYS)
+    crowded = len(series) * len(groups) > CROWD
     for place, (label, heights) in enumerate(series.items()):
         left = [group + (place - (len(series) - 1) / 2) * width for group in range(len(groups))]
         colour = colours[label] if label in colours else next(greys)
         bars = axes.bar(left, heights, width * 0.95, label=label, color=colour)
-        crowded = {"rotation": 90} if len(series) * len(groups) > CROWD else {}
-        axes.bar_label(bars, fmt=form, padding=2, fontsize=8, **crowded)
-    axes.set_xticks(range(len(groups)), groups)
+        axes.bar_label(bars, fmt=form, padding=2, fontsize=8, rotation=90 if crowded else 0)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8 if crowded else None)
     axes.margins(y=0.2)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The command `train.py`: one tiny run of each task from its data to its report, and what it refuses."""
+"""The command `train.py`: one tiny run of each task from its data to its report."""
 
 from __future__ import annotations
 
@@ -15,45 +15,25 @@ from typing import Any
 import pytest
 import torch
 from shared import made_once
+from training_runs import SCORED, little_data, tiny
 
 import fusednorm
 from benchmarks.report.table import columns
 from examples import train
-from examples.language_model.data import load_documents, split_documents
-from examples.training import report, run, text
+from examples.training import report, run
+from examples.training.job import Size
 from examples.training.machine import threads
-from examples.training.model import VARIANTS
+from examples.training.model import VARIANTS, make_twins
 from examples.training.pictures import plot_curves
+from examples.training.scores import TRAINED
 from examples.translation import job as translation
-from examples.translation.data import PAD_ID, Pair, load_pairs
+from examples.translation.data import PAD_ID
 from examples.translation.model import Translator
-
-COMMON = {"epochs": 1, "layers": 1, "width": 32, "batch": 16, "dropout": 0.0}
-SIZES = {"lm": COMMON | {"vocab": 300, "context": 64}, "translate": COMMON | {"vocab": 400, "length": 40}}
-
-
-def tiny(task: str) -> list[str]:
-    sizes = (word for name, size in SIZES[task].items() for word in (f"--{name}", str(size)))
-    return ["--task", task, "--small", "--device", "cpu", *sizes]
 
 
 @pytest.fixture(params=train.TASKS)
 def task(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-pairs = functools.cache(load_pairs)
-
-
-@contextlib.contextmanager
-def little_data(task: str, folder: Path, share: int = 16) -> Iterator[list[str]]:
-    """The arguments of a tiny run; a little of the real data, of the pairs one in `share`."""
-    for module in train.TASKS[task].packages:
-        pytest.importorskip(module, reason=f"{module} is missing; the extra translate brings it: '.[translate]'")
-    (folder / "a text.txt").write_text("".join(split_documents(*load_documents()).train[:3]), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "load_pairs", lambda: pairs()[::share])
-        yield [*tiny(task), *(["--text", str(folder / "a text.txt")] if task == "lm" else [])]
 
 
 @pytest.fixture
@@ -128,6 +108,7 @@ def test_run_from_data_to_report(finished):
     if "matplotlib" in sys.modules:
         pictures = {path.name: path for path in folder.glob("*.png")}
         own = {"translate_chrf.png"} if finished.job.task == "translate" else set()
+        own |= {f"{files}_scores.png"} if finished.job.task in SCORED else set()
         assert set(pictures) == {f"{files}_curves.png"} | own
         for name, path in pictures.items():
             assert path.read_bytes().startswith(b"\x89PNG") and f"({name})" in markdown
@@ -140,6 +121,13 @@ def test_run_scores_what_was_learned(finished):
         assert quality["perplexity"] == pytest.approx(math.exp(written["curves"]["fused"]["test"][-1]))
         assert quality["unigram_perplexity"] == pytest.approx(math.exp(written["unigram_loss"]))
         assert f"{written['sample']['prompt']} [...] {written['sample']['continuation']}" in markdown
+        return
+    if finished.job.task in SCORED:
+        assert {finished.job.floor, *TRAINED.values()} <= set(written["scores"])
+        for label, value in written["scores"].items():
+            row = next(line for line in markdown.splitlines() if line.startswith(f"| {label} "))
+            assert f" {value:.3f} |" in row
+        assert written["scores"][TRAINED["fused"]] == pytest.approx(written["scores"][TRAINED["eager"]], abs=0.05)
         return
     assert set(written["scores"]) == {"untrained", "nearest", *VARIANTS}
     assert written["scores"]["nearest"]["chrf"] > 5
@@ -179,6 +167,44 @@ def not_a_number(self, decoded):
     return found * math.nan if self.variant == "fused" and self.training else found
 
 
+def wrong_eps(model):
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1e-2
+
+
+def missing_bias(model):
+    """A sublayer whose bias is not added is one whose bias stays 0."""
+    for layer in model.layers.layers:
+        layer.linear1.bias.requires_grad_(False)
+
+
+@pytest.mark.parametrize("spoil", [wrong_eps, missing_bias])
+@pytest.mark.parametrize("task", SCORED)
+def test_run_fails_on_a_layer_with_a_planted_bug(given, capsys, monkeypatch, spoil):
+    def planted(*arguments):
+        twins = make_twins(*arguments)
+        spoil(twins["fused"])
+        return twins
+
+    monkeypatch.setattr(run, "make_twins", planted)
+    assert train.main([*given, "--rate", "1e-2"]) == 1
+    assert "FAILED: test loss after epoch 1" in capsys.readouterr().err
+
+
+def test_run_fails_on_a_model_that_learned_nothing(tmp_path, capsys, monkeypatch):
+    """One too short to learn is held to nothing, and passes."""
+    with little_data("speech", tmp_path) as arguments:
+        given = [*arguments, "--rate", "1e-9", "--report", str(tmp_path)]
+        assert train.main(given) == 0
+        monkeypatch.setitem(train.TASKS["speech"].sizes, "epochs", Size(1, 1))
+        assert train.main(given) == 1
+    assert "FAILED: character error rate of fused, trained is" in capsys.readouterr().err
+    assert "NOT LEARNED: character error rate of eager, trained is" in words(
+        (tmp_path / "speech.md").read_text("utf-8")
+    )
+
+
 @pytest.mark.parametrize(
     ("task", "kind", "method", "wrong", "message"),
     [
@@ -196,98 +222,14 @@ def test_run_fails_on_a_fused_model_that_is_wrong(given, capsys, monkeypatch, ta
     assert "FAILED: test loss" in error and message in error and "checkpoint" not in error
 
 
-def test_missing_plots_and_bars_degrade(given, tmp_path, monkeypatch, capsys):
+def test_missing_plots_and_bars_degrade(task, given, tmp_path, monkeypatch, capsys):
+    if "matplotlib" in train.TASKS[task].packages:
+        pytest.skip("its texts come from matplotlib")
     for name in ("matplotlib", "matplotlib.figure", "tqdm"):
         monkeypatch.setitem(sys.modules, name, None)
     assert train.main(given) == 0
     assert not list((tmp_path / "report").glob("*.png"))
     assert "pip install matplotlib" in capsys.readouterr().out
-
-
-# what is refused
-
-REFUSED = [
-    (["--epochs", "0"], "epochs"),
-    (["--layers", "0"], "layers"),
-    (["--batch", "0"], "batch"),
-    (["--width", "0"], "width"),
-    (["--width", "{three heads and more}"], "3 heads"),
-    (["--vocab", "{too few}"], "a byte-level vocabulary has at least {least}"),
-    (["--dropout", "1.0"], "dropout"),
-    (["--rate", "nan"], "rate"),
-    (["--rate", "0"], "rate"),
-    (["--decay", "-1"], "decay"),
-    (["--threads", "0"], "threads"),
-    (["--provider", "no-such-provider"], "no-such-provider"),
-    (["--provider", "triton"], "--provider triton: usable here are reference"),
-    (["--report", "{file}/folder"], "Not a directory"),
-    (["--report", "{file}"], "File exists"),
-]
-OF_ONE_TASK = [
-    ("lm", ["--context", "0"], "context"),
-    ("lm", ["--text", "no-such-file.txt"], "no-such-file.txt"),
-    ("translate", ["--length", "1"], "longer sentences"),
-]
-
-
-@pytest.mark.parametrize(
-    ("task", "arguments", "named"), [(task, *refused) for task in train.TASKS for refused in REFUSED] + OF_ONE_TASK
-)
-def test_bad_arguments_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, task, arguments, named):
-    # Pairs that no package brings, so that what is refused is refused without the packages too.
-    monkeypatch.setattr(translation, "load_pairs", lambda: [Pair(f"Word {i}", f"词 {i}", "here") for i in range(100)])
-    monkeypatch.setattr(text, "require_packages", lambda *_: None)
-    monkeypatch.setattr(text, "train_tokenizer", lambda *_: pytest.fail("it was trained first"))
-    monkeypatch.setattr(fusednorm, "available_providers", lambda: ["reference"])
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    least = {"lm": 257, "translate": 259}[task]
-    width = {"lm": 200, "translate": 100}[task]
-    words = {"file": tmp_path / "file", "least": least, "too few": least - 1, "three heads and more": width}
-    given = [word.format(**words) for word in arguments]
-    assert train.main([*tiny(task), "--report", str(tmp_path / "report"), *given]) == 2
-    assert named.format(**words) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "own", "foreign"),
-    [
-        ([], "--context", "--length"),
-        (["--task", "lm"], "--text", "--length"),
-        (["--task=lm"], "--context", "--length"),
-        (["--task", "translate"], "--length", "--context"),
-    ],
-)
-def test_help_has_the_options_of_the_task(arguments, own, foreign, capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.main([*arguments, "--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and own in said and foreign not in said
-
-
-def test_unknown_task_is_refused_with_the_names_of_those_there_are(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--task", "paint"])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and all(name in error for name in train.TASKS)
-
-
-@pytest.mark.parametrize(
-    ("task", "missing"),
-    [
-        ("lm", ["tokenizers"]),
-        ("translate", ["sacrebleu"]),
-        ("translate", ["django", "jupyterlab_language_pack_zh_CN"]),
-        ("translate", ["babel", "tokenizers"]),
-    ],
-)
-def test_missing_packages_are_named_with_their_remedy(monkeypatch, capsys, tmp_path, task, missing):
-    for module in train.TASKS["translate"].packages:
-        monkeypatch.setitem(sys.modules, module, None if module in missing else sys)
-    assert train.main([*tiny(task), "--report", str(tmp_path / "report")]) == 2
-    error = capsys.readouterr().err
-    names = " ".join(name.replace("_", "-") for name in missing)
-    assert f"pip install {names}\n" in error and "Traceback" not in error
-    assert not (tmp_path / "report").exists()
 
 
 # the report
@@ -326,7 +268,7 @@ def test_report_keeps_its_lines_short_and_its_tables_straight(finished):
     for line in lines:
         tables[-1].append(columns(line)) if line.startswith("|") else tables.append([])
     assert all(len(set(widths)) == 1 for widths in tables if widths)
-    assert sum(map(bool, tables)) == {"lm": 2, "translate": 4}[finished.job.task]
+    assert sum(map(bool, tables)) == {"lm": 2, "translate": 4, "speech": 4}.get(finished.job.task, 3)
 
 
 def test_report_of_a_busy_machine_says_so(finished):
@@ -371,7 +313,8 @@ def test_picture_joins_no_steps_and_names_what_it_shows(finished, drawn, tmp_pat
     curves["fused"] = curves["eager"] | {"steps": [5.0 + d for d in differences]}
     assert plot_curves(written | {"curves": curves}, tmp_path / "x.png")
     left, right = drawn[0].axes
-    assert left.get_ylabel() == "loss (nats per token)" and "nats per token" in right.get_ylabel()
+    unit = finished.job.unit
+    assert left.get_ylabel() == f"loss (nats per {unit})" and f"nats per {unit}" in right.get_ylabel()
     steps = [line for line in right.lines if len(line.get_xdata()) and line.get_label().startswith("a step")]
     assert all(line.get_linestyle() == "None" for line in steps)
     assert [list(line.get_xdata()) for line in steps] == ([[2, 4]] if any(differences) else [])

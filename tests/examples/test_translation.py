@@ -139,7 +139,7 @@ def test_tokenizer_has_the_marks_first_and_gives_every_text_back(raw):
 
 def test_buckets_take_every_pair_once_and_pad_little(drawn):
     encoded = drawn(103)
-    by_length, shuffled = data.buckets_of(encoded, 8), data.buckets(encoded, 8, 1)
+    by_length, shuffled = data.buckets_of(encoded, 8), data.buckets_of(encoded, 8, 1)
     for batches in (by_length, shuffled):
         assert sorted(i for batch in batches for i in batch) == list(range(103))
         assert sorted(map(len, batches)) == [7] + [8] * 12
