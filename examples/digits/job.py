@@ -72,10 +72,9 @@ class DigitsJob(ImageJob):
         "threads": Size(None, 1),
     }
     # With --small on a CPU, native kernels against eager: float32 at most 1.3e-7 (10 epochs), bfloat16 1.8e-3 (2
-    # epochs). Norms whose eps is 1e-2, and a feed-forward without its first bias, move the float32 losses by more than
-    # the bound within one epoch, A test plants both in
-    # every task that has a score.
-    bounds = {"float32": 1e-4, "bfloat16": 1e-1}
+    # epochs). Norms whose eps is 1e-2, or a feed-forward without its first bias, move the float32 losses by more than
+    # the bound within one epoch. A test plants both in each task that has a score.
+    bounds = {"float32": 1e-4, "bfloat16": 2e-2}
     model = Classifier
 
     def encode(self, tokenizer: Any) -> str:
@@ -142,7 +141,7 @@ class SegmentJob(ImageJob):
         "threads": Size(None, 1),
     }
     # As above: float32 at most 2.5e-8 (10 epochs), bfloat16 2.1e-4 (2 epochs).
-    bounds = {"float32": 1e-4, "bfloat16": 1e-1}
+    bounds = {"float32": 1e-4, "bfloat16": 2e-2}
     model = Segmenter
 
     def load(self) -> Sequence[str]:

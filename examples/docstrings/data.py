@@ -95,7 +95,7 @@ def docstrings_of(path: Path) -> Iterator[str]:
 
 
 def load_split(most: int) -> Split:
-    """Read files of each package, ordered as by chance, until it has given `most` texts. A tenth of files is held out."""
+    """Read files of each package, ordered as by chance, until it has given `most` texts; hold out a tenth of files."""
     if most < 1:
         raise ValueError(f"texts is {most}; it must be at least 1")
     train: list[Text] = []

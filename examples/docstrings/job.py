@@ -83,8 +83,8 @@ class ClassifyJob(DocstringJob):
         "decay": Size(0.1, 0.1),
         "threads": Size(None, 1),
     }
-    # With --small on a CPU, native kernels against eager: float32 at most 4.6e-8 (4 epochs), bfloat16 9.2e-5 (2 epochs).
-    bounds = {"float32": 1e-4, "bfloat16": 1e-1}
+    # With --small on a CPU, native kernels against eager: float32 at most 4.6e-8, bfloat16 9.2e-5 (2 epochs).
+    bounds = {"float32": 1e-4, "bfloat16": 2e-2}
     model = TextClassifier
     train: Labelled
     test: Labelled

@@ -12,6 +12,7 @@ import torch
 SYNCHRONOUS = 2  # of espeak_AUDIO_OUTPUT: sound goes to the callback, before espeak_Synth returns
 SPEED, PITCH = 1, 3  # of espeak_PARAMETER: words a minute, and 0 to 100
 UTF8 = 1
+STAY = 1 << 15  # do not end the process where the data are not found
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -23,7 +24,7 @@ class Synthesiser:
 
         self.data = Path(espeakng_loader.get_data_path())
         self.library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.rate = int(self.library.espeak_Initialize(SYNCHRONOUS, 0, str(self.data).encode(), 0))
+        self.rate = int(self.library.espeak_Initialize(SYNCHRONOUS, 0, str(self.data).encode(), STAY))
         if self.rate <= 0:
             raise OSError(f"eSpeak NG does not start with its data in {self.data}")
         self.spoken: list[bytes] = []

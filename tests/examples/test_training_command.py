@@ -333,3 +333,14 @@ def test_picture_of_scores_names_what_it_shows(translated, drawn, tmp_path):
     shown = [patch.get_height() for patch in bars.patches]
     assert shown[:: len(shown) // 4] == [written["scores"][name]["chrf"] for name in translation.NAMES]
     assert len(shown) == 4 * (1 + len(written["scores"]["fused"]["by_origin"]))
+
+
+@pytest.mark.parametrize("task", SCORED)
+def test_picture_of_scores_has_a_bar_for_each_and_what_the_job_shows(task, finished_run, drawn, tmp_path):
+    finished = finished_run(task)
+    written = finished.report()
+    assert finished.job.draw(written, tmp_path) == {tmp_path / f"{task}_scores.png": finished.job.measure}
+    left, right = drawn[0].axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx(list(written["scores"].values()))
+    assert [words(label.get_text()) for label in left.get_yticklabels()] == list(written["scores"])
+    assert finished.job.measure in left.get_xlabel() and right.get_title()
