@@ -33,13 +33,14 @@ ACCENTS = tuple(
         "en-US-nyc",
     )
 )
+# eSpeak has more. What f2, f3 and f5 say differs a little from process to process; all of these repeat bit for bit.
 # fmt: off
 TRAIN_SPEAKERS = (
-    "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f2", "f4", "Andy", "Alex", "Annie", "Gene", "Lee", "Mike", "adam",
-    "benjamin", "iven", "linda", "paul",
+    "m1", "m2", "m3", "m4", "m6", "m7", "f1", "f4", "Andy", "Alex", "Annie", "Gene", "Lee", "Mike", "adam",
+    "benjamin", "iven", "linda", "paul", "shelby",
 )
 # fmt: on
-TEST_SPEAKERS = ("m5", "m8", "f3", "f5", "Michael", "belinda", "david", "steph")
+TEST_SPEAKERS = ("m5", "m8", "anika", "aunty", "Michael", "belinda", "david", "steph")
 SPEEDS, PITCHES = (140, 221), (30, 71)  # words a minute; of 0 to 100
 LONGEST = 4  # digits
 
