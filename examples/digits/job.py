@@ -140,7 +140,7 @@ class SegmentJob(ImageJob):
         "decay": Size(0.1, 0.05),
         "threads": Size(None, 1),
     }
-    # As above: float32 at most 2.5e-8 (10 epochs), bfloat16 2.1e-4 (2 epochs).
+    # As above: float32 at most 7.0e-8 (10 epochs), bfloat16 2.1e-4 (2 epochs).
     bounds = {"float32": 1e-4, "bfloat16": 2e-2}
     model = Segmenter
 

@@ -46,8 +46,8 @@ class SpeechJob(ScoredJob):
         "decay": Size(0.1, 0.05),
         "threads": Size(None, 1),
     }
-    # With --small on a CPU, native kernels against eager: float32 at most 2.0e-4 (8 epochs, two starts), bfloat16 2.9e-3
-    # (2 epochs). That is more than in the other tasks, and so is the bound.
+    # With --small on a CPU, native kernels against eager: float32 at most 2.0e-4 (8 epochs), bfloat16 2.9e-3 (2
+    # epochs). That is more than in the other tasks, and so is the bound.
     bounds = {"float32": 2e-3, "bfloat16": 5e-2}
     model = Recogniser
     train: Speech

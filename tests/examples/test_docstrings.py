@@ -54,7 +54,7 @@ def test_masks_ask_for_a_share_and_show_most_of_it_as_mask():
     side = Masked(rows, 53)
     batches = side.batches(401)
     ((given, places),), wanted = [batch.inputs for batch in batches], batches[0].wanted
-    assert len(places) == 400 * 3 + 1  # 15 % of 20, and of one token that one
+    assert len(places) == 400 * 6 + 1  # 30 % of 20, and of one token that one
     ordered = data.padded([rows[i] for i in data.buckets([len(row) for row in rows], 401)[0]])
     assert torch.equal(ordered.flatten()[places], wanted) and not (wanted == PAD_ID).any()
     shown = given.flatten()[places]
