@@ -73,7 +73,7 @@ class DigitsJob(ImageJob):
     }
     # With --small on a CPU, native kernels against eager: float32 at most 1.3e-7 (10 epochs), bfloat16 1.8e-3 (2
     # epochs). Norms whose eps is 1e-2, or a feed-forward without its first bias, move the float32 losses by more than
-    # the bound within one epoch. A test plants both in each task that has a score.
+    # the bound by the first epoch. A test plants both in each task that has a score.
     bounds = {"float32": 1e-4, "bfloat16": 2e-2}
     model = Classifier
 

@@ -189,7 +189,7 @@ def test_run_fails_on_a_layer_with_a_planted_bug(given, capsys, monkeypatch, spo
 
     monkeypatch.setattr(run, "make_twins", planted)
     assert train.main([*given, "--rate", "1e-2"]) == 1
-    assert "FAILED: test loss after epoch 1" in capsys.readouterr().err
+    assert "FAILED: test loss after epoch" in capsys.readouterr().err
 
 
 def test_run_fails_on_a_model_that_learned_nothing(tmp_path, capsys, monkeypatch):
