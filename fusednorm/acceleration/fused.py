@@ -196,7 +196,8 @@ def _folded(form: NormForm, steps: Steps, pair: Sequence[Any], like: Tensor, uns
         return None
     if form.rms and shift is not None and shift.shape[0] != like.shape[0]:  # not every kernel adds it for all samples
         return None
-    return steps._replace(scale=scale, shift=shift)
+    # Copies: the operator keeps them for its backward, torch's statements do not, and they may be changed in place.
+    return steps._replace(scale=scale.clone(), shift=None if shift is None else shift.clone())
 
 
 def gated(branch: Any, gate: Gate) -> Any:
