@@ -23,13 +23,13 @@ class Synthesiser:
         import espeakng_loader
 
         self.data = Path(espeakng_loader.get_data_path())
-        self.library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
-        self.rate = int(self.library.espeak_Initialize(SYNCHRONOUS, 0, str(self.data).encode(), STAY))
+        self.engine: Any = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.rate = int(self.engine.espeak_Initialize(SYNCHRONOUS, 0, str(self.data).encode(), STAY))
         if self.rate <= 0:
             raise OSError(f"eSpeak NG does not start with its data in {self.data}")
         self.spoken: list[bytes] = []
         self.callback = Callback(self.keep)  # the library holds no reference
-        self.library.espeak_SetSynthCallback(self.callback)
+        self.engine.espeak_SetSynthCallback(self.callback)
 
     def keep(self, samples: Any, count: int, events: Any) -> int:
         if samples and count:
@@ -40,14 +40,14 @@ class Synthesiser:
         """Samples in [-1, 1] of a text, as a speaker (one of eSpeak's variants) with an accent says it."""
         if not (self.data / "voices" / "!v" / speaker).is_file():
             raise OSError(f"this eSpeak NG has no speaker {speaker}")  # it would take another without a word
-        if self.library.espeak_SetVoiceByName(f"{accent}+{speaker}".encode()):
+        if self.engine.espeak_SetVoiceByName(f"{accent}+{speaker}".encode()):
             raise OSError(f"this eSpeak NG has no accent {accent}")
-        self.library.espeak_SetParameter(SPEED, speed, 0)
-        self.library.espeak_SetParameter(PITCH, pitch, 0)
+        self.engine.espeak_SetParameter(SPEED, speed, 0)
+        self.engine.espeak_SetParameter(PITCH, pitch, 0)
         self.spoken.clear()
         said = text.encode()
-        self.library.espeak_Synth(said, len(said) + 1, 0, 1, 0, UTF8, None, None)
-        self.library.espeak_Synchronize()
+        self.engine.espeak_Synth(said, len(said) + 1, 0, 1, 0, UTF8, None, None)
+        self.engine.espeak_Synchronize()
         return torch.frombuffer(bytearray(b"".join(self.spoken)), dtype=torch.int16).float() / 2**15
 
 
