@@ -50,7 +50,7 @@ def folded(
     if scale is not None and shift is not None and scale.shape != shift.shape:  # one (B, N), one (B, 1, N)
         scale, shift = (m if m.ndim == len(shape) else m.reshape(x.shape[0], *shape) for m in (scale, shift))
     if gate is not None:
-        layer_scale = gate if layer_scale is None else _product(gate, layer_scale)
+        layer_scale = gate if layer_scale is None else torch.mul(*_in_one_dtype(gate, layer_scale))
     if bias is not None and scale is not None:
         bias = torch.addcmul(*_in_one_dtype(bias, bias, scale))
     if shift is not None:
@@ -62,10 +62,6 @@ def folded(
         own = own + 1.0 if zero_centered_weight else own
         weight, zero_centered_weight = torch.addcmul(own, own, by), False
     return Parameters(weight, bias, layer_scale, zero_centered_weight)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mul(*_in_one_dtype(a, b))
 
 
 def _in_one_dtype(*tensors: Any) -> list[Tensor]:
