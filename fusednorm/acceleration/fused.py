@@ -176,7 +176,7 @@ def _fused_add(
             *pair, unsqueezed = modulation()
         except NameError:  # of a variable that is not assigned yet
             pair = []
-        folded = _folded(form, steps, pair, residual, unsqueezed) if pair else None
+        folded = _folded(steps, pair, residual, unsqueezed) if pair else None
         if folded is not None:
             steps, modulated = folded, (pair[0], pair[1])
     try:
@@ -189,12 +189,10 @@ def _fused_add(
     return total
 
 
-def _folded(form: NormForm, steps: Steps, pair: Sequence[Any], like: Tensor, unsqueezed: bool) -> Steps | None:
+def _folded(steps: Steps, pair: Sequence[Any], like: Tensor, unsqueezed: bool) -> Steps | None:
     """The steps with a scale and a shift, or None where they are no vectors for the samples of `like`."""
     scale, shift = (None if given is None else vectors(given, like, unsqueezed) for given in pair)
     if scale is None or (shift is None) is not (pair[1] is None):
-        return None
-    if form.rms and shift is not None and shift.shape[0] != like.shape[0]:  # not every kernel adds it for all samples
         return None
     # Copies: the operator keeps them for its backward, torch's statements do not, and they may be changed in place.
     return steps._replace(scale=scale.clone(), shift=None if shift is None else shift.clone())
@@ -263,7 +261,7 @@ def _modulated(norm: Any, x: Tensor, scale: Any, shift: Any, unsqueezed: bool) -
     if handed and waits_plain(x):
         return None
     form = type(norm)._fusednorm_norm
-    steps = _folded(form, NO_STEPS, (scale, shift), x, unsqueezed)
+    steps = _folded(NO_STEPS, (scale, shift), x, unsqueezed)
     if steps is None:
         return None
     y = take(norm, x, (scale, shift)) if handed else None
