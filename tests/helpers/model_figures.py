@@ -118,3 +118,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return value if isinstance(value, (str, int, float, bool, torch.dtype)) else id(value)
+
+
+def checkpoint(model: nn.Module) -> None:
+    """By the method's name of transformers 5, or of before."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -23,6 +23,7 @@ import fusednorm
 from tests.helpers.model_figures import (
     Figures,
     Float64,
+    checkpoint,
     differences,
     doubled,
     exact,
@@ -394,8 +395,3 @@ def checkpointed(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     checkpoint(before)
     checkpoint(after)
     return accelerated(before), after
-
-
-def checkpoint(model: nn.Module) -> None:
-    """By the method's name of transformers 5, or of before."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
