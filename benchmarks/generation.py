@@ -11,7 +11,6 @@ and generation.md.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks.measure.machine import environment
+from benchmarks.report.files import write_pair
 from benchmarks.report.table import table
 from fusednorm.tuning.timers import median_interval
 
@@ -149,12 +149,8 @@ def main(argv: list[str] | None = None) -> int:
             "",
         ]
     )
-    print(text)
-    if args.report is not None:
-        args.report.mkdir(parents=True, exist_ok=True)
-        raw = {"environment": machine, "threads": threads, "cases": cases}
-        (args.report / "generation.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-        (args.report / "generation.md").write_text(text, encoding="utf-8")
+    raw = {"environment": machine, "threads": threads, "cases": cases}
+    write_pair(args.report, "generation", raw, text)
     return 0
 
 

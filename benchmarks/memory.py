@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import fusednorm
 from benchmarks.cases.base import saved_bytes
 from benchmarks.measure.machine import environment
+from benchmarks.report.files import write_pair
 from benchmarks.report.table import table
 
 BATCH, LENGTH, WIDTH, LAYERS = 8, 256, 512, 2
@@ -155,12 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             "",
         ]
     )
-    print(text)
-    if args.report is not None:
-        args.report.mkdir(parents=True, exist_ok=True)
-        raw = {"environment": machine, "threads": threads, "cases": cases}
-        (args.report / "memory.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-        (args.report / "memory.md").write_text(text, encoding="utf-8")
+    raw = {"environment": machine, "threads": threads, "cases": cases}
+    write_pair(args.report, "memory", raw, text)
     return 0
 
 

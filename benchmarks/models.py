@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import re
 import statistics
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks.measure.machine import environment
+from benchmarks.report.files import write_pair
 from fusednorm.tuning.timers import median_interval
 
 VIEWS = {"view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select", "slice"}
@@ -197,11 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     for case in tqdm(chosen, desc="models", disable=None):
         result["rows"].append(measure(case, args.rounds, args.seconds, args.compile))
     text = page(result)
-    print(text)
-    if args.report is not None:
-        args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "models.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.report / "models.md").write_text(text)
+    write_pair(args.report, "models", result, text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from benchmarks import measure
 from benchmarks.baselines import served
 from benchmarks.cases import Case, sweep
 from benchmarks.measure.machine import environment
+from benchmarks.report.files import write_pair
 from benchmarks.report.table import table
 from fusednorm.dispatch import crossovers, rules, tuned
 from fusednorm.tuning.load import BackgroundLoad, warning
@@ -140,14 +140,10 @@ def main(argv: list[str] | None = None) -> int:
             records = [measured(case, device, timer, args.seconds) for case in tqdm(cases, desc="cases", disable=None)]
     result = {"environment": environment(device), "without_shipped": args.without_shipped, "cases": records}
     text = page(result)
-    print(text)
+    write_pair(args.report, "tuned", result, text)
     noisy = warning(load.share())
     if noisy:
         print(noisy, file=sys.stderr)
-    if args.report is not None:
-        args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "tuned.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.report / "tuned.md").write_text(text)
     return 1 if any(is_slower(r) or loses(r) for r in records) else 0
 
 

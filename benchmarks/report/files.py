@@ -24,6 +24,15 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     replace(path, json.dumps(result) + "\n")
 
 
+def write_pair(folder: Path | None, name: str, result: Mapping[str, Any], page: str) -> None:
+    """Print a page; where there is a folder, write it there, and what it was made from beside it."""
+    print(page)
+    if folder is not None:
+        make_folder(folder)
+        replace(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        replace(folder / f"{name}.md", page)
+
+
 def replace(path: Path, text: str) -> None:
     special = path.exists() and not path.is_file()  # /dev/stdout, a pipe: not to be replaced
     beside = path if special else path.with_name(f".{path.name}.new")
