@@ -1,12 +1,12 @@
 """``F.linear`` by the faster of torch's two libraries for matrix products on a CPU, MKL and oneDNN.
 
 torch's own ``F.linear`` calls MKL in float32, on every processor. On AMD's processors with AVX-512, oneDNN takes 0.8 to
-0.95 of its time for x W^T and for dx = dy W (benchmarks/NOTES.md, "Matrix products in float32").
+0.95 of its time for x W^T, for dx = dy W and for dW = dy^T x (benchmarks/NOTES.md, "Matrix products in float32").
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,19 @@ from torch import Tensor
 
 from .._transforms import wants_gradients
 from ..dispatch import eager, settings
-from ..dispatch.rules import ONEDNN_PRODUCTS, onednn_is_faster
+from ..dispatch.rules import ONEDNN_COPIED, ONEDNN_PRODUCTS, onednn_is_faster
+from ..providers.cpu import library
 
 _is_compiling = torch.compiler.is_compiling
 _PARAMETERS = (Tensor, torch.nn.Parameter)
+
+
+class ByOnednn(NamedTuple):
+    """Which products oneDNN computes."""
+
+    y: bool
+    dx: bool
+    dweight: bool
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,12 +36,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
         rows = x.numel() // weight.shape[1]
         outputs, inputs = weight.shape
-        forward, backward = onednn_is_faster(rows, outputs, inputs), onednn_is_faster(rows, inputs, outputs)
-        if (forward or backward) and _is_left_to_us():
+        gradient_rows, gradient_columns = (outputs, inputs) if weight.is_contiguous() else (inputs, outputs)
+        by_onednn = ByOnednn(
+            onednn_is_faster(rows, outputs, inputs),
+            onednn_is_faster(rows, inputs, outputs),
+            rows * weight.numel() >= ONEDNN_COPIED and onednn_is_faster(gradient_rows, gradient_columns, rows),
+        )
+        if any(by_onednn) and _is_left_to_us():
             if wants_gradients((x, weight, bias)):
-                y: Tensor = LinearFunction.apply(x, weight, bias, forward, backward)
+                y: Tensor = LinearFunction.apply(x, weight, bias, by_onednn)
                 return y
-            if forward:
+            if by_onednn.y:
                 return _by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -68,25 +82,36 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _product_over_rows(a: Tensor, b: Tensor, by_onednn: bool) -> Tensor:
+    """a^T b, of two matrices of as many rows."""
+    if not by_onednn:
+        return a.t() @ b
+    # oneDNN reads the first operand by rows alone: given a^T, torch copies it, and takes longer than MKL in all
+    return _by_onednn(library.transposed(a.contiguous()), b.contiguous().t(), None)
+
+
 class LinearFunction(torch.autograd.Function):
     """y = x W^T + b; dx = dy W, dW = dy^T x, db = the sum of dy over the rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool, backward: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: ByOnednn) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.by_onednn = backward
-        return _by_onednn(x, weight, bias) if forward else F.linear(x, weight, bias)
+        ctx.by_onednn = by_onednn
+        return _by_onednn(x, weight, bias) if by_onednn.y else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        by_onednn = ByOnednn(False, False, False) if eager.differentiated(dy) else ctx.by_onednn
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            by_onednn = ctx.by_onednn and not eager.differentiated(dy)
-            dx = _by_onednn(dy, weight.t(), None) if by_onednn else dy @ weight
+            dx = _by_onednn(dy, weight.t(), None) if by_onednn.dx else dy @ weight
         if ctx.needs_input_grad[1]:
             dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-            dweight = dy_rows.t() @ x_rows if weight.is_contiguous() else (x_rows.t() @ dy_rows).t()  # strides of W
+            if weight.is_contiguous():  # the gradient has W's strides
+                dweight = _product_over_rows(dy_rows, x_rows, by_onednn.dweight)
+            else:
+                dweight = _product_over_rows(x_rows, dy_rows, by_onednn.dweight).t()
         if ctx.needs_input_grad[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None

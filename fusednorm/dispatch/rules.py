@@ -38,6 +38,7 @@ SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its
 # From so many rows, features on either side, and multiplications on, oneDNN's float32 product was faster than MKL's on
 # AMD's processors with AVX-512 (benchmarks/NOTES.md, "Matrix products in float32").
 ONEDNN_ROWS, ONEDNN_FEATURES, ONEDNN_PRODUCTS = 8, 256, 1 << 25
+ONEDNN_COPIED = 1 << 27  # multiplications from which a transposed copy of one operand is worth it
 ONEDNN_TERMS = 1024  # of a sum: its error is 1.4 to 1.7 times MKL's up to here, 2.2 times at 3,072
 HOST_BOUND = {False: 32 << 20, True: 64 << 20}  # bytes of x, by whether gradients are wanted
 

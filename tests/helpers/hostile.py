@@ -130,6 +130,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, An
         "attention_fwd, packed": (ops.attention_fwd, packed_args),
         "attention_bwd": (ops.attention_bwd, attention_backward_args),
         "all_bounded": (ops.all_bounded, lambda: dict(zip("abc", torch.randn(3, 4, 8), strict=True))),
+        "transposed": (ops.transposed, lambda: {"x": torch.randn(5, 18)}),
     }
 
 

@@ -1,6 +1,7 @@
 """The linear layers of our modules, where oneDNN computes their products: values, gradients, and when it must not."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fusednorm
+from fusednorm import dispatch
 from fusednorm.autograd import linear as module
 from fusednorm.dispatch import rules
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+REASON = dispatch.unavailable_reason("cpu")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"),
+    pytest.mark.skipif(REASON is not None, reason=f"provider cpu: {REASON}"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +37,14 @@ def operands(shape: tuple[int, ...] = (4, 64, 512), outputs: int = 384) -> tuple
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
-def by_onednn(function) -> bool:
+def products_by_onednn(function) -> int:
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         function()
-    return any("_linear_pointwise" in event.name for event in profiled.events())
+    return sum("_linear_pointwise" in event.name for event in profiled.events())
+
+
+def by_onednn(function) -> bool:
+    return products_by_onednn(function) > 0
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -107,12 +117,40 @@ def test_a_weight_changed_before_the_backward_is_an_error() -> None:
 
 
 def test_sums_of_many_terms_stay_torchs() -> None:
-    """From 1,024 terms on, oneDNN's error would be more than twice torch's."""
-    for terms, outputs, used in ((1024, 256, 2), (2048, 256, 1), (256, 2048, 1), (2048, 2048, 0)):
-        x, weight, bias = operands((256, terms), outputs)
-        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
-            module.linear(x, weight, bias).sum().backward()
-        assert sum("_linear_pointwise" in event.name for event in profiled.events()) == used
+    """From 1,024 terms on, oneDNN's error would be more than twice torch's. Those of dW are the rows."""
+    for rows, terms, outputs, used in (
+        (256, 1024, 256, 2),  # too few multiplications for dW
+        (256, 2048, 256, 2),  # dx and dW
+        (256, 256, 2048, 2),  # y and dW
+        (256, 2048, 2048, 1),  # dW
+        (2048, 256, 256, 2),  # y and dx
+    ):
+        x, weight, bias = operands((rows, terms), outputs)
+        call = functools.partial(module.linear, x, weight, bias)
+        assert products_by_onednn(lambda call=call: call().sum().backward()) == used
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (8, 32, 1024)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_gradient_of_a_weight_is_as_exact_as_torchs(shape, transposed, dense) -> None:
+    x, weight, _ = operands(shape, 520)  # no multiple of 16
+    x, weight = x.detach(), weight.detach()
+    if transposed:
+        weight = weight.t().contiguous().t()
+    weight.requires_grad_()
+    if not dense:
+        x = x.flip(-1).mT.contiguous().mT
+    dy = torch.randn(*shape[:-1], 520) if dense else torch.randn(520, 1).expand(520, shape[0]).t()
+    dy = dy if dense else dy.view(shape[0], *[1] * (len(shape) - 2), 520).expand(*shape[:-1], 520)
+    found = []
+    for function in (module.linear, F.linear):
+        found += torch.autograd.grad(function(x, weight), weight, dy)
+    (exact,) = torch.autograd.grad(F.linear(x.double(), weight.double()), weight, dy.double())
+    assert found[0].stride() == found[1].stride()
+    assert error(found[0], exact) <= 2 * error(found[1], exact)
+    y = module.linear(x, weight)
+    assert products_by_onednn(lambda: torch.autograd.grad(y, weight, dy)) == 1
 
 
 def test_slices_of_a_weight_stay_torchs() -> None:

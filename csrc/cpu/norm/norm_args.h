@@ -81,6 +81,7 @@ struct Kernels {
   void (*backward)(const Backward&, void* workspace, int64_t first_chunk, int64_t end_chunk);
   void (*reduce)(const Partials&, Dtype dtype, void* out, int64_t begin, int64_t end);
   void (*parameter)(const Operand&, int64_t sample, int64_t n, bool wide, double shift, void* out);
+  void (*transpose_columns)(const float* in, int64_t rows, int64_t columns, int64_t first, int64_t end, float* out);
   const ActivationKernels* activation;
   const AttentionKernels* attention;
 };

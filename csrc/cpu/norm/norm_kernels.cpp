@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, FN_ISA being its name (setup.py).
 #include "norm_backward.h"
+#include "../support/transpose.h"
 
 #define FN_TEXT_(name) #name
 #define FN_TEXT(name) FN_TEXT_(name)
@@ -13,7 +14,7 @@ extern const AttentionKernels attention_kernels;    // attention_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {
     FN_TEXT(FN_ISA), forward_workspace, forward, backward_workspace, backward, reduce, parameter,
-    &activation_kernels, &attention_kernels,
+    transpose_columns, &activation_kernels, &attention_kernels,
 };
 
 }  // namespace FN_ISA

@@ -28,9 +28,10 @@ attention_fwd: Any = None
 attention_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
 all_bounded: Any = None  # (tensor, tensor or None, tensor or None) -> bool
+transposed: Any = None  # (contiguous float32 matrix) -> its transpose, contiguous
 _OPERATORS = (
     *("add_layer_norm_fwd", "add_layer_norm_bwd", "bias_act_dropout_fwd", "bias_act_dropout_bwd"),
-    *("attention_fwd", "attention_bwd", "dropout_mask", "all_bounded"),
+    *("attention_fwd", "attention_bwd", "dropout_mask", "all_bounded", "transposed"),
 )
 
 
