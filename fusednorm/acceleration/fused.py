@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,16 +56,36 @@ def _weight(linear: Any) -> Tensor:
     return weight if isinstance(linear, nn.Linear) else weight.t()
 
 
-# Drop path has no C++ fast path. Forward and backward, torch's operators were 1.3 times as fast on 2^13 elements, as
-# fast on 2^16, and 1.3 to 1.5 times as slow on 2^18 (one thread, AMD EPYC). Gates, modulations and bare sums before a
-# LayerNorm have one, but the Python around it took 15 to 25 us, which torch's operators take on 2^12 elements.
-_LEAST_WITHOUT_FASTPATH = 1 << 17
+# Elements from which drop path, gates, modulations and bare sums before a LayerNorm are fused. Forward and backward
+# with drop path, torch's operators were 1.3 times as fast on 2^13 elements, as fast on 2^16, and 1.3 to 1.5 times as
+# slow on 2^18 (one thread, AMD EPYC). The Python around the others took what torch's operators take on 2^12 elements.
+_LARGE = 1 << 17
 _listener: Callable[[nn.Module, Tensor, Steps], None] | None = None
 
 
-def _too_small(residual: Tensor) -> bool:
-    """For what has no fast path. While accelerate() compares results, every operator runs."""
-    return _listener is None and residual.numel() < _LEAST_WITHOUT_FASTPATH
+def _is_small(residual: Tensor) -> bool:
+    """While accelerate() compares results, nothing is: every operator runs."""
+    return _listener is None and residual.numel() < _LARGE
+
+
+def for_large_inputs(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is `new` where an argument is a large tensor, else `original`.
+
+    For methods all of whose changes are left to torch on small tensors, and by the compiler.
+    """
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or (_listener is None and not _any_large(args) and not _any_large(kwargs.values())):
+            return original(self, *args, **kwargs)
+        return new(self, *args, **kwargs)
+
+    return method
+
+
+def _any_large(values: Iterable[Any]) -> bool:
+    # only a bare tensor or a parameter is ever fused
+    return any(type(value) in PARAMETERS and value.numel() >= _LARGE for value in values)
 
 
 @contextlib.contextmanager
@@ -141,8 +162,8 @@ def _fused_add(
     if type(residual) is not Tensor or type(x) is not Tensor:
         return None
     # Handing over takes as long as one of torch's operators, and the look at a gate or a modulation as another.
-    small = _too_small(residual)
-    if small and not form.rms and (not modules or type(modules[-1]) is Gate):
+    small = _is_small(residual)
+    if small and form.only_large(not modules or type(modules[-1]) is Gate):
         return None
     if not without_hooks(norm):
         return None
@@ -209,7 +230,7 @@ def later(norm: Any, x: Any) -> Any:
         _is_compiling()
         or _is_tracing() is not None
         or type(x) is not Tensor
-        or _too_small(x)
+        or _is_small(x)
         or "_fusednorm_norm" not in type(norm).__dict__
         or not without_hooks(norm)
         or any_global_hooks()

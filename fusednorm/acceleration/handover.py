@@ -47,6 +47,10 @@ class NormForm(NamedTuple):
     def epsilon(self, module: nn.Module) -> Any:
         return None if self.eps is None else getattr(module, self.eps)
 
+    def only_large(self, bare: bool) -> bool:
+        """Whether small sums before it are left to torch. `bare`: no step but a gate stands before the sum."""
+        return bare and not self.rms
+
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, bias = self.parameters(module)
         eps = self.epsilon(module)

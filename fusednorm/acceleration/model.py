@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import sys
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +16,7 @@ from ..modules._fusible import class_path
 from . import handover, layers, recognise, source, steps, swap
 from .example import Example, Mismatch, check_batch
 from .links import Links
+from .methods import methods
 from .patterns import Finder, Found
 from .report import COMPILED, LINEARS, WEIGHTS, WITHOUT_FLOAT64, Entry, Report
 from .tree import Tree
@@ -274,8 +272,11 @@ class _Analysis:
         if found:
             self.report.notes.append(f"{len(found)} {LINEARS}")
 
+    def _form(self, module: Any) -> handover.NormForm | None:
+        return self.forms.get(id(module))
+
     def _is_norm(self, module: Any) -> bool:
-        return id(module) in self.forms
+        return self._form(module) is not None
 
     def _kind(self, module: Any) -> str | None:
         if not isinstance(module, nn.Module):
@@ -304,7 +305,7 @@ class _Analysis:
             known = self.kept[id(module)] = []
             if id(module) not in self.inside and not type(module).__module__.startswith(("torch.", "fusednorm.")):
                 try:
-                    known += _methods(module)
+                    known += methods(module)
                 except source.Unreadable as reason:
                     if any(isinstance(child, nn.Linear) or self._is_norm(child) for child in module.children()):
                         path = self.paths[id(module)]
@@ -326,7 +327,7 @@ class _Analysis:
             for tree in self._trees(module):
                 main = tree.name == "forward"
                 finder = Finder(
-                    tree, self._is_norm, links.consumer, self._kind, self._activation, main and norm is not None,
+                    tree, self._form, links.consumer, self._kind, self._activation, norm if main else None,
                     self.options["norms"], self.options["residual"], self.options["feed_forward"],
                 )  # fmt: skip
                 sites = finder.run()
@@ -365,35 +366,3 @@ class _Analysis:
 
 def _link(block: nn.Module, norm: nn.Module) -> None:
     block.__dict__[handover.NEXT] = handover.Next(norm)
-
-
-def _methods(module: nn.Module) -> list[Tree]:
-    cls = type(module)
-    if "forward" in module.__dict__:
-        raise source.Unreadable("its forward was replaced")
-    if recognise.why_not_derived(cls):
-        raise source.Unreadable(recognise.why_not_derived(cls))
-    home = inspect.getattr_static(cls, "forward").__module__
-    trees, names, seen = [], ["forward"], {"forward"}
-    while names:
-        name = names.pop(0)
-        try:
-            tree = Tree(module, source.read(cls, name), name)
-        except source.Unreadable:
-            if name == "forward":
-                raise
-            continue
-        trees.append(tree)
-        for node in ast.walk(tree.function):
-            if (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == tree.self_name
-                and node.attr not in seen
-                and node.attr not in module.__dict__
-            ):
-                seen.add(node.attr)
-                method = inspect.getattr_static(cls, node.attr, None)
-                if isinstance(method, types.FunctionType) and method.__module__ == home:
-                    names.append(node.attr)
-    return trees

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..modules._fusible import class_path
-from .handover import without_hooks
+from .handover import NormForm, without_hooks
 from .modulations import Modulation, Modulations, values_before, vectors_of
 from .products import Gating, gate_step, gating, helper, is_pure
 from .reader import RETURNED, Consumer, Reader, short
@@ -48,6 +48,7 @@ class Found(NamedTuple):
     removed: set[int]
     inserted: dict[int, ast.stmt]  # by id of the old statement before
     returns_sum: bool
+    large_only: bool  # whether all of it is left to torch on small tensors
 
 
 class Finder:
@@ -55,37 +56,42 @@ class Finder:
 
     Args:
         tree: the method.
-        is_norm: whether a module is a norm that can take a sum's normed tensor.
+        form: the form of a norm that can take a sum's normed tensor, or None.
         consumer: the norm by which a module reads its first argument, as in :class:`Reader`.
         kind: the kind of a module that may be a step of a branch, or None.
         activation: the name of an activation module or function, or None.
-        linked: whether the norm after this block is known.
+        following: the norm after this block, or None where it is not known.
     """
 
     def __init__(
         self,
         tree: Tree,
-        is_norm: Callable[[Any], bool],
+        form: Callable[[Any], NormForm | None],
         consumer: Consumer,
         kind: Callable[[Any], str | None],
         activation: Callable[[Any], str | None],
-        linked: bool,
+        following: Any,
         norms: bool = True,
         residual: bool = True,
         feed_forward: bool = True,
     ) -> None:
-        self.tree, self.is_norm, self.activation, self.linked = tree, is_norm, activation, linked
+        self.tree, self.form, self.activation, self.following = tree, form, activation, following
         self.kind, self.residual, self.feed_forward = kind, residual, feed_forward
         self.reader = Reader(tree, consumer)
         children = list(tree.module.children())
         self.has_linear = any(kind(child) in LINEAR for child in children)
-        self.is_block = self.has_linear or any(map(is_norm, children))
+        self.is_block = self.has_linear or any(map(self.is_norm, children))
         self.sites: list[Site] = []
-        self.modulations = Modulations(tree, is_norm if norms else lambda module: False)
+        self.modulations = Modulations(tree, self.is_norm if norms else lambda module: False)
         self.replaced: dict[int, ast.expr] = dict(self.modulations.replaced)
         self.removed: set[int] = set(self.modulations.removed)
         self.used: set[int] = set()  # steps that a sum has taken
         self.returns_sum = False
+        # A method with a loop calls blocks: the tensors that it fuses may be larger than its arguments.
+        self.large_only = not any(isinstance(place.statement, (ast.For, ast.While)) for place in tree.places)
+
+    def is_norm(self, module: Any) -> bool:
+        return self.form(module) is not None
 
     def run(self) -> Found:
         for found in self.modulations.found:
@@ -107,7 +113,8 @@ class Finder:
                 for node in _expressions(place.statement):
                     if isinstance(node, ast.Call) and id(node) not in self.replaced:
                         self._activation(node, place)
-        return Found(self.sites, self.replaced, self.removed, self.modulations.inserted, self.returns_sum)
+        inserted = self.modulations.inserted
+        return Found(self.sites, self.replaced, self.removed, inserted, self.returns_sum, self.large_only)
 
     # --- sums
 
@@ -129,9 +136,9 @@ class Finder:
         text = ast.unparse(node)
         if reason == RETURNED:
             self.returns_sum = True
-            if self.linked:
-                following = ast.Call(helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
-                into = self._fuse(node, place, following)
+            if self.following is not None:
+                norm = ast.Call(helper("following"), [ast.Name(self.tree.self_name, ast.Load())], [])
+                into = self._fuse(node, place, norm, self.following)
                 self.sites.append(Site("residual", text, f"{into}, with the norm of the next block"))
                 return
             reason = "the method returns it, and the norm that reads it then could not be seen"
@@ -141,7 +148,7 @@ class Finder:
             self._left(node, reason)
             return
         modulation = self.modulations.of(module, place)
-        into = self._fuse(node, place, norm, modulation)
+        into = self._fuse(node, place, norm, module, modulation)
         into += f", with {ast.unparse(norm)}" + (" and its modulation" if modulation is not None else "")
         self.sites.append(Site("residual", text, into, norms=(module,)))
 
@@ -170,7 +177,9 @@ class Finder:
         calls = (n for n in ast.walk(node) if isinstance(n, ast.Call))
         return any(isinstance(self.tree.resolve(call.func), nn.Module) for call in calls)
 
-    def _fuse(self, node: ast.BinOp, place: Place, norm: ast.expr, modulation: Modulation | None = None) -> str:
+    def _fuse(
+        self, node: ast.BinOp, place: Place, norm: ast.expr, module: Any, modulation: Modulation | None = None
+    ) -> str:
         movable = self.tree.alone(node, place) and self.tree.comes_first(node, place)
         base, steps, consumed = self._steps(node.right, place, movable and isinstance(node.left, ast.Name))
         residual, branch_first = node.left, False
@@ -195,6 +204,7 @@ class Finder:
             keywords.append(ast.keyword("modulation", vectors_of(modulation)))
         self.replaced[id(node)] = ast.Call(helper("add"), [], keywords)
         kinds = ["gate"] * bool(gates) + [self._kind(step) for step in steps]
+        self.large_only &= self.form(module).only_large(kinds[-1:] in ([], ["gate"]))  # type: ignore[union-attr]
         names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
         return " + ".join([names.get(k, k) for k in kinds if k != "identity"] + ["sum"])
 
@@ -294,6 +304,7 @@ class Finder:
         self.removed |= {id(p.statement) for p in (*consumed, *dropped)}
         into = f"bias + {name}" + (" + dropout" if dropout else "")
         self.sites.append(Site("feed_forward", text, into))
+        self.large_only = False
 
     def _unknown_activation(self, node: ast.Call, place: Place) -> None:
         module = self.tree.called(node)

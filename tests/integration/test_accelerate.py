@@ -71,7 +71,7 @@ def test_the_norms_take_what_the_sums_hand_over(stack, monkeypatch):
 def test_a_sum_that_changed_is_normalized_anew(stack, between):
     fusednorm.accelerate(stack)
     norm, other = stack.norm, stack.blocks[0].norm1
-    rows = fused._LEAST_WITHOUT_FASTPATH // D + 1  # smaller bare sums are torch's
+    rows = fused._LARGE // D + 1  # smaller bare sums are torch's
     total = fused.add(residual=torch.randn(rows, D, requires_grad=True), branch=torch.randn(rows, D), norm=norm)
     assert handover.waiting
     if between == "in place":

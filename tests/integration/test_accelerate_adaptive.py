@@ -102,7 +102,7 @@ class Inside(nn.Module):
 
 @pytest.fixture
 def always_fused(monkeypatch):
-    monkeypatch.setattr(fused, "_LEAST_WITHOUT_FASTPATH", 0)
+    monkeypatch.setattr(fused, "_LARGE", 0)
 
 
 @contextlib.contextmanager
@@ -238,7 +238,7 @@ def test_small_ones_are_left_to_torch(monkeypatch):
         mine = ours(*given)
     assert not calls
     torch.testing.assert_close(mine, own(*given))
-    wide = torch.randn(2, fused._LEAST_WITHOUT_FASTPATH // (2 * D), D)
+    wide = torch.randn(2, fused._LARGE // (2 * D), D)
     with counted(monkeypatch) as calls:
         ours(wide, *vectors())
     assert calls == [(True, True, True)]

@@ -258,7 +258,7 @@ def test_every_pickle_protocol_works(protocol):
 
 
 def test_a_layer_scale_of_another_size_or_dtype_is_applied_by_itself(monkeypatch):
-    monkeypatch.setattr(fused, "_LEAST_WITHOUT_FASTPATH", 0)
+    monkeypatch.setattr(fused, "_LARGE", 0)
 
     class Scale(nn.Module):
         def __init__(self, size, dtype) -> None:

@@ -74,7 +74,7 @@ class Between(nn.Module):
 
 @pytest.fixture
 def always_fused(monkeypatch):
-    monkeypatch.setattr(fused, "_LEAST_WITHOUT_FASTPATH", 0)
+    monkeypatch.setattr(fused, "_LARGE", 0)
 
 
 @pytest.mark.usefixtures("always_fused")

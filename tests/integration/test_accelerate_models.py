@@ -45,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensor
 @pytest.fixture(autouse=True)
 def always_fused(monkeypatch):
     """Layer scale and drop path of small tensors too."""
-    monkeypatch.setattr("fusednorm.acceleration.fused._LEAST_WITHOUT_FASTPATH", 0)
+    monkeypatch.setattr("fusednorm.acceleration.fused._LARGE", 0)
 
 
 MODELS = models()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and
 @pytest.fixture(autouse=True)
 def always_fused(monkeypatch):
     """Layer scale and drop path of small tensors too."""
-    monkeypatch.setattr("fusednorm.acceleration.fused._LEAST_WITHOUT_FASTPATH", 0)
+    monkeypatch.setattr("fusednorm.acceleration.fused._LARGE", 0)
 
 
 @pytest.fixture
