@@ -33,6 +33,8 @@ from fusednorm.tuning.timers import median_interval
 VIEWS = {"view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select", "slice"}
 VIEWS |= {"permute", "unflatten", "flatten", "squeeze", "_unsafe_view", "unbind", "split", "chunk", "narrow", "detach_"}
 
+LONG, PLACES = 0.1, 8  # seconds of a step, and pairs of models of shorter ones
+
 
 class Case(NamedTuple):
     name: str
@@ -127,22 +129,36 @@ def _outermost(event: Any) -> bool:
     return True
 
 
-def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> dict[str, Any]:
+def pair_of(case: Case, compiled: bool, after_first: bool) -> tuple[nn.Module, nn.Module, fusednorm.Report]:
+    """The model before and after, warmed up, and what was fused."""
     torch.manual_seed(0)
     before = case.build().train()
     after = copy.deepcopy(before)
+    if after_first:  # in memory
+        before, after = after, before
     report = fusednorm.accelerate(after)
     pair = (torch.compile(before), torch.compile(after)) if compiled else (before, after)
     for model in pair:
         for _ in range(3):
             run(case, model)
+    return *pair, report
+
+
+def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> dict[str, Any]:
+    """Small models are made several times: where parameters lie in memory changes a step by half a percent."""
+    before, after, report = pair_of(case, compiled, after_first=False)
+    pair = before, after
     counts = [launches(functools.partial(run, case, model)) for model in pair]
     once = run(case, pair[0])
     rounds = max(rounds, min(400, int(seconds / max(2 * once, 1e-6))))
+    places = 1 if compiled or once > LONG else PLACES
     times: tuple[list[float], list[float]] = ([], [])
-    for i in range(rounds):
-        for k in (0, 1) if i % 2 else (1, 0):
-            times[k].append(run(case, pair[k]))
+    for place in range(places):
+        if place:
+            pair = pair_of(case, compiled, after_first=place % 2 == 1)[:2]
+        for i in range(-(-rounds // places)):
+            for k in (0, 1) if i % 2 else (1, 0):
+                times[k].append(run(case, pair[k]))
     ratios = [b / a for b, a in zip(*times, strict=True)]
     low, high = median_interval(ratios)
     return {
@@ -151,7 +167,8 @@ def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> 
         "after_ms": 1e3 * statistics.median(times[1]),
         "ratio": statistics.median(ratios),
         "interval": [low, high],
-        "rounds": rounds,
+        "rounds": len(ratios),
+        "places": places,
         "launches": counts,
         "fused": len(report.fused),
         "left": len(report.left),
@@ -165,6 +182,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "Written by `python3 -m benchmarks.models`. Milliseconds are medians of interleaved steps. The ratio is the",
         "median of paired ratios, with its 95 % interval. Launches are the operators of one step, views left out.",
+        f"Models of less than {1e3 * LONG:.0f} ms a step are made {PLACES} times, in other places of memory.",
         "",
         f"Machine: {machine.get('device', 'CPU')}, {machine.get('threads', torch.get_num_threads())} threads.",
         "",

@@ -14,7 +14,7 @@ from torch import nn
 from ..modules._fusible import class_path
 from .handover import NormForm, without_hooks
 from .modulations import Modulation, Modulations, values_before, vectors_of
-from .products import Gating, gate_step, gating, helper, is_pure
+from .products import Gating, gate_step, gating, gelu, helper, is_pure
 from .reader import RETURNED, Consumer, Reader, short
 from .source import Method
 from .steps import LINEAR
@@ -333,11 +333,9 @@ class Finder:
         if len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
             return None, node.func, None
         function = self.tree.method.global_value(node.func)
-        if function is F.gelu and len(node.keywords) == 1 and node.keywords[0].arg == "approximate":
-            value = node.keywords[0].value
-            if isinstance(value, ast.Constant) and value.value == "tanh":
-                return "gelu_tanh", helper("gelu_tanh"), node.args[0]
-            return None, node.func, None
+        if function is F.gelu and node.keywords:
+            name, called = gelu(self.tree, node)
+            return name, called, None if name is None else node.args[0]
         if node.keywords or function is None:
             return None, node.func, None
         return self.activation(function), node.func, node.args[0]

@@ -172,3 +172,13 @@ def _reading(code: types.CodeType, function: types.FunctionType) -> Reading | No
         return None
     normed, scale, *shift = (names.index(name) for name in used)
     return Reading(normed, scale, shift[0] if shift else None, found.unsqueezed)
+
+
+def gelu(tree: Tree, node: ast.Call) -> tuple[str | None, ast.expr]:
+    """(name, function) of ``F.gelu(x, approximate=...)``; the name is None where the form is not known now."""
+    if [keyword.arg for keyword in node.keywords] != ["approximate"]:
+        return None, node.func
+    value = node.keywords[0].value
+    form = value.value if isinstance(value, ast.Constant) else tree.resolve(value)
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(form) if isinstance(form, str) else None
+    return name, node.func if name is None else ast.Call(helper("gelu_of"), [value], [])

@@ -18,6 +18,10 @@ RECIPES: dict[tuple[str, str], Edits] = {
         ("hidden_states = hidden_states.reshape(-1, hidden_states.size(-1))\n", "pass\n"),
         ("(residual + hidden_states).view(hidden_states_shape)", "residual + hidden_states"),
     ),
+    # The method self.gelu() calls this, but for processors of Apple under torch 1.
+    ("diffusers.models.activations.GELU", "forward"): (
+        ("self.gelu(hidden_states)", "F.gelu(hidden_states, approximate=self.approximate)"),
+    ),
 }
 
 

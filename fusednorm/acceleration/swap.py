@@ -114,14 +114,15 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         x = given[0] if len(given) == 1 else None
-        if type(x) is not Tensor or not x.is_contiguous():
+        if type(x) is not Tensor or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         normed = handover.take(self, x)
         if normed is not None:
             return normed
+        order = None if x.is_contiguous() else _memory_order(x)
         weight, bias = form.parameters(self)
         if (
-            torch.compiler.is_compiling()
+            order == ()
             or not x.is_floating_point()
             or (weight is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:]))
             or (bias is not None and bias.dtype != x.dtype)
@@ -129,9 +130,19 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
             or torch.is_autocast_enabled(x.device.type)
         ):
             return original(self, *args, **kwargs)
-        return form(self, x)
+        if order is None:
+            return form(self, x)
+        back = sorted(range(x.ndim), key=order.__getitem__)
+        return form(self, x.permute(order)).permute(back)  # with the strides of x, as torch's own operations give it
 
     return forward
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions as they lie in memory, outermost first; () where there are gaps, or the last is not innermost."""
+    strides = x.stride()
+    order = tuple(sorted(range(x.ndim), key=lambda d: -strides[d]))
+    return order if order[-1:] == (x.ndim - 1,) and x.permute(order).is_contiguous() else ()
 
 
 def _new(cls: Any, *args: Any, **kwargs: Any) -> Any:

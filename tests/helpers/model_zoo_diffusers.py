@@ -35,9 +35,8 @@ def dit_block(seed: int) -> Batch:
 def make_dit_block(dropout: float, attention: str | None) -> nn.Module:
     from diffusers.models.attention import BasicTransformerBlock
 
-    made = BasicTransformerBlock(
-        32, 4, 8, dropout=dropout, num_embeds_ada_norm=CLASSES, attention_bias=True, norm_type="ada_norm_zero"
-    )
+    form = {"norm_type": "ada_norm_zero", "attention_bias": True, "activation_fn": "gelu-approximate"}  # as DiT's
+    made = BasicTransformerBlock(32, 4, 8, dropout=dropout, num_embeds_ada_norm=CLASSES, **form)
     return label_dropout(made, dropout)
 
 
@@ -103,9 +102,8 @@ def pixart_block(seed: int) -> Batch:
 def make_pixart_block(dropout: float, attention: str | None) -> nn.Module:
     from diffusers.models.attention import BasicTransformerBlock
 
-    return BasicTransformerBlock(
-        32, 4, 8, dropout=dropout, cross_attention_dim=24, attention_bias=True, norm_type="ada_norm_single"
-    )
+    form = {"norm_type": "ada_norm_single", "attention_bias": True, "activation_fn": "gelu-approximate"}
+    return BasicTransformerBlock(32, 4, 8, dropout=dropout, cross_attention_dim=24, **form)
 
 
 def two_streams(seed: int) -> Batch:

@@ -298,6 +298,28 @@ def test_activations_of_the_table_are_recognised_and_others_are_not():
     assert not any(map(activation_name, [nn.Tanh(), nn.ELU(), nn.PReLU(), nn.Softplus(), torch.tanh, len, "relu"]))
 
 
+def test_the_form_of_gelu_is_an_attribute():
+    class Own(nn.Module):
+        def __init__(self, approximate):
+            super().__init__()
+            self.fc, self.approximate = nn.Linear(D, D), approximate
+
+        def forward(self, x):
+            return F.gelu(self.fc(x), approximate=self.approximate)
+
+    x = torch.randn(3, D)
+    for form, name in (("none", "bias + gelu"), ("tanh", "bias + gelu_tanh"), ("other", None), (None, None)):
+        model = Own(form)
+        assert [entry.into for entry in fusednorm.accelerate(model).fused] == [name] * (name is not None)
+        if name is not None:
+            torch.testing.assert_close(model(x), F.gelu(model.fc(x), approximate=form))
+            model.approximate = "none" if form == "tanh" else "tanh"  # read in each call
+            torch.testing.assert_close(model(x), F.gelu(model.fc(x), approximate=model.approximate))
+            model.approximate = "other"
+        with pytest.raises((RuntimeError, TypeError), match="approximate"):
+            model(x)
+
+
 def test_a_recipe_is_used_where_each_of_its_texts_stands_once(monkeypatch, stack):
     from fusednorm.acceleration import recipes, source
 
