@@ -1,7 +1,8 @@
-"""``F.linear`` by the faster of torch's two libraries for matrix products on a CPU, MKL and oneDNN.
+"""``F.linear`` by the fastest of three on a CPU: torch's two libraries, MKL and oneDNN, and ours for few rows.
 
 torch's own ``F.linear`` calls MKL in float32, on every processor. On AMD's processors with AVX-512, oneDNN takes 0.8 to
-0.95 of its time for x W^T, for dx = dy W and for dW = dy^T x (benchmarks/NOTES.md, "Matrix products in float32").
+0.95 of its time for x W^T, for dx = dy W and for dW = dy^T x (benchmarks/NOTES.md, "Matrix products in float32"). Of
+few rows without gradients, as in generation, our product takes a quarter to nine tenths of torch's time.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from torch import Tensor
 
 from .._transforms import wants_gradients
 from ..dispatch import eager, settings
-from ..dispatch.rules import ONEDNN_COPIED, ONEDNN_PRODUCTS, onednn_is_faster
+from ..dispatch.rules import (
+    FEW_LEAST,
+    FEW_ROWS,
+    ONEDNN_COPIED,
+    ONEDNN_PRODUCTS,
+    few_rows_are_faster,
+    onednn_is_faster,
+)
 from ..providers.cpu import library
 
 _is_compiling = torch.compiler.is_compiling
+MOST_FEW = max(FEW_ROWS.values())
 _PARAMETERS = (Tensor, torch.nn.Parameter)
 
 
@@ -31,24 +40,50 @@ class ByOnednn(NamedTuple):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)``, faster where that was measured. Arguments, shapes and errors are torch's."""
-    if _is_compiling() or weight.ndim != 2 or x.numel() * weight.shape[0] < ONEDNN_PRODUCTS:
+    if _is_compiling() or weight.ndim != 2:
         return F.linear(x, weight, bias)
-    if type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
-        rows = x.numel() // weight.shape[1]
-        outputs, inputs = weight.shape
-        gradient_rows, gradient_columns = (outputs, inputs) if weight.is_contiguous() else (inputs, outputs)
-        by_onednn = ByOnednn(
-            onednn_is_faster(rows, outputs, inputs),
-            onednn_is_faster(rows, inputs, outputs),
-            rows * weight.numel() >= ONEDNN_COPIED and onednn_is_faster(gradient_rows, gradient_columns, rows),
-        )
-        if any(by_onednn) and _is_left_to_us():
-            if wants_gradients((x, weight, bias)):
-                y: Tensor = LinearFunction.apply(x, weight, bias, by_onednn)
-                return y
-            if by_onednn.y:
-                return _by_onednn(x, weight, bias)
+    outputs, inputs = weight.shape
+    few = x.numel() <= MOST_FEW * inputs and outputs * inputs >= FEW_LEAST
+    if (few or x.numel() * outputs >= ONEDNN_PRODUCTS) and type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
+        y = _of_few_rows(x, weight, bias) if few else None
+        if y is None and x.dtype is torch.float32:
+            y = _by_libraries(x, weight, bias)
+        if y is not None:
+            return y
     return F.linear(x, weight, bias)
+
+
+def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """By our product, or None where torch's is as fast or a graph is recorded."""
+    y: Tensor | None = None
+    if (
+        few_rows_are_faster(x.numel() // weight.shape[1], weight.numel(), x.dtype)
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not wants_gradients((x, weight, bias))
+        and _is_left_to_us()
+    ):
+        y = library.few_rows(x, weight, bias)
+    return y
+
+
+def _by_libraries(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """By oneDNN, in the forward or the backward, or None where MKL computes everything."""
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    gradient_rows, gradient_columns = (outputs, inputs) if weight.is_contiguous() else (inputs, outputs)
+    by_onednn = ByOnednn(
+        onednn_is_faster(rows, outputs, inputs),
+        onednn_is_faster(rows, inputs, outputs),
+        rows * weight.numel() >= ONEDNN_COPIED and onednn_is_faster(gradient_rows, gradient_columns, rows),
+    )
+    y: Tensor | None = None
+    if any(by_onednn) and _is_left_to_us():
+        if wants_gradients((x, weight, bias)):
+            y = LinearFunction.apply(x, weight, bias, by_onednn)
+        elif by_onednn.y:
+            y = _by_onednn(x, weight, bias)
+    return y
 
 
 def gains_by_onednn(weight: Tensor) -> bool:
@@ -58,14 +93,19 @@ def gains_by_onednn(weight: Tensor) -> bool:
 
 
 def _alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the operands are dense, in float32, and of shapes that fit."""
+    """Whether the operands are dense, of one dtype, and of shapes that fit."""
     return (
         type(weight) in _PARAMETERS
-        and x.dtype is weight.dtype is torch.float32
+        and x.dtype is weight.dtype
         and x.shape[-1:] == weight.shape[1:]
         and (weight.is_contiguous() or weight.t().is_contiguous())  # other strides take oneDNN 400 times as long
-        and (bias is None or (type(bias) in _PARAMETERS and bias.dtype is x.dtype and bias.shape == weight.shape[:1]))
+        and (bias is None or _fits(bias, weight))
     )
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    same = bias.dtype is weight.dtype and bias.shape == weight.shape[:1]
+    return type(bias) in _PARAMETERS and same and bias.is_contiguous()
 
 
 def _is_left_to_us() -> bool:

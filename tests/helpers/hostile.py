@@ -117,6 +117,10 @@ def mask_args() -> dict[str, Any]:
     return {"seed": ONE.clone(), "rows": 3, "columns": 7, "p": 0.5}
 
 
+def few_rows_args() -> dict[str, Any]:
+    return {"x": torch.randn(3, 18), "weight": torch.randn(7, 18), "bias": torch.randn(7)}
+
+
 def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]:
     """Every operator of the CPU library that takes a tensor, with valid arguments for it."""
     ops = torch.ops.fusednorm_cpu
@@ -131,6 +135,7 @@ def operators() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, An
         "attention_bwd": (ops.attention_bwd, attention_backward_args),
         "all_bounded": (ops.all_bounded, lambda: dict(zip("abc", torch.randn(3, 4, 8), strict=True))),
         "transposed": (ops.transposed, lambda: {"x": torch.randn(5, 18)}),
+        "few_rows": (ops.few_rows, few_rows_args),
     }
 
 

@@ -1,37 +1,19 @@
 // Products of tiles of the compute type, and what packs them.
 //
 // Every element is added in one order, whatever the sizes are: chains of kChain products, one after another; so the
-// kernels that compute a logit anew get the same bits, and no result depends on how rows are cut into tiles. Where the
-// processor has fused multiply-add it is used, here alone: half the instructions. The baseline of x86-64 has none, and
-// rounds twice.
+// kernels that compute a logit anew get the same bits, and no result depends on how rows are cut into tiles. Products are
+// fused with sums where the processor can (multiply_add.h).
 #pragma once
 
 #include <type_traits>
 
 #include "attention_args.h"
+#include "../support/multiply_add.h"
 #include "../support/rows.h"
 #include "../support/transpose.h"
 
 namespace fusednorm_cpu {
 namespace FN_ISA {
-
-// a * b + c of numbers, or of registers of them.
-template <class N>
-FN_INLINE N multiply_add(N a, N b, N c) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<N, Native<float>>) return (N)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-  if constexpr (std::is_same_v<N, Native<double>>) return (N)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  if constexpr (std::is_same_v<N, Native<float>>) return (N)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  if constexpr (std::is_same_v<N, Native<double>>) return (N)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#endif
-#if defined(__FMA__)
-  if constexpr (std::is_same_v<N, float>) return __builtin_fmaf(a, b, c);
-  if constexpr (std::is_same_v<N, double>) return __builtin_fma(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
 
 template <class C>
 constexpr int kNativeLanes = kBytes / int(sizeof(C));

@@ -71,6 +71,7 @@ struct Partials {
 
 struct ActivationKernels;
 struct AttentionKernels;
+struct LinearKernels;
 
 // One instruction set's kernels. A workspace of *_workspace() bytes belongs to one thread at a time.
 struct Kernels {
@@ -81,9 +82,9 @@ struct Kernels {
   void (*backward)(const Backward&, void* workspace, int64_t first_chunk, int64_t end_chunk);
   void (*reduce)(const Partials&, Dtype dtype, void* out, int64_t begin, int64_t end);
   void (*parameter)(const Operand&, int64_t sample, int64_t n, bool wide, double shift, void* out);
-  void (*transpose_columns)(const float* in, int64_t rows, int64_t columns, int64_t first, int64_t end, float* out);
   const ActivationKernels* activation;
   const AttentionKernels* attention;
+  const LinearKernels* linear;
 };
 
 }  // namespace fusednorm_cpu

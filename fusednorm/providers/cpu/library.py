@@ -29,9 +29,10 @@ attention_bwd: Any = None
 dropout_mask: Any = None  # (seed, rows, columns, p) -> bool tensor
 all_bounded: Any = None  # (tensor, tensor or None, tensor or None) -> bool
 transposed: Any = None  # (contiguous float32 matrix) -> its transpose, contiguous
+few_rows: Any = None  # (x of at most 8 rows, weight, bias or None) -> x W^T + bias, all contiguous and of one dtype
 _OPERATORS = (
     *("add_layer_norm_fwd", "add_layer_norm_bwd", "bias_act_dropout_fwd", "bias_act_dropout_bwd"),
-    *("attention_fwd", "attention_bwd", "dropout_mask", "all_bounded", "transposed"),
+    *("attention_fwd", "attention_bwd", "dropout_mask", "all_bounded", "transposed", "few_rows"),
 )
 
 

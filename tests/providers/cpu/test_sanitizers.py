@@ -28,7 +28,10 @@ TESTS = ROOT / "tests"
 INSTRUCTION_SETS = [] if REASON else torch.ops.fusednorm_cpu.instruction_sets().split()
 FILES = (
     *("norm/test_norm.py", "norm/test_edges.py"),
-    *(f"providers/cpu/test_{name}.py" for name in ("norm", "edges", "norm_random", "hostile", "transposed")),
+    *(
+        f"providers/cpu/test_{name}.py"
+        for name in ("norm", "edges", "norm_random", "hostile", "transposed", "few_rows")
+    ),
 )
 CHOSEN = "(cpu-cpu or providers/cpu) and not best_instruction_set"
 ATTENTION_FILES = (
@@ -40,7 +43,9 @@ ATTENTION_FILES = (
 ATTENTION_LAYOUTS = (
     "all_bounded or cpu-cpu and (every_layout or every_length or every_head_dim or varlen or empty or broadcast)"
 )
-LAYOUTS = f"{CHOSEN} and (every_shape or strided or mixed or test_edges or drawn_calls or hostile or transposed)"
+LAYOUTS = (
+    f"{CHOSEN} and (every_shape or strided or mixed or test_edges or drawn_calls or hostile or transposed or few_rows)"
+)
 # Without UBSan the compiler does not see that what throws does not return.
 ADDRESS, THREAD = (("-g1", "-O0", f"-fsanitize={name}", "-Wno-return-type") for name in ("address", "thread"))
 UNWATCHED = ("-O0",)  # instruction sets that are not asked for: in less time
