@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import generation, memory
+from benchmarks import allocators, generation, memory
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -17,6 +17,18 @@ def test_generation_writes_its_figures(tmp_path, capsys):
     found = json.loads((tmp_path / "generation.json").read_text())["cases"]
     assert len(found) == 4 and all(case["ours"] > 0 and case["theirs"] > 0 for case in found)
     assert (tmp_path / "generation.md").read_text() in capsys.readouterr().out
+
+
+def test_allocators_are_measured_in_processes_of_their_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(allocators, "allocators", lambda: {"kept": allocators.KEPT, "as it is": {}})
+    assert allocators.main(["--rounds", "2", "--report", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "allocators.json").read_text())["allocators"]
+    assert list(found) == ["kept", "as it is"]
+    for kept, given_back in zip(*found.values(), strict=True):
+        assert min(kept[name] for name in ("copy", "clone", "eager", "ours")) > 0
+        assert kept["case"] == given_back["case"] and kept["faults"] <= given_back["faults"] + 64
+    page = capsys.readouterr().out
+    assert (tmp_path / "allocators.md").read_text() in page and "4096 x 4096, float32" in page
 
 
 def test_generation_notices_other_tokens(monkeypatch):
