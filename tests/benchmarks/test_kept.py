@@ -38,6 +38,14 @@ def test_readme_follows_the_committed_data(kept):
     assert text == readme.replaced(text, readme.block(kept, readme.PERFORMANCE.parent))
 
 
+def test_the_readmes_training_step_is_that_of_the_committed_table():
+    cases = json.loads((add_result.RESULTS / "memory.json").read_text(encoding="utf-8"))["cases"]
+    theirs, ours = (next(c for c in cases if c["name"] == f"{name}, float32") for name in ("torch.nn", "fusednorm"))
+    text = " ".join(readme.README.read_text(encoding="utf-8").split())
+    speed, share = theirs["seconds"] / ours["seconds"], ours["kept_bytes"] / theirs["kept_bytes"]
+    assert f"train {speed:.2f} times as fast as torch.nn's, and keep {100 * share:.0f} % of the bytes" in text
+
+
 def test_the_readme_has_a_row_for_each_operation_of_the_summary(kept):
     table = readme.summary(kept)
     measured_rows = [line for line in table.splitlines() if re.match(r"\| `.*\d\.\d\d", line)]
