@@ -1,4 +1,4 @@
-"""``fusednorm info``, ``explain``, ``tune`` and ``bench``: what runs here, why, and how fast."""
+"""``fusednorm info``, ``explain``, ``tune``, ``bench``, ``doctor``: what runs here, why, how fast, how right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import fusednorm
 
-from . import _checks, dispatch
+from . import _checks, dispatch, doctor
 from .dispatch import fastpath, tuned
 from .dispatch.rules import OPERATIONS
 from .tuning import cli as tuning
@@ -158,6 +158,12 @@ def _wrong(options: argparse.Namespace) -> str:
     return ""
 
 
+def _doctor(device: str | None) -> int:
+    findings = doctor.doctor(device)
+    print(doctor.page(findings, info()))
+    return int(any(finding.outcome == "FAILED" for finding in findings))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; its exit status."""
     form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _ENVIRONMENT}
@@ -184,10 +190,19 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--window", type=int, metavar="N", help="for attention: N keys to the left and to the right")
     command.add_argument("--grad", action="store_true", help="x requires a gradient")
     tuning.add_to(commands, form)
+    text = "check each provider against float64, the fast path, torch.compile and memory; in under two minutes"
+    command = commands.add_parser("doctor", help=text, description=text, **form)
+    command.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     options = parser.parse_args(arguments)
     if options.command == "info":
         print(info())
         return 0
+    if options.command == "doctor":
+        try:
+            torch.device(options.device or "cpu")
+        except RuntimeError as fault:
+            parser.error(f"--device: {str(fault).splitlines()[0]}")
+        return _doctor(options.device)
     if options.command in ("tune", "bench"):
         try:
             return tuning.run(options)
