@@ -122,3 +122,13 @@ def test_shell_command(page, line, command, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, f"{where}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+
+
+def test_every_environment_variable_is_explained():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for_tests = {"FUSEDNORM_EMULATE"}
+    sources = [ROOT / "setup.py", *(ROOT / "fusednorm").rglob("*.py")]
+    used = {
+        name for path in sources for name in re.findall(r"FUSEDNORM_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8"))
+    }
+    assert used - for_tests == set(re.findall(r"FUSEDNORM_[A-Z_]*[A-Z]", page))
