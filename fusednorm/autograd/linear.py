@@ -16,8 +16,8 @@ from torch import Tensor
 from .._transforms import wants_gradients
 from ..dispatch import eager, settings
 from ..dispatch.rules import (
-    FEW_LEAST,
-    FEW_ROWS,
+    LEAST_OF_FEW_ROWS,
+    MOST_FEW_ROWS,
     ONEDNN_COPIED,
     ONEDNN_PRODUCTS,
     few_rows_are_faster,
@@ -26,7 +26,7 @@ from ..dispatch.rules import (
 from ..providers.cpu import library
 
 _is_compiling = torch.compiler.is_compiling
-MOST_FEW = max(FEW_ROWS.values())
+_is_tracing = torch._C._get_tracing_state
 _PARAMETERS = (Tensor, torch.nn.Parameter)
 
 
@@ -40,13 +40,13 @@ class ByOnednn(NamedTuple):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)``, faster where that was measured. Arguments, shapes and errors are torch's."""
-    if _is_compiling() or weight.ndim != 2:
+    if _is_compiling() or _is_tracing() is not None or weight.ndim != 2:
         return F.linear(x, weight, bias)
     outputs, inputs = weight.shape
-    few = x.numel() <= MOST_FEW * inputs and outputs * inputs >= FEW_LEAST
-    if (few or x.numel() * outputs >= ONEDNN_PRODUCTS) and type(x) is Tensor and x.is_cpu and _alike(x, weight, bias):
+    few = 0 < x.numel() <= MOST_FEW_ROWS * inputs and outputs * inputs >= LEAST_OF_FEW_ROWS
+    if (few or x.numel() * outputs >= ONEDNN_PRODUCTS) and type(x) is Tensor and _alike(x, weight, bias):
         y = _of_few_rows(x, weight, bias) if few else None
-        if y is None and x.dtype is torch.float32:
+        if y is None:
             y = _by_libraries(x, weight, bias)
         if y is not None:
             return y
@@ -70,6 +70,8 @@ def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
 def _by_libraries(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """By oneDNN, in the forward or the backward, or None where MKL computes everything."""
     outputs, inputs = weight.shape
+    if x.dtype is not torch.float32 or x.numel() * outputs < ONEDNN_PRODUCTS:
+        return None
     rows = x.numel() // inputs
     gradient_rows, gradient_columns = (outputs, inputs) if weight.is_contiguous() else (inputs, outputs)
     by_onednn = ByOnednn(
@@ -78,7 +80,7 @@ def _by_libraries(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
         rows * weight.numel() >= ONEDNN_COPIED and onednn_is_faster(gradient_rows, gradient_columns, rows),
     )
     y: Tensor | None = None
-    if any(by_onednn) and _is_left_to_us():
+    if any(by_onednn) and _is_left_to_us() and _onednn_is_allowed():
         if wants_gradients((x, weight, bias)):
             y = LinearFunction.apply(x, weight, bias, by_onednn)
         elif by_onednn.y:
@@ -93,28 +95,32 @@ def gains_by_onednn(weight: Tensor) -> bool:
 
 
 def _alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the operands are dense, of one dtype, and of shapes that fit."""
+    """Whether the operands are dense, on the CPU, of one dtype, and of shapes that fit."""
     return (
-        type(weight) in _PARAMETERS
-        and x.dtype is weight.dtype
+        x.is_cpu
+        and _dense(weight, x)
         and x.shape[-1:] == weight.shape[1:]
         and (weight.is_contiguous() or weight.t().is_contiguous())  # other strides take oneDNN 400 times as long
-        and (bias is None or _fits(bias, weight))
+        and (bias is None or (_dense(bias, x) and bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and not x._is_zerotensor()
     )
 
 
-def _fits(bias: Tensor, weight: Tensor) -> bool:
-    same = bias.dtype is weight.dtype and bias.shape == weight.shape[:1]
-    return type(bias) in _PARAMETERS and same and bias.is_contiguous()
+def _dense(parameter: Tensor, x: Tensor) -> bool:
+    same = type(parameter) in _PARAMETERS and parameter.dtype is x.dtype and parameter.is_cpu
+    return same and not parameter._is_zerotensor()
 
 
 def _is_left_to_us() -> bool:
-    return bool(
-        settings.current.provider in (None, "cpu")
-        and eager.unwatched()
-        and torch.backends.mkldnn.enabled
-        and torch.get_float32_matmul_precision() == "highest"
-    )
+    return settings.current.provider in (None, "cpu") and eager.unwatched()
+
+
+def _onednn_is_allowed() -> bool:
+    """Whether torch's settings leave float32 products to oneDNN, in full precision."""
+    try:
+        return bool(torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest")
+    except RuntimeError:  # the newer settings, one for each operation, were used
+        return False
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,20 +141,22 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: ByOnednn) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.by_onednn = by_onednn
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        ctx.by_onednn, ctx.rows_of_outputs = by_onednn, weight.is_contiguous()
         return _by_onednn(x, weight, bias) if by_onednn.y else F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        by_onednn = ByOnednn(False, False, False) if eager.differentiated(dy) else ctx.by_onednn
+        by_torch = eager.differentiated(dy) or dy._is_zerotensor()
+        by_onednn = ByOnednn(False, False, False) if by_torch else ctx.by_onednn
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             dx = _by_onednn(dy, weight.t(), None) if by_onednn.dx else dy @ weight
         if ctx.needs_input_grad[1]:
             dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-            if weight.is_contiguous():  # the gradient has W's strides
+            if ctx.rows_of_outputs:  # the gradient has W's strides
                 dweight = _product_over_rows(dy_rows, x_rows, by_onednn.dweight)
             else:
                 dweight = _product_over_rows(x_rows, dy_rows, by_onednn.dweight).t()

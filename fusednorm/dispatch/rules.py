@@ -40,9 +40,14 @@ SMALL = 8 << 20  # bytes of x: at 3 TB/s a norm takes 11 us, Python's way to its
 ONEDNN_ROWS, ONEDNN_FEATURES, ONEDNN_PRODUCTS = 8, 256, 1 << 25
 ONEDNN_COPIED = 1 << 27  # multiplications from which a transposed copy of one operand is worth it
 ONEDNN_TERMS = 1024  # of a sum: its error is 1.4 to 1.7 times MKL's up to here, 2.2 times at 3,072
-# Rows up to which our product of few rows was faster than torch's, and elements of the weight from which on.
-FEW_ROWS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 8}
-FEW_LEAST, FEW_MOST, FEW_FOUR = 1 << 14, 1 << 24, 3 << 16  # the last: of float32 and four rows
+# Where our product of few rows was faster than torch's: rows up to which, and elements of the weight from and up to.
+FEW_ROWS: dict[torch.dtype, tuple[tuple[int, int, float], ...]] = {
+    torch.float32: ((3, 1 << 14, math.inf), (4, 3 << 16, math.inf)),
+    torch.bfloat16: ((2, 1 << 14, math.inf),),
+    torch.float16: ((8, 1 << 14, 1 << 24),),
+}
+MOST_FEW_ROWS = max(rows for limits in FEW_ROWS.values() for rows, *_ in limits)
+LEAST_OF_FEW_ROWS = min(least for limits in FEW_ROWS.values() for _, least, _ in limits)
 HOST_BOUND = {False: 32 << 20, True: 64 << 20}  # bytes of x, by whether gradients are wanted
 
 
@@ -178,23 +183,18 @@ def onednn_is_faster(rows: int, outputs: int, inputs: int) -> bool:
         and outputs >= ONEDNN_FEATURES
         and ONEDNN_FEATURES <= inputs <= ONEDNN_TERMS
         and rows * outputs * inputs >= ONEDNN_PRODUCTS
-        and _products_were_measured()
+        and _products_were_measured_faster()
     )
 
 
 def few_rows_are_faster(rows: int, elements: int, dtype: torch.dtype) -> bool:
     """Whether our x W^T takes less time than torch's, for a weight of so many elements, on this processor."""
-    four = rows == 4 and dtype is torch.float32 and elements >= FEW_FOUR
-    return (
-        (0 < rows <= FEW_ROWS.get(dtype, 0) or four)
-        and elements >= FEW_LEAST
-        and (dtype is not torch.float16 or elements < FEW_MOST)
-        and _products_were_measured()
-    )
+    found = any(0 < rows <= most and least <= elements < end for most, least, end in FEW_ROWS.get(dtype, ()))
+    return found and _products_were_measured_faster()
 
 
 @functools.cache
-def _products_were_measured() -> bool:
+def _products_were_measured_faster() -> bool:
     return (
         cpu.unavailable_reason() is None
         and cpu.vendor() == "amd"

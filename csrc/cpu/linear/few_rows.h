@@ -1,4 +1,5 @@
-// A linear layer of a few rows, as in generation: the weight is read once, and its bytes are the time.
+// A linear layer of a few rows, as in generation: the weight is read from memory once, and its bytes are
+// the time.
 //
 // A lane adds every 16th product, in chains of at most kChainVectors, whose sums are added up. The order of every sum
 // depends on the number of terms alone.
@@ -14,13 +15,7 @@ namespace FN_ISA {
 constexpr int64_t kLanes = Vec<float>::kLanes;
 constexpr int64_t kChainVectors = 32;  // one chain over 64 products errs by twice what a tree of sums does
 constexpr int kRowsAtOnce = 4;
-constexpr int64_t kFarthest = 1024;  // elements that are fetched ahead
-
-FN_INLINE Vec<float> multiply_add(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c) {
-  Vec<float> r;
-  FN_EACH(k) r.v[k] = multiply_add<Native<float>>(a.v[k], b.v[k], c.v[k]);
-  return r;
-}
+constexpr int64_t kFarthest = 1024;  // elements that are fetched ahead, where the next rows do not begin before
 
 inline int64_t padded_terms(const FewRows& f) { return (f.terms + kLanes - 1) / kLanes * kLanes; }
 
@@ -34,7 +29,7 @@ FN_INLINE void few_products(const float* x, int64_t ld, const S* weight, int64_t
   _Pragma("GCC unroll 4") for (int n = 0; n < N; ++n)
     _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; ++r) totals[n][r] = Vec<float>(0.0f);
   const int64_t whole = terms / kLanes * kLanes;
-  const int64_t next = N * terms, ahead = next < kFarthest ? next : kFarthest;  // the same place of the next rows
+  const int64_t next = N * terms, ahead = next < kFarthest ? next : kFarthest;
   for (int64_t first = 0; first < terms; first += kChainVectors * kLanes) {
     Vec<float> sums[N][ROWS];
     _Pragma("GCC unroll 4") for (int n = 0; n < N; ++n)
@@ -89,10 +84,8 @@ FN_INLINE void few_rows_of(const FewRows& f, const float* x, int64_t output) {
 template <class S>
 __attribute__((noinline)) void few_rows_in(const FewRows& f, float* x, int64_t begin, int64_t end) {
   const int64_t padded = padded_terms(f);
-  for (int64_t row = 0; row < f.rows; ++row) {
-    for (int64_t k = f.terms / kLanes * kLanes; k < padded; ++k) x[row * padded + k] = 0.0f;
+  for (int64_t row = 0; row < f.rows; ++row)
     run_in<float, S>((const S*)f.x + row * f.terms, 1, f.terms, x + row * padded);
-  }
   for (int64_t step = begin; step < end; ++step) {
     const int64_t output = step * kOutputs;
     if (output + kOutputs <= f.outputs)

@@ -27,5 +27,11 @@ FN_INLINE N multiply_add(N a, N b, N c) {
 #endif
 }
 
+FN_INLINE Vec<float> multiply_add(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c) {
+  Vec<float> r;
+  FN_EACH(k) r.v[k] = multiply_add<Native<float>>(a.v[k], b.v[k], c.v[k]);
+  return r;
+}
+
 }  // namespace FN_ISA
 }  // namespace fusednorm_cpu

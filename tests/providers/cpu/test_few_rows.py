@@ -70,7 +70,8 @@ def test_nan_and_infinity_reach_their_own_results_alone():
     x, weight, bias = operands(3, 40, 100)
     x[1, 99], weight[7, 3], bias[11] = torch.nan, torch.inf, -torch.inf
     ours, theirs = library.few_rows(x, weight, bias), F.linear(x, weight, bias)
-    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isposinf(), theirs.isposinf())
+    assert torch.equal(ours.isneginf(), theirs.isneginf())
 
 
 @pytest.mark.parametrize(
