@@ -34,6 +34,7 @@ class NormForm(NamedTuple):
     bias: str | None = None
     zero_centered: bool = False
     float32_only: bool = False  # in 16 bits the module computes another dtype than its input's
+    keeps_strides: bool = False  # its output lies in memory as its input does
 
     def parameters(self, module: nn.Module) -> Parameters:
         own = module._parameters  # four times as fast as the attribute
@@ -46,10 +47,6 @@ class NormForm(NamedTuple):
 
     def epsilon(self, module: nn.Module) -> Any:
         return None if self.eps is None else getattr(module, self.eps)
-
-    def only_large(self, bare: bool) -> bool:
-        """Whether small sums before it are left to torch. `bare`: no step but a gate stands before the sum."""
-        return bare and not self.rms
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, bias = self.parameters(module)

@@ -24,7 +24,7 @@ def methods(module: nn.Module) -> list[Tree]:
     while names:
         name = names.pop(0)
         try:
-            tree = Tree(module, source.read(cls, name), name)
+            tree = Tree(module, source.read(cls, name, module.__dict__), name)
         except source.Unreadable:
             if name == "forward":
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,15 +17,16 @@ from .handover import NormForm, without_hooks
 from .modulations import Modulation, Modulations, values_before, vectors_of
 from .products import Gating, gate_step, gating, gelu, helper, is_pure
 from .reader import RETURNED, Consumer, Reader, short
+from .sizes import Sizes
 from .source import Method
 from .steps import LINEAR
 from .tree import (
-    COMPREHENSIONS,
     SIMPLE,
     UNKNOWN,
     Place,
     Tree,
     assigned,
+    expressions,
     first_assigned,
     is_sum,
     reads,
@@ -87,19 +89,23 @@ class Finder:
         self.removed: set[int] = set(self.modulations.removed)
         self.used: set[int] = set()  # steps that a sum has taken
         self.returns_sum = False
-        # A method with a loop calls blocks: the tensors that it fuses may be larger than its arguments.
-        self.large_only = not any(isinstance(place.statement, (ast.For, ast.While)) for place in tree.places)
+        self.large_only = True
 
     def is_norm(self, module: Any) -> bool:
         return self.form(module) is not None
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(self.tree, {id(part) for part in self.tree.module.modules() if self.is_norm(part)})
 
     def run(self) -> Found:
         for found in self.modulations.found:
             into = "" if found.reason else self.modulations.into(found)
             self.sites.append(Site("modulation", ast.unparse(found.node), into, found.reason, found.norms))
+            self.large_only &= bool(found.reason) or self.sizes.read_by(found.norms)
         if self.residual:
             for place in self.tree.places:
-                for node in _expressions(place.statement):
+                for node in expressions(place.statement):
                     if id(node) in self.modulations.parts:
                         continue
                     if isinstance(node, ast.BinOp) and is_sum(node):
@@ -110,7 +116,7 @@ class Finder:
                     self._left(place.statement, "it adds in place")
         if self.feed_forward:
             for place in self.tree.places:
-                for node in _expressions(place.statement):
+                for node in expressions(place.statement):
                     if isinstance(node, ast.Call) and id(node) not in self.replaced:
                         self._activation(node, place)
         inserted = self.modulations.inserted
@@ -204,7 +210,8 @@ class Finder:
             keywords.append(ast.keyword("modulation", vectors_of(modulation)))
         self.replaced[id(node)] = ast.Call(helper("add"), [], keywords)
         kinds = ["gate"] * bool(gates) + [self._kind(step) for step in steps]
-        self.large_only &= self.form(module).only_large(kinds[-1:] in ([], ["gate"]))  # type: ignore[union-attr]
+        bare = not self.form(module).rms and kinds[-1:] in ([], ["gate"])  # type: ignore[union-attr]
+        self.large_only &= bare and (self.sizes.keeps(node.left) or self.sizes.keeps(node.right))
         names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
         return " + ".join([names.get(k, k) for k in kinds if k != "identity"] + ["sum"])
 
@@ -361,19 +368,6 @@ class Finder:
     def _free_dropout(self, node: ast.expr) -> ast.expr | None:
         step = self._step(node)
         return None if step is None or id(step) in self.used or self._kind(step) != "dropout" else step
-
-
-def _expressions(statement: ast.stmt) -> list[ast.AST]:
-    """The nodes of a statement itself, outermost first, without those of the statements inside it."""
-    found: list[ast.AST] = []
-    stack: list[ast.AST] = [c for c in ast.iter_child_nodes(statement) if not isinstance(c, ast.stmt)]
-    while stack:
-        node = stack.pop(0)
-        if isinstance(node, (ast.ExceptHandler, ast.Lambda, *COMPREHENSIONS)):
-            continue
-        found.append(node)
-        stack += [c for c in ast.iter_child_nodes(node) if not isinstance(c, ast.stmt)]
-    return found
 
 
 class _Apply(ast.NodeTransformer):

@@ -131,9 +131,17 @@ def norm_form(module: nn.Module) -> tuple[NormForm | None, str]:
                 expected = [function(x, random) for x in inputs for _ in range(2)]
             if all(_equal(y, e) for y, e in zip(results, expected, strict=True)):
                 half = _run(module, {n: p.bfloat16() for n, p in random.items()}, inputs[0].bfloat16())
-                return form._replace(float32_only=half is None or half.dtype != torch.bfloat16), ""
+                only = half is None or half.dtype != torch.bfloat16
+                return form._replace(float32_only=only, keeps_strides=_keeps_strides(module, random, size)), ""
     what = "its own forward" if known else "something else than LayerNorm or RMSNorm over the last dimension"
     return None, f"{class_path(kind)} has {what}" if known else f"{class_path(kind)} computes {what}"
+
+
+def _keeps_strides(module: nn.Module, parameters: dict[str, Tensor], size: int) -> bool:
+    """As torch's elementwise operations do; its own norms give contiguous results."""
+    x = torch.ones(2, 3, 5, size).transpose(1, 2)
+    y = _run(module, parameters, x)
+    return y is not None and y.stride() == x.stride()
 
 
 def _equal(y: Tensor | None, expected: Tensor) -> bool:

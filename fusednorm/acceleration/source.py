@@ -11,6 +11,7 @@ import inspect
 import linecache
 import textwrap
 import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import recipes
@@ -57,14 +58,18 @@ class Unreadable(Exception):
 _SCOPE_READERS = {"locals", "vars", "eval", "exec", "dir"}
 
 
-def read(cls: type, name: str) -> Method:
-    """The method `name` of a class.
+def read(cls: type, name: str, own: Mapping[str, Any] = types.MappingProxyType({})) -> Method:
+    """The method `name` of a class, for an instance with these attributes.
 
     Raises:
         Unreadable: its source cannot be had, or is none that can be compiled again with the same meaning.
     """
     owner = next((base for base in cls.__mro__ if name in base.__dict__), cls)
-    return _read(inspect.getattr_static(cls, name, None), name, owner)
+    try:
+        recipe = recipes.recipe(cls, owner, name, own)
+    except (OSError, TypeError):  # of a method without source
+        recipe = None
+    return _read(inspect.getattr_static(cls, name, None), name, recipe)
 
 
 def read_function(function: types.FunctionType) -> ast.FunctionDef:
@@ -73,14 +78,14 @@ def read_function(function: types.FunctionType) -> ast.FunctionDef:
     Raises:
         Unreadable: as for :func:`read`.
     """
-    method = _read(function, function.__name__, object)
+    method = _read(function, function.__name__, None)
     if method.wrappers or method.tree.decorator_list:
         raise Unreadable(f"{function.__name__} has a decorator")
     return method.tree
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(found: Any, name: str, owner: type) -> Method:
+def _read(found: Any, name: str, recipe: recipes.Recipe | None) -> Method:
     if not isinstance(found, types.FunctionType):
         raise Unreadable(f"{name} is no plain method")
     wrappers = []
@@ -93,7 +98,7 @@ def _read(found: Any, name: str, owner: type) -> Method:
         function = inner
     try:
         text = textwrap.dedent(inspect.getsource(function))
-        tree = ast.parse(recipes.edited(owner, name, text)).body[0]
+        tree = ast.parse(recipes.edited(text, recipe)).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise Unreadable(f"the source of {name} cannot be had") from error
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args or tree.name != function.__name__:

@@ -30,7 +30,7 @@ class Rewritten(NamedTuple):
     name: str
     text: str  # of the new one
     before: str  # of the original
-    large_only: bool  # whether the original is called for small inputs
+    large_only: bool = False  # whether the original is called for small inputs
 
 
 class Plan(NamedTuple):
@@ -76,9 +76,11 @@ def _layer_norm_forward(self: Any, input: Tensor) -> Tensor:
         if settings.current.use_torch_layer_norm:
             return _torch_layer_norm(self, input)
         own = self._parameters  # four times as fast as the attributes
+        if "weight" not in own or "bias" not in own:  # parametrized
+            return _torch_layer_norm(self, input)
         try:
             return layer_norm(input, self.normalized_shape, own["weight"], own["bias"], self.eps)
-        except (TypeError, ValueError, KeyError):  # a parametrized weight, or what torch says in its own words
+        except (TypeError, ValueError):  # what is wrong here is said as torch says it
             return _torch_layer_norm(self, input)
     return _own_forward(self, input, LayerNorm, nn.LayerNorm)
 
@@ -119,7 +121,9 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
         normed = handover.take(self, x)
         if normed is not None:
             return normed
-        order = None if x.is_contiguous() else _memory_order(x)
+        order = None
+        if x.is_nested or not x.is_contiguous():
+            order = _memory_order(x) if form.keeps_strides and not x.is_nested else ()
         weight, bias = form.parameters(self)
         if (
             order == ()
@@ -127,13 +131,13 @@ def _norm_forward(base: Any, form: NormForm) -> Any:
             or (weight is not None and (weight.dtype != x.dtype or weight.shape != x.shape[-1:]))
             or (bias is not None and bias.dtype != x.dtype)
             or (form.float32_only and x.dtype != torch.float32)
-            or torch.is_autocast_enabled(x.device.type)
+            or handover.any_autocast()
         ):
             return original(self, *args, **kwargs)
         if order is None:
             return form(self, x)
         back = sorted(range(x.ndim), key=order.__getitem__)
-        return form(self, x.permute(order)).permute(back)  # with the strides of x, as torch's own operations give it
+        return form(self, x.permute(order)).permute(back)  # with the strides of x
 
     return forward
 

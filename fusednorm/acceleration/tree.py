@@ -367,3 +367,16 @@ def is_sum(node: ast.AST) -> bool:
         return False
     sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,)
     return not any(isinstance(side, (ast.Constant, ast.Tuple, ast.List, ast.JoinedStr)) for side in sides)
+
+
+def expressions(statement: ast.stmt) -> list[ast.AST]:
+    """The nodes of a statement itself, outermost first, without those of the statements inside it."""
+    found: list[ast.AST] = []
+    stack: list[ast.AST] = [c for c in ast.iter_child_nodes(statement) if not isinstance(c, ast.stmt)]
+    while stack:
+        node = stack.pop(0)
+        if isinstance(node, (ast.ExceptHandler, ast.Lambda, *COMPREHENSIONS)):
+            continue
+        found.append(node)
+        stack += [c for c in ast.iter_child_nodes(node) if not isinstance(c, ast.stmt)]
+    return found

@@ -71,7 +71,7 @@ def test_the_norms_take_what_the_sums_hand_over(stack, monkeypatch):
 def test_a_sum_that_changed_is_normalized_anew(stack, between):
     fusednorm.accelerate(stack)
     norm, other = stack.norm, stack.blocks[0].norm1
-    rows = fused._LARGE // D + 1  # smaller bare sums are torch's
+    rows = fused._BARE * fused._LARGE // D + 1  # smaller bare sums are torch's
     total = fused.add(residual=torch.randn(rows, D, requires_grad=True), branch=torch.randn(rows, D), norm=norm)
     assert handover.waiting
     if between == "in place":
@@ -334,10 +334,45 @@ def test_a_recipe_is_used_where_each_of_its_texts_stands_once(monkeypatch, stack
 
     key = f"{Doubled.__module__}.{Doubled.__qualname__}", "forward"
     for text, fuses in [("(x + self.fc(x)).clone()", True), ("x", False), ("no such text", False)]:
-        monkeypatch.setitem(recipes.RECIPES, key, ((text, "x + self.fc(x)"),))
+        monkeypatch.setitem(recipes.RECIPES, key, recipes.Recipe(((text, "x + self.fc(x)"),)))
         source._read.cache_clear()
         model, x = Doubled(), torch.randn(3, D)
         own = model(x)
         assert bool(sums(fusednorm.accelerate(model))) is fuses
         torch.testing.assert_close(model(x), own)
     source._read.cache_clear()
+
+
+@pytest.mark.parametrize("change", ["subclass", "instance", "source"])
+def test_a_recipe_is_not_used_where_another_method_is_called(change, monkeypatch):
+    from fusednorm.acceleration import recipes
+
+    class Gelu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(D, D)
+
+        def act(self, x):
+            return F.gelu(x)
+
+        def forward(self, x):
+            return self.act(self.fc(x))
+
+    class Own(Gelu):
+        def act(self, x):
+            return 3.0 * F.silu(x)
+
+    edits = (("self.act(self.fc(x))", "F.gelu(self.fc(x))"),)
+    key = f"{Gelu.__module__}.{Gelu.__qualname__}", "forward"
+    known = recipes.digest(Gelu.act)
+    monkeypatch.setitem(recipes.RECIPES, key, recipes.Recipe(edits, (("act", known),)))
+    assert fusednorm.accelerate(Gelu()).fused
+    model = Own() if change == "subclass" else Gelu()
+    if change == "instance":
+        model.act = lambda x: F.silu(x)
+    elif change == "source":
+        monkeypatch.setitem(recipes.RECIPES, key, recipes.Recipe(edits, (("act", recipes.digest(Own.act)),)))
+    x = torch.randn(3, D)
+    own = model(x)
+    assert not fusednorm.accelerate(model).fused
+    assert torch.equal(model(x), own)

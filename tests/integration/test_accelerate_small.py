@@ -52,17 +52,31 @@ class FeedForward(nn.Module):
         return self.norm(x + self.act(self.fc(x)))
 
 
-class Blocks(nn.Module):
-    """The tokens that its norm reads may be far larger than its argument."""
+class Embedded(nn.Module):
+    """Its sum is far larger than its argument."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks, self.norm = nn.ModuleList([nn.Linear(D, D)]), nn.LayerNorm(D)
+        self.table, self.fc, self.norm = nn.Embedding(10, D), nn.Linear(D, D), nn.LayerNorm(D)
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        return self.norm(x + self.fc(x))
+
+
+class Repeated(Embedded):
+    """An argument that is assigned something larger."""
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x + x)
+        x = self.fc(x).repeat(4096, 1, 1)
+        return self.norm(x + self.fc(x))
+
+
+class Blocks(Embedded):
+    """The residual is in a list."""
+
+    def forward(self, xs):
+        return self.norm(xs[0] + self.fc(xs[0]))
 
 
 @pytest.fixture
@@ -101,13 +115,35 @@ def test_the_size_of_any_argument_decides(copied, calls):
     assert "later" in calls and "add" in calls
 
 
-@pytest.mark.parametrize(
-    "module", [Dropped(nn.RMSNorm(D), 0.0), Dropped(nn.LayerNorm(D), 0.1), FeedForward(), Blocks()]
-)
+@pytest.mark.parametrize("module", [Dropped(nn.RMSNorm(D), 0.0), Dropped(nn.LayerNorm(D), 0.1), FeedForward()])
 def test_what_pays_on_small_tensors_too_is_always_fused(module, calls):
     assert fusednorm.accelerate(module).fused
     module(torch.randn(2, 5, D))
     assert calls
+
+
+@pytest.mark.parametrize("kind", [Embedded, Repeated, Blocks])
+def test_sums_larger_than_the_arguments_are_fused(kind, monkeypatch):
+    own = kind()
+    ours = copy.deepcopy(own)
+    assert fusednorm.accelerate(ours).fused
+    rows = fused._BARE * fused._LARGE // D
+    given = {
+        Embedded: torch.randint(10, (1, rows)),
+        Repeated: torch.randn(1, rows // 4096, D),
+        Blocks: [torch.randn(1, rows, D)],
+    }[kind]
+    taken = []
+    hand_over = fused.hand_over
+    monkeypatch.setattr(fused, "hand_over", lambda *args: taken.append(args[0]) or hand_over(*args))
+    torch.testing.assert_close(ours(given), own(given))
+    assert taken == [ours.norm]
+
+
+def test_an_example_tests_the_rewritten_code_on_small_inputs(calls):
+    ours = Modulated()
+    fusednorm.accelerate(ours, example=(torch.randn(2, 3 * D), torch.randn(2, 5, D)))
+    assert "later" in calls and "add" in calls
 
 
 def test_signature_and_name_are_the_methods_own():
