@@ -14,6 +14,7 @@ from ..._options import AttentionInputs, AttentionOptions
 from ..strides import contiguous, gradient_of_shifts, row_major, rows_like
 from . import attention_config as table
 from . import attention_memory as memory
+from . import attention_split as split
 from . import host
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class _Problem(NamedTuple):
     device: host.Device
 
     @property
+    def hides(self) -> bool:
+        """Whether a query may see no key, a key mask aside."""
+        return self.lower or self.upper or self.mask != "none"
+
+    @property
     def need(self) -> table.Need:
         columns = max(table.columns(self.d), table.columns(self.dv))
         # A scale of its own takes a register for each logit, as a softcap does.
@@ -100,14 +106,19 @@ def _problem(q: Tensor, v: Tensor, attn_mask: Tensor | None, options: AttentionO
 
 
 @functools.lru_cache(4096)
-def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Callable[[], Variant], table.Tile]:
-    """A kernel of the name, compiled for these constants, and its tile."""
+def _plan(kernel: str, problem: _Problem, more: bool = False) -> tuple[Callable[[], Variant], table.Tile]:
+    """A kernel of the name, compiled for these constants, and its tile.
+
+    `more`: of a mask's gradient, whether it is summed over queries; of splits, whether a query may see no key.
+    """
     from . import attention_bwd_dkv as triton_attention_bwd
     from . import attention_bwd_dq as triton_attention_bwd_dq
     from . import attention_fwd as triton_attention_fwd
 
     function, choose = {
         "fwd": (triton_attention_fwd._attention_fwd_kernel, table.forward),
+        "split": (triton_attention_fwd._attention_fwd_kernel, table.forward_split),
+        "merge": (triton_attention_fwd._attention_fwd_merge_kernel, table.forward_merge),
         "delta": (triton_attention_bwd._attention_bwd_delta_kernel, table.delta),
         "dkv": (triton_attention_bwd._attention_bwd_dkv_kernel, table.backward_keys),
         "dq": (triton_attention_bwd_dq._attention_bwd_dq_kernel, table.backward_queries),
@@ -119,6 +130,7 @@ def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Callable
     constants: tuple[Any, ...] = (d, table.columns(d), dv, table.columns(dv), vec, precision, *switches)
     parts = {
         "fwd": table.part_of_forward,
+        "split": table.part_of_forward,
         "dkv": table.part_of_keys,
         "dq": table.part_of_queries,
         "dmask": table.part_of_mask,
@@ -126,10 +138,13 @@ def _plan(kernel: str, problem: _Problem, sum_q: bool = False) -> tuple[Callable
     part = (parts[kernel](problem.need),) if kernel in parts else ()
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)
+    elif kernel == "merge":
+        constants = (*constants[2:6], problem.fold, more, tile.block_n)
     elif kernel == "dmask":
-        constants = (*constants[:6], problem.softcap, *switches[3:], sum_q, *part, tile.block_m, tile.block_n)
+        constants = (*constants[:6], problem.softcap, *switches[3:], more, *part, tile.block_m, tile.block_n)
     else:
-        constants += (*part, tile.block_m, tile.block_n)
+        forms = (kernel == "split",) if kernel in ("fwd", "split") else ()
+        constants += (*part, *forms, tile.block_m, tile.block_n)
     return functools.partial(host.variant, function, constants, tile, True), tile
 
 
@@ -144,7 +159,7 @@ def forget_variants() -> None:
 
 @host.prepared
 def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(out, lse) in one launch."""
+    """(out, lse) in one launch, or in two where programs share the keys."""
     q, k, v = inputs[:3]
     packed, n_batches, dtype = inputs.cu_seqlens_q is not None, _batches(inputs), q.dtype
     shape = q.shape[:-1]
@@ -152,19 +167,32 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
     out_like, lse_like = memory.like(like), (*row_major(shape[::-1] if packed else shape), torch.float32)
     nothing = 0 in shape or k.numel() == 0 == v.numel() or n_batches == 0
     operands = memory.Operands(packed, q, k, v, like)
-    ways: dict[Any, _Way] = {}
+    ways: dict[Any, tuple[_Way, tuple[split.Workspace, _Way] | None]] = {}
 
-    def way(tensors: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], lse: Tensor) -> _Way:
-        (q, k, v, _), (attn_mask, key_mask, *_) = tensors, masks
-        problem = _problem(q, v, attn_mask, options)
-        variant, tile = _plan("fwd", problem)
-        n_tiles, n_heads = host.ceil(options.max_seqlen_q, tile.block_m), q.shape[1]
+    def problem_of(call: split.Call) -> _Problem:
+        return _problem(call.q, call.v, call.attn_mask, call.options)
+
+    def way(given: split.Call, key_mask: Tensor | None) -> tuple[_Way, tuple[split.Workspace, _Way] | None]:
+        """The launch, and where there are splits what they write and the launch that merges it."""
+        call, n_splits = split.chosen(given, lambda call: problem_of(call).need) if split.may(inputs) else (given, 1)
+        q, k, v, out, lse, attn_mask, options = call
+        problem, n_heads, n_queries = problem_of(call), q.shape[1], options.max_seqlen_q
+        variant, tile = _plan("split" if n_splits > 1 else "fwd", problem)
+        n_tiles = host.ceil(n_queries, tile.block_m)
+        own, own_rows = memory.strides(out, packed), memory.lse_strides(lse)
+        merge = None
+        if n_splits > 1:
+            between = split.workspace(call, n_splits)
+            merging, _ = _plan("merge", problem, problem.hides or key_mask is not None)
+            merged = (n_heads, n_queries, n_splits, *own, *own_rows, *_scalars(options)[2:4])
+            merge = between, (merging(), (n_queries * n_heads * n_batches, 1), merged)
+            own, own_rows = between.strides, between.totals_strides
         numbers = (
-            *(n_tiles, n_heads, n_heads // k.shape[1], options.max_seqlen_q, options.max_seqlen_k),
-            *(*memory.strides_of(tensors, packed), *memory.mask_strides(attn_mask, problem.mask_vec)),
-            *(*memory.key_mask_strides(key_mask), *memory.lse_strides(lse), *_scalars(options)),
+            *(n_tiles, n_heads, n_heads // k.shape[1], n_queries, options.max_seqlen_k),
+            *(*memory.strides_of((q, k, v), packed), *own, *memory.mask_strides(attn_mask, problem.mask_vec)),
+            *(*memory.key_mask_strides(key_mask), *own_rows, *_scalars(options)),
         )
-        return variant(), (n_tiles * n_heads * n_batches, 1), numbers
+        return (variant(), (n_tiles * n_heads * n_batches, n_splits), numbers), merge
 
     def run(inputs: AttentionInputs, *_: object) -> tuple[Tensor, Tensor]:
         q, k, v = inputs[:3]
@@ -179,8 +207,17 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
             written = memory.padded(out) if copied[3] else out
         masks = _masks(inputs)
         key = copied, _precision(dtype), host.aligned(masks[0])
-        found = ways.get(key) or ways.setdefault(key, way((q, k, v, written), masks, lse))
-        found[0].launch(found[1], (q, k, v, *masks, written, lse), found[2])
+        found = ways.get(key)
+        if found is None:
+            found = ways.setdefault(key, way(split.Call(q, k, v, written, lse, masks[0], options), masks[1]))
+        (variant, grid, numbers), merge = found
+        if merge is None:
+            variant.launch(grid, (q, k, v, *masks, written, lse), numbers)
+        else:
+            between, (merging, rows, merged) = merge
+            parts, totals = empty(*between.parts, torch.float32), empty(*between.totals, torch.float32)
+            variant.launch(grid, (q, k, v, *masks, parts, totals), numbers)
+            merging.launch(rows, (parts, totals, written, lse), merged)
         memory.deliver(written, out)
         return out, lse
 

@@ -97,6 +97,34 @@ def forward(n: Need) -> Tile:
     return Tile(128, 64, 8, 3 if n.columns <= 64 else 2)
 
 
+def forward_split(n: Need) -> Tile:
+    """Where programs share the keys, queries are few: half the rows by half the warps, so a thread has as much."""
+    tile = forward(n)
+    return tile._replace(block_m=64, warps=tile.warps // 2) if tile.block_m == 128 else tile
+
+
+def forward_merge(n: Need) -> Tile:
+    """A query a program, and splits at a step."""
+    return Tile(1, 16, 4, 1)
+
+
+_LEAST_KEYS, _LEAST_TILES, _KEYS_A_QUERY = 1024, 2, 16
+
+
+def key_splits(programs: int, n_queries: int, n_keys: int, tile: Tile, processors: int) -> int:
+    """How many programs share the keys of a tile of queries; 1: one has them all.
+
+    `programs` are those of one sample without splits: were they those of the batch, a result's bits would follow the
+    batch around it.
+    """
+    # One program reads keys and values at the speed of one processor. Of each query a split writes and reads 8 DV
+    # bytes, of each key it reads 4 DV in 16 bits: with 16 keys a query that is an eighth more at most.
+    if n_keys < _LEAST_KEYS or programs >= processors:
+        return 1
+    least = max(_LEAST_TILES * tile.block_n, _KEYS_A_QUERY * min(n_queries, tile.block_m))
+    return max(1, min(2 * processors // programs, n_keys // least))
+
+
 def delta(n: Need) -> Tile:
     return Tile(32, 32, 4, 1)
 

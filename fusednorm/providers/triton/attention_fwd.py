@@ -1,7 +1,10 @@
-"""The Triton kernel of attention's forward: online softmax over tiles of keys, a tile of queries a program.
+"""The Triton kernels of attention's forward: online softmax over tiles of keys, a tile of queries a program.
 
 Tiles that every query sees in full go first, without a mask, then the others; what no query sees is not visited. Where
 the result is not finite and something was masked, it is made again by a sum that leaves out what is not visible.
+
+With SPLIT the second axis of the grid shares out the tiles of keys that a tile of queries sees. Each split writes sums
+that are not divided, and a second kernel merges them as the loop over tiles does, always in the same order.
 """
 
 # fmt: off
@@ -82,6 +85,16 @@ def _logits(
 
 
 @triton.jit
+def share(low, full_low, full_high, high):
+    """Of tiles of keys, as `tiles` has them, those of this program's split; past the last one it has none."""
+    split, n_splits = tl.program_id(1), tl.num_programs(1)
+    count = (high - low + n_splits - 1) // n_splits
+    low = tl.minimum(low + split * count, high)
+    high = tl.minimum(low + count, high)
+    return low, tl.minimum(tl.maximum(full_low, low), high), tl.minimum(tl.maximum(full_high, low), high), high
+
+
+@triton.jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, key_mask_ptr, seed_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, out_ptr, lse_ptr,
     n_tiles, n_heads, group, n_queries, n_keys,
@@ -93,8 +106,11 @@ def _attention_fwd_kernel(
     D: tl.constexpr, D_COLS: tl.constexpr, DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr,
     PRECISION: tl.constexpr, FOLD: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, MASK_VEC: tl.constexpr,
     DROPOUT: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
+    """With SPLIT, out has float32 sums as (B, H, splits, Sq, DV), and lse as (B, H, splits, 2, Sq) each row's largest
+    logit and the sum of its weights. The logarithm of the sum alone would round what the splits are weighted by.
+    """
     tile, head, batch = program(n_tiles, n_heads, UPPER)
     start_q, n_queries = sequence(cu_seqlens_q_ptr, batch, n_queries)
     start_k, n_keys = sequence(cu_seqlens_k_ptr, batch, n_keys)
@@ -113,6 +129,10 @@ def _attention_fwd_kernel(
     v_ptr += (b * stride_v_b + kv * stride_v_h + start_k.to(tl.int64) * stride_v_s) * VEC
     out_ptr += (b * stride_out_b + h * stride_out_h + first * stride_out_s) * VEC
     lse_row = b * stride_lse_b + h * stride_lse_h + first  # the row of the dropout mask too
+    if SPLIT:
+        rows_before = tl.program_id(1).to(tl.int64) * n_queries
+        out_ptr += rows_before * stride_out_s * VEC
+        lse_row += rows_before * 2
     if mask_ptr is not None:
         mask_ptr += (b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q) * MASK_VEC
     if key_mask_ptr is not None:
@@ -132,6 +152,8 @@ def _attention_fwd_kernel(
         first_row, n_queries, n_keys, lower, upper, key_mask_ptr, stride_key_mask_k,
         BLOCK_M, BLOCK_N, LOWER, UPPER, MASK != "none",
     )
+    if SPLIT:
+        low, full_low, full_high, high = share(low, full_low, full_high, high)
     for MASKED in tl.static_range(2):
         if MASKED:
             count = full_low - low + high - full_high
@@ -152,7 +174,7 @@ def _attention_fwd_kernel(
                 )
                 now = tl.maximum(largest, tl.max(logits, 1))
                 # nothing seen yet: -inf - -inf would be NaN
-                base = tl.where(now == float("-inf"), 0.0, now) if MASKED else now
+                base = tl.where(now == float("-inf"), 0.0, now) if MASKED or SPLIT else now
                 p = powers(logits, base[:, None], factor, FOLD, PRECISION)
                 shrink = powers(largest, base, factor, FOLD, PRECISION)
                 total = total * shrink + tl.sum(p, 1)
@@ -164,9 +186,15 @@ def _attention_fwd_kernel(
 
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
-    natural = scale if FOLD else 1.0
-    lse = tl.where(dead, float("-inf"), largest * natural + tl.log(divisor))
-    tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
+    if SPLIT:
+        lse_pointers = lse_ptr + lse_row + tl.arange(0, BLOCK_M)
+        tl.store(lse_pointers, largest, mask=rows_ok)
+        tl.store(lse_pointers + n_queries, total, mask=rows_ok)
+        divisor = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        natural = scale if FOLD else 1.0
+        lse = tl.where(dead, float("-inf"), largest * natural + tl.log(divisor))
+        tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
     if DROPOUT:
         divisor = divisor / keep_scale
     out_pointers = row_pointers(out_ptr, stride_out_s, BLOCK_M, DV_COLS, VEC)
@@ -192,3 +220,49 @@ def _attention_fwd_kernel(
                         visible = visible & kept(seed_ptr, lse_row, first_key, threshold, BLOCK_M, RARE, False)
                     part = add_visible(part, p, visible, v_ptr, stride_v_s, first_key, n_keys, column, RARE, DV, VEC)
                 store_columns(out_ptr, stride_out_s, part / divisor[:, None], column, rows_ok, DV, VEC)
+
+
+
+@triton.jit
+def _attention_fwd_merge_kernel(
+    parts_ptr, totals_ptr, out_ptr, lse_ptr, n_heads, n_queries, n_splits,
+    stride_out_b, stride_out_h, stride_out_s, stride_lse_b, stride_lse_h, scale, factor,
+    DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr,
+    HIDES: tl.constexpr, BLOCK_S: tl.constexpr,
+):
+    """out and lse of a query, of what the splits wrote. HIDES: whether a query may see no key."""
+    pid = tl.program_id(0)
+    row, rest = (pid % n_queries).to(tl.int64), pid // n_queries
+    b, h = (rest // n_heads).to(tl.int64), (rest % n_heads).to(tl.int64)
+    first = rest.to(tl.int64) * n_splits * n_queries
+    lanes, cols = tl.arange(0, BLOCK_S), tl.arange(0, DV_COLS)
+    totals_ptr += 2 * first + row
+    parts_ptr += (first + row) * DV
+    largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for start in range(0, n_splits, BLOCK_S):
+        splits = (start + lanes).to(tl.int64)
+        logits = tl.load(totals_ptr + splits * (2 * n_queries), mask=splits < n_splits, other=float("-inf"))
+        largest = tl.maximum(largest, logits)
+    base = tl.max(largest, 0)
+    if HIDES:
+        base = tl.where(base == float("-inf"), 0.0, base)
+    totals = tl.zeros([BLOCK_S], tl.float32)
+    sums = tl.zeros([BLOCK_S, DV_COLS], tl.float32)
+    for start in range(0, n_splits, BLOCK_S):
+        splits = (start + lanes).to(tl.int64)
+        there = splits < n_splits
+        pointers = totals_ptr + splits * (2 * n_queries)
+        weight = powers(tl.load(pointers, mask=there, other=float("-inf")), base, factor, FOLD, PRECISION)
+        totals += weight * tl.load(pointers + n_queries, mask=there, other=0.0)
+        part = load_rows(
+            parts_ptr + splits[:, None] * (n_queries.to(tl.int64) * DV) + cols[None, :], there, DV, DV_COLS, True
+        )
+        sums += weight[:, None] * part
+    total = tl.sum(totals, 0)
+    dead = total == 0.0
+    divisor = tl.where(dead, 1.0, total)
+    natural = scale if FOLD else 1.0
+    lse = tl.where(dead, float("-inf"), base * natural + tl.log(divisor))
+    tl.store(lse_ptr + b * stride_lse_b + h * stride_lse_h + row, lse)
+    out_ptr += (b * stride_out_b + h * stride_out_h + row * stride_out_s) * VEC
+    tl.store(out_ptr + cols, (tl.sum(sums, 0) / divisor).to(out_ptr.dtype.element_ty), mask=cols < DV)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import host
 
-_MAX_STRIDE = 2**23  # a stride at which a tile may span 2**31 elements
+MAX_STRIDE = 2**23  # a stride at which a tile may span 2**31 elements
 
 
 def strides(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
@@ -37,7 +37,7 @@ def _addressable(tensor: Tensor | None, packed: bool) -> bool:
     if any(stride % vec and size != 1 for size, stride in zip(shape, outer)):
         return False
     position = 0 if packed else -2
-    return shape[position] == 1 or tensor.stride(position) < _MAX_STRIDE
+    return shape[position] == 1 or tensor.stride(position) < MAX_STRIDE
 
 
 class Operands:
@@ -96,7 +96,7 @@ def bounded_stride(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     mask = mask.resolve_neg()
-    if all(size == 1 or stride < _MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
+    if all(size == 1 or stride < MAX_STRIDE for size, stride in zip(mask.shape[-2:], mask.stride()[-2:])):
         return mask
     return mask.contiguous()
 
