@@ -90,20 +90,27 @@ class AttentionCall:
         return out.to(leaves["q"].dtype), lse
 
 
-def evaluate(run: Any, leaves: Mapping[str, Tensor], cotangents: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """(out, lse) and the gradients; leaves keep their strides. A row that sees nothing has an lse of -inf, here 0."""
+def evaluate(run: Any, leaves: Mapping[str, Tensor], cotangents: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """(out, lse) and the gradients; leaves keep their strides. A row that sees nothing has an lse of -inf, here 0.
+
+    Without cotangents there are no gradients.
+    """
     given = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     out, lse = run(given)
     alive = lse.detach() > -math.inf
     lse = torch.where(alive, lse, 0.0)
-    gradients = torch.autograd.grad(
-        [out, lse], list(given.values()), [cotangents[0].to(out.dtype), cotangents[1].to(lse.dtype)]
-    )
-    named = {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
+    named = {}
+    if cotangents:
+        gradients = torch.autograd.grad(
+            [out, lse], list(given.values()), [cotangents[0].to(out.dtype), cotangents[1].to(lse.dtype)]
+        )
+        named = {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
     return {"out": out.detach(), "lse": lse.detach(), "alive": alive.to(out.dtype), **named}
 
 
-def check(call: AttentionCall, leaves: Mapping[str, Tensor], generator: torch.Generator) -> None:
+def check(
+    call: AttentionCall, leaves: Mapping[str, Tensor], generator: torch.Generator, gradients: bool = True
+) -> None:
     """The errors of out, lse and every gradient for random cotangents, within the budget.
 
     The twin computes as torch's own attention does at these dtypes: in float32 for 16-bit ones, rounding its results.
@@ -117,7 +124,8 @@ def check(call: AttentionCall, leaves: Mapping[str, Tensor], generator: torch.Ge
         with torch.no_grad():
             out, lse = call.explicit(leaves, computed_in)
         cotangents = tuple(
-            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in (out, lse)
+            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+            for t in ((out, lse) if gradients else ())
         )
         wide = {name: leaf.double() for name, leaf in leaves.items()}
         results = (

@@ -84,7 +84,7 @@ def test_attention_masks_are_read_and_their_gradients_written_16_bytes_at_a_time
 def test_attention_gate_for_the_heaviest_calls(arch, dim, triton, tmp_path):
     """Of all that get the same tiles."""
     found = gate("attention", tmp_path, "--arch", arch, "--cover", "heaviest", "--dims", dim, triton=triton)
-    assert {f["kernel"] for f in found["figures"]} == {*KERNELS, "attention_bwd_dmask"}
+    assert {f["kernel"] for f in found["figures"]} == {*KERNELS, "attention_fwd_merge", "attention_bwd_dmask"}
 
 
 def test_the_gate_enumerates_what_dispatch_tells_apart():
@@ -111,18 +111,19 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     assert len(covering) < len(every) // 20
     forward = seen["attention_fwd"]
     names = "d d_cols dv dv_cols vec precision fold softcap mask mask_vec dropout"
-    names += " lower upper lower_right part block_m block_n"
-    values, pointers = dict(zip(names.split(), forward, strict=False)), forward[17:]
+    names += " lower upper lower_right part split block_m block_n"
+    values, pointers = dict(zip(names.split(), forward, strict=False)), forward[18:]
     assert values["precision"] == {"ieee", "tf32"}
     assert values["mask"] == {"additive", "bool", "none"}
     assert values["mask_vec"] == {"1", "4", "8", "16"}
-    switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right")
+    switches = ("fold", "softcap", "dropout", "lower", "upper", "lower_right", "split")
     assert all(values[name] == {"False", "True"} for name in switches)
     assert len(pointers[3]) == 4  # none, bool, float32, and as the queries
     assert all(len(pointers[n]) == 2 for n in (4, 5, 6, 7))  # key_mask, seed and the packed sequences' bounds
     queries = seen["attention_bwd_dq"][-15:]
     assert all(len(queries[n]) >= 2 for n in (11, 12, 14))  # dlse, inverse, dmask
-    assert set(seen) == {*KERNELS, "attention_bwd_dmask"}
+    assert all(seen["attention_fwd_merge"][n] == {"False", "True"} for n in (4, 5))  # fold, and hidden keys
+    assert set(seen) == {*KERNELS, "attention_fwd_merge", "attention_bwd_dmask"}
 
 
 @pytest.mark.slow

@@ -32,8 +32,11 @@ MODES: dict[str, dict[str, Any]] = {
     "causal_key_mask": {"upper": True, "key_mask": True},
     "dropout": {"dropout": True},
     "causal_dropout": {"upper": True, "dropout": True},
+    "few": {"few": True},
+    "few_causal_key_mask": {"upper": True, "lower_right": True, "key_mask": True, "few": True},
 }
 DIMS = (64, 128)
+WITHOUT_PRODUCTS = ("attention_bwd_delta", "attention_fwd_merge")
 TABULATED = (80, 90, 100)
 
 
@@ -85,7 +88,7 @@ def faults(f: Figures) -> list[str]:
     available = triton_host.SHARED[divmod(f.arch, 10)]
     if f.shared > available:
         found.append(f"{f.shared} bytes of shared memory, there are {available}")
-    if f.arch == 90 and f.dtype in ("bfloat16", "float16") and f.kernel != "attention_bwd_delta":
+    if f.arch == 90 and f.dtype in ("bfloat16", "float16") and f.kernel not in WITHOUT_PRODUCTS:
         if not f.hgmma:
             found.append("no asynchronous matrix instructions")
         elif 2 * f.depbar >= f.hgmma:
@@ -122,8 +125,8 @@ def described(call: calls.Call) -> tuple[str, calls.Call]:
 
 
 def tile(launch: Launch) -> str:
-    """Queries by keys."""
-    sizes = launch.constants[-1:] if launch.kernel.endswith("delta") else launch.constants[-2:]
+    """Queries by keys; of delta queries, and of what merges splits these."""
+    sizes = launch.constants[-1:] if launch.kernel in WITHOUT_PRODUCTS else launch.constants[-2:]
     return " x ".join(map(str, sizes))
 
 

@@ -29,6 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WIDEST = 256
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 _LENGTH, _BATCH, _HEADS = 512, 2, 2
+_FEW, _MANY = 16, 4096  # queries and keys of a call whose keys are shared out
+_PROCESSORS = 132
 
 
 class Call(NamedTuple):
@@ -49,6 +51,7 @@ class Call(NamedTuple):
     dlse: bool = False
     unaligned: bool = False  # whether attn_mask is read an element at a time, not in vectors of 16 bytes
     gradient: str = "none"  # of attn_mask: direct, of the logits' shape; heads or queries: summed over them
+    few: bool = False  # few queries, to many keys that are shared out: the forward alone
 
     @property
     def valid(self) -> bool:
@@ -62,6 +65,7 @@ class Call(NamedTuple):
             and not (self.mask in ("float32", self.dtype) and self.logits == "folded")
             and (self.mask != "none" or not self.unaligned)
             and (not self.lower_right or self.lower or self.upper)
+            and not (self.few and (self.dropout or self.packed or self.dlse or self.gradient != "none"))
             and (not self.dlse or wide or self.gradient != "none" or self == self.plain._replace(dlse=True))
         )
 
@@ -90,6 +94,7 @@ def axes(dims: Iterable[int], dtypes: Iterable[str]) -> dict[str, tuple[Any, ...
         "logits": ("folded", "apart", "softcap"),
         **dict.fromkeys(("lower", "upper", "lower_right", "dropout", "packed", "dlse", "unaligned"), both),
         "gradient": ("none", "direct", "heads", "queries"),
+        "few": both,
     }
 
 
@@ -140,7 +145,8 @@ def _need(call: Call) -> table.Need:
 def heaviest(calls: Iterable[Call]) -> list[Call]:
     """Of all calls that the table gives the same tiles the one with most to hold at once.
 
-    Calls that differ in dropout, in a mask's kind or alignment, or in how its gradient is summed are kept apart.
+    Calls that differ in dropout, in a mask's kind or alignment, in how its gradient is summed, or in whether keys are
+    shared out are kept apart.
     """
     best: dict[tuple[Any, ...], tuple[int, Call]] = {}
     for call in calls:
@@ -150,7 +156,7 @@ def heaviest(calls: Iterable[Call]) -> list[Call]:
         weight = sum(switches) + 2 * (call.logits == "softcap") + (call.logits == "apart") + (call.gradient == "direct")
         summed = call.gradient in ("heads", "queries") and call.gradient
         mask = call.mask if call.mask in ("none", "bool") else "additive"
-        kind = (call.d, call.dtype, call.precision, call.dropout, mask, call.unaligned, summed)
+        kind = (call.d, call.dtype, call.precision, call.dropout, mask, call.unaligned, summed, call.few)
         key = (kind, _tiles(_need(call)))
         if weight > best.get(key, (-1, call))[0]:
             best[key] = (weight, call)
@@ -186,9 +192,15 @@ def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
     torch.backends.cuda.matmul.fp32_precision = call.precision
     triton_host.forget_prepared()  # for another device
     try:
-        with compile.launches(take), mock.patch.object(triton_attention, "INTERPRETED", capability):
+        with (
+            compile.launches(take),
+            mock.patch.object(triton_attention, "INTERPRETED", capability),
+            mock.patch.object(triton_host, "processors", lambda index: _PROCESSORS),
+        ):
             inputs, options = from_flat("attention_fwd", (*operands, *arguments))
             out, lse = triton_attention.attention_fwd(inputs, options)
+            if call.few:
+                return noted
             wanted = [True, True, True, call.gradient != "none"]
             dlse = lse if call.dlse else None
             triton_attention.attention_bwd(out, dlse, inputs, out, lse, options, wanted)
@@ -199,10 +211,12 @@ def launches(call: Call, capability: tuple[int, int]) -> list[Launch]:
 
 def _arguments(call: Call) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """As the provider takes them, but for the operands: memory that nobody touches."""
-    lead = (_BATCH * _LENGTH, _HEADS) if call.packed else (_BATCH, _HEADS, _LENGTH)
-    q, k, v = (torch.empty(*lead, d, dtype=DTYPES[call.dtype]) for d in (call.d, call.d, call.dv))
-    shape = {"none": (_LENGTH,) * 2, "heads": (_LENGTH,) * 2, "queries": (1, _LENGTH)}
-    shape["direct"] = (_BATCH, _HEADS, _LENGTH, _LENGTH)
+    lengths = (_FEW, _MANY) if call.few else (_LENGTH, _LENGTH)
+    leads = [(_BATCH * n, _HEADS) if call.packed else (_BATCH, _HEADS, n) for n in lengths]
+    sizes = ((leads[0], call.d), (leads[1], call.d), (leads[1], call.dv))
+    q, k, v = (torch.empty(*lead, d, dtype=DTYPES[call.dtype]) for lead, d in sizes)
+    shape = {"none": lengths, "heads": lengths, "queries": (1, lengths[1])}
+    shape["direct"] = (_BATCH, _HEADS, *lengths)
     kinds = {"bool": torch.bool, **DTYPES}
     *rows, n_keys = shape[call.gradient]
     row = torch.empty((*rows, n_keys + call.unaligned), dtype=kinds[call.mask]) if call.mask != "none" else None
@@ -210,9 +224,9 @@ def _arguments(call: Call) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     bounds = torch.empty(_BATCH + 1, dtype=torch.int32) if call.packed else None
     return (
         mask,
-        torch.empty(_BATCH, _LENGTH, dtype=torch.bool) if call.key_mask else None,
+        torch.empty(_BATCH, n_keys, dtype=torch.bool) if call.key_mask else None,
         torch.empty(1, dtype=torch.int64) if call.dropout else None,
-        *(bounds, bounds, _LENGTH, _LENGTH),
+        *(bounds, bounds, *lengths),
         0.125 if call.logits != "apart" or call.mask in DTYPES or call.dtype == "float32" else -0.125,
         0.1 if call.dropout else 0.0,
         *(False, call.lower_right, 64 if call.lower else -1, 0 if call.upper else -1),
