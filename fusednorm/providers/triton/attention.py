@@ -139,7 +139,7 @@ def _plan(kernel: str, problem: _Problem, more: bool = False) -> tuple[Callable[
     if kernel == "delta":
         constants = (dv, table.columns(dv), vec, precision, tile.block_m)
     elif kernel == "merge":
-        constants = (*constants[2:6], problem.fold, more, tile.block_n)
+        constants = (*constants[2:6], more, tile.block_n)
     elif kernel == "dmask":
         constants = (*constants[:6], problem.softcap, *switches[3:], more, *part, tile.block_m, tile.block_n)
     else:
@@ -184,9 +184,9 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
         if n_splits > 1:
             between = split.workspace(call, n_splits)
             merging, _ = _plan("merge", problem, problem.hides or key_mask is not None)
-            merged = (n_heads, n_queries, n_splits, *own, *own_rows, *_scalars(options)[2:4])
+            merged = (n_heads, n_queries, n_splits, *own, *own_rows)
             merge = between, (merging(), (n_queries * n_heads * n_batches, 1), merged)
-            own, own_rows = between.strides, between.totals_strides
+            own, own_rows = between.strides, between.lse_strides
         numbers = (
             *(n_tiles, n_heads, n_heads // k.shape[1], n_queries, options.max_seqlen_k),
             *(*memory.strides_of((q, k, v), packed), *own, *memory.mask_strides(attn_mask, problem.mask_vec)),
@@ -215,9 +215,9 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
             variant.launch(grid, (q, k, v, *masks, written, lse), numbers)
         else:
             between, (merging, rows, merged) = merge
-            parts, totals = empty(*between.parts, torch.float32), empty(*between.totals, torch.float32)
-            variant.launch(grid, (q, k, v, *masks, parts, totals), numbers)
-            merging.launch(rows, (parts, totals, written, lse), merged)
+            parts, lses = empty(*between.parts, torch.float32), empty(*between.lses, torch.float32)
+            variant.launch(grid, (q, k, v, *masks, parts, lses), numbers)
+            merging.launch(rows, (parts, lses, written, lse), merged)
         memory.deliver(written, out)
         return out, lse
 

@@ -3,8 +3,8 @@
 Tiles that every query sees in full go first, without a mask, then the others; what no query sees is not visited. Where
 the result is not finite and something was masked, it is made again by a sum that leaves out what is not visible.
 
-With SPLIT the second axis of the grid shares out the tiles of keys that a tile of queries sees. Each split writes sums
-that are not divided, and a second kernel merges them as the loop over tiles does, always in the same order.
+With SPLIT the second axis of the grid shares out the tiles of keys that a tile of queries sees. Each split writes its
+own out and lse in float32. A second kernel merges them, always in the same order.
 """
 
 # fmt: off
@@ -108,9 +108,7 @@ def _attention_fwd_kernel(
     DROPOUT: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, LOWER_RIGHT: tl.constexpr, PART: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """With SPLIT, out has float32 sums as (B, H, splits, Sq, DV), and lse as (B, H, splits, 2, Sq) each row's largest
-    logit and the sum of its weights. The logarithm of the sum alone would round what the splits are weighted by.
-    """
+    """With SPLIT, out is a float32 workspace (B, H, splits, Sq, DV), and lse one (B, H, splits, Sq)."""
     tile, head, batch = program(n_tiles, n_heads, UPPER)
     start_q, n_queries = sequence(cu_seqlens_q_ptr, batch, n_queries)
     start_k, n_keys = sequence(cu_seqlens_k_ptr, batch, n_keys)
@@ -132,7 +130,7 @@ def _attention_fwd_kernel(
     if SPLIT:
         rows_before = tl.program_id(1).to(tl.int64) * n_queries
         out_ptr += rows_before * stride_out_s * VEC
-        lse_row += rows_before * 2
+        lse_row += rows_before
     if mask_ptr is not None:
         mask_ptr += (b * stride_mask_b + h * stride_mask_h + first_row.to(tl.int64) * stride_mask_q) * MASK_VEC
     if key_mask_ptr is not None:
@@ -186,15 +184,9 @@ def _attention_fwd_kernel(
 
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
-    if SPLIT:
-        lse_pointers = lse_ptr + lse_row + tl.arange(0, BLOCK_M)
-        tl.store(lse_pointers, largest, mask=rows_ok)
-        tl.store(lse_pointers + n_queries, total, mask=rows_ok)
-        divisor = tl.full([BLOCK_M], 1.0, tl.float32)
-    else:
-        natural = scale if FOLD else 1.0
-        lse = tl.where(dead, float("-inf"), largest * natural + tl.log(divisor))
-        tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
+    natural = scale if FOLD else 1.0
+    lse = tl.where(dead, float("-inf"), largest * natural + tl.log(divisor))
+    tl.store(lse_ptr + lse_row + tl.arange(0, BLOCK_M), lse, mask=rows_ok)
     if DROPOUT:
         divisor = divisor / keep_scale
     out_pointers = row_pointers(out_ptr, stride_out_s, BLOCK_M, DV_COLS, VEC)
@@ -225,44 +217,40 @@ def _attention_fwd_kernel(
 
 @triton.jit
 def _attention_fwd_merge_kernel(
-    parts_ptr, totals_ptr, out_ptr, lse_ptr, n_heads, n_queries, n_splits,
-    stride_out_b, stride_out_h, stride_out_s, stride_lse_b, stride_lse_h, scale, factor,
-    DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr, FOLD: tl.constexpr,
+    parts_ptr, lses_ptr, out_ptr, lse_ptr, n_heads, n_queries, n_splits,
+    stride_out_b, stride_out_h, stride_out_s, stride_lse_b, stride_lse_h,
+    DV: tl.constexpr, DV_COLS: tl.constexpr, VEC: tl.constexpr, PRECISION: tl.constexpr,
     HIDES: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """out and lse of a query, of what the splits wrote. HIDES: whether a query may see no key."""
     pid = tl.program_id(0)
     row, rest = (pid % n_queries).to(tl.int64), pid // n_queries
     b, h = (rest // n_heads).to(tl.int64), (rest % n_heads).to(tl.int64)
-    first = rest.to(tl.int64) * n_splits * n_queries
     lanes, cols = tl.arange(0, BLOCK_S), tl.arange(0, DV_COLS)
-    totals_ptr += 2 * first + row
-    parts_ptr += (first + row) * DV
+    first = rest.to(tl.int64) * n_splits * n_queries + row
     largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for start in range(0, n_splits, BLOCK_S):
-        splits = (start + lanes).to(tl.int64)
-        logits = tl.load(totals_ptr + splits * (2 * n_queries), mask=splits < n_splits, other=float("-inf"))
-        largest = tl.maximum(largest, logits)
+        splits = start + lanes
+        rows = first + splits.to(tl.int64) * n_queries
+        largest = tl.maximum(largest, tl.load(lses_ptr + rows, mask=splits < n_splits, other=float("-inf")))
     base = tl.max(largest, 0)
     if HIDES:
         base = tl.where(base == float("-inf"), 0.0, base)
     totals = tl.zeros([BLOCK_S], tl.float32)
     sums = tl.zeros([BLOCK_S, DV_COLS], tl.float32)
     for start in range(0, n_splits, BLOCK_S):
-        splits = (start + lanes).to(tl.int64)
+        splits = start + lanes
         there = splits < n_splits
-        pointers = totals_ptr + splits * (2 * n_queries)
-        weight = powers(tl.load(pointers, mask=there, other=float("-inf")), base, factor, FOLD, PRECISION)
-        totals += weight * tl.load(pointers + n_queries, mask=there, other=0.0)
-        part = load_rows(
-            parts_ptr + splits[:, None] * (n_queries.to(tl.int64) * DV) + cols[None, :], there, DV, DV_COLS, True
-        )
-        sums += weight[:, None] * part
+        rows = first + splits.to(tl.int64) * n_queries
+        lses = tl.load(lses_ptr + rows, mask=there, other=float("-inf"))
+        weights = powers(lses, base, 1.0, False, PRECISION)
+        totals += weights
+        sums += weights[:, None] * load_rows(parts_ptr + rows[:, None] * DV + cols[None, :], there, DV, DV_COLS, True)
     total = tl.sum(totals, 0)
     dead = total == 0.0
     divisor = tl.where(dead, 1.0, total)
-    natural = scale if FOLD else 1.0
-    lse = tl.where(dead, float("-inf"), base * natural + tl.log(divisor))
-    tl.store(lse_ptr + b * stride_lse_b + h * stride_lse_h + row, lse)
+    tl.store(
+        lse_ptr + b * stride_lse_b + h * stride_lse_h + row, tl.where(dead, float("-inf"), base + tl.log(divisor))
+    )
     out_ptr += (b * stride_out_b + h * stride_out_h + row * stride_out_s) * VEC
     tl.store(out_ptr + cols, (tl.sum(sums, 0) / divisor).to(out_ptr.dtype.element_ty), mask=cols < DV)

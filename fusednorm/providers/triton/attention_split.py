@@ -74,12 +74,12 @@ def grouped(call: Call) -> Call:
 
 
 class Workspace(NamedTuple):
-    """float32: sums of values, (B, H, splits, Sq, DV), and for each row its largest logit and its sum of weights."""
+    """What the splits write in float32: out as (B, H, splits, Sq, DV) and lse as (B, H, splits, Sq)."""
 
     parts: Layout
-    totals: Layout
+    lses: Layout
     strides: tuple[int, int, int]  # of parts by batch, head and position in vectors, as of any result
-    totals_strides: tuple[int, int]
+    lse_strides: tuple[int, int]
 
 
 def workspace(call: Call, n_splits: int) -> Workspace:
@@ -89,7 +89,7 @@ def workspace(call: Call, n_splits: int) -> Workspace:
     rows = n_splits * n_queries
     return Workspace(
         row_major((*sizes, n_queries, dv)),
-        row_major((*sizes, 2, n_queries)),
+        row_major((*sizes, n_queries)),
         (n_heads * rows * dv // vec, rows * dv // vec, dv // vec),
-        (n_heads * rows * 2, rows * 2),
+        (n_heads * rows, rows),
     )
