@@ -41,6 +41,8 @@ compiled = [
     (float32, 90, "attention_bwd_dkv", "dk"),
     (float32, 90, "attention_fwd", ""),
     (calls.Call(64, 64, "bfloat16", mask="bool", logits="softcap"), 90, "attention_fwd", ""),
+    (calls.Call(64, 64, "bfloat16", mask="bool", unaligned=True, few=True), 90, "attention_fwd", ""),
+    (calls.Call(64, 64, "bfloat16", upper=True, few=True), 80, "attention_fwd_merge", ""),
 ]
 for call, arch, kernel, wants in compiled:
     for v in gate.variants([gate.described(call)], arch):
@@ -50,8 +52,8 @@ for call, arch, kernel, wants in compiled:
 
 
 def test_heavy_attention_kernels_do_not_spill_or_wait():
-    """Gradients of wide heads with every switch, a mask's summed gradient, float32, a bool mask on Hopper."""
-    kernels = ["bwd_dkv", "bwd_dkv", "bwd_dmask", "bwd_dkv", "fwd", "fwd"]
+    """Gradients of wide heads with every switch, a mask's summed gradient, float32, bool masks on Hopper, splits."""
+    kernels = ["bwd_dkv", "bwd_dkv", "bwd_dmask", "bwd_dkv", "fwd", "fwd", "fwd", "fwd_merge"]
     assert compiled("-c", HEAVY).splitlines() == [f"attention_{kernel}" for kernel in kernels]
 
 
