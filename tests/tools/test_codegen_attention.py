@@ -97,7 +97,8 @@ def test_the_gate_enumerates_what_dispatch_tells_apart():
     every, covering = list(attention_calls.every(dims, dtypes)), attention_calls.covering(dims, dtypes, 2)
     seen: dict[str, list[set[str]]] = {}
     for dtype in ("float32", "bfloat16"):
-        for call in attention_calls.covering((64,), (dtype,), 1):
+        plain = attention_calls.Call(64, 64, dtype, few=True)
+        for call in (plain, *attention_calls.covering((64,), (dtype,), 2)):
             for launch in attention_calls.launches(call, (9, 0)):
                 values = (*launch.constants, *launch.pointer_dtypes)
                 for known, value in zip(seen.setdefault(launch.kernel, [set() for _ in values]), values):
