@@ -166,7 +166,7 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
     like = rows_like(q, "meta") if v.shape[-1] == q.shape[-1] else q.new_empty((*shape, v.shape[-1]), device="meta")
     out_like, lse_like = memory.like(like), (*row_major(shape[::-1] if packed else shape), torch.float32)
     nothing = 0 in shape or k.numel() == 0 == v.numel() or n_batches == 0
-    operands = memory.Operands(packed, q, k, v, like)
+    operands, may_split = memory.Operands(packed, q, k, v, like), split.may(inputs)
     ways: dict[Any, tuple[_Way, tuple[split.Workspace, _Way] | None]] = {}
 
     def problem_of(call: split.Call) -> _Problem:
@@ -174,7 +174,7 @@ def attention_fwd(inputs: AttentionInputs, options: AttentionOptions) -> Callabl
 
     def way(given: split.Call, key_mask: Tensor | None) -> tuple[_Way, tuple[split.Workspace, _Way] | None]:
         """The launch, and where there are splits what they write and the launch that merges it."""
-        call, n_splits = split.chosen(given, lambda call: problem_of(call).need) if split.may(inputs) else (given, 1)
+        call, n_splits = split.chosen(given, lambda call: problem_of(call).need) if may_split else (given, 1)
         q, k, v, out, lse, attn_mask, options = call
         problem, n_heads, n_queries = problem_of(call), q.shape[1], options.max_seqlen_q
         variant, tile = _plan("split" if n_splits > 1 else "fwd", problem)
