@@ -15,7 +15,7 @@ def test_a_model_is_measured_and_its_launches_are_counted(tmp_path, capsys):
     rows = {row["model"]: row for row in result["rows"]}
     assert "GPT-2" in rows
     row = rows["GPT-2"]
-    assert row["launches"][0] - row["launches"][1] > 20 and row["ratio"] > 0.5 and row["rounds"] == 3
+    assert row["launches"][0] - row["launches"][1] > 20 and row["ratio"] > 0.5 and row["rounds"] == models.PLACES
     assert "| GPT-2 |" in (tmp_path / "models.md").read_text() and "| GPT-2 |" in capsys.readouterr().out
 
 

@@ -43,10 +43,9 @@ void few_rows_op(StableIValue* stack, uint64_t, uint64_t) {
   const Handle x = parse_tensor(stack[0]), weight = parse_tensor(stack[1]), bias = parse_optional(stack[2]);
   const Sizes s = sizes_of("x", x), w = sizes_of("weight", weight);
   STD_TORCH_CHECK(s.ndim >= 1, "x: expected at least one dimension");
-  STD_TORCH_CHECK(w.ndim == 2, "weight: expected two dimensions, got ", w.ndim);
   FewRows f;
-  f.rows = product(s.sizes, s.ndim - 1), f.terms = s.sizes[s.ndim - 1], f.outputs = w.sizes[0];
-  STD_TORCH_CHECK(w.sizes[1] == f.terms, "weight: expected ", f.terms, " columns, got ", w.sizes[1]);
+  f.rows = product(s.sizes, s.ndim - 1), f.terms = s.sizes[s.ndim - 1], f.outputs = w.ndim == 2 ? w.sizes[0] : 0;
+  STD_TORCH_CHECK(w.ndim == 2 && w.sizes[1] == f.terms, "weight: its shape does not fit ", f.terms, " columns of x");
   STD_TORCH_CHECK(f.rows <= kFewRows, "x: expected at most ", kFewRows, " rows, got ", f.rows);
   f.dtype = dtype_of("x", x);
   STD_TORCH_CHECK(f.dtype != kFloat64, "x: expected float32, bfloat16 or float16");
