@@ -42,6 +42,7 @@ TABLE = (
 )
 
 ACTIVATIONS = {activation.name: activation for activation in TABLE}
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by the argument `approximate` of torch's
 FUNCTIONS = {activation.name: activation.torch_function for activation in TABLE}
 
 

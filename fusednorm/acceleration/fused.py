@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._activations import gelu_tanh
+from .._activations import FUNCTIONS, GELUS
 from ..activation import bias_act_dropout
 from ..autograd.linear import linear as linear_product
 from ..modules._fusible import any_global_hooks
@@ -306,11 +306,8 @@ def _modulated(norm: Any, x: Tensor, scale: Any, shift: Any, unsqueezed: bool) -
 
 def gelu_of(approximate: Any) -> Callable[[Tensor], Tensor]:
     """``F.gelu`` in that form: the function that :func:`activate` knows, or one that fails as torch's does."""
-    known = _GELUS.get(approximate) if isinstance(approximate, str) else None
-    return functools.partial(F.gelu, approximate=approximate) if known is None else known
-
-
-_GELUS: dict[Any, Callable[[Tensor], Tensor]] = {"none": F.gelu, "tanh": gelu_tanh}
+    name = GELUS.get(approximate) if isinstance(approximate, str) else None
+    return functools.partial(F.gelu, approximate=approximate) if name is None else FUNCTIONS[name]
 
 
 def activate(*, x: Tensor, linear: Any, activation: Any, name: str, dropout: Any = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._activations import GELUS
 from .source import HELPER, Unreadable, read_function
 from .tree import Tree, mentions
 
@@ -180,5 +181,5 @@ def gelu(tree: Tree, node: ast.Call) -> tuple[str | None, ast.expr]:
         return None, node.func
     value = node.keywords[0].value
     form = value.value if isinstance(value, ast.Constant) else tree.resolve(value)
-    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(form) if isinstance(form, str) else None
+    name = GELUS.get(form) if isinstance(form, str) else None
     return name, node.func if name is None else ast.Call(helper("gelu_of"), [value], [])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._activations import FUNCTIONS
+from .._activations import FUNCTIONS, GELUS
 from .adaptive import Gate
 from .handover import without_hooks
 
@@ -94,7 +94,7 @@ def activation_name(activation: Any) -> str | None:
     if not isinstance(activation, nn.Module):
         return _ACTIVATIONS.get(activation) if isinstance(activation, Hashable) else None
     if type(activation) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+        return GELUS.get(activation.approximate)
     return _ACTIVATIONS.get(type(activation)) or _seen_to_compute(activation)
 
 

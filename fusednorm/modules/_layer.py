@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, dropout, norm
-from .._activations import TABLE
+from .._activations import GELUS, TABLE
 from ..activation import bias_act_dropout
 from ..autograd.linear import linear
 from . import _recompute
@@ -68,7 +68,7 @@ def activation_name(activation: Any) -> str | None:
 
 _MODULES: dict[type, Callable[[Any], str | None]] = {
     nn.ReLU: lambda module: "relu",
-    nn.GELU: lambda module: {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate),
+    nn.GELU: lambda module: GELUS.get(module.approximate),
     nn.SiLU: lambda module: "silu",
 }
 

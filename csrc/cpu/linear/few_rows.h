@@ -1,5 +1,4 @@
-// A linear layer of a few rows, as in generation: the weight is read from memory once, and its bytes are
-// the time.
+// A linear layer of a few rows, as in generation: the weight is read from memory once, and its bytes are the time.
 //
 // A lane adds every 16th product, in chains of at most kChainVectors, whose sums are added up. The order of every sum
 // depends on the number of terms alone.
