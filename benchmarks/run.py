@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--limit",
         type=float,
         metavar="S",
-        help="take no case after S seconds; default 80 on a CPU unless --full or --grid",
+        help="take no case after S seconds; default 120 on a CPU unless --full or --grid",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write benchmark.json, .md, .html and pictures here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw result to this file")
@@ -236,7 +236,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure what was chosen; `excluded` says by name why the sweep itself leaves some cases out."""
     seconds, on_targets = arguments.seconds or SECONDS[arguments.level], arguments.level == "targets"
-    limit = arguments.limit or (80.0 if device.type == "cpu" and arguments.level not in ("full", "grid") else math.inf)
+    limit = arguments.limit or (120.0 if device.type == "cpu" and arguments.level not in ("full", "grid") else math.inf)
     start, clocks_before = time.monotonic(), clocks(device)
     facts = environment(device)
     free = measure.available_memory(device)

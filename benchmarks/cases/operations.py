@@ -118,6 +118,7 @@ class Sweep:
     dtypes: tuple[str, ...]
     directions: tuple[str, ...] = ("forward", "both")
     limits: Mapping[str, int] = field(default_factory=dict)  # op -> most elements
+    more_dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # op -> dtypes beside those of the sweep
     ffn_shapes: tuple[tuple[int, int], ...] = (TINY,)  # of the operations inside a feed-forward block
     attention_shapes: tuple[tuple[int, int, int, int], ...] = ()  # batch, heads, length, head dim
     layer_shapes: tuple[tuple[int, int, int], ...] = ()  # batch, length, width
@@ -149,7 +150,7 @@ class Sweep:
             for shape in every
             for name, op in self.operations().items()
             if shape in self.shapes_of(op)
-            for dtype in (self.layer_dtypes if op.family == "layer" else self.dtypes)
+            for dtype in (self.layer_dtypes if op.family == "layer" else self.dtypes) + self.more_dtypes.get(name, ())
             for direction in (
                 ("both",) if op.family == "layer" else self.directions
             )  # innermost: they share float64 results
@@ -184,6 +185,7 @@ SWEEPS = {
         (TINY, (1, 4096), (256, 768), (1024, 1024), (65536, 64), (4, 262144), (2048, 4096)),
         ("float32", "bfloat16"),
         limits=_CPU_LIMITS,
+        more_dtypes={"layer_norm": ("float16",), "add_layer_norm": ("float16",)},
         ffn_shapes=(TINY, (64, 4096), (1024, 3072)),
         attention_shapes=(TINY_ATTENTION, (2, 8, 512, 64)),
         layer_shapes=(TINY_LAYER, (8, 256, 512)),

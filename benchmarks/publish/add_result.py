@@ -54,7 +54,24 @@ def place(result: Record, folder: Path) -> Path:
     e = result["environment"]
     asked_for = f"-{forced}" if (forced := provider_asked_for(result)) else ""
     asked_for += "-targets" if of_targets(result) else ""
+    asked_for += "" if on_every_core(result) else f"-{threads(result)}"
     return folder / slug(e["device"]) / f"{e['date'][:10]}-{e['commit'] or 'unknown'}{asked_for}.json"
+
+
+def on_every_core(result: Record) -> bool:
+    """Whether the threads of a CPU were as many as its cores, as they are where a user asks for nothing."""
+    m = result["method"]
+    return result["environment"]["device_type"] != "cpu" or m["threads"] == m["cores"]
+
+
+def threads(result: Record) -> str:
+    n = result["method"]["threads"]
+    return f"{n}-thread{'s' * (n != 1)}"
+
+
+def device_and_threads(result: Record) -> str:
+    e = result["environment"]
+    return e["device"] + (f", {threads(result).replace('-', ' ')}" if e["device_type"] == "cpu" else "")
 
 
 def of_targets(result: Record) -> bool:
@@ -114,7 +131,7 @@ def newest(folder: Path | None = None, for_targets: bool = False) -> list[tuple[
     """The newest kept result of each device, GPUs first; not of a provider asked for, which is no user's choice.
 
     `run.py --targets` makes the table of targets and other sweeps the README's figures, each the other's where there
-    is nothing else of a device.
+    is nothing else of a device. A result on fewer threads than cores counts for the targets alone, beside the others.
     """
     latest: dict[str, tuple[Path, Record]] = {}
 
@@ -123,9 +140,9 @@ def newest(folder: Path | None = None, for_targets: bool = False) -> list[tuple[
 
     for path in sorted((folder or RESULTS).glob("*/*.json")):
         result = read_result(path)
-        if provider_asked_for(result):
+        if provider_asked_for(result) or not (for_targets or on_every_core(result)):
             continue
-        device = path.parent.name
+        device = device_and_threads(result)
         if device not in latest or rank(result) >= rank(latest[device][1]):
             latest[device] = path, result
     return sorted(latest.values(), key=lambda found: found[1]["environment"]["device_type"] == "cpu")

@@ -191,6 +191,7 @@ DTYPES = ("float32", "bfloat16")
 CPU = (
     in_sweep("layer_norm", "float32", 1.4),
     in_sweep("layer_norm", "bfloat16", 1.8),
+    in_sweep("layer_norm", "float16", 1.8),
     in_sweep("add_layer_norm", "float32", 1.7),
     in_sweep("add_layer_norm", "bfloat16", 2.2),
     Target("add + LayerNorm, worst of the sweep, against eager", ">= 1x", 1.0, speed(both("add_layer_norm"), "eager")),
@@ -236,7 +237,7 @@ def page(kept_results: Sequence[tuple[Path, Record]]) -> str:
         parts.append(table(["target", "wanted"], [[t.text, t.wanted] for t in GPU]))
     for path, result in kept_results:
         e = result["environment"]
-        parts.append(f"## {e['device']}")
+        parts.append(f"## {add_result.device_and_threads(result)}")
         parts.append(f"{e['date'][:10]}, commit `{e['commit']}`, [raw data]({path.parent.name}/{path.name}).")
         parts.append(text(result))
     return "\n\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks import cases
-from benchmarks.publish import add_result, readme
+from benchmarks.publish import add_result, readme, targets
 from tests.benchmarks.test_report import record, result
 
 FUSED = {"how": "one fused op each way", "provider": "triton"}
@@ -150,6 +150,18 @@ def test_the_sweep_of_the_targets_makes_their_table_and_another_the_figures(tmp_
     assert len({old, default, same_day, newer}) == 4
     found = [[path for path, _ in add_result.newest(tmp_path, of)] for of in (False, True)]
     assert found == [[same_day], [newer]]
+
+
+def test_fewer_threads_than_cores_make_a_table_of_targets_of_their_own_and_no_figures(tmp_path):
+    one, every = measured(date="2031-01-02T03:04:05+00:00"), measured()
+    one["method"]["threads"] = 1
+    paths = [add_result.add(of, tmp_path) for of in (one, every)]
+    assert [path.name for path in paths] == ["2031-01-02-0123456789ab-1-thread.json", "2030-01-02-0123456789ab.json"]
+    assert [path for path, _ in add_result.newest(tmp_path)] == paths[1:]
+    kept = add_result.newest(tmp_path, for_targets=True)
+    assert sorted(path for path, _ in kept) == sorted(paths)
+    titles = [line for line in targets.page(kept).splitlines() if line.startswith("## ")]
+    assert sorted(titles) == ["## a processor, 1 thread", "## a processor, 2 threads"]
 
 
 def test_times_of_a_large_result_are_rounded_and_that_is_said(monkeypatch, tmp_path):

@@ -230,10 +230,11 @@ def test_cells_left_out_say_so_and_why(tmp_path):
 def test_a_sweep_names_what_its_limits_exclude(capsys, monkeypatch):
     for sweep in cases.SWEEPS.values():
         measured, excluded = {case.name for case in sweep.cases()}, sweep.left_out()
-        each = len(sweep.dtypes) * len(sweep.directions)
         every = (
-            len(sweep.shapes_of(op)) * (len(sweep.layer_dtypes) if op.family == "layer" else each)
-            for op in sweep.operations().values()
+            len(sweep.shapes_of(op))
+            * (len(sweep.layer_dtypes) if op.family == "layer" else len(sweep.dtypes) * len(sweep.directions))
+            + len(sweep.shapes_of(op)) * len(sweep.more_dtypes.get(name, ())) * len(sweep.directions)
+            for name, op in sweep.operations().items()
         )
         assert len(measured) + len(excluded) == sum(every)
         assert not measured & set(excluded)

@@ -223,7 +223,7 @@ def test_a_cpus_targets_are_about_its_default_sweep(capsys):
     assert (arguments.level, arguments.baselines) == ("default", list(run.PEERS))
     assert run.main(["--targets", "--device", "cpu", "--list", "--only", "^add_layer_norm"]) == 0
     listed = {line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]}
-    assert len(listed) == 28 and "add_layer_norm/both/bfloat16/4x262144" in listed
+    assert len(listed) == 42 and "add_layer_norm/both/float16/4x262144" in listed
 
 
 @pytest.mark.parametrize("asked", [None, "none", "all"])
