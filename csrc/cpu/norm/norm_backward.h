@@ -4,7 +4,7 @@
 // dz = rstd (g - bar(g) - xhat bar(g xhat)) + dresidual_out; RMSNorm lacks bar(g).
 #pragma once
 
-#include "norm_forward.h"
+#include "norm_backward_narrow.h"
 #include "../support/partials.h"
 
 namespace fusednorm_cpu {
@@ -19,12 +19,6 @@ struct Block {
   const Int<C>* masks[kRowBlock];
   Path path[kRowBlock];
   C mean[kRowBlock], rstd[kRowBlock], product[kRowBlock], shift[kRowBlock];  // the last two: row means of g xhat and g
-};
-
-// Where the gradients of parameters are summed; null for those that nobody wants.
-template <class C>
-struct ParameterSums {
-  C *dweight, *dbias, *dx_bias, *dlayer_scale;
 };
 
 // What is there, as constants where it is common: conditions inside a loop took as much time as the arithmetic.
@@ -210,7 +204,10 @@ void backward_chunks(const Backward& a, char* workspace, int64_t first_chunk, in
     const int64_t end = begin + a.rows_per_chunk < group_end ? begin + a.rows_per_chunk : group_end;
     const Present<true, RMS, EPILOGUE> common(a, sums);
     const Present<false, RMS, EPILOGUE> any(a, sums);
-    for (int64_t row = begin; row < end; row += kRowBlock) {
+    int64_t row = begin;
+    if constexpr (kSpecialized<C> && !EPILOGUE)
+      if (a.direct) row = narrow_rows<S, RMS>(a, sums, row, end);
+    for (; row < end; row += kRowBlock) {
       const int rows = row + kRowBlock <= end ? kRowBlock : int(end - row);
       const bool ahead = fetches && row + 2 * kRowBlock <= end;
       if constexpr (kSpecialized<C>)

@@ -72,31 +72,52 @@ void use_instruction_set(std::string name) {
                   instruction_sets());
 }
 
-constexpr int64_t kAlignment = 64, kKept = 4 << 20;  // what a thread keeps between calls; mapping pages anew costs more
-
 namespace {
+
+constexpr int64_t kAlignment = 64;
 
 Buffer aligned(int64_t bytes) {
   return Buffer(std::aligned_alloc(kAlignment, plus(bytes, kAlignment - 1) / kAlignment * kAlignment));
+}
+
+// Memory that stays from one call to the next, up to kMost bytes: mapping pages anew costs more than what is done in them.
+template <int64_t kMost>
+class Kept {
+  Buffer buffer_;
+  int64_t size_ = 0;
+
+ public:
+  void* at_least(int64_t bytes) {
+    if (bytes > size_ || (size_ > kMost && bytes <= kMost)) {
+      buffer_.reset();
+      buffer_ = aligned(bytes);
+      size_ = buffer_ ? bytes : 0;
+    }
+    return buffer_.get();
+  }
+};
+
+void* checked(void* memory, const char* what, int64_t bytes) {
+  STD_TORCH_CHECK(memory, "out of memory: ", bytes, " bytes for ", what);
+  return memory;
 }
 
 }  // namespace
 
 Buffer allocate(const char* what, int64_t bytes) {
   Buffer buffer = aligned(bytes);
-  STD_TORCH_CHECK(buffer, "out of memory: ", bytes, " bytes for ", what);
+  checked(buffer.get(), what, bytes);
   return buffer;
 }
 
 void* workspace(int64_t bytes) {
-  static thread_local Buffer buffer;
-  static thread_local int64_t size = 0;
-  if (bytes > size || (size > kKept && bytes <= kKept)) {
-    buffer.reset();
-    buffer = aligned(bytes);
-    size = buffer ? bytes : 0;
-  }
-  return buffer.get();
+  static thread_local Kept<4 << 20> kept;
+  return kept.at_least(bytes);
+}
+
+void* partial_sums(int64_t bytes) {
+  static thread_local Kept<8 << 20> kept;
+  return checked(kept.at_least(bytes), "partial sums", bytes);
 }
 
 }  // namespace fusednorm_cpu

@@ -20,6 +20,8 @@ void use_instruction_set(std::string name);          // "" for the best
 
 // At least `bytes`, aligned, this thread's until the next call of workspace(); null where there is no memory.
 void* workspace(int64_t bytes);
+// The same for a call's partial sums, which the threads that it starts fill. Fails where there is no memory.
+void* partial_sums(int64_t bytes);
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

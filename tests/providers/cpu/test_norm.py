@@ -93,10 +93,10 @@ def test_results_do_not_depend_on_the_instruction_set(shape, dtype, stream_dtype
 
 @DTYPE
 @pytest.mark.parametrize("function", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
-@pytest.mark.parametrize("shape", [(6, 64), (7, 70), (15, 16), (23, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 64), (7, 70), (15, 16), (10, 32), (9, 128), (23, 200)], ids=str)
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(shape, function, dtype, on_instruction_sets):
     """The common gradients have loops of their own: their bits are those of the other loops."""
-    x, residual, dy = (torch.randn(shape).to(dtype) for _ in range(3))
+    x, residual, *cotangents = (torch.randn(shape).to(dtype) for _ in range(4))
     parameters = [torch.randn(shape[1]).to(dtype) for _ in range(1 if "rms" in function else 2)]
     given = [x, residual, *parameters] if "add" in function else [x, *parameters]
 
@@ -105,8 +105,8 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(shape, function, 
         split = len(given) - len(parameters)
         with fusednorm.use_provider("cpu"):
             found = getattr(fusednorm, function)(*leaves[:split], shape[1], *leaves[split:])
-        normed = found[0] if isinstance(found, tuple) else found
-        return list(torch.autograd.grad(normed, [leaves[i] for i in wanted], dy))
+        outputs = [o for o in (found if isinstance(found, tuple) else [found]) if o.requires_grad]
+        return list(torch.autograd.grad(outputs, [leaves[i] for i in wanted], cotangents[: len(outputs)]))
 
     def all_at_once_and_one_by_one() -> list:
         every = range(len(given))
@@ -169,17 +169,19 @@ def test_batch_invariant_takes_one_provider_for_every_number_of_rows(rows, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_gradients_written_past_the_caches_have_the_same_bits(dtype, dropout_p, on_instruction_sets):
+@pytest.mark.parametrize(("columns", "dropout_p"), [(1024, 0.0), (1024, 0.1), (64, 0.0)])
+def test_gradients_written_past_the_caches_have_the_same_bits(dtype, columns, dropout_p, on_instruction_sets):
     """16 MB of dx are; its quarters, and rows that are no multiple of 64 bytes, are not."""
-    n = (16 << 20) // dtype.itemsize // 1024
-    x, residual, *cotangents = (torch.randn(n, 1024).to(dtype) for _ in range(4))
+    n = (16 << 20) // dtype.itemsize // columns
+    x, residual, *cotangents = (torch.randn(n, columns).to(dtype) for _ in range(4))
+    parameters = [torch.randn(columns).to(dtype).requires_grad_() for _ in range(2)]
 
     def gradients(rows: slice) -> tuple[torch.Tensor, ...]:
         leaves = [t[rows].clone().requires_grad_() for t in (x, residual)]
         with fusednorm.use_provider("cpu"):
-            outputs = fusednorm.add_layer_norm(*leaves, 1024, dropout_p=dropout_p, seed=SEED)
-        return torch.autograd.grad(outputs, leaves, [c[rows] for c in cotangents])
+            outputs = fusednorm.add_layer_norm(*leaves, columns, *parameters, dropout_p=dropout_p, seed=SEED)
+        gradients = torch.autograd.grad(outputs, leaves + parameters, [c[rows] for c in cotangents])
+        return gradients[:2]  # those of the parameters are sums over other rows
 
     # masks count rows from the first
     for whole, first in on_instruction_sets(lambda: (gradients(slice(None)), gradients(slice(n // 4)))):
