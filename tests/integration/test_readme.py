@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fusednorm
+from docs.figures import page as pages
 
 ROOT = Path(fusednorm.__file__).parents[1]
 README = ROOT / "README.md"
@@ -24,12 +25,7 @@ INSTALLING = ("git clone", ". .venv/", "cd ", "pip install", "python -m pip inst
 
 def blocks(*languages: str) -> list[tuple[Path, int, str]]:
     """(page, line, text) of every fenced block in one of the languages."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        fences = re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        found += [(page, text[: m.start()].count("\n") + 2, m[2]) for m in fences if m[1] in languages]
-    return found
+    return [(page, line, text) for page in PAGES for line, text in pages.blocks(page, *languages)]
 
 
 def commands() -> list[tuple[Path, int, str]]:
@@ -50,7 +46,8 @@ def names(found: list[tuple[Path, int, str]]) -> list[str]:
     return [f"{page.stem}_line_{line}" for page, line, _ in found]
 
 
-PYTHON, COMMANDS = blocks("python", "py"), commands()
+PROGRAMS = [page for page in PAGES if pages.is_program(page)]
+PYTHON, COMMANDS = [block for block in blocks("python", "py") if block[0] not in PROGRAMS], commands()
 
 
 def test_readme_has_snippets_and_commands():
@@ -92,6 +89,18 @@ def test_python_block(page, line, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile("\n" * (line - 1) + text, str(page), "exec")
     exec(code, {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda p: p.stem)
+def test_page_is_a_program(page, tmp_path):
+    """As a reader runs it: in a process of its own, from a file, without what the tests tell providers."""
+    file = tmp_path / "program.py"
+    file.write_text(pages.program(page), encoding="utf-8")
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FUSEDNORM_"))}
+    environment = theirs | {"PYTHONPATH": str(ROOT), "FUSEDNORM_TUNED": "0"}
+    command = [sys.executable, file]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("page", "line", "command"), COMMANDS, ids=names(COMMANDS))
