@@ -106,6 +106,7 @@ def with_tables(text: str, program: ModuleType) -> str:
 
 
 def save(figure: Any, path: Path, numbers: Any) -> None:
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     figure.savefig(path, dpi=160, facecolor="white", metadata={"Description": json.dumps(numbers)})
 
 
