@@ -8,6 +8,7 @@ python3 -m benchmarks.publish.readme --picture  # docs/images/speedups.png too; 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import textwrap
@@ -16,24 +17,33 @@ from pathlib import Path
 
 from benchmarks.cases import DIRECTION_TITLES
 from benchmarks.publish import add_result
-from benchmarks.report.files import renew
+from benchmarks.report.files import read_result, renew
 from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, groups_by_key, losses, measured, no_kernel, ratio
 from benchmarks.report.table import table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 PERFORMANCE = README.parent / "docs" / "performance.md"
 PICTURE = README.parent / "docs" / "images" / "speedups.png"
-# The README's rows, in the order of what a user would swap first.
 SHOWN = ("float32", "bfloat16")  # dtypes of the README; docs/performance.md has every dtype
-SUMMARY = (
-    ("attention_dropout", "both"),
-    ("attention_causal", "both"),
-    ("encoder_layer", "both"),
-    ("bias_dropout_add_layer_norm", "both"),
-    ("bias_gelu_dropout", "both"),
-    ("add_layer_norm", "both"),
-    ("rms_norm", "both"),
-    ("layer_norm", "both"),
+# The README's rows, forward + backward, in the order of what a user would swap first.
+SUMMARY = {
+    "attention_dropout": "attention, causal, with dropout",
+    "attention_causal": "attention, causal",
+    "encoder_layer": "encoder layer",
+    "bias_dropout_add_layer_norm": "bias + dropout + residual + LayerNorm",
+    "bias_gelu_dropout": "bias + GELU + dropout",
+    "add_layer_norm": "residual + LayerNorm",
+    "rms_norm": "RMSNorm",
+    "layer_norm": "LayerNorm",
+}
+# What a user's model gains: words, and the rows of memory.json (eager's, ours) or of models.json.
+LAYERS = (
+    ("two encoder layers with dropout, width 512", "torch.nn, float32", "fusednorm, float32"),
+    ("the same, autocast to bfloat16", "torch.nn, autocast to bfloat16", "fusednorm, autocast to bfloat16"),
+)
+MODELS = (
+    ("two blocks of GPT-2, width 768, accelerated", "gpt2 blocks"),
+    ("two blocks of BERT, width 768, accelerated", "bert blocks"),
 )
 NOTE = "<!-- written by benchmarks/publish/readme.py from benchmarks/results: do not edit -->"
 NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. With one, these commands make them:
@@ -111,19 +121,33 @@ def section(path: Path, result: Record, root: Path) -> str:
     return "\n\n".join([wrapped(origin), figures(result), wrapped(where_we_lose(result))])
 
 
+def steps(folder: Path = add_result.RESULTS) -> str:
+    """The README's first table: training steps beside torch's, their speed and what they keep for the backward."""
+    memory, models = (read_result(folder / f"{name}.json") for name in ("memory", "models"))
+    cases = {case["name"]: case for case in memory["cases"]}
+    rows = []
+    for words, theirs, ours in LAYERS:
+        a, b = cases[theirs], cases[ours]
+        speed, share = a["seconds"] / b["seconds"], b["kept_bytes"] / a["kept_bytes"]
+        rows.append([f"[{words}](benchmarks/results/memory.md)", f"{speed:.2f}x", f"{share:.0%}"])
+    for words, name in MODELS:
+        speed = next(row["ratio"] for row in models["rows"] if row["model"] == name)
+        rows.append([f"[{words}](benchmarks/results/models.md)", f"{speed:.2f}x", "not measured"])
+    where = f"training step on {memory['threads']} threads of {memory['environment']['device']}"
+    return NOTE + "\n\n" + table([where, "speed, against torch", "kept for the backward"], rows)
+
+
 def summary(kept: Sequence[tuple[Path, Record]]) -> str:
-    """The README's table: mean speed-ups of a few operations on each device, forward and backward."""
+    """The first table of docs/performance.md: mean speed-ups of a few operations on each device."""
     found = {path: groups_by_key(result) for path, result in kept}
     columns = [(path, short_name(result), dtype) for path, result in kept for dtype in SHOWN]
     rows = [
-        [f"`{op}`, {DIRECTION_TITLES[direction]}"]
-        + [f"{g.mean:.2f}" if (g := found[path].get((op, direction, d))) else "" for path, _, d in columns]
-        for op, direction in SUMMARY
+        [words, *(f"{g.mean:.2f}" if (g := found[path].get((op, "both", d))) else "" for path, _, d in columns)]
+        for op, words in SUMMARY.items()
     ]
     legend = (
-        "Speed-up: eager's time divided by ours, the geometric mean over all measured sizes, on 2 threads. Rows are "
-        "benchmark names: `bias_dropout_add_layer_norm` is `add_layer_norm` with `x_bias` and `dropout_p`, "
-        "`bias_gelu_dropout` is `bias_act_dropout`. Empty: not measured."
+        "Eager's time divided by ours, forward and backward together: the geometric mean over all measured sizes, on "
+        "2 threads. An empty cell was not measured."
     )
     return "\n\n".join(
         [NOTE, wrapped(legend), table(["", *(f"{device}, {dtype}" for _, device, dtype in columns)], rows)]
@@ -134,30 +158,39 @@ def _dtypes(result: Record) -> list[str]:
     return list(dict.fromkeys(g.dtype for g in groups(result)))
 
 
+def bars(kept: Sequence[tuple[Path, Record]]) -> dict[str, list[float | None]]:
+    """What the picture shows: by dtype, the newest result's mean speed-ups in the order of SUMMARY."""
+    found = groups_by_key(kept[0][1])
+    return {
+        dtype: [round(g.mean, 2) if (g := found.get((op, "both", dtype))) else None for op in SUMMARY]
+        for dtype in SHOWN
+    }
+
+
 def draw(kept: Sequence[tuple[Path, Record]], path: Path) -> None:
-    """Bars of the newest result's mean speed-ups, a bar for each dtype."""
+    """A bar for each dtype. The PNG has the numbers as JSON in its text "Description"."""
     from matplotlib.figure import Figure
 
     _, result = kept[0]
-    found, dtypes = groups_by_key(result), SHOWN
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    shown = bars(kept)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    height = 0.8 / len(dtypes)
-    for i, dtype in enumerate(dtypes):
-        shown = [found.get((op, direction, dtype)) for op, direction in SUMMARY]
-        bars = [0.0 if group is None else group.mean for group in shown]
-        places = [row + (i - (len(dtypes) - 1) / 2) * height for row in range(len(SUMMARY))]
-        drawn = axes.barh(places, bars, height, label=dtype, color=("tab:blue", "tab:orange")[i])
-        axes.bar_label(drawn, [f"{value:.2f}x" if value else "" for value in bars], padding=3, fontsize=9)
+    height = 0.8 / len(shown)
+    for i, (dtype, values) in enumerate(shown.items()):
+        places = [row + (i - (len(shown) - 1) / 2) * height for row in range(len(SUMMARY))]
+        drawn = axes.barh(places, [v or 0.0 for v in values], height, label=dtype, color=("#3b7dbd", "#f0a13a")[i])
+        axes.bar_label(drawn, [f"{v:.2f}x" if v else "not measured" for v in values], padding=3, fontsize=10)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(range(len(SUMMARY)), [op for op, _ in SUMMARY])
+    axes.set_yticks(range(len(SUMMARY)), SUMMARY.values(), fontsize=11)
     axes.invert_yaxis()
-    axes.set_xlabel("time of eager PyTorch / time of fusednorm, forward + backward (above 1: fusednorm is faster)")
-    axes.set_title(f"{result['environment']['device']}, {result['method']['threads']} threads")
-    axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("eager PyTorch's time / fusednorm's time (right of the line fusednorm is faster)", fontsize=11)
+    threads = result["method"]["threads"]
+    axes.set_title(f"Forward + backward on {result['environment']['device']}, {threads} threads: speed-up over eager")
+    axes.legend(loc="lower right", fontsize=11, frameon=False)
     axes.margins(x=0.12)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130, facecolor="white", metadata={"Description": json.dumps(shown)})
 
 
 def block(kept: Sequence[tuple[Path, Record]], root: Path = README.parent) -> str:
@@ -189,7 +222,11 @@ def main(argv: list[str] | None = None) -> int:
     kept = add_result.newest()
     if arguments.picture:
         draw(kept, PICTURE)
-    pages = ((README, "summary", summary(kept)), (PERFORMANCE, "figures", block(kept, PERFORMANCE.parent)))
+    pages = (
+        (README, "steps", steps()),
+        (PERFORMANCE, "summary", summary(kept)),
+        (PERFORMANCE, "figures", block(kept, PERFORMANCE.parent)),
+    )
     return max(
         renew(page, replaced(page.read_text(encoding="utf-8"), new, name), arguments.check) for page, name, new in pages
     )
