@@ -44,7 +44,8 @@ ATTENTION_LAYOUTS = (
     "all_bounded or cpu-cpu and (every_layout or every_length or every_head_dim or varlen or empty or broadcast)"
 )
 LAYOUTS = (
-    f"{CHOSEN} and (every_shape or strided or mixed or test_edges or drawn_calls or hostile or transposed or few_rows)"
+    f"{CHOSEN} and (every_shape or strided or mixed or test_edges or drawn_calls or hostile or transposed or few_rows "
+    "or others_are_wanted)"
 )
 # Without UBSan the compiler does not see that what throws does not return.
 ADDRESS, THREAD = (("-g1", "-O0", f"-fsanitize={name}", "-Wno-return-type") for name in ("address", "thread"))
