@@ -32,6 +32,7 @@ def values(*shape: int, generator: torch.Generator, device: str, dtype: torch.dt
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @DROPOUT
 @pytest.mark.parametrize("names", [BOTH, ("x",)], ids=["bias", "no_bias"])
@@ -42,6 +43,7 @@ def test_every_activation(activation, names, options, dtype, using, device, gene
         check(ActivationCall(activation, options=options), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward", "strided", "empty")
 @DTYPE
 @DROPOUT
 @pytest.mark.parametrize("shape", LAYOUTS + EMPTY, ids=str)
@@ -98,6 +100,7 @@ def test_the_mask_is_dropout_mask(shape, using, device, dtype=torch.float32):
         assert torch.equal(result, (mask * scale).to(dtype))
 
 
+@pytest.mark.certifies("NaN safety")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("create_graph", [False, True], ids=["once", "create_graph"])
 @ACTIVATION

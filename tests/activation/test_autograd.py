@@ -71,6 +71,7 @@ def problem(activation, options, device, generator):
     return ActivationCall(activation, options=options), leaves
 
 
+@pytest.mark.certifies("backward", "double backward")
 @DROPOUT
 @ACTIVATION
 def test_gradcheck_and_gradgradcheck(activation, options, using, device, generator):

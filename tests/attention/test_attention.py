@@ -49,6 +49,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_option(name, dtype, using, device, generator):
@@ -56,6 +57,7 @@ def test_every_option(name, dtype, using, device, generator):
         check(AttentionCall(PLAIN[name]), leaves_of(generator, device, dtype), generator)
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @pytest.mark.parametrize("dim", [8, 40, 64, 80, 96, 128, 256])
 def test_every_head_dim(dim, dtype, using, device, generator):
@@ -166,6 +168,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.certifies("strided")
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.3, "seed": 1}], ids=["bare", "options"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout(name, options, using, device, generator):
@@ -196,6 +199,7 @@ def test_leading_dimensions_broadcast(leads, using, device, generator):
         check(AttentionCall(), {"q": q, "k": k, "v": v}, generator)
 
 
+@pytest.mark.certifies("empty")
 @pytest.mark.parametrize("sizes", [(2, 3, 0, 5), (2, 3, 4, 0), (0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 0)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "causal_align": "lower_right", "dropout_p": 0.5}], ids=str)
 def test_empty(sizes, options, using, device):
@@ -225,6 +229,7 @@ def test_no_features(using, device):
 # --- packed sequences ---
 
 
+@pytest.mark.certifies("forward", "backward", op="varlen_attention")
 @FEW_DTYPES
 @pytest.mark.parametrize(
     "options",
@@ -282,6 +287,7 @@ def test_varlen_is_attention_of_each_sequence(key_heads, options, dtype, using, 
         torch.testing.assert_close(got.double(), want.double(), rtol=near, atol=2 * near)
 
 
+@pytest.mark.certifies("empty", op="varlen_attention")
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
 def test_varlen_of_nothing(lengths, using, device):
     bounds = torch.tensor([0, *lengths], device=device, dtype=torch.int32)

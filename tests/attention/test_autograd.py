@@ -39,6 +39,7 @@ def operands(generator, device, dtype=torch.float64, masked=False) -> dict[str, 
     return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for n, s in shapes.items()}
 
 
+@pytest.mark.certifies("backward", "double backward")
 @pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fast", "full"])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @EVERY
@@ -144,6 +145,7 @@ def test_checkpoint_recomputes_the_same(options, use_reentrant, using, device, g
         assert torch.equal(expected, got)
 
 
+@pytest.mark.certifies("compile")
 @pytest.mark.quick_on("automatic", "cpu")  # the others' graphs differ by a name in an op
 @pytest.mark.parametrize(
     "options",
@@ -181,6 +183,7 @@ def test_compiles_whole_for_every_length(options, using, device):
             assert counter.frame_count == first
 
 
+@pytest.mark.certifies("compile", op="varlen_attention")
 def test_varlen_compiles_whole(using, device, generator):
     torch._dynamo.reset()
     leaves = [torch.randn(9, 2, 8, generator=generator).to(device).requires_grad_() for _ in range(3)]
@@ -197,6 +200,7 @@ def test_varlen_compiles_whole(using, device, generator):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.certifies("autocast")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"is_causal": True}], ids=str)
 def test_autocast_gives_torchs_dtype(options, dtype, using, device):

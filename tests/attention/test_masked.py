@@ -36,6 +36,7 @@ HIDING = {  # options; bad positions of (keys and values), of (queries and cotan
 }
 
 
+@pytest.mark.certifies("NaN safety")
 @BAD
 @pytest.mark.parametrize("create_graph", [False, True], ids=["once", "create_graph"])
 @pytest.mark.parametrize("hiding", HIDING)

@@ -62,6 +62,7 @@ def outcome(leaves, dout, **options):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
+@pytest.mark.certifies("forward", "backward", op="scaled_dot_product_attention", provider="torch")
 @pytest.mark.parametrize("layout", ["rows", "columns", "grouped", "without_heads"])
 @EVERY
 def test_it_is_the_documented_function(name, layout, torchs, generator):

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import standin
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class Launch(NamedTuple):
     declared: list[str]  # types of all parameters in the PTX
     threads: int  # of a block in the PTX
     note: standin.Note
+
+
+def proves(call: Callable[..., Any], options: dict[str, Any], provider: str, *properties: str) -> pytest.MarkDecorator:
+    """The marker of what a launch of this call shows."""
+    ops = {"activation": "bias_act_dropout", "attention": "scaled_dot_product_attention", "varlen": "varlen_attention"}
+    ops |= {"modulated": "modulation", "strided": "add_rms_norm"}
+    op = ops.get(call.__name__) or options["function"]
+    return pytest.mark.certifies(*properties, op=op, provider=provider, on="stand-in")
 
 
 class Known(NamedTuple):

@@ -69,6 +69,7 @@ def with_gradients(run, rows: int, device: str):
     return [output.detach() for output in outputs], gradients
 
 
+@pytest.mark.certifies("compile")
 @BY_TWO_PROVIDERS
 @EVERY_CASE
 def test_fullgraph_dynamic_over_row_counts(function, variant, provider, using, device):

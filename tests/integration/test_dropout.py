@@ -187,6 +187,7 @@ def test_add_norm_near_p_one_is_finite(p, using, device, generator):
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.certifies("NaN safety", op="add_layer_norm")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_dropped_never_contributes(poison, using, device):
     """Where a NaN or an infinity is dropped, z is the residual."""

@@ -51,6 +51,7 @@ def cotangents_of(call, leaves, generator):
     return [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o) for o in call.eager(leaves)]
 
 
+@pytest.mark.certifies("backward", "double backward")
 @EVERY_CASE
 def test_gradcheck_and_gradgradcheck(function, variant, using, device, generator):
     call, leaves = problem(function, variant, device, generator)
@@ -119,6 +120,7 @@ def test_jacobians_and_the_hessian_by_forward_over_reverse(function, transform, 
     torch.testing.assert_close(ours, exact, **(THIRD_ORDER if transform == "hessian" else FLOAT64))
 
 
+@pytest.mark.certifies("vmap", on="formulas")
 @BOTH
 @pytest.mark.parametrize("batched", ["x", "weight", "everything"])
 def test_vmap_is_a_loop(function, batched, using, device, generator):

@@ -28,6 +28,7 @@ FORMS = {  # how (samples, columns) is passed
 }
 
 
+@pytest.mark.certifies("forward", "backward", op="modulation")
 @DTYPE
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("names", [("gate",), ("scale",), ("shift",), ("scale", "shift"), MODULATION], ids="_".join)

@@ -15,6 +15,7 @@ ODD = Shape("odd_width_masked_lanes", (9, 37))
 BATCHED = Shape("batched_3d", (3, 5, 40))
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @pytest.mark.parametrize("shape", SHAPES + EMPTY_SHAPES, ids=str)
 @pytest.mark.parametrize("function", PLAIN + FUSED)
@@ -56,6 +57,7 @@ EPILOGUES: dict[str, tuple[tuple[str, ...], dict]] = {
 }
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @pytest.mark.parametrize(
     ("shape", "with_residual"), [(BATCHED, True), (ODD, False)], ids=["batched-residual", "odd-no_residual"]

@@ -122,6 +122,7 @@ def test_subclass_may_replace_the_function(function):
     assert call(function, torch.randn(3, 7).as_subclass(Replacing)) == "replaced"
 
 
+@pytest.mark.certifies("autocast")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("function", PLAIN)
@@ -135,6 +136,7 @@ def test_plain_norm_under_autocast_has_torchs_dtype_and_values(function, low, dt
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.certifies("autocast")
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stream", [torch.float32, None], ids=["float32_stream", "default_stream"])
 @pytest.mark.parametrize("function", FUSED)

@@ -87,6 +87,7 @@ SEEN = {
 }
 
 
+@pytest.mark.certifies("forward", "backward", op="scaled_dot_product_attention")
 @by_both(
     {
         "name": ["causal_lower_right_queries_that_see_nothing", "window_of_several_tiles", "negative_scale"],
@@ -227,6 +228,7 @@ def test_attention_with_only_the_gradients_that_are_wanted(small_tiles):
 # --- what the general tests choose, here at the smallest ---
 
 
+@pytest.mark.certifies("NaN safety", op="scaled_dot_product_attention")
 @by_both(
     {"hiding": ["additive_documents"], "bad": [torch.inf]},
     {"hiding": ["padding"], "bad": [torch.inf]},
@@ -255,11 +257,13 @@ def test_attention_of_nothing(sizes):
     general.test_empty(sizes, {}, using(), "cpu")
 
 
+@pytest.mark.certifies("strided", op="scaled_dot_product_attention")
 @by_both({"name": ["unaligned"]}, {}, name=general.LAYOUTS)
 def test_attention_at_every_layout(name, small_tiles, generator):
     general.test_every_layout(name, {"is_causal": True}, using(), "cpu", generator)
 
 
+@pytest.mark.certifies("forward", "backward", op="varlen_attention")
 @pytest.mark.parametrize(
     "options", [{}, {"is_causal": True, "window": (3, None)}, {"dropout_p": 0.3, "seed": 8}], ids=str
 )
@@ -267,11 +271,13 @@ def test_attention_of_packed_sequences(options, small_tiles, generator):
     general.test_varlen_is_attention_of_each_sequence(1, options, torch.float32, using(), "cpu", generator)
 
 
+@pytest.mark.certifies("forward", op="dropout_mask")
 @by_both({"n_keys": [66]}, {}, n_keys=[3, 33, 66])
 def test_attention_drops_what_dropout_mask_drops(n_keys, small_tiles):
     general.test_the_mask_is_dropout_mask(n_keys, torch.float32, using(), "cpu", batch=1)
 
 
+@pytest.mark.certifies("2^31 elements", op="scaled_dot_product_attention")
 def test_attention_past_2_to_the_31_elements(generator):
     """A head, and a position, that far away; nothing between is touched."""
     far = 2**31

@@ -52,6 +52,7 @@ def test_no_shape_is_refused(function, shape, dtype, using, device, interpreted,
 
 
 # Liger-Kernel#945: atomics; also the promise of the default backward
+@pytest.mark.certifies("deterministic")
 @BOTH
 def test_backward_is_bit_identical_from_run_to_run(function, using, device):
     x = torch.randn(301, 129, device=device, requires_grad=True)
@@ -70,6 +71,7 @@ def test_backward_is_bit_identical_from_run_to_run(function, using, device):
             assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
 
 
+@pytest.mark.certifies("batch-invariant")
 @pytest.mark.parametrize("function", FUSED)
 def test_a_row_does_not_depend_on_the_batch_around_it(function, provider, using, device):
     if provider == "automatic":
@@ -153,6 +155,7 @@ def layouts(dtype: torch.dtype, device: str):
 
 
 # unsloth#10617: 254 of 472 layouts wrong; LightLLM#1467, vllm#36551: the last stride honoured in one pass only
+@pytest.mark.certifies("strided")
 @pytest.mark.parametrize(
     ("function", "dtype"),
     [(name, (torch.float32, torch.bfloat16)[i % 2]) for i, name in enumerate((*PLAIN, *reversed(FUSED)))],

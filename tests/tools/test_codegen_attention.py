@@ -20,6 +20,7 @@ KERNELS = {"attention_fwd", "attention_bwd_delta", "attention_bwd_dq", "attentio
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
+@pytest.mark.certifies("forward", "backward", op="scaled_dot_product_attention", provider="triton", on="compiled")
 def test_attention_on_hopper_does_not_spill_and_overlaps_its_products(tmp_path):
     figures = gate("attention", tmp_path, "--arch", "90", "--modes", "causal", "--dims", "128")["figures"]
     assert {f["kernel"] for f in figures} == KERNELS

@@ -29,6 +29,7 @@ def hopper(tmp_path_factory) -> list[Kernel]:
     return made_once(tmp_path_factory, "hopper", lambda folder: hold(ON_PAGE, ARCH_ON_PAGE, folder))
 
 
+@pytest.mark.certifies("forward", "backward", op=("add_layer_norm", "bias_act_dropout"), provider="cuda", on="compiled")
 def test_cuda_gate_on_hopper(hopper):
     assert len(hopper) == 2 * 21 + 21 + 16 + 4
 

@@ -51,6 +51,7 @@ def holds(page: list[str], starts: list[str]) -> bool:
     return len(rows) == len(starts) and all(map(str.startswith, rows, starts))
 
 
+@pytest.mark.certifies("forward", "backward", op="add_layer_norm", provider="triton", on="compiled")
 def test_no_spills_and_no_needless_access_on_hopper(tmp_path):
     """The heaviest epilogue; the others, and the activations, by `make test-all`."""
     figures = gate("norms", tmp_path, "--arch", "90", "--modes", "all")["figures"]

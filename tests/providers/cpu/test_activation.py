@@ -59,6 +59,7 @@ def exact(activation: str, x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))
 
 
+@pytest.mark.certifies("deterministic", op="bias_act_dropout", provider="cpu")
 @DTYPE
 @ACTIVATION
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -78,6 +78,7 @@ def on_instruction_sets(instruction_sets):
     return lambda run: [(torch.ops.fusednorm_cpu.use_instruction_set(name), run())[1] for name in instruction_sets]
 
 
+@pytest.mark.certifies("deterministic", op="add_layer_norm", provider="cpu")
 @DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(shape, dtype, on_threads):

@@ -54,6 +54,7 @@ def test_cuda_activation_in_every_form(options, rows, dtype, form, generator):
     check(ActivationCall("silu", options=options), random_leaves(shape, BOTH, dtype, "cpu", generator), generator)
 
 
+@pytest.mark.certifies("forward", "backward", op="bias_act_dropout")
 @DTYPE
 @DROPOUT
 @pytest.mark.parametrize("names", [BOTH, ("x",)], ids=["bias", "no_bias"])
@@ -72,6 +73,7 @@ def test_cuda_activation_with_a_bias_of_another_dtype(columns, dtype, bias_dtype
     check(ActivationCall("gelu_tanh"), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward", "strided", op="bias_act_dropout")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in LAYOUTS if shape.normalized_ndim == 1], ids=str)
 def test_cuda_activation_at_every_layout(shape, dtype, generator):
@@ -86,6 +88,7 @@ def test_cuda_activation_with_cotangents_of_any_layout(layout, generator):
     check(ActivationCall("silu"), leaves, generator, lay=COTANGENTS[layout])
 
 
+@pytest.mark.certifies("forward", op="dropout_mask")
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 @DTYPE
 def test_cuda_activation_drops_what_dropout_mask_drops(dtype, columns):
@@ -102,6 +105,7 @@ def test_cuda_activation_of_a_column_dropped_whole(columns):
     oracle_activation.hold_to_a_column_dropped_whole(columns)
 
 
+@pytest.mark.certifies("deterministic", op="bias_act_dropout")
 @pytest.mark.parametrize("machine", [SMALL, LARGE], ids=["small_blocks", "large_blocks"])
 @pytest.mark.parametrize("columns", [24, 137])
 def test_cuda_activation_repeats_bit_for_bit_in_any_order_of_threads(columns, machine):

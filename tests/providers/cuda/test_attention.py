@@ -40,6 +40,7 @@ def test_cuda_attention_at_strides_of_its_own(dtype, generator):
     check(AttentionCall({"is_causal": True}), leaves, generator)
 
 
+@pytest.mark.certifies("deterministic", op="scaled_dot_product_attention")
 @pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_cuda_attention_does_not_depend_on_the_order_of_threads(seed, generator):
     leaves = leaves_of(generator, torch.bfloat16, 70, 70, 64, heads=2)

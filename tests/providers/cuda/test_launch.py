@@ -12,7 +12,7 @@ import launched_cuda
 import pytest
 import standin
 import torch
-from launched import EPS, Known, Step, activation, norm
+from launched import EPS, Known, Step, activation, norm, proves
 from launched_cuda import Launch, modulated, strided
 
 from tools.codegen.cuda import NVCC
@@ -180,7 +180,10 @@ def check(step: Step, options: dict[str, Any], device: int = 0) -> None:
 
 
 @pytest.mark.parametrize("fastpath", [True, False])
-@pytest.mark.parametrize(("call", "options"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [pytest.param(*call, id=n, marks=proves(*call, "cuda", "forward", "backward")) for n, call in CALLS.items()],
+)
 def test_what_is_launched(gpus, call, options, fastpath):
     check(gpus(launched_cuda.step, call, fastpath=fastpath, **options), options)
 
@@ -241,8 +244,14 @@ def test_shared_memory_is_asked_for_once_for_each_kernel_and_device(gpus):
         check(call(), options, device)
 
 
-def test_while_capturing_what_is_loaded_is_launched(gpus):
-    call, options = CALLS["add_layer_norm"]
+CAPTURED = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "modulated", "bias_act_dropout")
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [pytest.param(*CALLS[name], id=name, marks=proves(*CALLS[name], "cuda", "CUDA graph")) for name in CAPTURED],
+)
+def test_while_capturing_what_is_loaded_is_launched(gpus, call, options):
     gpus(launched_cuda.step, call, **options)
     gpus(standin.capture, True)
     try:

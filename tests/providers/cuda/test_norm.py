@@ -54,6 +54,7 @@ WIDTHS = {
 }
 
 
+@pytest.mark.certifies("forward", "backward")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -75,6 +76,7 @@ def test_cuda_norm_of_rows_wider_than_a_cluster(columns, generator):
     check(Call("add_layer_norm"), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward")
 @DTYPE
 @pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("epilogue", general.EPILOGUES)
@@ -154,6 +156,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.certifies("forward", "backward", "strided")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LAYOUTS, ids=str)
 @pytest.mark.parametrize("function", ["layer_norm", "add_rms_norm"])
@@ -179,6 +182,7 @@ def test_cuda_norm_gives_each_gradient_alone(wanted, generator):
     assert torch.equal(one[name], every[name])
 
 
+@pytest.mark.certifies("forward", op="dropout_mask")
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_cuda_dropout_is_dropout_mask(dtype, columns):
@@ -186,6 +190,7 @@ def test_cuda_dropout_is_dropout_mask(dtype, columns):
     assert torch.equal(z != 0, fusednorm.dropout_mask((9, columns), 0.4, -3))
 
 
+@pytest.mark.certifies("deterministic", op="add_layer_norm")
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("columns", [72, 1028])
 def test_cuda_norm_repeats_bit_for_bit_in_any_order_of_threads(columns, machine):

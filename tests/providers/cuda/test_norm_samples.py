@@ -123,6 +123,7 @@ def test_cuda_sample_norm_of_rows_wider_than_a_cluster(columns, generator):
 LEADS = {"three_of_five": (3, 5), "a_row_each": (11, 1), "rows_of_many_blocks": (2, 37), "one": (1, 7), "flat": (9,)}
 
 
+@pytest.mark.certifies("forward", "backward", op="modulation")
 @DTYPE
 @pytest.mark.parametrize("columns", [40, 37], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("lead", LEADS)

@@ -35,6 +35,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.certifies("forward", "backward", "strided", op="bias_act_dropout")
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @DROPOUT
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -43,6 +44,7 @@ def test_triton_activation_at_every_layout(shape, options, dtype, generator):
     check(ActivationCall("gelu_tanh", shape.view, options), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward", op="bias_act_dropout")
 @pytest.mark.parametrize("names", [BOTH, ("x",)], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @DROPOUT
@@ -58,6 +60,7 @@ def test_triton_activation_of_mixed_dtypes(bias_dtype, generator):
     check(ActivationCall("gelu"), leaves, generator)
 
 
+@pytest.mark.certifies("forward", op="dropout_mask")
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_activation_drops_what_dropout_mask_drops(columns):
     general.test_the_mask_is_dropout_mask((9, columns), contextlib.nullcontext(), "cpu")

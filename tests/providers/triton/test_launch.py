@@ -9,7 +9,8 @@ import launched
 import pytest
 import standin
 import torch
-from launched import activation, attention, norm, varlen
+from launched import activation, attention, norm, proves, varlen
+from launched_cuda import modulated
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -59,8 +60,9 @@ SLOW = {
     "attention_grouped": (attention, {"heads": 2}),
     "varlen_window_dropout": (varlen, {"window": (16, 0), "softcap": 20.0, **DROPOUT}),
 }
+SHOWN = ("triton", "forward", "backward")
 CALLS = [
-    *(pytest.param(*call, id=name) for name, call in FAST.items()),
+    *(pytest.param(*call, id=name, marks=proves(*call, *SHOWN)) for name, call in FAST.items()),
     *(pytest.param(*call, id=name, marks=pytest.mark.slow) for name, call in SLOW.items()),
 ]
 
@@ -139,6 +141,25 @@ def test_driver_error_is_named_and_the_next_call_is_served(gpus, function, calls
     launches = gpus(launched.step, norm, "add_layer_norm", BIASED, **options).launches
     assert len(launches) == 3
     check(launches)
+
+
+CAPTURED = {name: FAST[name] for name in FAST if name not in ("layer_norm_unaligned", "attention_causal")}
+CAPTURED["modulated"] = (modulated, {"function": "add_layer_norm", "dtype": F32})
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [pytest.param(*call, id=name, marks=proves(*call, "triton", "CUDA graph")) for name, call in CAPTURED.items()],
+)
+def test_capture_launches_what_the_call_launches(gpus, call, options):
+    expected = gpus(launched.step, call, **options).launches
+    gpus(standin.capture, True)
+    try:
+        captured = gpus(launched.step, call, **options).launches
+    finally:
+        gpus(standin.capture, False)
+    check(captured)
+    assert [(one.kernel, one.grid) for one in captured] == [(one.kernel, one.grid) for one in expected]
 
 
 def test_while_capturing_what_is_loaded_is_launched_and_nothing_is_loaded(gpus):

@@ -39,6 +39,7 @@ EPILOGUES = {
 }
 
 
+@pytest.mark.certifies("forward", "backward", "strided")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("function", PLAIN + FUSED)
@@ -47,6 +48,7 @@ def test_triton_norm_at_every_layout(function, shape, dtype, generator):
     check(Call(function, shape.normalized_ndim, shape.view), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("function", FUSED)
@@ -56,6 +58,7 @@ def test_triton_norm_with_every_epilogue(function, epilogue, dtype, generator):
     check(Call(function, options=options), leaves, generator)
 
 
+@pytest.mark.certifies("forward", "backward")
 @pytest.mark.parametrize("width", [203, 256], ids=["odd", "aligned"])
 @pytest.mark.parametrize("epilogue", ["bare", "everything", "memory_efficient"])
 @pytest.mark.parametrize("function", PLAIN + FUSED)
@@ -76,6 +79,7 @@ def test_triton_norm_of_a_constant_wide_row_is_zero(tiny_tiles):
     assert not fusednorm.layer_norm(torch.full((2, 203), 1e25), 203).any()
 
 
+@pytest.mark.certifies("forward", op="dropout_mask")
 @pytest.mark.parametrize("columns", [1, 3, 4, 65, 1030])
 def test_triton_dropout_is_dropout_mask(columns):
     _, z = fusednorm.add_layer_norm(torch.ones(9, columns), None, columns, dropout_p=0.4, seed=-3)

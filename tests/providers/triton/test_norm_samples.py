@@ -134,6 +134,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.certifies("forward", "backward", op="modulation")
 @pytest.mark.parametrize(
     ("dtype", "modulation"),
     [
