@@ -41,7 +41,7 @@ ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train gpu-check gpu-norms clean
+.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train gpu-check gpu-norms certificate clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -111,6 +111,9 @@ gpu-check: ## everything that needs a GPU, in seven minutes, into bench-report/g
 gpu-norms: ## the norms' variants and targets on a GPU, in nine minutes, into bench-report/gpu-norms; installs nothing
 	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu-norms \
 	  --stages environment,build,tune,targets --minutes 9 $(ARGS)
+
+certificate: $(STAMP) ## the tests that prove a property of an operator, and docs/certificate.md from them, in four minutes
+	$(BIN)/python -m tools.certificate --jobs $(JOBS)
 
 clean: ## remove the environment, caches and reports
 	rm -rf $(VENV) $(BOOTSTRAP) $(OTHERS) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
