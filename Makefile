@@ -41,7 +41,7 @@ ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train gpu-check gpu-norms certificate clean
+.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train docs gpu-check gpu-norms certificate clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -104,6 +104,9 @@ train: $(STAMP) ## every example of training, fused beside torch's, into bench-r
 	set -e; for task in $(TASKS); do \
 	  PYTHONPATH=. $(BIN)/python examples/train.py --task $$task --small --report $(REPORT); done
 
+docs: $(STAMP) ## the pages and the API as a site, into site/; needs Python 3.11
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 gpu-check: ## everything that needs a GPU, in seven minutes, into bench-report/gpu; installs nothing
 	@# With the .venv where there is one; a machine without network has its own torch, Triton and pytest.
 	$$(test -e $(STAMP) && echo $(BIN)/python || echo $(PYTHON)) -m tools.gpu_check.check $(REPORT)/gpu $(ARGS)
@@ -116,5 +119,5 @@ certificate: $(STAMP) ## the tests that prove a property of an operator, and doc
 	$(BIN)/python -m tools.certificate --jobs $(JOBS)
 
 clean: ## remove the environment, caches and reports
-	rm -rf $(VENV) $(BOOTSTRAP) $(OTHERS) $(REPORT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BOOTSTRAP) $(OTHERS) $(REPORT) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -29,7 +29,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Raises:
         TypeError: `function` cannot be called.
-        Whatever the call raises.
+        Exception: whatever the call raises.
 
     Example:
         >>> x = torch.randn(2, 8)

@@ -1,0 +1,1 @@
+"""What mkdocs.yml needs beside the pages: files from outside of docs/, formulas, and docstrings as Markdown."""
