@@ -1,6 +1,7 @@
 """A training step by every way to save memory or bits: time, and what the forward keeps for its backward.
 
     python3 -m benchmarks.memory --report DIR
+    python3 -m benchmarks.memory --bytes benchmarks/results/memory.json  # counts the bytes anew, and times nothing
 
 The model is two encoder layers, width 512, feed-forward 2048, 8 heads, dropout 0.1, on (8, 256, 512): `torch.nn`'s and
 ours. A step is forward, backward and an update by AdamW. What is kept are distinct storages, without the input and the
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import time
 from pathlib import Path
@@ -23,8 +25,9 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks.cases.base import saved_bytes
+from benchmarks.measure.kept import parts_of_ours, parts_of_torch
 from benchmarks.measure.machine import environment
-from benchmarks.report.files import write_pair
+from benchmarks.report.files import read_result, replace, write_pair
 from benchmarks.report.table import table
 
 BATCH, LENGTH, WIDTH, LAYERS = 8, 256, 512, 2
@@ -104,6 +107,18 @@ class Training:
         part = self.x.chunk(self.way.parts)[0]
         return saved_bytes((part, *self.layers.parameters()), lambda: self.loss(part))
 
+    def kept_parts(self) -> dict[str, int] | None:
+        """What is kept by the part that keeps it, of a plain step in float32."""
+        if self.way.dtype is not None or self.way.checkpoints or self.way.parts > 1:
+            return None
+        if self.way.ours:
+            return parts_of_ours(self.layers, BATCH, LENGTH)
+        return parts_of_torch(self.layers, (self.x, *self.layers.parameters()), lambda: self.loss(self.x))
+
+    def bytes(self) -> dict[str, Any]:
+        parts = self.kept_parts()
+        return {"kept_bytes": self.kept()} | ({} if parts is None else {"kept_parts": parts})
+
 
 def interleaved(trainings: list[Training], rounds: int) -> list[list[float]]:
     """Seconds of the steps of each, but of the first."""
@@ -119,16 +134,29 @@ def interleaved(trainings: list[Training], rounds: int) -> list[list[float]]:
     return times
 
 
+def renewed(result: dict[str, Any], trainings: list[Training]) -> dict[str, Any]:
+    """A result with its bytes counted anew, and its times as they are."""
+    if [case["name"] for case in result["cases"]] != [training.way.name for training in trainings]:
+        raise ValueError("the result has other ways to train")
+    for case, training in zip(result["cases"], trainings):
+        case |= training.bytes()
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, help="folder for memory.json and memory.md")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each way")
+    parser.add_argument("--bytes", type=Path, metavar="JSON", help="count the bytes of this result anew")
     args = parser.parse_args(argv)
     trainings = [Training(way) for way in ways()]
-    kept = [training.kept() for training in trainings]
+    if args.bytes:
+        replace(args.bytes, json.dumps(renewed(read_result(args.bytes), trainings), indent=1) + "\n")
+        return 0
+    kept = [training.bytes() for training in trainings]
     times = interleaved(trainings, args.rounds)
     cases = [
-        {"name": t.way.name, "seconds": statistics.median(s), "kept_bytes": k, "samples": s}
+        {"name": t.way.name, "seconds": statistics.median(s), **k, "samples": s}
         for t, k, s in zip(trainings, kept, times)
     ]
     first = cases[0]
