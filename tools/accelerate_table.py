@@ -46,6 +46,10 @@ with the norm after it. Modulations are scales and shifts of norms, a vector for
 LEFT = """
 ## What is left, and why
 
+Nothing is left of: {complete}.
+
+| model | number | kind | what | why |
+|---|--:|---|---|---|
 """
 
 
@@ -60,16 +64,13 @@ def row(name: str, report: Any) -> str:
     return "| " + " | ".join([name, *(counted(report.entries, kind) for kind in KINDS)]) + " |\n"
 
 
-def left(name: str, report: Any) -> str:
-    """A list of what was left of one model: equal reasons once, with their number."""
-    if not report.left:
-        return f"{name}: nothing.\n\n"
+def left(name: str, report: Any) -> list[str]:
+    """Rows of what was left of one model: equal reasons once, with their number."""
     reasons = Counter((entry.kind, entry.what, entry.reason) for entry in report.left)
-    lines = [
-        f"- {number} x `{what}` ({kind.replace('_', ' ')}): {reason}\n"
+    return [
+        f"| {name} | {number} | {kind.replace('_', ' ')} | `{what}` | {reason} |\n"
         for (kind, what, reason), number in sorted(reasons.items())
     ]
-    return f"{name}:\n\n{''.join(lines)}\n"
 
 
 def page(names: Sequence[str]) -> str:
@@ -77,8 +78,9 @@ def page(names: Sequence[str]) -> str:
     reports = {name: fusednorm.accelerate(zoo[name].build()) for name in names}
     head = "| model | " + " | ".join(KINDS.values()) + " |\n" + "|---" + "|--:" * len(KINDS) + "|\n"
     rows = "".join(row(name, report) for name, report in reports.items())
-    reasons = "".join(left(name, report) for name, report in reports.items())
-    return HEADER.format(versions=versions()) + head + rows + LEFT + reasons.rstrip("\n") + "\n"
+    reasons = "".join(row for name, report in reports.items() for row in left(name, report))
+    complete = "; ".join(name for name, report in reports.items() if not report.left)
+    return HEADER.format(versions=versions()) + head + rows + LEFT.format(complete=complete) + reasons
 
 
 def versions() -> str:
