@@ -52,8 +52,9 @@ NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. 
 - `python -m benchmarks.publish.add_result bench-report/benchmark.json` puts the raw data where they are committed,
 - `python -m benchmarks.publish.readme` writes the figures here."""
 LEGEND = (
-    "Eager's time over ours, above 1 we are faster: geometric mean over the sizes [worst to best], and the median "
-    "share of the roofline (a device copy of the bytes that must move); the newest result of each device."
+    "A cell is eager's time over ours, the geometric mean over the sizes [worst to best]; above 1 we are faster. After "
+    "it is the median share of the roofline, a device copy of the bytes that must move. Each device has its newest "
+    "result."
 )
 
 
@@ -116,7 +117,7 @@ def section(path: Path, result: Record, root: Path) -> str:
     e, m = result["environment"], result["method"]
     where = os.path.relpath(path, root).replace(os.sep, "/")
     cases = f"{len(measured(result))} cases of the {m['level']} sweep, {len(result['left_out'])} left out"
-    origin = f"{facts(result)}; {e['date'][:10]}, commit `{e['commit']}`; {cases}, [raw data]({where})."
+    origin = f"{facts(result)}. Measured {e['date'][:10]}, commit `{e['commit']}`: {cases} ([raw data]({where}))."
     origin += f" {NO_KERNEL}" if no_kernel(measured(result)) else ""
     return "\n\n".join([wrapped(origin), figures(result), wrapped(where_we_lose(result))])
 

@@ -118,7 +118,7 @@ def test_the_table_follows_the_data(tmp_path):
     words = " ".join(text.split())
     for expected in (
         "**NVIDIA H200**, driver 580.95, CUDA 13.0, torch 2,",
-        "2030-01-02, commit `0123456789ab`; 4 cases of the default sweep",
+        "2030-01-02, commit `0123456789ab`: 4 cases of the default sweep",
         f"({path.relative_to(tmp_path).as_posix()})",
         "in 1 of 4 comparisons, beyond the spread. Worst: `layer_norm/forward/bfloat16/4x64`, 2.00 times",
     ):
