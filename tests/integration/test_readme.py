@@ -16,7 +16,7 @@ from docs.figures import page as pages
 
 ROOT = Path(fusednorm.__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
 DEVELOPERS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "design").glob("*.md"))]
 SHELLS = ("sh", "bash", "console", "shell")
 # change the environment that runs the tests; `make test` itself has gone through them
@@ -25,7 +25,7 @@ INSTALLING = ("git clone", ". .venv/", "cd ", "pip install", "python -m pip inst
 
 def blocks(*languages: str) -> list[tuple[Path, int, str]]:
     """(page, line, text) of every fenced block in one of the languages."""
-    return [(page, line, text) for page in PAGES for line, text in pages.blocks(page, *languages)]
+    return [(page, line, text) for page in [*PAGES, *DEVELOPERS] for line, text in pages.blocks(page, *languages)]
 
 
 def commands() -> list[tuple[Path, int, str]]:
@@ -106,8 +106,10 @@ def test_page_is_a_program(page, tmp_path):
 @pytest.mark.parametrize(("page", "line", "command"), COMMANDS, ids=names(COMMANDS))
 def test_shell_command(page, line, command, tmp_path):
     where = f"{page.name}:{line}: {command}"
-    while re.match(r"[A-Z_]+=\S* ", command):
-        command = command.split(" ", 1)[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    while given := re.match(r"([A-Z_]+)=(\S*) +", command):
+        environment |= {given[1]: given[2]} if given[1] != "PYTHONPATH" else {}
+        command = command[given.end() :]
     words = shlex.split(command)
     if words[0] == "fusednorm":
         words[:1] = [sys.executable, "-m", "fusednorm"]
@@ -128,13 +130,12 @@ def test_shell_command(page, line, command, tmp_path):
         words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     if "--report" in words:  # not into the checkout
         words[words.index("--report") + 1] = str(tmp_path / "report")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert run.returncode == 0, f"{where}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
 
 
 def test_every_environment_variable_is_explained():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     for_tests = {"FUSEDNORM_EMULATE"}
     sources = [ROOT / "setup.py", *(ROOT / "fusednorm").rglob("*.py")]
     used = {
