@@ -18,6 +18,7 @@ from .measure import candidates, prior, served_by, verdict, why_wrong
 from .timers import WARM
 
 SECONDS = 0.05  # for a class, its check against float64 included
+LONGEST = 0.1 * SECONDS  # of one call: of longer ones too few samples would fit
 MOST_BYTES = 64 << 20  # of a tensor: more would take memory that the user's step may need
 ROUNDS = 9
 
@@ -117,7 +118,7 @@ def _measured(of: CallClass, device: torch.device) -> Point:
         call = build(of, device)
         with served_by(of, device, before):
             call()
-            if _seconds(call, device, 1) > 0.1 * SECONDS:
+            if _seconds(call, device, 1) > LONGEST:
                 return kept
         right = []
         for name in names:
