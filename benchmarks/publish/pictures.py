@@ -65,7 +65,7 @@ def alignment() -> list[Panel]:
 
 
 def window() -> list[Panel]:
-    return [Panel(f"window={sides}", weights(8, 8, window=sides)[0, 0]) for sides in ((2, 0), (2, 1), (2, None))]
+    return [Panel(f"window={sides}", weights(6, 6, window=sides)[0, 0]) for sides in ((2, 0), (2, 1), (2, None))]
 
 
 def padding() -> list[Panel]:
@@ -146,7 +146,7 @@ def draw_mask(panels: Sequence[Panel], path: Path) -> None:
         title = {"fontsize": 8.5, "color": INK, "family": "monospace", "ha": "left", "va": "bottom", "linespacing": 1.2}
         figure.text(left / total[0], (below + height + 0.24) / total[1], panel.title, **title)
         left += width + 0.3
-    figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(path, dpi=110, facecolor="white")
 
 
 def memory(result: Mapping[str, Any]) -> dict[str, dict[str, int]]:

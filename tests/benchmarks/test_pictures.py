@@ -13,14 +13,15 @@ from benchmarks.publish import pictures
 from benchmarks.report.files import read_result
 
 QUERY, KEY = torch.arange(8)[:, None], torch.arange(8)
+row, column = QUERY[:6], KEY[:6]
 SEQUENCE = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
 SAME, UP_TO = SEQUENCE[:, None] == SEQUENCE, torch.ones(9, 9).tril().bool()
 SEEN = {
     "full": [torch.ones(6, 6)],
-    "causal": [KEY[:6] <= QUERY[:6]],
-    "alignment": [KEY[:6] <= QUERY[:3], KEY[:6] <= QUERY[:3] + 3],
-    "window": [(QUERY - 2 <= KEY) & (KEY <= QUERY), (QUERY - 2 <= KEY) & (KEY <= QUERY + 1), QUERY - 2 <= KEY],
-    "padding": [torch.ones(6, 6), (KEY[:6] < 4).expand(6, 6)],
+    "causal": [column <= row],
+    "alignment": [column <= row[:3], column <= row[:3] + 3],
+    "window": [(row - 2 <= column) & (column <= row + right) for right in (0, 1, 6)],
+    "padding": [torch.ones(6, 6), (column < 4).expand(6, 6)],
     "bias": [KEY <= QUERY] * 2,
     "softcap": [torch.ones(6, 6)] * 2,
     "packed": [SAME, SAME & UP_TO],
@@ -40,7 +41,7 @@ def test_shades_are_the_weights_of_the_formula():
     for panel, slope in zip(pictures.bias(), (0.5, 0.125)):
         logits = (-slope * (QUERY - KEY)).masked_fill(KEY > QUERY, -torch.inf)
         torch.testing.assert_close(panel.weights, logits.softmax(1))
-    logits = 8 - 3.0 * (QUERY[:6] - KEY[:6]).abs()
+    logits = 8 - 3.0 * (row - column).abs()
     plain, capped = pictures.softcap()
     torch.testing.assert_close(plain.weights, logits.softmax(1))
     torch.testing.assert_close(capped.weights, (2 * (logits / 2).tanh()).softmax(1))

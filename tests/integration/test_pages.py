@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 import fusednorm
 from tests.helpers.prose import CODE, sentences
@@ -26,6 +27,15 @@ def test_sentences_are_short(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TEACHING], ids=lambda p: p.stem)
 def test_pages_are_short(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_pages_have_no_tags(page):
+    """`<name>` outside of code is a tag, which no reader sees."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    parts = [part for token in tokens for part in (token.children or [token])]
+    tags = [part.content for part in parts if part.type in ("html_inline", "html_block")]
+    assert [tag for tag in tags if not tag.lstrip().startswith("<!--")] == []
 
 
 def test_every_page_is_in_the_list_of_pages():
