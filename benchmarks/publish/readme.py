@@ -1,6 +1,6 @@
-"""Write the figures of README.md and docs/performance.md from the committed raw data: nobody types them.
+"""Write the figures of README.md, docs/performance.md and docs/drop-in.md from the committed raw data.
 
-python3 -m benchmarks.publish.readme            # both pages
+python3 -m benchmarks.publish.readme            # all pages
 python3 -m benchmarks.publish.readme --check    # exit status 1 where one does not follow the data
 python3 -m benchmarks.publish.readme --picture  # docs/images/speedups.png too; it needs matplotlib
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import DIRECTION_TITLES
-from benchmarks.publish import add_result
+from benchmarks.publish import add_result, gains
 from benchmarks.report.files import read_result, renew
 from benchmarks.report.stats import NO_KERNEL, Group, Record, groups, groups_by_key, losses, measured, no_kernel, ratio
 from benchmarks.report.table import table
@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         (README, "steps", steps()),
         (PERFORMANCE, "summary", summary(kept)),
         (PERFORMANCE, "figures", block(kept, PERFORMANCE.parent)),
+        (gains.PAGE, "gains", f"{NOTE}\n\n{gains.block(kept)}"),
     )
     return max(
         renew(page, replaced(page.read_text(encoding="utf-8"), new, name), arguments.check) for page, name, new in pages

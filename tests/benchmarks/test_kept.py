@@ -8,7 +8,7 @@ import re
 import pytest
 
 from benchmarks import cases
-from benchmarks.publish import add_result, readme, targets
+from benchmarks.publish import add_result, gains, readme, targets
 from tests.benchmarks.test_report import record, result
 
 FUSED = {"how": "one fused op each way", "provider": "triton"}
@@ -81,12 +81,14 @@ def test_committed_results_are_evidence_and_lie_in_their_place():
 
 def test_check_tells_an_edit_by_hand(monkeypatch, tmp_path, capsys):
     begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
-    edited, short = tmp_path / "performance.md", tmp_path / "README.md"
+    edited, short, swaps = (tmp_path / name for name in ("performance.md", "README.md", "drop-in.md"))
     summary = "<!-- summary: begin -->\n9.99\n<!-- summary: end -->"
     edited.write_text(f"before\n{summary}\n{begin}\n9.99 times as fast\n{end}\nafter\n")
     short.write_text("<!-- steps: begin -->\n9.99\n<!-- steps: end -->\n")
     monkeypatch.setattr(readme, "PERFORMANCE", edited)
     monkeypatch.setattr(readme, "README", short)
+    swaps.write_text("<!-- gains: begin -->\n9.99\n<!-- gains: end -->\n")
+    monkeypatch.setattr(gains, "PAGE", swaps)
     monkeypatch.setattr(add_result, "newest", list)
     assert readme.main(["--check"]) == 1
     assert readme.main([]) == 0 and readme.main(["--check"]) == 0
@@ -95,7 +97,7 @@ def test_check_tells_an_edit_by_hand(monkeypatch, tmp_path, capsys):
     assert "No GPU figures exist yet" in text and "9.99" not in text
     edited.write_text(text.replace("No GPU figures", "Many GPU figures"))
     assert readme.main(["--check"]) == 1
-    assert "9.99" not in short.read_text()
+    assert "9.99" not in short.read_text() + swaps.read_text()
     with pytest.raises(ValueError, match="not both there"):
         readme.replaced("no marks", "figures")
 

@@ -64,7 +64,7 @@ def test_pictures_are_drawn_and_shown(tmp_path):
     assert drawn == {"memory.png", *(f"mask-{name}.png" for name in pictures.MASKS)}
     assert all((pictures.IMAGES / name).stat().st_size > 1000 for name in drawn)
     pages = "".join(path.read_text(encoding="utf-8") for path in (pictures.ROOT / "docs").glob("*.md"))
-    assert drawn == set(re.findall(r"\]\(images/([\w-]+\.png)\)", pages))
+    assert drawn <= set(re.findall(r"\]\(images/([\w-]+\.png)\)", pages))
 
 
 def test_other_ways_are_no_result_to_count_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.helpers.model_zoo import models
 from tools import accelerate_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "accelerated-models.md"
+SAID = re.compile(r"in (\d+) models")
 QUICK = ("BERT", "GPT-2", "Llama", "timm ViT", "nn.Transformer, pre-norm")
 
 
@@ -26,6 +28,12 @@ def check(names, tmp_path):
 def test_the_page_has_a_row_for_each_model():
     text = PAGE.read_text(encoding="utf-8")
     assert [name for name in models() if f"| {name} |" not in text] == []
+
+
+def test_pages_say_how_many_models_there_are():
+    said = [SAID.findall(page.read_text(encoding="utf-8")) for page in sorted(PAGE.parent.glob("*.md"))]
+    numbers = [int(number) for found in said for number in found]
+    assert numbers and set(numbers) == {len(models())}
 
 
 def test_rows_of_the_page_are_what_is_fused_now(tmp_path):

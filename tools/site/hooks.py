@@ -85,6 +85,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in ours:
         files.remove(file)
     names = ["README.md", *(f"{docs.name}/{file.src_uri}" for file in ours)]
+    names = [name for name in names if shown(root, name) == name]  # a program has a page where one leads to it
     for name, text in sorted(reached(root, names).items()):
         if text is None:
             files.append(File.generated(config, name, abs_src_path=str(root / name)))
