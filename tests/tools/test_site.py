@@ -25,10 +25,10 @@ API = sorted((ROOT / "docs" / "api").glob("*.md"))
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0 and "WARNING" not in run.stderr, run.stdout + run.stderr
     return folder
 
 
