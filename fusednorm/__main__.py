@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import platform
 import sys
@@ -14,15 +13,14 @@ import torch
 
 import fusednorm
 
-from . import _checks, dispatch, doctor
+from . import _arguments, dispatch, doctor
 from .dispatch import fastpath, tuned
 from .dispatch.rules import OPERATIONS
 from .tuning import cli as tuning
 
 ATTENTION, VARLEN = "scaled_dot_product_attention", "varlen_attention"
 FUNCTIONS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "bias_act_dropout", ATTENTION, VARLEN)
-_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-_SHORT |= {"fp64": "float64", "double": "float64", "attention": ATTENTION, "varlen": VARLEN}
+_SHORT = {"attention": ATTENTION, "varlen": VARLEN}
 _SHAPES = {ATTENTION: [2, 8, 512, 64], VARLEN: [1024, 8, 64]}
 _SHAPE = [4096, 1024]
 # what an option is for; all others are for every function
@@ -120,31 +118,6 @@ def explain(options: argparse.Namespace) -> str:
     return fusednorm.explain(function, *((x, x) if adds else (x,)), shape[-1:], **keywords)
 
 
-def _function(text: str) -> str:
-    name = _SHORT.get(text, text)
-    if name not in FUNCTIONS:
-        near = difflib.get_close_matches(text, FUNCTIONS, 1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FUNCTIONS)}{guess}")
-    return name
-
-
-def _shape(text: str) -> list[int]:
-    sizes = text.lower().split("x")
-    if not all(size.isdecimal() for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes joined by x, as in 4096x1024")
-    return [int(size) for size in sizes]
-
-
-def _dtype(text: str) -> torch.dtype:
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.FLOAT_DTYPES}
-    name = text.removeprefix("torch.")
-    name = _SHORT.get(name, name)
-    if name not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}, fp32, bf16, fp16, fp64")
-    return names[name]
-
-
 def _wrong(options: argparse.Namespace) -> str:
     """Which option the function does not have, or nothing."""
     for option, functions in _TAKES.items():
@@ -172,12 +145,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, devices, providers")
     text = "which provider serves a call, and why"
     command = commands.add_parser("explain", help=text, description=text, **form)
-    command.add_argument("function", type=_function, metavar="FUNCTION", help=", ".join(FUNCTIONS))
     command.add_argument(
-        "--shape", type=_shape, help="sizes joined by x (default: 4096x1024; of attention 2x8x512x64, packed 1024x8x64)"
+        "function", type=_arguments.one_of(FUNCTIONS, _SHORT), metavar="FUNCTION", help=", ".join(FUNCTIONS)
     )
     command.add_argument(
-        "--dtype", type=_dtype, default="float32", help="float32, bf16, fp16 or fp64 (default: %(default)s)"
+        "--shape",
+        type=_arguments.sizes,
+        help="sizes joined by x (default: 4096x1024; of attention 2x8x512x64, packed 1024x8x64)",
+    )
+    command.add_argument(
+        "--dtype", type=_arguments.dtype, default="float32", help="float32, bf16, fp16 or fp64 (default: %(default)s)"
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dropout-p", type=float, default=0.0, help="for the functions that have dropout")
