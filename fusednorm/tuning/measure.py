@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -19,14 +19,31 @@ from ..dispatch.tuned_forms import name_of
 from ..providers.torch.attention import BACKENDS
 from .calls import Call, CallClass, build
 from .forms import TriedForm, forms_to_try, kernel_of
-from .timers import Around, CpuTimer, CudaTimer, median_interval
+from .load import available_memory
+from .timers import Around, Calls, CpuTimer, CudaTimer, alone, median_interval
 
 MOST_ROWS_CHECKED = 64  # which form of a kernel runs depends on the columns
 DRAWS = 3
+TENSORS = 12  # of the input's size, that the inputs, results and gradients of a call come to at most
 PLACES, BETWEEN = 2, 4160  # in memory, and bytes to the next: one place may be 5 % faster than another
 SPREAD = 1.03  # ratios nearer to 1, or with 1 in their interval, are no difference
 
 Record = dict[str, Any]
+Results = tuple[Tensor, ...]
+Compared = tuple[Results, Results, Results]
+CALL_FAULTS = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)
+
+
+def too_large(of: CallClass, device: torch.device) -> str:
+    """Why there is no room for the tensors of a call, or ""."""
+    free, needed = available_memory(device), TENSORS * of.elements * of.torch_dtype.itemsize
+    if free is None or needed <= 0.8 * free:
+        return ""
+    return f"takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+
+
+def first_line(fault: BaseException) -> str:
+    return f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
 
 
 def candidates(of: CallClass, device: torch.device) -> list[str]:
@@ -66,19 +83,26 @@ def why_wrong(of: CallClass, provider: str, device: torch.device, threads: bool 
             return use_provider(name)
         return contextlib.nullcontext() if name == "reference" else served_by(small, device, name)
 
+    def results(draw: int) -> Compared:
+        call = build(small, device, draw)
+        return (
+            results_of(call.to(torch.float64), by("reference")),
+            results_of(call, by(base)),
+            results_of(call, by(provider)),
+        )
+
+    return over_budget(results, of.torch_dtype)
+
+
+def over_budget(results: Callable[[int], Compared], dtype: torch.dtype) -> str:
+    """What is wrong with our results, or "". `results` of a draw: in float64, by torch's own operators, and ours."""
     largest: list[list[float]] = []
     for draw in range(DRAWS):
-        call = build(small, device, draw)
-        exact, theirs, ours = (
-            _results(call.to(torch.float64), by("reference")),
-            _results(call, by(base)),
-            _results(call, by(provider)),
-        )
         rows = []
-        for right, other, found in zip(exact, theirs, ours, strict=True):
-            if found.shape != right.shape or found.dtype != of.torch_dtype:
+        for right, other, found in zip(*results(draw), strict=True):
+            if found.shape != right.shape or found.dtype != dtype:
                 return f"a result is {found.dtype} {tuple(found.shape)}"
-            rounding = torch.finfo(of.torch_dtype).eps / 2 * _largest(right)
+            rounding = torch.finfo(dtype).eps / 2 * _largest(right)
             rows.append([_largest(found.double() - right), 2 * _largest(other.double() - right) + rounding])
         largest = rows if not largest else [[*map(max, a, b)] for a, b in zip(largest, rows, strict=True)]
         if all(error <= budget for error, budget in largest):
@@ -87,7 +111,7 @@ def why_wrong(of: CallClass, provider: str, device: torch.device, threads: bool 
     return f"its error against float64 is {worst[0]:.3g}, allowed are {worst[1]:.3g}"
 
 
-def _results(call: Call, served: contextlib.AbstractContextManager[Any]) -> tuple[Tensor, ...]:
+def results_of(call: Call, served: contextlib.AbstractContextManager[Any]) -> tuple[Tensor, ...]:
     with served:
         return tuple(t.detach() for t in call())
 
@@ -141,7 +165,8 @@ def measured(
     yield "trying", ""
     record: Record = {"name": of.name, "rejected": rejected, "prior": prior(of, device), "providers": {}}
     if right:
-        times, replayed = timed(of, device, timer, seconds, right, functools.partial(served_by, of, device))
+        calls = functools.partial(_same_call, right, of, device)
+        times, replayed = timed(calls, timer, seconds, functools.partial(served_by, of, device))
         record |= verdict(times, record["prior"])
         if replayed:
             record["device"] = {name: 1e6 * median(samples) for name, samples in replayed.items()}
@@ -152,28 +177,37 @@ def why_not(of: CallClass, provider: str, device: torch.device) -> str:
     """What is wrong with a provider, or what it raised, or ""."""
     try:
         return why_wrong(of, provider, device)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError) as fault:
-        return f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+    except CALL_FAULTS as fault:
+        return first_line(fault)
 
 
 Times = dict[str, list[float]]
 
 
 def timed(
-    of: CallClass, device: torch.device, timer: CpuTimer | CudaTimer, seconds: float, names: list[str], around: Around
+    calls_of: Callable[[int], Calls], timer: CpuTimer | CudaTimer, seconds: float, around: Around = alone
 ) -> tuple[Times, Times]:
-    """(samples with the host's time, samples of the device's own) by name; of the latter those that can be had."""
-    times: Times = {name: [] for name in names}
+    """(samples with the host's time, samples of the device's own) by name; of the latter those that can be had.
+
+    Args:
+        calls_of: gives the calls on new tensors, of a place in memory.
+    """
+    times: Times = {}
     replayed: Times = {}
     for place in range(PLACES):
         between = [torch.empty(BETWEEN * (k + 1), dtype=torch.uint8) for k in range(place)]
-        calls = dict.fromkeys(names, build(of, device, place).__call__)
+        calls = calls_of(place)
         for name, found in timer.measure(calls, seconds / PLACES, around, replayed=True).items():
-            times[name] += found.get("inclusive") or found["samples"]
+            times.setdefault(name, []).extend(found.get("inclusive") or found["samples"])
             if "replayed" in found:
                 replayed.setdefault(name, []).extend(found["replayed"])
         del calls, between
     return times, replayed
+
+
+def _same_call(names: Iterable[str], of: CallClass, device: torch.device, place: int) -> Calls:
+    """One call for all names, which a context tells apart."""
+    return dict.fromkeys(names, build(of, device, place).__call__)
 
 
 def measured_forms(
@@ -203,7 +237,7 @@ def measured_forms(
             with form.forced():
                 wrong = why_not(of, provider, device)
         except (RuntimeError, ValueError) as fault:  # no such form
-            wrong = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+            wrong = first_line(fault)
         if wrong:
             rejected[name] = wrong
         else:
@@ -217,7 +251,7 @@ def measured_forms(
     found: Record = {"place": name_of(provider, kernel.place(provider)), "rejected": rejected, "tried": {}}
     if len(right) > 1:
         yield "trying", f"{provider} forms"
-        times, replayed = timed(of, device, timer, seconds, list(right), around)
+        times, replayed = timed(functools.partial(_same_call, right, of, device), timer, seconds, around)
         by_device = all(len(replayed.get(name, ())) == len(times[name]) for name in right)
         deciding = replayed if by_device else times
         found["decided by"] = "device" if by_device else "host and device"

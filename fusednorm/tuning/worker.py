@@ -18,13 +18,11 @@ from ..providers.forms import WITH_FORMS
 from .calls import CallClass, parse
 from .conditions import steady_machine
 from .forms import kernel_of
-from .load import available_memory
-from .measure import Record, measured, measured_forms
+from .measure import Record, first_line, measured, measured_forms, too_large
 from .supervise import reporter
 from .timers import timer_for
 
 FORMS = "forms of "  # before a class's name: its forms are a case of their own
-TENSORS = 12  # of the input's size, that the inputs, results and gradients of a call come to at most
 
 
 def work(
@@ -64,9 +62,8 @@ def work(
         if (of.name, "") in lost:
             put("case", {"name": of.name, "rejected": {"": lost[of.name, ""]}, "providers": {}})
             continue
-        free, needed = available_memory(device), TENSORS * of.elements * of.torch_dtype.itemsize
-        if free is not None and needed > 0.8 * free:
-            said = f"takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free"
+        said = too_large(of, device)
+        if said:
             put("case", {"name": of.name, "rejected": {"": said}, "providers": {}})
             continue
         try:
@@ -76,7 +73,7 @@ def work(
                 else:
                     report(content)
         except (RuntimeError, MemoryError) as fault:  # too large for this machine, or a device that is gone
-            said = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+            said = first_line(fault)
             if device.type == "cuda" and not _answers(device):
                 put("lost", said)
                 return
@@ -115,7 +112,7 @@ def _forms(
                 else:
                     put("trying", [of.name, content])
         except (RuntimeError, MemoryError) as fault:
-            said = f"{type(fault).__name__}: {fault}".splitlines()[0][:200]
+            said = first_line(fault)
             if not _answers(device):
                 put("lost", said)
                 return
