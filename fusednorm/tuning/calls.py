@@ -167,10 +167,7 @@ def _activation(of: CallClass, random: Callable[..., Tensor]) -> _Made:
 
 def _attention(of: CallClass, random: Callable[..., Tensor], device: torch.device) -> _Made:
     batch, heads, queries, keys, head_dim = of.shape
-    mask = None
-    if of.operation == "attention_masked":
-        seen = torch.arange(keys, device=device) < max(keys - keys // 4, 1)
-        mask = seen.expand(batch, 1, queries, keys).contiguous()
+    mask = attention_mask(of, device)
     causal = of.operation == "attention_causal"
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,6 +175,15 @@ def _attention(of: CallClass, random: Callable[..., Tensor], device: torch.devic
 
     sizes = (batch, heads, queries, head_dim), (batch, heads, keys, head_dim), (batch, heads, keys, head_dim)
     return call, tuple(random(*size) for size in sizes), [sizes[0]]
+
+
+def attention_mask(of: CallClass, device: torch.device) -> Tensor | None:
+    """Of "attention_masked": the last quarter of the keys is hidden."""
+    if of.operation != "attention_masked":
+        return None
+    batch, _, queries, keys, _ = of.shape
+    seen = torch.arange(keys, device=device) < max(keys - keys // 4, 1)
+    return seen.expand(batch, 1, queries, keys).contiguous()
 
 
 # --- what a run measures ---

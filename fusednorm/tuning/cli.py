@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +12,23 @@ from typing import Any
 
 import torch
 
-from .bench import bench
-from .calls import FAMILIES
+from .. import _arguments
+from .bench import SECONDS, bench
+from .calls import FAMILIES, OPERATION_NAMES
 from .run import TooNoisy, planned, tune
 from .shapes import RecordedShapes, recording_shapes
+
+OPERATORS = (*OPERATION_NAMES, *FAMILIES)
+SHORT = {"scaled_dot_product_attention": "attention", "bias_act_dropout": "bias_gelu_dropout"}
 
 
 def add_to(commands: Any, form: dict[str, Any]) -> None:
     """Add both commands to a parser's."""
     text = "measure on this machine which provider serves calls fastest, and keep it for automatic choice"
     command = commands.add_parser("tune", help=text, description=text, **form)
-    _common(command)
+    _device(command)
+    command.add_argument("--quick", action="store_true", help="in under a minute, fewer shapes and samples")
+    command.add_argument("--only", choices=tuple(FAMILIES), action="append", help="may be given more than once")
     command.add_argument(
         "--model",
         metavar="FILE.py:FUNCTION",
@@ -29,14 +36,37 @@ def add_to(commands: Any, form: dict[str, Any]) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="measure, and keep nothing")
     command.add_argument("--list", action="store_true", help="print the classes of calls, and stop")
-    text = "time automatic choice beside torch's own operators, over a few shapes"
-    _common(commands.add_parser("bench", help=text, description=text, **form))
+    text = "check calls against float64, then time them beside eager PyTorch; in about a minute"
+    command = commands.add_parser("bench", help=text, description=text, **form)
+    command.add_argument(
+        "operators",
+        nargs="*",
+        type=_arguments.one_of(OPERATORS, SHORT),
+        metavar="OPERATOR",
+        help=f"{', '.join(OPERATORS)} (default: a few typical ones)",
+    )
+    command.add_argument(
+        "--shape",
+        type=_arguments.sizes,
+        action="append",
+        help="sizes joined by x: rows x columns as 4096x1024, of attention batch x heads x length x head_dim; "
+        "may be given more than once (default: two typical ones)",
+    )
+    command.add_argument(
+        "--dtype",
+        type=_arguments.dtype,
+        action="append",
+        help="float32, bf16, fp16 or fp64; may be given more than once (default: float32, on a GPU bfloat16)",
+    )
+    _device(command)
+    command.add_argument(
+        "--seconds", type=_arguments.seconds, default=SECONDS, help="in all, about (default: %(default)g)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 
-def _common(command: argparse.ArgumentParser) -> None:
+def _device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    command.add_argument("--quick", action="store_true", help="in under a minute, fewer shapes and samples")
-    command.add_argument("--only", choices=tuple(FAMILIES), action="append", help="may be given more than once")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,8 +76,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: an argument is wrong.
     """
     if options.command == "bench":
-        print(bench(device=options.device, quick=options.quick, only=options.only))
-        return 0
+        return _bench(options)
     shapes = None if options.model is None else _recorded(options.model)
     if options.list:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -62,6 +91,21 @@ def run(options: argparse.Namespace) -> int:
         return 1
     print(result)
     return 130 if result.stopped == "interrupted" else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """1 where a result was wrong, or a case could not be timed."""
+    given = options.operators, options.shape or (), options.dtype or ()
+    found = bench(*given, device=_known(options.device), seconds=options.seconds)
+    print(json.dumps(found.record(), indent=2) if options.json else found)
+    return 130 if found.stopped else int(bool(found.faults))
+
+
+def _known(device: str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as fault:
+        raise ValueError(f"--device: {str(fault).splitlines()[0]}") from None
 
 
 def _recorded(given: str) -> RecordedShapes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from .calls import parse
@@ -92,6 +92,10 @@ def layer_text(records: Sequence[Record]) -> str:
     )
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+def aligned(cells: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines of a table; the columns `right` end in one line, as numbers do."""
+    columns = [[*column] for column in zip(*cells, strict=True)]
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        columns[i] = [cell.rjust(width) if i in right else cell.ljust(width) for cell in column]
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]

@@ -42,7 +42,7 @@ def in_a_fork() -> Callable[..., Child]:
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Add a provider of add_layer_norm without gradients: it is slow or wrong, hangs, or ends the process."""
+    """Add a provider of add_layer_norm whose forward is slow or wrong, hangs, or ends the process."""
 
     def add(name: str, kind: str) -> str:
         def forward(inputs, options):
@@ -58,7 +58,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
         module = types.ModuleType(f"planted_{name}")
         module.unavailable_reason = lambda: None
         module.refusal = lambda op, inputs, options: None
-        module.add_layer_norm_fwd = forward
+        module.add_layer_norm_fwd, module.add_layer_norm_bwd = forward, reference_norm.add_layer_norm_bwd
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(registry.PROVIDERS, name, (module.__name__,))
         for known in ("_modules", "_serving", "functions", "_reasons"):

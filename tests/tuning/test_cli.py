@@ -1,4 +1,4 @@
-"""The commands ``fusednorm tune`` and ``fusednorm bench``, and what ``info`` and ``explain`` say of what they found."""
+"""The command ``fusednorm tune``, and what ``info`` and ``explain`` say of what they found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fusednorm.__main__ import main
 from fusednorm.dispatch import rules
-from fusednorm.tuning import bench, cli, run, store
+from fusednorm.tuning import cli, run, store
 from tests.helpers.tuning_records import record
 
 STEP = """
@@ -114,16 +114,6 @@ def test_the_table_shows_what_changes():
 def test_a_record_without_gain_changes_nothing():
     said = str(run.Result(torch.device("cpu"), None, [record("16x64", "torch", "cpu")], 3.2, 0.0))
     assert "Automatic choice stays as it is" in said
-
-
-def test_bench_shows_both_times(monkeypatch, capsys):
-    few = run.planned(torch.device("cpu"), "quick", "attention", None)[:1]
-    monkeypatch.setattr(bench, "planned", lambda *args: few)
-    assert main(["bench", "--device", "cpu", "--quick"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "fusednorm beside torch's own operators on cpu"
-    cells = lines[3].split()
-    assert cells[0] == few[0].name and float(cells[2]) > 0 and float(cells[3]) > 0
 
 
 def test_saved_classes_are_counted(capsys):
