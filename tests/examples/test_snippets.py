@@ -17,7 +17,7 @@ from examples.pre_norm_block import FeedForward
 from examples.swap_layer_norm import swap_layer_norms
 
 FOLDER = Path(examples.__file__).parent
-LONGER = ("__init__.py", "distributed.py", "train.py")  # programs with options, which have tests of their own
+LONGER = ("__init__.py", "distributed.py", "tour.py", "train.py")  # which have tests of their own
 SNIPPETS = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in LONGER)
 
 
