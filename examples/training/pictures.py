@@ -113,6 +113,7 @@ def plot_curves(report: dict[str, Any], path: Path) -> bool:
         left.axhline(report["unigram_loss"], color="0.4", linestyle=":", label="unigram baseline, test")
     left.set(xlabel="epoch", ylabel=f"loss (nats per {report['unit']})", title="Loss")
     starts, first = report["curves"]["eager"]["test"][:2]
+    left.margins(y=0.1)  # room for the first point's marker
     left.set_yscale("log") if starts > STEEP * first else left.set_ylim(0, None)
     left.legend()
     draw_differences(right, report["curves"], report["checks"]["bound"], report["unit"])
