@@ -12,6 +12,7 @@ newest checkpoint of that folder, which another strategy or number of processes 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import fusednorm
 from fusednorm.integrations.parallel import ResidualSequenceParallel
 
-STRATEGIES = ("ddp", "fsdp", "tp")
+STRATEGIES, VOCAB = ("ddp", "fsdp", "tp"), 32
 
 
 class Attention(nn.Module):
@@ -81,7 +82,9 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, vocab: int = 32, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = 0.0) -> None:
+    def __init__(
+        self, vocab: int = VOCAB, width: int = 64, layers: int = 2, heads: int = 4, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, width)
         self.first = fusednorm.RMSNorm(width)
@@ -127,10 +130,10 @@ def parallelize(model: LanguageModel, strategy: str, mesh: DeviceMesh) -> nn.Mod
 
 
 def batch(step: int, part: int, size: int, device: torch.device) -> Tensor:
-    """Sequences that count up modulo 32 by a stride of their own: (size, 33) tokens."""
+    """Sequences that count up modulo VOCAB by a stride of their own: (size, 33) tokens."""
     generator = torch.Generator().manual_seed(1000 * step + part)
-    start, stride = (torch.randint(low, 32, (size, 1), generator=generator) for low in (0, 1))
-    return ((start + stride * torch.arange(33)) % 32).to(device)
+    start, stride = (torch.randint(low, VOCAB, (size, 1), generator=generator) for low in (0, 1))
+    return ((start + stride * torch.arange(33)) % VOCAB).to(device)
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -177,7 +180,8 @@ def train(arguments: argparse.Namespace, device: torch.device, mesh: DeviceMesh)
         if folder is not None and (done % arguments.save_every == 0 or done == arguments.steps):
             save(folder, done, model, optimizer)
     if rank == 0:
-        print(f"{arguments.strategy}, {mesh.size()} processes, steps {start} to {arguments.steps}: loss {loss:.4f}")
+        done = f"{arguments.strategy}, {mesh.size()} processes, steps {start} to {arguments.steps}"
+        print(f"{done}: loss {loss:.4f} nats a token; guessing among {VOCAB} tokens has {math.log(VOCAB):.4f}")
     return loss.item()
 
 
