@@ -71,27 +71,6 @@ def _is_small(residual: Tensor) -> bool:
     return _listener is None and residual.numel() < _LARGE
 
 
-def for_large_inputs(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that is `new` where an argument is a large tensor, else `original`.
-
-    For methods all of whose changes are left to torch on small tensors, and by the compiler.
-    """
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling() or _is_tracing() is not None:
-            return original(self, *args, **kwargs)
-        if _listener is None:
-            for value in (*args, *kwargs.values()):  # a loop here takes a third of the time of any()
-                if type(value) in PARAMETERS and value.numel() >= _LARGE:
-                    break
-            else:
-                return original(self, *args, **kwargs)
-        return new(self, *args, **kwargs)
-
-    return method
-
-
 @contextlib.contextmanager
 def listening(listener: Callable[[nn.Module, Tensor, Steps], None]) -> Iterator[None]:
     """Call `listener(norm, sum, steps)` for every fused sum inside the block."""

@@ -7,6 +7,7 @@ import copyreg
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from ..autograd.linear import linear
 from ..dispatch import settings
 from ..modules import LayerNorm, RMSNorm
 from ..norm import layer_norm
-from . import handover, patterns, source, steps
-from .fused import for_large_inputs
+from . import fused, handover, patterns, source, steps
+from .adaptive import PARAMETERS
 from .handover import NormForm
 from .steps import BASE
 
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
 
 _torch_layer_norm = nn.LayerNorm.forward
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._get_tracing_state
 _classes: weakref.WeakValueDictionary[tuple[type, Plan], type] = weakref.WeakValueDictionary()
 
 
@@ -189,8 +191,29 @@ def _methods(base: type, plan: Plan) -> dict[str, Any]:
     return made
 
 
+def _for_large_inputs(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is `new` where an argument is a large tensor, else `original`.
+
+    For methods all of whose changes are left to torch on small tensors, and by the compiler.
+    """
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or _is_tracing() is not None:
+            return original(self, *args, **kwargs)
+        if fused._listener is None:
+            for value in (*args, *kwargs.values()):  # a loop here takes a third of the time of any()
+                if type(value) in PARAMETERS and value.numel() >= fused._LARGE:
+                    break
+            else:
+                return original(self, *args, **kwargs)
+        return new(self, *args, **kwargs)
+
+    return method
+
+
 def _chosen(base: type, method: Rewritten, new: Any) -> Any:
-    return for_large_inputs(new, getattr(base, method.name)) if method.large_only else new
+    return _for_large_inputs(new, getattr(base, method.name)) if method.large_only else new
 
 
 def swap_norm(module: nn.Module, form: NormForm) -> None:
