@@ -30,7 +30,7 @@ from .handover import (
     without_hooks,
 )
 from .products import reading
-from .steps import LINEAR, NO_STEPS, Dropout, Steps, activation_name, as_arguments, step_kind
+from .steps import LINEAR, NO_STEPS, Dropout, Steps, activation_name, as_arguments, is_light, step_kind
 
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._get_tracing_state
@@ -146,9 +146,10 @@ def _fused_add(
         return None
     # Handing over takes as long as one of torch's operators, and the look at a gate or a modulation as another.
     small = _is_small(residual)
-    if not form.rms and _listener is None:
+    # Handing over takes as long as one of torch's operators, and the look at a gate or a modulation as another.
+    if _listener is None and is_light(form.rms, type(modules[-1]) if modules else None):
         bare = not modules and modulation is None
-        if residual.numel() < _BARE * _LARGE if bare else small and (not modules or type(modules[-1]) is Gate):
+        if residual.numel() < (_BARE * _LARGE if bare else _LARGE):
             return None
     if not without_hooks(norm):
         return None

@@ -19,7 +19,7 @@ from .products import Gating, gate_step, gating, gelu, helper, is_pure
 from .reader import RETURNED, Consumer, Reader, short
 from .sizes import Sizes
 from .source import Method
-from .steps import LINEAR
+from .steps import LINEAR, is_light
 from .tree import (
     SIMPLE,
     UNKNOWN,
@@ -210,8 +210,8 @@ class Finder:
             keywords.append(ast.keyword("modulation", vectors_of(modulation)))
         self.replaced[id(node)] = ast.Call(helper("add"), [], keywords)
         kinds = ["gate"] * bool(gates) + [self._kind(step) for step in steps]
-        bare = not self.form(module).rms and kinds[-1:] in ([], ["gate"])  # type: ignore[union-attr]
-        self.large_only &= bare and (self.sizes.keeps(node.left) or self.sizes.keeps(node.right))
+        light = is_light(self.form(module).rms, kinds[-1] if kinds else None)  # type: ignore[union-attr]
+        self.large_only &= light and (self.sizes.keeps(node.left) or self.sizes.keeps(node.right))
         names = {"linear": "bias", "conv1d": "bias", "layer_scale": "layer scale", "drop_path": "drop path"}
         return " + ".join([names.get(k, k) for k in kinds if k != "identity"] + ["sum"])
 

@@ -89,6 +89,16 @@ def step_kind(module: Any) -> str | None:
     return None if getattr(module, "inplace", False) else kind  # what it changes may be read later
 
 
+def is_light(rms: bool, last: Any) -> bool:
+    """Whether a sum gains on large inputs alone: before a LayerNorm, without steps or with a gate as the last one.
+
+    Args:
+        rms: whether the norm after it is an RMSNorm.
+        last: the kind or the class of its last step; None: it has none.
+    """
+    return not rms and last in (None, "gate", Gate)
+
+
 def activation_name(activation: Any) -> str | None:
     """What ``bias_act_dropout`` calls an activation, as far as torch's classes and `mark` say."""
     if not isinstance(activation, nn.Module):
