@@ -44,39 +44,9 @@ class Modulated(Call):
 
     layout: str = "slices"
 
-    def _modulation(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def given(self, leaves: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         view, n = LAYOUTS[self.layout][1], leaves["x"].shape[-1]
-        return {name: view(leaves[name], n, k) for k, name in enumerate(MODULATIONS) if name in leaves}
-
-    def _split(self, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(other leaves, modulations that broadcast to x)."""
-        ones, n = [1] * (leaves["x"].ndim - 2), leaves["x"].shape[-1]
-        spread = {name: m.reshape(-1, *ones, n) for name, m in self._modulation(leaves).items()}
-        return {name: leaf for name, leaf in leaves.items() if name not in MODULATIONS}, spread
-
-    def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        x, residual = self._inputs(leaves)
-        named = {n: leaves[n] for n in ("weight", "bias", "x_bias", "layer_scale") if n in leaves}
-        function = getattr(fusednorm, self.function)
-        return function(x, residual, x.shape[-1], **named, **self._modulation(leaves), **self.options)
-
-    def exact(self, leaves: Mapping[str, Tensor], dtype: torch.dtype, constant: bool = False) -> tuple[Tensor, ...]:
-        others, m = self._split(leaves)
-        normed, z = super().exact(_gated(others, m), dtype, constant)
-        return normed * (1 + m.get("scale", torch.zeros(()))) + m.get("shift", torch.zeros(())), z
-
-    def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        others, m = self._split(leaves)
-        normed, z = super().eager(_gated(others, m))
-        out = normed * (1 + m["scale"]) if "scale" in m else normed
-        out = out + m["shift"] if "shift" in m else out
-        return out.to(normed.dtype), z
-
-
-def _gated(leaves: dict[str, Tensor], m: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "gate" in m:
-        leaves["layer_scale"] = m["gate"] * leaves["layer_scale"] if "layer_scale" in leaves else m["gate"]
-    return leaves
+        return {**leaves, **{name: view(leaves[name], n, k) for k, name in enumerate(MODULATIONS) if name in leaves}}
 
 
 def leaves_of(

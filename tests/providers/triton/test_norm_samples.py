@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -39,56 +38,16 @@ class Adaptive(Call):
     first: int = 0  # of each modulation's columns, from its slice's
     step: int = 1  # between columns
 
-    def _modulations(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def given(self, leaves: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         ada = leaves["ada"]
         samples, shape = ada.shape[0], self._normalized_shape(self._inputs(leaves)[0])
-        n, found = shape.numel(), {}
+        n, found = shape.numel(), {name: leaf for name, leaf in leaves.items() if name != "ada"}
         for slot, name in enumerate(self.names):
             begin = slot * n * self.step + self.first
             columns = ada[:, begin : begin + n * self.step : self.step]
-            found[name] = columns.unflatten(1, shape) if len(shape) > 1 else columns
-            found[name] = found[name].reshape(samples, *[1] * self.ones, *shape)
+            columns = columns.unflatten(1, shape) if len(shape) > 1 else columns
+            found[name] = columns.reshape(samples, *[1] * self.ones, *shape)
         return found
-
-    def ours(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        x, residual = self._inputs(leaves)
-        parameters = {n: leaves[n] for n in ("weight", "bias", "x_bias", "layer_scale") if n in leaves}
-        function = getattr(fusednorm, self.function)
-        shape = tuple(self._normalized_shape(x))
-        outputs: tuple[Tensor, ...] = function(
-            x, residual, shape, **parameters, **self._modulations(leaves), **self.options
-        )
-        return outputs
-
-    def _shared(self, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The leaves of `Call`, whose layer_scale has the gate; and scale and shift, as they broadcast to x."""
-        x, shape = leaves["x"], self._normalized_shape(self._inputs(leaves)[0])
-        lead = self.view(x).ndim - len(shape) - 1
-        broadcast = {
-            name: modulation.reshape(modulation.shape[0], *[1] * lead, *shape)
-            for name, modulation in self._modulations(leaves).items()
-        }
-        rest = {name: leaf for name, leaf in leaves.items() if name != "ada"}
-        gate = broadcast.pop("gate", None)
-        if gate is not None:
-            rest["layer_scale"] = gate * rest["layer_scale"] if "layer_scale" in rest else gate
-        return rest, broadcast
-
-    def _scaled_and_shifted(
-        self, outputs: tuple[Tensor, ...], by: Mapping[str, Tensor], dtype: Any
-    ) -> tuple[Tensor, ...]:
-        normed, z = outputs
-        normed = normed * (1 + by["scale"]) if "scale" in by else normed
-        normed = normed + by["shift"] if "shift" in by else normed
-        return normed.to(dtype), z
-
-    def exact(self, leaves: Mapping[str, Tensor], dtype: torch.dtype, constant: bool = False) -> tuple[Tensor, ...]:
-        rest, by = self._shared(leaves)
-        return self._scaled_and_shifted(super().exact(rest, dtype, constant), by, torch.float64)
-
-    def eager(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        rest, by = self._shared(leaves)
-        return self._scaled_and_shifted(super().eager(rest), by, leaves["x"].dtype)
 
 
 def leaves_of(
