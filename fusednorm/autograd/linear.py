@@ -45,19 +45,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     outputs, inputs = weight.shape
     few = 0 < x.numel() <= MOST_FEW_ROWS * inputs and outputs * inputs >= LEAST_OF_FEW_ROWS
     if (few or x.numel() * outputs >= ONEDNN_PRODUCTS) and type(x) is Tensor and _alike(x, weight, bias):
-        y = _of_few_rows(x, weight, bias) if few else None
+        rows = x.numel() // inputs
+        y = _of_few_rows(x, weight, bias, rows) if few else None
         if y is None:
-            y = _by_libraries(x, weight, bias)
+            y = _by_libraries(x, weight, bias, rows)
         if y is not None:
             return y
     return F.linear(x, weight, bias)
 
 
-def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor | None:
     """By our product, or None where torch's is as fast or a graph is recorded."""
     y: Tensor | None = None
     if (
-        few_rows_are_faster(x.numel() // weight.shape[1], weight.numel(), x.dtype)
+        few_rows_are_faster(rows, weight.numel(), x.dtype)
         and x.is_contiguous()
         and weight.is_contiguous()
         and not wants_gradients((x, weight, bias))
@@ -67,12 +68,11 @@ def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     return y
 
 
-def _by_libraries(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def _by_libraries(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor | None:
     """By oneDNN, in the forward or the backward, or None where MKL computes everything."""
     outputs, inputs = weight.shape
     if x.dtype is not torch.float32 or x.numel() * outputs < ONEDNN_PRODUCTS:
         return None
-    rows = x.numel() // inputs
     gradient_rows, gradient_columns = (outputs, inputs) if weight.is_contiguous() else (inputs, outputs)
     by_onednn = ByOnednn(
         onednn_is_faster(rows, outputs, inputs),
