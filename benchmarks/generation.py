@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fusednorm
 from benchmarks.measure.machine import environment
+from benchmarks.measure.turns import in_turns
 from benchmarks.report.files import write_pair
 from benchmarks.report.table import table
-from fusednorm.tuning.timers import median_interval
+from fusednorm.tuning.measure import paired
 
 VOCAB, WIDTH, HEADS, LAYERS, PROMPT = 1000, 256, 8, 4, 4
 
@@ -59,24 +58,11 @@ class Gpt(nn.Module):
         return tokens[:, prompt.shape[1] :]
 
 
-def pairs(
-    first: Callable[[], Any], second: Callable[[], Any], rounds: int, name: str
-) -> tuple[list[float], list[float]]:
-    """Seconds of both, interleaved."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in tqdm(range(rounds), name, leave=False):
-        for call, taken in zip((first, second), times):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return times
-
-
 def record(name: str, ours: list[float], theirs: list[float], calls: int = 1) -> dict[str, Any]:
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    low, high = median_interval(ratios)
+    ratio, *interval = paired(theirs, ours)
     seconds = {"ours": statistics.median(ours) / calls, "theirs": statistics.median(theirs) / calls}
-    return {"name": name, **seconds, "ratio": statistics.median(ratios), "interval": [low, high], "ratios": ratios}
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"name": name, **seconds, "ratio": ratio, "interval": interval, "ratios": ratios}
 
 
 @torch.no_grad()
@@ -90,7 +76,7 @@ def generation(batch: int, count: int, rounds: int) -> dict[str, Any]:
 
     if not torch.equal(cached(), model.recompute(prompt, count)):
         raise AssertionError("the tokens of both ways differ")
-    ours, theirs = pairs(cached, lambda: model.recompute(prompt, count), rounds, f"{count} tokens")
+    ours, theirs = in_turns((cached, lambda: model.recompute(prompt, count)), rounds, f"{count} tokens")
     return record(f"generate, batch {batch}, {count} tokens", ours, theirs)
 
 
@@ -112,7 +98,7 @@ def one_query(batch: int, keys: int, padded: bool, rounds: int) -> dict[str, Any
     start = time.perf_counter()
     theirs()
     calls = max(1, int(0.002 / (time.perf_counter() - start)))
-    times = pairs(ours, theirs, rounds, f"{keys} keys")
+    times = in_turns((ours, theirs), rounds, f"{keys} keys")
     how = "padded" if padded else "no mask"
     return record(f"attention of one query, batch {batch}, 12 heads of 64, {keys} keys, {how}", *times, calls)
 

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ import fusednorm
 from benchmarks.cases.base import saved_bytes
 from benchmarks.measure.kept import parts_of_ours, parts_of_torch
 from benchmarks.measure.machine import environment
+from benchmarks.measure.turns import in_turns
 from benchmarks.report.files import read_result, replace, write_pair
 from benchmarks.report.table import table
 
@@ -121,17 +121,14 @@ class Training:
 
 
 def interleaved(trainings: list[Training], rounds: int) -> list[list[float]]:
-    """Seconds of the steps of each, but of the first."""
-    times: list[list[float]] = [[] for _ in trainings]
-    for i in tqdm(range(rounds + 1), "steps", disable=None):
-        for training, taken in zip(trainings, times):
-            if i > 1 and training.way.scaler:
-                continue  # a CPU takes a minute for it
-            start = time.perf_counter()
-            training.step()
-            if i:
-                taken.append(time.perf_counter() - start)
-    return times
+    """Seconds of the steps of each, but of the first; one step with a scaler, which takes a CPU half a minute."""
+    for training in tqdm(trainings, "first steps", leave=False, disable=None):
+        training.step()
+    found: dict[int, list[float]] = {}
+    for scaler, count in ((False, rounds), (True, 1)):
+        chosen = [i for i, training in enumerate(trainings) if training.way.scaler is scaler]
+        found |= zip(chosen, in_turns([trainings[i].step for i in chosen], count, "steps"), strict=True)
+    return [found[i] for i in range(len(trainings))]
 
 
 def renewed(result: dict[str, Any], trainings: list[Training]) -> dict[str, Any]:

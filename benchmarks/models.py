@@ -15,7 +15,6 @@ import copy
 import functools
 import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +26,9 @@ from tqdm import tqdm
 
 import fusednorm
 from benchmarks.measure.machine import environment
+from benchmarks.measure.turns import in_turns
 from benchmarks.report.files import write_pair
-from fusednorm.tuning.timers import median_interval
+from fusednorm.tuning.measure import paired
 
 VIEWS = {"view", "t", "transpose", "as_strided", "expand", "detach", "alias", "reshape", "unsqueeze", "select", "slice"}
 VIEWS |= {"permute", "unflatten", "flatten", "squeeze", "_unsafe_view", "unbind", "split", "chunk", "narrow", "detach_"}
@@ -102,11 +102,9 @@ def small() -> list[Case]:
     return [case(name, entry) for name, entry in models().items()]
 
 
-def run(case: Case, model: nn.Module) -> float:
-    start = time.perf_counter()
+def run(case: Case, model: nn.Module) -> None:
     case.step(model).backward()
     model.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
 
 
 def launches(function: Callable[[], Any]) -> int:
@@ -149,25 +147,24 @@ def measure(case: Case, rounds: int, seconds: float, compiled: bool = False) -> 
     before, after, report = pair_of(case, compiled, after_first=False)
     pair = before, after
     counts = [launches(functools.partial(run, case, model)) for model in pair]
-    once = run(case, pair[0])
+    ((once,),) = in_turns([functools.partial(run, case, before)], 1)
     rounds = max(rounds, min(400, int(seconds / max(2 * once, 1e-6))))
     places = 1 if compiled or once > LONG else PLACES
     times: tuple[list[float], list[float]] = ([], [])
     for place in range(places):
         if place:
             pair = pair_of(case, compiled, after_first=place % 2 == 1)[:2]
-        for i in range(-(-rounds // places)):
-            for k in (0, 1) if i % 2 else (1, 0):
-                times[k].append(run(case, pair[k]))
-    ratios = [b / a for b, a in zip(*times, strict=True)]
-    low, high = median_interval(ratios)
+        found = in_turns([functools.partial(run, case, model) for model in pair], -(-rounds // places))
+        for all_places, taken in zip(times, found, strict=True):
+            all_places += taken
+    ratio, *interval = paired(*times)
     return {
         "model": case.name,
         "before_ms": 1e3 * statistics.median(times[0]),
         "after_ms": 1e3 * statistics.median(times[1]),
-        "ratio": statistics.median(ratios),
-        "interval": [low, high],
-        "rounds": len(ratios),
+        "ratio": ratio,
+        "interval": interval,
+        "rounds": len(times[0]),
         "places": places,
         "launches": counts,
         "fused": len(report.fused),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
 from benchmarks import allocators, generation, memory
+from benchmarks.measure.turns import in_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -47,3 +49,11 @@ def test_ways_to_train_write_their_figures(tmp_path, monkeypatch):
     eager, ours = kept["torch.nn, float32"], kept["fusednorm, float32"]
     assert kept["fusednorm, recompute=norms, activation, attention"] < ours < eager
     assert kept["fusednorm, gradients of 4 parts accumulated"] < 0.3 * ours
+
+
+def test_turns_alternate_and_are_timed():
+    said: list[str] = []
+    calls = [lambda: said.append("a"), lambda: (time.sleep(0.002), said.append("b")), lambda: said.append("c")]
+    times = in_turns(calls, 3)
+    assert said == [*"abc", *"cba", *"abc"]
+    assert [len(taken) for taken in times] == [3, 3, 3] and min(times[1]) > 0.002 > min(times[0] + times[2]) > 0
