@@ -3,8 +3,8 @@
 Norms and attention on a GPU go through it to the CUDA library. It takes plain dense tensors of one dtype, and no mode,
 transform, autocast or tracing. For every other call it returns None, and Python goes on.
 
-It is built over torch's own C++ interface, which is not stable. So it serves the torch and the Python that built it,
-and is left out elsewhere.
+It is built over torch's own C++ interface, which is not stable. So it serves the release of torch and the Python that
+built it, and is left out elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from ..providers.native import check_not_truncated
 
 _SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]  # of this Python
 FILE = Path(__file__).parents[1] / f"_fastpath.torch-{torch.__version__}{_SUFFIX}"
+# Published builds of one release, for CPUs and for CUDA, have the same headers. A torch of one's own is another matter.
+_PUBLISHED = re.compile(r"(\d+\.\d+\.\d+)(\+(cpu|cu\d+))?")
 
 
 def _built_for(file: Path) -> str:
@@ -32,6 +35,18 @@ def _built_for(file: Path) -> str:
     return (
         version.removesuffix(_SUFFIX) if version.endswith(_SUFFIX) else f"{version.split('.cp')[0]} and another Python"
     )
+
+
+def _fitting() -> Path | None:
+    """The file for this very torch, or for another published build of its release."""
+    if FILE.exists():
+        return FILE
+    here = _PUBLISHED.fullmatch(torch.__version__)
+    for file in sorted(FILE.parent.glob(f"_fastpath.torch-*{_SUFFIX}")):
+        built = _PUBLISHED.fullmatch(_built_for(file))
+        if here and built and here[1] == built[1]:
+            return file
+    return None
 
 
 @once
@@ -42,19 +57,20 @@ def load() -> tuple[Any, str]:
     reason = cpu.unavailable_reason()
     if reason is not None:
         return None, reason
-    if not FILE.exists():
+    file = _fitting()
+    if file is None:
         others = ", ".join(sorted(map(_built_for, FILE.parent.glob("_fastpath.torch-*"))))
         built = f"it was built for torch {others}" if others else "it is not built"
         return None, f"{built}, and this is torch {torch.__version__} of Python {platform.python_version()}"
     try:
-        check_not_truncated(FILE)
-        loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(FILE))
+        check_not_truncated(file)
+        loader = importlib.machinery.ExtensionFileLoader("_fastpath", str(file))
         spec = importlib.util.spec_from_loader("_fastpath", loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
     except Exception as fault:  # half a file, one for another machine: whatever it is, not usable
-        return None, f"{FILE} does not load: {fault}"
+        return None, f"{file} does not load: {fault}"
     return module, ""
 
 

@@ -48,6 +48,29 @@ def test_fastpath_of_another_torch_or_python_is_left_out(files, said, tmp_path, 
         assert reason.startswith(said) and torch.__version__ in reason.split("this is ")[1]
 
 
+@pytest.mark.parametrize(
+    ("here", "built", "serves"),
+    [
+        ("2.99.0+cpu", "2.99.0+cu130{suffix}", True),
+        ("2.99.0+cu126", "2.99.0{suffix}", True),
+        ("2.99.0", "2.99.0+cpu{suffix}", True),
+        ("2.99.0a0+gitabc", "2.99.0a0+gitabc{suffix}", True),
+        ("2.99.0+cpu", "2.99.1+cpu{suffix}", False),
+        ("2.99.0+cpu", "2.99.0+gitabc{suffix}", False),
+        ("2.99.0a0+gitabc", "2.99.0+cpu{suffix}", False),
+        ("2.99.0+cpu", "2.99.0+cpu.cpython-39.so", False),
+    ],
+)
+def test_fastpath_serves_the_published_builds_of_its_release(here, built, serves, tmp_path, monkeypatch):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (tmp_path / f"_fastpath.torch-{built.format(suffix=suffix)}").write_bytes(fastpath.FILE.read_bytes())
+    monkeypatch.setattr(torch, "__version__", here)
+    with _file(tmp_path / f"_fastpath.torch-{here}{suffix}", monkeypatch):
+        module, reason = fastpath.load()
+    assert (module is not None) == serves, reason
+    assert serves == (not reason)
+
+
 def test_fastpath_can_be_left_out(monkeypatch):
     monkeypatch.setenv("FUSEDNORM_FASTPATH", "0")
     with _file(fastpath.FILE, monkeypatch):
