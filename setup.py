@@ -374,5 +374,19 @@ def extensions() -> list[Extension]:
     return [Extension(f"fusednorm.{name}", sources=[], optional=True) for name in names]
 
 
+def description() -> str:
+    """README.md for a package index, which has neither the images nor the other files that it links to."""
+    parts = (ROOT / "README.md").read_text(encoding="utf-8").split("```")
+    for i in range(0, len(parts), 2):  # between them is code
+        parts[i] = re.sub(r"^!\[[^]]*\]\([^)]*\)\n+", "", parts[i], flags=re.MULTILINE)
+        parts[i] = re.sub(r"\[([^]]+)\]\((?!https?:)([^)]+)\)", r"\1 (\2)", parts[i])
+    return "```".join(parts)
+
+
 if __name__ == "__main__":  # tests/helpers/emulated.py takes the commands
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel})
+    setup(
+        long_description=description(),
+        long_description_content_type="text/markdown",
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    )
