@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ _TAKES = {
     "key_mask": (ATTENTION,),
     "window": (ATTENTION, VARLEN),
 }
+_VARIABLES = ("OMP_NUM_THREADS", "TRITON_INTERPRET")  # of others, which change what runs
 _ENVIRONMENT = """environment:
   FUSEDNORM_PROVIDER=NAME   the provider outside of any use_provider block; torch: torch's own operators
   FUSEDNORM_FASTPATH=0      leave out the C++ fast path of small calls
@@ -67,7 +69,9 @@ def info() -> str:
             else "ready: norms, activations and attention on the CPU, small norms and attention on a GPU"
         )
     )
-    return "\n".join([*lines, *_tuned()])
+    named = [name for name in sorted(os.environ) if name.startswith("FUSEDNORM_") or name in _VARIABLES]
+    variables = [f"variables  {' '.join(f'{name}={os.environ[name]}' for name in named)}"] if named else []
+    return "\n".join([*lines, *_tuned(), *variables])
 
 
 def _tuned() -> list[str]:
@@ -132,7 +136,11 @@ def _wrong(options: argparse.Namespace) -> str:
 
 
 def _doctor(device: str | None) -> int:
-    findings = doctor.doctor(device)
+    try:
+        findings = doctor.doctor(device)
+    except KeyboardInterrupt:
+        print("fusednorm: doctor was stopped", file=sys.stderr)
+        return 130  # as a shell says of SIGINT
     print(doctor.page(findings, info()))
     return int(any(finding.outcome == "FAILED" for finding in findings))
 

@@ -165,6 +165,13 @@ def _dropout(provider: str, device: torch.device) -> Finding:
     return Finding(f"{provider}: dropout's mask", "ok" if same else "FAILED", "of a seed, element by element")
 
 
+def _automatic(device: torch.device) -> Finding:
+    """A call as a user makes it, by FUSEDNORM_PROVIDER where that is set."""
+    x = torch.randn(ROWS, COLUMNS, device=device)
+    served = fusednorm.explain(fusednorm.add_rms_norm, x, x, COLUMNS)
+    return Finding("a call", "ok", str(served).splitlines()[0])
+
+
 def _fast_path() -> Finding:
     reason = fastpath.load()[1]
     return Finding("fast path", "left out" if reason else "ok", reason or "small calls go straight to C++")
@@ -222,6 +229,7 @@ def _checks(device: torch.device) -> Iterator[tuple[str, Callable[[], Finding]]]
                 yield f"{provider}: {case.name}", lambda p=provider, c=case: _accuracy(p, c, device)  # type: ignore[misc]
             if provider != "torch":  # which draws from torch's own generator
                 yield f"{provider}: dropout's mask", lambda p=provider: _dropout(p, device)  # type: ignore[misc]
+    yield "a call", lambda: _automatic(device)
     yield "fast path", _fast_path
     yield "torch.compile", lambda: _compiles(device)
     yield "memory", lambda: _memory(device)

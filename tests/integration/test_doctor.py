@@ -92,3 +92,34 @@ def test_devices_that_are_not_here_are_named(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--device", "gpu"])
     assert "--device: " in capsys.readouterr().err
+
+
+def test_an_unknown_provider_is_named_by_a_check_and_among_the_variables():
+    code = "import sys; from fusednorm import doctor, __main__ as m; doctor.cases = list; sys.exit(m.main(['doctor']))"
+    environment = os.environ | {"FUSEDNORM_PROVIDER": "abacus", "CXX": "/no/compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("variables  ") and "FUSEDNORM_PROVIDER=abacus" in line for line in lines)
+    call = next(line for line in lines if " a call " in line)
+    assert call.startswith("FAILED") and "no provider is called 'abacus'" in call
+
+
+def test_ctrl_c_ends_it_without_a_traceback(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "_fast_path", stopped)
+    monkeypatch.setattr(doctor, "cases", list)
+    assert main(["doctor", "--device", "cpu"]) == 130
+    assert capsys.readouterr() == ("", "fusednorm: doctor was stopped\n")
+
+
+def test_it_is_well_without_a_home_a_compiler_and_assertions(tmp_path):
+    environment = {"PATH": "/nonexistent", "HOME": "/nonexistent", "FUSEDNORM_CACHE_DIR": "/proc/none"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-O", "-m", "fusednorm", "doctor", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("All is well."), done.stdout + done.stderr
+    assert not done.stderr, done.stderr
+    assert "variables  FUSEDNORM_CACHE_DIR=/proc/none" in done.stdout
