@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
+from fastpath_calls import NEEDS_FASTPATH
 
-from benchmarks import allocators, generation, memory
+from benchmarks import allocators, fastpath, generation, memory
 from benchmarks.measure.turns import in_turns
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -31,6 +32,23 @@ def test_allocators_are_measured_in_processes_of_their_own(tmp_path, capsys, mon
         assert kept["case"] == given_back["case"] and kept["faults"] >= 0 and given_back["faults"] >= 0
     page = capsys.readouterr().out
     assert (tmp_path / "allocators.md").read_text() in page and "4096 x 4096, float32" in page
+
+
+@NEEDS_FASTPATH
+def test_ways_with_and_without_the_fast_path_are_measured_in_processes_of_their_own(tmp_path, capsys):
+    assert fastpath.main(["--turns", "1", "--seconds", "0", "--report", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "fastpath.json").read_text())["ways"]
+    assert list(found) == ["fast path", "without"]
+    for [turn] in found.values():
+        assert len(turn) == 18 and all(us > 0 for case in turn.values() for us in case.values())
+    assert (tmp_path / "fastpath.md").read_text() in capsys.readouterr().out
+
+
+@NEEDS_FASTPATH
+def test_the_way_that_is_asked_for_is_the_one_that_is_measured(monkeypatch):
+    monkeypatch.setenv("FUSEDNORM_FASTPATH", "0")  # after it was loaded
+    with pytest.raises(SystemExit, match="the fast path is not here"):
+        fastpath.here(0.0)
 
 
 def test_generation_notices_other_tokens(monkeypatch):
