@@ -136,11 +136,12 @@ def _start_worker(plan: Plan, of: Supervised, folder: Path) -> Child:
     file = folder / "plan.json"
     file.write_text(json.dumps(plan), encoding="utf-8")
     command = [sys.executable, "-m", "fusednorm.tuning.worker", str(file), str(of.reports)]
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = os.pathsep.join(map(os.path.abspath, (str(Path(__file__).parents[2]), *given)))
     clean = {tuned.SWITCH_VARIABLE: "0", "FUSEDNORM_AUTOTUNE": "0", "FUSEDNORM_PROVIDER": "", "PYTHONPATH": paths}
     with of.output.open("ab") as output:
-        return Child.of_command(command, output, clean)
+        # Python imports what lies in the working directory first: let that be a folder of our own
+        return Child.of_command(command, output, clean, cwd=folder)
 
 
 def measure_and_keep(

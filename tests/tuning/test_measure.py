@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +186,18 @@ def test_arguments_that_are_wrong():
         pass
     with pytest.raises(ValueError, match="no call on cpu was recorded"):
         fusednorm.tune(shapes, device="cpu")
+
+
+def test_the_worker_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    here, own = tmp_path / "here", tmp_path / "own"
+    for folder in (here, own):
+        folder.mkdir()
+    for name in ("torch.py", "json.py", "fusednorm.py"):
+        (here / name).write_text("raise SystemExit('planted')\n")
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # a relative entry of it would name the folder
+    of = SimpleNamespace(output=tmp_path / "said.txt", reports=tmp_path / "reports")
+    child = running._start_worker({"device": "abacus"}, of, own)
+    child._reap()
+    said = of.output.read_text()
+    assert "planted" not in said and "device string: abacus" in said, said
