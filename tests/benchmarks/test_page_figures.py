@@ -17,6 +17,7 @@ from fusednorm.acceleration import example, fused
 from fusednorm.dispatch import rules
 from fusednorm.tuning import auto, fit, measure, timers
 from tests.helpers.prose import blocks
+from tools.release import wheel
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,6 +89,7 @@ FACTS = [
     Fact(r"calls over (\S+) ms stay", lambda: (f"{1000 * auto.LONGEST:.0f}",)),
     Fact(r"within (\d+) % of the fastest provider at every", lambda: (f"{100 * fit.TOLERATED:.0f}",)),
     Fact(r"the largest loss on a device, (\d+) %", worst_loss),
+    Fact(r"It takes less than (\d+) MB", lambda: (f"{wheel.MOST_BYTES / 1e6:g}",)),
 ]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "release"
 OLD_GLIBC = Path(__file__).with_name("glibc_2_28.h")
+MOST_BYTES = 5_000_000  # of the wheel
 PLATFORM = f"manylinux_2_28_{platform.machine()}"  # torch's own
 ASK = "import json, sys, sysconfig; print(json.dumps([sys.version_info[:2], sysconfig.get_config_var('EXT_SUFFIX')]))"
 
@@ -142,6 +143,8 @@ def main() -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir())
     for file in sorted(dist.iterdir()):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
+        if file.stat().st_size >= MOST_BYTES:
+            raise SystemExit(f"{file.name} is over {MOST_BYTES / 1e6:g} MB, which docs/install.md promises")
 
 
 if __name__ == "__main__":
