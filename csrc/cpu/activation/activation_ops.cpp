@@ -81,7 +81,8 @@ BiasActGradients run_activation_backward(const Handle& dy, const BiasActCall& ca
   a.rows_per_chunk = std::clamp<int64_t>(pieces(a.n_rows, kMostChunks), kLeastRows, kMostRows);
   const int64_t chunks = pieces(a.n_rows, a.rows_per_chunk);
   a.partial_stride = padded(a.n_columns);
-  a.partials = wants_dbias ? partial_sums(times(chunks, a.partial_stride, a.wide ? 8 : 4)) : nullptr;
+  const PartialSums partials(wants_dbias ? times(chunks, a.partial_stride, a.wide ? 8 : 4) : 0);
+  a.partials = partials.get();
   const ActivationKernels& k = *kernels().activation;
   parallel(times(chunks, a.row_tiles), grain(a.rows_per_chunk * std::min(a.n_columns, kTile)),
            plus(k.workspace(a), parameters.bytes()), [&](void* memory, int64_t begin, int64_t end) {

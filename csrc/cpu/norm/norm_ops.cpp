@@ -186,7 +186,8 @@ Gradients run_backward(const BackwardCall& call) {
   a.group_chunks = pieces(a.group_rows, a.rows_per_chunk);
   const int64_t chunks = groups * a.group_chunks;
   a.partial_stride = padded(a.n_columns);
-  a.partials = a.n_sums ? partial_sums(times(chunks, a.n_sums, a.partial_stride, a.wide ? 8 : 4)) : nullptr;
+  const PartialSums partials(times(chunks, a.n_sums, a.partial_stride, a.wide ? 8 : 4));
+  a.partials = partials.get();
   const Kernels& k = kernels();
   const int64_t chunk_cost = times(a.rows_per_chunk, plus(a.n_columns, kRowCost));
   parallel(chunks, std::max<int64_t>(kGrain / chunk_cost, 1), plus(k.backward_workspace(a), parameters.bytes()),

@@ -80,7 +80,8 @@ Buffer aligned(int64_t bytes) {
   return Buffer(std::aligned_alloc(kAlignment, plus(bytes, kAlignment - 1) / kAlignment * kAlignment));
 }
 
-// Memory that stays from one call to the next, up to kMost bytes: mapping pages anew costs more than what is done in them.
+// Memory that stays from one call to the next: mapping pages anew costs more than what is done in them. More than kMost
+// bytes stay until the next call that needs no more than kMost.
 template <int64_t kMost>
 class Kept {
   Buffer buffer_;
@@ -115,9 +116,11 @@ void* workspace(int64_t bytes) {
   return kept.at_least(bytes);
 }
 
-void* partial_sums(int64_t bytes) {
-  static thread_local Kept<8 << 20> kept;
-  return checked(kept.at_least(bytes), "partial sums", bytes);
+PartialSums::PartialSums(int64_t bytes) {
+  constexpr int64_t kMost = 8 << 20;
+  static thread_local Kept<kMost> kept;
+  if (bytes > kMost) own_ = allocate("partial sums", bytes);
+  data_ = own_ ? own_.get() : bytes ? checked(kept.at_least(bytes), "partial sums", bytes) : nullptr;
 }
 
 }  // namespace fusednorm_cpu

@@ -20,14 +20,22 @@ void use_instruction_set(std::string name);          // "" for the best
 
 // At least `bytes`, aligned, this thread's until the next call of workspace(); null where there is no memory.
 void* workspace(int64_t bytes);
-// The same for a call's partial sums, which the threads that it starts fill. Fails where there is no memory.
-void* partial_sums(int64_t bytes);
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<void, Free>;
 Buffer allocate(const char* what, int64_t bytes);
+
+// Memory for the partial sums of a call. Up to 8 MiB stay with the thread between calls; more is freed with this.
+class PartialSums {
+  Buffer own_;
+  void* data_;
+
+ public:
+  explicit PartialSums(int64_t bytes);
+  void* get() const { return data_; }
+};
 
 // work(workspace, begin, end) over [0, count) on torch's threads, at least `grain` to a thread. Results must not depend
 // on how the range is cut.

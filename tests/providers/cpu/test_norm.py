@@ -117,6 +117,39 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(shape, function, 
     assert_same_bits(*found)
 
 
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        ("layer_norm", {}),
+        ("rms_norm", {}),
+        ("add_layer_norm", {}),
+        ("add_layer_norm", {"zero_centered_weight": True}),
+        ("add_rms_norm", {"zero_centered_weight": True}),
+    ],
+    ids=["layer_norm", "rms_norm", "add_layer_norm", "zero_centered", "rms_zero_centered"],
+)
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
+def test_narrow_rows_have_a_form_of_their_own_with_the_same_bits(columns, function, options, on_instruction_sets):
+    """It takes rows one step apart. Rows of two strides take the general form."""
+    rows = torch.randn(4, 5, 7, columns)
+    weight, bias = torch.randn(2, columns)
+    dense = [rows[i].contiguous() for i in range(4)]
+    apart = [torch.randn(5, 9, columns)[:, 1:8].copy_(each) for each in dense]
+
+    def gradients(x: torch.Tensor, residual: torch.Tensor, *cotangents: torch.Tensor) -> list:
+        leaves = [x, residual] if "add" in function else [x]
+        parameters = [weight] if "rms" in function else [weight, bias]
+        leaves, parameters = ([t.detach().requires_grad_() for t in of] for of in (leaves, parameters))
+        call = getattr(fusednorm, function)
+        with fusednorm.use_provider("cpu"):
+            found = call(*leaves, columns, *parameters, **options)
+        outputs = found if isinstance(found, tuple) else (found,)
+        return list(torch.autograd.grad(outputs, leaves + parameters, cotangents[: len(outputs)]))
+
+    found = on_instruction_sets(lambda: (gradients(*dense), gradients(*apart)))
+    assert_same_bits(*(each for pair in found for each in pair))
+
+
 def test_z_is_stored_where_nothing_is_added_to_x():
     x = torch.randn(5, 70)
     last = (1, 1e-5, 0.0, 0.0, torch.float32, torch.float32, False, False, True, "cpu")
