@@ -116,10 +116,13 @@ class Bench(NamedTuple):
             lines += [f"  {' '.join(_named(case.of))}: {case.fault}" for case in self.faults]
         said = [formula(name) for name in dict.fromkeys(case.of.operation for case in self.cases)]
         lines += ["", *filter(None, said)]
-        lines.append(
-            "Each result was compared with float64 before it was timed. Times are medians, with the host's work."
-        )
-        lines.append(warning(self.load) or f"Other processes took {share_text(self.load)} time meanwhile.")
+        timed_cases = [case for case in self.cases if not case.fault]
+        if timed_cases:
+            lines.append("Results were compared with float64 before they were timed.")
+        if any(case.checked != case.of.shape for case in timed_cases):
+            lines.append(f"Those of over {MOST_CHECKED:,} elements were compared on fewer rows, by the same provider.")
+        lines.append("Times are medians, with the host's work. A ratio is the median of pairs measured in turn.")
+        lines.append(warning(self.load) or f"Time that other processes took meanwhile: {share_text(self.load)}.")
         return "\n".join([*lines, *(["The run was interrupted."] if self.stopped else [])])
 
 
@@ -231,11 +234,11 @@ def measured(of: CallClass, device: torch.device, timer: CpuTimer | CudaTimer, s
         fault = too_large(of, device)
         if fault:
             return Case(of, fault=fault)
+        provider = prior(of, device)
         checked = of if _work(of) <= MOST_CHECKED else smaller(of)
-        fault = over_budget(functools.partial(_compared, checked, device), of.torch_dtype)
+        fault = over_budget(functools.partial(_compared, checked, device, provider), of.torch_dtype)
         if fault:
             return Case(of, fault=fault)
-        provider = prior(of, device)
         times, _ = timed(functools.partial(_both, of, device), timer, seconds)
     except CALL_FAULTS as fault_raised:
         return Case(of, fault=first_line(fault_raised))
@@ -250,15 +253,19 @@ def _work(of: CallClass) -> int:
     return max(of.elements, pairs)
 
 
-def _compared(of: CallClass, device: torch.device, draw: int) -> Compared:
-    """Results in float64, of eager PyTorch, and ours. With dropout, the reference with our mask stands for eager."""
+def _compared(of: CallClass, device: torch.device, provider: str, draw: int) -> Compared:
+    """Results in float64, of eager PyTorch, and ours. With dropout, the reference with our mask stands for eager.
+
+    Of few rows another provider may be chosen than is timed: `provider` is requested where it is not the choice here.
+    """
     call = build(of, device, draw)
+    request = contextlib.nullcontext() if prior(of, device) == provider else use_provider(provider)
     if of.draws_mask:
         exact, theirs = (results_of(c, use_provider("reference")) for c in (call.to(torch.float64), call))
     else:
         plain = eager(of, call, device)
         exact, theirs = (results_of(c, contextlib.nullcontext()) for c in (plain.to(torch.float64), plain))
-    return exact, theirs, results_of(call, contextlib.nullcontext())
+    return exact, theirs, results_of(call, request)
 
 
 def _both(of: CallClass, device: torch.device, place: int) -> Calls:

@@ -75,7 +75,7 @@ def own_seconds(proc: Path, pid: int) -> float:
 
 
 def share_text(share: float | None) -> str:
-    return "not known here" if share is None else f"{share:.0%} of the cores'"
+    return "not known here" if share is None else f"{share:.0%} of the cores' time"
 
 
 def warning(share: float | None, figures: str = "these figures") -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fusednorm import use_provider
 from fusednorm.__main__ import main
+from fusednorm.dispatch import settings
 from fusednorm.tuning import bench, calls, eager
 from fusednorm.tuning.calls import ATTENTIONS, OPERATION_NAMES, CallClass, build
 from fusednorm.tuning.measure import results_of
@@ -149,3 +151,34 @@ def test_arguments_that_are_wrong(arguments: list[str], words: str, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_fewer_rows_are_checked_by_the_provider_that_is_timed(monkeypatch):
+    """Automatic choice may take another one for them."""
+    of, real, requested = CallClass("rms_norm", "float32", False, (4096, 64)), bench.results_of, []
+
+    def results(call, request):
+        with request:
+            requested.append(settings.current.provider)
+            return real(call, contextlib.nullcontext())
+
+    monkeypatch.setattr(bench, "MOST_CHECKED", of.elements - 1)
+    monkeypatch.setattr(bench, "prior", lambda asked, device: "torch" if asked == of else "reference")
+    monkeypatch.setattr(bench, "results_of", results)
+    case = bench.measured(of, CPU, bench.timer_for(CPU), 0.01)
+    assert (case.fault, case.provider) == ("", "torch") and case.checked != of.shape
+    assert requested and requested[2::3] == ["torch"] * (len(requested) // 3)
+
+
+def test_a_report_says_only_what_was_done():
+    of = CallClass("rms_norm", "float32", False, (4, 8))
+    nothing = str(
+        bench.Bench({"fusednorm": "0", "torch": "2", "device": "x"}, [bench.Case(of, fault="no")], None, False)
+    )
+    assert "compared with float64" not in nothing
+    assert "Time that other processes took meanwhile: not known here." in nothing
+    whole = bench.Case(of, "cpu", of.shape, 2.0, 1.0, (2.0, 1.9, 2.1))
+    facts = {"fusednorm": "0", "torch": "2", "device": "x"}
+    assert "fewer rows" not in str(bench.Bench(facts, [whole], 0.0, False))
+    fewer = bench.Case(of, "cpu", (2, 8), 2.0, 1.0, (2.0, 1.9, 2.1))
+    assert "compared on fewer rows, by the same provider" in str(bench.Bench(facts, [whole, fewer], 0.0, False))
