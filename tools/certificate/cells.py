@@ -22,7 +22,7 @@ PROPERTIES = {  # what a passing test proves
     "autocast": "the output has the dtype that torch's function has, and the formula's values",
     "strided": "strided rows give what contiguous ones give; `cuda` refuses strides within a row",
     "empty": "no samples give no outputs, and zero gradients of parameters",
-    "2^31 elements": "elements whose offset is past 2^31 are read and written rightly",
+    "2^31 elements": "inputs at offsets past 2^31 are read rightly; `dropout_mask` writes so far too",
     "deterministic": "two runs have the same bits, gradients too",
     "batch-invariant": "a sample has the same bits in any batch",
     "CUDA graph": "a captured call replays; with a stand-in: capture launches what the call launches",
@@ -35,7 +35,7 @@ KINDS = {  # on what a test ran: the symbol, and what it means; the strongest fi
     "emulation": ("E", "the CUDA C++ kernels ran in an emulation on a CPU"),
     "formulas": ("F", "no kernel runs there: torch's elementary operators compute it, and ran on a CPU"),
     "stand-in": ("S", "the real launcher ran on a fake driver: tests checked each parameter, and no kernel ran"),
-    "compiled": ("P", "the kernels were compiled to machine code, and that was checked"),
+    "compiled": ("P", "the compiled machine code was checked for register spills and needless access, and not run"),
 }
 NEVER_RUN = ("g", "needs a GPU: the linked test is there and was never run")
 NOT_APPLICABLE = ("–", "does not apply, or is not offered: the letter names the reason below")

@@ -25,7 +25,10 @@ The number finds the test's name [below](#tests). Skipped tests prove nothing.
 Renew the page with `make certificate`. On a machine with a GPU, the same tests run on the GPU.
 
 """
-RUN = "Run of {date} on {device}, Python {python}, torch {torch}, Triton {triton}: {passed} cases passed, none failed."
+RUN = (
+    "Run of {date} on {device}, Python {python}, torch {torch}, Triton {triton}: "
+    "{passed} cases passed, {failed} failed."
+)
 NOTES = """- `modulation` is `add_layer_norm` with `gate`, `scale` and `shift`.
 - *dtypes* has the types in which forward and backward were computed: float64, float32, bfloat16 and float16.
 - In a double backward, the provider's kernels run forward and backward. Torch's operators differentiate that.
@@ -92,9 +95,8 @@ def totals(cells: Mapping[Key, Cell]) -> str:
 def legend() -> str:
     symbols = [f"- **{symbol}**: {said}.\n" for symbol, said in (*KINDS.values(), NEVER_RUN, NOT_APPLICABLE)]
     meanings = [f"- *{name}*: {said}.\n" for name, said in PROPERTIES.items()]
-    return (
-        f"## How to read it\n\n{''.join(symbols)}{NOTES}What a passing test of a column shows:\n\n{''.join(meanings)}\n"
-    )
+    head = "What a passing test of a column shows, where its letter is not S or P:"
+    return f"## How to read it\n\n{''.join(symbols)}{NOTES}{head}\n\n{''.join(meanings)}\n"
 
 
 def tables(found: Mapping[str, Any], cells: Mapping[Key, Cell], links: Links, letters: Letters) -> str:
@@ -136,6 +138,8 @@ def tests(found: Mapping[str, Any], links: Links) -> str:
 def page(records: Sequence[Mapping[str, Any]]) -> str:
     found = evidence.merged(records)
     cells, links, letters = evidence.cells(found), Links(found), Letters()
-    runs = "\n".join(RUN.format(**record["environment"], passed=record["passed"]) for record in records)
+    runs = "\n".join(
+        RUN.format(**record["environment"], passed=record["passed"], failed=len(record["failed"])) for record in records
+    )
     body = tables(found, cells, links, letters)
     return HEADER.format(runs=runs) + totals(cells) + legend() + body + reasons(letters) + tests(found, links)
