@@ -42,8 +42,8 @@ LAYERS = (
     ("the same, autocast to bfloat16", "torch.nn, autocast to bfloat16", "fusednorm, autocast to bfloat16"),
 )
 MODELS = (
-    ("two blocks of GPT-2, width 768, accelerated", "gpt2 blocks"),
-    ("two blocks of BERT, width 768, accelerated", "bert blocks"),
+    ("GPT-2 of two layers, width 768, accelerated", "gpt2"),
+    ("BERT of two layers, width 768, accelerated", "bert"),
 )
 NOTE = "<!-- written by benchmarks/publish/readme.py from benchmarks/results: do not edit -->"
 NO_GPU = """No GPU figures exist yet: no result of a GPU is among the raw data. With one, these commands make them:

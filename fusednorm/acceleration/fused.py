@@ -144,7 +144,6 @@ def _fused_add(
 ) -> Tensor | None:
     if type(residual) is not Tensor or type(x) is not Tensor:
         return None
-    # Handing over takes as long as one of torch's operators, and the look at a gate or a modulation as another.
     small = _is_small(residual)
     # Handing over takes as long as one of torch's operators, and the look at a gate or a modulation as another.
     if _listener is None and is_light(form.rms, type(modules[-1]) if modules else None):
