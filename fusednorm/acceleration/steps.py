@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._activations import FUNCTIONS, GELUS
+from .._activations import FUNCTIONS, GELUS, MODULES
 from .adaptive import Gate
 from .handover import without_hooks
 
@@ -36,9 +36,8 @@ STEP_KINDS: dict[type, str] = {
 LINEAR = ("linear", "conv1d")
 _ACTIVATIONS: dict[Any, str] = {
     **{function: name for name, function in FUNCTIONS.items()},
+    **MODULES,
     F.relu: "relu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, dropout, norm
-from .._activations import GELUS, TABLE
+from .._activations import GELUS, MODULES, TABLE
 from ..activation import bias_act_dropout
 from ..autograd.linear import linear
 from . import _recompute
@@ -61,16 +61,9 @@ def activation_name(activation: Any) -> str | None:
             return known.name
     if activation is F.relu:  # another function than torch.relu
         return "relu"
-    if not isinstance(activation, nn.Module) or why_not_fused("activation", activation, tuple(_MODULES)):
+    if not isinstance(activation, nn.Module) or why_not_fused("activation", activation, (nn.GELU, *MODULES)):
         return None
-    return _MODULES[type(activation)](activation)
-
-
-_MODULES: dict[type, Callable[[Any], str | None]] = {
-    nn.ReLU: lambda module: "relu",
-    nn.GELU: lambda module: GELUS.get(module.approximate),
-    nn.SiLU: lambda module: "silu",
-}
+    return GELUS.get(activation.approximate) if isinstance(activation, nn.GELU) else MODULES[type(activation)]
 
 
 def effective_p(module: nn.Dropout) -> float:

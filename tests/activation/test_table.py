@@ -152,7 +152,7 @@ def test_layers_refuse_a_name_that_is_none_of_them():
 
 
 @EACH
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/troubleshooting.md"])
 def test_the_pages_name_each(name, page):
     assert f'`"{name}"`' in (ROOT / page).read_text()
 
