@@ -52,12 +52,12 @@ SIZES |= {"adaptive": "samples x tokens x width"}
 
 
 def _families(rows: Mapping[str, Mapping[str, str]]) -> list[list[str]]:
-    """The operations there are, by kind: each kind has shapes of its own."""
+    """The operations there are, by kind: each kind has shapes of its own. Six columns fit a terminal."""
     families: dict[str, list[str]] = {}
     for name, op in OPS.items():
         if any(name in cells for cells in rows.values()):
             families.setdefault(op.family, []).append(name)
-    return list(families.values())
+    return [names[i : i + 6] for names in families.values() for i in range(0, len(names), 6)]
 
 
 def pivots(result: Record) -> str:
