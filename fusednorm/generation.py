@@ -84,6 +84,9 @@ def generate(
     """
     cache = _checked_cache(cache)
     _check(prompt, max_new_tokens, beams, sample, temperature, top_k, top_p)
+    for name, token in (("end", end), ("pad", pad)):
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            raise TypeError(f"{name}: expected a token's number or None, got {type(token).__name__}")
     padding = prompt == pad if pad is not None else None
     if padding is not None and padding.any():
         _check_padding(padding)

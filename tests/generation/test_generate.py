@@ -208,6 +208,8 @@ REFUSED = {
     "temperature_alone": (ValueError, {"temperature": 0.5}, "temperature: only what is drawn.*sample=True"),
     "top_p": (ValueError, {"top_p": 1.5, "sample": True}, r"top_p: expected a probability in \(0, 1\], got 1\.5"),
     "top_k": (ValueError, {"top_k": 0, "sample": True}, "top_k: expected at least 1"),
+    "pad_mask": (TypeError, {"pad": torch.tensor([[False]])}, "pad: expected a token's number or None, got Tensor"),
+    "end_bool": (TypeError, {"end": True}, "end: expected a token's number or None, got bool"),
     "cache": (TypeError, {"cache": {}}, "cache: expected a fusednorm.KVCache or None, got dict"),
     "logits_shape": (ValueError, {"step": lambda t, c: torch.zeros(3)}, r"step: expected logits.*got shape \(3,\)"),
     "logits_nan": (ValueError, {"step": lambda t, c: torch.full((3, 9), torch.nan)}, "step: its logits have NaN"),
