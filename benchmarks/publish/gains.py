@@ -13,17 +13,26 @@ from benchmarks.report.table import table
 PAGE = RESULTS.parents[1] / "docs" / "drop-in.md"
 
 
+def of_layers(theirs: str, ours: str, folder: Path = RESULTS) -> tuple[float, float]:
+    """Of two rows of memory.json: how many times as fast a step is, and the share of the bytes that it keeps."""
+    cases = {case["name"]: case for case in read_result(folder / "memory.json")["cases"]}
+    a, b = cases[theirs], cases[ours]
+    return a["seconds"] / b["seconds"], b["kept_bytes"] / a["kept_bytes"]
+
+
+def of_model(name: str, folder: Path = RESULTS) -> float:
+    """How many times as fast a step of an accelerated model of models.json is."""
+    return next(row["ratio"] for row in read_result(folder / "models.json")["rows"] if row["model"] == name)
+
+
 def step() -> str:
     """A training step of two encoder layers: time, and kept bytes."""
-    cases = {case["name"]: case for case in read_result(RESULTS / "memory.json")["cases"]}
-    theirs, ours = (cases[f"{library}, float32"] for library in ("torch.nn", "fusednorm"))
-    faster, kept = theirs["seconds"] / ours["seconds"], ours["kept_bytes"] / theirs["kept_bytes"]
+    faster, kept = of_layers("torch.nn, float32", "fusednorm, float32")
     return f"a step {faster:.2f} times as fast, which keeps {kept:.0%} of the bytes for its backward"
 
 
 def models(*names: str) -> str:
-    ratios = {row["model"]: row["ratio"] for row in read_result(RESULTS / "models.json")["rows"]}
-    return f"a step {' and '.join(f'{ratios[name]:.2f}' for name in names)} times as fast"
+    return f"a step {' and '.join(f'{of_model(name):.2f}' for name in names)} times as fast"
 
 
 def operation(result: Record, op: str) -> str:

@@ -124,16 +124,15 @@ def section(path: Path, result: Record, root: Path) -> str:
 
 def steps(folder: Path = add_result.RESULTS) -> str:
     """The README's first table: training steps beside torch's, their speed and what they keep for the backward."""
-    memory, models = (read_result(folder / f"{name}.json") for name in ("memory", "models"))
-    cases = {case["name"]: case for case in memory["cases"]}
     rows = []
     for words, theirs, ours in LAYERS:
-        a, b = cases[theirs], cases[ours]
-        speed, share = a["seconds"] / b["seconds"], b["kept_bytes"] / a["kept_bytes"]
+        speed, share = gains.of_layers(theirs, ours, folder)
         rows.append([f"[{words}](benchmarks/results/memory.md)", f"{speed:.2f}x", f"{share:.0%}"])
     for words, name in MODELS:
-        speed = next(row["ratio"] for row in models["rows"] if row["model"] == name)
-        rows.append([f"[{words}](benchmarks/results/models.md)", f"{speed:.2f}x", "not measured"])
+        rows.append(
+            [f"[{words}](benchmarks/results/models.md)", f"{gains.of_model(name, folder):.2f}x", "not measured"]
+        )
+    memory = read_result(folder / "memory.json")
     where = f"training step on {memory['threads']} threads of {memory['environment']['device']}"
     return NOTE + "\n\n" + table([where, "speed, against torch", "kept for the backward"], rows)
 
