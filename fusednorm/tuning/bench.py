@@ -236,7 +236,9 @@ def measured(of: CallClass, device: torch.device, timer: CpuTimer | CudaTimer, s
             return Case(of, fault=fault)
         provider = prior(of, device)
         checked = of if _work(of) <= MOST_CHECKED else smaller(of)
-        fault = over_budget(functools.partial(_compared, checked, device, provider), of.torch_dtype)
+        # of few rows another provider may be chosen than is timed
+        requested = None if checked is of or prior(checked, device) == provider else provider
+        fault = over_budget(functools.partial(_compared, checked, device, requested), of.torch_dtype)
         if fault:
             return Case(of, fault=fault)
         times, _ = timed(functools.partial(_both, of, device), timer, seconds)
@@ -253,13 +255,10 @@ def _work(of: CallClass) -> int:
     return max(of.elements, pairs)
 
 
-def _compared(of: CallClass, device: torch.device, provider: str, draw: int) -> Compared:
-    """Results in float64, of eager PyTorch, and ours. With dropout, the reference with our mask stands for eager.
-
-    Of few rows another provider may be chosen than is timed: `provider` is requested where it is not the choice here.
-    """
+def _compared(of: CallClass, device: torch.device, requested: str | None, draw: int) -> Compared:
+    """Results in float64, of eager PyTorch, and ours. With dropout, the reference with our mask stands for eager."""
     call = build(of, device, draw)
-    request = contextlib.nullcontext() if prior(of, device) == provider else use_provider(provider)
+    request = contextlib.nullcontext() if requested is None else use_provider(requested)
     if of.draws_mask:
         exact, theirs = (results_of(c, use_provider("reference")) for c in (call.to(torch.float64), call))
     else:
