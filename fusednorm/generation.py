@@ -83,10 +83,7 @@ def generate(
         (torch.Size([1, 4]), torch.Size([1]))
     """
     cache = _checked_cache(cache)
-    _check(prompt, max_new_tokens, beams, sample, temperature, top_k, top_p)
-    for name, token in (("end", end), ("pad", pad)):
-        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-            raise TypeError(f"{name}: expected a token's number or None, got {type(token).__name__}")
+    _check(prompt, end, pad, max_new_tokens, beams, sample, temperature, top_k, top_p)
     padding = prompt == pad if pad is not None else None
     if padding is not None and padding.any():
         _check_padding(padding)
@@ -256,6 +253,8 @@ def _checked_cache(cache: KVCache | None) -> KVCache:
 
 def _check(
     prompt: Tensor,
+    end: int | None,
+    pad: int | None,
     max_new_tokens: int,
     beams: int,
     sample: bool,
@@ -270,6 +269,9 @@ def _check(
         raise ValueError(
             f"prompt: expected a token at least, got shape {tuple(prompt.shape)}; begin with a start token"
         )
+    for name, token in (("end", end), ("pad", pad)):
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            raise TypeError(f"{name}: expected a token's number or None, got {type(token).__name__}")
     check_count("max_new_tokens", max_new_tokens)
     check_count("beams", beams, 1)
     if beams > 1 and sample:
