@@ -20,6 +20,15 @@ def assert_close(ours, exact, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, exact, check_dtype=False, **CLOSE[dtype])
 
 
+def assert_exact(run, operator: Operator, leaves: dict[str, Tensor], using) -> None:
+    """`run` of our function is `run` of the float64 formula, of which no part is zero."""
+    with using:
+        ours = run(operator.ours, leaves)
+    exact = run(operator.exact, wide(leaves))
+    assert all(part.any() for part in exact)
+    assert_close(ours, exact, dtype_of(leaves))
+
+
 def weighted(run, leaves, weights: list[Tensor]) -> Tensor:
     """Bent, so that second derivatives by the cotangent's own path count too."""
     return sum((torch.sin(o) * w.to(o)).sum() for o, w in zip(run(leaves), weights, strict=True))
@@ -41,11 +50,7 @@ def test_double_backward(operator: Operator, leaves, using, generator):
         first = torch.autograd.grad(value, given, create_graph=True)
         return torch.autograd.grad(sum((g * v.to(g)).sum() for g, v in zip(first, vectors)), given)
 
-    with using:
-        ours = product(operator.ours, leaves)
-    exact = product(operator.exact, wide(leaves))
-    assert all(gradient.any() for gradient in exact)
-    assert_close(ours, exact, dtype_of(leaves))
+    assert_exact(product, operator, leaves, using)
 
 
 @pytest.mark.certifies("forward-mode", on="formulas")
@@ -62,11 +67,7 @@ def test_forward_mode(operator: Operator, by, leaves, no_kernel, using, generato
             duals = {name: forward_ad.make_dual(leaf, along[name]) for name, leaf in leaves.items()}
             return tuple(forward_ad.unpack_dual(output).tangent.clone() for output in run(duals))
 
-    with using:
-        ours = tangents(operator.ours, leaves)
-    exact = tangents(operator.exact, wide(leaves))
-    assert all(tangent.any() for tangent in exact)
-    assert_close(ours, exact, dtype_of(leaves))
+    assert_exact(tangents, operator, leaves, using)
 
 
 @pytest.mark.certifies("vmap", on="formulas")
