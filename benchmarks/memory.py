@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fusednorm
-from benchmarks.cases.base import saved_bytes
 from benchmarks.measure.kept import parts_of_ours, parts_of_torch
 from benchmarks.measure.machine import environment
 from benchmarks.measure.turns import in_turns
 from benchmarks.report.files import read_result, replace, write_pair
 from benchmarks.report.table import table
+from fusednorm._saved_bytes import saved_bytes
 
 BATCH, LENGTH, WIDTH, LAYERS = 8, 256, 512, 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from tqdm import tqdm
 import fusednorm
 
 from . import dispatch
+from ._saved_bytes import saved_bytes
 from .dispatch import fastpath
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -205,18 +207,7 @@ def _memory(device: torch.device) -> Finding:
     kept = []
     for kind in (nn.TransformerEncoderLayer, fusednorm.TransformerEncoderLayer):
         layer = kind(*arguments, batch_first=True).to(device)
-        known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-        found: dict[int, int] = {}
-
-        def pack(t: Tensor, known: set[int] = known, found: dict[int, int] = found) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                found[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            layer(x).sum()
-        kept.append(sum(found.values()))
+        kept.append(saved_bytes(layer.parameters(), functools.partial(layer, x)))
     theirs, ours = kept
     detail = f"an encoder layer keeps {ours / theirs:.0%} of the bytes that torch.nn's keeps"
     return Finding("memory", "ok" if ours < theirs else "FAILED", detail)

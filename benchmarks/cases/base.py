@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -79,21 +78,3 @@ class Operation(ABC):
     @abstractmethod
     def memory_needed(self, shape: tuple[int, ...], itemsize: int) -> int:
         """An upper estimate of the bytes that checking and measuring take."""
-
-
-def saved_bytes(own: Iterable[Tensor], forward: Callable[[], Any]) -> int:
-    """Bytes that one forward keeps for its backward: distinct storages, but those of `own`."""
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward()  # held until the storages are counted: a freed address could be another tensor's
-    total = sum(kept.values())
-    del outputs
-    return total

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fusednorm
-from benchmarks.cases.base import Call, Leaves, Operation, saved_bytes
+from benchmarks.cases.base import Call, Leaves, Operation
+from fusednorm._saved_bytes import saved_bytes
 
 HEAD_DIM = 64
 

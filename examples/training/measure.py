@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.autograd.profiler import profile
 
-from benchmarks.cases.base import saved_bytes
 from examples.training.loop import Settings, Trainer, time_steps
 from examples.training.machine import autocast, synchronize
 from examples.training.model import Batch, ModelConfig, Twin, loss_of, make_twins
+from fusednorm._saved_bytes import saved_bytes
 from fusednorm.dispatch.explain import decisions
 
 
